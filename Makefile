@@ -1,0 +1,71 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+# The CPU build of torch is 200 MB, the CUDA build several GB: take the first where no NVIDIA driver answers.
+define install_torch
+	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then \
+	    $(1)/bin/pip install --quiet --disable-pip-version-check "torch==$(TORCH)+cpu" 2>/dev/null \
+	    || $(1)/bin/pip install --quiet --disable-pip-version-check "torch==$(TORCH)+cpu" \
+	        --extra-index-url https://download.pytorch.org/whl/cpu; \
+	else \
+	    $(1)/bin/pip install --quiet --disable-pip-version-check "torch==$(TORCH)"; \
+	fi
+endef
+
+.PHONY: demo test test-all test-oldest lint types format benchmarks clean help
+help:
+	@echo "make demo | test | test-all | test-oldest | lint | types | format | benchmarks | clean"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (the first time takes a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "Python 3.10 or newer is needed; choose one with 'make PYTHON=python3.11 ...'"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	$(call install_torch,$(VENV))
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/qscope demo --output runs/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+# The other end of the supported range: module hooks run inside gradient checkpointing up to transformers 5.22.
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(OLDEST)
+	$(call install_torch,$(OLDEST))
+	@sed -e 's/^transformers==.*/transformers==5.17.0/' -e '/^huggingface_hub==/d' -e '/^httpx\|^httpcore/d' \
+	    constraints.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt --editable ".[dev]"
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile tests/residual tests/sft tests/invariants
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(VENV)/.installed
+	$(BIN)/python benchmarks/sasft_overhead.py
+	$(BIN)/python benchmarks/feature_pass.py
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

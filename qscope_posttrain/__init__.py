@@ -1,0 +1,60 @@
+"""Sparse autoencoder features as training signals for TRL post-training jobs.
+
+Names are loaded on first use, so that `import qscope_posttrain` is quick and pulls in neither TRL nor a plotting
+library. The usual way in is `import qscope_posttrain as qp`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SparseAutoencoder": "qscope_posttrain.sae.autoencoder",
+    "FeatureSet": "qscope_posttrain.features.feature_set",
+    "find_language_features": "qscope_posttrain.features.find",
+    "SASFTCallback": "qscope_posttrain.sft.callback",
+    "TokenPenaltyCallback": "qscope_posttrain.sft.baselines",
+    "pack_with_languages": "qscope_posttrain.sft.language_ids",
+    "sasft_loss": "qscope_posttrain.sft.loss",
+    "Steering": "qscope_posttrain.residual.steering",
+    "steer": "qscope_posttrain.residual.steering",
+    "evaluate_code_switching": "qscope_posttrain.evaluation.code_switching",
+}
+
+__all__ = [  # noqa: PLE0604 - resolved by __getattr__
+    "FeatureSet",
+    "SASFTCallback",
+    "SparseAutoencoder",
+    "Steering",
+    "TokenPenaltyCallback",
+    "__version__",
+    "evaluate_code_switching",
+    "find_language_features",
+    "pack_with_languages",
+    "sasft_loss",
+    "steer",
+]
+
+if TYPE_CHECKING:
+    from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
+    from qscope_posttrain.features.feature_set import FeatureSet
+    from qscope_posttrain.features.find import find_language_features
+    from qscope_posttrain.residual.steering import Steering, steer
+    from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+    from qscope_posttrain.sft.baselines import TokenPenaltyCallback
+    from qscope_posttrain.sft.callback import SASFTCallback
+    from qscope_posttrain.sft.language_ids import pack_with_languages
+    from qscope_posttrain.sft.loss import sasft_loss
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qscope_posttrain' has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,138 @@
+"""Progress of long loops: a bar on a terminal, plain lines in a log, silence on every rank but the first."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 5.0
+"""Pause between plain lines: often enough to see that the loop lives, seldom enough for a log file."""
+
+
+def is_main_process() -> bool:
+    """True on rank 0, and where nothing is distributed.
+
+    An initialised `torch.distributed` decides; before that, the `RANK` that the launcher has set.
+    """
+    torch = sys.modules.get("torch")  # a process that never imported torch cannot have initialised it
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return bool(torch.distributed.get_rank() == 0)
+    return os.environ.get("RANK", "0") == "0"
+
+
+def progress(
+    iterable: Iterable[T],
+    total: int | None = None,
+    description: str = "working",
+    enabled: bool | None = None,
+    note: Callable[[], str] | None = None,
+) -> Iterator[T]:
+    """Yield the items of `iterable`, showing how far the loop is on standard error.
+
+    Args:
+        total: Number of items; by default `len(iterable)` where it has one. Without it no share and no remaining time
+            are shown.
+        description: What the loop does, in a few words.
+        enabled: True or False to insist; by default shown on rank 0, and not under pytest.
+        note: Called at each update for a few more words, for example the current loss.
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    if not _shown(enabled):
+        yield from iterable
+    elif sys.stderr.isatty():
+        yield from _with_bar(iterable, total, description, note)
+    else:
+        yield from _with_lines(iterable, total, description, note)
+
+
+def status(message: str, enabled: bool | None = None) -> None:
+    """Print one plain line on standard error, under the same conditions as `progress`."""
+    if _shown(enabled):
+        print(message, file=sys.stderr, flush=True)
+
+
+def _shown(enabled: bool | None) -> bool:
+    if not is_main_process():
+        return False
+    return "PYTEST_CURRENT_TEST" not in os.environ if enabled is None else enabled
+
+
+def _with_bar(
+    iterable: Iterable[T], total: int | None, description: str, note: Callable[[], str] | None
+) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, note="")
+        for item in iterable:
+            yield item
+            bar.update(task, advance=1, note=note() if note is not None else "")
+
+
+def _with_lines(
+    iterable: Iterable[T], total: int | None, description: str, note: Callable[[], str] | None
+) -> Iterator[T]:
+    started = last_line = time.monotonic()
+    done = 0
+    _line(description, 0, total, 0.0, "")
+    try:
+        for item in iterable:
+            yield item
+            done += 1
+            now = time.monotonic()
+            if now - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = now
+                _line(description, done, total, now - started, note() if note is not None else "")
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        print(f"{description}: stopped after {_count(done, total)}", file=sys.stderr, flush=True)
+        raise
+    elapsed = time.monotonic() - started
+    words = [f"{description}: {_count(done, total)} in {_clock(elapsed)}", _rate(done, elapsed)]
+    words += [note()] if note is not None and done else []
+    print(", ".join(word for word in words if word), file=sys.stderr, flush=True)
+
+
+def _line(description: str, done: int, total: int | None, elapsed: float, note: str) -> None:
+    words = [f"{description}: {_count(done, total)}"]
+    if done:
+        words.append(_rate(done, elapsed))
+        if total is not None and total > done:
+            words.append(f"{_clock(elapsed / done * (total - done))} left")
+    words.append(note)
+    print(", ".join(word for word in words if word), file=sys.stderr, flush=True)
+
+
+def _count(done: int, total: int | None) -> str:
+    if total is None:
+        return str(done)
+    share = f" ({100 * done // total} %)" if total else ""
+    return f"{done}/{total}{share}"
+
+
+def _rate(done: int, elapsed: float) -> str:
+    if done == 0 or elapsed <= 0:
+        return ""
+    per_second = done / elapsed
+    return f"{per_second:.3g}/s" if per_second >= 1 else f"{1 / per_second:.3g} s each"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,129 @@
+"""`summary.json`: what a command did and found, for scripts to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from qscope_posttrain.provenance import machine, package_versions
+from qscope_posttrain.report.tables import Table
+
+FILE_NAME = "summary.json"
+
+
+def write_summary(
+    folder: str | os.PathLike[str],
+    command: str,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    seeds: Sequence[int] | None = None,
+) -> Path:
+    """Write `summary.json` into `folder` and return its path. An older one is replaced in one step, never half-written.
+
+    Args:
+        folder: Made if it does not exist.
+        command: The command that ran, for example `"features find"`.
+        settings: Everything that was asked for.
+        results: Everything that came out. Tables, dataclasses, paths, tensors and arrays are converted; NaN and
+            infinities become null, because JSON has no word for them.
+        seeds: The seeds of the run; by default those found in `settings` as `seed` or `seeds`.
+
+    Raises:
+        ValueError: the folder cannot be written.
+        TypeError: a value has no JSON form.
+    """
+    if seeds is None:
+        found = settings.get("seeds", settings.get("seed"))
+        seeds = [] if found is None else [found] if isinstance(found, int) else list(found)
+    content = {
+        "command": command,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": to_json(settings),
+        "seeds": list(seeds),
+        "results": to_json(results),
+        "versions": package_versions(),
+        "machine": machine(),
+    }
+    path = writable_folder(folder) / FILE_NAME
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """Make the folder `path` with its parents, check that a file can be written there, and return it.
+
+    Called before the work starts, so that hours of it are not lost for a mistyped path.
+
+    Raises:
+        ValueError: it cannot be made or written, with the reason.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot write to the output folder '{folder}' ({reason}); choose another folder.") from error
+    return folder
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file in one step: a reader sees the old content or the new one, never a part.
+
+    Raises:
+        ValueError: the file cannot be written, with the reason.
+    """
+    target = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise ValueError(f"cannot write '{target}' ({error.strerror or error}).") from error
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a report is to be read by others
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def to_json(value: Any) -> Any:
+    """Turn settings and results into what `json.dumps` accepts.
+
+    Raises:
+        TypeError: the value has no obvious JSON form.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Table):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((to_json(entry) for entry in value), key=str)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [to_json(entry) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # tensors and numpy arrays and scalars
+        return to_json(value.tolist())
+    raise TypeError(f"cannot write a {type(value).__name__} to JSON: {value!r}.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,97 @@
+"""One table, shown three ways: on a terminal, in Markdown, in JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Cell = str | int | float | bool | None
+"""What a cell may hold; None and NaN mean "not measured" and are shown as a dash."""
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of plain values, and a caption for what the columns mean."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+
+    def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> None:
+        """Lists are accepted and stored as tuples; every row must have one cell for each column."""
+        object.__setattr__(self, "title", title)
+        object.__setattr__(self, "columns", tuple(columns))
+        object.__setattr__(self, "rows", tuple(tuple(row) for row in rows))
+        object.__setattr__(self, "caption", caption)
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"row {number} of table '{title}' has {len(row)} cells for {len(self.columns)} columns: {row}."
+                )
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table with rich, on standard output unless a console is given."""
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        shown = RichTable(title=Text(self.title), caption=Text(self.caption) if self.caption else None)
+        for index, column in enumerate(self.columns):
+            shown.add_column(Text(column), justify="right" if self.is_numeric(index) else "left", overflow="fold")
+        for row in self.formatted():
+            shown.add_row(*(Text(cell) for cell in row))  # Text: a square bracket in a cell is no rich markup
+        if console is None:
+            console = Console()
+            if not console.is_terminal:  # a log or a pipe has no width; wrapping at 80 columns would cut cells
+                console = Console(width=max(console.width, 160))
+        console.print(shown)
+
+    def to_markdown(self) -> str:
+        """The table as GitHub-flavoured Markdown, with its title as a bold line and its caption below."""
+        marks = ["---:" if self.is_numeric(index) else "---" for index in range(len(self.columns))]
+        lines = [f"**{self.title}**", ""] if self.title else []
+        lines += [_markdown_row(self.columns), _markdown_row(marks)]
+        lines += [_markdown_row([cell.replace("|", "\\|").replace("\n", " ") for cell in row]) for row in self.formatted()]
+        lines += ["", self.caption] if self.caption else []
+        return "\n".join(lines) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: title, columns, rows with full precision (NaN and infinities become None), caption."""
+        rows = [[None if _is_not_finite(cell) else cell for cell in row] for row in self.rows]
+        return {"title": self.title, "columns": list(self.columns), "rows": rows, "caption": self.caption}
+
+    def formatted(self) -> tuple[tuple[str, ...], ...]:
+        """The rows as text: numbers with four significant digits."""
+        return tuple(tuple(format_cell(cell) for cell in row) for row in self.rows)
+
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column holds numbers only (missing values aside), and so is aligned to the right."""
+        cells = [row[column] for row in self.rows if row[column] is not None]
+        return bool(cells) and all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
+
+
+def format_cell(cell: Cell) -> str:
+    """One cell as text: four significant digits for a float, yes/no for a truth value, a dash for None and NaN."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return MISSING
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return str(cell)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _is_not_finite(cell: Cell) -> bool:
+    return isinstance(cell, float) and not math.isfinite(cell)

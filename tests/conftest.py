@@ -1,0 +1,145 @@
+"""Shared fixtures: tiny random models and tokenizers built on the spot, so that no test needs the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+TEXTS: dict[str, list[str]] = {
+    "en": [
+        "The river runs past the old mill and into the valley.",
+        "She reads a book every evening before she goes to sleep.",
+        "We bought bread, milk and three apples at the market.",
+        "Nobody knew why the clock had stopped at noon.",
+    ],
+    "fr": [
+        "La rivière passe devant le vieux moulin et descend dans la vallée.",
+        "Elle lit un livre chaque soir avant de s'endormir.",
+        "Nous avons acheté du pain, du lait et trois pommes au marché.",
+        "Personne ne savait pourquoi l'horloge s'était arrêtée à midi.",
+    ],
+    "zh": [
+        "河水流过旧磨坊，流进山谷。",
+        "她每天晚上睡觉以前都要看一本书。",
+        "我们在市场上买了面包、牛奶和三个苹果。",
+        "没有人知道钟为什么在中午停了下来。",
+    ],
+    "ru": [
+        "Река течёт мимо старой мельницы и уходит в долину.",
+        "Каждый вечер перед сном она читает книгу.",
+        "Мы купили на рынке хлеб, молоко и три яблока.",
+        "Никто не знал, почему часы остановились в полдень.",
+    ],
+    "ko": [
+        "강물은 오래된 방앗간을 지나 골짜기로 흘러간다.",
+        "그녀는 매일 저녁 자기 전에 책을 읽는다.",
+        "우리는 시장에서 빵과 우유와 사과 세 개를 샀다.",
+        "시계가 왜 정오에 멈췄는지 아무도 몰랐다.",
+    ],
+}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 512 entries trained on `TEXTS`, with chat template, end-of-sequence and padding tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([line for lines in TEXTS.values() for line in lines], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+    )
+
+
+_SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "bos_token_id": None,
+}
+_ARCHITECTURES = {
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": ("MistralConfig", "MistralForCausalLM"),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
+    "qwen3_5_text": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),
+}
+_EXTRA = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen3_5_text": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+
+
+def build_model(architecture: str = "qwen3", seed: int = 0, **overrides) -> transformers.PreTrainedModel:
+    """A random model of about 100k parameters; the same seed gives the same weights."""
+    config_name, model_name = _ARCHITECTURES[architecture]
+    config = getattr(transformers, config_name)(**{**_SMALL, **_EXTRA.get(architecture, {}), **overrides})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return getattr(transformers, model_name)(config).float().eval()
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """Factory `make_model(architecture="qwen3", seed=0, **config_overrides)`."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def texts() -> dict[str, list[str]]:
+    """Four parallel sentences in each of five languages."""
+    return {language: list(lines) for language, lines in TEXTS.items()}
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text beside the repository; the test is skipped without it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real text is not there: {SHARED_DATA} does not exist")
+    return SHARED_DATA
