@@ -100,7 +100,9 @@ def text_fingerprint(texts: Mapping[str, Iterable[str]]) -> str:
     for language in sorted(texts):
         entries = texts[language]
         if isinstance(entries, str):
-            raise TypeError(f"texts['{language}'] is one string; give a list of strings, for example ['{entries[:20]}'].")
+            raise TypeError(
+                f"texts['{language}'] is one string; give a list of strings, for example ['{entries[:20]}']."
+            )
         _digest_string(digest, language)
         count = 0
         for text in entries:

@@ -82,18 +82,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         ValueError: the file cannot be written, with the reason.
     """
     target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, target)
     except OSError as error:
         raise ValueError(f"cannot write '{target}' ({error.strerror or error}).") from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a report is to be read by others
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> Any:
@@ -121,9 +117,3 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # tensors and numpy arrays and scalars
         return to_json(value.tolist())
     raise TypeError(f"cannot write a {type(value).__name__} to JSON: {value!r}.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -59,7 +59,7 @@ class Table:
         marks = ["---:" if self.is_numeric(index) else "---" for index in range(len(self.columns))]
         lines = [f"**{self.title}**", ""] if self.title else []
         lines += [_markdown_row(self.columns), _markdown_row(marks)]
-        lines += [_markdown_row([cell.replace("|", "\\|").replace("\n", " ") for cell in row]) for row in self.formatted()]
+        lines += [_markdown_row([_escape(cell) for cell in row]) for row in self.formatted()]
         lines += ["", self.caption] if self.caption else []
         return "\n".join(lines) + "\n"
 
@@ -91,6 +91,10 @@ def format_cell(cell: Cell) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def _is_not_finite(cell: Cell) -> bool:
