@@ -1,0 +1,201 @@
+"""Read the residual stream: keep references to chosen layers' outputs, with their graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from qscope_posttrain.residual.layers import check_layers, decoder_layers
+
+ForwardHook = Callable[[nn.Module, Any, Any], None]
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The hidden states `[..., d_model]` in a module's output: the output itself, or the first entry of a tuple."""
+    hidden = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(hidden, Tensor):
+        raise TypeError(
+            f"Expected a layer to return a tensor, or a tuple that starts with one; got {type(output).__name__}."
+        )
+    return hidden
+
+
+class LayerCapture:
+    """Forward hooks that keep the first output of chosen decoder layers since the last `clear()`.
+
+    The hooks only look: they return nothing and change nothing. The *first* output is the one to keep under gradient
+    checkpointing. transformers before 5.23 runs hooks inside the checkpoint, so that they fire again when backward
+    recomputes the layer; and under reentrant checkpointing the first output is made without grad mode and receives
+    its `grad_fn` afterwards, in place. That is why nothing here looks at `torch.is_grad_enabled()`.
+
+    A captured tensor keeps its whole graph alive: call `clear()` as soon as it has been used. Other hooks that
+    replace a layer's output are seen if they were registered before this one. Attach before the first forward of a
+    compiled model: a graph that already exists never learns of a new hook.
+
+    Usable as a context manager, or with `attach()` and `remove()`:
+
+        with LayerCapture(model, layers=[20, 21]) as capture:
+            model(**inputs)
+            tensors = capture.require()     # {20: [batch, tokens, d_model], 21: ...}
+    """
+
+    active: bool
+    """Whether outputs are kept and counted; switch it off for forwards that are of no interest."""
+
+    tensors: dict[int, Tensor]
+    """First output of each layer since `clear()`: `[batch, tokens, d_model]`, with its graph."""
+
+    named: dict[str, Tensor]
+    """First output of each module in `modules`, by its name there."""
+
+    calls: dict[int | str, int]
+    """How often each layer (and named module) fired since `clear()`, recomputation included."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[SupportsIndex],
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: a causal language model of transformers, plain or wrapped.
+            layers: numbers of decoder layers, from 0.
+            modules: further modules to read under names of one's own, e.g. `{"final_norm": final_norm(model)}`.
+        """
+        self.layers = check_layers(model, layers)
+        blocks = decoder_layers(model)
+        self._blocks = {layer: blocks[layer] for layer in self.layers}
+        self._modules = dict(modules or {})
+        self._handles: list[RemovableHandle] = []
+        self.active = True
+        self.clear()
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    def attach(self) -> LayerCapture:
+        """Register the hooks. RuntimeError if they already are."""
+        if self._handles:
+            raise RuntimeError("This LayerCapture is already attached; remove() it first.")
+        for layer, block in self._blocks.items():
+            self._handles.append(block.register_forward_hook(self._layer_hook(layer)))
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._module_hook(name)))
+        return self
+
+    def remove(self) -> None:
+        """Take the hooks away; what was captured stays until `clear()`. Does nothing if not attached."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget all outputs and counts, releasing the graphs they hold."""
+        self.tensors = {}
+        self.named = {}
+        self.calls = dict.fromkeys((*self.layers, *self._modules), 0)
+
+    def require(self) -> dict[int, Tensor]:
+        """`tensors`, complete.
+
+        Raises:
+            RuntimeError: a layer or named module has not fired since `clear()`; the message says which and why that
+                can be.
+        """
+        missing = [str(layer) for layer in self.layers if layer not in self.tensors]
+        missing += [name for name in self._modules if name not in self.named]
+        if not missing:
+            return self.tensors
+        if not self.attached:
+            reason = "The hooks are not attached: call attach(), or use it in a `with` block."
+        elif not self.active:
+            reason = "`active` is False, so that outputs are ignored."
+        else:
+            reason = (
+                "The hooks are attached but never ran. Either no forward was made, or another copy of the model "
+                "ran, or the model was compiled or its forward replaced (CUDA graphs, patched kernels) before attach()."
+            )
+        raise RuntimeError(f"No output captured from layer(s) {', '.join(missing)}. {reason}")
+
+    def __enter__(self) -> LayerCapture:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _layer_hook(self, layer: int) -> ForwardHook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self.active:
+                self.calls[layer] += 1
+                if layer not in self.tensors:
+                    self.tensors[layer] = hidden_states(output)
+
+        return hook
+
+    def _module_hook(self, name: str) -> ForwardHook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self.active:
+                self.calls[name] += 1
+                if name not in self.named:
+                    self.named[name] = hidden_states(output)
+
+        return hook
+
+
+class _DeepestLayerReached(BaseException):
+    """Ends a forward. Not an `Exception`, so that no `except Exception` in a model's code can swallow it."""
+
+
+@torch.no_grad()
+def forward_to_layer(model: nn.Module, layers: Iterable[SupportsIndex], **inputs: Any) -> dict[int, Tensor]:
+    """Run `model(**inputs)` without gradient up to the deepest of `layers` and return their outputs.
+
+    Layers behind the deepest one, the final norm and the LM head never run. Train or eval mode is the caller's
+    choice. A DDP or `torch.compile` wrapper is stepped around: the first would wait for the other processes, the
+    second would compile a graph for a forward that never ends.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped.
+        layers: numbers of decoder layers, from 0.
+        inputs: what the model's forward takes (`input_ids [batch, tokens]`, `attention_mask`, ...). `use_cache`
+            is False unless given.
+
+    Returns:
+        `{layer: [batch, tokens, d_model]}` in the order of `layers`.
+    """
+    capture = LayerCapture(model, layers)
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _DeepestLayerReached
+
+    with capture:
+        # Registered after the capture's own hook, hence run after it.
+        handle = decoder_layers(model)[max(capture.layers)].register_forward_hook(stop)
+        try:
+            _unwrap(model)(**{"use_cache": False, **inputs})
+        except _DeepestLayerReached:
+            pass
+        finally:
+            handle.remove()
+        return {layer: capture.require()[layer] for layer in capture.layers}
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module below DDP and `torch.compile` wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model

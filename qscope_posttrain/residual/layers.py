@@ -1,0 +1,133 @@
+"""Find the text decoder of any decoder-only model of transformers, however it is wrapped.
+
+Nothing here knows an attribute path. The text backbone is the module that directly holds both the token embedding and
+a list of `config.num_hidden_layers` blocks. That rule sees through PEFT, DDP, FSDP and `torch.compile` wrappers, which
+are ordinary parents in the module tree, and never picks a vision or audio tower, which has no token embedding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import SupportsIndex
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def pretrained_model(model: nn.Module) -> PreTrainedModel:
+    """The outermost `PreTrainedModel` in `model`: the model itself, or what PEFT, DDP or `torch.compile` wrap."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} holds no transformers model; give a causal language model of transformers, "
+        "plain or wrapped (PEFT, DDP, torch.compile)."
+    )
+
+
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    """The configuration of the text decoder (`hidden_size`, `num_hidden_layers`, `vocab_size`), also of a multimodal
+    model."""
+    return pretrained_model(model).config.get_text_config(decoder=True)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers in order: the output of element n is the residual stream after block n, counted from 0.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or no single list of `num_hidden_layers` blocks lies beside its
+            token embedding; the message names the lists that were found.
+    """
+    return _text_backbone(model)[1]
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last decoder layer and the output embedding.
+
+    Raises:
+        ValueError: the backbone has none, or several, behind its layers.
+    """
+    backbone, layers = _text_backbone(model)
+    children = list(backbone.children())
+    behind = children[children.index(layers) + 1 :]
+    # A norm may itself be wrapped, e.g. by PEFT's `modules_to_save`: look inside each child.
+    norms = [child for child in behind if any("norm" in type(part).__name__.lower() for part in child.modules())]
+    if len(norms) != 1:
+        found = ", ".join(type(child).__name__ for child in behind) or "nothing"
+        raise ValueError(f"Expected one norm behind the decoder layers of {type(backbone).__name__}, found: {found}.")
+    return norms[0]
+
+
+def output_embedding(model: nn.Module) -> nn.Module:
+    """The LM head, from final-norm output `[..., d_model]` to logits `[..., vocabulary]`.
+
+    Raises:
+        ValueError: the model has none (a backbone without a head).
+    """
+    causal_lm = pretrained_model(model)
+    head = causal_lm.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(causal_lm).__name__} has no output embedding; load the model with its LM head.")
+    return head
+
+
+def check_layers(model: nn.Module, layers: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """`layers` as a tuple of ints, in the given order.
+
+    Raises:
+        TypeError: an entry is not an integer.
+        ValueError: no layer, a repeated one, or one the model does not have; the message states the valid range.
+    """
+    try:
+        numbers = tuple(operator.index(layer) for layer in layers)
+    except TypeError as error:
+        raise TypeError(f"layers must be integers, e.g. [26, 27]; got {layers!r}.") from error
+    count = len(decoder_layers(model))
+    if not numbers:
+        raise ValueError(f"No layer given; choose among the layers 0 to {count - 1} of this model.")
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"Layers {list(numbers)} contain a layer twice.")
+    outside = [number for number in numbers if not 0 <= number < count]
+    if outside:
+        raise ValueError(
+            f"Layers {outside} do not exist: this model has {count} layers, valid numbers are 0 to {count - 1}."
+        )
+    return numbers
+
+
+def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that holds the token embedding and the decoder layers, and those layers."""
+    causal_lm = pretrained_model(model)
+    name = type(causal_lm).__name__
+    if causal_lm.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; only decoder-only models have one residual stream to read.")
+    try:
+        embedding = causal_lm.get_input_embeddings()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{name} does not say where its token embedding is, so its decoder cannot be found."
+        ) from error
+    expected = text_config(causal_lm).num_hidden_layers
+
+    beside_embedding = [
+        (owner, child_name, child)
+        for owner in causal_lm.modules()
+        if any(child is embedding for child in owner.children())
+        for child_name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList)
+    ]
+    matching = [(owner, child) for owner, _, child in beside_embedding if len(child) == expected]
+    if len(matching) == 1:
+        return matching[0]
+    found = beside_embedding or [
+        (owner, child_name, child)
+        for owner in causal_lm.modules()
+        for child_name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList)
+    ]
+    listed = ", ".join(f"{type(owner).__name__}.{child_name} ({len(child)})" for owner, child_name, child in found)
+    raise ValueError(
+        f"Expected one list of {expected} decoder layers (config.num_hidden_layers) beside the token embedding of "
+        f"{name}; found {listed or 'no module list'}."
+    )
