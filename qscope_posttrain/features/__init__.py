@@ -1,0 +1,1 @@
+"""From activations to named features: one streaming pass, selectors, and the FeatureSet file."""

@@ -1,0 +1,213 @@
+"""FeatureSet: the one artefact between analysis and training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qscope_posttrain.features.feature_set_file import read_feature_set, write_feature_set
+from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
+from qscope_posttrain.provenance import model_identity
+from qscope_posttrain.report.tables import Cell, Table
+
+IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """Chosen directions per layer, with everything that training and steering need to know about them."""
+
+    model: Mapping[str, Any]
+    """Identity of the model they were found on (see `provenance.model_identity`)"""
+    languages: tuple[str, ...]
+    """Languages (or classes), in the order of the statistics"""
+    layers: Mapping[int, LayerFeatures]
+    """Decoder layer (counted from 0) -> rows"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How they were found; JSON values"""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """SAE sources and hashes, fingerprint of the texts, versions; JSON values"""
+
+    def __post_init__(self) -> None:
+        missing = [key for key in IDENTITY_KEYS if key not in self.model]
+        if missing:
+            raise ValueError(f"FeatureSet.model needs {', '.join(IDENTITY_KEYS)}; missing: {', '.join(missing)}.")
+        if not self.languages or len(set(self.languages)) != len(self.languages):
+            raise ValueError(f"A FeatureSet needs distinct languages, got {list(self.languages)}.")
+        if not self.layers:
+            raise ValueError("A FeatureSet needs at least one layer.")
+        for layer, rows in self.layers.items():
+            self._check_layer(layer, rows)
+        object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+
+    def _check_layer(self, layer: int, rows: LayerFeatures) -> None:
+        depth, width = self.model["num_hidden_layers"], self.model["hidden_size"]
+        if not isinstance(layer, int) or not 0 <= layer < depth:
+            raise ValueError(f"Layer {layer!r} is outside the model's layers 0..{depth - 1}.")
+        if rows.d_model != width:
+            raise ValueError(f"Layer {layer}: rows have width {rows.d_model}, the model's hidden size is {width}.")
+        if len(rows.tokens) != len(self.languages):
+            raise ValueError(
+                f"Layer {layer} has statistics of {len(rows.tokens)} languages, expected {len(self.languages)}: "
+                f"{', '.join(self.languages)}."
+            )
+        for label in rows.labels:
+            self.language_index(label)
+
+    def __len__(self) -> int:
+        """Number of rows over all layers."""
+        return sum(len(rows) for rows in self.layers.values())
+
+    def __str__(self) -> str:
+        return self.to_table().to_markdown()
+
+    def language_index(self, language: str) -> int:
+        """Position of a language in the statistics; ValueError that lists the known ones."""
+        if language not in self.languages:
+            raise ValueError(f"language {language!r} is not in this FeatureSet; it has {', '.join(self.languages)}.")
+        return self.languages.index(language)
+
+    def pooled_mean(
+        self, layer: int, kind: ReadoutKind, languages: Iterable[str], weights: Tensor | None = None
+    ) -> Tensor:
+        """`LayerFeatures.pooled_mean` of one layer, with languages by name."""
+        return self._layer(layer).pooled_mean(kind, [self.language_index(name) for name in languages], weights)
+
+    def pooled_std(
+        self, layer: int, kind: ReadoutKind, languages: Iterable[str], weights: Tensor | None = None
+    ) -> Tensor:
+        """`LayerFeatures.pooled_std` of one layer, with languages by name."""
+        return self._layer(layer).pooled_std(kind, [self.language_index(name) for name in languages], weights)
+
+    def select(
+        self,
+        language: str | None = None,
+        layers: Iterable[int] | int | None = None,
+        top: int | None = None,
+        feature_ids: Iterable[int] | int | None = None,
+    ) -> FeatureSet:
+        """A smaller FeatureSet: rows of one language, of some layers, the best or the named ones.
+
+        `top` keeps the rows with the highest score per layer and language, in that order. `feature_ids` keeps those
+        ids wherever they occur. Layers left without rows are dropped, unless they were asked for by number.
+
+        Raises:
+            ValueError: unknown language, layer or feature id, or nothing left.
+        """
+        if language is not None:
+            self.language_index(language)
+        wanted_layers = None if layers is None else _as_list(layers)
+        for layer in wanted_layers or []:
+            self._layer(layer)
+        wanted_ids = None if feature_ids is None else set(_as_list(feature_ids))
+        if top is not None and top < 1:
+            raise ValueError(f"top must be at least 1, got {top}.")
+        kept: dict[int, LayerFeatures] = {}
+        for layer, rows in self.layers.items():
+            if wanted_layers is not None and layer not in wanted_layers:
+                continue
+            positions = _matching_rows(rows, language, wanted_ids, top)
+            if positions:
+                kept[layer] = rows.take(positions)
+            elif wanted_layers is not None:
+                raise ValueError(f"Layer {layer} of this FeatureSet has no row for {_wish(language, wanted_ids)}.")
+        unknown = (wanted_ids or set()) - {i for rows in kept.values() for i in rows.feature_ids.tolist()}
+        if unknown:
+            raise ValueError(f"Feature ids {sorted(unknown)} are not among the selected rows of this FeatureSet.")
+        if not kept:
+            raise ValueError(f"This FeatureSet has no row for {_wish(language, wanted_ids)}.")
+        return replace(self, layers=kept)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise a ValueError naming both sides when the features were found on a model of another shape or kind."""
+        found = model_identity(model)
+        different = [key for key in IDENTITY_KEYS if found[key] != self.model[key]]
+        if different:
+            details = "; ".join(
+                f"{key} {self.model[key]} in the features, {found[key]} in the model" for key in different
+            )
+            raise ValueError(
+                f"This FeatureSet was found on {self.model.get('name_or_path') or 'another model'} and does not fit "
+                f"{found.get('name_or_path') or 'this model'}: {details}. Find the features on this model."
+            )
+
+    def to_table(self) -> Table:
+        """One line per row: layer, language, name, score, firing rate inside and outside the language, effect."""
+        lines: list[list[Cell]] = []
+        for layer, rows in self.layers.items():
+            for i, label in enumerate(rows.labels):
+                inside = self.language_index(label)
+                outside = [j for j in range(len(self.languages)) if j != inside]
+                lines.append([
+                    layer, label, rows.names[i], float(rows.scores[i]), float(rows.firing_rate[inside, i]),
+                    float(rows.firing_rate[outside, i].mean()) if outside else None,
+                    float(rows.encoder_mean[inside, i]), float(rows.effects[i]),
+                ])  # fmt: skip
+        name = self.model.get("name_or_path") or self.model["model_type"]
+        return Table(
+            title=f"Features of {name}: {len(self)} rows, layers {', '.join(map(str, self.layers))}, "
+            f"languages {', '.join(self.languages)}",
+            columns=["layer", "language", "feature", "score", "fires inside", "fires outside", "alpha", "effect"],
+            rows=lines,
+            caption="score: monolinguality. fires: share of tokens of the language, and mean share of the others. "
+            "alpha: mean pre-activation in the language. effect: on the language's log-probability, per unit.",
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with JSON metadata, atomically (a reader sees the old file or the new one)."""
+        return write_feature_set(
+            path,
+            model=self.model,
+            languages=self.languages,
+            layers=self.layers,
+            settings=self.settings,
+            provenance=self.provenance,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureSet:
+        """Read and validate a file written by `save`. It holds tensors and JSON only, so it cannot run code.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a FeatureSet, another version, or damaged; the message says what was found.
+        """
+        return cls(**read_feature_set(path))
+
+    def _layer(self, layer: int) -> LayerFeatures:
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} is not in this FeatureSet; it has {', '.join(map(str, self.layers))}.")
+        return self.layers[layer]
+
+
+def _matching_rows(rows: LayerFeatures, language: str | None, ids: set[int] | None, top: int | None) -> list[int]:
+    positions = [
+        i
+        for i, (label, feature) in enumerate(zip(rows.labels, rows.feature_ids.tolist(), strict=True))
+        if (language is None or label == language) and (ids is None or feature in ids)
+    ]
+    if top is None:
+        return positions
+    scores = torch.nan_to_num(rows.scores, nan=-math.inf)
+    kept: list[int] = []
+    for label in dict.fromkeys(rows.labels[i] for i in positions):
+        # sorted() is stable, so rows of equal score keep their order
+        kept += sorted((i for i in positions if rows.labels[i] == label), key=lambda i: -float(scores[i]))[:top]
+    return kept
+
+
+def _wish(language: str | None, ids: set[int] | None) -> str:
+    parts = [] if language is None else [f"language {language!r}"]
+    if ids:
+        parts.append(f"feature ids {sorted(ids)}")
+    return " and ".join(parts) or "this selection"
+
+
+def _as_list(value: Iterable[int] | int) -> Sequence[int]:
+    return [value] if isinstance(value, int) else [int(item) for item in value]
