@@ -16,7 +16,7 @@ Cell = str | int | float | bool | None
 MISSING = "-"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Table:
     """A titled table of plain values, and a caption for what the columns mean."""
 

@@ -1,0 +1,257 @@
+"""Plots as inline SVG: interval bars, curves with bands, a scatter with intervals. matplotlib is imported on first use.
+
+Every function takes numbers and returns one `<svg>` element as a string, for `report.html.Figure`. Axes and text are
+drawn in `currentColor` and text stays text, so that a figure follows the reader's light or dark theme and fonts. The
+figures are drawn without pyplot: no window, no figure left open, no backend chosen for the calling program.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#3f7fd0", "#df7f3b", "#2f9e77", "#b062b3", "#c59f1d", "#d3545f", "#56a5c4", "#8c8c8c")
+"""Middle tones that hold on white and on near-black paper."""
+
+_INK = "#010203"  # stands for the text colour while matplotlib draws; replaced by currentColor in the SVG
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qscope_posttrain",  # the same numbers give the same file
+    "text.parse_math": False,  # a dollar sign in a label is a dollar sign
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "grid.color": _INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its value, its interval, and the single measurements behind it (one a seed), drawn as dots."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    points: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve `y` over `x`, with an optional band from `low` to `high`."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"curve '{self.name}' has one edge of a band; give both `low` and `high`, or neither.")
+        lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
+        if len(lengths) != 1:
+            raise ValueError(f"curve '{self.name}' has series of different lengths: {sorted(lengths)}.")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One point of a scatter, with an optional interval `(low, high)` on each axis."""
+
+    name: str
+    x: float
+    y: float
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+
+
+def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, reference: str | None = None) -> str:
+    """Horizontal bars with intervals, the first bar on top.
+
+    Args:
+        label: What the horizontal axis measures.
+        percent: The values are shares in [0, 1]; the axis shows per cent.
+        reference: Name of the bar to which the others are compared: it is grey, with a line through the plot.
+
+    Raises:
+        ValueError: no bars, or no bar of the name `reference`.
+    """
+    if not bars:
+        raise ValueError("interval_bars needs at least one bar.")
+    names = [bar.name for bar in bars]
+    if reference is not None and reference not in names:
+        raise ValueError(f"no bar is called '{reference}'; the bars are {names}.")
+
+    def draw(axes: Axes) -> None:
+        for row, bar in enumerate(bars):
+            colour = COLOURS[-1] if bar.name == reference else COLOURS[0]
+            axes.barh(row, bar.value, height=0.58, color=colour, alpha=0.72, linewidth=0)
+            if bar.low is not None and bar.high is not None:
+                axes.plot([bar.low, bar.high], [row, row], color=_INK, linewidth=1.3, solid_capstyle="butt")
+                axes.plot([bar.low, bar.high], [row, row], "|", color=_INK, markersize=8, markeredgewidth=1.3)
+            axes.plot(bar.points, [row + 0.17] * len(bar.points), "o", color=_INK, markersize=3.2, alpha=0.5, mew=0)
+            text = f"{100 * bar.value:.1f} %" if percent else f"{bar.value:.3g}"
+            end = max(value for value in (bar.value, bar.high, *bar.points) if value is not None)
+            axes.annotate(text, (end, row), (7, 0), textcoords="offset points", va="center", fontsize=9.5)
+            if bar.name == reference:
+                axes.axvline(bar.value, color=_INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
+        axes.set_yticks(range(len(bars)), names)
+        axes.set_ylim(len(bars) - 0.45, -0.55)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.12)
+        axes.grid(axis="x")
+        axes.set_xlabel(label)
+        if percent:
+            _percent(axes.xaxis)
+
+    return _svg(draw, width=7.6, height=0.85 + 0.36 * len(bars))
+
+
+def line_curves(curves: Sequence[Curve], x_label: str, y_label: str, log_y: bool = False, percent: bool = False) -> str:
+    """Curves with optional bands on common axes, with a legend at the right.
+
+    Args:
+        log_y: Logarithmic vertical axis, for losses and perplexities that fall over decades.
+        percent: The values are shares in [0, 1]; the vertical axis shows per cent.
+
+    Raises:
+        ValueError: no curves.
+    """
+    if not curves:
+        raise ValueError("line_curves needs at least one curve.")
+
+    def draw(axes: Axes) -> None:
+        for index, curve in enumerate(curves):
+            colour = COLOURS[index % len(COLOURS)]
+            dashes = "-" if index < len(COLOURS) else "--"
+            axes.plot(curve.x, curve.y, dashes, color=colour, linewidth=1.7, label=curve.name)
+            if curve.low is not None and curve.high is not None:
+                axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
+        if log_y:
+            axes.set_yscale("log")
+        axes.grid(axis="both")
+        axes.margins(x=0.01)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if percent:
+            _percent(axes.yaxis)
+        if len(curves) > 1:
+            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    return _svg(draw, width=7.6, height=3.5)
+
+
+def scatter_with_intervals(
+    marks: Sequence[Mark], x_label: str, y_label: str, x_percent: bool = False, y_percent: bool = False
+) -> str:
+    """Points with an interval on each axis and their names beside them: what a method gains against what it costs.
+
+    Raises:
+        ValueError: no points.
+    """
+    if not marks:
+        raise ValueError("scatter_with_intervals needs at least one point.")
+
+    def draw(axes: Axes) -> None:
+        for index, mark in enumerate(marks):
+            colour = COLOURS[index % len(COLOURS)]
+            line = {"color": colour, "linewidth": 1.2, "alpha": 0.6, "solid_capstyle": "butt"}
+            if mark.x_interval is not None:
+                axes.plot(mark.x_interval, [mark.y, mark.y], **line)
+            if mark.y_interval is not None:
+                axes.plot([mark.x, mark.x], mark.y_interval, **line)
+            axes.plot(mark.x, mark.y, "o", color=colour, markersize=7, mew=0)
+        axes.grid(axis="both")
+        axes.margins(0.09)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if x_percent:
+            _percent(axes.xaxis)
+        if y_percent:
+            _percent(axes.yaxis)
+        _name_marks(axes, marks)
+
+    return _svg(draw, width=7.6, height=4.4)
+
+
+def _name_marks(axes: Axes, marks: Sequence[Mark], line_height: float = 13.0) -> None:
+    """Write the names in a column at the right, in the order of the points' height and never over each other."""
+    axes.figure.canvas.draw()  # fixes the limits, and with them the transformations
+    to_pixels, box = axes.transData, axes.get_window_extent()
+    scale = axes.figure.dpi / 72.0
+    heights = [to_pixels.transform((mark.x, mark.y))[1] for mark in marks]
+    next_free = box.y1 + line_height * scale
+    for index in sorted(range(len(marks)), key=lambda number: -heights[number]):
+        mark, colour = marks[index], COLOURS[index % len(COLOURS)]
+        next_free = min(heights[index], next_free - line_height * scale)
+        height = (next_free - box.y0) / box.height
+        axes.annotate(
+            mark.name,
+            xy=(mark.x, mark.y),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            fontsize=9.5,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.8,
+                "linestyle": ":",
+                "shrinkA": 1,
+                "shrinkB": 4,
+            },
+        )
+
+
+def _percent(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+
+
+def _svg(draw: Any, width: float, height: float) -> str:
+    """Draw on fresh axes of `width` x `height` inches and return the SVG element."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings(), io.StringIO() as stream:
+        # Text stays text: the reader's browser has the glyphs that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure = Figure(figsize=(width, height))
+        FigureCanvasSVG(figure)
+        draw(figure.add_subplot())
+        figure.savefig(
+            stream,
+            format="svg",
+            transparent=True,
+            bbox_inches="tight",
+            pad_inches=0.05,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+        drawn = stream.getvalue()
+    element = drawn[drawn.index("<svg") :].strip()  # an XML prologue has no place inside HTML
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    return element.replace(_INK, "currentColor")
