@@ -1,0 +1,193 @@
+"""Finding the text decoder, whatever the architecture and the wrapping."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from qscope_posttrain.residual.layers import (
+    check_layers,
+    decoder_layers,
+    final_norm,
+    output_embedding,
+    text_config,
+)
+
+ARCHITECTURES = ["qwen3", "qwen3_moe", "qwen3_5_text", "llama", "mistral", "gemma2", "gemma3_text"]
+WRAPPERS = ["qwen3_5_vl", "qwen3_5_moe_vl", "qwen3_vl", "gemma3_vl", "llava"]
+
+_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_QWEN_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [],
+}
+# As many vision layers as text layers, so that counting layers cannot tell the towers apart.
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def build_multimodal(name: str) -> transformers.PreTrainedModel:
+    """A tiny random vision-language model whose vision tower is as deep as its decoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "qwen3_5_vl":
+            config = transformers.Qwen3_5Config(
+                text_config={**_TEXT, **_LINEAR_ATTENTION}, vision_config=dict(_QWEN_VISION)
+            )
+            return transformers.Qwen3_5ForConditionalGeneration(config).eval()
+        if name == "qwen3_5_moe_vl":
+            config = transformers.Qwen3_5MoeConfig(
+                text_config={**_TEXT, **_LINEAR_ATTENTION, **_EXPERTS, "shared_expert_intermediate_size": 16},
+                vision_config=dict(_QWEN_VISION),
+            )
+            return transformers.Qwen3_5MoeForConditionalGeneration(config).eval()
+        if name == "qwen3_vl":
+            text = {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+            config = transformers.Qwen3VLConfig(text_config=text, vision_config=dict(_QWEN_VISION))
+            return transformers.Qwen3VLForConditionalGeneration(config).eval()
+        if name == "gemma3_vl":
+            config = transformers.Gemma3Config(
+                text_config=dict(_TEXT), vision_config=dict(_VISION), mm_tokens_per_image=4
+            )
+            return transformers.Gemma3ForConditionalGeneration(config).eval()
+        config = transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**_TEXT),
+            vision_config=transformers.CLIPVisionConfig(**_VISION, projection_dim=32),
+        )
+        return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_text_architecture(make_model, architecture):
+    model = make_model(architecture)
+    assert decoder_layers(model) is model.model.layers
+    assert final_norm(model) is model.model.norm
+    assert output_embedding(model) is model.lm_head
+    assert text_config(model) is model.config
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_multimodal_wrapper_gives_the_text_decoder(name):
+    model = build_multimodal(name)
+    language_model = model.model.language_model
+    assert decoder_layers(model) is language_model.layers
+    assert final_norm(model) is language_model.norm
+    assert output_embedding(model) is model.lm_head
+    assert text_config(model).hidden_size == 32
+    assert text_config(model).num_hidden_layers == 3
+
+
+def test_other_names_for_the_same_parts():
+    config = transformers.GPT2Config(vocab_size=128, n_positions=32, n_embd=32, n_layer=3, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    assert decoder_layers(model) is model.transformer.h
+    assert final_norm(model) is model.transformer.ln_f
+    assert output_embedding(model) is model.lm_head
+
+
+def test_backbone_without_head(make_model):
+    backbone = make_model().model
+    assert decoder_layers(backbone) is backbone.layers
+    with pytest.raises(ValueError, match="no output embedding"):
+        output_embedding(backbone)
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_peft(make_model, task_type):
+    model = make_model()
+    layers, norm = model.model.layers, model.model.norm
+    lora = peft.LoraConfig(target_modules=["q_proj", "lm_head", "embed_tokens"], task_type=task_type)
+    wrapped = peft.get_peft_model(model, lora)
+    assert decoder_layers(wrapped) is layers
+    assert final_norm(wrapped) is norm
+    assert output_embedding(wrapped) is model.lm_head
+    assert text_config(wrapped) is model.config
+
+
+def test_peft_saving_embedding_and_norm(make_model):
+    model = make_model()
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"])
+    wrapped = peft.get_peft_model(model, lora)
+    assert decoder_layers(wrapped) is model.model.layers
+    assert final_norm(wrapped) is model.model.norm
+
+
+def test_compiled_and_nested_wrappers(make_model):
+    model = make_model()
+    layers = model.model.layers
+    assert decoder_layers(torch.compile(model, backend="eager")) is layers
+    wrapped = torch.compile(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])), backend="eager")
+    assert decoder_layers(nn.ModuleDict({"module": wrapped})) is layers
+
+
+def test_model_without_transformers_is_refused():
+    with pytest.raises(ValueError, match="Sequential holds no transformers model"):
+        decoder_layers(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_encoder_decoder_is_refused():
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        decoder_layers(transformers.T5ForConditionalGeneration(config))
+
+
+def test_layer_count_that_contradicts_the_config_is_named(make_model):
+    model = make_model()
+    del model.model.layers[3]
+    with pytest.raises(ValueError, match=r"list of 4 decoder layers.*Qwen3Model\.layers \(3\)"):
+        decoder_layers(model)
+
+
+def test_two_norms_behind_the_layers_are_refused(make_model):
+    model = make_model()
+    model.model.second_norm = nn.LayerNorm(64)
+    with pytest.raises(ValueError, match="one norm behind.*LayerNorm"):
+        final_norm(model)
+
+
+def test_check_layers(make_model):
+    model = make_model()
+    assert check_layers(model, [3, 0]) == (3, 0)
+    assert check_layers(model, torch.tensor([1, 2])) == (1, 2)
+    with pytest.raises(ValueError, match=r"Layers \[4\] do not exist.*4 layers.*0 to 3"):
+        check_layers(model, [1, 4])
+    with pytest.raises(ValueError, match=r"\[-1\] do not exist"):
+        check_layers(model, [-1])
+    with pytest.raises(ValueError, match="No layer given"):
+        check_layers(model, [])
+    with pytest.raises(ValueError, match="twice"):
+        check_layers(model, [1, 1])
+    for wrong in ([1.0], "12", 3, None):
+        with pytest.raises(TypeError, match="must be integers"):
+            check_layers(model, wrong)
