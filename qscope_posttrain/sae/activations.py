@@ -1,0 +1,151 @@
+"""The nonlinearities of sparse autoencoders: which pre-activations survive, with which value.
+
+Each is a small frozen dataclass with one method that matters, `select(pre)`, which turns dense pre-activations
+`[tokens, d_sae]` into `(values, indices)`, both `[tokens, width]`. A latent *fires* on a token when its value is above
+zero; entries of value zero only fill the rectangle, and add nothing when decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from qscope_posttrain.sae.checks import check_finite, check_tensor
+
+TOP_K_VARIANTS = ("relu_after", "relu_before", "signed")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Common part of all activations."""
+
+    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Survivors of `pre` [tokens, d_sae] as (values, int64 indices), both [tokens, width].
+
+        `pre` is only read. Differentiable with respect to `pre`; the choice of the survivors is not.
+        """
+        raise NotImplementedError
+
+    def check(self, d_sae: int) -> None:
+        """Raise ValueError if the activation cannot belong to a dictionary of `d_sae` latents."""
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Activation:
+        """The same activation with its tensors, if it has any, on another device or in another dtype."""
+        return self
+
+
+@dataclass(frozen=True)
+class TopK(Activation):
+    """The `k` largest pre-activations of a token (Gao et al. 2024, arXiv 2406.04093, equation 2).
+
+    Published encoders differ in where the ReLU stands. With z = W_enc x + b_enc:
+
+    - "relu_after": relu(topk(z)). A negative survivor becomes an entry of value zero.
+    - "relu_before": topk(relu(z)). The same values as relu_after; entries of value zero may carry any index.
+    - "signed": topk(z), no ReLU. A negative survivor keeps its value, and enters the reconstruction.
+
+    All three agree on every token with at least `k` positive pre-activations.
+    """
+
+    k: int
+    variant: str = "relu_after"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int):
+            raise TypeError(f"k must be an integer, got {self.k!r} ({type(self.k).__name__})")
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+        if self.variant not in TOP_K_VARIANTS:
+            raise ValueError(f"unknown TopK variant {self.variant!r}; choose one of {', '.join(TOP_K_VARIANTS)}")
+
+    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        if self.variant == "relu_before":
+            pre = pre.relu()
+        values, indices = pre.topk(self.k, dim=-1)
+        return (values.relu() if self.variant == "relu_after" else values), indices
+
+    def check(self, d_sae: int) -> None:
+        if self.k > d_sae:
+            raise ValueError(f"TopK keeps k={self.k} latents, but the dictionary has only {d_sae}")
+
+
+@dataclass(frozen=True)
+class ReLU(Activation):
+    """All positive pre-activations. The width is that of the token with the most of them."""
+
+    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return _pack(pre, pre > 0)
+
+
+@dataclass(frozen=True)
+class BatchTopK(Activation):
+    """Inference form of BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): relu(z) where it exceeds one `threshold`.
+
+    The threshold stands for the k-th value of the training batches, so that a token does not depend on its batch.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"the BatchTopK threshold must be finite, got {self.threshold}")
+
+    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return _pack(pre, (pre > self.threshold) & (pre > 0))
+
+
+@dataclass(frozen=True, eq=False)
+class JumpReLU(Activation):
+    """relu(z) where it exceeds the latent's own threshold (Rajamanoharan et al. 2024, arXiv 2407.14435, equation 3).
+
+    `threshold` [d_sae] is in units of the pre-activation.
+    """
+
+    threshold: Tensor
+
+    def __post_init__(self) -> None:
+        check_tensor("threshold", self.threshold, (None,))
+        check_finite("threshold", self.threshold)
+
+    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        return _pack(pre, (pre > self.threshold) & (pre > 0))
+
+    def check(self, d_sae: int) -> None:
+        if self.threshold.shape[0] != d_sae:
+            raise ValueError(f"JumpReLU has {self.threshold.shape[0]} thresholds for a dictionary of {d_sae} latents")
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> JumpReLU:
+        return JumpReLU(self.threshold.to(device=device, dtype=dtype))
+
+
+AnyActivation = TopK | ReLU | BatchTopK | JumpReLU
+_BY_NAME: dict[str, type[Activation]] = {kind.__name__.lower(): kind for kind in get_args(AnyActivation)}
+
+
+def _pack(pre: Tensor, fires: Tensor) -> tuple[Tensor, Tensor]:
+    """Rectangle of the firing entries of `pre`, widest token first; one host sync for its width."""
+    width = int(fires.sum(dim=-1).amax()) if fires.numel() else 0
+    kept: tuple[Tensor, Tensor] = torch.where(fires, pre, 0.0).topk(width, dim=-1)
+    return kept
+
+
+def activation_to_spec(activation: Activation) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The activation as (JSON-able settings, tensors), to be stored; `activation_from_spec` reads it back."""
+    fields = {"name": type(activation).__name__.lower(), **vars(activation)}
+    settings = {key: value for key, value in fields.items() if not isinstance(value, Tensor)}
+    return settings, {key: value for key, value in fields.items() if isinstance(value, Tensor)}
+
+
+def activation_from_spec(settings: Any, tensors: dict[str, Tensor]) -> Activation:
+    """The activation that `activation_to_spec` described. ValueError for anything it would not have written."""
+    if not isinstance(settings, dict) or settings.get("name") not in _BY_NAME:
+        raise ValueError(f"unknown activation {settings!r}; known are {', '.join(_BY_NAME)}")
+    arguments = {key: value for key, value in settings.items() if key != "name"} | tensors
+    try:
+        return _BY_NAME[settings["name"]](**arguments)
+    except TypeError as error:
+        raise ValueError(f"invalid settings for activation {settings['name']}: {error}") from error

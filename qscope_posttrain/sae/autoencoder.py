@@ -1,0 +1,312 @@
+"""The sparse autoencoder in its one in-memory form, whatever file it came from.
+
+    pre   = W_enc x + b_enc                          [d_sae]
+    f     = activation(pre)                          sparse, [d_sae]
+    x_hat = W_dec^T f + b_dec                        [d_model]
+
+x is the raw output of a decoder layer (the residual stream after block n). Scaling of the input, subtraction of b_dec
+and decoder norms, where a format has them, are folded into these four tensors when a file is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qscope_posttrain.provenance import file_sha256
+from qscope_posttrain.sae.activations import Activation, TopK
+from qscope_posttrain.sae.checks import check_finite, check_tensor
+from qscope_posttrain.sae.formats import native, open_stored
+from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor, read_rows
+from qscope_posttrain.sae.source import LocatedFile, SAESource, locate
+
+__all__ = ["FeatureRows", "SAESource", "SparseAutoencoder"]
+
+_TENSOR_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+_TILE_ELEMENTS = 1 << 24
+"""Pre-activations held at a time while encoding: 64 MiB in float32, 512 tokens of a dictionary of 32768 latents."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseAutoencoder:
+    """A dictionary in units of the raw residual stream. Immutable; `to` and `dataclasses.replace` make new ones.
+
+    Constructing one checks shapes, dtypes, devices and that all values are finite: ValueError or TypeError otherwise.
+    """
+
+    W_enc: Tensor
+    """Encoder, [d_sae, d_model]: a row per feature."""
+    b_enc: Tensor
+    """Encoder bias, [d_sae]."""
+    W_dec: Tensor
+    """Decoder, [d_sae, d_model]: a feature's direction is a row. Norms are whatever was trained."""
+    b_dec: Tensor
+    """Decoder bias, [d_model]: added in `decode`, never subtracted in `encode`."""
+    activation: Activation
+    """What survives of the pre-activations."""
+    layer: int | None = None
+    """Decoder layer whose output it reads, counted from 0; None if unknown."""
+    source: SAESource = field(default_factory=lambda: SAESource("memory"))
+    """Where it came from."""
+
+    def __post_init__(self) -> None:
+        check_tensor("b_enc", self.b_enc, (None,))
+        check_tensor("b_dec", self.b_dec, (None,))
+        check_tensor("W_enc", self.W_enc, (self.d_sae, self.d_model))
+        check_tensor("W_dec", self.W_dec, (self.d_sae, self.d_model))
+        kinds = {(tensor.dtype, tensor.device) for tensor in self._tensors().values()}
+        if len(kinds) > 1:
+            raise ValueError(f"the tensors of an SAE must share one dtype and device, got {kinds}")
+        for name, tensor in self._tensors().items():
+            check_finite(name, tensor)
+        if not isinstance(self.activation, Activation):
+            raise TypeError(f"activation must be TopK, ReLU, JumpReLU or BatchTopK, got {self.activation!r}")
+        self.activation.check(self.d_sae)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.b_enc.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.b_dec.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    def __repr__(self) -> str:
+        layer = "unknown layer" if self.layer is None else f"layer {self.layer}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        kind = self.activation if isinstance(self.activation, TopK) else type(self.activation).__name__
+        where = f"{layer}, {dtype} on {self.device}, {self.source}"
+        return f"SparseAutoencoder({self.d_sae} x {self.d_model}, {kind}, {where})"
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseAutoencoder:
+        """A copy on another device or in another dtype (`self` where nothing changes)."""
+        device = self.device if device is None else torch.device(device)
+        dtype = self.dtype if dtype is None else dtype
+        if (self.device, self.dtype) == (device, dtype):
+            return self
+        return replace(
+            self,
+            W_enc=self.W_enc.to(device, dtype),
+            b_enc=self.b_enc.to(device, dtype),
+            W_dec=self.W_dec.to(device, dtype),
+            b_dec=self.b_dec.to(device, dtype),
+            activation=self.activation.to(device, dtype),
+        )
+
+    def pre_activations(self, x: Tensor, feature_ids: Sequence[int] | Tensor | None = None) -> Tensor:
+        """W_enc x + b_enc, before any nonlinearity: [tokens, d_model] -> [tokens, F], in the dtype of the SAE.
+
+        With `feature_ids` only those rows are computed (F of them, in that order); without, all d_sae, which for many
+        tokens is a large matrix: `encode` never holds it. Differentiable with respect to `x`.
+        """
+        x = self._checked_input(x)
+        W_enc, b_enc = self.W_enc, self.b_enc
+        if feature_ids is not None:
+            ids = feature_id_tensor(feature_ids, self.d_sae).to(self.device)
+            W_enc, b_enc = W_enc[ids], b_enc[ids]
+        with torch.autocast(self.device.type, enabled=False):
+            return F.linear(x, W_enc, b_enc)
+
+    def encode(self, x: Tensor, tile_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Sparse code of x [tokens, d_model]: (values [tokens, width], indices int32 [tokens, width]).
+
+        width is k for TopK, and for the other activations the largest number of firing latents of any token. A latent
+        fires where its value is above 0; entries of value 0 only fill the rectangle.
+
+        Tokens are encoded in tiles of `tile_tokens` (by default as many as give 64 MiB of float32 pre-activations), so
+        that a [tokens, d_sae] matrix never exists; the tile changes results by rounding only. Differentiable with
+        respect to `x`: the backward pass needs one tile of [tile_tokens, d_sae] at a time, too.
+        """
+        x = self._checked_input(x)
+        tile = max(1, _TILE_ELEMENTS // self.d_sae) if tile_tokens is None else tile_tokens
+        if tile < 1:
+            raise ValueError(f"tile_tokens must be at least 1, got {tile_tokens}")
+        with torch.autocast(self.device.type, enabled=False):
+            parts = [self.activation.select(pre) for pre in self._tiles(x, tile)]
+        width = max((values.shape[1] for values, _ in parts), default=0)
+        values = [F.pad(values, (0, width - values.shape[1])) for values, _ in parts]
+        indices = [F.pad(indices.to(torch.int32), (0, width - indices.shape[1])) for _, indices in parts]
+        return torch.cat(values), torch.cat(indices)
+
+    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
+        """Reconstruction [tokens, d_model] of a sparse code: sum_j values_j W_dec[indices_j] + b_dec.
+
+        `values` and `indices` are [tokens, width] as from `encode`. Differentiable with respect to `values` (and to
+        W_dec and b_dec, if they require it). No [tokens, d_sae] or [tokens, width, d_model] tensor is made.
+        """
+        if values.ndim != 2 or values.shape != indices.shape:
+            raise ValueError(
+                f"values and indices must both be [tokens, width], got {list(values.shape)} and {list(indices.shape)}"
+            )
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
+        if values.numel() == 0:
+            return self.b_dec.repeat(values.shape[0], 1)
+        with torch.autocast(self.device.type, enabled=False):
+            weights = values.to(self.dtype)
+            return F.embedding_bag(indices, self.W_dec, mode="sum", per_sample_weights=weights) + self.b_dec
+
+    def select(self, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
+        """Copies of the rows of some features, in the given order."""
+        ids = feature_id_tensor(feature_ids, self.d_sae)
+        at = ids.to(self.device)
+        return FeatureRows(ids, self.W_enc[at], self.b_enc[at], self.W_dec[at], self.source, self.layer)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file (see `formats.native`), whole or not at all. Its name must end in .safetensors.
+
+        Name it `layer{n}.sae.safetensors` to have it found by folder and layer number.
+        """
+        path = Path(path).expanduser()
+        if path.suffix != ".safetensors":
+            raise ValueError(f"an SAE is saved as safetensors: end the file name in .safetensors, got {path.name!r}")
+        native.write_file(path, self._tensors(), self.activation, self.layer, self.source.origin or self.source)
+        return path
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        layer: int | None = None,
+        k: int | None = None,
+        *,
+        revision: str | None = None,
+        d_model: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        checksum: bool = True,
+    ) -> SparseAutoencoder:
+        """Read a whole dictionary.
+
+        Args:
+            source: A file, a folder of `layer{n}.sae.pt` / `layer{n}.sae.safetensors`, or a hub repository id, from
+                which only that layer's file is downloaded.
+            layer: Layer number from 0; may be left out where the file or a single candidate says it.
+            k: Survivors of TopK. Qwen-Scope files do not hold it: it is taken from a release name
+                (SAE-Res-<model>-W{N}K-L0_{k}) in the repository id or a parent folder, or has to be given.
+            revision: Branch, tag or commit of a hub repository.
+            d_model: Width of the model's residual stream; an SAE of another width is an error.
+            dtype: float32 by default, whatever the file holds.
+            device: CPU by default.
+            checksum: Record the file's sha256 in `source` (about a second per gigabyte).
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: damaged, hostile or mismatched: the message names file, fault, and what was expected.
+        """
+        located, stored = _open(source, layer, revision, d_model)
+        activation = _activation(located, stored, k)
+        sha256 = file_sha256(stored.path) if checksum else None
+        place, kind = torch.device(device or "cpu"), dtype or torch.float32
+        views = {name: getattr(stored, name) for name in _TENSOR_NAMES}
+        try:
+            return cls(
+                **{name: torch.empty(view.shape, dtype=kind, device=place).copy_(view) for name, view in views.items()},
+                activation=activation.to(place, kind),
+                layer=located.layer if stored.layer is None else stored.layer,
+                source=located.describe(stored.format, sha256, stored.origin),
+            )
+        except ValueError as error:
+            raise ValueError(f"{stored.path}: {error}") from error
+
+    @classmethod
+    def rows(
+        cls,
+        source: str | Path,
+        feature_ids: Sequence[int] | Tensor,
+        layer: int | None = None,
+        *,
+        revision: str | None = None,
+        d_model: int | None = None,
+    ) -> FeatureRows:
+        """Read the rows of some features, without the dictionary: see `rows.read_rows`. Arguments as for `load`.
+
+        k is not needed. The sha256 is left out of `source`, since it would read the whole file:
+        `source.with_sha256(rows.source)` computes it.
+        """
+        located, stored = _open(source, layer, revision, d_model)
+        return read_rows(located, stored, feature_ids)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _TENSOR_NAMES}
+
+    def _checked_input(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.d_model:
+            raise ValueError(f"x must be [tokens, {self.d_model}] for this SAE, got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}")
+        if x.device != self.device:
+            raise ValueError(f"x is on {x.device}, the SAE on {self.device}: move one with .to(device=...)")
+        return x.to(self.dtype)
+
+    def _tiles(self, x: Tensor, tile: int) -> Iterator[Tensor]:
+        """Pre-activations of `tile` tokens at a time; in one buffer, overwritten, unless autograd has to see them."""
+        pieces = x.split(tile)
+        needs_graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.W_enc, self.b_enc))
+        if needs_graph:
+            yield from (F.linear(piece, self.W_enc, self.b_enc) for piece in pieces)
+            return
+        buffer = x.new_empty(min(tile, x.shape[0]), self.d_sae)
+        for piece in pieces:
+            with torch.no_grad():
+                pre = torch.addmm(self.b_enc, piece, self.W_enc.t(), out=buffer[: piece.shape[0]])
+            yield pre
+
+
+def _open(
+    source: str | Path, layer: int | None, revision: str | None, d_model: int | None
+) -> tuple[LocatedFile, StoredSAE]:
+    located = locate(source, layer, revision)
+    stored = open_stored(located)
+    if d_model is not None and stored.b_dec.shape[0] != d_model:
+        raise ValueError(
+            f"{stored.path} is for a residual stream of width {stored.b_dec.shape[0]}, but the model has {d_model}: "
+            "this SAE belongs to another model"
+        )
+    return located, stored
+
+
+def _activation(located: LocatedFile, stored: StoredSAE, k: int | None) -> Activation:
+    """The activation by file, release name and caller, which must not contradict each other."""
+    known: dict[str, int] = {}
+    if isinstance(stored.activation, TopK):
+        known["the file"] = stored.activation.k
+    if located.release is not None:
+        known[f"the release name {located.release.name}"] = located.release.k
+    if k is not None:
+        known["the caller"] = k
+    if stored.activation is not None and not isinstance(stored.activation, TopK) and k is not None:
+        raise ValueError(f"{stored.path} has a {type(stored.activation).__name__} activation, so k={k} means nothing")
+    if len(set(known.values())) > 1:
+        told = ", ".join(f"{who} says k={value}" for who, value in known.items())
+        raise ValueError(f"{stored.path}: contradicting k: {told}")
+    if stored.activation is not None:
+        return stored.activation
+    if not known:
+        raise ValueError(
+            f"{stored.path}: k is not in the file, and no folder above it is named like a release "
+            "(SAE-Res-<model>-W<N>K-L0_<k>): give it with k=..., for Qwen-Scope 50 or 100"
+        )
+    activation = TopK(next(iter(known.values())))
+    try:
+        activation.check(stored.b_enc.shape[0])
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {error}") from error
+    return activation
