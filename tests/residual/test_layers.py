@@ -172,7 +172,7 @@ def test_layer_count_that_contradicts_the_config_is_named(make_model):
 def test_two_norms_behind_the_layers_are_refused(make_model):
     model = make_model()
     model.model.second_norm = nn.LayerNorm(64)
-    with pytest.raises(ValueError, match="one norm behind.*LayerNorm"):
+    with pytest.raises(ValueError, match=r"one norm behind.*LayerNorm"):
         final_norm(model)
 
 

@@ -1,0 +1,198 @@
+"""The steering formulas, their validation, and that nothing of them is left behind."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qscope_posttrain.residual.capture import LayerCapture, forward_to_layer
+from qscope_posttrain.residual.layers import decoder_layers
+from qscope_posttrain.residual.steering import Steering, steer
+
+IDS = torch.arange(3, 15).view(2, 6)
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.fixture
+def direction():
+    return torch.randn(64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "qwen3_moe", "qwen3_5_text"])
+def test_formulas(make_model, direction, architecture):
+    model = make_model(architecture)
+    hidden = forward_to_layer(model, [1], input_ids=IDS)[1]
+    expected = {
+        Steering(direction, (1,), strength=-2.5): hidden - 2.5 * direction,
+        Steering(direction, (1,), strength=3.0, unit="norm"): hidden + 3.0 * direction / direction.norm(),
+        Steering(direction, (1,), mode="project_out"): hidden
+        - (hidden @ direction / direction.square().sum())[..., None] * direction,
+        Steering(3 * direction, (1,), strength=0.5, mode="project_out"): hidden
+        - 0.5 * (hidden @ direction / direction.square().sum())[..., None] * direction,
+    }
+    for steering, value in expected.items():
+        with steer(model, steering) as calls:
+            torch.testing.assert_close(forward_to_layer(model, [1], input_ids=IDS)[1], value)
+        assert calls == {1: 1}
+    assert hooks_of(model) == 0
+    assert torch.equal(forward_to_layer(model, [1], input_ids=IDS)[1], hidden)
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 100))
+@settings(max_examples=25, deadline=None)
+def test_projecting_out_is_complete_and_ignores_length(seed, length):
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    layer = _Layer(torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(seed + 1)))
+    model = _model_of(layer)
+    with steer(model, Steering(length * direction, (0,), mode="project_out")):
+        result = layer(None)
+    assert (result.double() @ direction).abs().max() < 1e-5 * direction.norm()
+
+
+def test_zero_strength_changes_nothing(make_model, direction):
+    model = make_model()
+    plain = model(IDS).logits
+    with steer(model, Steering(direction, (1, 2), strength=0.0)):
+        assert torch.equal(model(IDS).logits, plain)
+
+
+def test_several_and_nested_steerings_compose(make_model, direction):
+    model = make_model()
+    other = direction.flip(0)
+    hidden = forward_to_layer(model, [2], input_ids=IDS)[2]
+    projected = (hidden + direction) - ((hidden + direction) @ other / other.square().sum())[..., None] * other
+    add, remove = Steering(direction, (2,)), Steering(other, (2,), mode="project_out")
+    with steer(model, add, remove):
+        torch.testing.assert_close(forward_to_layer(model, [2], input_ids=IDS)[2], projected)
+    with steer(model, add):
+        with steer(model, remove):
+            torch.testing.assert_close(forward_to_layer(model, [2], input_ids=IDS)[2], projected)
+        torch.testing.assert_close(forward_to_layer(model, [2], input_ids=IDS)[2], hidden + direction)
+
+
+def test_tuple_outputs_keep_their_other_entries():
+    layer = _Layer(torch.ones(1, 2, 16), rest=("cache", 7))
+    with steer(_model_of(layer), Steering(torch.ones(16), (0,), strength=2.0)):
+        hidden, *rest = layer(None)
+    assert torch.equal(hidden, torch.full((1, 2, 16), 3.0))
+    assert rest == ["cache", 7]
+
+
+def test_captured_output_is_untouched_by_a_later_steering(make_model, direction):
+    """A steering hook returns a new tensor: whoever holds the layer's own output keeps it."""
+    model = make_model()
+    plain = forward_to_layer(model, [1], input_ids=IDS)[1]
+    with LayerCapture(model, [1]) as before, steer(model, Steering(direction, (1,))):
+        model(IDS)
+    assert torch.equal(before.tensors[1], plain)
+
+
+def test_dtype_is_kept(make_model, direction):
+    model = make_model().bfloat16()
+    hidden = forward_to_layer(model, [0], input_ids=IDS)[0]
+    with steer(model, Steering(direction.double(), (0,), strength=2.0)):
+        steered = forward_to_layer(model, [0], input_ids=IDS)[0]
+    assert steered.dtype == torch.bfloat16
+    assert torch.equal(steered, hidden + (2 * direction).bfloat16())
+
+
+def test_gradient_passes_through(make_model, direction):
+    model = make_model()
+    with steer(model, Steering(direction, (1,), mode="project_out")), LayerCapture(model, [1, 2]) as capture:
+        loss = model(IDS, labels=IDS).loss
+        gradient = torch.autograd.grad(loss, capture.tensors[1], retain_graph=True)[0]
+        before = torch.autograd.grad(loss, model.model.layers[0].mlp.down_proj.weight)[0]
+    assert gradient.abs().sum() > 0
+    assert before.abs().sum() > 0
+
+
+def test_generation_steers_every_forward(make_model, direction):
+    model = make_model()
+    with steer(model, Steering(direction, (3,))) as calls:
+        model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert calls == {3: 4}
+
+
+def test_peft_and_compiled_models(make_model, direction):
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    plain = model(IDS).logits
+    with steer(model, Steering(direction, (1,))):
+        eager = model(IDS).logits
+    assert not torch.allclose(eager, plain)
+    compiled = torch.compile(model, backend="aot_eager")
+    with steer(compiled, Steering(direction, (1,))):
+        torch.testing.assert_close(compiled(IDS).logits, eager)
+
+
+def test_a_layer_that_never_runs_is_an_error(make_model, direction):
+    model = make_model()
+    with pytest.raises(RuntimeError, match=r"layer\(s\) 3 never ran"), steer(model, Steering(direction, (0, 3))):
+        forward_to_layer(model, [1], input_ids=IDS)
+    assert hooks_of(model) == 0
+
+
+def test_an_exception_passes_and_leaves_no_hook(make_model, direction):
+    model = make_model()
+    with pytest.raises(KeyError, match="mine"), steer(model, Steering(direction, (0,))):
+        raise KeyError("mine")
+    assert hooks_of(model) == 0
+
+
+def test_wrong_use_is_refused_before_any_hook(make_model, direction):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"Layers \[4\] do not exist"), steer(model, Steering(direction, (0, 4))):
+        pass
+    with pytest.raises(ValueError, match=r"has 32 entries.*has 64"), steer(model, Steering(direction[:32], (0,))):
+        pass
+    with pytest.raises(ValueError, match="No steering"), steer(model):
+        pass
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"direction": [1.0]}, TypeError, "got list"),
+        ({"direction": torch.ones(4, dtype=torch.int64)}, TypeError, "int64"),
+        ({"direction": torch.ones(1, 4)}, ValueError, r"got \[1, 4\]"),
+        ({"direction": torch.zeros(4)}, ValueError, "not zero"),
+        ({"direction": torch.tensor([1.0, float("nan")])}, ValueError, "finite"),
+        ({"layers": 3}, TypeError, "layers must be numbers"),
+        ({"strength": "2"}, TypeError, "strength must be a number"),
+        ({"strength": float("inf")}, ValueError, "strength must be finite"),
+        ({"mode": "clamp"}, ValueError, "add, project_out; got 'clamp'"),
+        ({"unit": "std"}, ValueError, "raw, norm; got 'std'"),
+    ],
+)
+def test_validation(fields, error, message):
+    with pytest.raises(error, match=message):
+        Steering(**{"direction": torch.ones(4), "layers": (0,), **fields})
+
+
+class _Layer(nn.Module):
+    """Stands in for a decoder layer: returns the given hidden states, in a tuple if there is more to return."""
+
+    def __init__(self, hidden: torch.Tensor, rest: tuple = ()):
+        super().__init__()
+        self.hidden, self.rest = hidden, rest
+
+    def forward(self, _):
+        return (self.hidden, *self.rest) if self.rest else self.hidden
+
+
+def _model_of(layer: nn.Module) -> nn.Module:
+    """A one-layer Qwen3 backbone whose layer is replaced by `layer`."""
+    config = transformers.Qwen3Config(
+        vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=16
+    )
+    model = transformers.Qwen3Model(config)
+    decoder_layers(model)[0] = layer
+    return model
