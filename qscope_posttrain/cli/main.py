@@ -1,0 +1,67 @@
+"""`qscope`: find the command's module, run it, and turn a user's mistake into one clear line.
+
+Only the module of the command that runs is imported, so that `qscope --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "features": ("qscope_posttrain.cli.features", "find the features of each language, or show a file of them"),
+    "sft": ("qscope_posttrain.cli.sft", "train with TRL's SFTTrainer and the SASFT penalty, from a recipe"),
+    "evaluate": ("qscope_posttrain.cli.evaluate", "measure how often a model switches language"),
+    "demo": ("qscope_posttrain.cli.demo", "run the whole chain on a tiny model, on a CPU, without network"),
+}
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a mistake in the input.
+
+    `--debug`, anywhere, shows the traceback of a mistake instead of one line.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else USER_MISTAKE
+    if arguments[0] == "--version":
+        from qscope_posttrain import __version__
+
+        print(__version__)
+        return 0
+    try:
+        return _module(arguments[0]).run(arguments[1:])
+    except (ValueError, TypeError, OSError) as error:
+        if debug:
+            raise
+        rank = os.environ.get("RANK", "0")
+        place = "" if rank == "0" else f" (rank {rank})"
+        print(f"error{place}: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def usage() -> str:
+    """The help text of `qscope` itself."""
+    lines = ["usage: qscope COMMAND ... [--debug]", "", "commands:"]
+    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "qscope COMMAND --help lists the options; --debug shows the traceback of an error."]
+    return "\n".join(lines)
+
+
+def _module(name: str):  # type: ignore[no-untyped-def]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"no command '{name}'.{hint} The commands are {', '.join(COMMANDS)}.")
+    return importlib.import_module(COMMANDS[name][0])
