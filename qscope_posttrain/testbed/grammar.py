@@ -1,0 +1,89 @@
+"""A generator of text in five languages: word lists and a light grammar, drawn independently and with Zipfian frequencies.
+
+The grammar of a language (`testbed/lexicon/<language>.py`) is context free. A rule's alternative is a sequence of items
+separated by spaces; an item is one or more parts joined by `+` (no space between them in the text); a part is the name of
+a rule, the name of a word list, or literal text. Alternatives are equally likely (write one twice to double it); words are
+drawn with probability proportional to 1 / (rank + 4)^0.8 after a fixed shuffle of the list.
+
+Every draw is independent: no topic, no slot filled twice. What a reader can carry over a distance is therefore the
+language itself, which is what the testbed needs; templates with recurring slots give an SAE features of slots instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Iterator
+from itertools import accumulate
+
+LANGUAGES = ("en", "fr", "ru", "ko", "zh")
+"""Languages that the generator can write."""
+
+_ZIPF_EXPONENT = 0.8
+_ZIPF_OFFSET = 4
+_CLOSING = tuple(".,;:!?»%、，。；：！？”")
+_SENTENCES = (2, 7)
+"""Sentences in a paragraph, inclusive."""
+
+
+class Grammar:
+    """Draws sentences of one language from its word lists and rules."""
+
+    def __init__(self, language: str) -> None:
+        if language not in LANGUAGES:
+            raise ValueError(f"no grammar for language {language!r}; the generator writes {', '.join(LANGUAGES)}")
+        module = importlib.import_module(f"qscope_posttrain.testbed.lexicon.{language}")
+        self.language = language
+        self.joiner: str = module.JOINER
+        self._rules = {
+            name: [[item.split("+") for item in alternative.split(" ")] for alternative in alternatives]
+            for name, alternatives in module.RULES.items()
+        }
+        self._words: dict[str, tuple[list[str], list[float]]] = {}
+        for name, text in module.WORDS.items():
+            words = text.split()
+            random.Random(f"{language}/{name}").shuffle(words)
+            weights = accumulate((rank + _ZIPF_OFFSET) ** -_ZIPF_EXPONENT for rank in range(len(words)))
+            self._words[name] = (words, list(weights))
+
+    def sentence(self, rng: random.Random) -> str:
+        """One sentence, its first letter upper case where the script has case."""
+        text = ""
+        for piece in self._expand("S", rng):
+            if text.endswith((",", "，")) and piece in _CLOSING:  # a relative clause that ends its clause
+                text = text[:-1]
+            glue = "" if not text or piece in _CLOSING or text.endswith(("«", "“")) else self.joiner
+            text += glue + piece
+        return text[:1].upper() + text[1:]
+
+    def paragraph(self, rng: random.Random) -> str:
+        """Between two and seven sentences on one line."""
+        return self.joiner.join(self.sentence(rng) for _ in range(rng.randint(*_SENTENCES)))
+
+    def _expand(self, symbol: str, rng: random.Random) -> Iterator[str]:
+        """The pieces of `symbol`, left to right: words, and literals such as punctuation."""
+        for item in rng.choice(self._rules[symbol]):
+            if len(item) == 1 and item[0] in self._rules:
+                yield from self._expand(item[0], rng)
+            else:
+                yield "".join(self._part(part, rng) for part in item)
+
+    def _part(self, part: str, rng: random.Random) -> str:
+        if part in self._rules:
+            return self.joiner.join(self._expand(part, rng))
+        if part in self._words:
+            words, weights = self._words[part]
+            return rng.choices(words, cum_weights=weights)[0]
+        return part
+
+
+def write_paragraphs(language: str, characters: int, seed: int = 0) -> list[str]:
+    """Paragraphs of `language` with at least `characters` characters in all; the same for the same arguments."""
+    grammar = Grammar(language)
+    rng = random.Random(f"{language}/{seed}")
+    paragraphs: list[str] = []
+    written = 0
+    while written < characters:
+        paragraphs.append(grammar.paragraph(rng))
+        written += len(paragraphs[-1])
+    return paragraphs
