@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from qscope_posttrain.features.atomic import write_atomically
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
 
 FORMAT = "qscope_posttrain.feature_set"
@@ -63,7 +62,7 @@ def write_feature_set(
         for layer, rows in layers.items()
         for name in TENSOR_FIELDS
     }
-    _write_atomically(path, save(tensors, metadata={FORMAT: text}))
+    write_atomically(path, save(tensors, metadata={FORMAT: text}))
     return path
 
 
@@ -165,19 +164,3 @@ def _check_keys(path: Path, what: str, value: Mapping[str, Any], expected: set[s
 def _check_strings(path: Path, what: str, value: Any) -> None:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"{path}: {what} must be a list of strings, got {value!r:.200}.")
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"Cannot write {path}: the folder {path.parent} does not exist.")
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600; a FeatureSet is meant to be shared
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,0 +1,192 @@
+"""Sums of one layer: what a batch adds, what processes add up to, and what the norm outliers are measured against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qscope_posttrain.features.batches import TokenBatch, TokenSequence, input_device, token_batches
+from qscope_posttrain.residual.capture import forward_to_layer
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
+CALIBRATION_TOKENS = 4096
+"""Tokens behind the median norm. The median of so many is known to about 1 %, the outlier limit is 10 times away."""
+
+
+@dataclass(frozen=True)
+class LanguageRows:
+    """Neighbouring rows of one batch that belong to one language."""
+
+    language: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSums:
+    """Running sums of one layer, on the device where they are added up; see `statistics.LayerStatistics`."""
+
+    tokens: Tensor
+    outliers: Tensor
+    residual_sum: Tensor
+    residual_second_moment: Tensor | None
+    activation_sum: Tensor | None
+    firing_count: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, languages: int, d_model: int, sae: SparseAutoencoder | None, second_moments: bool, device: torch.device
+    ) -> LayerSums:
+        if device.type == "mps":  # has no fp64
+            device = torch.device("cpu")
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            tokens=zeros(languages, dtype=torch.int64),
+            outliers=zeros(languages, dtype=torch.int64),
+            residual_sum=zeros(languages, d_model),
+            residual_second_moment=zeros(languages, d_model, d_model) if second_moments else None,
+            activation_sum=zeros(languages, sae.d_sae) if sae is not None else None,
+            firing_count=zeros(languages, sae.d_sae, dtype=torch.int64) if sae is not None else None,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums that are kept, by name."""
+        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+
+    @torch.no_grad()
+    def add(
+        self, rows: Tensor, groups: Sequence[LanguageRows], norm_limit: float, sae: SparseAutoencoder | None
+    ) -> None:
+        """Add the residual vectors `rows` [tokens, d_model] of one batch.
+
+        Outliers are replaced by zeros instead of being taken out, so that no shape depends on the data and a GPU
+        never has to wait for the host.
+        """
+        rows = rows.float()
+        kept = torch.linalg.vector_norm(rows, dim=1) <= norm_limit
+        rows = torch.where(kept[:, None], rows, 0.0)
+        device = self.residual_sum.device
+        exact, counted = rows.to(device, torch.float64), kept.to(device)
+        for group in groups:
+            part, share = exact[group.start : group.stop], counted[group.start : group.stop]
+            self.tokens[group.language] += share.sum()
+            self.outliers[group.language] += (~share).sum()
+            self.residual_sum[group.language] += part.sum(dim=0)
+            if self.residual_second_moment is not None:
+                self.residual_second_moment[group.language].addmm_(part.T, part)
+        if sae is not None and self.activation_sum is not None and self.firing_count is not None:
+            values, indices = sae.encode(rows.to(sae.device, sae.dtype))
+            values = torch.where(kept.to(values.device)[:, None], values, 0.0).to(device, torch.float64)
+            indices = indices.to(device, torch.int64)
+            for group in groups:
+                index, value = (part[group.start : group.stop].flatten() for part in (indices, values))
+                self.activation_sum[group.language].index_add_(0, index, value)
+                # An entry of value 0 only fills the rectangle; a negative survivor of a signed top-k does not fire.
+                self.firing_count[group.language].index_add_(0, index, (value > 0).long())
+
+
+def layer_rows(
+    model: nn.Module, layers: Sequence[int], batch: TokenBatch
+) -> Iterator[tuple[int, Tensor, list[LanguageRows]]]:
+    """For each layer the residual vectors [tokens, d_model] of a batch without first tokens, and whose they are."""
+    hidden = forward_to_layer(model, layers, input_ids=batch.input_ids.to(input_device(model)))
+    positions = batch.positions(skip_first=True)
+    groups = language_rows(batch)
+    for layer in layers:
+        states = hidden.pop(layer)
+        yield layer, states.flatten(0, 1).index_select(0, positions.to(states.device)), groups
+
+
+def language_rows(batch: TokenBatch) -> list[LanguageRows]:
+    """Where the rows of each language lie when the first token of every sequence is left out."""
+    groups: list[LanguageRows] = []
+    start = 0
+    for sequence in batch.sequences:
+        stop = start + len(sequence.ids) - 1
+        if groups and groups[-1].language == sequence.language:
+            groups[-1] = LanguageRows(sequence.language, groups[-1].start, stop)
+        else:
+            groups.append(LanguageRows(sequence.language, start, stop))
+        start = stop
+    return groups
+
+
+def calibrate(
+    model: nn.Module, layers: Sequence[int], sequences: Sequence[TokenSequence], tokens_per_batch: int
+) -> tuple[dict[int, float], dict[int, torch.device]]:
+    """Median residual norm of each layer over a fixed sample of the tokens, and the device each layer is on.
+
+    The sample is the sequences with the smallest content hashes: it depends on neither order nor process.
+    """
+    sample: list[TokenSequence] = []
+    tokens = 0
+    for sequence in sorted(sequences, key=TokenSequence.content_hash):
+        if tokens >= CALIBRATION_TOKENS:
+            break
+        sample.append(sequence)
+        tokens += len(sequence.ids) - 1
+    norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    devices: dict[int, torch.device] = {}
+    for batch in token_batches(sample, tokens_per_batch):
+        for layer, rows, _ in layer_rows(model, layers, batch):
+            norms[layer].append(torch.linalg.vector_norm(rows.float(), dim=1))
+            devices[layer] = rows.device
+    medians = torch.tensor([float(torch.cat(norms[layer]).median()) for layer in layers], dtype=torch.float64)
+    if dist.is_available() and dist.is_initialized():
+        # Processes may round differently; all must leave out the same tokens.
+        shared = medians.to(_communication_device(devices[layers[0]]))
+        dist.broadcast(shared, src=0)
+        medians = shared.cpu()
+    for layer, median in zip(layers, medians.tolist(), strict=True):
+        if not math.isfinite(median) or median == 0:
+            raise ValueError(f"The residual stream of layer {layer} has median norm {median}: the model is broken.")
+    return dict(zip(layers, medians.tolist(), strict=True)), devices
+
+
+def check_sums_fit(
+    languages: int, d_model: int, widths: Mapping[int, int], second_moments: bool, max_sums_gib: float
+) -> None:
+    """Raise a ValueError with advice when the sums of all layers would exceed the budget."""
+    gib = 1024**3
+    squares = len(widths) * languages * d_model**2 * 8 / gib if second_moments else 0.0
+    total = squares + languages * sum(d_model + 2 * width for width in widths.values()) * 8 / gib
+    if total > max_sums_gib:
+        raise ValueError(
+            f"The sums of {len(widths)} layers x {languages} languages need {total:.1f} GiB ({squares:.1f} GiB of it "
+            f"second moments), more than max_sums_gib={max_sums_gib:g}. Take fewer layers at a time, set "
+            "second_moments=False (no standard deviations, no directions with covariances), or raise max_sums_gib."
+        )
+
+
+def process_rank() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) when nothing is distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def reduce_over_processes(sums: Mapping[int, LayerSums]) -> None:
+    """Add up the sums of all processes, in place."""
+    if process_rank()[1] == 1:
+        return
+    for layer in sorted(sums):
+        for value in sums[layer].tensors().values():
+            shared = value.to(_communication_device(value.device))
+            dist.all_reduce(shared)
+            if shared is not value:
+                value.copy_(shared)
+
+
+def _communication_device(device: torch.device) -> torch.device:
+    """NCCL moves CUDA tensors only; gloo takes what lies on the CPU."""
+    if dist.get_backend() == "nccl":
+        return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,174 @@
+"""From texts by language to padded batches within a token budget, independent of the order of the texts."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qscope_posttrain.residual.layers import text_config
+
+TEXTS_PER_TOKENIZER_CALL = 1000
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One tokenised text."""
+
+    language: int
+    """Index into the languages"""
+    text: int
+    """Position among the texts of its language"""
+    ids: tuple[int, ...]
+    truncated: bool
+
+    def content_hash(self) -> bytes:
+        """Depends on the token ids alone: not on the order of the texts, the language or the process."""
+        return hashlib.sha256(array("q", self.ids).tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences padded on the right, grouped by language.
+
+    No attention mask is needed: under causal attention a token never sees what stands to its right.
+    """
+
+    sequences: tuple[TokenSequence, ...]
+    input_ids: Tensor
+    """[batch, length] int64, on the CPU; positions at and beyond `lengths` are padding"""
+    lengths: Tensor
+    """[batch] int64"""
+
+    def positions(self, skip_first: bool) -> Tensor:
+        """[tokens] int64: indices into the flattened [batch * length] grid, in order, of the real tokens.
+
+        `skip_first` leaves out the first token of every sequence.
+        """
+        column = torch.arange(self.input_ids.shape[1])
+        real = column < self.lengths[:, None]
+        if skip_first:
+            real &= column > 0
+        return real.flatten().nonzero().squeeze(1)
+
+
+def check_texts(texts: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The languages of `texts`; TypeError or ValueError when it is not {language: non-empty list of strings}."""
+    if not isinstance(texts, Mapping):
+        raise TypeError(f'texts must be a mapping such as {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.')
+    if not texts:
+        raise ValueError("texts is empty: give at least one language with at least one text.")
+    for language, lines in texts.items():
+        if not isinstance(language, str):
+            raise TypeError(f"Languages must be strings, got {language!r}.")
+        if isinstance(lines, str) or not isinstance(lines, Sequence):
+            raise TypeError(f"texts[{language!r}] must be a list of strings, got {type(lines).__name__}.")
+        if len(lines) == 0:
+            raise ValueError(f"Language {language!r} has no texts; remove it or give it some.")
+        wrong = next((line for line in lines if not isinstance(line, str)), None)
+        if wrong is not None:
+            raise TypeError(f"texts[{language!r}] must hold strings, got {type(wrong).__name__}.")
+    return tuple(texts)
+
+
+def tokenize_texts(
+    tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int, languages: Sequence[str] | None = None
+) -> list[TokenSequence]:
+    """Token ids of all texts, with the tokenizer's own special tokens, each cut after `max_length` tokens.
+
+    Texts without a token are left out. `languages` restricts the work to some languages of `texts`; the language
+    index of a sequence always counts in the order of `texts`.
+
+    Raises:
+        TypeError: the tokenizer is not callable or returns no `input_ids`.
+        ValueError: a language has no text of at least two tokens (the first one never counts).
+    """
+    if not callable(tokenizer):
+        raise TypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 (the first token of a text never counts), got {max_length}.")
+    sequences: list[TokenSequence] = []
+    for index, language in enumerate(check_texts(texts)):
+        if languages is not None and language not in languages:
+            continue
+        found = [
+            TokenSequence(index, number, tuple(ids[:max_length]), len(ids) > max_length)
+            for number, ids in enumerate(_token_ids(tokenizer, texts[language]))
+            if len(ids) > 0
+        ]
+        if all(len(sequence.ids) < 2 for sequence in found):
+            raise ValueError(f"Language {language!r} has no text of at least two tokens.")
+        sequences += found
+    return sequences
+
+
+def _token_ids(tokenizer: Any, lines: Sequence[str]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(lines), TEXTS_PER_TOKENIZER_CALL):
+        # verbose=False: a text beyond the model's length is cut by us, not worth the tokenizer's warning
+        encoded = tokenizer(list(lines[start : start + TEXTS_PER_TOKENIZER_CALL]), verbose=False)
+        if "input_ids" not in encoded:
+            raise TypeError(f"{type(tokenizer).__name__} returns no input_ids, got {list(encoded)}.")
+        yield from encoded["input_ids"]
+
+
+def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_id: int = 0) -> list[TokenBatch]:
+    """Batches of similar length, longest first, each with at most `tokens_per_batch` tokens including padding.
+
+    A sequence longer than that gets a batch of its own. The batches depend on the set of sequences only, not on
+    their order. Within a batch the sequences of a language are neighbours.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch must be positive, got {tokens_per_batch}.")
+    ordered = sorted(
+        sequences, key=lambda sequence: (-len(sequence.ids), sequence.ids, sequence.language, sequence.text)
+    )
+    batches: list[TokenBatch] = []
+    start = 0
+    while start < len(ordered):
+        longest = len(ordered[start].ids)
+        size = max(1, tokens_per_batch // longest)
+        batches.append(_pad(sorted(ordered[start : start + size], key=lambda sequence: sequence.language), pad_id))
+        start += size
+    return batches
+
+
+def _pad(sequences: Sequence[TokenSequence], pad_id: int) -> TokenBatch:
+    longest = max(len(sequence.ids) for sequence in sequences)
+    rows = [sequence.ids + (pad_id,) * (longest - len(sequence.ids)) for sequence in sequences]
+    lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
+    return TokenBatch(tuple(sequences), torch.tensor(rows), lengths)
+
+
+def longest_allowed(model: nn.Module, max_length: int) -> int:
+    """`max_length`, or the number of positions of the model if that is smaller."""
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    return min(max_length, positions) if positions else max_length
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Any valid id will do, because padding is never looked at."""
+    pad_id = getattr(tokenizer, "pad_token_id", None)
+    return 0 if pad_id is None else int(pad_id)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Device of the first parameter, where the token ids have to go."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every module gets its own training flag back, also after an exception."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,279 @@
+"""One streaming pass over texts: exact sums of the residual stream and of all SAE features, per layer and language."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qscope_posttrain.features.accumulator import (
+    LayerSums,
+    calibrate,
+    check_sums_fit,
+    layer_rows,
+    process_rank,
+    reduce_over_processes,
+)
+from qscope_posttrain.features.batches import (
+    TokenSequence,
+    check_texts,
+    evaluation_mode,
+    longest_allowed,
+    pad_token,
+    token_batches,
+    tokenize_texts,
+)
+from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
+from qscope_posttrain.provenance import model_identity, text_fingerprint
+from qscope_posttrain.report.progress import progress
+from qscope_posttrain.report.tables import Table
+from qscope_posttrain.residual.layers import check_layers, text_config
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
+ROWS_PER_PRODUCT = 4096
+"""Rows of W_enc converted to fp64 at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Sums over the counted tokens of one layer. L languages, d = d_model, S = d_sae; on the CPU, fp64 and int64."""
+
+    tokens: Tensor
+    """[L] counted tokens"""
+    outliers: Tensor
+    """[L] tokens left out because their norm exceeds outlier_factor times the median norm"""
+    residual_sum: Tensor
+    """[L, d]"""
+    residual_second_moment: Tensor | None
+    """[L, d, d] sum of h h', or None when it was not asked for"""
+    activation_sum: Tensor | None
+    """[L, S] sum of post-activations, or None without an SAE"""
+    firing_count: Tensor | None
+    """[L, S] tokens with a post-activation above zero, or None without an SAE"""
+    median_norm: float
+    """Median L2 norm of the residual vectors in the calibration sample"""
+
+    @property
+    def mean_residual(self) -> Tensor:
+        """[L, d] fp64."""
+        return self.residual_sum / self.tokens[:, None]
+
+    @property
+    def mean_activation(self) -> Tensor:
+        """[L, S] mean post-activation over tokens, fp64: mu_s^L of the SASFT paper."""
+        return _require_sae(self.activation_sum) / self.tokens[:, None]
+
+    @property
+    def firing_rate(self) -> Tensor:
+        """[L, S] share of tokens on which a feature is active, fp64."""
+        return _require_sae(self.firing_count) / self.tokens[:, None]
+
+    def mean_pre_activation(self, sae: SparseAutoencoder) -> Tensor:
+        """[L, S] mean of W_enc h + b_enc for ALL features, fp64: SASFT's alpha, without another pass.
+
+        The pre-activation is linear in h, so its mean is the pre-activation of the mean residual, exactly.
+        """
+        mean = self.mean_residual
+        parts = [
+            mean @ sae.W_enc[start : start + ROWS_PER_PRODUCT].double().cpu().T
+            for start in range(0, sae.d_sae, ROWS_PER_PRODUCT)
+        ]
+        return torch.cat(parts, dim=1) + sae.b_enc.double().cpu()
+
+    def moments(self, rows: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean [L, F] and covariance [L, F, F] of `h @ rows.T + bias` per language, fp64, exact.
+
+        mean = R m + b and covariance = R (E[h h'] - m m') R' with m the mean residual. Without second moments the
+        covariance is NaN, which means "not measured".
+        """
+        rows = rows.double().cpu()
+        mean = self.mean_residual @ rows.T
+        if self.residual_second_moment is None:
+            covariance = torch.full((len(mean), len(rows), len(rows)), math.nan, dtype=torch.float64)
+        else:
+            second = torch.einsum("fd,lde,ge->lfg", rows, self.residual_second_moment, rows)
+            covariance = second / self.tokens[:, None, None] - torch.einsum("lf,lg->lfg", mean, mean)
+        return (mean if bias is None else mean + bias.double().cpu()), covariance
+
+
+@dataclass(frozen=True, eq=False)
+class PassStatistics:
+    """Everything that one pass measured, with what it was measured on."""
+
+    model: Mapping[str, Any]
+    """Identity of the model (see `provenance.model_identity`)"""
+    languages: tuple[str, ...]
+    layers: Mapping[int, LayerStatistics]
+    texts: Tensor
+    """[L] int64: texts read; each loses its first token to the statistics"""
+    truncated: Tensor
+    """[L] int64: texts longer than max_length"""
+    settings: Mapping[str, Any]
+    text_fingerprint: str
+
+    def to_table(self) -> Table:
+        """What was read and what was left out, per language; outliers of the layer that has most of them."""
+        outliers = torch.stack([layer.outliers for layer in self.layers.values()])
+        tokens = torch.stack([layer.tokens for layer in self.layers.values()])
+        return Table(
+            title="Tokens behind the statistics",
+            columns=["language", "texts", "cut", "tokens", "first tokens left out", "norm outliers left out (most)"],
+            rows=[
+                [name, int(self.texts[i]), int(self.truncated[i]), int(tokens[:, i].max()), int(self.texts[i]),
+                 int(outliers[:, i].max())]
+                for i, name in enumerate(self.languages)
+            ],
+        )  # fmt: skip
+
+
+def collect_statistics(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[str]],
+    saes: Mapping[int, SparseAutoencoder | None],
+    *,
+    tokens_per_batch: int = 4096,
+    max_length: int = 512,
+    outlier_factor: float = 10.0,
+    second_moments: bool = True,
+    max_sums_gib: float = 8.0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 50,
+    show_progress: bool | None = None,
+) -> PassStatistics:
+    """Run the model once over all texts, up to the deepest layer in `saes`, and sum what its layers say.
+
+    For every layer and language: the residual stream's sum and (optionally) second moment, and with an SAE the sum
+    of post-activations and the firing count of every feature. Sums are fp64, so they do not depend on the order of
+    the texts, and on the batches only through the model's own rounding.
+
+    Left out and counted: the first token of every text, and tokens whose residual norm exceeds `outlier_factor`
+    times the median norm of the layer. The median comes from a calibration sample of the texts that is chosen by a
+    hash of their content, the same whatever the order, the batches and the number of processes.
+
+    With torch.distributed initialised, every process must call this with the same arguments and a whole copy of the
+    model; it reads its share of the batches, and all of them return the sums over all processes.
+
+    Args:
+        texts: {language: texts}. Raw text; the tokenizer adds its own special tokens.
+        saes: {layer: SAE}, layers counted from 0; None for a layer of which only the residual stream is wanted.
+        tokens_per_batch: tokens in a forward pass, padding included.
+        max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
+        second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes a layer.
+        max_sums_gib: refuse to start when the sums of all layers need more than this, in GiB.
+        checkpoint: file in which the sums are kept every `checkpoint_every` batches (one per process, with the rank
+            in its name). A pass that finds it and has the same model, texts, SAEs and settings goes on from there;
+            otherwise it starts anew and says so. Deleted at the end.
+        show_progress: see `report.progress.progress`.
+
+    Raises:
+        TypeError: `texts` is not a mapping of lists of strings, or the tokenizer is none.
+        ValueError: empty language, layer out of range, SAE of another width or layer, sums too large.
+    """
+    languages = check_texts(texts)
+    layers = check_layers(model, sorted(saes))
+    d_model = int(text_config(model).hidden_size)
+    for layer in layers:
+        _check_sae(layer, saes[layer], d_model)
+    if not outlier_factor > 1:
+        raise ValueError(f"outlier_factor must exceed 1, got {outlier_factor}.")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
+    widths = {layer: (sae.d_sae if sae is not None else 0) for layer, sae in saes.items()}
+    check_sums_fit(len(languages), d_model, widths, second_moments, max_sums_gib)
+
+    max_length = longest_allowed(model, max_length)
+    sequences = tokenize_texts(tokenizer, texts, max_length)
+    batches = token_batches(sequences, tokens_per_batch, pad_token(tokenizer))
+    settings = {
+        "tokens_per_batch": tokens_per_batch,
+        "max_length": max_length,
+        "outlier_factor": outlier_factor,
+        "second_moments": second_moments,
+    }
+    rank, processes = process_rank()
+    with evaluation_mode(model):
+        medians, devices = calibrate(model, layers, sequences, tokens_per_batch)
+        sums = {
+            layer: LayerSums.zeros(len(languages), d_model, saes[layer], second_moments, devices[layer])
+            for layer in layers
+        }
+        key = {
+            "model": model_identity(model),
+            "sequences": sequence_fingerprint(sequences, languages),
+            "saes": {str(layer): describe_sae(saes[layer]) for layer in layers},
+            "processes": processes,
+            **settings,
+        }
+        saved = PassCheckpoint(checkpoint, key, medians, rank, processes)
+        done = saved.resume(sums)
+        mine = batches[rank::processes]
+        for number, batch in enumerate(
+            progress(mine[done:], description=f"statistics of {len(layers)} layers", enabled=show_progress),
+            start=done + 1,
+        ):
+            for layer, rows, groups in layer_rows(model, layers, batch):
+                sums[layer].add(rows, groups, outlier_factor * medians[layer], saes[layer])
+            if number % checkpoint_every == 0 and number < len(mine):
+                saved.write(sums, number)
+    reduce_over_processes(sums)
+    saved.delete()
+    return PassStatistics(
+        model=model_identity(model),
+        languages=languages,
+        layers={layer: _finished(layer, sums[layer], medians[layer], languages) for layer in layers},
+        texts=_count(sequences, len(languages)),
+        truncated=_count([sequence for sequence in sequences if sequence.truncated], len(languages)),
+        settings=settings,
+        text_fingerprint=text_fingerprint(texts),
+    )
+
+
+def _check_sae(layer: int, sae: SparseAutoencoder | None, d_model: int) -> None:
+    if sae is None:
+        return
+    if sae.d_model != d_model:
+        raise ValueError(
+            f"The SAE for layer {layer} has d_model {sae.d_model}, the model's hidden size is {d_model}: "
+            "it belongs to another model."
+        )
+    if sae.layer is not None and sae.layer != layer:
+        raise ValueError(f"The SAE given for layer {layer} was trained on layer {sae.layer}.")
+
+
+def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequence[str]) -> LayerStatistics:
+    counted = sums.tokens.cpu()
+    for language, tokens in zip(languages, counted.tolist(), strict=True):
+        if tokens == 0:
+            raise ValueError(
+                f"Layer {layer}: every token of language {language!r} was left out as a norm outlier. Give more text, "
+                "or raise outlier_factor."
+            )
+    return LayerStatistics(
+        tokens=counted,
+        outliers=sums.outliers.cpu(),
+        residual_sum=sums.residual_sum.cpu(),
+        residual_second_moment=_to_cpu(sums.residual_second_moment),
+        activation_sum=_to_cpu(sums.activation_sum),
+        firing_count=_to_cpu(sums.firing_count),
+        median_norm=median_norm,
+    )
+
+
+def _to_cpu(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.cpu()
+
+
+def _count(sequences: Sequence[TokenSequence], languages: int) -> Tensor:
+    return torch.bincount(torch.tensor([s.language for s in sequences], dtype=torch.long), minlength=languages)
+
+
+def _require_sae(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError("No SAE was given for this layer, so there are no activations of features.")
+    return value
