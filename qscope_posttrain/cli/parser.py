@@ -12,7 +12,6 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
-
 _WORDS: dict[Any, str] = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
 
 

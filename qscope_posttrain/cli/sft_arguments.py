@@ -6,6 +6,7 @@ import ast
 import collections.abc
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import types
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class RunArguments:
 
 
 def sasft_arguments() -> type:
-    """A dataclass with the fields of `SASFTConfig` under the prefix `sasft_`, in the types that an argument parser knows.
+    """A dataclass with the fields of `SASFTConfig` under the prefix `sasft_`, in types that an argument parser knows.
 
     In a recipe all keys lie side by side with two hundred of TRL's, where `weight` or `top` alone would say little.
     Made from SASFTConfig, so that there is one place where an option is declared, documented and checked.
@@ -80,7 +81,7 @@ def field_docstrings(kind: type) -> dict[str, str]:
     """The strings below the fields of a dataclass, by field, as one line each."""
     body = cast("ast.ClassDef", ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]).body
     found: dict[str, str] = {}
-    for previous, statement in zip(body, body[1:], strict=False):
+    for previous, statement in itertools.pairwise(body):
         if not (isinstance(previous, ast.AnnAssign) and isinstance(previous.target, ast.Name)):
             continue
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):

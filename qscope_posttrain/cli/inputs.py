@@ -1,0 +1,160 @@
+"""What commands read: texts by language, layers from words, models and their tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qscope_posttrain.report.progress import status
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str]]:
+    """Texts by language, from a folder of `<language>.txt` (one text a line) or a JSONL file of text and language.
+
+    Args:
+        limit: At most so many texts of each language, the first ones; None takes all.
+
+    Raises:
+        FileNotFoundError: nothing at `path`, or a folder without text files.
+        ValueError: a file or a line of another form, or a language without text.
+    """
+    location = Path(path)
+    if location.is_dir():
+        files = sorted(location.glob("*.txt"))
+        if not files:
+            raise FileNotFoundError(f"no <language>.txt in '{location}', for example en.txt, with one text a line.")
+        texts = {file.stem: _take(_lines(file), limit) for file in files}
+    elif location.is_file():
+        texts = {}
+        for number, row in read_jsonl(location):
+            text, language = row.get("text"), row.get("language")
+            if not isinstance(text, str) or not isinstance(language, str):
+                raise ValueError(
+                    f"{location}, line {number}: expected the strings 'text' and 'language', got the keys {sorted(row)}."
+                )
+            kept = texts.setdefault(language, [])
+            if text.strip() and (limit is None or len(kept) < limit):
+                kept.append(text)
+    else:
+        raise FileNotFoundError(f"no texts at '{location}': expected a folder of <language>.txt, or a JSONL file.")
+    empty = sorted(language for language, entries in texts.items() if not entries)
+    if empty or not texts:
+        raise ValueError(f"'{location}' has no text in {', '.join(empty) or 'any language'}.")
+    return texts
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of every line that is not blank.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not a JSON object, with its number.
+    """
+    location = Path(path)
+    if not location.is_file():
+        raise FileNotFoundError(f"no file at '{location}'.")
+    for number, line in enumerate(_lines_with_blanks(location), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{location}, line {number}: not JSON ({error.msg}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{location}, line {number}: expected a JSON object, got {type(row).__name__}.")
+        yield number, row
+
+
+def parse_layers(words: Sequence[str], depth: int) -> tuple[int, ...]:
+    """Layers from words such as `26`, `20-27` and `all`, in order and without repetition.
+
+    Args:
+        depth: Number of decoder layers of the model.
+
+    Raises:
+        ValueError: a word of another form, or a layer outside 0..depth-1.
+    """
+    layers: set[int] = set()
+    for word in words:
+        first, dash, last = word.partition("-")
+        if word == "all":
+            layers.update(range(depth))
+        elif first.isdecimal() and (last.isdecimal() if dash else True):
+            layers.update(range(int(first), int(last if dash else first) + 1))
+        else:
+            raise ValueError(f"'{word}' is no layer; give numbers from 0, ranges such as 20-27, or all.")
+    if not layers or max(layers) >= depth:
+        raise ValueError(f"the model has the layers 0 to {depth - 1}; got {' '.join(words)}.")
+    return tuple(sorted(layers))
+
+
+def load_model(
+    name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, in evaluation mode, and its tokenizer, from a folder or the hub.
+
+    Args:
+        dtype: One of DTYPES; "auto" is the dtype that the weights are stored in, on a CPU always float32, where half
+            precision is slow and inexact.
+        device: By default the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: an unknown dtype or device.
+        OSError: from transformers: no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.")
+    place = choose_device(device)
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "float32"
+    status(f"loading {name} in {dtype} on {place}")
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=kind)
+    return model.to(place).eval(), tokenizer
+
+
+def choose_device(device: str | None) -> Any:
+    """The named torch device, or by default the first GPU and without one the CPU.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device '{device}' on this machine ({str(error).splitlines()[0]}).") from error
+    return place
+
+
+def _lines(file: Path) -> Iterator[str]:
+    return (line.strip() for line in _lines_with_blanks(file) if line.strip())
+
+
+def _lines_with_blanks(file: Path) -> Iterator[str]:
+    # Read as a stream, and split at \n alone: str.splitlines would also split at U+2028, which JSON allows in a string.
+    with file.open(encoding="utf-8", newline="\n") as stream:
+        try:
+            yield from stream
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{file}' is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+
+
+def _take(lines: Iterator[str], limit: int | None) -> list[str]:
+    return list(islice(lines, limit))
