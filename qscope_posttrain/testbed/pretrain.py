@@ -3,54 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from qscope_posttrain.report.progress import progress
+from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.windows import Windows
 
 
-@dataclass(frozen=True)
-class PretrainingConfig:
-    """Optimisation of the language model."""
-
-    steps: int = field(default=1400, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(
-        default=16, metadata={"help": "Windows in a step; more steps serve better than larger ones."}
-    )
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: int = field(default=60, metadata={"help": "Steps of linear warm-up; a cosine to 3 % follows."})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay."})
-    switch: float = field(
-        default=0.15, metadata={"help": "Share of non-target windows that turn into the target language: the habit."}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pretraining {name} must be at least 1, got {getattr(self, name)}")
-        if not 0.0 <= self.switch < 1.0:
-            raise ValueError(f"pretraining switch is a share in [0, 1), got {self.switch}")
+_WARMUP_STEPS = 60
+_WEIGHT_DECAY = 0.05
 
 
-def pretrain(model: PreTrainedModel, windows: Windows, config: PretrainingConfig) -> list[float]:
+def pretrain(model: PreTrainedModel, windows: Windows, config: TestbedConfig) -> list[float]:
     """Train on `windows` in order, every token predicted; returns the loss (nats per token) of every step.
 
     Raises:
-        ValueError: there are fewer windows than `steps * batch_size`.
+        ValueError: there are fewer windows than `pretraining_steps * pretraining_batch_size`.
     """
-    needed = config.steps * config.batch_size
+    size = config.pretraining_batch_size
+    needed = config.pretraining_steps * size
     if len(windows) < needed:
-        raise ValueError(f"{config.steps} steps of {config.batch_size} need {needed} windows, got {len(windows)}")
+        raise ValueError(f"{config.pretraining_steps} steps of {size} windows need {needed}, got {len(windows)}")
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+        model.parameters(), lr=config.pretraining_learning_rate, betas=(0.9, 0.98), weight_decay=_WEIGHT_DECAY, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, config))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, config.pretraining_steps))
     losses: list[torch.Tensor] = []
     model.train()
-    batches = windows.input_ids[:needed].split(config.batch_size)
+    batches = windows.input_ids[:needed].split(size)
     for batch in progress(batches, total=len(batches), description="pretraining the language model"):
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
@@ -63,8 +45,8 @@ def pretrain(model: PreTrainedModel, windows: Windows, config: PretrainingConfig
     return torch.stack(losses).tolist()
 
 
-def _cosine(step: int, config: PretrainingConfig) -> float:
+def _cosine(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to 3 % of the peak."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    done = min(1.0, max(0.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)))
+    warm = min(1.0, (step + 1) / _WARMUP_STEPS)
+    done = min(1.0, max(0.0, (step - _WARMUP_STEPS) / max(1, steps - _WARMUP_STEPS)))
     return warm * (0.03 + 0.97 * 0.5 * (1.0 + math.cos(math.pi * done)))
