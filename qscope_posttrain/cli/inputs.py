@@ -38,7 +38,7 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
             text, language = row.get("text"), row.get("language")
             if not isinstance(text, str) or not isinstance(language, str):
                 raise ValueError(
-                    f"{location}, line {number}: expected the strings 'text' and 'language', got the keys {sorted(row)}."
+                    f"{location}, line {number}: expected strings 'text' and 'language', got the keys {sorted(row)}."
                 )
             kept = texts.setdefault(language, [])
             if text.strip() and (limit is None or len(kept) < limit):
@@ -153,7 +153,7 @@ def _lines_with_blanks(file: Path) -> Iterator[str]:
         try:
             yield from stream
         except UnicodeDecodeError as error:
-            raise ValueError(f"'{file}' is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+            raise ValueError(f"'{file}' is not UTF-8 text ({error.reason}).") from error
 
 
 def _take(lines: Iterator[str], limit: int | None) -> list[str]:
