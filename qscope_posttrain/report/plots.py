@@ -21,7 +21,7 @@ COLOURS = ("#3f7fd0", "#df7f3b", "#2f9e77", "#b062b3", "#c59f1d", "#d3545f", "#5
 """Middle tones that hold on white and on near-black paper."""
 
 _INK = "#010203"  # stands for the text colour while matplotlib draws; replaced by currentColor in the SVG
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qscope_posttrain",  # the same numbers give the same file
     "text.parse_math": False,  # a dollar sign in a label is a dollar sign
@@ -177,7 +177,7 @@ def scatter_with_intervals(
     def draw(axes: Axes) -> None:
         for index, mark in enumerate(marks):
             colour = COLOURS[index % len(COLOURS)]
-            line = {"color": colour, "linewidth": 1.2, "alpha": 0.6, "solid_capstyle": "butt"}
+            line: dict[str, Any] = {"color": colour, "linewidth": 1.2, "alpha": 0.6, "solid_capstyle": "butt"}
             if mark.x_interval is not None:
                 axes.plot(mark.x_interval, [mark.y, mark.y], **line)
             if mark.y_interval is not None:

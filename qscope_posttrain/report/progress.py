@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def progress(
         enabled: True or False to insist; by default shown on rank 0, and not under pytest.
         note: Called at each update for a few more words, for example the current loss.
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if not _shown(enabled):
         yield from iterable

@@ -42,8 +42,7 @@ def test_total_may_be_unknown_or_given(capsys):
 
 def test_a_loop_that_is_left_says_where(capsys):
     with pytest.raises(RuntimeError, match="stop"):
-        for item in progress(_failing(), total=5, description="x", enabled=True):
-            assert item == 0
+        list(progress(_failing(), total=5, description="x", enabled=True))
     assert capsys.readouterr().err.splitlines()[-1] == "x: stopped after 1/5 (20 %)"
 
 

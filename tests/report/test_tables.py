@@ -39,7 +39,7 @@ def test_json_keeps_precision_and_drops_nan():
 
 
 def test_rows_must_fit_the_columns():
-    with pytest.raises(ValueError, match="row 1 .* has 1 cells for 2 columns"):
+    with pytest.raises(ValueError, match=r"row 1 .* has 1 cells for 2 columns"):
         Table("t", ["a", "b"], [[1, 2], [1]])
 
 
