@@ -17,7 +17,7 @@ _HOME = {
     "find_language_features": "qscope_posttrain.features.find",
     "SASFTCallback": "qscope_posttrain.sft.callback",
     "TokenPenaltyCallback": "qscope_posttrain.sft.baselines",
-    "pack_with_languages": "qscope_posttrain.sft.language_ids",
+    "pack_with_languages": "qscope_posttrain.sft.packing",
     "sasft_loss": "qscope_posttrain.sft.loss",
     "Steering": "qscope_posttrain.residual.steering",
     "steer": "qscope_posttrain.residual.steering",
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sft.baselines import TokenPenaltyCallback
     from qscope_posttrain.sft.callback import SASFTCallback
-    from qscope_posttrain.sft.language_ids import pack_with_languages
+    from qscope_posttrain.sft.packing import pack_with_languages
     from qscope_posttrain.sft.loss import sasft_loss
 
 

@@ -1,0 +1,79 @@
+"""What an auxiliary loss refuses before it changes anything, and when a run is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer, TrainerState
+
+
+def check_trainer(trainer: Trainer, callback_name: str) -> None:
+    """Refuse trainers whose loss or batches are not what the penalties rely on.
+
+    Raises:
+        TypeError: not a `trl.SFTTrainer`.
+        ValueError: a kind of parallelism that splits sequences or replicates the model in one process.
+    """
+    from trl import SFTTrainer
+
+    if not isinstance(trainer, SFTTrainer):
+        raise TypeError(f"{callback_name} attaches to trl.SFTTrainer (or a subclass), got {type(trainer).__name__}.")
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_size > 1 or parallelism.sp_size > 1):
+        raise ValueError(
+            f"{callback_name} does not work with context or sequence parallelism (cp_size={parallelism.cp_size}, "
+            f"sp_size={parallelism.sp_size}): they split a sequence over ranks inside the training step, so labels and "
+            "languages no longer match the captured tokens. Use data parallelism, FSDP2 or ZeRO instead."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{callback_name} does not work with nn.DataParallel, whose replicas run in threads of one process. "
+            "Launch with `accelerate launch` or torchrun, or make one GPU visible."
+        )
+
+
+def is_sharded(trainer: Trainer) -> str | None:
+    """The name of the scheme under which no rank holds whole parameters (FSDP, ZeRO-3), or None."""
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else None
+
+
+def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> None:
+    """Compare with what a resumed checkpoint was trained with, and record it for the checkpoints to come.
+
+    The record lies in `TrainerState.stateful_callbacks`, hence in each checkpoint's trainer_state.json, but not as an
+    `ExportableState`: transformers would rebuild such a callback from JSON, unattached.
+
+    Raises:
+        ValueError: the checkpoint was trained with other settings or features, or without this callback.
+    """
+    records: Any = state.stateful_callbacks
+    stored = records.get(key)
+    if state.global_step > 0:
+        if stored is None:
+            raise ValueError(
+                f"The checkpoint at step {state.global_step} was trained without {key}. A resumed run must have the "
+                "same losses: start a new run from the checkpoint's weights instead, or resume without the callback."
+            )
+        found = stored["attributes"]
+        different = _differences(found, identity)
+        if different:
+            raise ValueError(
+                f"The checkpoint at step {state.global_step} was trained with other settings of {key}: "
+                f"{'; '.join(different)}. Resume with the same settings and features, or start a new run."
+            )
+    records[key] = {"args": {}, "attributes": identity}
+
+
+def _differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for name in sorted({*stored, *current}):
+        before, now = stored.get(name), current.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            lines += _differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            lines.append(f"{prefix}{name} was {before!r}, is {now!r}")
+    return lines

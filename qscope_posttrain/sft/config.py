@@ -1,0 +1,104 @@
+"""All settings of SASFT in one validated, frozen dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from qscope_posttrain.features.layer_features import ReadoutKind
+from qscope_posttrain.sft.loss import Normalization
+from qscope_posttrain.sft.masks import Positions
+
+Threshold = Literal["language_mean", "zero"]
+Scale = Literal["raw", "std"]
+Combine = Literal["monolinguality", "effect", "uniform"]
+PositionWeight = Literal["uniform", "risk"]
+LanguageOf = Callable[[Mapping[str, Any]], str]
+
+
+@dataclass(frozen=True)
+class SASFTConfig:
+    """Settings of the SASFT penalty: `loss = CE + weight * sum over layers of the penalty` (see `sft.loss`).
+
+    Per layer, for a token whose sample is in language j, the excess of readout s is
+    `ReLU((f_s(x) - alpha_js) / sigma_s)`: f is chosen by `readout`, alpha by `threshold`, sigma by `scale`.
+    """
+
+    target: str = "zh"
+    """Language to keep out of responses in other languages; samples of this language contribute nothing"""
+    weight: float = 1e-2
+    """lambda. The published 5e-4 (Gemma) and 1e-3 (Llama) were multiplied by 32 accumulation steps: 0.016, 0.032"""
+    layers: tuple[int, ...] | None = None
+    """Decoder layers, counted from 0; None takes all layers of the FeatureSet"""
+    top: int | None = None
+    """Rows per layer, by score; None takes all rows of the target language"""
+    readout: ReadoutKind = "encoder"
+    """encoder: f = h . W_enc + b_enc, the paper's pre-activation; decoder: f = h . W_dec. Equal for free directions"""
+    threshold: Threshold = "language_mean"
+    """language_mean: alpha_js = mean of f_s over language j (SASFT); zero: alpha = 0 (SASFT_zero)"""
+    scale: Scale = "raw"
+    """raw: sigma = 1; std: sigma_s = standard deviation of f_s over the tokens of all non-target languages"""
+    combine: Combine | None = None
+    """None: each row has its own ReLU. Otherwise ONE readout per layer, f = sum_i w_i f_i with w_i >= 0 that sum to 1:
+    monolinguality: w ~ ReLU(nu_i); effect: w ~ ReLU(W_dec_i . g), g the gradient of log P(target); uniform: w = 1/F"""
+    positions: Positions = "response"
+    """response: positions of the response tokens (published); predicting: the positions that predict them"""
+    position_weight: PositionWeight = "uniform"
+    """uniform: w_t = 1; risk: w_t = P_t / mean P over the penalised positions of the micro-batch, where P_t is the
+    model's probability of a target token after position t; no gradient. Needs target_token_ids"""
+    anchor_weight: float = 0.0
+    """b of the term b * sum_t KL(start_t || model_t) over non-target positions that predict a response token,
+    normalised like the penalty; both distributions without target_token_ids where these are given"""
+    normalization: Normalization = "token_mean"
+    """token_mean: like TRL's cross-entropy; paper: mean over penalised tokens; official: as published"""
+    language: str | LanguageOf = "language"
+    """Name of the column with a sample's language, "script" to decide by its letters, or any callable(example)"""
+    ignore_languages: tuple[str, ...] = ()
+    """Languages of samples that are neither target nor in the FeatureSet: they contribute nothing"""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                listed = ", ".join(map(repr, choices))
+                raise ValueError(f"SASFTConfig.{name} must be one of {listed}; got {getattr(self, name)!r}.")
+        for name in ("weight", "anchor_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"SASFTConfig.{name} must be a finite number of at least 0; got {value!r}.")
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"SASFTConfig.top must be at least 1 or None; got {self.top}.")
+        if self.normalization == "official" and (self.needs_logits or self.positions != "response"):
+            raise ValueError(
+                'normalization="official" is the published code, which has no risk weights, no anchor and unshifted '
+                'positions="response"; use "token_mean" or "paper" with them.'
+            )
+        # YAML and command lines give lists.
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "ignore_languages", tuple(self.ignore_languages))
+        if self.target in self.ignore_languages:
+            raise ValueError(f"The target language {self.target!r} cannot be in ignore_languages.")
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.position_weight == "risk" or self.anchor_weight > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; a callable `language` by its qualified name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if callable(self.language):
+            module = getattr(self.language, "__module__", "")
+            values["language"] = f"{module}.{getattr(self.language, '__qualname__', type(self.language).__qualname__)}"
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "readout": get_args(ReadoutKind),
+    "threshold": get_args(Threshold),
+    "scale": get_args(Scale),
+    "combine": (None, *get_args(Combine)),
+    "positions": get_args(Positions),
+    "position_weight": get_args(PositionWeight),
+    "normalization": get_args(Normalization),
+}

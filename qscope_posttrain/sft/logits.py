@@ -1,0 +1,149 @@
+"""Next-token probabilities from final-norm outputs, a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from qscope_posttrain.residual.layers import output_embedding, text_config
+
+CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time: 150 MB in fp32 for a vocabulary of 150,000"""
+
+
+@dataclass(frozen=True, eq=False)
+class LogitHead:
+    """The map from final-norm output to logits: `cap * tanh(z / cap)` of `z = multiplier * (h W' + b)`."""
+
+    weight: Tensor
+    """[vocabulary, d_model]"""
+    bias: Tensor | None = None
+    multiplier: float = 1.0
+    softcap: float | None = None
+    """cap; None leaves z as it is"""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LogitHead:
+        """The head of a causal language model, with its weight (no copy), scaling and softcapping.
+
+        Parameters that FSDP2 has sharded are gathered; that gather has no gradient we would rely on, so a caller that
+        differentiates with respect to the weight refuses FSDP.
+        """
+        embedding: Any = output_embedding(model)
+        config = text_config(model)
+        weight, bias = embedding.weight, getattr(embedding, "bias", None)
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+            bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
+        return cls(weight, bias, _multiplier(config), getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[tokens, vocabulary]` in fp32, from `[tokens, d_model]`.
+
+        The product runs in the precision in which the model itself would run it (autocast included).
+        """
+        hidden = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
+        logits = linear(hidden.to(self.weight.device), self.weight, self.bias).float() * self.multiplier
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def target_probability(head: LogitHead, hidden: Tensor, target_ids: Tensor) -> Tensor:
+    """P(next token is one of `target_ids`), `[tokens]` in fp32, without gradient, from `[tokens, d_model]`."""
+
+    def chunk(hidden: Tensor) -> Tensor:
+        logits = head.logits(hidden)
+        targets = logits.index_select(-1, target_ids.to(logits.device))
+        return (targets.logsumexp(-1) - logits.logsumexp(-1)).exp()
+
+    with torch.no_grad():
+        return _in_chunks(chunk, hidden)
+
+
+def target_surprise(head: LogitHead, hidden: Tensor, target_ids: Tensor) -> Tensor:
+    """`-log(1 - P(next token is one of target_ids))`, `[tokens]` in fp32, from `[tokens, d_model]`.
+
+    Computed as log sum exp over all logits minus log sum exp over the others, so that it stays exact near P = 1.
+    """
+
+    def chunk(hidden: Tensor) -> Tensor:
+        logits = head.logits(hidden)
+        return logits.logsumexp(-1) - _without(logits, target_ids).logsumexp(-1)
+
+    return _in_chunks(chunk, hidden)
+
+
+def divergence_from(
+    start: LogitHead, start_hidden: Tensor, head: LogitHead, hidden: Tensor, excluded_ids: Tensor | None
+) -> Tensor:
+    """`KL(start || model)` per token, `[tokens]` in fp32, from final-norm outputs `[tokens, d_model]`.
+
+    With `excluded_ids` both distributions are renormalised over the other tokens. Gradient goes to `hidden` and `head`.
+    """
+
+    def log_probabilities(head: LogitHead, hidden: Tensor) -> Tensor:
+        logits = head.logits(hidden)
+        return (logits if excluded_ids is None else _without(logits, excluded_ids)).log_softmax(-1)
+
+    def chunk(hidden: Tensor, start_hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = log_probabilities(start, start_hidden)
+        difference = reference - log_probabilities(head, hidden)
+        if excluded_ids is not None:  # -inf - -inf; these tokens have probability 0 in both
+            difference = difference.index_fill(-1, excluded_ids.to(difference.device), 0.0)
+        return (reference.exp() * difference).sum(-1)
+
+    return _in_chunks(chunk, hidden, start_hidden)
+
+
+def risk_weights(head: LogitHead, hidden: Tensor, eligible: Tensor, target_ids: Tensor) -> Tensor:
+    """`w_t = P_t / mean(P over the eligible positions of this micro-batch)`, 0 elsewhere; `[batch, tokens]`, detached.
+
+    P_t is the model's probability that a target token follows position t.
+
+    Args:
+        head: the model's head.
+        hidden: final-norm output `[batch, tokens, d_model]`.
+        eligible: bool `[batch, tokens]`.
+        target_ids: `[n]`.
+    """
+    probability = target_probability(head, hidden.detach()[eligible], target_ids)
+    smallest = torch.finfo(probability.dtype).tiny
+    weights = torch.zeros(eligible.shape, dtype=probability.dtype, device=probability.device)
+    weights[eligible] = probability / probability.mean().clamp(min=smallest)
+    return weights
+
+
+def _without(logits: Tensor, excluded_ids: Tensor) -> Tensor:
+    return logits.index_fill(-1, excluded_ids.to(logits.device), float("-inf"))
+
+
+def _in_chunks(function: Callable[..., Tensor], hidden: Tensor, *more: Tensor) -> Tensor:
+    """Apply `function` to chunks of tokens; backward recomputes a chunk's logits instead of keeping them all."""
+    if len(hidden) == 0:
+        return hidden.sum(-1).float()  # [0], with a graph
+    results = []
+    for parts in zip(*(tensor.split(CHUNK_TOKENS) for tensor in (hidden, *more)), strict=True):
+        if torch.is_grad_enabled():
+            results.append(checkpoint(function, *parts, use_reentrant=False))
+        else:
+            results.append(function(*parts))
+    return torch.cat(results)
+
+
+def _multiplier(config: object) -> float:
+    """What architectures multiply (Cohere, Falcon-H1) or divide (Granite) their logits by."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    return float(divisor) if getattr(config, "model_type", "") == "hyperclovax" else 1.0 / float(divisor)

@@ -1,0 +1,108 @@
+"""The SASFT penalty as plain functions of tensors, for the callback and for hand-written training loops."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Normalization = Literal["token_mean", "paper", "official"]
+
+
+def readout(hidden: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+    """`hidden @ rows.T + bias` in at least fp32, whatever autocast is active.
+
+    Args:
+        hidden: residual stream `[..., d_model]`, any floating dtype, with graph.
+        rows: directions `[F, d_model]`, fp32.
+        bias: `[F]` or anything that broadcasts against `[..., F]`.
+
+    Returns:
+        Readouts `[..., F]`. With encoder rows and biases these are the pre-activations f(x) = W_enc x + b_enc.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _at_least_fp32(hidden) @ rows.T + bias
+
+
+def excess(pre_activations: Tensor, thresholds: Tensor) -> Tensor:
+    """`ReLU(f - alpha)`, `[..., F]`, in at least fp32."""
+    return torch.relu(_at_least_fp32(pre_activations) - thresholds)
+
+
+def feature_sums(excesses: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`sum_t m_t w_t excess_ts`, `[F]`, from excesses `[..., F]`, a bool mask `[...]` and weights `[...]` or None."""
+    # Filled, not multiplied: a padded position may hold anything, and 0 * nan is nan.
+    masked = excesses.masked_fill(~mask.unsqueeze(-1), 0)
+    if weights is not None:
+        masked = masked * weights.detach().unsqueeze(-1)
+    return masked.flatten(0, -2).sum(0)
+
+
+def sasft_loss(
+    pre_activations: Tensor,
+    thresholds: Tensor,
+    mask: Tensor,
+    normalization: Normalization = "token_mean",
+    *,
+    num_tokens: Tensor | int | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The SASFT penalty of one layer; add the values of several layers, then multiply by the weight lambda.
+
+    With m_t = 1 for a penalised token (a response token of a sample that is not in the target language), w_t a
+    position weight (1 unless given), F features, N = `num_tokens`:
+
+        S          = sum_t m_t w_t sum_s ReLU(f_ts - alpha_ts)
+        token_mean = S / (F max(N, 1))      mean over features
+        paper      = S / max(N, 1)          sum over features
+        official   = S / (F N + 1)
+
+    "paper" is Eq. 26 of the Qwen-Scope report (arXiv 2605.11887) with both expectations taken over tokens:
+    L_reduce = E_x sum_{s in S_L} ReLU(f_s(x) - alpha_j), so N counts the penalised tokens. "official" is the
+    published code (github.com/Aatrox103/SASFT, train.py), per micro-batch: N counts all response tokens, those of
+    the target language included.
+
+    Args:
+        pre_activations: f, `[T, F]` (or `[..., F]`), of any floating dtype; computed in at least fp32.
+        thresholds: alpha, `[T, F]`, or anything that broadcasts to it.
+        mask: m, `[T]`, bool.
+        normalization: which of the three.
+        num_tokens: N. By default the number of penalised tokens, which is right for "paper" without accumulation;
+            give the response tokens of the whole accumulation window over all ranks for "token_mean" inside a
+            training loop, and the response tokens of the micro-batch for "official".
+        weights: w, `[T]`, for example risk weights; no gradient is taken through them.
+
+    Returns:
+        A scalar; exactly 0 (with a graph) where no token is penalised.
+
+    Raises:
+        ValueError: an unknown normalization, or shapes that do not fit.
+    """
+    if mask.shape != pre_activations.shape[:-1]:
+        raise ValueError(
+            f"mask must have one entry per token, {list(pre_activations.shape[:-1])}, got {list(mask.shape)}."
+        )
+    sums = feature_sums(excess(pre_activations, thresholds), mask, weights)
+    return normalise(
+        sums.sum(),
+        features=pre_activations.shape[-1],
+        num_tokens=mask.sum() if num_tokens is None else num_tokens,
+        normalization=normalization,
+    )
+
+
+def normalise(total: Tensor, *, features: int, num_tokens: Tensor | int, normalization: Normalization) -> Tensor:
+    """Divide the summed excess S of one layer as `sasft_loss` defines it. No synchronisation with the host."""
+    count = torch.as_tensor(num_tokens, device=total.device)
+    if normalization == "token_mean":
+        return total / (features * count.clamp(min=1))
+    if normalization == "paper":
+        return total / count.clamp(min=1)
+    if normalization == "official":
+        return total / (features * count + 1)
+    raise ValueError(f"normalization must be one of {', '.join(get_args(Normalization))}, got {normalization!r}.")
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,81 @@
+"""Which token positions of a batch a penalty acts on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Positions = Literal["response", "predicting"]
+
+IGNORED_LABEL = -100
+PADDING_ID = -1
+"""Language id of padding, and of tokens whose language the user chose to ignore"""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """What the penalties need to know of one micro-batch; all tensors `[batch, tokens]`."""
+
+    labels: Tensor
+    """Unshifted labels; -100 is no response token"""
+    language_ids: Tensor
+    """Index of each token's language in the FeatureSet's languages, or -1"""
+    starts: Tensor
+    """bool: first token of a row, and of every document where the batch says where documents start"""
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, Any], language_ids: Tensor) -> TokenBatch:
+        """Read a batch of the trainer's collator: padded, padding-free or packed.
+
+        Raises:
+            ValueError: no labels, or language ids of another shape.
+        """
+        labels = inputs.get("labels")
+        if labels is None:
+            raise ValueError(
+                f"The batch has no 'labels' (its keys: {', '.join(inputs)}), so response tokens are unknown. "
+                "Give the trainer a data set that it can make labels from, or a collator that returns them."
+            )
+        if language_ids.shape != labels.shape:
+            raise ValueError(
+                f"Language ids {list(language_ids.shape)} and labels {list(labels.shape)} of a batch differ in shape."
+            )
+        positions = inputs.get("position_ids")
+        # A padding-free batch has no attention mask; its position ids restart at 0 with every document.
+        starts = torch.zeros_like(labels, dtype=torch.bool) if positions is None else positions == 0
+        starts[:, 0] = True
+        return cls(labels, language_ids, starts)
+
+    def labelled(self) -> Tensor:
+        """Tokens that carry a label, as the published code takes them: `labels != -100`, unshifted."""
+        return self.labels != IGNORED_LABEL
+
+    def published(self, target: int) -> Tensor:
+        """The published mask, bool: every labelled token of a sample that is not in the target language."""
+        return self.labelled() & (self.language_ids >= 0) & (self.language_ids != target)
+
+    def eligible(self, target: int, positions: Positions) -> Tensor:
+        """Positions of response tokens that are not in the target language (bool).
+
+        "response": the position of the response token itself, as published. The last prompt token, which predicts
+        the first response token, is not penalised; the end-of-turn token is.
+        "predicting": the position before it, whose logits predict it.
+
+        First tokens of a document are never eligible as response tokens: nothing predicts them, and their residuals
+        are attention sinks.
+        """
+        of_interest = self.published(target) & ~self.starts
+        if positions == "response":
+            return of_interest
+        # Position t takes the flag of t + 1; a document's first token has none, so nothing crosses a boundary.
+        same_language = self.language_ids[:, 1:] == self.language_ids[:, :-1]
+        return pad(of_interest[:, 1:] & same_language, (0, 1), value=False)
+
+    def next_labels(self) -> Tensor:
+        """The label that each position predicts: `labels` shifted left, -100 at the end of a row."""
+        return pad(self.labels[:, 1:], (0, 1), value=IGNORED_LABEL)
