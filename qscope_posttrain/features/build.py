@@ -1,0 +1,124 @@
+"""From rows and the statistics of a pass to a FeatureSet: every number follows from the sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.layer_features import FREE_DIRECTION, LayerFeatures
+from qscope_posttrain.features.selection import monolinguality
+from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics
+from qscope_posttrain.provenance import package_versions
+from qscope_posttrain.sae.autoencoder import FeatureRows, SAESource
+
+
+def features_from_rows(
+    statistics: LayerStatistics, rows: FeatureRows, labels: Sequence[str], names: Sequence[str], scores: Tensor
+) -> LayerFeatures:
+    """LayerFeatures of SAE features; `scores` [F] in the order of the rows."""
+    ids = rows.feature_ids.cpu()
+    return _layer_features(
+        statistics,
+        feature_ids=ids,
+        labels=labels,
+        names=names,
+        encoder=rows.encoder,
+        encoder_bias=rows.encoder_bias,
+        decoder=rows.decoder,
+        scores=scores,
+        mean_activation=statistics.mean_activation[:, ids],
+        firing_rate=statistics.firing_rate[:, ids],
+    )
+
+
+def features_from_directions(
+    statistics: LayerStatistics, directions: Tensor, names: Sequence[str], label: str, target: int
+) -> LayerFeatures:
+    """LayerFeatures of free directions [F, d_model] that stand for language `label`, number `target`.
+
+    Encoder and decoder are the direction itself and the bias is 0. The score is the direction's own contrast between
+    languages, mean of h . d in the target minus the unweighted mean of the others.
+    """
+    mean, _ = statistics.moments(directions)
+    unmeasured = torch.full_like(mean, math.nan)
+    return _layer_features(
+        statistics,
+        feature_ids=torch.full((len(directions),), FREE_DIRECTION),
+        labels=[label] * len(directions),
+        names=names,
+        encoder=directions,
+        encoder_bias=torch.zeros(len(directions)),
+        decoder=directions,
+        scores=monolinguality(mean)[target] if len(mean) > 1 else unmeasured[target],
+        mean_activation=unmeasured,
+        firing_rate=unmeasured,
+    )
+
+
+def _layer_features(
+    statistics: LayerStatistics,
+    *,
+    feature_ids: Tensor,
+    labels: Sequence[str],
+    names: Sequence[str],
+    encoder: Tensor,
+    encoder_bias: Tensor,
+    decoder: Tensor,
+    scores: Tensor,
+    mean_activation: Tensor,
+    firing_rate: Tensor,
+) -> LayerFeatures:
+    # Round the rows first: the moments are those of the rows as stored.
+    encoder, encoder_bias, decoder = _stored(encoder), _stored(encoder_bias), _stored(decoder)
+    encoder_mean, encoder_covariance = statistics.moments(encoder, encoder_bias)
+    decoder_mean, decoder_covariance = statistics.moments(decoder)
+    return LayerFeatures(
+        feature_ids=feature_ids,
+        labels=tuple(labels),
+        names=tuple(names),
+        encoder=encoder,
+        encoder_bias=encoder_bias,
+        decoder=decoder,
+        scores=_stored(scores),
+        effects=torch.full((len(encoder),), math.nan),
+        mean_activation=_stored(mean_activation),
+        firing_rate=_stored(firing_rate),
+        tokens=statistics.tokens,
+        mean_residual=_stored(statistics.mean_residual),
+        residual_median_norm=statistics.median_norm,
+        encoder_mean=_stored(encoder_mean),
+        encoder_covariance=_stored(encoder_covariance),
+        decoder_mean=_stored(decoder_mean),
+        decoder_covariance=_stored(decoder_covariance),
+    )
+
+
+def _stored(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", torch.float32)
+
+
+def feature_set_from(
+    statistics: PassStatistics,
+    layers: Mapping[int, LayerFeatures],
+    settings: Mapping[str, Any],
+    sources: Mapping[int, SAESource] | None = None,
+) -> FeatureSet:
+    """FeatureSet with the identity, the settings and the provenance of the pass."""
+    return FeatureSet(
+        model=dict(statistics.model),
+        languages=statistics.languages,
+        layers=layers,
+        settings={**settings, "statistics": dict(statistics.settings)},
+        provenance={
+            "saes": {str(layer): asdict(source) for layer, source in (sources or {}).items()},
+            "text_fingerprint": statistics.text_fingerprint,
+            "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
+            "versions": package_versions(),
+        },
+    )

@@ -1,0 +1,156 @@
+"""Baselines as FeatureSets: directions that no SAE chose, so that every control runs through the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qscope_posttrain.features.build import feature_set_from, features_from_directions, features_from_rows
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.layer_features import LayerFeatures
+from qscope_posttrain.features.selection import difference_of_means, monolinguality, random_features
+from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
+CombineBy = Literal["monolinguality", "effect", "uniform"]
+
+
+def direction_feature_set(
+    statistics: PassStatistics, layer: int, direction: Tensor, name: str | Sequence[str], *, language: str
+) -> FeatureSet:
+    """Any direction [d_model], or several [F, d_model] with as many names, as a FeatureSet for `language`."""
+    rows = torch.atleast_2d(torch.as_tensor(direction))
+    names = [name] if isinstance(name, str) else list(name)
+    width = statistics.model["hidden_size"]
+    if rows.dim() != 2 or rows.shape[1] != width or len(rows) != len(names):
+        raise ValueError(
+            f"Expected directions [{len(names)}, {width}], one per name, got {list(torch.as_tensor(direction).shape)}."
+        )
+    target = _target_index(statistics, language)
+    features = features_from_directions(_layer(statistics, layer), rows, names, language, target)
+    return feature_set_from(statistics, {layer: features}, {"selector": "direction"})
+
+
+def difference_of_means_set(statistics: PassStatistics, target: str, layers: Iterable[int] | None = None) -> FeatureSet:
+    """Per layer the mean residual of the target minus the unweighted mean of the other languages' means."""
+    index = _target_index(statistics, target)
+    built = {}
+    for layer in statistics.layers if layers is None else layers:
+        rows = difference_of_means(_layer(statistics, layer).mean_residual, index)[None]
+        name = f"{target} difference of means"
+        built[layer] = features_from_directions(_layer(statistics, layer), rows, [name], target, index)
+    return feature_set_from(statistics, built, {"selector": "difference of means", "target": target})
+
+
+def random_feature_set(
+    statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], like: FeatureSet, *, seed: int = 0
+) -> FeatureSet:
+    """As many random SAE features as `like` has rows, row by row of equal encoder and of equal decoder norm.
+
+    The draw is that of `selection.random_features`. Each row replaces one row of `like`, takes its label, and is
+    scaled to its norms, so that neither readout differs in size. Activations are those of the feature as trained.
+    """
+    built = {}
+    for layer, rows in like.layers.items():
+        if layer not in saes:
+            raise ValueError(f"random_feature_set needs the SAE of layer {layer}; it was given {sorted(saes)}.")
+        built[layer] = random_layer_features(_layer(statistics, layer), saes[layer], rows, statistics.languages, seed)
+    sources = {layer: saes[layer].source for layer in like.layers}
+    return feature_set_from(statistics, built, {"selector": "random features", "seed": seed}, sources)
+
+
+def random_layer_features(
+    statistics: LayerStatistics, sae: SparseAutoencoder, like: LayerFeatures, languages: Sequence[str], seed: int
+) -> LayerFeatures:
+    """The rows of one layer of `random_feature_set`."""
+    scores = monolinguality(statistics.mean_activation)
+    target = scores[languages.index(like.labels[0])]
+    taken = [feature for feature in like.feature_ids.tolist() if feature >= 0]
+    ids = random_features(statistics.firing_rate, target, len(like), seed, exclude=taken)
+    rows = sae.select(ids)
+    encoder_scale = _norm_ratio(like.encoder, rows.encoder)
+    rows = replace(
+        rows,
+        encoder=rows.encoder.float().cpu() * encoder_scale[:, None],
+        encoder_bias=rows.encoder_bias.float().cpu() * encoder_scale,
+        decoder=rows.decoder.float().cpu() * _norm_ratio(like.decoder, rows.decoder)[:, None],
+    )
+    names = [f"random #{feature}" for feature in ids.tolist()]
+    own = torch.stack([scores[languages.index(label), i] for label, i in zip(like.labels, ids.tolist(), strict=True)])
+    return features_from_rows(statistics, rows, like.labels, names, own)
+
+
+def random_direction_set(statistics: PassStatistics, like: FeatureSet, *, seed: int = 0) -> FeatureSet:
+    """Normally distributed directions, as many as `like` has rows, row by row of the decoder norm there."""
+    built = {}
+    for layer, rows in like.layers.items():
+        label = rows.labels[0]
+        if set(rows.labels) != {label}:
+            raise ValueError("random_direction_set stands in for one language: call like.select(language=...) first.")
+        directions = random_directions(rows.decoder.norm(dim=1), rows.d_model, seed + layer)
+        names = [f"random direction {i + 1}" for i in range(len(rows))]
+        index = _target_index(statistics, label)
+        built[layer] = features_from_directions(_layer(statistics, layer), directions, names, label, index)
+    return feature_set_from(statistics, built, {"selector": "random directions", "seed": seed})
+
+
+def random_directions(norms: Tensor, d_model: int, seed: int) -> Tensor:
+    """[F, d_model] uniformly distributed directions with the given norms [F]."""
+    drawn = torch.randn(len(norms), d_model, generator=torch.Generator().manual_seed(seed))
+    return drawn * (norms / drawn.norm(dim=1))[:, None]
+
+
+def combined_set(features: FeatureSet, by: CombineBy = "effect") -> FeatureSet:
+    """ONE direction per layer: the weighted sum of the rows of one language.
+
+    Weights: "monolinguality" nu_i; "effect" relu(decoder_i . g), the attribution-weighted direction; "uniform" 1.
+    The rows must belong to one language, so call `features.select(language=...)` first.
+    """
+    built = {}
+    for layer, rows in features.layers.items():
+        weights = combination_weights(rows, by)
+        if not bool(weights.isfinite().all()) or not bool((weights != 0).any()):
+            raise ValueError(
+                f"Layer {layer}: weights by {by} are {weights.tolist()}. Effects have to be measured first (see "
+                "causal.measure_effects), and at least one weight must not be 0."
+            )
+        built[layer] = rows.combine(weights, f"{rows.labels[0]} sum of {len(rows)} by {by}")
+    return replace(features, layers=built, settings={**features.settings, "combined_by": by})
+
+
+def combination_weights(rows: LayerFeatures, by: CombineBy) -> Tensor:
+    """Weights [F] of `combined_set` for the rows of one layer; NaN where nothing was measured."""
+    if by == "monolinguality":
+        return rows.scores
+    if by == "effect":
+        return rows.effects.relu()
+    if by == "uniform":
+        return torch.ones(len(rows))
+    raise ValueError(f'Rows are combined by "monolinguality", "effect" or "uniform", got {by!r}.')
+
+
+def _norm_ratio(reference: Tensor, rows: Tensor) -> Tensor:
+    norms = rows.float().cpu().norm(dim=1)
+    if bool((norms == 0).any()):
+        raise ValueError("A random feature of this SAE has a row of norm 0; take another seed.")
+    return reference.norm(dim=1) / norms
+
+
+def _layer(statistics: PassStatistics, layer: int) -> LayerStatistics:
+    if layer not in statistics.layers:
+        raise ValueError(
+            f"layer {layer} is not in these statistics; they have {', '.join(map(str, statistics.layers))}."
+        )
+    return statistics.layers[layer]
+
+
+def _target_index(statistics: PassStatistics, language: str) -> int:
+    if language not in statistics.languages:
+        raise ValueError(
+            f"language {language!r} is not in these statistics; they have {', '.join(statistics.languages)}."
+        )
+    return statistics.languages.index(language)
