@@ -35,8 +35,10 @@ class LayerCapture:
     its `grad_fn` afterwards, in place. That is why nothing here looks at `torch.is_grad_enabled()`.
 
     A captured tensor keeps its whole graph alive: call `clear()` as soon as it has been used. Other hooks that
-    replace a layer's output are seen if they were registered before this one. Attach before the first forward of a
-    compiled model: a graph that already exists never learns of a new hook.
+    replace a layer's output are seen if they were registered before this one.
+
+    Under `torch.compile`, attach before the model's first forward, because a graph that exists never learns of a new
+    hook, and `clear()` before each forward, because a graph is compiled for the counts it starts from.
 
     Usable as a context manager, or with `attach()` and `remove()`:
 
@@ -44,6 +46,9 @@ class LayerCapture:
             model(**inputs)
             tensors = capture.require()     # {20: [batch, tokens, d_model], 21: ...}
     """
+
+    attached: bool
+    """Whether the hooks are registered."""
 
     active: bool
     """Whether outputs are kept and counted; switch it off for forwards that are of no interest."""
@@ -74,21 +79,19 @@ class LayerCapture:
         self._blocks = {layer: blocks[layer] for layer in self.layers}
         self._modules = dict(modules or {})
         self._handles: list[RemovableHandle] = []
+        self.attached = False
         self.active = True
         self.clear()
 
-    @property
-    def attached(self) -> bool:
-        return bool(self._handles)
-
     def attach(self) -> LayerCapture:
         """Register the hooks. RuntimeError if they already are."""
-        if self._handles:
+        if self.attached:
             raise RuntimeError("This LayerCapture is already attached; remove() it first.")
         for layer, block in self._blocks.items():
             self._handles.append(block.register_forward_hook(self._layer_hook(layer)))
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._module_hook(name)))
+        self.attached = True
         return self
 
     def remove(self) -> None:
@@ -96,6 +99,7 @@ class LayerCapture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.attached = False
 
     def clear(self) -> None:
         """Forget all outputs and counts, releasing the graphs they hold."""
@@ -135,21 +139,24 @@ class LayerCapture:
 
     def _layer_hook(self, layer: int) -> ForwardHook:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self.active:
-                self.calls[layer] += 1
-                if layer not in self.tensors:
-                    self.tensors[layer] = hidden_states(output)
+            if self._listens_to(layer) and layer not in self.tensors:
+                self.tensors[layer] = hidden_states(output)
 
         return hook
 
     def _module_hook(self, name: str) -> ForwardHook:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self.active:
-                self.calls[name] += 1
-                if name not in self.named:
-                    self.named[name] = hidden_states(output)
+            if self._listens_to(name) and name not in self.named:
+                self.named[name] = hidden_states(output)
 
         return hook
+
+    def _listens_to(self, key: int | str) -> bool:
+        """Count a call. False, without counting, when inactive, or when a compiled graph calls a removed hook."""
+        listens = self.attached and self.active
+        if listens:
+            self.calls[key] += 1
+        return listens
 
 
 class _DeepestLayerReached(BaseException):

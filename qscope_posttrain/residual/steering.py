@@ -82,9 +82,10 @@ def steer(model: nn.Module, *steerings: Steering) -> Iterator[dict[int, int]]:
     Hooks return a new tensor and keep its dtype: the direction is prepared in fp32 and then cast. Several steerings
     of one layer apply in the order given; nested blocks compose, the outer one first. The hooks are removed on exit,
     also after an exception. A backward that recomputes layers (gradient checkpointing) must run inside the block.
+    A model under `torch.compile` must make its first forward inside the block; after it, it compiles again.
 
     Yields:
-        Hook calls so far per layer.
+        Hook calls so far per layer; a compiled layer counts once.
 
     Raises:
         ValueError: no steering, a layer that the model does not have, or a direction of another size.
@@ -99,33 +100,47 @@ def steer(model: nn.Module, *steerings: Steering) -> Iterator[dict[int, int]]:
             raise ValueError(
                 f"direction has {steering.direction.numel()} entries, but the model's residual stream has {width}."
             )
-    blocks = decoder_layers(model)
-    calls = {layer: 0 for steering in steerings for layer in steering.layers}
+    layers = decoder_layers(model)
+    block = _Block(calls={layer: 0 for steering in steerings for layer in steering.layers})
     handles = []
     try:
         for steering in steerings:
             for layer in steering.layers:
-                handles.append(blocks[layer].register_forward_hook(_hook(steering, layer, calls)))
-        yield calls
+                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, block)))
+        yield block.calls
     finally:
+        block.active = False
         for handle in handles:
             handle.remove()
-    silent = [layer for layer, count in calls.items() if count == 0]
+    silent = [layer for layer, count in block.calls.items() if count == 0]
     if silent:
         raise RuntimeError(
             f"Steering had no effect: layer(s) {', '.join(map(str, silent))} never ran inside the block. Either no "
-            "forward was made, or another copy of the model ran, or the model was compiled before the block."
+            "forward was made, or another copy of the model ran, or the model was compiled before the block (then call "
+            "torch.compiler.reset() first)."
         )
 
 
-def _hook(steering: Steering, layer: int, calls: dict[int, int]) -> Callable[[nn.Module, Any, Any], Any]:
+@dataclass
+class _Block:
+    """What the hooks of one `with` block share."""
+
+    calls: dict[int, int]
+    active: bool = True
+    """A compiled graph keeps the hooks it was made with, but checks this flag: once False, it is made anew."""
+
+
+def _hook(steering: Steering, layer: int, block: _Block) -> Callable[[nn.Module, Any, Any], Any]:
     """Forward hook that steers one layer, for an output that is a tensor or a tuple."""
     # Cast once per device and dtype, not at every token of a generation.
     prepared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not block.active:
+            return None
         hidden = hidden_states(output)
-        calls[layer] += 1
+        # A graph is compiled for the values of Python counters: one that grows would mean a new graph at every call.
+        block.calls[layer] = 1 if torch.compiler.is_compiling() else block.calls[layer] + 1
         key = (hidden.device, hidden.dtype)
         if key not in prepared:
             prepared[key] = tuple(vector.to(*key) for vector in _vectors(steering))

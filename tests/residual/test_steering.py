@@ -18,7 +18,9 @@ IDS = torch.arange(3, 15).view(2, 6)
 
 
 def hooks_of(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) for module in model.modules())
+    """Hooks of this package; transformers leaves its own behind."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return sum(getattr(hook, "__module__", "").startswith("qscope_posttrain") for hook in hooks)
 
 
 @pytest.fixture
@@ -122,14 +124,25 @@ def test_generation_steers_every_forward(make_model, direction):
 
 
 def test_peft_and_compiled_models(make_model, direction):
-    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        make_model(num_hidden_layers=2), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     plain = model(IDS).logits
     with steer(model, Steering(direction, (1,))):
         eager = model(IDS).logits
     assert not torch.allclose(eager, plain)
     compiled = torch.compile(model, backend="aot_eager")
-    with steer(compiled, Steering(direction, (1,))):
+    with steer(compiled, Steering(direction, (1,))) as calls:
         torch.testing.assert_close(compiled(IDS).logits, eager)
+    assert calls == {1: 1}
+    torch.testing.assert_close(compiled(IDS).logits, plain)
+
+
+def test_a_graph_compiled_before_the_block_is_an_error_not_a_silent_miss(make_model, direction):
+    compiled = torch.compile(make_model(num_hidden_layers=2), backend="eager")
+    compiled(IDS)
+    with pytest.raises(RuntimeError, match="compiled before the block"), steer(compiled, Steering(direction, (1,))):
+        compiled(IDS)
 
 
 def test_a_layer_that_never_runs_is_an_error(make_model, direction):
