@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import collections.abc
 import dataclasses
@@ -9,12 +10,19 @@ import inspect
 import itertools
 import textwrap
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+from qscope_posttrain.cli.parser import RecipeParser
+from qscope_posttrain.report.summary import to_json
 from qscope_posttrain.sft.config import SASFTConfig
 
 PREFIX = "sasft_"
+_SECRETS = ("hub_token", "push_to_hub_token")
 
 
 @dataclass
@@ -64,17 +72,86 @@ def sasft_arguments() -> type:
     return dataclasses.make_dataclass("SASFTArguments", fields)
 
 
-def to_sasft_config(arguments: Any) -> SASFTConfig:
-    """The options as SASFTConfig, which checks them.
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that one run of `qscope sft` was asked for."""
+
+    run: RunArguments
+    penalty: SASFTConfig
+    script: ScriptArguments
+    mixture: DatasetMixtureConfig
+    training: SFTConfig
+    model: ModelConfig
+    assumed_cpu: bool = False
+    """A dry run on a machine without the GPU that the recipe asks for"""
+
+    @property
+    def model_name(self) -> str:
+        """Folder or hub id of the starting model."""
+        return str(self.model.model_name_or_path)
+
+    @property
+    def output(self) -> Path:
+        """Where the model and the reports go."""
+        return Path(str(self.training.output_dir))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, JSON-ready; read back by `parse_recipe`, it gives the same recipe."""
+        penalty = {PREFIX + name: value for name, value in self.penalty.to_dict().items()}
+        parts = [dataclasses.asdict(part) for part in (self.run, self.script, self.mixture, self.model)]
+        training = self.training.to_dict()
+        # transformers writes <HUB_TOKEN> and the like in place of secrets; no token is the better reading back.
+        training |= {key: None for key in training if key in _SECRETS}
+        return to_json({**parts[0], **penalty, **parts[1], **parts[2], **training, **parts[3]})
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """Read `--config FILE` and the overrides beside it.
 
     Raises:
-        ValueError: as SASFTConfig, with the key of the recipe in front.
+        FileNotFoundError: no such recipe.
+        ValueError: unknown key, wrong value, options that exclude each other, or a recipe for a GPU without one.
     """
+    assumed_cpu = False
+
+    def check_device(values: argparse.Namespace) -> None:
+        nonlocal assumed_cpu
+        assumed_cpu = _check_device(values)
+
+    kinds = (RunArguments, sasft_arguments(), ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)
+    parser = RecipeParser(kinds, before_build=check_device, prog="qscope sft")
+    run, penalty, script, mixture, training, model = parser.parse(arguments)
+    if not model.model_name_or_path:
+        raise ValueError("a recipe needs 'model_name_or_path': a folder or a hub id.")
+    return Recipe(run, _sasft_config(penalty), script, mixture, training, model, assumed_cpu)
+
+
+def _check_device(values: argparse.Namespace) -> bool:
+    """Refuse to train without the GPU that a recipe asks for; for a dry run assume the CPU, and return True."""
+    import torch
+
+    here = torch.accelerator.is_available()
+    if values.dry_run:
+        assume = not here and not values.use_cpu
+        values.use_cpu = values.use_cpu or assume
+        return bool(assume)
+    remedy = "--use_cpu true --bf16 false --use_liger_kernel false --gradient_checkpointing false"
+    if not here and not values.use_cpu:
+        raise ValueError(
+            "this recipe trains on a GPU, and this machine has none. To check the recipe here: --dry_run. "
+            f"To train on the CPU all the same: {remedy}."
+        )
+    if values.use_cpu and values.use_liger_kernel:
+        raise ValueError(f"use_liger_kernel needs a GPU, and use_cpu is on. To train on the CPU: {remedy}.")
+    return False
+
+
+def _sasft_config(arguments: Any) -> SASFTConfig:
     values = {name.removeprefix(PREFIX): value for name, value in vars(arguments).items()}
     try:
         return SASFTConfig(**cast("dict[str, Any]", values))
     except ValueError as error:
-        raise ValueError(f"sasft_* options: {error}") from error
+        raise ValueError(f"{error} (In recipes these options begin with '{PREFIX}'.)") from error
 
 
 def field_docstrings(kind: type) -> dict[str, str]:

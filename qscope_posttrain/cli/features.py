@@ -1,0 +1,144 @@
+"""`qscope features find` and `qscope features show`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qscope_posttrain.cli.inputs import DTYPES, load_model, parse_layers, read_texts
+from qscope_posttrain.report.progress import is_main_process, status
+from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.report.tables import Table
+
+FILE_NAME = "features.safetensors"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the sub-command and return the exit status."""
+    options = _parser().parse_args(arguments)
+    if options.action == "show":
+        show(options)
+    else:
+        find(options)
+    return 0
+
+
+def find(options: argparse.Namespace) -> None:
+    """Find the features, print them, and write `features.safetensors` and `summary.json`."""
+    from qscope_posttrain.features.find import find_language_features
+    from qscope_posttrain.residual.layers import decoder_layers
+
+    output = writable_folder(options.output)
+    texts = read_texts(options.texts, options.max_texts)
+    status("texts: " + ", ".join(f"{language} {len(entries)}" for language, entries in texts.items()))
+    _join_processes(options)
+    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    layers = parse_layers(options.layers, len(decoder_layers(model)))
+    features = find_language_features(
+        model,
+        tokenizer,
+        texts,
+        dict.fromkeys(layers, options.sae),
+        top=options.top,
+        target=options.target,
+        causal=options.causal,
+        k=options.k,
+        saes_at_once=options.saes_at_once,
+        seed=options.seed,
+        checkpoint=output / "pass.checkpoint" if options.resumable else None,
+        tokens_per_batch=options.tokens_per_batch,
+        max_length=options.max_length,
+    )
+    if not is_main_process():
+        return
+    features.to_table().print()
+    causal = features.provenance.get("causal_check")
+    if causal is not None:
+        Table(**causal).print()
+    path = features.save(output / FILE_NAME)
+    results = {
+        "features": path,
+        "table": features.to_table(),
+        "causal_check": causal,
+        "provenance": features.provenance,
+    }
+    write_summary(output, "features find", vars(options), results)
+    status(f"features written to {path}")
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print a FeatureSet, or part of it, with its origin."""
+    from qscope_posttrain.features.feature_set import FeatureSet
+
+    path = Path(options.path)
+    features = FeatureSet.load(path / FILE_NAME if path.is_dir() else path)
+    table = features.select(options.language, options.layer, options.top).to_table()
+    if options.markdown:
+        print(table.to_markdown())
+        return
+    table.print()
+    causal = features.provenance.get("causal_check")
+    if causal is not None:
+        Table(**causal).print()
+    origins = [(f"layer {layer}", _origin(source)) for layer, source in features.provenance.get("saes", {}).items()]
+    origins += [
+        (f"found with {name}", value) for name, value in features.settings.items() if not isinstance(value, dict)
+    ]
+    Table("Origin", ["what", "where"], [(what, str(where)) for what, where in origins]).print()
+
+
+def _origin(source: dict[str, Any]) -> str:
+    parts = [source["location"], source.get("file"), source.get("revision")]
+    digest = source.get("sha256")
+    return " ".join(str(part) for part in parts if part) + (f" sha256 {digest[:16]}" if digest else "")
+
+
+def _join_processes(options: argparse.Namespace) -> None:
+    """Under a launcher (`accelerate launch`, torchrun) the pass is shared by all processes, each on its own device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    options.device = str(state.device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qscope features", allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True)
+    shape = argparse.ArgumentDefaultsHelpFormatter
+    new = actions.add_parser("find", help="one pass over texts", formatter_class=shape, allow_abbrev=False)
+    new.add_argument("--model", required=True, help="folder or hub id")
+    new.add_argument("--texts", required=True, help="folder of <language>.txt, or JSONL with text and language")
+    new.add_argument("--sae", required=True, help="folder of layer files, file of one layer, or hub id of a release")
+    new.add_argument("--layers", nargs="+", required=True, help="numbers from 0, ranges such as 20-27, or all")
+    new.add_argument("--top", type=int, default=2, help="features a language and layer")
+    new.add_argument("--target", help="language whose features are measured for their effect, for example zh")
+    new.add_argument(
+        "--causal",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --target, ablate and add its features, next to random ones and the difference of means",
+    )
+    new.add_argument("--output", required=True, help="folder for features.safetensors and summary.json")
+    new.add_argument("--k", type=int, help="k of TopK, where neither file nor release name says it")
+    new.add_argument("--saes-at-once", type=int, help="SAEs in memory at a time; each group of them is one pass")
+    new.add_argument("--max-texts", type=int, help="texts a language at most")
+    new.add_argument("--max-length", type=int, default=512, help="tokens of a text at most")
+    new.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens in one forward pass")
+    new.add_argument("--resumable", action="store_true", help="keep a checkpoint, so that a killed pass goes on")
+    new.add_argument("--revision", help="branch, tag or commit of the model on the hub")
+    new.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
+    new.add_argument("--device", help="for example cuda:0 or cpu; by default the first GPU if there is one")
+    new.add_argument("--seed", type=int, default=0, help="of the random controls")
+    old = actions.add_parser("show", help="print a FeatureSet", formatter_class=shape, allow_abbrev=False)
+    old.add_argument("path", help="features.safetensors, or the folder that holds it")
+    old.add_argument("--language", help="rows of this language only")
+    old.add_argument("--layer", type=int, nargs="+", help="rows of these layers only")
+    old.add_argument("--top", type=int, help="the best so many rows of each language and layer")
+    old.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    return parser

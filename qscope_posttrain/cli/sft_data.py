@@ -1,0 +1,114 @@
+"""Training data of `qscope sft`: local files, folders and hub ids, packed with their languages where asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import trl
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from qscope_posttrain.cli.sft_arguments import Recipe
+from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_rows(recipe: Recipe, split: str) -> Rows:
+    """The rows of one split: `dataset_name` (file, folder or hub id), or TRL's list `datasets`.
+
+    Raises:
+        FileNotFoundError: a local file that does not exist.
+        ValueError: no data set, two, or no such split.
+    """
+    name, mixture = recipe.script.dataset_name, recipe.mixture
+    if bool(name) == bool(mixture.datasets):
+        both = "both" if name else "neither"
+        raise ValueError(f"give the training data as 'dataset_name' or as 'datasets'; the recipe has {both}.")
+    if name:
+        splits = _load_named(recipe, name)
+    else:
+        local = [_local(entry) for entry in mixture.datasets]
+        splits = trl.get_dataset(dataclasses.replace(mixture, datasets=local))
+    if split not in splits:
+        raise ValueError(f"the data has no split '{split}'; it has {', '.join(map(str, splits))}.")
+    return splits[split]
+
+
+def first_rows(rows: Rows, count: int) -> list[dict[str, Any]]:
+    """Up to `count` rows from the start, of a data set in memory or a stream."""
+    return list(islice(iter(rows), count))
+
+
+def pack(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, languages: Collection[str]) -> Dataset:
+    """Pack as `packing: true` asks for, keeping the language of every token, which TRL's own packing would drop.
+
+    Afterwards the trainer has nothing left to prepare: see `without_packing`.
+
+    Raises:
+        ValueError: streamed data, no length to pack to, or data that cannot be packed.
+    """
+    training = recipe.training
+    if isinstance(rows, IterableDataset):
+        raise ValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
+    if training.max_length is None:
+        raise ValueError("packing needs 'max_length', the number of tokens of a packed row.")
+    return pack_with_languages(
+        rows,
+        tokenizer,
+        max_length=training.max_length,
+        strategy=cast(PackingStrategy, training.packing_strategy),
+        language=recipe.penalty.language,
+        languages=languages,
+        completion_only_loss=training.completion_only_loss,
+        assistant_only_loss=training.assistant_only_loss,
+        dataset_text_field=training.dataset_text_field,
+        shuffle_seed=training.seed,
+    )
+
+
+def without_packing(training: Any) -> Any:
+    """The training arguments for rows that `pack` has made.
+
+    Rows packed by "wrapped" are plain rows of one length; the other strategies mark where documents begin, which
+    only the padding-free collator passes on.
+    """
+    return dataclasses.replace(
+        training,
+        packing=False,
+        padding_free=training.packing_strategy != "wrapped",
+        max_length=None,
+        dataset_kwargs={**(training.dataset_kwargs or {}), "skip_prepare_dataset": True},
+    )
+
+
+def _load_named(recipe: Recipe, name: str) -> Any:
+    path = Path(name)
+    if (path / "dataset_dict.json").is_file():
+        return load_from_disk(name)
+    if (path / "state.json").is_file():
+        return {recipe.script.dataset_train_split: load_from_disk(name)}
+    streaming = recipe.script.dataset_streaming
+    if path.suffix in _READERS:
+        return load_dataset(_READERS[path.suffix], data_files=str(_existing(path)), streaming=streaming)
+    return load_dataset(name, name=recipe.script.dataset_config, streaming=streaming)
+
+
+def _local(entry: Any) -> Any:
+    """An entry of `datasets` whose path is a data file, as the reader and its file."""
+    path = Path(entry.path)
+    if path.suffix not in _READERS:
+        return entry
+    return dataclasses.replace(entry, path=_READERS[path.suffix], data_files=str(_existing(path)))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"no training data at '{path}'.")
+    return path
