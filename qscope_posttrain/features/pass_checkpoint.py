@@ -31,6 +31,8 @@ class PassCheckpoint:
         self, path: str | Path | None, key: Mapping[str, Any], medians: Mapping[int, float], rank: int, processes: int
     ) -> None:
         self.path = None if path is None else Path(path)
+        if self.path is not None and not self.path.parent.is_dir():
+            raise FileNotFoundError(f"No checkpoint at {self.path}: the folder {self.path.parent} does not exist.")
         if self.path is not None and processes > 1:
             self.path = self.path.with_name(f"{self.path.name}.rank{rank}")
         self.key = json.dumps({**key, "rank": rank}, sort_keys=True)

@@ -118,8 +118,12 @@ def test_batch_size_and_padding_do_not_matter(architecture, make_model, tiny_tok
     one_by_one = collect_statistics(model, tiny_tokenizer, texts, sae, tokens_per_batch=1)
     for tokens_per_batch in (100, 4096):
         found = collect_statistics(model, tiny_tokenizer, texts, sae, tokens_per_batch=tokens_per_batch)
-        torch.testing.assert_close(found.layers[1].residual_sum, one_by_one.layers[1].residual_sum, rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(found.layers[1].activation_sum, one_by_one.layers[1].activation_sum, rtol=1e-3, atol=0.05)
+        torch.testing.assert_close(
+            found.layers[1].residual_sum, one_by_one.layers[1].residual_sum, rtol=1e-4, atol=1e-3
+        )
+        torch.testing.assert_close(
+            found.layers[1].activation_sum, one_by_one.layers[1].activation_sum, rtol=1e-3, atol=0.05
+        )
         assert torch.equal(found.layers[1].tokens, one_by_one.layers[1].tokens)
 
 
@@ -178,7 +182,8 @@ def test_the_model_is_left_as_it_was(make_model, tiny_tokenizer, texts):
     model.train()
     model.model.layers[0].eval()
     collect_statistics(model, tiny_tokenizer, texts, {1: None})
-    assert model.training and model.model.layers[1].mlp.training
+    assert model.training
+    assert model.model.layers[1].mlp.training
     assert not model.model.layers[0].training
     assert all(not layer._forward_hooks for layer in model.model.layers)
 
@@ -219,7 +224,7 @@ class TestErrors:
             collect_statistics(make_model(), tiny_tokenizer, texts, {4: None})
 
     def test_sae_of_another_width_or_layer(self, make_model, tiny_tokenizer, texts, make_sae):
-        with pytest.raises(ValueError, match="d_model 32.*hidden size is 64"):
+        with pytest.raises(ValueError, match=r"d_model 32.*hidden size is 64"):
             collect_statistics(make_model(), tiny_tokenizer, texts, {1: make_sae(1, d_model=32)})
         with pytest.raises(ValueError, match="layer 2 was trained on layer 1"):
             collect_statistics(make_model(), tiny_tokenizer, texts, {2: make_sae(1)})
