@@ -60,10 +60,12 @@ def script_pattern(script: str) -> regex.Pattern[str]:
     ValueError if Unicode has no such script, and for "Common" and "Inherited", the characters of all scripts.
     """
     try:
-        pattern = regex.compile(rf"[\p{{L}}&&\p{{Script={script}}}]", regex.VERSION1)
+        # Letters only: an empty name, or one with a brace, would compile to something else.
+        well_formed = script.replace("_", "").isalpha() and script not in ("Common", "Inherited")
+        pattern = regex.compile(rf"[\p{{L}}&&\p{{Script={script}}}]", regex.VERSION1) if well_formed else None
     except regex.error:
         pattern = None
-    if pattern is None or script in ("Common", "Inherited"):
+    if pattern is None:
         raise ValueError(f"{script!r} is not a Unicode script; expected a name such as Han, Hangul or Cyrillic.")
     return pattern
 
