@@ -142,10 +142,11 @@ def activation_to_spec(activation: Activation) -> tuple[dict[str, Any], dict[str
 
 def activation_from_spec(settings: Any, tensors: dict[str, Tensor]) -> Activation:
     """The activation that `activation_to_spec` described. ValueError for anything it would not have written."""
-    if not isinstance(settings, dict) or settings.get("name") not in _BY_NAME:
+    name = settings.get("name") if isinstance(settings, dict) else None
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(f"unknown activation {settings!r}; known are {', '.join(_BY_NAME)}")
     arguments = {key: value for key, value in settings.items() if key != "name"} | tensors
     try:
-        return _BY_NAME[settings["name"]](**arguments)
+        return _BY_NAME[name](**arguments)
     except TypeError as error:
-        raise ValueError(f"invalid settings for activation {settings['name']}: {error}") from error
+        raise ValueError(f"invalid settings for activation {name}: {error}") from error

@@ -75,7 +75,7 @@ def open_file(located: LocatedFile) -> StoredSAE:
         raise ValueError(f"{path}: {error}") from error
     if layer is not None and located.layer is not None and layer != located.layer:
         raise ValueError(f"layer {located.layer} was asked for, but {path} holds layer {layer}")
-    return StoredSAE(path, FORMAT, **tensors, activation=activation, layer=layer, origin=origin)
+    return StoredSAE(path, FORMAT, **tensors, memory_mapped=True, activation=activation, layer=layer, origin=origin)
 
 
 def _check_header_length(path: Path, size: int) -> None:

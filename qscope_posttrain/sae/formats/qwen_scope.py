@@ -11,6 +11,7 @@ been checked: a pickle of ordinary size, nothing compressed, nothing larger than
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 
@@ -40,9 +41,8 @@ def open_file(located: LocatedFile) -> StoredSAE:
         raise ValueError(
             f"{path} holds {d_sae} latents, but its release {located.release.name} has {located.release.d_sae}"
         )
-    return StoredSAE(
-        path, FORMAT, tensors["W_enc"], tensors["b_enc"], tensors["W_dec"].t(), tensors["b_dec"], layer=located.layer
-    )
+    tensors["W_dec"] = tensors["W_dec"].t()
+    return StoredSAE(path, FORMAT, **tensors, memory_mapped=True, layer=located.layer)
 
 
 def _check_archive(path: Path, size: int) -> None:
@@ -50,6 +50,7 @@ def _check_archive(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            order = next((archive.open(record).read(8) for record in records if _is_byte_order(record)), b"")
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"{path} is not a torch.save archive: it is truncated, in the format of torch before 1.6, "
@@ -60,8 +61,14 @@ def _check_archive(path: Path, size: int) -> None:
         raise ValueError(f"{path} is not a torch.save archive of four tensors: it has {len(records)} records")
     if pickles[0].file_size > _MAX_PICKLE_BYTES:
         raise ValueError(f"{path} holds a pickle of {pickles[0].file_size} bytes; four tensors need a few hundred")
+    if order not in (b"", sys.byteorder.encode()):
+        raise ValueError(f"{path} was written on a machine of the other byte order, and cannot be memory-mapped here")
     if any(record.compress_type != zipfile.ZIP_STORED or record.file_size > size for record in records):
         raise ValueError(f"{path} holds compressed records or claims more data than it has; torch.save writes neither")
+
+
+def _is_byte_order(record: zipfile.ZipInfo) -> bool:
+    return record.filename.rpartition("/")[2] == "byteorder"
 
 
 def _unpickle(path: Path) -> object:

@@ -13,7 +13,7 @@ from qscope_posttrain.sae.source import SAESource
 
 @dataclass(frozen=True)
 class StoredSAE:
-    """A dictionary on disk: memory-mapped views in canonical orientation, structure checked, values not yet read."""
+    """A dictionary on disk, in canonical orientation: structure checked, values not yet read."""
 
     path: Path
     format: str
@@ -25,6 +25,8 @@ class StoredSAE:
     """[d_sae, d_model]; a transposed view where the file stores the directions as columns."""
     b_dec: Tensor
     """[d_model]"""
+    memory_mapped: bool
+    """The tensors are pages of the file, never written to: reading rows may hand such pages back to the kernel."""
     activation: Activation | None = None
     """None where the file does not say it."""
     layer: int | None = None

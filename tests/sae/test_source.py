@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import Tensor
+
+from qscope_posttrain.sae.activations import TopK
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.source import Release, SAESource, choose_layer_file, locate, with_sha256
+from golden_sae import RELEASE
+
+HUB_ID = f"Qwen/{RELEASE}"
+COMMIT = "f370f8d66e5afa376987679dbdf277552ee6b78a"
+
+
+class Hub:
+    """A hub of one repository with some layers, in the folder layout of huggingface_hub's cache."""
+
+    def __init__(self, cache: Path, tensors: dict[str, Tensor], layers: tuple[int, ...]) -> None:
+        self.folder = cache / f"models--{HUB_ID.replace('/', '--')}" / "snapshots" / COMMIT
+        self.folder.mkdir(parents=True)
+        self.names = [f"layer{layer}.sae.pt" for layer in layers]
+        self.tensors = tensors
+        self.downloaded: list[tuple[str, str, str | None]] = []
+
+    def hf_hub_download(self, repository: str, name: str, revision: str | None = None) -> str:
+        if repository != HUB_ID:
+            response: Any = SimpleNamespace(headers={}, request=None)
+            raise RepositoryNotFoundError("404: no such repository", response=response)
+        if name not in self.names:
+            raise EntryNotFoundError("404: no such file")
+        self.downloaded.append((repository, name, revision))
+        torch.save(self.tensors, self.folder / name)
+        return str(self.folder / name)
+
+    def list_repo_files(self, api: object, repository: str, revision: str | None = None) -> list[str]:
+        return ["README.md", ".gitattributes", *self.names]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, qwen_tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path / "cache", qwen_tensors, (0, 1, 2, 3))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: hub.list_repo_files(*a, **k))
+    return hub
+
+
+def test_hub_downloads_only_the_layer_asked_for(hub: Hub) -> None:
+    sae = SparseAutoencoder.load(HUB_ID, layer=2, revision="main")
+    assert hub.downloaded == [(HUB_ID, "layer2.sae.pt", "main")]
+    assert sae.activation == TopK(8)
+    assert sae.layer == 2
+    assert (sae.source.location, sae.source.file, sae.source.release) == (HUB_ID, "layer2.sae.pt", RELEASE)
+    assert sae.source.revision == COMMIT, "a branch name is pinned to the commit it stood for"
+
+
+def test_hub_rows_and_their_checksum_on_demand(hub: Hub, qwen_tensors: dict[str, Tensor]) -> None:
+    rows = SparseAutoencoder.rows(HUB_ID, [5], layer=1)
+    assert torch.equal(rows.decoder[0], qwen_tensors["W_dec"][:, 5])
+    assert rows.source.sha256 is None
+    assert with_sha256(rows.source) == SparseAutoencoder.load(HUB_ID, layer=1).source
+    assert hub.downloaded[1] == (HUB_ID, "layer1.sae.pt", COMMIT), "the digest is of the same revision"
+
+
+def test_cached_hub_file_given_by_path_still_knows_its_release(hub: Hub) -> None:
+    path = hub.hf_hub_download(HUB_ID, "layer0.sae.pt")
+    assert SparseAutoencoder.load(path).source.release == RELEASE
+
+
+def test_missing_layer_on_the_hub(hub: Hub) -> None:
+    with pytest.raises(ValueError, match=rf"hub repository {HUB_ID} has no layer 28; it holds layers 0\.\.3"):
+        SparseAutoencoder.load(HUB_ID, layer=28)
+    with pytest.raises(ValueError, match=r"holds layers 0\.\.3: say which"):
+        SparseAutoencoder.load(HUB_ID)
+    assert hub.downloaded == []
+
+
+def test_missing_repository(hub: Hub) -> None:
+    with pytest.raises(FileNotFoundError, match=r"Qwen/nothing is not a path.*RepositoryNotFoundError.*Check the name"):
+        SparseAutoencoder.load("Qwen/nothing", layer=0)
+
+
+def test_no_network_and_not_in_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: object, **options: object) -> str:
+        raise LocalEntryNotFoundError("outgoing traffic has been disabled")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(FileNotFoundError, match="layer0.sae.pt could not be had.*outgoing traffic"):
+        SparseAutoencoder.load(HUB_ID, layer=0)
+
+
+def test_neither_a_path_nor_a_hub_id(tmp_path: Path) -> None:
+    for source in (tmp_path / "absent", tmp_path / "layer0.sae.pt", "layer0.sae.pt", "weights/layer0.sae.pt", "../x/y"):
+        with pytest.raises(FileNotFoundError, match="no SAE at"):
+            SparseAutoencoder.load(source, layer=0)
+
+
+def test_folder_without_layer_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="holds no file named layer<n>"):
+        locate(tmp_path, 0)
+
+
+def test_revision_of_a_local_file_is_refused(release_folder: Path) -> None:
+    with pytest.raises(ValueError, match="only for hub repositories"):
+        locate(release_folder, 0, "main")
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "params.npz"
+    path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"no SAE format has the suffix '\.npz'"):
+        SparseAutoencoder.load(path)
+
+
+def test_layer_stored_twice_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match="more than once"):
+        choose_layer_file(["layer1.sae.pt", "layer1.sae.safetensors"], 1, "here")
+
+
+@pytest.mark.parametrize("name", ["layer.sae.pt", "xlayer1.sae.pt", "layer1.sae.pt.tmp", "layer1.pt", "../layer1.sae.pt"])
+def test_other_names_are_not_layers(name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        choose_layer_file([name], 1, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50",
+            Release("SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "Qwen3-1.7B-Base", 32768, 50),
+        ),
+        (
+            "models--Qwen--SAE-Res-Qwen3.5-27B-W80K-L0_100",
+            Release("SAE-Res-Qwen3.5-27B-W80K-L0_100", "Qwen3.5-27B", 81920, 100),
+        ),
+        (
+            "SAE-Res-Qwen3-30B-A3B-Base-W128K-L0_100",
+            Release("SAE-Res-Qwen3-30B-A3B-Base-W128K-L0_100", "Qwen3-30B-A3B-Base", 131072, 100),
+        ),
+        ("SAE-Res-Qwen3-8B", None),
+        ("gemma-scope-2b-pt-res", None),
+    ],
+)
+def test_release_names(text: str, expected: Release | None) -> None:
+    assert Release.parse(text) == expected
+
+
+def test_source_as_dict() -> None:
+    source = SAESource("a/b", COMMIT, "layer0.sae.pt", "0" * 64, "qwen_scope", RELEASE, SAESource("memory"))
+    assert SAESource.from_dict(asdict(source)) == source
+    for wrong in ({}, {"location": "x", "run": "y"}, {"location": "x", "origin": "y"}, {"location": "x", "file": 3}, "x"):
+        with pytest.raises(ValueError, match="not a description"):
+            SAESource.from_dict(wrong)
+
+
+def test_sha256_needs_a_file() -> None:
+    with pytest.raises(ValueError, match="is not a file"):
+        with_sha256(SAESource("trained in memory"))
+
+
+def test_the_room_does_not_import_the_hub_or_later_rooms() -> None:
+    """Rooms above in the house order must not be pulled in, nor libraries that only some uses need."""
+    code = (
+        "import sys, qscope_posttrain.sae.training\n"
+        "rooms = ('features', 'sft', 'evaluation', 'testbed', 'cli', 'residual', 'text')\n"
+        "found = [m for m in sys.modules if m.startswith(tuple(f'qscope_posttrain.{r}' for r in rooms))]\n"
+        "found += [m for m in ('huggingface_hub', 'transformers', 'trl', 'datasets') if m in sys.modules]\n"
+        "sys.exit(str(found) if found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
