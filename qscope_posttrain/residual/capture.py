@@ -8,10 +8,9 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from qscope_posttrain.residual.layers import check_layers, decoder_layers
+from qscope_posttrain.residual.layers import check_layers, decoder_layers, unwrapped
 
 ForwardHook = Callable[[nn.Module, Any, Any], None]
 
@@ -189,20 +188,9 @@ def forward_to_layer(model: nn.Module, layers: Iterable[SupportsIndex], **inputs
         # Registered after the capture's own hook, hence run after it.
         handle = decoder_layers(model)[max(capture.layers)].register_forward_hook(stop)
         try:
-            _unwrap(model)(**{"use_cache": False, **inputs})
+            unwrapped(model)(**{"use_cache": False, **inputs})
         except _DeepestLayerReached:
             pass
         finally:
             handle.remove()
         return {layer: capture.require()[layer] for layer in capture.layers}
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The module below DDP and `torch.compile` wrappers."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model

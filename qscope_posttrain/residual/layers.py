@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from typing import SupportsIndex
 
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -24,6 +26,13 @@ def pretrained_model(model: nn.Module) -> PreTrainedModel:
         f"{type(model).__name__} holds no transformers model; give a causal language model of transformers, "
         "plain or wrapped (PEFT, DDP, torch.compile)."
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module below DDP and `torch.compile` wrappers; a PEFT model stays one."""
+    while isinstance(model, (DistributedDataParallel, OptimizedModule)):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig:

@@ -1,0 +1,1 @@
+"""Measure a model's behaviour by sampling from it, with intervals."""

@@ -1,0 +1,302 @@
+"""How often a model switches, unasked, to another language: the ratio that SASFT reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qscope_posttrain.evaluation.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, wilson
+from qscope_posttrain.evaluation.sampling import Prompt, Sample, SamplingSettings, generate_samples
+from qscope_posttrain.report.summary import write_text
+from qscope_posttrain.report.tables import Table
+from qscope_posttrain.text.scripts import check_source, contains_language_script, target_script
+
+__all__ = [
+    "LanguageSwitching",
+    "Sample",
+    "SamplingSettings",
+    "SwitchingResult",
+    "evaluate_code_switching",
+    "generate_samples",
+    "switching_difference",
+    "switching_ratio",
+]
+
+
+@dataclass(frozen=True)
+class LanguageSwitching:
+    """Switching in the responses to prompts in one source language."""
+
+    language: str
+    prompts: int
+    samples: int
+    """Responses, over all prompts."""
+
+    switched: int
+    """Responses with any character of the target's script."""
+
+    ended: int
+    """Responses that ended by themselves."""
+
+    wilson: Interval
+    """Ratio `switched / samples`; takes all responses for independent."""
+
+    bootstrap: Interval
+    """The same ratio; resamples prompts, for responses to one prompt are alike."""
+
+
+@dataclass(frozen=True)
+class SwitchingResult:
+    """Switching ratios with 95 % intervals, and the responses they were counted on."""
+
+    target: str
+    languages: tuple[LanguageSwitching, ...]
+    micro: Interval
+    """Share of all responses that switched (report, Eq. 24; the headline of SASFT), bootstrap over prompts."""
+
+    micro_wilson: Interval
+    """The same share with its Wilson interval."""
+
+    macro: Interval
+    """Unweighted mean of the languages' ratios, bootstrap over the prompts of each."""
+
+    seed_noise: float
+    """Half width of the 95 % range of the difference in `micro` between two runs of the same model on the same prompts
+    with different seeds. A smaller difference between two models says nothing."""
+
+    samples: tuple[Sample, ...] = field(repr=False)
+    switched: tuple[bool, ...] = field(repr=False)
+    """For each of `samples`, whether it switched."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How the responses were drawn."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of all responses that switched."""
+        return self.micro.estimate
+
+    @property
+    def outcomes(self) -> NDArray[np.bool_]:
+        """`[prompts, samples per prompt]`: whether a response switched; prompts in the order of `samples`."""
+        prompts = sum(language.prompts for language in self.languages)
+        return np.array(self.switched).reshape(prompts, -1)
+
+    def note(self) -> str:
+        """Settings and noise in words, to stand wherever the ratio does."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        noise = (
+            f"two runs that differ only in their seed differ by up to {100 * self.seed_noise:.2g} points "
+            "(95 %, all languages)"
+        )
+        return f"{settings}; {noise}" if settings else noise
+
+    def to_table(self) -> Table:
+        """One row per source language, then all responses (micro) and the mean of the languages (macro), in percent."""
+        rows: list[list[Any]] = [
+            [
+                entry.language,
+                entry.prompts,
+                entry.samples,
+                *_percent(entry.wilson),
+                *_percent(entry.bootstrap)[1:],
+                100 * entry.ended / entry.samples,
+            ]
+            for entry in self.languages
+        ]
+        prompts, samples, ended = (
+            sum(getattr(entry, name) for entry in self.languages) for name in ("prompts", "samples", "ended")
+        )
+        bootstrap = _percent(self.micro)[1:]
+        rows.append(["all", prompts, samples, *_percent(self.micro_wilson), *bootstrap, 100 * ended / samples])
+        macro, *limits = _percent(self.macro)
+        rows.append(["mean of languages", prompts, samples, macro, None, None, *limits, None])
+        columns = ["source", "prompts", "responses", f"switched to {self.target}, %"]
+        columns += ["Wilson low", "Wilson high", "bootstrap low", "bootstrap high", "ended, %"]
+        return Table(f"Code-switching to {self.target}", columns, rows, caption=self.note())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready numbers, settings and note; without the responses (see `write_examples`)."""
+        return {
+            "target": self.target,
+            "script": target_script(self.target),
+            "ratio": self.ratio,
+            "micro": self.micro._asdict(),
+            "micro_wilson": self.micro_wilson._asdict(),
+            "macro": self.macro._asdict(),
+            "seed_noise": self.seed_noise,
+            "languages": {
+                entry.language: {
+                    **asdict(entry),
+                    "wilson": entry.wilson._asdict(),
+                    "bootstrap": entry.bootstrap._asdict(),
+                }
+                for entry in self.languages
+            },
+            "settings": dict(self.settings),
+            "note": self.note(),
+        }
+
+    def write_examples(self, path: str | os.PathLike[str]) -> Path:
+        """Write every response as one line of JSON (`Sample` fields and `switched`), in one step. Returns the path.
+
+        ValueError if the file cannot be written.
+        """
+        lines = (
+            json.dumps({**asdict(sample), "switched": switched}, ensure_ascii=False)
+            for sample, switched in zip(self.samples, self.switched, strict=True)
+        )
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        return Path(path)
+
+
+def evaluate_code_switching(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[Prompt]],
+    target: str,
+    *,
+    samples_per_prompt: int = SamplingSettings.samples_per_prompt,
+    temperature: float = SamplingSettings.temperature,
+    top_p: float = SamplingSettings.top_p,
+    max_new_tokens: int = SamplingSettings.max_new_tokens,
+    seed: int = SamplingSettings.seed,
+    batch_size: int = SamplingSettings.batch_size,
+    chat: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
+    show_progress: bool | None = None,
+) -> SwitchingResult:
+    """Sample responses to `prompts` and count those that contain the script of `target`.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped.
+        tokenizer: its tokenizer.
+        prompts: prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat messages.
+        target: language whose appearance is a switch; one with a script of its own, e.g. "zh".
+        samples_per_prompt, temperature, top_p, max_new_tokens, seed, batch_size: see `SamplingSettings`.
+        chat, chat_template_options, show_progress: see `generate_samples`.
+
+    Raises:
+        ValueError: a source language that itself writes the target's script (ja for zh), a target without a script
+            of its own, or as for `generate_samples`; before anything is generated.
+    """
+    target_script(target)
+    for language in prompts:
+        check_source(target, language)
+    settings = SamplingSettings(
+        samples_per_prompt=samples_per_prompt,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    samples = generate_samples(
+        model,
+        tokenizer,
+        prompts,
+        settings,
+        chat=chat,
+        chat_template_options=chat_template_options,
+        show_progress=show_progress,
+    )
+    return switching_ratio(samples, target, settings={**settings.to_dict(), "chat": chat})
+
+
+def switching_ratio(
+    samples: Sequence[Sample], target: str, settings: Mapping[str, Any] | None = None
+) -> SwitchingResult:
+    """Count switches as SASFT does (report, Eq. 24): r = (1 / N) sum over responses of 1[any character of the target].
+
+    Args:
+        samples: responses, the same number for every prompt.
+        target: language whose appearance is a switch.
+        settings: how they were drawn, to be stated with the result.
+
+    Raises:
+        ValueError: no samples, unequal numbers of samples per prompt, or languages as for `contains_language_script`.
+    """
+    if not samples:
+        raise ValueError("No samples to count switches in.")
+    order: dict[str, dict[int, list[Sample]]] = {}
+    for sample in samples:
+        order.setdefault(sample.language, {}).setdefault(sample.prompt_index, []).append(sample)
+    counts = {len(group) for by_prompt in order.values() for group in by_prompt.values()}
+    if len(counts) > 1:
+        raise ValueError(f"Every prompt needs the same number of samples; got {sorted(counts)}.")
+
+    kept: list[Sample] = []
+    matrices = []
+    languages = []
+    for language, by_prompt in order.items():
+        groups = [sorted(group, key=lambda sample: sample.sample_index) for group in by_prompt.values()]
+        matrix = np.array(
+            [[contains_language_script(sample.response, target, language) for sample in group] for group in groups]
+        )
+        ordered = [sample for group in groups for sample in group]
+        languages.append(
+            LanguageSwitching(
+                language=language,
+                prompts=len(groups),
+                samples=matrix.size,
+                switched=int(matrix.sum()),
+                ended=sum(sample.ended for sample in ordered),
+                wilson=wilson(int(matrix.sum()), matrix.size),
+                bootstrap=bootstrap_over_prompts(matrix),
+            )
+        )
+        kept += ordered
+        matrices.append(matrix)
+    outcomes = np.concatenate(matrices)
+    return SwitchingResult(
+        target=target,
+        languages=tuple(languages),
+        micro=bootstrap_over_prompts(outcomes),
+        micro_wilson=wilson(int(outcomes.sum()), outcomes.size),
+        macro=bootstrap_over_prompts(matrices),
+        seed_noise=_seed_noise(outcomes),
+        samples=tuple(kept),
+        switched=tuple(outcomes.ravel().tolist()),
+        settings=dict(settings or {}),
+    )
+
+
+def switching_difference(first: SwitchingResult, second: SwitchingResult) -> Interval:
+    """Ratio of `first` minus ratio of `second`, with a paired bootstrap interval over their common prompts.
+
+    Raises:
+        ValueError: the two were not measured on the same prompts for the same target.
+    """
+    prompts = [[(s.language, s.prompt) for s in result.samples if s.sample_index == 0] for result in (first, second)]
+    if first.target != second.target or prompts[0] != prompts[1]:
+        raise ValueError("A paired difference needs two results for one target on the same prompts in the same order.")
+    return bootstrap_difference(first.outcomes, second.outcomes)
+
+
+def _seed_noise(outcomes: NDArray[np.bool_]) -> float:
+    """1.96 sqrt(2) times the standard error of the mean over seeds, the prompts being fixed.
+
+    The variance of one prompt's responses is estimated by the unbiased p (1 - p) s / (s - 1) from its s samples. With
+    a single sample it is unknown, and p (1 - p) over all prompts, never less on average, stands in for it.
+    """
+    prompts, samples = outcomes.shape
+    if samples > 1:
+        rates = outcomes.mean(axis=1)
+        variance = float((rates * (1 - rates)).mean()) * samples / (samples - 1)
+    else:
+        variance = float(outcomes.mean() * (1 - outcomes.mean()))
+    return 1.96 * math.sqrt(2 * variance / (prompts * samples))
+
+
+def _percent(interval: Interval) -> tuple[float, float, float]:
+    return 100 * interval.estimate, 100 * interval.low, 100 * interval.high
