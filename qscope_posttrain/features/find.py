@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qscope_posttrain.features.batches import check_texts, input_device
 from qscope_posttrain.features.build import feature_set_from, features_from_rows
 from qscope_posttrain.features.causal import causal_check, measure_effects
+from qscope_posttrain.features.contrast import contrast_sample
 from qscope_posttrain.features.directions import random_layer_features
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
@@ -83,6 +84,9 @@ def find_language_features(
         raise ValueError(f"causal_layers {list(causal_layers)} must be among the layers with an SAE: {list(layers)}.")
     if saes_at_once is not None and saes_at_once < 1:
         raise ValueError(f"saes_at_once must be at least 1, got {saes_at_once}.")
+    if target is not None:
+        # Everything that can be wrong with the target is found out before the pass, not after it.
+        contrast_sample(model, tokenizer, texts, target, target_tokens=target_tokens)
     checked = tuple(causal_layers) if causal_layers is not None else layers[-CHECKED_LAYERS:]
     checked = checked if causal and target is not None else ()
 
@@ -94,6 +98,9 @@ def find_language_features(
     for start in range(0, len(layers), size):
         group = layers[start : start + size]
         loaded = {layer: _loaded(saes[layer], layer, k, model) for layer in group}
+        for layer, sae in loaded.items():
+            if not 1 <= top <= sae.d_sae:
+                raise ValueError(f"top must lie between 1 and the {sae.d_sae} features of layer {layer}, got {top}.")
         statistics = collect_statistics(
             model,
             tokenizer,
@@ -135,6 +142,17 @@ def find_language_features(
         **sample_options,
     )
     return replace(features, provenance={**features.provenance, "causal_check": report.to_table().to_dict()})
+
+
+def language_feature_set(
+    statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], *, top: int = 2
+) -> FeatureSet:
+    """The FeatureSet of `find_language_features`, from a pass that is already there; effects are not measured."""
+    layers = {
+        layer: language_rows(statistics.layers[layer], sae, statistics.languages, top) for layer, sae in saes.items()
+    }
+    sources = {layer: sae.source for layer, sae in saes.items()}
+    return feature_set_from(statistics, layers, {"selector": "monolinguality", "top": top}, sources)
 
 
 def language_rows(

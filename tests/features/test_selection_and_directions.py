@@ -1,0 +1,140 @@
+"""Selectors against their formulas, and baseline FeatureSets against explicit statistics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qscope_posttrain.features.directions import (
+    combined_set,
+    difference_of_means_set,
+    direction_feature_set,
+    random_direction_set,
+    random_feature_set,
+)
+from qscope_posttrain.features.find import language_feature_set
+from qscope_posttrain.features.selection import difference_of_means, monolinguality, random_features, top_features
+
+
+def test_monolinguality_is_the_paper_formula():
+    mu = torch.rand(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    nu = monolinguality(mu)
+    for language in range(4):
+        for feature in range(7):
+            others = [mu[i, feature] for i in range(4) if i != language]
+            assert nu[language, feature] == pytest.approx(float(mu[language, feature] - sum(others) / 3))
+
+
+def test_monolinguality_needs_two_languages():
+    with pytest.raises(ValueError, match="at least two languages"):
+        monolinguality(torch.ones(1, 5))
+
+
+def test_top_features_best_first_ties_by_id():
+    assert top_features(torch.tensor([1.0, 3.0, 2.0, 3.0]), 3).tolist() == [1, 3, 2]
+    for top in (0, 5):
+        with pytest.raises(ValueError, match="between 1 and the 4 features"):
+            top_features(torch.ones(4), top)
+
+
+def test_random_features_are_alive_neutral_and_reproducible():
+    firing = torch.tensor([[0.2, 0.0, 0.3, 0.1, 0.2, 0.4], [0.2, 0.004, 0.1, 0.1, 0.2, 0.4]])
+    scores = torch.tensor([1.0, 0.0, 0.01, -0.2, -0.04, 0.03])  # 0 too high, 1 dead, 3 too low
+    drawn = random_features(firing, scores, 3, seed=1)
+    assert sorted(drawn.tolist()) == [2, 4, 5]
+    assert torch.equal(drawn, random_features(firing, scores, 3, seed=1))
+    assert sorted(random_features(firing, scores, 2, exclude=[4]).tolist()) == [2, 5]
+    with pytest.raises(ValueError, match="Only 3 features"):
+        random_features(firing, scores, 4)
+
+
+def test_difference_of_means_weighs_the_other_languages_alike():
+    mean = torch.tensor([[1.0, 0.0], [3.0, 3.0], [5.0, 9.0]])
+    assert difference_of_means(mean, 0).tolist() == [-3.0, -6.0]
+
+
+def test_difference_of_means_set(statistics):
+    features = difference_of_means_set(statistics, "zh", layers=[3])
+    rows, measured = features.layers[3], statistics.layers[3]
+    others = [i for i, name in enumerate(statistics.languages) if name != "zh"]
+    expected = measured.mean_residual[2] - measured.mean_residual[others].mean(0)
+    torch.testing.assert_close(rows.decoder[0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(rows.encoder, rows.decoder)
+    assert rows.encoder_bias.tolist() == [0.0]
+    torch.testing.assert_close(rows.encoder_mean, rows.decoder_mean)
+    # The score is the squared length of the difference: mean projection on itself, target minus others.
+    assert float(rows.scores) == pytest.approx(float(expected @ expected), rel=1e-4)
+    assert list(difference_of_means_set(statistics, "zh").layers) == [1, 3]
+
+
+def test_direction_feature_set(statistics):
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    rows = direction_feature_set(statistics, 1, direction, "probe", language="fr").layers[1]
+    mean, covariance = statistics.layers[1].moments(direction[None])
+    torch.testing.assert_close(rows.decoder_mean, mean.float())
+    torch.testing.assert_close(rows.encoder_covariance, covariance.float())
+    assert rows.names == ("probe",)
+    with pytest.raises(ValueError, match=r"\[1, 64\].*got \[63\]"):
+        direction_feature_set(statistics, 1, direction[:63], "probe", language="fr")
+    with pytest.raises(ValueError, match="language 'xx' is not in these statistics"):
+        direction_feature_set(statistics, 1, direction, "probe", language="xx")
+    with pytest.raises(ValueError, match="layer 2 is not in these statistics; they have 1, 3"):
+        direction_feature_set(statistics, 2, direction, "probe", language="fr")
+
+
+def test_random_feature_set_matches_norms_and_avoids_the_originals(statistics, saes):
+    like = language_feature_set(statistics, saes, top=3).select("zh")
+    features = random_feature_set(statistics, saes, like, seed=4)
+    for layer, rows in features.layers.items():
+        original = like.layers[layer]
+        torch.testing.assert_close(rows.decoder.norm(dim=1), original.decoder.norm(dim=1))
+        torch.testing.assert_close(rows.encoder.norm(dim=1), original.encoder.norm(dim=1))
+        assert not set(rows.feature_ids.tolist()) & set(original.feature_ids.tolist())
+        assert rows.labels == original.labels
+        trained = saes[layer].select(rows.feature_ids)
+        cosine = torch.cosine_similarity(rows.decoder, trained.decoder)
+        torch.testing.assert_close(cosine, torch.ones(3))
+        scale = rows.encoder.norm(dim=1) / trained.encoder.norm(dim=1)
+        torch.testing.assert_close(rows.encoder_bias, trained.encoder_bias * scale)
+    again = random_feature_set(statistics, saes, like, seed=5)
+    assert again.layers[3].feature_ids.tolist() != features.layers[3].feature_ids.tolist()
+    with pytest.raises(ValueError, match="needs the SAE of layer 1"):
+        random_feature_set(statistics, {3: saes[3]}, like)
+
+
+def test_random_direction_set(statistics, saes):
+    like = language_feature_set(statistics, saes, top=2)
+    features = random_direction_set(statistics, like.select("ru"))
+    torch.testing.assert_close(features.layers[1].decoder.norm(dim=1), like.select("ru").layers[1].decoder.norm(dim=1))
+    assert not torch.allclose(features.layers[1].decoder[0], features.layers[3].decoder[0])
+    with pytest.raises(ValueError, match="select"):
+        random_direction_set(statistics, like)
+
+
+def test_combined_set_weighs_rows(statistics, saes):
+    features = language_feature_set(statistics, saes, top=3).select("zh")
+    by_score = combined_set(features, "monolinguality").layers[3]
+    rows = features.layers[3]
+    torch.testing.assert_close(by_score.decoder[0], rows.scores @ rows.decoder)
+    torch.testing.assert_close(combined_set(features, "uniform").layers[3].encoder[0], rows.encoder.sum(0))
+    mean, covariance = statistics.layers[3].moments(by_score.decoder)
+    torch.testing.assert_close(by_score.decoder_mean, mean.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_score.decoder_covariance, covariance.float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="Effects have to be measured first"):
+        combined_set(features, "effect")
+    with pytest.raises(ValueError, match="'other'"):
+        combined_set(features, "other")
+
+
+def test_without_second_moments_only_the_covariances_are_missing(make_model, tiny_tokenizer, texts, saes, tmp_path):
+    from qscope_posttrain.features.feature_set import FeatureSet
+    from qscope_posttrain.features.statistics import collect_statistics
+
+    found = collect_statistics(make_model(), tiny_tokenizer, texts, saes, second_moments=False)
+    features = language_feature_set(found, saes)
+    features.save(tmp_path / "a")
+    rows = FeatureSet.load(tmp_path / "a").layers[1]
+    assert rows.encoder_covariance.isnan().all()
+    assert math.isfinite(float(rows.pooled_mean("encoder", [0]).sum()))
