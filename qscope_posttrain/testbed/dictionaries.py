@@ -1,0 +1,127 @@
+"""SAEs and feature sets of a testbed model, made once and kept in the cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qscope_posttrain.features.causal import causal_check
+from qscope_posttrain.features.directions import difference_of_means_set, random_feature_set
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.find import find_language_features
+from qscope_posttrain.features.statistics import collect_statistics
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.training import TopKTrainingConfig, explained_variance, train_saes
+from qscope_posttrain.testbed.arms import ARMS
+from qscope_posttrain.testbed.cache import Cache
+from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.language_model import LanguageModel
+from qscope_posttrain.testbed.sae import collect_activations, save_qwen_scope
+
+_SAE_SOURCES = ("testbed/sae.py", "testbed/dictionaries.py", "sae", "residual/capture.py")
+_FEATURE_SOURCES = ("testbed/dictionaries.py", "features", "residual", "sae", "text")
+_HELD_OUT_WINDOWS = 150
+_CAUSAL_TEXTS = 25
+_CAUSAL_FEATURES = 2
+_CAUSAL_CONTROLS = 3
+
+
+@dataclass(frozen=True)
+class Dictionaries:
+    """The SAEs of a testbed model."""
+
+    saes: dict[int, SparseAutoencoder]
+    """By layer, as read back from Qwen-Scope files."""
+    explained_variance: dict[int, float]
+    """On held-out text."""
+    folder: Path
+    key: str
+
+
+@dataclass(frozen=True)
+class FeatureSets:
+    """Rows that the methods penalise, and what was learnt about them."""
+
+    folder: Path
+    """Holds `sae`, `difference_of_means` and `random-<seed>`, each as `<name>.safetensors`."""
+    key: str
+
+    def load(self, name: str) -> FeatureSet:
+        """One of the sets by name."""
+        return FeatureSet.load(self.folder / f"{name}.safetensors")
+
+    def causal_table(self) -> dict[str, Any]:
+        """The causal check as `report.tables.Table.to_dict` gives it."""
+        content: dict[str, Any] = json.loads((self.folder / "causal.json").read_text(encoding="utf-8"))
+        return content
+
+
+def make_dictionaries(config: TestbedConfig, cache: Cache, language_model: LanguageModel) -> Dictionaries:
+    """Train the SAEs on windows with the habit, or take them from the cache; both ways they come from their files."""
+    settings = config.subset("sae_layers", "sae_expansion", "sae_k", "sae_steps", "sae_windows", "switch", "model_seed")
+    key = cache.key(settings, _SAE_SOURCES, [language_model.key])
+    folder = cache.folder("saes", key, lambda place: _train(config, language_model, place))
+    saes = {
+        layer: SparseAutoencoder.load(folder, layer=layer, k=config.sae_k, d_model=config.hidden_size)
+        for layer in config.tapped_layers
+    }
+    measured = json.loads((folder / "explained_variance.json").read_text(encoding="utf-8"))
+    return Dictionaries(saes, {int(layer): value for layer, value in measured.items()}, folder, key)
+
+
+def make_feature_sets(
+    config: TestbedConfig, cache: Cache, language_model: LanguageModel, dictionaries: Dictionaries
+) -> FeatureSets:
+    """Find language features, their effects and their controls on windows of the sft split, or take them from the cache.
+
+    Thresholds and features never see validation or test text.
+    """
+    settings = config.subset("feature_windows", "top", "seeds", "tune_seed")
+    key = cache.key(settings, _FEATURE_SOURCES, [language_model.key, dictionaries.key])
+    folder = cache.folder("features", key, lambda place: _find(config, language_model, dictionaries, place))
+    return FeatureSets(folder, key)
+
+
+def _train(config: TestbedConfig, language_model: LanguageModel, folder: Path) -> None:
+    maker, model = language_model.maker, language_model.model
+    windows = maker.pretraining(config.sae_windows, config.switch, config.model_seed + 1)
+    activations = collect_activations(model, windows, config.tapped_layers)
+    training = TopKTrainingConfig(
+        expansion=config.sae_expansion, k=config.sae_k, steps=config.sae_steps, seed=config.model_seed
+    )
+    saes = train_saes(activations, training)
+    held_out = maker.pretraining(_HELD_OUT_WINDOWS, config.switch, config.model_seed, split="val")
+    unseen = collect_activations(model, held_out, config.tapped_layers)
+    save_qwen_scope(saes, folder)
+    measured = {str(layer): explained_variance(sae, unseen[layer]) for layer, sae in saes.items()}
+    (folder / "explained_variance.json").write_text(json.dumps(measured), encoding="utf-8")
+
+
+def _find(config: TestbedConfig, language_model: LanguageModel, dictionaries: Dictionaries, folder: Path) -> None:
+    model, tokenizer, saes = language_model.model, language_model.tokenizer, dictionaries.saes
+    target, last = config.target, config.tapped_layers[-1]
+    texts = language_model.texts("sft", config.feature_windows, config.model_seed + 2)
+    options: dict[str, Any] = {"max_length": config.window}
+    features = find_language_features(
+        model, tokenizer, texts, saes, top=config.top, target=target, causal=False, **options
+    )
+    statistics = collect_statistics(model, tokenizer, texts, saes, **options)
+    features.save(folder / "sae.safetensors")
+    difference_of_means_set(statistics, target).save(folder / "difference_of_means.safetensors")
+    penalised = features.select(language=target, layers=[last], top=min(config.top, ARMS["random_features"].top))
+    for seed in (*config.seeds, config.tune_seed):
+        random_feature_set(statistics, saes, penalised, seed=seed).save(folder / f"random-{seed}.safetensors")
+    report = causal_check(
+        model,
+        tokenizer,
+        texts,
+        features.select(language=target, layers=[last], top=min(config.top, _CAUSAL_FEATURES)),
+        target,
+        controls=random_feature_set(statistics, saes, penalised.select(top=_CAUSAL_CONTROLS), seed=config.model_seed),
+        target_tokens=language_model.target_tokens,
+        texts_per_language=_CAUSAL_TEXTS,
+        max_length=config.window,
+    )
+    (folder / "causal.json").write_text(json.dumps(report.to_table().to_dict()), encoding="utf-8")

@@ -1,0 +1,169 @@
+"""Supervised fine-tuning of the testbed's model with a stock `trl.SFTTrainer`, and one method's penalty."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, TrainerCallback
+
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.sft.baselines import TokenPenaltyCallback
+from qscope_posttrain.sft.callback import SASFTCallback
+from qscope_posttrain.testbed.arms import Arm
+from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.language_model import LanguageModel
+from qscope_posttrain.testbed.windows import Windows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_WARMUP_STEPS = 10
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned model and how it got there."""
+
+    model: PreTrainedModel
+    """In eval mode, without hooks."""
+    history: tuple[Mapping[str, float], ...]
+    """What the trainer logged at every step: `loss`, and the penalty's own metrics."""
+    seconds: float
+    """Wall time of the training loop."""
+    step_seconds: float
+    """Median wall time of a step."""
+
+
+def fine_tune(
+    language_model: LanguageModel,
+    arm: Arm,
+    weight: float,
+    features: FeatureSet | None,
+    config: TestbedConfig,
+    seed: int,
+) -> FineTuned:
+    """Train a copy of the pretrained model for one pass over `sft_windows` windows.
+
+    Args:
+        language_model: the start; it is not changed.
+        arm: the method.
+        weight: its coefficient.
+        features: rows to penalise; needed if `arm.penalty` is "features".
+        config: sizes and optimisation.
+        seed: of the data and their order, the same for every method.
+
+    Raises:
+        ValueError: a method on features without features.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    windows = language_model.maker.dialogue("sft", config.sft_windows, seed, config.sft_switch)
+    with tempfile.TemporaryDirectory(prefix="qscope-sft-") as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=config.sft_batch_size,
+            learning_rate=config.sft_learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            warmup_steps=_WARMUP_STEPS,
+            adam_beta2=0.98,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            seed=seed,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_pin_memory=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        clock = _StepClock()
+        trainer = SFTTrainer(
+            model=copy.deepcopy(language_model.model),
+            args=arguments,
+            train_dataset=_dataset(windows),
+            processing_class=language_model.tokenizer,
+            callbacks=[clock, *_penalties(language_model, arm, weight, features)],
+        )
+        _silence(trainer)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    history = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
+    return FineTuned(trainer.model.eval(), history, seconds, clock.median())
+
+
+def _penalties(
+    language_model: LanguageModel, arm: Arm, weight: float, features: FeatureSet | None
+) -> list[TrainerCallback]:
+    target = language_model.maker.target
+    if arm.penalty == "none":
+        return []
+    if arm.penalty == "token":
+        callback = TokenPenaltyCallback(
+            target, weight, languages=language_model.languages, target_token_ids=language_model.target_tokens
+        )
+        return [callback]
+    if features is None:
+        raise ValueError(f"method {arm.name!r} penalises features, so it needs a FeatureSet")
+    layers = tuple(sorted(features.layers))[-arm.layers :]
+    return [
+        SASFTCallback(
+            features,
+            target,
+            weight,
+            layers=layers,
+            top=arm.top,
+            target_token_ids=language_model.target_tokens,
+            **arm.options,
+        )
+    ]
+
+
+def _dataset(windows: Windows) -> Dataset:
+    """Rows that are tokenised already, with labels on the response only, and the language as a column."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": windows.input_ids.tolist(),
+            "labels": windows.labels.tolist(),
+            "language": list(windows.languages),
+        }
+    )
+
+
+def _silence(trainer: Any) -> None:
+    """Keep the trainer from printing a line per step; the history has them all."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+class _StepClock(TrainerCallback):
+    """Wall time of every optimiser step."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._times.append(time.perf_counter() - self._began)
+
+    def median(self) -> float:
+        """The median, in seconds; 0 before the first step."""
+        ordered = sorted(self._times)
+        return ordered[len(ordered) // 2] if ordered else 0.0

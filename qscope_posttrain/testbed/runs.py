@@ -1,0 +1,185 @@
+"""One run: fine-tune with one method and one seed, measure, sample; many of them side by side, each kept in the cache."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qscope_posttrain.evaluation.sampling import Sample
+from qscope_posttrain.report.progress import progress
+from qscope_posttrain.testbed.arms import ARMS, Arm
+from qscope_posttrain.testbed.cache import Cache
+from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.dictionaries import FeatureSets
+from qscope_posttrain.testbed.finetune import fine_tune
+from qscope_posttrain.testbed.language_model import LanguageModel, load_language_model
+from qscope_posttrain.testbed.metrics import Metrics, teacher_forced_metrics
+from qscope_posttrain.testbed.sampling import sample_responses
+
+BASE = "base"
+"""Name of the run without fine-tuning."""
+
+_SOURCES = ("testbed", "sft", "features", "residual", "text", "sae", "evaluation")
+_SETTINGS = (
+    "sft_windows", "sft_batch_size", "sft_learning_rate", "sft_switch", "evaluation_windows", "sampled_prompts",
+    "sampled_tokens", "temperature", "window", "prompt",
+)  # fmt: skip
+_EVALUATION_SEED = 31
+_SAMPLING_SEED = 1000
+_WORKERS_AT_MOST = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run."""
+
+    method: str
+    """Name of an arm, or `base`."""
+    weight: float
+    seed: int
+    split: str
+    """Prompts and windows to measure on: "val" or "test"."""
+    sample: bool = True
+    """Whether to sample responses; without them a run takes two thirds of the time."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came out of a job."""
+
+    job: Job
+    metrics: Metrics
+    samples: tuple[Sample, ...]
+    """One response to every prompt; `sample_index` is 0."""
+    history: tuple[Mapping[str, float], ...]
+    """The trainer's log, one entry a step."""
+    seconds: float
+    """Wall time of training."""
+    step_seconds: float
+    """Median wall time of a training step."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    config: TestbedConfig,
+    cache: Cache,
+    language_model: LanguageModel,
+    feature_sets: FeatureSets,
+    description: str,
+) -> list[Run]:
+    """Run jobs that are not in the cache, in `config.workers` processes of one thread each; results in their order.
+
+    The result of a job does not depend on the number of processes. With one, jobs run in this process.
+    """
+    keys = [_key(job, config, cache, language_model, feature_sets) for job in jobs]
+    folders: dict[str, Path] = {}
+    missing: list[tuple[str, Job]] = []
+    for key, job in dict(zip(keys, jobs, strict=True)).items():
+        place = cache.root / f"run-{key}"
+        if cache.enabled and place.is_dir():
+            folders[key] = place
+        else:
+            missing.append((key, job))
+    places = (language_model.folder, language_model.key, feature_sets.folder, feature_sets.key)
+    workers = min(config.workers or min(available_cores(), _WORKERS_AT_MOST), max(1, len(missing)))
+    if workers == 1:
+        for key, job in progress(missing, description=description):
+            folders[key] = _run_in_cache(key, job, config, cache, places)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
+            futures = {pool.submit(_run_in_cache, key, job, config, cache, places): key for key, job in missing}
+            try:
+                for future in progress(as_completed(futures), total=len(futures), description=description):
+                    folders[futures[future]] = future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [_load(folders[key]) for key in keys]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def execute(job: Job, config: TestbedConfig, language_model: LanguageModel, feature_sets: FeatureSets) -> Run:
+    """Run one job in this process, without the cache."""
+    model, history, seconds, step_seconds = language_model.model, (), 0.0, 0.0
+    if job.method != BASE:
+        arm = ARMS[job.method]
+        features = feature_sets.load(_rows_of(arm, job.seed)) if arm.penalty == "features" else None
+        tuned = fine_tune(language_model, arm, job.weight, features, config, job.seed)
+        model, history, seconds, step_seconds = tuned.model, tuned.history, tuned.seconds, tuned.step_seconds
+    windows = language_model.maker.dialogue(job.split, config.evaluation_windows, _EVALUATION_SEED)
+    metrics = teacher_forced_metrics(model, windows, config.target, language_model.target_tokens)
+    samples = _sample(job, config, language_model, model) if job.sample else ()
+    return Run(job, metrics, samples, history, seconds, step_seconds)
+
+
+def _sample(job: Job, config: TestbedConfig, language_model: LanguageModel, model: Any) -> tuple[Sample, ...]:
+    """One response to each prompt; prompts are the same for all methods and seeds."""
+    maker, tokenizer = language_model.maker, language_model.tokenizer
+    windows = maker.dialogue(job.split, config.sampled_prompts, _EVALUATION_SEED + 1, languages=language_model.sources)
+    responses = sample_responses(
+        model, windows.prompts, config.sampled_tokens, config.temperature, _SAMPLING_SEED + job.seed
+    )
+    seen: dict[str, int] = {}
+    samples = []
+    for language, prompt, response in zip(windows.languages, windows.prompts, responses, strict=True):
+        index = seen[language] = seen.get(language, -1) + 1
+        # The last token of the prompt is <sep>; a response keeps only what is text.
+        texts = tokenizer.decode(prompt[:-1]), tokenizer.decode(response, skip_special_tokens=True)
+        samples.append(Sample(language, index, 0, *texts, ended=False))
+    return tuple(samples)
+
+
+def _rows_of(arm: Arm, seed: int) -> str:
+    """Name of the arm's feature set."""
+    return f"random-{seed}" if arm.rows == "random" else arm.rows
+
+
+def _key(
+    job: Job, config: TestbedConfig, cache: Cache, language_model: LanguageModel, feature_sets: FeatureSets
+) -> str:
+    arm = {} if job.method == BASE else {**asdict(ARMS[job.method]), "options": dict(ARMS[job.method].options)}
+    settings = {"job": asdict(job), "arm": arm, **config.subset(*_SETTINGS)}
+    return cache.key(settings, _SOURCES, [language_model.key, feature_sets.key])
+
+
+def _prepare_worker() -> None:
+    """Several processes share the cores: one thread each."""
+    torch.set_num_threads(1)
+
+
+def _run_in_cache(
+    key: str, job: Job, config: TestbedConfig, cache: Cache, places: tuple[Path, str, Path, str]
+) -> Path:
+    def build(folder: Path) -> None:
+        language_model = load_language_model(places[0], places[1], config)
+        run = execute(job, config, language_model, FeatureSets(places[2], places[3]))
+        (folder / "run.json").write_text(json.dumps(asdict(run), ensure_ascii=False), encoding="utf-8")
+
+    return cache.folder("run", key, build)
+
+
+def _load(folder: Path) -> Run:
+    content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return Run(
+        job=Job(**content["job"]),
+        metrics=Metrics(**content["metrics"]),
+        samples=tuple(Sample(**sample) for sample in content["samples"]),
+        history=tuple(content["history"]),
+        seconds=content["seconds"],
+        step_seconds=content["step_seconds"],
+    )
