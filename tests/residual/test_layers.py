@@ -8,12 +8,14 @@ import torch
 import transformers
 from torch import nn
 
+from qscope_posttrain.residual.capture import forward_to_layer
 from qscope_posttrain.residual.layers import (
     check_layers,
     decoder_layers,
     final_norm,
     output_embedding,
     text_config,
+    unwrapped,
 )
 
 ARCHITECTURES = ["qwen3", "qwen3_moe", "qwen3_5_text", "llama", "mistral", "gemma2", "gemma3_text"]
@@ -108,6 +110,14 @@ def test_multimodal_wrapper_gives_the_text_decoder(name):
     assert text_config(model).num_hidden_layers == 3
 
 
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_multimodal_wrapper_runs_to_the_layer_on_text(name):
+    model = build_multimodal(name)
+    ids = torch.arange(3, 15).view(2, 6)
+    expected = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(forward_to_layer(model, [1], input_ids=ids)[1], expected)
+
+
 def test_other_names_for_the_same_parts():
     config = transformers.GPT2Config(vocab_size=128, n_positions=32, n_embd=32, n_layer=3, n_head=2)
     model = transformers.GPT2LMHeadModel(config)
@@ -149,6 +159,8 @@ def test_compiled_and_nested_wrappers(make_model):
     assert decoder_layers(torch.compile(model, backend="eager")) is layers
     wrapped = torch.compile(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])), backend="eager")
     assert decoder_layers(nn.ModuleDict({"module": wrapped})) is layers
+    assert isinstance(unwrapped(wrapped), peft.PeftModel)
+    assert unwrapped(model) is model
 
 
 def test_model_without_transformers_is_refused():
