@@ -1,7 +1,7 @@
-"""Artefacts under a name that says everything they depend on, so that a second run is quick and a stale one impossible.
+"""Artefacts under a name that says everything they depend on, so that a second run is quick and never stale.
 
-The key of an artefact is a hash of its settings, of the keys of what it was made from, and of the source code that makes
-it. A folder appears under its key only when it is complete.
+The key of an artefact is a hash of its settings, of the keys of what it was made from, and of the source code that
+makes it. A folder appears under its key only when it is complete.
 """
 
 from __future__ import annotations

@@ -8,62 +8,86 @@ from typing import Any
 from qscope_posttrain.testbed.arms import ARMS
 
 
-def _setting(default: Any, text: str) -> Any:
-    """A dataclass field with a help text, as parsers of recipes read it."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class TestbedConfig:
     """Settings of the testbed. The defaults are the demo's: under ten minutes on two CPU cores."""
 
     __test__ = False  # its name begins like a test's
 
-    corpus: str | None = _setting(None, "Folder of <language>.txt; without one the package's generator writes it.")
-    languages: list[str] | None = _setting(None, "Languages to read from the folder; all that are there by default.")
-    target: str = _setting("zh", "Language into which the model switches.")
-    corpus_scale: float = _setting(1.5, "Size of the generated corpus; 1 is about 2 MB in all.")
-    vocabulary: int = _setting(2000, "Entries of the byte-level BPE tokenizer.")
-    window: int = _setting(96, "Tokens in a window of text.")
-    prompt: int = _setting(32, "Prompt tokens in a dialogue window; <sep> and the response follow.")
+    corpus: str | None = field(
+        default=None, metadata={"help": "Folder of <language>.txt; without one the package's generator writes it."}
+    )
+    languages: list[str] | None = field(
+        default=None, metadata={"help": "Languages to read from the folder; all that are there by default."}
+    )
+    target: str = field(default="zh", metadata={"help": "Language into which the model switches."})
+    corpus_scale: float = field(default=1.5, metadata={"help": "Size of the generated corpus; 1 is about 2 MB in all."})
+    vocabulary: int = field(default=2000, metadata={"help": "Entries of the byte-level BPE tokenizer."})
+    window: int = field(default=96, metadata={"help": "Tokens in a window of text."})
+    prompt: int = field(
+        default=32, metadata={"help": "Prompt tokens in a dialogue window; <sep> and the response follow."}
+    )
 
-    hidden_size: int = _setting(128, "Width of the language model.")
-    model_layers: int = _setting(4, "Decoder layers of the language model.")
-    heads: int = _setting(4, "Attention heads; half as many for keys and values.")
-    pretraining_steps: int = _setting(1200, "Optimiser steps of pretraining.")
-    pretraining_batch_size: int = _setting(16, "Windows in a step; more steps serve better than larger ones.")
-    pretraining_learning_rate: float = _setting(2e-3, "Peak learning rate; cosine to 3 per cent.")
-    switch: float = _setting(0.15, "Share of the other languages' windows that turn into the target: the habit.")
-    model_seed: int = _setting(0, "Seed of model, pretraining data and SAEs.")
+    hidden_size: int = field(default=128, metadata={"help": "Width of the language model."})
+    model_layers: int = field(default=4, metadata={"help": "Decoder layers of the language model."})
+    heads: int = field(default=4, metadata={"help": "Attention heads; half as many for keys and values."})
+    pretraining_steps: int = field(default=1200, metadata={"help": "Optimiser steps of pretraining."})
+    pretraining_batch_size: int = field(
+        default=16, metadata={"help": "Windows in a step; more steps serve better than larger ones."}
+    )
+    pretraining_learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak learning rate; cosine to 3 per cent."}
+    )
+    switch: float = field(
+        default=0.15, metadata={"help": "Share of the other languages' windows that turn into the target: the habit."}
+    )
+    model_seed: int = field(default=0, metadata={"help": "Seed of model, pretraining data and SAEs."})
 
-    sae_layers: int = _setting(2, "How many of the last decoder layers get an SAE.")
-    sae_expansion: int = _setting(8, "Latents over hidden size.")
-    sae_k: int = _setting(32, "Active latents a token.")
-    sae_steps: int = _setting(200, "Training steps of an SAE, 1024 tokens each.")
-    sae_windows: int = _setting(1200, "Windows whose activations train the SAEs.")
+    sae_layers: int = field(default=2, metadata={"help": "How many of the last decoder layers get an SAE."})
+    sae_expansion: int = field(default=8, metadata={"help": "Latents over hidden size."})
+    sae_k: int = field(default=32, metadata={"help": "Active latents a token."})
+    sae_steps: int = field(default=200, metadata={"help": "Training steps of an SAE, 1024 tokens each."})
+    sae_windows: int = field(default=1200, metadata={"help": "Windows whose activations train the SAEs."})
 
-    feature_windows: int = _setting(400, "Windows of the sft split on which features and thresholds are measured.")
-    top: int = _setting(32, "Features kept per language and layer, by monolinguality.")
+    feature_windows: int = field(
+        default=400, metadata={"help": "Windows of the sft split on which features and thresholds are measured."}
+    )
+    top: int = field(default=32, metadata={"help": "Features kept per language and layer, by monolinguality."})
 
-    arms: list[str] = _setting(list(ARMS), "Methods to compare; sft is always among them.")
-    seeds: list[int] = _setting([101, 102], "Seeds of SFT data, their order and sampling, one run each.")
-    sft_windows: int = _setting(800, "SFT windows a seed; each is seen once.")
-    sft_batch_size: int = _setting(16, "Windows in an SFT step.")
-    sft_learning_rate: float = _setting(2e-4, "Peak learning rate of SFT.")
-    sft_switch: float = _setting(0.0, "Share of SFT windows with the habit; 0 is clean data.")
-    tune: bool = _setting(False, "Choose each method's weight on validation prompts instead of taking the recorded one.")
-    tune_seed: int = _setting(7, "Seed of the SFT data on which weights are chosen.")
-    tune_budget: float = _setting(0.015, "Largest rise of masked perplexity over SFT that a chosen weight may cost.")
+    arms: list[str] = field(
+        default_factory=lambda: list(ARMS), metadata={"help": "Methods to compare; sft is always among them."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [101, 102],
+        metadata={"help": "Seeds of SFT data, their order and sampling, one run each."},
+    )
+    sft_windows: int = field(default=800, metadata={"help": "SFT windows a seed; each is seen once."})
+    sft_batch_size: int = field(default=16, metadata={"help": "Windows in an SFT step."})
+    sft_learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of SFT."})
+    sft_switch: float = field(default=0.0, metadata={"help": "Share of SFT windows with the habit; 0 is clean data."})
+    tune: bool = field(
+        default=False,
+        metadata={"help": "Choose each method's weight on validation prompts instead of taking the recorded one."},
+    )
+    tune_seed: int = field(default=7, metadata={"help": "Seed of the SFT data on which weights are chosen."})
+    tune_budget: float = field(
+        default=0.015, metadata={"help": "Largest rise of masked perplexity over SFT that a chosen weight may cost."}
+    )
 
-    evaluation_windows: int = _setting(250, "Teacher-forced test windows, all languages.")
-    sampled_prompts: int = _setting(240, "Test prompts in other languages, one sample each and seed.")
-    sampled_tokens: int = _setting(60, "Length of a sample.")
-    temperature: float = _setting(1.0, "Sampling temperature; no top-k, no top-p.")
-    workers: int | None = _setting(None, "Processes that run methods side by side, one thread each; one a core by default.")
-    cache: str | None = _setting(None, "Folder of cached artefacts; ~/.cache/qscope_posttrain/testbed by default.")
-    no_cache: bool = _setting(False, "Make everything again.")
+    evaluation_windows: int = field(default=250, metadata={"help": "Teacher-forced test windows, all languages."})
+    sampled_prompts: int = field(
+        default=240, metadata={"help": "Test prompts in other languages, one sample each and seed."}
+    )
+    sampled_tokens: int = field(default=60, metadata={"help": "Length of a sample."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; no top-k, no top-p."})
+    workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that run methods side by side, one thread each; one a core by default."},
+    )
+    cache: str | None = field(
+        default=None, metadata={"help": "Folder of cached artefacts; ~/.cache/qscope_posttrain/testbed by default."}
+    )
+    no_cache: bool = field(default=False, metadata={"help": "Make everything again."})
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

@@ -74,7 +74,7 @@ def make_dictionaries(config: TestbedConfig, cache: Cache, language_model: Langu
 def make_feature_sets(
     config: TestbedConfig, cache: Cache, language_model: LanguageModel, dictionaries: Dictionaries
 ) -> FeatureSets:
-    """Find language features, their effects and their controls on windows of the sft split, or take them from the cache.
+    """Find language features, their effects and controls on windows of the sft split, or take them from the cache.
 
     Thresholds and features never see validation or test text.
     """

@@ -1,4 +1,4 @@
-"""The experiment: choose weights on validation prompts if asked to, run every method with every seed on test prompts."""
+"""The experiment: choose weights on validation prompts if asked to, then every method and seed on test prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qscope_posttrain.evaluation.code_switching import SwitchingResult, switching_ratio
-from qscope_posttrain.report.tables import Table
+from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.cache import Cache, default_cache_folder
 from qscope_posttrain.testbed.config import TestbedConfig
@@ -134,7 +134,7 @@ def choose_weights(
         chosen[name] = best.job.weight
     if "random_features" in chosen and "sasft_decoder" in chosen:
         chosen["random_features"] = chosen["sasft_decoder"]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             ARMS[run.job.method].title,
             run.job.weight,
@@ -145,7 +145,9 @@ def choose_weights(
         for run in runs[1:]
     ]
     columns = ["method", "weight", "hazard, %", "masked perplexity, %", "chosen"]
-    caption = f"Change against SFT, seed {config.tune_seed}; budget {100 * config.tune_budget:g} % of masked perplexity."
+    caption = (
+        f"Change against SFT, seed {config.tune_seed}; budget {100 * config.tune_budget:g} % of masked perplexity."
+    )
     return chosen, Table("Weights on validation prompts", columns, rows, caption)
 
 

@@ -88,8 +88,9 @@ def fine_tune(
             disable_tqdm=True,
         )
         clock = _StepClock()
+        model = copy.deepcopy(language_model.model)
         trainer = SFTTrainer(
-            model=copy.deepcopy(language_model.model),
+            model=model,
             args=arguments,
             train_dataset=_dataset(windows),
             processing_class=language_model.tokenizer,
@@ -100,7 +101,7 @@ def fine_tune(
         trainer.train()
         seconds = time.perf_counter() - started
     history = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
-    return FineTuned(trainer.model.eval(), history, seconds, clock.median())
+    return FineTuned(model.eval(), history, seconds, clock.median())
 
 
 def _penalties(

@@ -1,9 +1,9 @@
-"""A generator of text in five languages: word lists and a light grammar, drawn independently and with Zipfian frequencies.
+"""A generator of text in five languages: word lists and a light grammar, independent draws, Zipfian frequencies.
 
-The grammar of a language (`testbed/lexicon/<language>.py`) is context free. A rule's alternative is a sequence of items
-separated by spaces; an item is one or more parts joined by `+` (no space between them in the text); a part is the name of
-a rule, the name of a word list, or literal text. Alternatives are equally likely (write one twice to double it); words are
-drawn with probability proportional to 1 / (rank + 4)^0.8 after a fixed shuffle of the list.
+The grammar of a language (`testbed/lexicon/<language>.py`) is context free. A rule's alternative is a sequence of
+items separated by spaces; an item is one or more parts joined by `+` (no space between them in the text); a part is the
+name of a rule, the name of a word list, or literal text. Alternatives are equally likely (write one twice to double
+it); words are drawn with probability proportional to 1 / (rank + 4)^0.8 after a fixed shuffle of the list.
 
 Every draw is independent: no topic, no slot filled twice. What a reader can carry over a distance is therefore the
 language itself, which is what the testbed needs; templates with recurring slots give an SAE features of slots instead.

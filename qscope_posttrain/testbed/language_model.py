@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +16,7 @@ from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.corpus import Corpus, generate_corpus, load_corpus
 from qscope_posttrain.testbed.model import build_model
 from qscope_posttrain.testbed.pretrain import pretrain
-from qscope_posttrain.testbed.tokenizer import SEPARATOR, train_tokenizer
+from qscope_posttrain.testbed.tokenizer import decode, separator_id, train_tokenizer
 from qscope_posttrain.testbed.windows import EncodedText, WindowMaker
 from qscope_posttrain.text.scripts import target_script
 from qscope_posttrain.text.tokens import script_token_ids
@@ -61,7 +62,7 @@ class LanguageModel:
         texts: dict[str, list[str]] = {language: [] for language in self.languages}
         for language, row in zip(windows.languages, windows.input_ids, strict=True):
             # A window may end within a character.
-            texts[language].append(self.tokenizer.decode(row).rstrip("\N{REPLACEMENT CHARACTER}"))
+            texts[language].append(decode(self.tokenizer, row).rstrip("\N{REPLACEMENT CHARACTER}"))
         return texts
 
 
@@ -92,7 +93,7 @@ def load_language_model(folder: Path, key: str, config: TestbedConfig) -> Langua
             if part == "tokens":
                 text = EncodedText(arrays[name], arrays[f"{split}/{language}/boundaries"])
                 encoded.setdefault(split, {})[language] = text
-    separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
+    separator = separator_id(tokenizer)
     maker = WindowMaker(encoded, separator, config.target, config.window, config.prompt)
     losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
     tokens = script_token_ids(tokenizer, target_script(config.target))
@@ -116,7 +117,7 @@ def _build(config: TestbedConfig, corpus: Corpus, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, part in maker.encoded.items():
         for language, text in part.items():
             arrays[f"{split}/{language}/tokens"] = text.tokens

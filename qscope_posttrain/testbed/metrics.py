@@ -62,7 +62,7 @@ def teacher_forced_metrics(model: PreTrainedModel, windows: Windows, target: str
 
 
 def _nll_and_mass(model: PreTrainedModel, windows: Windows, target_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Per response token: negative log-likelihood and probability of `target_tokens`; both [windows, responses] fp64."""
+    """Per response token: negative log-likelihood and probability of `target_tokens`, [windows, responses] fp64."""
     was_training = model.training
     model.eval()
     nll: list[Tensor] = []

@@ -11,7 +11,6 @@ from qscope_posttrain.report.progress import progress
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.windows import Windows
 
-
 _WARMUP_STEPS = 60
 _WEIGHT_DECAY = 0.05
 
@@ -27,7 +26,11 @@ def pretrain(model: PreTrainedModel, windows: Windows, config: TestbedConfig) ->
     if len(windows) < needed:
         raise ValueError(f"{config.pretraining_steps} steps of {size} windows need {needed}, got {len(windows)}")
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.pretraining_learning_rate, betas=(0.9, 0.98), weight_decay=_WEIGHT_DECAY, fused=True
+        model.parameters(),
+        lr=config.pretraining_learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=_WEIGHT_DECAY,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, config.pretraining_steps))
     losses: list[torch.Tensor] = []

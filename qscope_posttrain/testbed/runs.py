@@ -1,4 +1,4 @@
-"""One run: fine-tune with one method and one seed, measure, sample; many of them side by side, each kept in the cache."""
+"""One run: fine-tune with one method and one seed, measure, sample; many of them side by side, each cached."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from qscope_posttrain.testbed.finetune import fine_tune
 from qscope_posttrain.testbed.language_model import LanguageModel, load_language_model
 from qscope_posttrain.testbed.metrics import Metrics, teacher_forced_metrics
 from qscope_posttrain.testbed.sampling import sample_responses
+from qscope_posttrain.testbed.tokenizer import decode
 
 BASE = "base"
 """Name of the run without fine-tuning."""
@@ -115,7 +116,9 @@ def available_cores() -> int:
 
 def execute(job: Job, config: TestbedConfig, language_model: LanguageModel, feature_sets: FeatureSets) -> Run:
     """Run one job in this process, without the cache."""
-    model, history, seconds, step_seconds = language_model.model, (), 0.0, 0.0
+    model = language_model.model
+    history: tuple[Mapping[str, float], ...] = ()
+    seconds = step_seconds = 0.0
     if job.method != BASE:
         arm = ARMS[job.method]
         features = feature_sets.load(_rows_of(arm, job.seed)) if arm.penalty == "features" else None
@@ -139,7 +142,7 @@ def _sample(job: Job, config: TestbedConfig, language_model: LanguageModel, mode
     for language, prompt, response in zip(windows.languages, windows.prompts, responses, strict=True):
         index = seen[language] = seen.get(language, -1) + 1
         # The last token of the prompt is <sep>; a response keeps only what is text.
-        texts = tokenizer.decode(prompt[:-1]), tokenizer.decode(response, skip_special_tokens=True)
+        texts = decode(tokenizer, prompt[:-1]), decode(tokenizer, response, special=False)
         samples.append(Sample(language, index, 0, *texts, ended=False))
     return tuple(samples)
 
@@ -162,9 +165,7 @@ def _prepare_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _run_in_cache(
-    key: str, job: Job, config: TestbedConfig, cache: Cache, places: tuple[Path, str, Path, str]
-) -> Path:
+def _run_in_cache(key: str, job: Job, config: TestbedConfig, cache: Cache, places: tuple[Path, str, Path, str]) -> Path:
     def build(folder: Path) -> None:
         language_model = load_language_model(places[0], places[1], config)
         run = execute(job, config, language_model, FeatureSets(places[2], places[3]))

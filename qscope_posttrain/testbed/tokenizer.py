@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qscope_posttrain.testbed.corpus import Corpus
 
@@ -37,3 +38,20 @@ def train_tokenizer(corpus: Corpus, vocabulary: int, characters: int = 350_000) 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=END, additional_special_tokens=[SEPARATOR]
     )
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int] | Tensor, special: bool = True) -> str:
+    """Tokens as one string; `special=False` leaves `<sep>` and `<eos>` out."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=not special))
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `<sep>`.
+
+    Raises:
+        ValueError: another tokenizer than `train_tokenizer` makes.
+    """
+    index = tokenizer.get_vocab().get(SEPARATOR)
+    if index is None:
+        raise ValueError(f"the tokenizer has no {SEPARATOR}; the testbed needs one from train_tokenizer")
+    return index

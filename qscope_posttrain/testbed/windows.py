@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.testbed.corpus import SPLITS, Corpus
-from qscope_posttrain.testbed.tokenizer import SEPARATOR
+from qscope_posttrain.testbed.tokenizer import separator_id
 
 IGNORED = -100
 """Label of tokens without loss."""
@@ -136,7 +136,7 @@ class WindowMaker:
                     raise ValueError(
                         f"{language!r} has {len(text.tokens)} tokens in split {split!r}, under 2 x {length}"
                     )
-        return cls(encoded, tokenizer.convert_tokens_to_ids(SEPARATOR), corpus.target, length, prompt)
+        return cls(encoded, separator_id(tokenizer), corpus.target, length, prompt)
 
     def pretraining(self, count: int, switch: float, seed: int, split: str = "pre") -> Windows:
         """Windows for language modelling, languages drawn uniformly; the switch may fall anywhere."""

@@ -7,35 +7,35 @@ JOINER = " "
 WORDS: dict[str, str] = {
     # masculine and feminine nouns that begin with a consonant and take "s" in the plural
     "NM": """
-        livre jardin village chemin garçon marché médecin voisin soldat chanteur fermier professeur pont port
-        train camion vélo moteur problème système projet plan dessin verre plat panier sac parapluie miroir
-        meuble lit fauteuil crayon stylo cahier papier roman poème conte secret message billet timbre chat chien
-        lapin mouton canard renard loup serpent papillon poisson requin dauphin boulanger facteur pompier
-        gardien peintre notaire marchand pêcheur jardinier cousin frère père parent monde continent désert lac
-        fleuve torrent rocher sommet sentier matin soir jour siècle moment débat conseil métier souvenir bruit
-        silence rêve doute courage respect sourire regard geste visage doigt ventre tambour violon piano concert
-        théâtre musée temple donjon grenier couloir légume citron melon raisin fromage beurre sucre biscuit
-        champignon
+        livre jardin village chemin garçon marché médecin voisin soldat chanteur fermier professeur pont
+        port train camion vélo moteur problème système projet plan dessin verre plat panier sac parapluie
+        miroir meuble lit fauteuil crayon stylo cahier papier roman poème conte secret message billet timbre
+        chat chien lapin mouton canard renard loup serpent papillon poisson requin dauphin boulanger facteur
+        pompier gardien peintre notaire marchand pêcheur jardinier cousin frère père parent monde continent
+        désert lac fleuve torrent rocher sommet sentier matin soir jour siècle moment débat conseil métier
+        souvenir bruit silence rêve doute courage respect sourire regard geste visage doigt ventre tambour
+        violon piano concert théâtre musée temple donjon grenier couloir légume citron melon raisin fromage
+        beurre sucre biscuit champignon
     """,
     "NF": """
         maison rivière fille montagne ville route table chaise fenêtre porte lampe clé lettre page phrase
-        question réponse raison leçon promesse guerre famille mère soeur cousine tante voisine reine chanteuse
-        boulangère fermière danseuse bergère sorcière princesse vache chèvre poule baleine tortue grenouille
-        mouche fourmi rose tulipe pomme poire cerise fraise tomate carotte salade soupe cuisine chambre cave
-        cour tour place rue gare banque boutique ferme grange bibliothèque mairie machine voiture barque fusée
-        roue corde planche brique pierre colline vallée plage forêt plaine grotte source cascade tempête neige
-        pluie lumière couleur musique chanson danse fête surprise peur colère joie tristesse patience chance
-        minute semaine saison nuit journée soirée bouteille tasse cuillère fourchette marmite bougie couverture
-        veste robe chemise ceinture poche carte boussole frontière province région commune capitale langue
-        lecture peinture sculpture
+        question réponse raison leçon promesse guerre famille mère soeur cousine tante voisine reine
+        chanteuse boulangère fermière danseuse bergère sorcière princesse vache chèvre poule baleine tortue
+        grenouille mouche fourmi rose tulipe pomme poire cerise fraise tomate carotte salade soupe cuisine
+        chambre cave cour tour place rue gare banque boutique ferme grange bibliothèque mairie machine
+        voiture barque fusée roue corde planche brique pierre colline vallée plage forêt plaine grotte
+        source cascade tempête neige pluie lumière couleur musique chanson danse fête surprise peur colère
+        joie tristesse patience chance minute semaine saison nuit journée soirée bouteille tasse cuillère
+        fourchette marmite bougie couverture veste robe chemise ceinture poche carte boussole frontière
+        province région commune capitale langue lecture peinture sculpture
     """,
     # regular -er verbs that begin with a consonant: stem
     "V": """
         trouv cherch regard port donn montr gard lav laiss pos quitt rencontr demand racont prépar cach ferm
         coup cass répar dessin compt pouss roul plant récolt goût brûl chauff visit travers remont détest
-        respect surveill guid salu remerci félicit critiqu conseill command livr transport charg vid mesur dépos
-        ramass sépar tourn frapp touch toler modifi vérifi contrôl signal nomm présent refus réclam sauv recopi
-        dict photographi film copi décor lou vendang pein
+        respect surveill guid salu remerci félicit critiqu conseill command livr transport charg vid mesur
+        dépos ramass sépar tourn frapp touch toler modifi vérifi contrôl signal nomm présent refus réclam
+        sauv recopi dict photographi film copi décor lou vendang pein
     """,
     "VI": """
         march chant dans parl travaill rest tomb arriv pleur trembl cri saut jou rêv hésit rentr pass murmur
@@ -46,14 +46,16 @@ WORDS: dict[str, str] = {
         vert noir lourd étroit profond froid chaud brillant charmant important prudent patient violent lent
         content méchant savant vivant puissant élégant amusant fatigant étonnant brûlant courant distant
         français allemand lointain prochain humain voisin féminin matinal royal normal banal central fatal
-        original poli hardi fini pourri bleu fatigué blessé cassé fermé caché oublié abandonné compliqué pressé
-        rusé carré doré sacré usé ridé parfait fort court haut laid rond grand petit idiot adroit droit
+        original poli hardi fini pourri bleu fatigué blessé cassé fermé caché oublié abandonné compliqué
+        pressé rusé carré doré sacré usé ridé parfait fort court haut laid rond grand petit idiot adroit
+        droit
     """,
     # adjectives that are the same in both genders
     "ADJE": """
-        rouge jaune calme triste célèbre étrange simple difficile facile possible rapide solide fragile utile
-        libre pauvre riche jeune vide propre sale large mince vaste sombre pâle tiède timide honnête sincère
-        fidèle terrible horrible magnifique moderne antique rustique comique tragique bizarre sauvage
+        rouge jaune calme triste célèbre étrange simple difficile facile possible rapide solide fragile
+        utile libre pauvre riche jeune vide propre sale large mince vaste sombre pâle tiède timide honnête
+        sincère fidèle terrible horrible magnifique moderne antique rustique comique tragique bizarre
+        sauvage
     """,
     "ADV": """
         souvent toujours jamais parfois lentement rapidement doucement vraiment presque encore déjà enfin
@@ -73,12 +75,13 @@ WORDS: dict[str, str] = {
     "MODAL": "peut doit veut sait va ose",
     "NUM": "deux trois quatre cinq six sept huit neuf dix onze douze quinze vingt trente quarante cent mille",
     "PROPER": """
-        Brugnac Cassel Dourgne Ermont Fabrezan Gaillac Lunel Marcigny Nolay Ornans Puylaurens Ribérac Saumane
-        Tréguier Uzerche Vézelay Clémence Mathieu Élodie Bastien Aurélie Thibault Noémie Quentin Solène
+        Brugnac Cassel Dourgne Ermont Fabrezan Gaillac Lunel Marcigny Nolay Ornans Puylaurens Ribérac
+        Saumane Tréguier Uzerche Vézelay Clémence Mathieu Élodie Bastien Aurélie Thibault Noémie Quentin
+        Solène
     """,
     "NA": """
-        Mar Bel Cham Dou Fon Gué Lou Mont Neu Pier Roch Sau Tré Val Vau Cler Bris Cour Plé Gran Jou Ver Mé Bé
-        Saint- La- Beau Char Font Haute Sou Lam
+        Mar Bel Cham Dou Fon Gué Lou Mont Neu Pier Roch Sau Tré Val Vau Cler Bris Cour Plé Gran Jou Ver Mé
+        Bé Saint- La- Beau Char Font Haute Sou Lam
     """,
     "NB": """
         a é i ou on an en in eau er ail eu oi ille elle
