@@ -82,6 +82,7 @@ def test_gradient_reaches_survivors_only(activation: Activation) -> None:
     pre = torch.tensor([[3.0, -1.0, 2.0, 1.0]], requires_grad=True)
     activation.select(pre)[0].sum().backward()
     fires = dense(activation, pre.detach()) > 0
+    assert pre.grad is not None
     assert torch.equal(pre.grad, fires.float())
 
 

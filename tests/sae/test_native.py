@@ -123,9 +123,7 @@ def described(**changes: object) -> dict[str, object]:
         (json.dumps(described()), {"b_enc": torch.full((8,), float("nan"))}, "b_enc holds NaN"),
     ],
 )
-def test_faults_are_named(
-    tmp_path: Path, metadata: str | None, tensors: dict[str, Tensor | None], fault: str
-) -> None:
+def test_faults_are_named(tmp_path: Path, metadata: str | None, tensors: dict[str, Tensor | None], fault: str) -> None:
     good = {"W_enc": torch.ones(8, 4), "b_enc": torch.ones(8), "W_dec": torch.ones(8, 4), "b_dec": torch.ones(4)}
     content = {name: tensor for name, tensor in (good | tensors).items() if tensor is not None}
     path = tmp_path / "bad.safetensors"

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_sae import D_MODEL, D_SAE, RELEASE, K
 from torch import Tensor
 
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from golden_sae import D_MODEL, D_SAE, RELEASE, K
 
 
 def write(path: Path, tensors: object) -> Path:
@@ -110,7 +110,7 @@ def test_wrong_model_or_width(tmp_path: Path, release_folder: Path, qwen_tensors
     with pytest.raises(ValueError, match="width 24, but the model has 4096"):
         SparseAutoencoder.rows(release_folder, [0], layer=0, d_model=4096)
     other = tmp_path / "SAE-Res-Tiny-1M-Base-W32K-L0_8" / "layer0.sae.pt"
-    with pytest.raises(ValueError, match="holds 1024 latents, but its release .*W32K-L0_8 has 32768"):
+    with pytest.raises(ValueError, match=r"holds 1024 latents, but its release .*W32K-L0_8 has 32768"):
         SparseAutoencoder.load(write(other, qwen_tensors))
 
 

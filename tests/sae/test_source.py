@@ -10,13 +10,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from golden_sae import RELEASE
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.source import Release, SAESource, choose_layer_file, locate, with_sha256
-from golden_sae import RELEASE
 
 HUB_ID = f"Qwen/{RELEASE}"
 COMMIT = "f370f8d66e5afa376987679dbdf277552ee6b78a"
@@ -94,7 +94,7 @@ def test_no_network_and_not_in_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPat
         raise LocalEntryNotFoundError("outgoing traffic has been disabled")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(FileNotFoundError, match="layer0.sae.pt could not be had.*outgoing traffic"):
+    with pytest.raises(FileNotFoundError, match=r"layer0\.sae\.pt could not be had.*outgoing traffic"):
         SparseAutoencoder.load(HUB_ID, layer=0)
 
 
@@ -127,7 +127,9 @@ def test_layer_stored_twice_is_not_guessed() -> None:
         choose_layer_file(["layer1.sae.pt", "layer1.sae.safetensors"], 1, "here")
 
 
-@pytest.mark.parametrize("name", ["layer.sae.pt", "xlayer1.sae.pt", "layer1.sae.pt.tmp", "layer1.pt", "../layer1.sae.pt"])
+@pytest.mark.parametrize(
+    "name", ["layer.sae.pt", "xlayer1.sae.pt", "layer1.sae.pt.tmp", "layer1.pt", "../layer1.sae.pt"]
+)
 def test_other_names_are_not_layers(name: str) -> None:
     with pytest.raises(FileNotFoundError):
         choose_layer_file([name], 1, "here")
@@ -159,7 +161,13 @@ def test_release_names(text: str, expected: Release | None) -> None:
 def test_source_as_dict() -> None:
     source = SAESource("a/b", COMMIT, "layer0.sae.pt", "0" * 64, "qwen_scope", RELEASE, SAESource("memory"))
     assert SAESource.from_dict(asdict(source)) == source
-    for wrong in ({}, {"location": "x", "run": "y"}, {"location": "x", "origin": "y"}, {"location": "x", "file": 3}, "x"):
+    for wrong in (
+        {},
+        {"location": "x", "run": "y"},
+        {"location": "x", "origin": "y"},
+        {"location": "x", "file": 3},
+        "x",
+    ):
         with pytest.raises(ValueError, match="not a description"):
             SAESource.from_dict(wrong)
 

@@ -34,37 +34,54 @@ def open_file(located: LocatedFile) -> StoredSAE:
     """Open one layer, memory-mapped. ValueError that names the file and the fault if it is not a Qwen-Scope SAE."""
     path = located.path
     size = check_is_file_with_data(path)
-    _check_archive(path, size)
-    tensors = _four_tensors(path, _unpickle(path), size)
+    record_sizes = _check_archive(path, size)
+    tensors = _four_tensors(path, _unpickle(path), record_sizes)
     d_sae = _check_shapes(path, tensors)
     if located.release is not None and located.release.d_sae != d_sae:
         raise ValueError(
             f"{path} holds {d_sae} latents, but its release {located.release.name} has {located.release.d_sae}"
         )
-    tensors["W_dec"] = tensors["W_dec"].t()
-    return StoredSAE(path, FORMAT, **tensors, memory_mapped=True, layer=located.layer)
+    return StoredSAE(
+        path=path,
+        format=FORMAT,
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"].t(),
+        b_dec=tensors["b_dec"],
+        memory_mapped=True,
+        layer=located.layer,
+    )
 
 
-def _check_archive(path: Path, size: int) -> None:
-    """Refuse, before torch sees it, whatever `torch.save` would not have written."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            order = next((archive.open(record).read(8) for record in records if _is_byte_order(record)), b"")
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ValueError(
-            f"{path} is not a torch.save archive: it is truncated, in the format of torch before 1.6, "
-            f"or something else ({error})"
-        ) from error
+def _check_archive(path: Path, size: int) -> set[int]:
+    """Refuse, before torch sees it, whatever `torch.save` would not have written. Returns the sizes of the records."""
+    records, byte_order = _read_directory(path)
     pickles = [record for record in records if record.filename.endswith("data.pkl")]
     if len(pickles) != 1 or len(records) > _MAX_RECORDS:
         raise ValueError(f"{path} is not a torch.save archive of four tensors: it has {len(records)} records")
     if pickles[0].file_size > _MAX_PICKLE_BYTES:
         raise ValueError(f"{path} holds a pickle of {pickles[0].file_size} bytes; four tensors need a few hundred")
-    if order not in (b"", sys.byteorder.encode()):
-        raise ValueError(f"{path} was written on a machine of the other byte order, and cannot be memory-mapped here")
     if any(record.compress_type != zipfile.ZIP_STORED or record.file_size > size for record in records):
         raise ValueError(f"{path} holds compressed records or claims more data than it has; torch.save writes neither")
+    if byte_order not in (b"", sys.byteorder.encode()):
+        raise ValueError(f"{path} was written on a machine of the other byte order, and cannot be memory-mapped here")
+    return {record.file_size for record in records}
+
+
+def _read_directory(path: Path) -> tuple[list[zipfile.ZipInfo], bytes]:
+    """The directory of the archive, and its record on the byte order (empty if there is none)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            byte_order = (archive.open(record).read(8) for record in records if _is_byte_order(record))
+            return records, next(byte_order, b"")
+    except OSError:
+        raise
+    except Exception as error:  # zipfile raises a dozen kinds for damaged archives
+        raise ValueError(
+            f"{path} is not a torch.save archive: it is truncated, in the format of torch before 1.6, "
+            f"or something else ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _is_byte_order(record: zipfile.ZipInfo) -> bool:
@@ -89,7 +106,7 @@ def _unpickle(path: Path) -> object:
         ) from error
 
 
-def _four_tensors(path: Path, content: object, size: int) -> dict[str, Tensor]:
+def _four_tensors(path: Path, content: object, record_sizes: set[int]) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a Qwen-Scope SAE is a dict of {', '.join(KEYS)}")
     missing = [key for key in KEYS if key not in content]
@@ -103,9 +120,13 @@ def _four_tensors(path: Path, content: object, size: int) -> dict[str, Tensor]:
             check_tensor(key, tensor, (None, None) if key.startswith("W") else (None,))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
-        # A stride of 0 lets a file of a few bytes describe terabytes, which appear when the tensor is copied.
-        if tensor.nbytes > min(size, tensor.untyped_storage().nbytes()):
-            raise ValueError(f"{path}: {key} claims {list(tensor.shape)}, more than the {size} bytes of the file hold")
+        # A pickle may claim more than its record holds; and with strides of 0, a few bytes describe terabytes.
+        held = tensor.untyped_storage().nbytes()
+        if held not in record_sizes or tensor.nbytes > held:
+            raise ValueError(
+                f"{path}: {key} claims the shape {list(tensor.shape)}, {tensor.nbytes} bytes, "
+                "which no record of the file holds"
+            )
     return {key: content[key].detach() for key in KEYS}
 
 
