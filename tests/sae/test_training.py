@@ -92,7 +92,9 @@ def test_auxk_revives_silent_latents() -> None:
     generator = torch.Generator().manual_seed(3)
     directions = F.normalize(torch.randn(64, 16, generator=generator), dim=1)
     size = torch.logspace(0, -1, 64)
-    x = ((torch.rand(4000, 64, generator=generator) < 0.05) * size) @ directions + 3 * torch.randn(16, generator=generator)
+    x = ((torch.rand(4000, 64, generator=generator) < 0.05) * size) @ directions + 3 * torch.randn(
+        16, generator=generator
+    )
 
     def silent(auxk_weight: float) -> int:
         config = TopKTrainingConfig(

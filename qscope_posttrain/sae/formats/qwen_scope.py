@@ -75,9 +75,7 @@ def _read_directory(path: Path) -> tuple[list[zipfile.ZipInfo], bytes]:
             records = archive.infolist()
             byte_order = (archive.open(record).read(8) for record in records if _is_byte_order(record))
             return records, next(byte_order, b"")
-    except OSError:
-        raise
-    except Exception as error:  # zipfile raises a dozen kinds for damaged archives
+    except Exception as error:  # for damaged archives zipfile raises a dozen kinds, OSError among them
         raise ValueError(
             f"{path} is not a torch.save archive: it is truncated, in the format of torch before 1.6, "
             f"or something else ({type(error).__name__}: {error})"
@@ -96,8 +94,6 @@ def _unpickle(path: Path) -> object:
         )
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a damaged or hostile pickle can fail anywhere in the unpickler
         reason = str(error).strip().splitlines()
         raise ValueError(
