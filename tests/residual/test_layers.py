@@ -114,7 +114,7 @@ def test_multimodal_wrapper_gives_the_text_decoder(name):
 def test_multimodal_wrapper_runs_to_the_layer_on_text(name):
     model = build_multimodal(name)
     ids = torch.arange(3, 15).view(2, 6)
-    expected = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+    expected = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[2]
     assert torch.equal(forward_to_layer(model, [1], input_ids=ids)[1], expected)
 
 

@@ -133,7 +133,8 @@ def test_peft_and_compiled_models(make_model, direction):
     assert not torch.allclose(eager, plain)
     compiled = torch.compile(model, backend="aot_eager")
     with steer(compiled, Steering(direction, (1,))) as calls:
-        torch.testing.assert_close(compiled(IDS).logits, eager)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(IDS).logits, eager)
     assert calls == {1: 1}
     torch.testing.assert_close(compiled(IDS).logits, plain)
 
