@@ -21,7 +21,7 @@ from qscope_posttrain.testbed.dictionaries import (
 )
 from qscope_posttrain.testbed.language_model import LanguageModel, make_language_model
 from qscope_posttrain.testbed.metrics import Metrics, mean_metrics
-from qscope_posttrain.testbed.runs import BASE, Job, Run, available_cores, run_jobs
+from qscope_posttrain.testbed.runs import BASE, Job, Run, run_jobs
 
 SFT = "sft"
 """The method with which all others are compared."""
@@ -79,7 +79,7 @@ def run_experiment(config: TestbedConfig) -> Experiment:
     """Run the chain; what is in the cache is not made again."""
     cache = open_cache(config)
     threads = torch.get_num_threads()
-    torch.set_num_threads(config.workers or min(2, available_cores()))
+    torch.set_num_threads(1)
     try:
         language_model = make_language_model(config, cache)
         dictionaries = make_dictionaries(config, cache, language_model)

@@ -1,0 +1,83 @@
+"""Artefacts by content: found again, made again when anything changes, never half made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qscope_posttrain.testbed.cache import Cache, default_cache_folder, source_fingerprint
+
+
+def counting(made: list[Path]):
+    def build(folder: Path) -> None:
+        made.append(folder)
+        (folder / "content.txt").write_text(str(len(made)), encoding="utf-8")
+
+    return build
+
+
+def test_an_artefact_is_made_once(tmp_path: Path) -> None:
+    made: list[Path] = []
+    cache = Cache(tmp_path / "cache")
+    first = cache.folder("thing", "abc", counting(made))
+    again = cache.folder("thing", "abc", counting(made))
+    assert first == again
+    assert len(made) == 1
+    assert (again / "content.txt").read_text() == "1"
+    assert cache.folder("thing", "def", counting(made)) != first
+    assert len(made) == 2
+
+
+def test_a_disabled_cache_makes_it_again(tmp_path: Path) -> None:
+    made: list[Path] = []
+    Cache(tmp_path).folder("thing", "abc", counting(made))
+    folder = Cache(tmp_path, enabled=False).folder("thing", "abc", counting(made))
+    assert (folder / "content.txt").read_text() == "2"
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half", encoding="utf-8")
+        raise RuntimeError("interrupted")
+
+    cache = Cache(tmp_path)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        cache.folder("thing", "abc", fail)
+    assert list(tmp_path.iterdir()) == []
+    made: list[Path] = []
+    cache.folder("thing", "abc", counting(made))
+    assert len(made) == 1
+
+
+def test_the_first_of_two_builders_stays(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    made: list[Path] = []
+
+    def overtaken(folder: Path) -> None:
+        (folder / "content.txt").write_text("late", encoding="utf-8")
+        cache.folder("thing", "abc", counting(made))
+
+    folder = cache.folder("thing", "abc", overtaken)
+    assert (folder / "content.txt").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["thing-abc"]
+
+
+def test_the_key_depends_on_settings_inputs_and_source() -> None:
+    cache = Cache(Path("unused"))
+    key = cache.key({"a": 1, "b": [2]}, ["testbed/cache.py"], ["x"])
+    assert key == cache.key({"b": [2], "a": 1}, ["testbed/cache.py"], ["x"])
+    assert key != cache.key({"a": 2, "b": [2]}, ["testbed/cache.py"], ["x"])
+    assert key != cache.key({"a": 1, "b": [2]}, ["testbed/cache.py"], ["y"])
+    assert key != cache.key({"a": 1, "b": [2]}, ["testbed/model.py"], ["x"])
+
+
+def test_source_fingerprint_covers_a_folder() -> None:
+    assert source_fingerprint("text") != source_fingerprint("text/scripts.py")
+    with pytest.raises(FileNotFoundError):
+        source_fingerprint("testbed/no_such_file.py")
+
+
+def test_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_folder() == Path("/somewhere/qscope_posttrain/testbed")

@@ -1,0 +1,160 @@
+"""The whole chain in miniature: mechanics only, no headline numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qscope_posttrain.testbed.arms import ARMS
+from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.contexts import feature_contexts
+from qscope_posttrain.testbed.demo import run_demo
+from qscope_posttrain.testbed.experiment import Experiment, open_cache, run_experiment
+from qscope_posttrain.testbed.runs import Job, execute, run_jobs
+
+
+@pytest.fixture(scope="module")
+def experiment(small_config: TestbedConfig) -> Experiment:
+    return run_experiment(small_config)
+
+
+def test_the_model_learns_the_text_and_the_habit(experiment: Experiment) -> None:
+    model = experiment.language_model
+    assert model.losses[-1] < 0.7 * model.losses[0]
+    metrics = experiment.base.metrics
+    assert metrics.ppl < 0.3 * len(model.tokenizer)
+    # The trained hazard is .3 over the places where a switch may fall.
+    assert 0.002 < metrics.hz < 0.1
+    assert 0.05 < metrics.csx < 0.9
+
+
+def test_dictionaries_come_back_from_qwen_scope_files(experiment: Experiment) -> None:
+    dictionaries = experiment.dictionaries
+    assert sorted(dictionaries.saes) == [0, 1]
+    for layer, sae in dictionaries.saes.items():
+        assert sae.source.location.endswith(f"layer{layer}.sae.pt") or str(dictionaries.folder) in sae.source.location
+        assert dictionaries.explained_variance[layer] > 0.6
+
+
+def test_target_features_fire_on_the_target(experiment: Experiment) -> None:
+    features = experiment.feature_sets.load("sae")
+    best = features.select(language="zh", layers=[1], top=1).layers[1]
+    rates = dict(zip(features.languages, best.firing_rate[:, 0].tolist(), strict=True))
+    assert rates["zh"] > 2 * max(rates["en"], rates["ru"])
+
+
+def test_every_method_ran_on_the_same_prompts_and_data(experiment: Experiment) -> None:
+    assert [result.name for result in experiment.methods] == list(ARMS)
+    steps = experiment.config.sft_windows // experiment.config.sft_batch_size
+    prompts = [sample.prompt for sample in experiment.base.switching.samples]
+    for result in experiment.methods:
+        assert [sample.prompt for sample in result.switching.samples] == prompts
+        assert all(len(run.history) == steps for run in result.runs)
+        assert 0 <= result.switching.ratio <= 1
+    losses = {name: experiment.method(name).runs[0].history[0]["loss"] for name in ("sft", "random_features")}
+    assert losses["sft"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.penalty == "features"])
+def test_the_penalty_falls(experiment: Experiment, name: str) -> None:
+    history = experiment.method(name).runs[0].history
+    penalties = [entry["sasft/penalty"] for entry in history]
+    assert sum(penalties[-4:]) < sum(penalties[:4])
+
+
+@pytest.mark.parametrize("name", ["difference_of_means", "sasft_combined", "token_penalty"])
+def test_the_hazard_falls_against_sft(experiment: Experiment, name: str) -> None:
+    assert experiment.method(name).metrics.hz < 0.95 * experiment.method("sft").metrics.hz
+
+
+def test_fine_tuning_leaves_the_start_alone(experiment: Experiment, small_config: TestbedConfig) -> None:
+    model = experiment.language_model.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    execute(
+        Job("sasft_decoder", 0.5, 1, "val", sample=False), small_config, experiment.language_model,
+        experiment.feature_sets,
+    )  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_second_run_trains_nothing_and_agrees(
+    experiment: Experiment, small_config: TestbedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was trained again")
+
+    for place in ("language_model.pretrain", "dictionaries.train_saes", "runs.fine_tune"):
+        monkeypatch.setattr(f"qscope_posttrain.testbed.{place}", refuse)
+    again = run_experiment(small_config)
+    assert [result.metrics for result in again.methods] == [result.metrics for result in experiment.methods]
+    assert [result.switching.switched for result in again.methods] == [
+        result.switching.switched for result in experiment.methods
+    ]
+
+
+def test_processes_agree_with_one_process(experiment: Experiment, small_config: TestbedConfig, tmp_path: Path) -> None:
+    jobs = [Job("sft", 0.0, 1, "test"), Job("difference_of_means", ARMS["difference_of_means"].weight, 1, "test")]
+    config = replace(small_config, workers=2, cache=str(tmp_path))
+    runs = run_jobs(
+        jobs, config, open_cache(config), experiment.language_model, experiment.feature_sets, "in two processes"
+    )
+    for run in runs:
+        assert run.metrics == experiment.method(run.job.method).runs[0].metrics
+
+
+def test_tuning_stays_within_its_budget(experiment: Experiment, small_config: TestbedConfig) -> None:
+    tuned = run_experiment(replace(small_config, tune=True, tune_budget=0.01, arms=["difference_of_means"]))
+    assert tuned.tuning is not None
+    grid = ARMS["difference_of_means"].grid
+    rows = tuned.tuning.rows
+    assert [row[1] for row in rows] == list(grid)
+    affordable = [row for row in rows if float(str(row[3])) <= 1.0] or [min(rows, key=lambda row: float(str(row[3])))]
+    expected = min(affordable, key=lambda row: float(str(row[2])))
+    assert tuned.method("difference_of_means").weight == expected[1]
+    assert [row[4] for row in rows].count(True) == 1
+
+
+def test_contexts_show_where_a_feature_fires(experiment: Experiment) -> None:
+    rows = experiment.feature_sets.load("sae").select(language="zh", layers=[1], top=2).layers[1]
+    windows = experiment.language_model.maker.dialogue("val", 60, seed=9)
+    found = feature_contexts(
+        experiment.language_model, experiment.dictionaries.saes[1], 1, rows.feature_ids.tolist(), windows
+    )
+    assert [contexts.feature for contexts in found] == rows.feature_ids.tolist()
+    for contexts in found:
+        peaks = [max(passage.activations) for passage in contexts.passages]
+        assert peaks == sorted(peaks, reverse=True)
+        assert peaks[0] > 0
+        assert contexts.passages[0].language == "zh"
+
+
+def test_the_demo_writes_one_folder_with_everything(
+    experiment: Experiment, small_config: TestbedConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run_demo(small_config, tmp_path / "demo")
+    folder = report.parent
+    page = report.read_text(encoding="utf-8")
+    for arm in ARMS.values():
+        assert arm.title in page
+        assert arm.title in capsys.readouterr().out or arm.name != "sft"
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert set(summary["results"]["methods"]) == {"base", *ARMS}
+    assert summary["results"]["methods"]["sft"]["metrics"]["hz"] == experiment.method("sft").metrics.hz
+    lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == (1 + len(ARMS)) * small_config.sampled_prompts
+    for name in ("model/model.safetensors", "sae/layer1.sae.pt", "features.safetensors", "texts/ru.txt"):
+        assert (folder / name).is_file(), name
+    rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == small_config.sft_windows
+    assert all(row["prompt"].endswith("<sep>") and row["completion"] and row["language"] for row in rows)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(small_config: TestbedConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot write to the output folder"):
+        run_demo(small_config, tmp_path / "file")
