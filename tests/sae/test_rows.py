@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,15 +134,21 @@ def test_memory_of_reading_rows_of_64_mib(tmp_path: Path, cold: bool) -> None:
     assert measured["peak_bytes"] < 24 * MIB, "64 MiB file; one 16 MiB block of pages and some slack"
 
 
+@pytest.fixture(scope="module")
+def half_a_gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    small, big = write_big(tmp_path_factory.mktemp("half_a_gigabyte"), 32768, 2048)
+    yield small, big
+    big.unlink()
+
+
 @needs_linux
 @pytest.mark.slow
 @pytest.mark.parametrize("ids", [[20000], [3, 20000], list(range(0, 32000, 1000))], ids=["1", "2", "32"])
-def test_rows_of_half_a_gigabyte(tmp_path: Path, ids: list[int]) -> None:
-    d_sae, d_model = 32768, 2048
-    small, big = write_big(tmp_path, d_sae, d_model)
+def test_rows_of_half_a_gigabyte(half_a_gigabyte: tuple[Path, Path], ids: list[int]) -> None:
+    small, big = half_a_gigabyte
     assert big.stat().st_size > 512 * MIB
     cold, warm = (measure(small, big, is_cold, ids) for is_cold in (True, False))
-    assert cold["sum"] == warm["sum"] == 2 * d_model * sum(number + 1 for number in ids)
+    assert cold["sum"] == warm["sum"] == 2 * 2048 * sum(number + 1 for number in ids)
     assert cold["peak_bytes"] < 40 * MIB
     assert warm["peak_bytes"] < 40 * MIB
     if len(ids) < 3:  # beyond, the column pages add up to W_dec
