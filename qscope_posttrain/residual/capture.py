@@ -46,9 +46,6 @@ class LayerCapture:
             tensors = capture.require()     # {20: [batch, tokens, d_model], 21: ...}
     """
 
-    attached: bool
-    """Whether the hooks are registered."""
-
     active: bool
     """Whether outputs are kept and counted; switch it off for forwards that are of no interest."""
 
@@ -78,9 +75,13 @@ class LayerCapture:
         self._blocks = {layer: blocks[layer] for layer in self.layers}
         self._modules = dict(modules or {})
         self._handles: list[RemovableHandle] = []
-        self.attached = False
         self.active = True
         self.clear()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are registered."""
+        return bool(self._handles)
 
     def attach(self) -> LayerCapture:
         """Register the hooks. RuntimeError if they already are."""
@@ -90,7 +91,6 @@ class LayerCapture:
             self._handles.append(block.register_forward_hook(self._layer_hook(layer)))
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._module_hook(name)))
-        self.attached = True
         return self
 
     def remove(self) -> None:
@@ -98,7 +98,6 @@ class LayerCapture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.attached = False
 
     def clear(self) -> None:
         """Forget all outputs and counts, releasing the graphs they hold."""
@@ -138,24 +137,21 @@ class LayerCapture:
 
     def _layer_hook(self, layer: int) -> ForwardHook:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._listens_to(layer) and layer not in self.tensors:
-                self.tensors[layer] = hidden_states(output)
+            if self.active:
+                self.calls[layer] += 1
+                if layer not in self.tensors:
+                    self.tensors[layer] = hidden_states(output)
 
         return hook
 
     def _module_hook(self, name: str) -> ForwardHook:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._listens_to(name) and name not in self.named:
-                self.named[name] = hidden_states(output)
+            if self.active:
+                self.calls[name] += 1
+                if name not in self.named:
+                    self.named[name] = hidden_states(output)
 
         return hook
-
-    def _listens_to(self, key: int | str) -> bool:
-        """Count a call. False, without counting, when inactive, or when a compiled graph calls a removed hook."""
-        listens = self.attached and self.active
-        if listens:
-            self.calls[key] += 1
-        return listens
 
 
 class _DeepestLayerReached(BaseException):

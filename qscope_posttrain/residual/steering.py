@@ -101,18 +101,17 @@ def steer(model: nn.Module, *steerings: Steering) -> Iterator[dict[int, int]]:
                 f"direction has {steering.direction.numel()} entries, but the model's residual stream has {width}."
             )
     layers = decoder_layers(model)
-    block = _Block(calls={layer: 0 for steering in steerings for layer in steering.layers})
+    calls = {layer: 0 for steering in steerings for layer in steering.layers}
     handles = []
     try:
         for steering in steerings:
             for layer in steering.layers:
-                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, block)))
-        yield block.calls
+                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, calls)))
+        yield calls
     finally:
-        block.active = False
         for handle in handles:
             handle.remove()
-    silent = [layer for layer, count in block.calls.items() if count == 0]
+    silent = [layer for layer, count in calls.items() if count == 0]
     if silent:
         raise RuntimeError(
             f"Steering had no effect: layer(s) {', '.join(map(str, silent))} never ran inside the block. Either no "
@@ -121,26 +120,15 @@ def steer(model: nn.Module, *steerings: Steering) -> Iterator[dict[int, int]]:
         )
 
 
-@dataclass
-class _Block:
-    """What the hooks of one `with` block share."""
-
-    calls: dict[int, int]
-    active: bool = True
-    """A compiled graph keeps the hooks it was made with, but checks this flag: once False, it is made anew."""
-
-
-def _hook(steering: Steering, layer: int, block: _Block) -> Callable[[nn.Module, Any, Any], Any]:
+def _hook(steering: Steering, layer: int, calls: dict[int, int]) -> Callable[[nn.Module, Any, Any], Any]:
     """Forward hook that steers one layer, for an output that is a tensor or a tuple."""
     # Cast once per device and dtype, not at every token of a generation.
     prepared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if not block.active:
-            return None
         hidden = hidden_states(output)
         # A graph is compiled for the values of Python counters: one that grows would mean a new graph at every call.
-        block.calls[layer] = 1 if torch.compiler.is_compiling() else block.calls[layer] + 1
+        calls[layer] = 1 if torch.compiler.is_compiling() else calls[layer] + 1
         key = (hidden.device, hidden.dtype)
         if key not in prepared:
             prepared[key] = tuple(vector.to(*key) for vector in _vectors(steering))
