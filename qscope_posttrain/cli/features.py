@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.cli.inputs import DTYPES, load_model, parse_layers, read_texts
+from qscope_posttrain.cli.inputs import load_model, parse_layers, read_texts
+from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -18,7 +19,7 @@ FILE_NAME = "features.safetensors"
 
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse(arguments)
     if options.action == "show":
         show(options)
     else:
@@ -107,12 +108,11 @@ def _join_processes(options: argparse.Namespace) -> None:
     options.device = str(state.device)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qscope features", allow_abbrev=False)
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="qscope features")
     actions = parser.add_subparsers(dest="action", required=True)
-    shape = argparse.ArgumentDefaultsHelpFormatter
-    new = actions.add_parser("find", help="one pass over texts", formatter_class=shape, allow_abbrev=False)
-    new.add_argument("--model", required=True, help="folder or hub id")
+    new = actions.add_parser("find", help="find the features of each language in one pass over texts")
+    add_model_options(new)
     new.add_argument("--texts", required=True, help="folder of <language>.txt, or JSONL with text and language")
     new.add_argument("--sae", required=True, help="folder of layer files, file of one layer, or hub id of a release")
     new.add_argument("--layers", nargs="+", required=True, help="numbers from 0, ranges such as 20-27, or all")
@@ -131,11 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--max-length", type=int, default=512, help="tokens of a text at most")
     new.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens in one forward pass")
     new.add_argument("--resumable", action="store_true", help="keep a checkpoint, so that a killed pass goes on")
-    new.add_argument("--revision", help="branch, tag or commit of the model on the hub")
-    new.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
-    new.add_argument("--device", help="for example cuda:0 or cpu; by default the first GPU if there is one")
     new.add_argument("--seed", type=int, default=0, help="of the random controls")
-    old = actions.add_parser("show", help="print a FeatureSet", formatter_class=shape, allow_abbrev=False)
+    old = actions.add_parser("show", help="print a FeatureSet")
     old.add_argument("path", help="features.safetensors, or the folder that holds it")
     old.add_argument("--language", help="rows of this language only")
     old.add_argument("--layer", type=int, nargs="+", help="rows of these layers only")

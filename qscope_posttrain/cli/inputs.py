@@ -8,12 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.report.progress import status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str]]:
@@ -49,6 +48,35 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
     if empty or not texts:
         raise ValueError(f"'{location}' has no text in {', '.join(empty) or 'any language'}.")
     return texts
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> dict[str, list[Any]]:
+    """Prompts by source language, from JSONL with `prompt` (text or chat messages) and `language`, or as `read_texts`.
+
+    Args:
+        limit: At most so many prompts of each language, the first ones; None takes all.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: a line of another form.
+    """
+    location = Path(path)
+    if location.is_dir():
+        return {language: list(lines) for language, lines in read_texts(location, limit).items()}
+    prompts: dict[str, list[Any]] = {}
+    for number, row in read_jsonl(location):
+        prompt, language = row.get("prompt"), row.get("language")
+        if not isinstance(prompt, str | list) or not isinstance(language, str):
+            raise ValueError(
+                f"{location}, line {number}: expected 'prompt' (text or a list of messages) and 'language', "
+                f"got the keys {sorted(row)}."
+            )
+        kept = prompts.setdefault(language, [])
+        if limit is None or len(kept) < limit:
+            kept.append(prompt)
+    if not prompts:
+        raise ValueError(f"'{location}' has no prompts.")
+    return prompts
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -108,10 +136,10 @@ def load_model(
 
     Raises:
         ValueError: an unknown dtype or device.
-        OSError: from transformers: no such model.
+        FileNotFoundError: no such model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.")
@@ -119,10 +147,27 @@ def load_model(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     status(f"loading {name} in {dtype} on {place}")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = load_tokenizer(name, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=kind)
     return model.to(place).eval(), tokenizer
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, from a folder or the hub.
+
+    Raises:
+        FileNotFoundError: neither holds a model of this name; the hub's own message does not always name it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"no model '{name}', neither a folder with a tokenizer nor on the hub: {reason}"
+        ) from error
 
 
 def choose_device(device: str | None) -> Any:

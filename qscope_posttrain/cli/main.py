@@ -5,11 +5,12 @@ Only the module of the command that runs is imported, so that `qscope --help` an
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+
+from qscope_posttrain.cli.options import did_you_mean
 
 COMMANDS = {
     "features": ("qscope_posttrain.cli.features", "find the features of each language, or show a file of them"),
@@ -61,7 +62,5 @@ def usage() -> str:
 
 def _module(name: str):  # type: ignore[no-untyped-def]
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"no command '{name}'.{hint} The commands are {', '.join(COMMANDS)}.")
+        raise ValueError(f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}.")
     return importlib.import_module(COMMANDS[name][0])

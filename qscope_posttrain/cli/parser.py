@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
+
+from qscope_posttrain.cli.options import did_you_mean
 
 _WORDS: dict[Any, str] = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
 
@@ -84,12 +85,6 @@ class RecipeParser(TrlParser):
     def _unknown(self, key: str, place: str) -> str:
         names = sorted({action.dest for action in self._actions if action.dest != "help"})
         return f"unknown key '{key}' in {place}.{did_you_mean(key.replace('-', '_'), names)}"
-
-
-def did_you_mean(word: str, names: Sequence[str]) -> str:
-    """A sentence that suggests the nearest name, or nothing."""
-    close = difflib.get_close_matches(word, names, n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
+from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.sft_arguments import Recipe, parse_recipe
 from qscope_posttrain.cli.sft_data import load_rows, pack, without_packing
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -67,16 +68,16 @@ def train(recipe: Recipe) -> None:
 def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     """A stock SFTTrainer with the method's callback in its list of callbacks."""
     training, model = recipe.training, recipe.model
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model_name, revision=model.model_revision)
+    tokenizer = load_tokenizer(recipe.model_name, model.model_revision)
     train_rows = load_rows(recipe, recipe.script.dataset_train_split)
     evaluation = None
     if training.eval_strategy != "no":
         evaluation = load_rows(recipe, recipe.script.dataset_test_split)
     callback = build_callback(recipe, features)
     if training.packing and callback is not None:
-        train_rows = pack(recipe, train_rows, tokenizer, callback.languages)
+        train_rows = pack(recipe, train_rows, callback.languages)
         if evaluation is not None:
-            evaluation = pack(recipe, evaluation, tokenizer, callback.languages)
+            evaluation = pack(recipe, evaluation, callback.languages)
         training = without_packing(training)
     given: Any = training.model_init_kwargs or {}
     own = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
 from qscope_posttrain.cli.sft import build_callback, load_features
 from qscope_posttrain.cli.sft_arguments import Recipe
-from qscope_posttrain.cli.sft_data import Rows, first_rows, load_rows
+from qscope_posttrain.cli.sft_data import Rows, data_tokenizer, first_rows, load_rows
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
@@ -116,8 +116,7 @@ def _device(checks: Checks, recipe: Recipe) -> None:
 
 def _model(recipe: Recipe) -> tuple[torch.nn.Module, str]:
     """The architecture without memory for its weights."""
-    options = recipe.model
-    config = AutoConfig.from_pretrained(recipe.model_name, revision=options.model_revision)
+    config = AutoConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config(decoder=True)
@@ -127,9 +126,8 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module, str]:
 
 
 def _tokenizer(recipe: Recipe) -> tuple[Any, str]:
-    options = recipe.model
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model_name, revision=options.model_revision)
-    chat = "a chat template" if tokenizer.chat_template or recipe.training.chat_template_path else "no chat template"
+    tokenizer = data_tokenizer(recipe)
+    chat = "no chat template" if tokenizer.chat_template is None else "a chat template"
     return tokenizer, f"{len(tokenizer)} tokens, ends with {tokenizer.eos_token!r}, {chat}"
 
 

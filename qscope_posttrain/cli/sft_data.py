@@ -11,7 +11,9 @@ from typing import Any, TypeAlias, cast
 import trl
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template
 
+from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
 
@@ -46,7 +48,31 @@ def first_rows(rows: Rows, count: int) -> list[dict[str, Any]]:
     return list(islice(iter(rows), count))
 
 
-def pack(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, languages: Collection[str]) -> Dataset:
+def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer with the end token and the chat template that SFTTrainer will give it before it reads the data.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: an end token outside the vocabulary, or a chat template that needs another model to be loaded.
+    """
+    training = recipe.training
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    if training.eos_token is not None:
+        if training.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token '{training.eos_token}' is not in the vocabulary of '{recipe.model_name}'.")
+        tokenizer.eos_token = training.eos_token
+    if training.chat_template_path is not None:
+        path = Path(training.chat_template_path)
+        if not path.is_file():
+            raise ValueError(f"chat_template_path must be a template file here (.jinja), got '{path}'.")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if training.assistant_only_loss and tokenizer.chat_template is not None:
+        # None where the template marks the assistant's turns already
+        tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template
+    return tokenizer
+
+
+def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
     """Pack as `packing: true` asks for, keeping the language of every token, which TRL's own packing would drop.
 
     Afterwards the trainer has nothing left to prepare: see `without_packing`.
@@ -61,7 +87,7 @@ def pack(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, languag
         raise ValueError("packing needs 'max_length', the number of tokens of a packed row.")
     return pack_with_languages(
         rows,
-        tokenizer,
+        data_tokenizer(recipe),
         max_length=training.max_length,
         strategy=cast(PackingStrategy, training.packing_strategy),
         language=recipe.penalty.language,

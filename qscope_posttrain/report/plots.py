@@ -151,6 +151,8 @@ def line_curves(curves: Sequence[Curve], x_label: str, y_label: str, log_y: bool
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
         if log_y:
             axes.set_yscale("log")
+        if all(float(x).is_integer() for curve in curves for x in curve.x):
+            axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.5
         axes.grid(axis="both")
         axes.margins(x=0.01)
         axes.set_xlabel(x_label)

@@ -103,7 +103,7 @@ def _with_lines(
             yield item
             done += 1
             now = time.monotonic()
-            if now - last_line >= SECONDS_BETWEEN_LINES:
+            if now - last_line >= SECONDS_BETWEEN_LINES and done != total:  # the end has a line of its own
                 last_line = now
                 _line(description, done, total, now - started, note() if note is not None else "")
     except (Exception, KeyboardInterrupt, GeneratorExit):

@@ -43,7 +43,8 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        shown = RichTable(title=Text(self.title), caption=Text(self.caption) if self.caption else None)
+        caption = Text(self.caption) if self.caption else None
+        shown = RichTable(title=Text(self.title), caption=caption, title_justify="left", caption_justify="left")
         for index, column in enumerate(self.columns):
             shown.add_column(Text(column), justify="right" if self.is_numeric(index) else "left", overflow="fold")
         for row in self.formatted():

@@ -1,0 +1,82 @@
+"""`qscope evaluate code-switching`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from qscope_posttrain.cli.inputs import load_model, read_prompts
+from qscope_posttrain.cli.options import OptionParser, add_model_options
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.summary import writable_folder, write_summary
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the sub-command and return the exit status."""
+    code_switching(_parser().parse(arguments))
+    return 0
+
+
+def code_switching(options: argparse.Namespace) -> None:
+    """Sample, count, print the table, and write `examples.jsonl` and `summary.json`."""
+    from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
+
+    output = writable_folder(options.output)
+    prompts = read_prompts(options.prompts, options.max_prompts)
+    if prompts.pop(options.target, None) is not None:
+        status(f"prompts in {options.target} are left out: there, {options.target} is no switch")
+    template_options = _template_options(options.chat_template_options)
+    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    result = evaluate_code_switching(
+        model,
+        tokenizer,
+        prompts,
+        options.target,
+        samples_per_prompt=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        chat=options.chat,
+        chat_template_options=template_options,
+    )
+    result.to_table().print()
+    examples = result.write_examples(output / "examples.jsonl")
+    results = {**result.to_dict(), "table": result.to_table(), "examples": examples}
+    write_summary(output, "evaluate code-switching", vars(options), results)
+    status(f"responses written to {examples}")
+
+
+def _template_options(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat-template-options must be JSON, got '{text}' ({error.msg}).") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--chat-template-options must be a JSON object, got '{text}'.")
+    return options
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="qscope evaluate")
+    actions = parser.add_subparsers(dest="action", required=True)
+    new = actions.add_parser("code-switching", help="share of responses that switch, unasked, to a language")
+    add_model_options(new)
+    new.add_argument("--prompts", required=True, help="JSONL with prompt and language, or folder of <language>.txt")
+    new.add_argument("--target", default="zh", help="the language switched to, one with a script of its own")
+    new.add_argument("--output", required=True, help="folder for summary.json and examples.jsonl")
+    new.add_argument("--samples", type=int, default=8, help="responses to each prompt")
+    new.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; switching depends strongly on it")
+    new.add_argument("--top-p", type=float, default=0.8, help="nucleus; 1 keeps all tokens")
+    new.add_argument("--max-new-tokens", type=int, default=256, help="longest response")
+    new.add_argument("--batch-size", type=int, default=32, help="responses generated at a time")
+    new.add_argument("--max-prompts", type=int, help="prompts a language at most")
+    new.add_argument("--chat", action="store_true", help="send texts through the chat template, as a user's message")
+    new.add_argument("--chat-template-options", help='JSON for the template, for example {"enable_thinking": false}')
+    new.add_argument("--seed", type=int, default=0, help="of the sampling")
+    return parser

@@ -1,0 +1,64 @@
+"""Command lines of the commands that take no recipe: argparse, with the manners of the recipe parser."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are ValueErrors, with a suggestion for an unknown option.
+
+    Options may be written with dashes or underscores (`--top-p`, `--top_p`), never abbreviated.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options.
+
+        Raises:
+            ValueError: an unknown, missing or malformed option.
+        """
+        values, unknown = self.parse_known_args([_with_dashes(argument) for argument in arguments])
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            raise ValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(_option_names(self)))}")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --revision, --dtype, --device: what `inputs.load_model` takes."""
+    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model; auto is float32 on a CPU")
+    parser.add_argument("--device", help="for example cuda:0 or cpu; by default the first GPU if there is one")
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """A sentence that suggests the nearest name, or nothing."""
+    close = difflib.get_close_matches(word, list(names), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _with_dashes(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _option_names(parser: argparse.ArgumentParser) -> set[str]:
+    names = {name for action in parser._actions for name in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names.update(*(_option_names(choice) for choice in action.choices.values()))
+    return names

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from qscope_posttrain.cli.main import main
+from qscope_posttrain.cli.sft_arguments import parse_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory) -> Path:
+    """Output folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["sft", "--config", world.recipe(folder / "recipe.yaml")]) == 0
+    return folder / "out"
+
+
+def test_a_run_saves_a_model_that_has_moved(world, trained):
+    before = AutoModelForCausalLM.from_pretrained(world.model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(trained).state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_summary_has_losses_metrics_and_origins(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    results = summary["results"]
+    assert (summary["command"], summary["seeds"], results["steps"]) == ("sft", [42], 2)
+    assert all(entry["sasft/hook_calls"] == 1 for entry in results["log"][:2])
+    assert any(entry["sasft/penalty"] > 0 for entry in results["log"][:2])
+    assert len(results["features"]["sha256"]) == 64
+    assert len(results["features"]["provenance"]["saes"]["3"]["sha256"]) == 64
+
+
+def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
+    text = (trained / "resolved.yaml").read_text()
+    comments = yaml.safe_load("\n".join(line[2:] for line in text.splitlines() if line.startswith("# ")))
+    assert comments["versions"]["torch"] == torch.__version__
+    assert comments["features"]["provenance"]["saes"]["2"]["sha256"]
+    again = parse_recipe(["--config", str(trained / "resolved.yaml")])
+    assert yaml.safe_load(text) == again.to_dict()
+    assert (again.penalty.target, again.training.max_steps, again.model_name) == ("zh", 2, world.model)
+
+
+def test_command_line_overrides_the_recipe(world, tmp_path):
+    path = world.recipe(tmp_path / "recipe.yaml")
+    recipe = parse_recipe([f"--config={path}", "--sasft_layers", "3", "--learning_rate", "1e-3", "--max-steps", "7"])
+    assert (recipe.penalty.layers, recipe.training.learning_rate, recipe.training.max_steps) == ((3,), 1e-3, 7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": True, "max_length": 64, "gradient_accumulation_steps": 2},
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
+        {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"},
+        {"method": "sft", "features": None},
+        {"method": "token_penalty", "sasft_weight": 1.0},
+        {"sasft_combine": "monolinguality", "sasft_scale": "std", "sasft_position_weight": "risk",
+         "sasft_positions": "predicting", "sasft_readout": "decoder", "sasft_language": "script",
+         "sasft_ignore_languages": ["en", "fr"]},
+    ],
+    ids=["packed", "wrapped", "lora", "plain", "token-penalty", "options"],
+)  # fmt: skip
+def test_ways_of_training(world, tmp_path, changes):
+    if changes.get("sasft_language") == "script":
+        changes = {**changes, "dataset_name": _only(world, tmp_path, {"zh", "ru", "ko"})}
+    assert main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml", **changes)]) == 0
+    log = json.loads((tmp_path / "out" / "summary.json").read_text())["results"]["log"]
+    metric = {"sft": None, "token_penalty": "token_penalty/penalty"}.get(changes.get("method"), "sasft/penalty")
+    assert metric is None or metric in log[0]
+    assert not any("sasft/penalty" in entry for entry in log) or metric == "sasft/penalty"
+    saved = "adapter_model.safetensors" if "use_peft" in changes else "model.safetensors"
+    assert (tmp_path / "out" / saved).is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sasft_wieght": 1}, "unknown key 'sasft_wieght' in {recipe}. Did you mean 'sasft_weight'?"),
+        ({"sasft_readout": "decodr"}, "Did you mean 'decoder'?"),
+        ({"sasft_top": 0}, "In recipes these options begin with 'sasft_'"),
+        ({"features": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"features": None}, "needs 'features'"),
+        ({"model_name_or_path": None}, "needs 'model_name_or_path'"),
+        ({"model_name_or_path": "nowhere"}, "no model 'nowhere'"),
+        ({"dataset_name": None}, "'datasets'; the recipe has neither"),
+        ({"dataset_name": "nowhere.jsonl"}, "no training data at 'nowhere.jsonl'"),
+        ({"dataset_train_split": "trian"}, "no split 'trian'; it has train"),
+        ({"sasft_layers": [1]}, "layer 1"),
+        ({"sasft_target": "ja"}, "'ja'"),
+        ({"sasft_language": "lang"}, "no column 'lang'"),
+        ({"use_liger_kernel": True}, "use_liger_kernel needs a GPU"),
+        ({"packing": True, "max_length": None}, None),
+    ],
+)
+def test_a_mistake_is_one_clear_line(world, tmp_path, capsys, changes, message):
+    recipe = world.recipe(tmp_path / "recipe.yaml", **changes)
+    extra = ["--packing", "--max_length", "none"] if message is None else []
+    assert main(["sft", "--config", recipe, *extra]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert (message or "packing needs 'max_length'").format(recipe=recipe) in lines[0]
+
+
+def test_without_a_gpu_a_recipe_for_one_is_refused_with_what_to_do(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    path = world.recipe(tmp_path / "recipe.yaml", use_cpu=None, bf16=True, use_liger_kernel=True)
+    assert main(["sft", "--config", path]) == 2
+    assert "--use_cpu true --bf16 false" in capsys.readouterr().err
+    assert parse_recipe(["--config", path, "--dry_run"]).assumed_cpu
+
+
+def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
+    path = world.recipe(tmp_path / "recipe.yaml", use_peft=True, sasft_position_weight="risk")
+    assert main(["sft", "--config", path, "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("can be written", "4 layers of width 64", "a chat template", "parameters are trained", "write Han",
+                  "2 on layer 2", "20 rows with prompt, completion, language", "zh 4",
+                  "tokens are learned", "= 4 rows a step", "2 steps"):  # fmt: skip
+        assert words in shown, words
+    assert "failed" not in shown
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "message"),
+    [
+        ({"output_dir": "{data}/out"}, "output folder", "cannot write"),
+        ({"model_name_or_path": "nowhere"}, "tokenizer", "no model 'nowhere'"),
+        ({"features": "{other}"}, "features", "hidden_size 64 in the features, 32 in the model"),
+        ({"sasft_layers": [1]}, "features", "layer 1"),
+        ({"sasft_language": "lang"}, "languages", "no column 'lang'"),
+        ({"dataset_name": "{zh}"}, "languages", "would do nothing"),
+        ({"dataset_name": "{ja}"}, "languages", "language 'ja'"),
+        ({"dataset_name": "{empty}"}, "labels", "none to learn"),
+        ({"resume_from_checkpoint": "nowhere"}, "checkpoint", "no checkpoint of a trainer"),
+        ({"use_peft": True, "lora_target_modules": ["nothing"]}, "adapter", "nothing"),
+    ],
+)
+def test_dry_run_finds(world, tmp_path, capsys, make_model, tiny_tokenizer, changes, what, message):
+    paths = {"data": world.data, "other": world.features, "zh": _only(world, tmp_path, {"zh"})}
+    paths["ja"] = _rows(tmp_path / "ja.jsonl", [{"prompt": "a", "completion": "b", "language": "ja"}])
+    paths["empty"] = _rows(tmp_path / "empty.jsonl", [{"prompt": "a" * 500, "completion": "b", "language": "en"}])
+    if changes.get("features") == "{other}":
+        make_model("qwen3", hidden_size=32).save_pretrained(tmp_path / "narrow")
+        tiny_tokenizer.save_pretrained(tmp_path / "narrow")
+        changes = {**changes, "model_name_or_path": str(tmp_path / "narrow")}
+    filled = {key: value.format(**paths) if isinstance(value, str) else value for key, value in changes.items()}
+    assert main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml", **filled), "--dry_run"]) == 1
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{what} failed" in shown
+    assert message in shown
+
+
+@pytest.mark.slow
+def test_two_processes_by_accelerate_launch(world, tmp_path):
+    path = world.recipe(tmp_path / "recipe.yaml", per_device_train_batch_size=2)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
+    command += ["--main_process_port", "29641", "-m", "qscope_posttrain.cli", "sft", "--config", path]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["results"]["steps"] == 2
+    assert summary["results"]["log"][0]["sasft/hook_calls"] == 1
+    assert done.stderr.count("configuration written") == 1  # rank 0 alone
+
+
+def _only(world, folder: Path, languages: set[str]) -> str:
+    rows = [json.loads(line) for line in Path(world.data).read_text().splitlines()]
+    return _rows(folder / "some.jsonl", [row for row in rows if row["language"] in languages])
+
+
+def _rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
