@@ -14,7 +14,7 @@ from qscope_posttrain.features.batches import TokenBatch, TokenSequence, input_d
 from qscope_posttrain.residual.capture import forward_to_layer
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 1024
 """Tokens behind the median norm. The median of so many is known to about 1 %, the outlier limit is 10 times away."""
 
 

@@ -119,6 +119,13 @@ def feature_set_from(
             "saes": {str(layer): asdict(source) for layer, source in (sources or {}).items()},
             "text_fingerprint": statistics.text_fingerprint,
             "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
+            "left_out": {
+                "first_tokens": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
+                "norm_outliers": {
+                    str(layer): dict(zip(statistics.languages, measured.outliers.tolist(), strict=True))
+                    for layer, measured in statistics.layers.items()
+                },
+            },
             "versions": package_versions(),
         },
     )

@@ -167,6 +167,8 @@ def causal_check(
     chosen = features.select(language=target)
     if not strengths or any(not strength > 0 for strength in strengths):
         raise ValueError(f"strengths must be positive, got {list(strengths)}.")
+    if random_count < 1:
+        raise ValueError(f"random_count must be at least 1, got {random_count}.")
     sample = contrast_sample(model, tokenizer, texts, target, texts_per_language=texts_per_language, **options)
     trials = [
         (layer, kind, name, intervention, strength, steering)

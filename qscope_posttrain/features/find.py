@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,46 +84,41 @@ def find_language_features(
         raise ValueError(f"causal_layers {list(causal_layers)} must be among the layers with an SAE: {list(layers)}.")
     if saes_at_once is not None and saes_at_once < 1:
         raise ValueError(f"saes_at_once must be at least 1, got {saes_at_once}.")
+    if controls < 1:
+        raise ValueError(f"controls must be at least 1, got {controls}; causal=False leaves the check out.")
     if target is not None:
         # Everything that can be wrong with the target is found out before the pass, not after it.
         contrast_sample(model, tokenizer, texts, target, target_tokens=target_tokens)
     checked = tuple(causal_layers) if causal_layers is not None else layers[-CHECKED_LAYERS:]
     checked = checked if causal and target is not None else ()
 
-    chosen: dict[int, LayerFeatures] = {}
-    control_rows: dict[int, LayerFeatures] = {}
-    sources: dict[int, SAESource] = {}
     size = saes_at_once or len(layers)
-    statistics: PassStatistics | None = None
+    found: list[_Group] = []
     for start in range(0, len(layers), size):
         group = layers[start : start + size]
-        loaded = {layer: _loaded(saes[layer], layer, k, model) for layer in group}
-        for layer, sae in loaded.items():
-            if not 1 <= top <= sae.d_sae:
-                raise ValueError(f"top must lie between 1 and the {sae.d_sae} features of layer {layer}, got {top}.")
-        statistics = collect_statistics(
-            model,
-            tokenizer,
-            texts,
-            loaded,
-            checkpoint=_group_file(checkpoint, group, layers),
-            show_progress=show_progress,
-            **statistics_options,
+        # The SAEs and sums of a group die with this call, so that the next group has the memory.
+        found.append(
+            _find_group(
+                model,
+                tokenizer,
+                texts,
+                {layer: _loaded(saes[layer], layer, k, model) for layer in group},
+                top,
+                _Controls(target, frozenset(checked), controls, seed),
+                checkpoint=_group_file(checkpoint, group, layers),
+                show_progress=show_progress,
+                **statistics_options,
+            )
         )
-        for layer, sae in loaded.items():
-            chosen[layer] = language_rows(statistics.layers[layer], sae, languages, top)
-            sources[layer] = sae.source
-            if layer in checked and target is not None:
-                like = chosen[layer].take([languages.index(target) * top] * controls)
-                try:
-                    control_rows[layer] = random_layer_features(statistics.layers[layer], sae, like, languages, seed)
-                except ValueError as error:  # a small SAE may have too few; a long pass must not be lost over it
-                    status(f"Layer {layer}: random directions are the controls. {error}", enabled=True)
-        del loaded  # before the next group is loaded
-    if statistics is None:
-        raise ValueError("find_language_features needs at least one layer with an SAE.")
     settings = {"selector": "monolinguality", "top": top, "target": target, "seed": seed}
-    features = feature_set_from(statistics, chosen, settings, sources)
+    counts = {layer: kept for group in found for layer, kept in group.statistics.layers.items()}
+    features = feature_set_from(
+        replace(found[0].statistics, layers=counts),
+        {layer: rows for group in found for layer, rows in group.rows.items()},
+        settings,
+        {layer: source for group in found for layer, source in group.sources.items()},
+    )
+    control_rows = {layer: rows for group in found for layer, rows in group.controls.items()}
     if target is None:
         return features
     sample_options: dict[str, Any] = {"target_tokens": target_tokens, "show_progress": show_progress}
@@ -142,6 +137,54 @@ def find_language_features(
         **sample_options,
     )
     return replace(features, provenance={**features.provenance, "causal_check": report.to_table().to_dict()})
+
+
+@dataclass(frozen=True)
+class _Controls:
+    """Which random features to draw for the causal check, while the SAE is there."""
+
+    target: str | None
+    layers: frozenset[int]
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """What is kept of a group of layers when its SAEs and its sums are gone."""
+
+    statistics: PassStatistics
+    """Counts only"""
+    rows: dict[int, LayerFeatures]
+    controls: dict[int, LayerFeatures]
+    sources: dict[int, SAESource]
+
+
+def _find_group(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[str]],
+    saes: Mapping[int, SparseAutoencoder],
+    top: int,
+    controls: _Controls,
+    **statistics_options: Any,
+) -> _Group:
+    for layer, sae in saes.items():
+        if not 1 <= top <= sae.d_sae:
+            raise ValueError(f"top must lie between 1 and the {sae.d_sae} features of layer {layer}, got {top}.")
+    passed = collect_statistics(model, tokenizer, texts, saes, **statistics_options)
+    languages, rows, drawn = passed.languages, {}, {}
+    for layer, sae in saes.items():
+        rows[layer] = language_rows(passed.layers[layer], sae, languages, top)
+        if controls.target is not None and layer in controls.layers:
+            best = rows[layer].take([languages.index(controls.target) * top] * controls.count)
+            try:
+                drawn[layer] = random_layer_features(passed.layers[layer], sae, best, languages, controls.seed)
+            except ValueError as error:  # a small SAE may have too few; a long pass must not be lost over it
+                status(f"Layer {layer}: random directions are the controls. {error}", enabled=True)
+    counts = {layer: measured.counts_only() for layer, measured in passed.layers.items()}
+    sources = {layer: sae.source for layer, sae in saes.items()}
+    return _Group(replace(passed, layers=counts), rows, drawn, sources)
 
 
 def language_feature_set(

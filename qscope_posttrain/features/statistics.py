@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ class LayerStatistics:
             for start in range(0, sae.d_sae, ROWS_PER_PRODUCT)
         ]
         return torch.cat(parts, dim=1) + sae.b_enc.double().cpu()
+
+    def counts_only(self) -> LayerStatistics:
+        """The same without the sums that take memory: second moments and activations."""
+        return replace(self, residual_second_moment=None, activation_sum=None, firing_count=None)
 
     def moments(self, rows: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean [L, F] and covariance [L, F, F] of `h @ rows.T + bias` per language, fp64, exact.

@@ -78,6 +78,8 @@ def test_files_in_groups_give_the_same(make_model, tiny_tokenizer, texts, saes, 
     )
     assert_same(features, found, tolerance=1e-6)
     assert len(features.provenance["saes"]["3"]["sha256"]) == 64
+    assert features.provenance["left_out"] == found.provenance["left_out"]
+    assert list(found.provenance["left_out"]["norm_outliers"]) == ["1", "3"]
     assert {row[0] for row in features.provenance["causal_check"]["rows"]} == {1}
     assert not list(tmp_path.glob("pass*"))
 
@@ -104,6 +106,7 @@ def test_errors_come_before_the_pass(make_model, tiny_tokenizer, texts, saes, ma
         "0 to 3": {"saes": {9: make_sae(9)}},
         "No layer given": {"saes": {}},
         "saes_at_once must be at least 1": {"saes_at_once": 0},
+        "controls must be at least 1": {"controls": 0},
     }.items():
         with pytest.raises(ValueError, match=message):
             find(**arguments)
