@@ -23,7 +23,7 @@ from qscope_posttrain.sft.logits import LogitHead, target_surprise
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import TokenBatch
 from qscope_posttrain.sft.normalisation import Normaliser
-from qscope_posttrain.sft.target_tokens import find_target_tokens
+from qscope_posttrain.sft.target_tokens import find_target_tokens, fingerprint
 
 
 class TokenPenaltyCallback(AuxiliaryLossCallback):
@@ -131,5 +131,5 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
             "weight": self.weight,
             "normalization": self.normalization,
             "skip_target_labels": self.skip_target_labels,
-            "target_tokens": int(self._tokens.numel()),
+            "target_tokens_sha256": fingerprint(self._tokens),
         }

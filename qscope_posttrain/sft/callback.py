@@ -22,7 +22,7 @@ from qscope_posttrain.sft.loss import Normalization, feature_sums
 from qscope_posttrain.sft.masks import TokenBatch
 from qscope_posttrain.sft.normalisation import Normaliser
 from qscope_posttrain.sft.penalty import PenaltyLayer, penalty_layers
-from qscope_posttrain.sft.target_tokens import find_target_tokens
+from qscope_posttrain.sft.target_tokens import find_target_tokens, fingerprint
 
 FINAL_NORM = "final_norm"
 
@@ -80,6 +80,7 @@ class SASFTCallback(AuxiliaryLossCallback):
         self.anchor_model = anchor_model
         self._target_id = self.features.language_index(config.target)
         self._anchor: Anchor | None = None
+        self._tokens: Tensor | None = None
         super().__init__(
             name=name,
             weight=weight,
@@ -96,7 +97,7 @@ class SASFTCallback(AuxiliaryLossCallback):
     def prepare(self, trainer: Trainer) -> LayerCapture:
         model: Any = trainer.model
         self.features.check_model(model)
-        self._tokens: Tensor | None = None
+        self._tokens = None
         if self.config.needs_logits:
             self._tokens = find_target_tokens(
                 trainer, self.config.target, self.target_token_ids, required=self.config.position_weight == "risk"
@@ -171,7 +172,12 @@ class SASFTCallback(AuxiliaryLossCallback):
         return values
 
     def identity(self) -> dict[str, Any]:
-        return {"config": self.config.to_dict(), "features_sha256": self._fingerprint()}
+        tokens = None if self._tokens is None else fingerprint(self._tokens)
+        return {
+            "config": self.config.to_dict(),
+            "features_sha256": self._fingerprint(),
+            "target_tokens_sha256": tokens,
+        }
 
     def _fingerprint(self) -> str:
         """Hash of the rows, biases and thresholds in use: the same features give the same hash, wherever they lie."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from qscope_posttrain.residual.layers import text_config
 from qscope_posttrain.text.scripts import target_script
 from qscope_posttrain.text.tokens import script_token_ids
+
+
+def fingerprint(ids: Tensor) -> str:
+    """SHA-256 of a set of token ids."""
+    return hashlib.sha256(ids.sort().values.cpu().numpy().tobytes()).hexdigest()
 
 
 def find_target_tokens(trainer: Trainer, target: str, given: Tensor | None, required: bool) -> Tensor | None:

@@ -35,6 +35,11 @@ def language_columns(trainer: Trainer, rule: LanguageRule) -> tuple[str, ...]:
             "train with packing=False, padding_free=True, max_length=None, "
             'dataset_kwargs={"skip_prepare_dataset": True}.'
         )
+    if callable(rule) and columns is None and args.remove_unused_columns:
+        raise ValueError(
+            "The training data does not say which columns it has, so the trainer would remove all that a function of "
+            "the example may read. Set remove_unused_columns=False, or name a column."
+        )
     if callable(rule) or rule == "script":
         # Which columns a function reads is unknown: it gets them all.
         return tuple(columns or ())

@@ -262,6 +262,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"no column 'lang'.*input_ids, labels, language"):
             SASFTCallback(features, language="lang").attach(build())
 
+    def test_a_function_of_columns_that_a_stream_would_lose(self, build, features):
+        trainer = build()
+        trainer.train_dataset = (row for row in make_rows(8))
+        with pytest.raises(ValueError, match="remove_unused_columns=False"):
+            SASFTCallback(features, language=lambda example: example["language"]).attach(trainer)
+
     def test_unknown_language_in_the_data(self, build, features):
         rows = [{**row, "language": "ko"} for row in make_rows(8)]
         trainer = build(rows, [SASFTCallback(features)])
