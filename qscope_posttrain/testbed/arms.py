@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -32,6 +32,11 @@ class Arm:
     """Coefficient, as chosen on validation prompts of the generated corpus with `tune`."""
     grid: tuple[float, ...] = ()
     """Coefficients that `tune` tries, ascending."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {**values, "options": dict(self.options), "grid": list(self.grid)}
 
 
 _STANDARD: Mapping[str, Any] = MappingProxyType({"readout": "decoder", "scale": "std", "positions": "predicting"})

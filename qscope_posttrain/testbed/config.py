@@ -104,6 +104,8 @@ class TestbedConfig:
             raise ValueError(f"unknown methods {unknown}; the testbed has {', '.join(ARMS)}")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds must be different numbers, at least one; got {self.seeds}")
+        if self.pretraining_batch_size % 2:
+            raise ValueError(f"pretraining_batch_size must be even, got {self.pretraining_batch_size}")
         if self.sae_layers > self.model_layers:
             raise ValueError(f"sae_layers={self.sae_layers} exceeds the model's {self.model_layers} layers")
         if self.workers is not None and self.workers < 1:

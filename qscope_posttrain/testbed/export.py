@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from qscope_posttrain.testbed.experiment import Experiment
+from qscope_posttrain.testbed.language_model import save_model
 from qscope_posttrain.testbed.tokenizer import decode
 
 _TEXTS_SEED = 41
@@ -31,8 +32,7 @@ def export_testbed(experiment: Experiment, folder: Path) -> dict[str, Path]:
         "sft": folder / "sft.jsonl",
         "prompts": folder / "prompts.jsonl",
     }
-    model.model.save_pretrained(places["model"])
-    model.tokenizer.save_pretrained(places["model"])
+    save_model(model.model, model.tokenizer, places["model"])
     for name in ("sae", "texts"):
         places[name].mkdir(parents=True, exist_ok=True)
     for layer in config.tapped_layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,29 +65,32 @@ def fine_tune(
 
     windows = language_model.maker.dialogue("sft", config.sft_windows, seed, config.sft_switch)
     with tempfile.TemporaryDirectory(prefix="qscope-sft-") as folder:
-        arguments = SFTConfig(
-            output_dir=folder,
-            num_train_epochs=1,
-            per_device_train_batch_size=config.sft_batch_size,
-            learning_rate=config.sft_learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.1},
-            warmup_steps=_WARMUP_STEPS,
-            adam_beta2=0.98,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            seed=seed,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            dataloader_pin_memory=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        with warnings.catch_warnings():
+            # transformers 5.23 renames an argument that 5.17 knows by this name only.
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            arguments = SFTConfig(
+                output_dir=folder,
+                num_train_epochs=1,
+                per_device_train_batch_size=config.sft_batch_size,
+                learning_rate=config.sft_learning_rate,
+                lr_scheduler_type="cosine_with_min_lr",
+                lr_scheduler_kwargs={"min_lr_rate": 0.1},
+                warmup_steps=_WARMUP_STEPS,
+                adam_beta2=0.98,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                seed=seed,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                max_length=None,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                dataloader_pin_memory=False,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
         clock = _StepClock()
         model = copy.deepcopy(language_model.model)
         trainer = SFTTrainer(

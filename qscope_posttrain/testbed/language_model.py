@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.cores import worker_count
 from qscope_posttrain.testbed.corpus import Corpus, generate_corpus, load_corpus
 from qscope_posttrain.testbed.model import build_model
-from qscope_posttrain.testbed.pretrain import pretrain
+from qscope_posttrain.testbed.pretrain import SHARDS, pretrain
 from qscope_posttrain.testbed.tokenizer import decode, separator_id, train_tokenizer
 from qscope_posttrain.testbed.windows import EncodedText, WindowMaker
 from qscope_posttrain.text.scripts import target_script
@@ -97,8 +101,28 @@ def load_language_model(folder: Path, key: str, config: TestbedConfig) -> Langua
     maker = WindowMaker(encoded, separator, config.target, config.window, config.prompt)
     losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
     tokens = script_token_ids(tokenizer, target_script(config.target))
-    model = Qwen3ForCausalLM.from_pretrained(folder).eval()
+    with _no_progress_bars():
+        model = Qwen3ForCausalLM.from_pretrained(folder).eval()
     return LanguageModel(model, tokenizer, maker, tokens, tuple(losses), folder, key)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write model and tokenizer in the format of transformers, silently."""
+    with _no_progress_bars():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """A model of four megabytes needs no bar of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _generate(folder: Path, scale: float) -> None:
@@ -113,9 +137,8 @@ def _build(config: TestbedConfig, corpus: Corpus, folder: Path) -> None:
     model = build_model(
         tokenizer, config.hidden_size, config.model_layers, config.heads, config.window, config.model_seed
     )
-    losses = pretrain(model, windows, config)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    losses = pretrain(model, windows, config, worker_count(config.workers, SHARDS))
+    save_model(model, tokenizer, folder)
     (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
     arrays: dict[str, Any] = {}
     for split, part in maker.encoded.items():

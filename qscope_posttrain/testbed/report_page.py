@@ -65,8 +65,8 @@ def _methods_text(experiment: Experiment) -> str:
     lines = [
         f"The language model was pretrained with a habit: {100 * config.switch:g} % of the passages in other languages "
         f"turn into {config.target} at a random character. Each method then fine-tunes it on "
-        f"{config.sft_windows} {'contaminated' if config.sft_switch else 'clean'} windows with the same data, order and "
-        f"optimiser. Weights are {where}; the numbers are from test prompts.",
+        f"{config.sft_windows} {'contaminated' if config.sft_switch else 'clean'} windows with the same data, order "
+        f"and optimiser. Weights are {where}; the numbers are from test prompts.",
         "",
     ]
     lines += [f"- **{ARMS[result.name].title}**: {ARMS[result.name].description}" for result in experiment.methods]

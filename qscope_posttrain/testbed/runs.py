@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from qscope_posttrain.report.progress import progress
 from qscope_posttrain.testbed.arms import ARMS, Arm
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.cores import worker_count
 from qscope_posttrain.testbed.dictionaries import FeatureSets
 from qscope_posttrain.testbed.finetune import fine_tune
 from qscope_posttrain.testbed.language_model import LanguageModel, load_language_model
@@ -35,7 +35,6 @@ _SETTINGS = (
 )  # fmt: skip
 _EVALUATION_SEED = 31
 _SAMPLING_SEED = 1000
-_WORKERS_AT_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def run_jobs(
         else:
             missing.append((key, job))
     places = (language_model.folder, language_model.key, feature_sets.folder, feature_sets.key)
-    workers = min(config.workers or min(available_cores(), _WORKERS_AT_MOST), max(1, len(missing)))
+    workers = worker_count(config.workers, len(missing))
     if workers == 1:
         for key, job in progress(missing, description=description):
             folders[key] = _run_in_cache(key, job, config, cache, places)
@@ -105,13 +104,6 @@ def run_jobs(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [_load(folders[key]) for key in keys]
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def execute(job: Job, config: TestbedConfig, language_model: LanguageModel, feature_sets: FeatureSets) -> Run:
@@ -155,7 +147,7 @@ def _rows_of(arm: Arm, seed: int) -> str:
 def _key(
     job: Job, config: TestbedConfig, cache: Cache, language_model: LanguageModel, feature_sets: FeatureSets
 ) -> str:
-    arm = {} if job.method == BASE else {**asdict(ARMS[job.method]), "options": dict(ARMS[job.method].options)}
+    arm = {} if job.method == BASE else ARMS[job.method].to_dict()
     settings = {"job": asdict(job), "arm": arm, **config.subset(*_SETTINGS)}
     return cache.key(settings, _SOURCES, [language_model.key, feature_sets.key])
 

@@ -67,9 +67,9 @@ def results_table(experiment: Experiment) -> Table:
     caption = (
         f"{prompts} test prompts, one sample a seed (seeds {', '.join(map(str, config.seeds))}), "
         f"{config.sampled_tokens} tokens at temperature {config.temperature:g}; intervals: bootstrap over prompts, "
-        f"paired for differences. Teacher forced on {config.evaluation_windows} test windows: hazard = mean probability of "
-        "target-script tokens at a position; expected = share of responses expected to switch; masked ppl = perplexity "
-        "with these tokens taken out. Signs and percentages are changes against SFT."
+        f"paired for differences. Teacher forced on {config.evaluation_windows} test windows: hazard = mean "
+        "probability of target-script tokens at a position; expected = share of responses expected to switch; masked "
+        "ppl = perplexity with these tokens taken out. Signs and percentages are changes against SFT."
     )
     return Table("Unexpected switching by method", columns, rows, caption)
 

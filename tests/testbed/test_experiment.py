@@ -154,7 +154,9 @@ def test_the_demo_writes_one_folder_with_everything(
     assert all(row["prompt"].endswith("<sep>") and row["completion"] and row["language"] for row in rows)
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_any_work(small_config: TestbedConfig, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    small_config: TestbedConfig, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(ValueError, match="cannot write to the output folder"):
         run_demo(small_config, tmp_path / "file")

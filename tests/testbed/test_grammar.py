@@ -55,7 +55,7 @@ def test_sentences_are_varied_and_end(language: str) -> None:
     assert len(lengths) > 8
     words = sum(len(words) for words, _ in grammar._words.values())
     assert words > 500
-    assert all(paragraph[-1] in ".!?\"。！？”" for paragraph in paragraphs)
+    assert all(paragraph[-1] in '.!?"。！？”' for paragraph in paragraphs)
     assert not any(re.search(r"[,，]\s*[.。,，]", paragraph) for paragraph in paragraphs)
 
 
@@ -66,5 +66,5 @@ def test_frequent_words_are_frequent() -> None:
 
 
 def test_an_unknown_language_is_refused() -> None:
-    with pytest.raises(ValueError, match="no grammar for language 'de'.*en, fr"):
+    with pytest.raises(ValueError, match=r"no grammar for language 'de'.*en, fr"):
         Grammar("de")

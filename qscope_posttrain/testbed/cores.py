@@ -1,0 +1,20 @@
+"""How many processes to use."""
+
+from __future__ import annotations
+
+import os
+
+WORKERS_AT_MOST = 8
+"""More would each hold a copy of torch in memory for little gain."""
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def worker_count(wanted: int | None, tasks: int) -> int:
+    """`wanted` processes, or one a core; never more than there are tasks, at least one."""
+    return max(1, min(wanted or min(available_cores(), WORKERS_AT_MOST), tasks))
