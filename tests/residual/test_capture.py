@@ -153,6 +153,7 @@ def test_tuple_output_gives_its_first_entry_whatever_the_batch():
     assert hidden_states(hidden) is hidden
 
 
+@pytest.mark.slow
 def test_compiled_model_captures_with_gradient_and_compiles_once(make_model):
     from torch._dynamo.testing import CompileCounterWithBackend
 
