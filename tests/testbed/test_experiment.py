@@ -97,6 +97,7 @@ def test_a_second_run_trains_nothing_and_agrees(
     ]
 
 
+@pytest.mark.slow  # two processes import torch and trl
 def test_processes_agree_with_one_process(experiment: Experiment, small_config: TestbedConfig, tmp_path: Path) -> None:
     jobs = [Job("sft", 0.0, 1, "test"), Job("difference_of_means", ARMS["difference_of_means"].weight, 1, "test")]
     config = replace(small_config, workers=2, cache=str(tmp_path))
