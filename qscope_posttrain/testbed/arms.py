@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -34,9 +34,9 @@ class Arm:
     """Coefficients that `tune` tries, ascending."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {**values, "options": dict(self.options), "grid": list(self.grid)}
+        """What decides how a run comes out, as JSON values: no words, and no weight, which is the run's own."""
+        names = ("name", "penalty", "rows", "layers", "top")
+        return {**{name: getattr(self, name) for name in names}, "options": dict(self.options)}
 
 
 _STANDARD: Mapping[str, Any] = MappingProxyType({"readout": "decoder", "scale": "std", "positions": "predicting"})

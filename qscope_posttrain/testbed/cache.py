@@ -88,6 +88,7 @@ class Cache:
         unfinished = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=self.root))
         try:
             build(unfinished)
+            unfinished.chmod(0o755)  # a temporary folder is for its owner's eyes only
             try:
                 unfinished.rename(final)
             except OSError:
