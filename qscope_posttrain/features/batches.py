@@ -16,6 +16,9 @@ from qscope_posttrain.residual.layers import text_config
 
 TEXTS_PER_TOKENIZER_CALL = 1000
 
+SHORTEST_SHARE = 0.75
+"""A batch takes no sequence shorter than this share of its longest one: at most a quarter of it is padding."""
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -120,7 +123,8 @@ def _token_ids(tokenizer: Any, lines: Sequence[str]) -> Iterator[Sequence[int]]:
 def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_id: int = 0) -> list[TokenBatch]:
     """Batches of similar length, longest first, each with at most `tokens_per_batch` tokens including padding.
 
-    A sequence longer than that gets a batch of its own. The batches depend on the set of sequences only, not on
+    A sequence longer than that gets a batch of its own, and much shorter ones (see `SHORTEST_SHARE`) do not share one
+    with it. The batches depend on the set of sequences only, not on
     their order. Within a batch the sequences of a language are neighbours.
     """
     if tokens_per_batch < 1:
@@ -132,9 +136,11 @@ def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad
     start = 0
     while start < len(ordered):
         longest = len(ordered[start].ids)
-        size = max(1, tokens_per_batch // longest)
-        batches.append(_pad(sorted(ordered[start : start + size], key=lambda sequence: sequence.language), pad_id))
-        start += size
+        stop = min(start + max(1, tokens_per_batch // longest), len(ordered))
+        while len(ordered[stop - 1].ids) < SHORTEST_SHARE * longest:
+            stop -= 1
+        batches.append(_pad(sorted(ordered[start:stop], key=lambda sequence: sequence.language), pad_id))
+        start = stop
     return batches
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qscope_posttrain.features.accumulator import (
     LayerSums,
     calibrate,
+    calibration_sample,
     check_sums_fit,
     layer_rows,
     process_rank,
@@ -193,7 +194,9 @@ def collect_statistics(
 
     max_length = longest_allowed(model, max_length)
     sequences = tokenize_texts(tokenizer, texts, max_length)
-    batches = token_batches(sequences, tokens_per_batch, pad_token(tokenizer))
+    sample, rest = (
+        token_batches(part, tokens_per_batch, pad_token(tokenizer)) for part in calibration_sample(sequences)
+    )
     settings = {
         "tokens_per_batch": tokens_per_batch,
         "max_length": max_length,
@@ -202,9 +205,10 @@ def collect_statistics(
     }
     rank, processes = process_rank()
     with evaluation_mode(model):
-        medians, devices = calibrate(model, layers, sequences, tokens_per_batch)
+        calibration = calibrate(model, layers, sample)
+        limits = {layer: outlier_factor * median for layer, median in calibration.medians.items()}
         sums = {
-            layer: LayerSums.zeros(len(languages), d_model, saes[layer], second_moments, devices[layer])
+            layer: LayerSums.zeros(len(languages), d_model, saes[layer], second_moments, calibration.devices[layer])
             for layer in layers
         }
         key = {
@@ -214,15 +218,17 @@ def collect_statistics(
             "processes": processes,
             **settings,
         }
-        saved = PassCheckpoint(checkpoint, key, medians, rank, processes)
+        saved = PassCheckpoint(checkpoint, key, calibration.medians, rank, processes)
         done = saved.resume(sums)
-        mine = batches[rank::processes]
-        for number, batch in enumerate(
-            progress(mine[done:], description=f"statistics of {len(layers)} layers", enabled=show_progress),
-            start=done + 1,
-        ):
+        if done == 0 and rank == 0:  # every process has read the sample; it counts once
+            for layer, rows, groups in calibration.rows:
+                sums[layer].add(rows, groups, limits[layer], saes[layer])
+        calibration.rows.clear()
+        mine = rest[rank::processes]
+        shown = progress(mine[done:], description=f"statistics of {len(layers)} layers", enabled=show_progress)
+        for number, batch in enumerate(shown, start=done + 1):
             for layer, rows, groups in layer_rows(model, layers, batch):
-                sums[layer].add(rows, groups, outlier_factor * medians[layer], saes[layer])
+                sums[layer].add(rows, groups, limits[layer], saes[layer])
             if number % checkpoint_every == 0 and number < len(mine):
                 saved.write(sums, number)
     reduce_over_processes(sums)
@@ -230,7 +236,7 @@ def collect_statistics(
     return PassStatistics(
         model=model_identity(model),
         languages=languages,
-        layers={layer: _finished(layer, sums[layer], medians[layer], languages) for layer in layers},
+        layers={layer: _finished(layer, sums[layer], calibration.medians[layer], languages) for layer in layers},
         texts=_count(sequences, len(languages)),
         truncated=_count([sequence for sequence in sequences if sequence.truncated], len(languages)),
         settings=settings,

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from qscope_posttrain.features import accumulator
 from qscope_posttrain.features import statistics as statistics_module
-from qscope_posttrain.features.accumulator import LayerSums
 from qscope_posttrain.features.statistics import collect_statistics
 
 SUMS = ("residual_sum", "residual_second_moment", "activation_sum", "firing_count", "tokens", "outliers")
@@ -19,37 +19,32 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Call with n: the pass raises when it comes to batch n + 1 (of two layers each)."""
-    original = LayerSums.add
+@pytest.fixture(autouse=True)
+def small_sample(monkeypatch):
+    """The calibration sample is a part of the texts, as it is with real amounts of text."""
+    monkeypatch.setattr(accumulator, "CALIBRATION_TOKENS", 100)
 
-    def after(batches: int) -> None:
-        calls = []
 
-        def add(self, *arguments):
-            if len(calls) == 2 * batches:
-                raise Interrupted
-            calls.append(1)
-            original(self, *arguments)
+class Reading:
+    """Counts the batches that are read after the sample, and interrupts before the one after `stop_after`."""
 
-        monkeypatch.setattr(LayerSums, "add", add)
-
-    yield after
-    monkeypatch.setattr(LayerSums, "add", original)
+    def __init__(self) -> None:
+        self.batches = 0
+        self.stop_after: int | None = None
 
 
 @pytest.fixture
-def count_batches(monkeypatch):
-    """List that grows by one with every batch that is read for the statistics (calibration excluded)."""
-    seen, original = [], statistics_module.layer_rows
+def reading(monkeypatch):
+    state, original = Reading(), statistics_module.layer_rows
 
     def layer_rows(model, layers, batch):
-        seen.append(batch)
+        if state.batches == state.stop_after:
+            raise Interrupted
+        state.batches += 1
         return original(model, layers, batch)
 
     monkeypatch.setattr(statistics_module, "layer_rows", layer_rows)
-    return seen
+    return state
 
 
 def assert_equal_sums(found, expected) -> None:
@@ -58,21 +53,19 @@ def assert_equal_sums(found, expected) -> None:
             assert torch.equal(getattr(found.layers[layer], name), getattr(expected.layers[layer], name)), name
 
 
-def test_resumes_to_the_same_sums(
-    make_model, tiny_tokenizer, texts, saes, tmp_path, interrupt, count_batches, capfd, monkeypatch
-):
+def test_resumes_to_the_same_sums(make_model, tiny_tokenizer, texts, saes, tmp_path, reading, capfd):
     path, model = tmp_path / "pass.safetensors", make_model()
+    options = {**BATCH, "checkpoint": path, "checkpoint_every": 2}
     expected = collect_statistics(model, tiny_tokenizer, texts, saes, **BATCH)
-    batches = len(count_batches)
-    assert batches > 6
-    interrupt(5)
+    batches = reading.batches
+    assert batches > 5
+    reading.batches, reading.stop_after = 0, 5
     with pytest.raises(Interrupted):
-        collect_statistics(model, tiny_tokenizer, texts, saes, **BATCH, checkpoint=path, checkpoint_every=2)
+        collect_statistics(model, tiny_tokenizer, texts, saes, **options)
     assert path.exists()
-    interrupt(10**6)
-    count_batches.clear()
-    found = collect_statistics(model, tiny_tokenizer, texts, saes, **BATCH, checkpoint=path, checkpoint_every=2)
-    assert len(count_batches) == batches - 4, "the four batches of the checkpoint are not read again"
+    reading.batches, reading.stop_after = 0, None
+    found = collect_statistics(model, tiny_tokenizer, texts, saes, **options)
+    assert reading.batches == batches - 4, "the four batches of the checkpoint are not read again"
     assert_equal_sums(found, expected)
     assert "4 batches are done" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
@@ -80,13 +73,13 @@ def test_resumes_to_the_same_sums(
 
 @pytest.mark.parametrize("change", ["texts", "settings", "sae", "weights", "damaged", "foreign"])
 def test_starts_anew_when_anything_differs(
-    change, make_model, make_sae, tiny_tokenizer, texts, saes, tmp_path, interrupt, capfd
+    change, make_model, make_sae, tiny_tokenizer, texts, saes, tmp_path, reading, capfd
 ):
     path, model, options = tmp_path / "pass.safetensors", make_model(), dict(BATCH)
-    interrupt(5)
+    reading.stop_after = 5
     with pytest.raises(Interrupted):
         collect_statistics(model, tiny_tokenizer, texts, saes, **options, checkpoint=path, checkpoint_every=1)
-    interrupt(10**6)
+    reading.stop_after = None
     if change == "texts":
         texts = {**texts, "en": texts["en"][:3]}
     elif change == "settings":
@@ -114,6 +107,7 @@ def test_checkpoint_in_a_missing_folder(make_model, tiny_tokenizer, texts, saes,
 
 def _rank(rank, processes, folder, model, tokenizer, texts, saes):
     torch.set_num_threads(1)
+    accumulator.CALIBRATION_TOKENS = 100
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     found = collect_statistics(model, tokenizer, texts, saes, **BATCH, checkpoint=f"{folder}/pass", checkpoint_every=1)
     sums = {(layer, name): getattr(found.layers[layer], name) for layer in found.layers for name in SUMS}

@@ -90,7 +90,8 @@ def test_first_tokens_and_norm_outliers_are_left_out_and_counted(make_model, tin
     found = collect_statistics(model, tiny_tokenizer, texts, {2: sae})
     assert torch.equal(found.layers[2].outliers, expected["outliers"])
     assert torch.equal(found.layers[2].tokens, expected["tokens"])
-    torch.testing.assert_close(found.layers[2].activation_sum, expected["activation_sum"], rtol=1e-4, atol=1e-3)
+    for name in ("activation_sum", "residual_sum", "residual_second_moment"):
+        torch.testing.assert_close(getattr(found.layers[2], name), expected[name], rtol=1e-4, atol=1e-3)
     assert found.texts.tolist() == [len(lines) for lines in texts.values()]
     table = found.to_table()
     assert [row[table.columns.index("norm outliers left out (most)")] for row in table.rows] == found.layers[
