@@ -16,6 +16,7 @@ from qscope_posttrain.residual.capture import LayerCapture
 from qscope_posttrain.residual.layers import final_norm
 from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
+from qscope_posttrain.sft.checks import ZERO_3, is_sharded
 from qscope_posttrain.sft.config import LanguageOf, SASFTConfig
 from qscope_posttrain.sft.logits import LogitHead, risk_weights
 from qscope_posttrain.sft.loss import Normalization, feature_sums
@@ -101,6 +102,11 @@ class SASFTCallback(AuxiliaryLossCallback):
         if self.config.needs_logits:
             self._tokens = find_target_tokens(
                 trainer, self.config.target, self.target_token_ids, required=self.config.position_weight == "risk"
+            )
+        if self.config.position_weight == "risk" and is_sharded(trainer) == ZERO_3:
+            raise ValueError(
+                'position_weight="risk" reads the output embedding, which ZeRO-3 leaves empty outside of the model\'s '
+                "forward. Use ZeRO-1/2, DDP or FSDP2, or uniform weights."
             )
         if self.config.anchor_weight > 0:
             self._anchor = Anchor.for_trainer(trainer, self.anchor_model)

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerState
 
+ZERO_3 = "DeepSpeed ZeRO-3"
+
 
 def check_trainer(trainer: Trainer, callback_name: str) -> None:
     """Refuse trainers whose loss or batches are not what the penalties rely on.
@@ -38,7 +40,7 @@ def is_sharded(trainer: Trainer) -> str | None:
     if trainer.is_fsdp_enabled:
         return "FSDP"
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else None
+    return ZERO_3 if plugin is not None and plugin.zero_stage == 3 else None
 
 
 def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> None:
