@@ -5,6 +5,7 @@ Only the module of the command that runs is imported, so that `qscope --help` an
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -38,8 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    status = _run(arguments, debug)
+    _leave_process_group()
+    return status
+
+
+def usage() -> str:
+    """The help text of `qscope` itself."""
+    lines = ["usage: qscope COMMAND ... [--debug]", "", "commands:"]
+    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "qscope COMMAND --help lists the options; --debug shows the traceback of an error."]
+    return "\n".join(lines)
+
+
+def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
-        return _module(arguments[0]).run(arguments[1:])
+        status: int = _module(arguments[0]).run(arguments[1:])
+        return status
     except (ValueError, TypeError, OSError) as error:
         if debug:
             raise
@@ -52,12 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def usage() -> str:
-    """The help text of `qscope` itself."""
-    lines = ["usage: qscope COMMAND ... [--debug]", "", "commands:"]
-    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
-    lines += ["", "qscope COMMAND --help lists the options; --debug shows the traceback of an error."]
-    return "\n".join(lines)
+def _leave_process_group() -> None:
+    """Leave the process group that a launcher's environment made a command join.
+
+    Only after everything that the command made is gone: a DDP model that outlives the group destroys it from a
+    destructor that holds the interpreter lock, for which gloo's worker threads may wait, and the process hangs.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # a trainer is full of reference cycles
+        torch.distributed.destroy_process_group()
 
 
 def _module(name: str):  # type: ignore[no-untyped-def]

@@ -62,7 +62,6 @@ def train(recipe: Recipe) -> None:
         status(f"model and summary.json written to {output}")
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
-    trainer.accelerator.end_training()
 
 
 def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:

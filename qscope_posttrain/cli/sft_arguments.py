@@ -22,7 +22,7 @@ from qscope_posttrain.report.summary import to_json
 from qscope_posttrain.sft.config import SASFTConfig
 
 PREFIX = "sasft_"
-_SECRETS = ("hub_token", "push_to_hub_token")
+_SECRETS = frozenset({"hub_token", "push_to_hub_token"})
 
 
 @dataclass
@@ -100,8 +100,10 @@ class Recipe:
         penalty = {PREFIX + name: value for name, value in self.penalty.to_dict().items()}
         parts = [dataclasses.asdict(part) for part in (self.run, self.script, self.mixture, self.model)]
         training = self.training.to_dict()
-        # transformers writes <HUB_TOKEN> and the like in place of secrets; no token is the better reading back.
-        training |= {key: None for key in training if key in _SECRETS}
+        # transformers writes <EOS_TOKEN> and the like for every field that might be a secret. Most are words of the
+        # tokenizer; the real secrets are left out.
+        training |= {key: getattr(self.training, key) for key in training if key.endswith("_token")}
+        training |= dict.fromkeys(_SECRETS.intersection(training))
         return to_json({**parts[0], **penalty, **parts[1], **parts[2], **training, **parts[3]})
 
 

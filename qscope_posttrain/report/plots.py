@@ -141,6 +141,7 @@ def line_curves(curves: Sequence[Curve], x_label: str, y_label: str, log_y: bool
     """
     if not curves:
         raise ValueError("line_curves needs at least one curve.")
+    from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
         for index, curve in enumerate(curves):
@@ -152,7 +153,7 @@ def line_curves(curves: Sequence[Curve], x_label: str, y_label: str, log_y: bool
         if log_y:
             axes.set_yscale("log")
         if all(float(x).is_integer() for curve in curves for x in curve.x):
-            axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.5
+            axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))  # no step 1.5
         axes.grid(axis="both")
         axes.margins(x=0.01)
         axes.set_xlabel(x_label)
