@@ -24,7 +24,7 @@ _HOME = {
     "evaluate_code_switching": "qscope_posttrain.evaluation.code_switching",
 }
 
-__all__ = [  # noqa: PLE0604 - resolved by __getattr__
+__all__ = [
     "FeatureSet",
     "SASFTCallback",
     "SparseAutoencoder",
@@ -46,13 +46,14 @@ if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sft.baselines import TokenPenaltyCallback
     from qscope_posttrain.sft.callback import SASFTCallback
-    from qscope_posttrain.sft.packing import pack_with_languages
     from qscope_posttrain.sft.loss import sasft_loss
+    from qscope_posttrain.sft.packing import pack_with_languages
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'qscope_posttrain' has no attribute {name!r}; it offers {', '.join(sorted(_HOME))}")
+        offered = ", ".join(sorted(_HOME))
+        raise AttributeError(f"module 'qscope_posttrain' has no attribute {name!r}; it offers {offered}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
