@@ -263,8 +263,9 @@ def main() -> None:
     table.print()
     report = {
         "benchmark": "sasft_overhead",
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()},
+        "settings": {key: value for key, value in vars(settings).items() if key != "output"},
         "results": results,
+        "table": table.to_dict(),
         "machine": machine() | {"device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu"},
         "versions": package_versions(),
     }

@@ -15,7 +15,12 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 MakeSAE = Callable[..., SparseAutoencoder]
 
-ACTIVATIONS = [*(TopK(5, variant) for variant in TOP_K_VARIANTS), ReLU(), BatchTopK(1.0), JumpReLU(torch.rand(64))]
+ACTIVATIONS = [
+    *(TopK(5, variant) for variant in TOP_K_VARIANTS),
+    ReLU(),
+    BatchTopK(1.0),
+    JumpReLU(torch.linspace(0, 1, 64)),
+]
 
 
 def dense_code(sae: SparseAutoencoder, x: Tensor, **options: int) -> Tensor:
@@ -79,7 +84,7 @@ def test_all_pre_activations_never_exist_at_once(make_sae: MakeSAE, gradient: bo
     assert 10 * 512 <= largest.elements < 20 * 512, "one tile, not 300 x 512"
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: repr(a)[:24])
 def test_encode_gradient_is_that_of_the_formula(make_sae: MakeSAE, activation) -> None:  # type: ignore[no-untyped-def]
     sae = make_sae(activation=activation)
     x = torch.randn(20, sae.d_model, requires_grad=True)

@@ -18,7 +18,11 @@ from qscope_posttrain.sae.formats import native
 MakeSAE = Callable[..., SparseAutoencoder]
 
 
-@pytest.mark.parametrize("activation", [TopK(4, "signed"), ReLU(), BatchTopK(0.5), JumpReLU(torch.rand(64))], ids=repr)
+@pytest.mark.parametrize(
+    "activation",
+    [TopK(4, "signed"), ReLU(), BatchTopK(0.5), JumpReLU(torch.linspace(0, 1, 64))],
+    ids=lambda a: repr(a)[:24],
+)
 def test_round_trip(make_sae: MakeSAE, tmp_path: Path, activation) -> None:  # type: ignore[no-untyped-def]
     sae = make_sae(activation=activation)
     path = sae.save(tmp_path / "deep" / "er" / "layer3.sae.safetensors")

@@ -1,0 +1,108 @@
+"""Makes the README's tables of figures from the JSON files in `benchmarks/results/`.
+
+    python benchmarks/render_readme.py                                        # rewrite the tables
+    python benchmarks/render_readme.py --check                                # fail if they differ from the JSON
+    python benchmarks/render_readme.py --keep runs/demo demo_generated        # first keep a demo's tables as JSON
+
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from qscope_posttrain.report.summary import write_text
+from qscope_posttrain.report.tables import Table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+METHOD_COLUMNS = (
+    "method", "weight", "switched, %", "95 %", "per seed", "against SFT, points", "hazard, %", "masked ppl, %",
+    "zh ppl",
+)  # fmt: skip
+
+
+def keep(folder: Path, name: str) -> None:
+    """Copy settings, tables, versions and machine of a demo's summary; samples and model stay where they are."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    kept = {key: summary[key] for key in ("command", "finished", "settings", "seeds", "versions", "machine")}
+    kept["settings"] = {key: value for key, value in kept["settings"].items() if key not in ("cache", "no_cache")}
+    kept["tables"] = summary["results"]["tables"]
+    kept["seconds"] = summary["results"]["seconds"]
+    write_text(RESULTS / f"{name}.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def render(name: str) -> str:
+    """The Markdown that belongs between the markers of `name`."""
+    source, _, part = name.partition(":")
+    result = json.loads((RESULTS / f"{source}.json").read_text(encoding="utf-8"))
+    if source == "sasft_overhead":
+        return _table(result["table"]) + _made_on(result)
+    if source == "feature_pass":
+        return _feature_pass(result) + _made_on(result)
+    table = result["tables"][part]
+    return _table(table, METHOD_COLUMNS if part == "methods" else None) + (
+        _made_on(result) if part == "methods" else ""
+    )
+
+
+def _table(table: dict[str, Any], columns: tuple[str, ...] | None = None) -> str:
+    wanted = [table["columns"].index(column) for column in columns or table["columns"]]
+    rows = [[row[index] for index in wanted] for row in table["rows"]]
+    kept = Table(table["title"], [table["columns"][index] for index in wanted], rows, table.get("caption", ""))
+    return kept.to_markdown()
+
+
+def _feature_pass(result: dict[str, Any]) -> str:
+    settings, agreement = result["settings"], result["agreement"]
+    rows = [
+        [number, repeat["published_s"], repeat["ours_s"], repeat["ratio"], repeat["cpu_ratio"]]
+        for number, repeat in enumerate(result["repeats"], 1)
+    ]
+    rows.append(["median", None, None, result["ratio"]["median"], result["cpu_ratio"]["median"]])
+    caption = (
+        f"{settings['layers']} layers, hidden {settings['hidden']}, {settings['d_sae']} latents, "
+        f"{settings['tokens']} tokens ({settings['text']}). Same features chosen: {agreement['same_features']} of "
+        f"{agreement['chosen_features']}; largest relative difference of a mean "
+        f"{agreement['largest_difference_of_mean_activation']:.1e}."
+    )
+    title = "Statistics of all layers: one pass against the published procedure"
+    columns = ["repeat", "published, s", "one pass, s", "ratio", "ratio of processor time"]
+    return Table(title, columns, rows, caption).to_markdown()
+
+
+def _made_on(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    accelerator = "" if machine.get("accelerator", "none") == "none" else f", {machine['accelerator']}"
+    return (
+        f"\nMeasured on {machine['cpus']} shared CPU cores ({machine['architecture']}){accelerator}, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}, trl {versions['trl']}.\n"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
+    parser.add_argument("--keep", nargs=2, metavar=("FOLDER", "NAME"), help="keep the tables of a demo's summary.json")
+    arguments = parser.parse_args()
+    if arguments.keep:
+        keep(Path(arguments.keep[0]), arguments.keep[1])
+    before = README.read_text(encoding="utf-8")
+    block = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+    after = block.sub(lambda match: match[1] + render(match[2]) + match[3], before)
+    if arguments.check:
+        if before != after:
+            print("README.md differs from benchmarks/results; run python benchmarks/render_readme.py", file=sys.stderr)
+        return int(before != after)
+    write_text(README, after)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
