@@ -51,7 +51,7 @@ _ALL = (
         layers=2,
         top=2,
         weight=0.1,
-        grid=(0.03, 0.1, 0.3),
+        grid=(0.03, 0.1, 0.2),
     ),
     Arm(
         "sasft_decoder",
@@ -61,7 +61,7 @@ _ALL = (
         top=8,
         options=_STANDARD,
         weight=0.1,
-        grid=(0.05, 0.1, 0.3),
+        grid=(0.1, 0.2, 0.3),
     ),
     Arm(
         "sasft_combined",
@@ -72,7 +72,7 @@ _ALL = (
         top=32,
         options={**_STANDARD, "combine": "effect", "position_weight": "risk"},
         weight=0.1,
-        grid=(0.05, 0.1, 0.3),
+        grid=(0.05, 0.1, 0.15),
     ),
     Arm(
         "token_penalty",
@@ -80,7 +80,7 @@ _ALL = (
         "-log(1 - P(target-script tokens)) at every response position; no SAE.",
         "token",
         weight=10.0,
-        grid=(3.0, 10.0, 20.0),
+        grid=(10.0, 20.0, 30.0),
     ),
     Arm(
         "difference_of_means",
@@ -90,7 +90,7 @@ _ALL = (
         rows="difference_of_means",
         options=_STANDARD,
         weight=0.1,
-        grid=(0.05, 0.1, 0.3),
+        grid=(0.1, 0.15, 0.2),
     ),
     Arm(
         "random_features",

@@ -71,12 +71,12 @@ class TestbedConfig:
     )
     tune_seed: int = field(default=7, metadata={"help": "Seed of the SFT data on which weights are chosen."})
     tune_budget: float = field(
-        default=0.015, metadata={"help": "Largest rise of masked perplexity over SFT that a chosen weight may cost."}
+        default=0.006, metadata={"help": "Largest rise of masked perplexity over SFT that a chosen weight may cost."}
     )
 
     evaluation_windows: int = field(default=250, metadata={"help": "Teacher-forced test windows, all languages."})
     sampled_prompts: int = field(
-        default=240, metadata={"help": "Test prompts in other languages, one sample each and seed."}
+        default=320, metadata={"help": "Test prompts in other languages, one sample each and seed."}
     )
     sampled_tokens: int = field(default=60, metadata={"help": "Length of a sample."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; no top-k, no top-p."})

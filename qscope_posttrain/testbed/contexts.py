@@ -15,11 +15,12 @@ from qscope_posttrain.testbed.windows import Windows
 _BATCH = 32
 _MIN_OCCURRENCES = 3
 _PASSAGE_TOKENS = 40
+_BYTES_IN_A_CHARACTER = 4
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Consecutive tokens of one window and a feature's activation on each."""
+    """Consecutive tokens of one window and a feature's activation on each; halves of a character count as one."""
 
     language: str
     tokens: tuple[str, ...]
@@ -86,9 +87,29 @@ def _passages(
         peak = max(range(len(values)), key=values.__getitem__)
         start = min(max(0, peak - _PASSAGE_TOKENS // 2), max(0, len(values) - _PASSAGE_TOKENS))
         span = slice(start, start + _PASSAGE_TOKENS)
-        texts = tuple(decode(language_model.tokenizer, [token]) for token in windows.input_ids[row, span].tolist())
-        found.append(Passage(windows.languages[row], texts, tuple(values[span])))
+        texts, peaks = _whole_characters(language_model, windows.input_ids[row, span].tolist(), values[span])
+        found.append(Passage(windows.languages[row], tuple(texts), tuple(peaks)))
     return found
+
+
+def _whole_characters(
+    language_model: LanguageModel, tokens: Sequence[int], values: Sequence[float]
+) -> tuple[list[str], list[float]]:
+    """Texts of the tokens, those that only together write a character joined, with the largest of their values."""
+    texts: list[str] = []
+    peaks: list[float] = []
+    pending: list[int] = []
+    peak = 0.0
+    for token, value in zip(tokens, values, strict=True):
+        pending.append(token)
+        peak = max(peak, value)
+        text = decode(language_model.tokenizer, pending)
+        if "\N{REPLACEMENT CHARACTER}" in text and len(pending) < _BYTES_IN_A_CHARACTER:
+            continue
+        texts.append(text)
+        peaks.append(peak)
+        pending, peak = [], 0.0
+    return texts, peaks
 
 
 def _tokens(

@@ -16,7 +16,7 @@ from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.experiment import Experiment, MethodResult, run_experiment
 from qscope_posttrain.testbed.export import export_testbed
 from qscope_posttrain.testbed.report_page import build_sections, facts
-from qscope_posttrain.testbed.tables import firing_table, model_table, results_table, seeds_table
+from qscope_posttrain.testbed.tables import firing_table, forced_table, model_table, sampled_table, seeds_table
 
 EXAMPLES = "examples.jsonl"
 REPORT = "report.html"
@@ -43,7 +43,8 @@ def run_demo(config: TestbedConfig, output: str | Path) -> Path:
     }
     if experiment.tuning is not None:
         tables["tuning"] = experiment.tuning
-    tables["methods"] = results_table(experiment)
+    tables["sampled"] = sampled_table(experiment)
+    tables["teacher_forced"] = forced_table(experiment)
     for table in tables.values():
         table.print()
     tables["runs"] = seeds_table(experiment)

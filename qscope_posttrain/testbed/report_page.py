@@ -28,7 +28,7 @@ def build_sections(experiment: Experiment, features: FeatureSet, tables: Mapping
         Section(
             "Unexpected switching by method",
             _methods_text(experiment),
-            tables=[tables["methods"]],
+            tables=[tables["sampled"], tables["teacher_forced"]],
             figures=[_switching_plot(experiment), _trade_off_plot(experiment)],
         ),
         _examples_section(experiment),

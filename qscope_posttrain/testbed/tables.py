@@ -43,35 +43,63 @@ def firing_table(features: FeatureSet, layer: int, per_language: int = 3) -> Tab
     return Table(f"Top features per language, layer {layer}", columns, rows, caption)
 
 
-def results_table(experiment: Experiment) -> Table:
-    """The methods side by side: sampled switching with its interval, teacher-forced metrics, cost."""
-    reference = experiment.method(SFT)
-    rows = [_result_row(result, reference) for result in (experiment.base, *experiment.methods)]
-    config = experiment.config
-    columns = [
-        "method",
-        "weight",
-        "switched, %",
-        "95 %",
-        "per seed",
-        "against SFT, points",
-        "hazard x 1e3",
-        "hazard, %",
-        "expected, %",
-        "masked ppl, %",
-        "ppl",
-        f"{config.target} ppl",
-        "step, ms",
-    ]
+def sampled_table(experiment: Experiment) -> Table:
+    """Sampled switching of every method with its interval, and its difference from SFT on the same prompts."""
+    reference, config = experiment.method(SFT), experiment.config
+    rows: list[list[Cell]] = []
+    for result in (experiment.base, *experiment.methods):
+        micro, change = result.switching.micro, switching_difference(result.switching, reference.switching)
+        rows.append(
+            [
+                result.title,
+                result.weight or None,
+                round(100 * micro.estimate, 1),
+                f"{100 * micro.low:.1f} .. {100 * micro.high:.1f}",
+                ", ".join(f"{100 * ratio:.1f}" for ratio in result.ratio_per_seed),
+                None if result is reference else f"{100 * change.estimate:+.1f}",
+                None if result is reference else f"{100 * change.low:+.1f} .. {100 * change.high:+.1f}",
+                None if result is reference else f"{100 * change.estimate / max(reference.switching.ratio, 1e-9):+.0f}",
+            ]
+        )
+    columns = ["method", "weight", "switched, %", "95 %", "per seed", "vs SFT, points", "95 %", "vs SFT, %"]
     prompts = sum(language.prompts for language in reference.switching.languages)
     caption = (
-        f"{prompts} test prompts, one sample a seed (seeds {', '.join(map(str, config.seeds))}), "
-        f"{config.sampled_tokens} tokens at temperature {config.temperature:g}; intervals: bootstrap over prompts, "
-        f"paired for differences. Teacher forced on {config.evaluation_windows} test windows: hazard = mean "
-        "probability of target-script tokens at a position; expected = share of responses expected to switch; masked "
-        "ppl = perplexity with these tokens taken out. Signs and percentages are changes against SFT."
+        f"Share of responses with any character of the target's script. {prompts} test prompts, one sample a seed "
+        f"(seeds {', '.join(map(str, config.seeds))}), {config.sampled_tokens} tokens at temperature "
+        f"{config.temperature:g}, no top-k or top-p. Intervals: bootstrap over prompts, paired for differences."
     )
-    return Table("Unexpected switching by method", columns, rows, caption)
+    return Table("Unexpected switching, sampled", columns, rows, caption)
+
+
+def forced_table(experiment: Experiment) -> Table:
+    """Teacher-forced hazard and perplexity of every method, and the time of a training step."""
+    reference = experiment.method(SFT)
+    sft = reference.metrics
+    rows: list[list[Cell]] = []
+    for result in (experiment.base, *experiment.methods):
+        metrics, own = result.metrics, result is reference
+        rows.append(
+            [
+                result.title,
+                1000 * metrics.hz,
+                None if own else f"{100 * (metrics.hz / sft.hz - 1):+.1f}",
+                None if own else _per_seed(result, reference),
+                round(100 * metrics.csx, 1),
+                None if own else f"{100 * relative_cost(metrics, sft):+.2f}",
+                metrics.ppl,
+                metrics.target_ppl,
+                round(1000 * sum(run.step_seconds for run in result.runs) / len(result.runs)) or None,
+            ]
+        )
+    target = experiment.config.target
+    columns = ["method", "hazard, 1e-3", "vs SFT, %", "per seed", "expected, %", "masked ppl vs SFT, %", "ppl"]
+    columns += [f"{target} ppl", "step, ms"]
+    caption = (
+        f"On {experiment.config.evaluation_windows} test windows, mean of the seeds. Hazard: mean probability of "
+        f"{target} tokens at a position; expected: share of responses expected to switch; masked ppl: perplexity with "
+        "these tokens taken out."
+    )
+    return Table("Unexpected switching, teacher forced", columns, rows, caption)
 
 
 def seeds_table(experiment: Experiment) -> Table:
@@ -92,25 +120,7 @@ def relative_cost(metrics: Metrics, reference: Metrics) -> float:
     return metrics.masked_ppl / reference.masked_ppl - 1
 
 
-def _result_row(result: MethodResult, reference: MethodResult) -> list[Cell]:
-    metrics, sft = result.metrics, reference.metrics
-    micro = result.switching.micro
-    difference = None
-    if result is not reference:
-        change = switching_difference(result.switching, reference.switching)
-        difference = f"{100 * change.estimate:+.1f} ({100 * change.low:+.1f} .. {100 * change.high:+.1f})"
-    return [
-        result.title,
-        result.weight or None,
-        round(100 * micro.estimate, 1),
-        f"{100 * micro.low:.1f} .. {100 * micro.high:.1f}",
-        " ".join(f"{100 * ratio:.1f}" for ratio in result.ratio_per_seed),
-        difference,
-        1000 * metrics.hz,
-        None if result is reference else f"{100 * (metrics.hz / sft.hz - 1):+.1f}",
-        round(100 * metrics.csx, 1),
-        None if result is reference else f"{100 * relative_cost(metrics, sft):+.2f}",
-        metrics.ppl,
-        metrics.target_ppl,
-        round(1000 * sum(run.step_seconds for run in result.runs) / len(result.runs)) or None,
-    ]
+def _per_seed(result: MethodResult, reference: MethodResult) -> str:
+    """Relative change of the hazard, seed by seed."""
+    pairs = zip(result.runs, reference.runs, strict=True)
+    return ", ".join(f"{100 * (run.metrics.hz / sft.metrics.hz - 1):+.1f}" for run, sft in pairs)
