@@ -24,7 +24,7 @@ NAME_PREFIX = {
     "Hangul": ("HANGUL",),
     "Cyrillic": ("CYRILLIC",),
     "Thai": ("THAI",),
-    "Hiragana": ("HIRAGANA",),
+    "Hiragana": ("HIRAGANA", "HENTAIGANA"),
 }
 # Letters whose script is not what the first word of their name says: modifier letters and the like.
 characters = st.characters(exclude_categories=("Cs", "Cn", "Lm", "Co"))
