@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from qscope_posttrain.features.atomic import write_atomically
+from qscope_posttrain.atomic import replacing
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
 
 FORMAT = "qscope_posttrain.feature_set"
@@ -62,7 +62,8 @@ def write_feature_set(
         for layer, rows in layers.items()
         for name in TENSOR_FIELDS
     }
-    write_atomically(path, save(tensors, metadata={FORMAT: text}))
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(save(tensors, metadata={FORMAT: text}))
     return path
 
 

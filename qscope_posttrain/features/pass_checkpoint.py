@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from qscope_posttrain.atomic import replacing
 from qscope_posttrain.features.accumulator import LayerSums
-from qscope_posttrain.features.atomic import write_atomically
 from qscope_posttrain.features.batches import TokenSequence
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
@@ -78,7 +78,8 @@ class PassCheckpoint:
             return
         tensors = {f"{layer}.{name}": v.cpu() for layer, part in sums.items() for name, v in part.tensors().items()}
         document = json.dumps({"key": self.key, "medians": self.medians, "batches": batches})
-        write_atomically(self.path, save(tensors, metadata={FORMAT: document}))
+        with replacing(self.path) as unfinished:
+            unfinished.write_bytes(save(tensors, metadata={FORMAT: document}))
 
     def delete(self) -> None:
         if self.path is not None:

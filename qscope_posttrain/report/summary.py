@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.atomic import replacing
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 
@@ -82,14 +83,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         ValueError: the file cannot be written, with the reason.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, target)
+        with replacing(target) as unfinished:
+            unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ValueError(f"cannot write '{target}' ({error.strerror or error}).") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> Any:

@@ -8,8 +8,6 @@ function of the content, so that equal dictionaries have equal files.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qscope_posttrain.atomic import replacing
 from qscope_posttrain.sae.activations import Activation, activation_from_spec, activation_to_spec
 from qscope_posttrain.sae.checks import check_tensor
 from qscope_posttrain.sae.formats.stored import StoredSAE, check_is_file_with_data
@@ -40,18 +39,12 @@ def write_file(
     described = {"version": VERSION, "activation": settings, "layer": layer, "source": asdict(source)}
     everything = tensors | {_ACTIVATION_PREFIX + name: tensor for name, tensor in activation_tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(path) as unfinished:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()},
-            temporary,
+            unfinished,
             metadata={_METADATA_KEY: json.dumps(described, sort_keys=True)},
         )
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def open_file(located: LocatedFile) -> StoredSAE:
