@@ -60,7 +60,7 @@ _ALL = (
         "features",
         top=8,
         options=_STANDARD,
-        weight=0.1,
+        weight=0.2,
         grid=(0.1, 0.2, 0.3),
     ),
     Arm(
@@ -79,7 +79,7 @@ _ALL = (
         "token penalty",
         "-log(1 - P(target-script tokens)) at every response position; no SAE.",
         "token",
-        weight=10.0,
+        weight=20.0,
         grid=(10.0, 20.0, 30.0),
     ),
     Arm(
@@ -89,8 +89,8 @@ _ALL = (
         "features",
         rows="difference_of_means",
         options=_STANDARD,
-        weight=0.1,
-        grid=(0.1, 0.15, 0.2),
+        weight=0.14,
+        grid=(0.1, 0.14, 0.2),
     ),
     Arm(
         "random_features",
@@ -100,7 +100,7 @@ _ALL = (
         rows="random",
         top=8,
         options=_STANDARD,
-        weight=0.1,
+        weight=0.2,
     ),
 )
 

@@ -61,7 +61,7 @@ def sampled_table(experiment: Experiment) -> Table:
                 None if result is reference else f"{100 * change.estimate / max(reference.switching.ratio, 1e-9):+.0f}",
             ]
         )
-    columns = ["method", "weight", "switched, %", "95 %", "per seed", "vs SFT, points", "95 %", "vs SFT, %"]
+    columns = ["method", "weight", "switched, %", "95 %", "per seed", "vs SFT, points", "95 % of that", "vs SFT, %"]
     prompts = sum(language.prompts for language in reference.switching.languages)
     caption = (
         f"Share of responses with any character of the target's script. {prompts} test prompts, one sample a seed "
