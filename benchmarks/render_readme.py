@@ -22,10 +22,8 @@ from qscope_posttrain.report.tables import Table
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-METHOD_COLUMNS = (
-    "method", "weight", "switched, %", "95 %", "per seed", "against SFT, points", "hazard, %", "masked ppl, %",
-    "zh ppl",
-)  # fmt: skip
+LEFT_OUT = ("step, ms",)
+"""Columns that are no result: methods run side by side on busy cores."""
 
 
 def keep(folder: Path, name: str) -> None:
@@ -46,17 +44,14 @@ def render(name: str) -> str:
         return _table(result["table"]) + _made_on(result)
     if source == "feature_pass":
         return _feature_pass(result) + _made_on(result)
-    table = result["tables"][part]
-    return _table(table, METHOD_COLUMNS if part == "methods" else None) + (
-        _made_on(result) if part == "methods" else ""
-    )
+    return _table(result["tables"][part]) + (_made_on(result) if part == "teacher_forced" else "")
 
 
-def _table(table: dict[str, Any], columns: tuple[str, ...] | None = None) -> str:
-    wanted = [table["columns"].index(column) for column in columns or table["columns"]]
+def _table(table: dict[str, Any]) -> str:
+    wanted = [index for index, column in enumerate(table["columns"]) if column not in LEFT_OUT]
     rows = [[row[index] for index in wanted] for row in table["rows"]]
-    kept = Table(table["title"], [table["columns"][index] for index in wanted], rows, table.get("caption", ""))
-    return kept.to_markdown()
+    columns = [table["columns"][index] for index in wanted]
+    return Table(table["title"], columns, rows, table.get("caption", "")).to_markdown()
 
 
 def _feature_pass(result: dict[str, Any]) -> str:
