@@ -31,6 +31,8 @@ def keep(folder: Path, name: str) -> None:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {key: summary[key] for key in ("command", "finished", "settings", "seeds", "versions", "machine")}
     kept["settings"] = {key: value for key, value in kept["settings"].items() if key not in ("cache", "no_cache")}
+    if kept["settings"].get("corpus"):  # where it lay is nobody's business
+        kept["settings"]["corpus"] = Path(kept["settings"]["corpus"]).name
     kept["tables"] = summary["results"]["tables"]
     kept["seconds"] = summary["results"]["seconds"]
     write_text(RESULTS / f"{name}.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
