@@ -64,6 +64,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/.installed
+	$(BIN)/python benchmarks/sasft_penalty.py --rounds 5
 	$(BIN)/python benchmarks/sasft_overhead.py
 	$(BIN)/python benchmarks/feature_pass.py
 

@@ -42,7 +42,7 @@ def render(name: str) -> str:
     """The Markdown that belongs between the markers of `name`."""
     source, _, part = name.partition(":")
     result = json.loads((RESULTS / f"{source}.json").read_text(encoding="utf-8"))
-    if source == "sasft_overhead":
+    if source in ("sasft_overhead", "sasft_penalty"):
         return _table(result["table"]) + _made_on(result)
     if source == "feature_pass":
         return _feature_pass(result) + _made_on(result)

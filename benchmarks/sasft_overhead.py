@@ -227,7 +227,7 @@ def with_interval(ratio: dict[str, Any]) -> str:
     return f"{ratio['median_ratio']:.4f} ({low:.4f} to {high:.4f})"
 
 
-def main() -> None:
+def parse_settings(results: Path = DEFAULT_RESULTS) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
@@ -239,9 +239,12 @@ def main() -> None:
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=DEFAULT_RESULTS)
-    settings = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=results)
+    return parser.parse_args()
 
+
+def main() -> None:
+    settings = parse_settings()
     results = measure(settings)
     table = Table(
         title=f"SASFT over plain SFT: Qwen3 {settings.layers} layers, hidden {settings.hidden}, "
