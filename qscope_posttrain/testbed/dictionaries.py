@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.features.causal import causal_check
+from qscope_posttrain.features.causal import causal_check, measure_effects
 from qscope_posttrain.features.directions import difference_of_means_set, random_feature_set
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find import find_language_features
+from qscope_posttrain.features.find import language_feature_set
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.training import TopKTrainingConfig, explained_variance, train_saes
@@ -103,11 +103,9 @@ def _find(config: TestbedConfig, language_model: LanguageModel, dictionaries: Di
     model, tokenizer, saes = language_model.model, language_model.tokenizer, dictionaries.saes
     target, last = config.target, config.tapped_layers[-1]
     texts = language_model.texts("sft", config.feature_windows, config.model_seed + 2)
-    options: dict[str, Any] = {"max_length": config.window}
-    features = find_language_features(
-        model, tokenizer, texts, saes, top=config.top, target=target, causal=False, **options
-    )
-    statistics = collect_statistics(model, tokenizer, texts, saes, **options)
+    statistics = collect_statistics(model, tokenizer, texts, saes, max_length=config.window)
+    found = language_feature_set(statistics, saes, top=config.top)
+    features = measure_effects(found, model, tokenizer, texts, target)
     features.save(folder / "sae.safetensors")
     difference_of_means_set(statistics, target).save(folder / "difference_of_means.safetensors")
     penalised = features.select(language=target, layers=[last], top=min(config.top, ARMS["random_features"].top))
