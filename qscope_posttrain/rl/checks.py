@@ -1,0 +1,78 @@
+"""Options that would silently erase the negatives, refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qscope_posttrain.rl.config import SteeredGRPOConfig
+
+
+def check_compatible(config: SteeredGRPOConfig) -> None:
+    """ValueError for a combination of options under which negatives would have no or another effect.
+
+    Nothing is refused when there are no negatives: then the trainer is TRL's.
+    """
+    if not config.has_negatives:
+        if config.dynamic_sampling:
+            _check_dynamic_sampling(config)
+        return
+    if config.use_transformers_continuous_batching:
+        raise ValueError(
+            "use_transformers_continuous_batching=True mixes the rows of a batch at every step, so that a negative "
+            "cannot be told from an ordinary row while it is generated. Set it to False."
+        )
+    if config.use_vllm:
+        raise ValueError(
+            "use_vllm=True generates outside of the torch model, where steering does not reach. Set use_vllm=False, or "
+            "negatives_per_group=0 for plain DAPO."
+        )
+    if config.off_policy_mask_threshold is not None:
+        raise ValueError(
+            "off_policy_mask_threshold drops rows of negative advantage as soon as the policy has moved away from them, "
+            "which is what a negative is there to achieve. Leave it at None."
+        )
+    if config.importance_sampling_level == "sequence" and config.old_logps == "behaviour":
+        raise ValueError(
+            "importance_sampling_level='sequence' with old_logps='behaviour' weighs a whole negative by the ratio of "
+            "the policy to the steered distribution, which is near 0: it would be clipped away. Use old_logps='policy' "
+            "or importance_sampling_level='token'."
+        )
+    if config.loss_type == "vespo":
+        raise ValueError(
+            "loss_type='vespo' reshapes the weight of a whole row by its ratio and erases rows far from the policy. Use "
+            "'dapo' (or grpo, bnpo, dr_grpo, cispo, sapo)."
+        )
+    if config.top_entropy_quantile < 1.0:
+        raise ValueError(
+            f"top_entropy_quantile={config.top_entropy_quantile} keeps only uncertain tokens in the loss, and the tokens "
+            "of an endless repetition are certain. Set it to 1.0."
+        )
+    if config.cache_implementation is not None:
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r} compiles the decoding step without the steering "
+            "hooks' row positions. Leave it at None."
+        )
+    if config.dynamic_sampling:
+        _check_dynamic_sampling(config)
+
+
+def _check_dynamic_sampling(config: SteeredGRPOConfig) -> None:
+    if config.multi_objective_aggregation != "sum_then_normalize" or config.scale_rewards == "batch":
+        raise ValueError(
+            "dynamic_sampling replaces single groups, so advantages must be formed within each group: use "
+            "multi_objective_aggregation='sum_then_normalize' and scale_rewards 'group' or 'none'."
+        )
+
+
+def check_trainer_arguments(has_negatives: bool, dynamic_sampling: bool, arguments: Mapping[str, Any]) -> None:
+    """ValueError for arguments of the trainer under which a row of the batch is not one generation."""
+    if not (has_negatives or dynamic_sampling):
+        return
+    for name in ("tools", "rollout_func", "environment_factory"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name} generates rows in an order or number of its own, so that negatives cannot be told from "
+                "ordinary rows. Leave it out, or set negatives_per_group=0 and dynamic_sampling=False."
+            )
