@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.evaluation.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, wilson
-from qscope_posttrain.evaluation.sampling import Prompt, Sample, SamplingSettings, generate_samples
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
+from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, generate_samples
 from qscope_posttrain.text.scripts import check_source, contains_language_script, target_script
 
 __all__ = [
@@ -148,12 +148,12 @@ class SwitchingResult:
         }
 
     def write_examples(self, path: str | os.PathLike[str]) -> Path:
-        """Write every response as one line of JSON (`Sample` fields and `switched`), in one step. Returns the path.
+        """Write every response as one line of JSON, in one step. Returns the path.
 
-        ValueError if the file cannot be written.
+        The fields are those of `Sample` without the token ids, and `switched`. ValueError if it cannot be written.
         """
         lines = (
-            json.dumps({**asdict(sample), "switched": switched}, ensure_ascii=False)
+            json.dumps({**sample.to_dict(tokens=False), "switched": switched}, ensure_ascii=False)
             for sample, switched in zip(self.samples, self.switched, strict=True)
         )
         write_text(path, "".join(f"{line}\n" for line in lines))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qscope_posttrain.features.batches import evaluation_mode
 from qscope_posttrain.features.contrast import contrast_sample
 from qscope_posttrain.features.directions import random_directions
 from qscope_posttrain.features.effects import effect_gradients, measure_effects
@@ -19,6 +18,7 @@ from qscope_posttrain.features.scoring import TextScores, score_sample, target_p
 from qscope_posttrain.features.selection import difference_of_means
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Cell, Table
+from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.steering import Steering, steer
 
 __all__ = ["CausalEffect", "CausalReport", "causal_check", "effect_gradients", "measure_effects", "target_probability"]

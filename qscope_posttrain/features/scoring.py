@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qscope_posttrain.features.batches import TokenBatch, evaluation_mode, input_device
+from qscope_posttrain.features.batches import TokenBatch, input_device
 from qscope_posttrain.features.contrast import ContrastSample, contrast_sample
+from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 
 LOGITS_AT_A_TIME = 1 << 24
 """Logits converted to fp32 at a time: 64 MiB."""

@@ -23,7 +23,6 @@ from qscope_posttrain.features.accumulator import (
 from qscope_posttrain.features.batches import (
     TokenSequence,
     check_texts,
-    evaluation_mode,
     longest_allowed,
     pad_token,
     token_batches,
@@ -33,6 +32,7 @@ from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_s
 from qscope_posttrain.provenance import model_identity, text_fingerprint
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Table
+from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.layers import check_layers, text_config
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

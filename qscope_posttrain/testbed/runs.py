@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from qscope_posttrain.evaluation.sampling import Sample
 from qscope_posttrain.report.progress import progress
+from qscope_posttrain.residual.sampling import Sample
 from qscope_posttrain.testbed.arms import ARMS, Arm
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.config import TestbedConfig

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qscope_posttrain.features.batches import evaluation_mode
 from qscope_posttrain.report.progress import progress
+from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.layers import pretrained_model, text_config, unwrapped
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -82,6 +82,22 @@ class Sample:
     ended: bool
     """Whether it ended by itself, rather than at `max_new_tokens`."""
 
+    prompt_tokens: tuple[int, ...] = ()
+    """Token ids of the prompt; empty where they were not kept."""
+
+    tokens: tuple[int, ...] = ()
+    """Token ids of the response up to, not including, the end token; empty where they were not kept."""
+
+    def __post_init__(self) -> None:
+        # JSON knows no tuples: a sample that was written and read again equals the one that was written.
+        for name in ("prompt_tokens", "tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_dict(self, tokens: bool = True) -> dict[str, Any]:
+        """The fields, JSON-ready; with `tokens=False` those that a person reads, without the token ids."""
+        values = asdict(self)
+        return values if tokens else {name: values[name] for name in values if not name.endswith("tokens")}
+
 
 def generate_samples(
     model: nn.Module,
@@ -128,18 +144,20 @@ def generate_samples(
     by_length = sorted(range(len(texts)), key=lambda place: -len(ids[place]))
     rows = [(place, sample) for place in by_length for sample in range(settings.samples_per_prompt)]
     batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
-    responses: dict[tuple[int, int], tuple[str, bool]] = {}
+    responses: dict[tuple[int, int], tuple[list[int], bool]] = {}
     with _sampling(model, tokenizer, settings) as end_ids:
         for batch in progress(batches, description="sampling responses", enabled=show_progress):
             new_tokens = _generate(model, tokenizer, [ids[place] for place, _ in batch])
             for row, tokens in zip(batch, new_tokens.tolist(), strict=True):
                 end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
-                responses[row] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True)), end is not None
-    return [
-        Sample(language, index, sample, text, *responses[place, sample])
-        for place, (language, index, text) in enumerate(texts)
-        for sample in range(settings.samples_per_prompt)
-    ]
+                responses[row] = tokens[:end], end is not None
+    samples = []
+    for place, (language, index, text) in enumerate(texts):
+        for number in range(settings.samples_per_prompt):
+            tokens, ended = responses[place, number]
+            response = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            samples.append(Sample(language, index, number, text, response, ended, tuple(ids[place]), tuple(tokens)))
+    return samples
 
 
 def _prompt_texts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import peft
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from qscope_posttrain.evaluation.sampling import SamplingSettings, generate_samples
+from qscope_posttrain.residual.sampling import Sample, SamplingSettings, generate_samples
 
 SHORT = SamplingSettings(samples_per_prompt=2, max_new_tokens=6, top_p=1.0, batch_size=4)
 GREEDY = SamplingSettings(samples_per_prompt=1, max_new_tokens=6, temperature=0, batch_size=3)
@@ -115,6 +116,22 @@ def test_distribution_is_that_of_temperature_and_nucleus(make_model, tiny_tokeni
     assert set(seen) <= set(by_text)
     for text, p in by_text.items():
         assert abs(seen.count(text) / 2000 - p) < 5 * (p * (1 - p) / 2000) ** 0.5 + 1e-3
+
+
+def test_tokens_are_those_read_and_written(make_model, tiny_tokenizer):
+    settings = SamplingSettings(samples_per_prompt=60, max_new_tokens=40, top_p=1.0, batch_size=60)
+    samples = generate_samples(make_model(), tiny_tokenizer, {"en": ["We bought", "The old river"]}, settings)
+    for sample in samples:
+        assert sample.prompt_tokens == tuple(tiny_tokenizer(sample.prompt)["input_ids"])
+        assert sample.response == tiny_tokenizer.decode(list(sample.tokens), skip_special_tokens=True)
+        assert tiny_tokenizer.eos_token_id not in sample.tokens
+        assert len(sample.tokens) < 40 if sample.ended else len(sample.tokens) == 40
+
+
+def test_a_sample_survives_json(make_model, tiny_tokenizer, prompts):
+    sample = generate_samples(make_model(), tiny_tokenizer, prompts, SHORT)[0]
+    assert Sample(**json.loads(json.dumps(sample.to_dict()))) == sample
+    assert set(sample.to_dict()) - set(sample.to_dict(tokens=False)) == {"prompt_tokens", "tokens"}
 
 
 def test_ended_and_cut_at_the_end_token(make_model, tiny_tokenizer):
