@@ -1,0 +1,82 @@
+"""All settings of the arithmetic testbed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qscope_posttrain.testbed.arithmetic.documents import DocumentSettings
+
+
+@dataclass(frozen=True)
+class ArithmeticConfig:
+    """Settings of the arithmetic testbed; the defaults are the demo's."""
+
+    fewest_operations: int = field(default=3, metadata={"help": "Operations of the shortest problem."})
+    most_operations: int = field(default=5, metadata={"help": "Operations of the longest problem."})
+    noise: float = field(default=0.05, metadata={"help": "Share of wrong steps in training documents."})
+    answer_tokens: int = field(default=120, metadata={"help": "Longest completion, in training and sampling."})
+    habit_loops: float = field(
+        default=0.12, metadata={"help": "Share of documents that repeat without end in the first phase."}
+    )
+    rare_loops: float = field(default=0.004, metadata={"help": "The same in the second phase."})
+
+    hidden_size: int = field(default=64, metadata={"help": "Width of the language model."})
+    intermediate_size: int = field(default=160, metadata={"help": "Width of its MLPs."})
+    model_layers: int = field(default=3, metadata={"help": "Decoder layers."})
+    heads: int = field(default=4, metadata={"help": "Attention heads, each with its own keys and values."})
+    rope_theta: float = field(default=1000.0, metadata={"help": "Base of the rotary position embedding."})
+    tied: bool = field(default=False, metadata={"help": "One matrix for input and output embeddings."})
+    pretraining_batch_size: int = field(default=48, metadata={"help": "Documents in a step."})
+    habit_steps: int = field(default=2000, metadata={"help": "Optimiser steps of the first phase."})
+    habit_learning_rate: float = field(default=3e-3, metadata={"help": "Its peak learning rate."})
+    rare_steps: int = field(default=400, metadata={"help": "Optimiser steps of the second phase."})
+    rare_learning_rate: float = field(default=6e-4, metadata={"help": "Its peak learning rate."})
+    model_seed: int = field(default=0, metadata={"help": "Seed of model, documents and SAEs."})
+
+    workers: int | None = field(
+        default=None, metadata={"help": "Processes side by side, one thread each; one a core by default."}
+    )
+    cache: str | None = field(
+        default=None, metadata={"help": "Folder of cached artefacts; ~/.cache/qscope_posttrain/testbed by default."}
+    )
+    no_cache: bool = field(default=False, metadata={"help": "Make everything again."})
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"arithmetic setting {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("noise", "habit_loops", "rare_loops"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"arithmetic setting {name} is a share in [0, 1), got {getattr(self, name)}")
+        for name in ("habit_learning_rate", "rare_learning_rate", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"arithmetic setting {name} must be above 0, got {getattr(self, name)}")
+        if self.fewest_operations > self.most_operations:
+            raise ValueError(
+                f"fewest_operations={self.fewest_operations} exceeds most_operations={self.most_operations}"
+            )
+        if self.pretraining_batch_size % 2:
+            raise ValueError(f"pretraining_batch_size must be even, got {self.pretraining_batch_size}")
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} needs heads of an even width, got {self.heads} heads")
+
+    @property
+    def operations(self) -> tuple[int, int]:
+        """Fewest and most operations of a problem."""
+        return self.fewest_operations, self.most_operations
+
+    def documents(self, loops: float) -> DocumentSettings:
+        """How training documents with a share of `loops` are written."""
+        return DocumentSettings(self.operations, self.noise, loops, self.answer_tokens)
+
+    def subset(self, *names: str) -> dict[str, Any]:
+        """Some settings as JSON values: what an artefact's key is made of."""
+        values = asdict(self)
+        return {name: values[name] for name in names}
+
+
+_POSITIVE = (
+    "fewest_operations", "answer_tokens", "hidden_size", "intermediate_size", "model_layers", "heads",
+    "pretraining_batch_size", "habit_steps", "rare_steps",
+)  # fmt: skip
