@@ -20,6 +20,7 @@ _HOME = {
     "pack_with_languages": "qscope_posttrain.sft.packing",
     "sasft_loss": "qscope_posttrain.sft.loss",
     "Steering": "qscope_posttrain.residual.steering",
+    "Window": "qscope_posttrain.residual.positions",
     "steer": "qscope_posttrain.residual.steering",
     "evaluate_code_switching": "qscope_posttrain.evaluation.code_switching",
 }
@@ -30,6 +31,7 @@ __all__ = [
     "SparseAutoencoder",
     "Steering",
     "TokenPenaltyCallback",
+    "Window",
     "__version__",
     "evaluate_code_switching",
     "find_language_features",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.features.find import find_language_features
+    from qscope_posttrain.residual.positions import Window
     from qscope_posttrain.residual.steering import Steering, steer
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sft.baselines import TokenPenaltyCallback

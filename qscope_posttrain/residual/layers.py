@@ -51,6 +51,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return _text_backbone(model)[1]
 
 
+def text_backbone(model: nn.Module) -> nn.Module:
+    """The module that holds the token embedding and the decoder layers, and runs whenever they run.
+
+    Raises:
+        ValueError: as `decoder_layers`.
+    """
+    return _text_backbone(model)[0]
+
+
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output embedding.
 

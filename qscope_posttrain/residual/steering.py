@@ -2,115 +2,97 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.residual.capture import hidden_states
+from qscope_posttrain.residual.formulas import Change
 from qscope_posttrain.residual.layers import check_layers, decoder_layers, text_config
+from qscope_posttrain.residual.positions import ColumnTracker, Positions, Span, Window
+from qscope_posttrain.residual.steering_spec import Mode, Steering, Unit
 
-Mode = Literal["add", "project_out"]
-Unit = Literal["raw", "norm"]
+__all__ = ["Mode", "Positions", "Steering", "Unit", "Window", "steer"]
 
-
-@dataclass(frozen=True, eq=False)
-class Steering:
-    """One direction, and what to do with it at the output of some decoder layers, at every token.
-
-    With d the direction, s the strength and h the hidden state of a token:
-
-        add, unit "raw"     h' = h + s d
-        add, unit "norm"    h' = h + s d / ||d||
-        project_out         h' = h - s (h . d / ||d||^2) d
-
-    Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a value is out of range; the message says which.
-    """
-
-    direction: Tensor
-    """Direction `[d_model]` in the residual stream, floating point, finite and not zero. Kept detached."""
-
-    layers: tuple[int, ...]
-    """Numbers of the decoder layers, from 0, whose output is changed."""
-
-    strength: float = 1.0
-    """How much: for `add` a multiple of `unit`, negative to subtract; for `project_out` the share of the component
-    that is removed (1: all of it)."""
-
-    mode: Mode = "add"
-    """`add` shifts every hidden state by the same vector; `project_out` removes its component along the direction."""
-
-    unit: Unit = "raw"
-    """What strength 1 means for `add`: the direction as it is (`raw`), or a vector of length 1 along it (`norm`), so
-    that strength is a length in the residual stream. `project_out` does not depend on the length of the direction."""
-
-    def __post_init__(self) -> None:
-        direction = self.direction
-        if not isinstance(direction, Tensor) or not direction.is_floating_point():
-            found = direction.dtype if isinstance(direction, Tensor) else type(direction).__name__
-            raise TypeError(f"direction must be a floating-point tensor [d_model]; got {found}.")
-        if direction.dim() != 1:
-            raise ValueError(f"direction must have the shape [d_model]; got {list(direction.shape)}.")
-        if not torch.isfinite(direction).all() or not direction.any():
-            raise ValueError("direction must be finite and not zero.")
-        if isinstance(self.strength, bool) or not isinstance(self.strength, (int, float)):
-            raise TypeError(f"strength must be a number; got {self.strength!r}.")
-        if not math.isfinite(self.strength):
-            raise ValueError(f"strength must be finite; got {self.strength}.")
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; got {self.mode!r}.")
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}; got {self.unit!r}.")
-        try:
-            layers = tuple(self.layers)
-        except TypeError as error:
-            raise TypeError(f"layers must be numbers of layers, e.g. (20,); got {self.layers!r}.") from error
-        object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "direction", direction.detach())
+LayerHook = Callable[[nn.Module, Any, Any], Any]
 
 
 @contextmanager
-def steer(model: nn.Module, *steerings: Steering) -> Iterator[dict[int, int]]:
+def steer(
+    model: nn.Module,
+    *steerings: Steering,
+    prompt_length: int | Tensor | None = None,
+    require_generated: bool = True,
+) -> Iterator[dict[int, int]]:
     """Apply `steerings` to every forward of `model` inside the `with` block.
 
-    Hooks return a new tensor and keep its dtype: the direction is prepared in fp32 and then cast. Several steerings
-    of one layer apply in the order given; nested blocks compose, the outer one first. The hooks are removed on exit,
-    also after an exception. A backward that recomputes layers (gradient checkpointing) must run inside the block.
-    A model under `torch.compile` must make its first forward inside the block; after it, it compiles again.
+    Hooks return a new tensor and keep its dtype: vectors are prepared in fp32 and then cast. Several steerings of one
+    layer apply in the order given; nested blocks compose, the outer one first. The hooks are removed on exit, also
+    after an exception.
+
+    Generated token t of a row is column `prompt_length + t` of the batch. Every forward counts its columns from the
+    length of its cache, so that decoding token by token and one forward over the whole text steer the same states.
+    Without `prompt_length` it is the width of the forward that starts with an empty cache: what `generate` does with
+    prompts padded on the left. Another `generate` inside the block starts again.
+
+    What to know:
+
+    - `torch.compile`: with positions "all" a model must make its first forward inside the block, and compiles again
+      after it. Other positions break the graph at the steered layers: they are right, but slow.
+    - A backward that recomputes layers (gradient checkpointing) must run inside the block and, with positions other
+      than "all", before the next forward.
+    - Hooks belong to the model: forwards from other threads are steered too. Use one thread.
+    - A batch packed into one row has one column count for all its texts: only positions "all" make sense there.
+    - In a mixture of experts a steered row may go to other experts, which changes how the matrix products of the
+      remaining rows are grouped, and with it their last bits.
+
+    Args:
+        prompt_length: columns of the prompt, padding included; one number, or `[rows]`. Needed for a single forward
+            over prompts and completions, a prompt read in pieces, and `use_cache=False`.
+        require_generated: whether a block whose steerings wait for generated tokens, but in which none was read, is
+            an error. A rollout may end with its first token, which is chosen but never read.
 
     Yields:
         Hook calls so far per layer; a compiled layer counts once.
 
     Raises:
-        ValueError: no steering, a layer that the model does not have, or a direction of another size.
-        RuntimeError: on exit without another exception, if a steered layer never ran.
+        ValueError: no steering, a layer that the model does not have, a direction of another size, or a number of
+            rows that is not the batch's.
+        RuntimeError: on exit without another exception, if a steered layer never ran, or no token was read that a
+            steering waits for; in a forward, if where generated tokens begin cannot be told.
     """
     if not steerings:
         raise ValueError("No steering given; pass at least one Steering.")
     width = text_config(model).hidden_size
     for steering in steerings:
         check_layers(model, steering.layers)
-        if steering.direction.numel() != width:
-            raise ValueError(
-                f"direction has {steering.direction.numel()} entries, but the model's residual stream has {width}."
-            )
+        found = steering.direction.shape[-1]
+        if found != width:
+            raise ValueError(f"direction has {found} entries, but the model's residual stream has {width}.")
     layers = decoder_layers(model)
+    columns = ColumnTracker(prompt_length)
     calls = {layer: 0 for steering in steerings for layer in steering.layers}
     handles = []
     try:
+        if any(steering.positions != "all" for steering in steerings):
+            handles.append(columns.attach(model))
         for steering in steerings:
             for layer in steering.layers:
-                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, calls)))
+                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, calls, columns)))
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+    _check_effect(steerings, calls, columns, require_generated)
+
+
+def _check_effect(
+    steerings: tuple[Steering, ...], calls: dict[int, int], columns: ColumnTracker, require_generated: bool
+) -> None:
+    """RuntimeError for a block that certainly steered nothing."""
     silent = [layer for layer, count in calls.items() if count == 0]
     if silent:
         raise RuntimeError(
@@ -118,38 +100,68 @@ def steer(model: nn.Module, *steerings: Steering) -> Iterator[dict[int, int]]:
             "forward was made, or another copy of the model ran, or the model was compiled before the block (then call "
             "torch.compiler.reset() first)."
         )
+    for steering in steerings:
+        if steering.positions == "prompt" and not columns.prompt_seen:
+            raise RuntimeError("Steering had no effect: positions 'prompt', but no token of a prompt was read.")
+        waits = steering.positions == "generated" or isinstance(steering.positions, Window)
+        if waits and require_generated and not columns.generated_seen:
+            raise RuntimeError(
+                "Steering had no effect: it waits for generated tokens, but none was read inside the block. A forward "
+                "without a cache reads prompts only, unless steer(..., prompt_length=...) says where they end; and the "
+                "last token that `generate` returns is never read."
+            )
 
 
-def _hook(steering: Steering, layer: int, calls: dict[int, int]) -> Callable[[nn.Module, Any, Any], Any]:
+def _hook(steering: Steering, layer: int, calls: dict[int, int], columns: ColumnTracker) -> LayerHook:
     """Forward hook that steers one layer, for an output that is a tensor or a tuple."""
-    # Cast once per device and dtype, not at every token of a generation.
-    prepared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+    # Cast and moved once per device and dtype, not at every token of a generation.
+    prepared: dict[tuple[torch.device, torch.dtype], tuple[Change, Tensor | None]] = {}
+    batch_rows = steering.batch_rows
+    selection = None if steering.positions == "all" else _Selection(steering, columns)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = hidden_states(output)
         # A graph is compiled for the values of Python counters: one that grows would mean a new graph at every call.
         calls[layer] = 1 if torch.compiler.is_compiling() else calls[layer] + 1
+        if batch_rows is not None and hidden.shape[0] != batch_rows:
+            raise ValueError(f"Steering is given for {batch_rows} rows, but the batch has {hidden.shape[0]}.")
+        inside = True if selection is None else selection.mask(hidden)
+        if inside is False:
+            return None
         key = (hidden.device, hidden.dtype)
         if key not in prepared:
-            prepared[key] = tuple(vector.to(*key) for vector in _vectors(steering))
-        steered = _apply(hidden, *prepared[key])
+            mask = None if steering.rows is None else steering.rows[:, None].to(hidden.device)
+            prepared[key] = steering.change(layer).to(*key), mask
+        change, rows = prepared[key]
+        steered = change.apply(hidden)
+        if inside is not True:
+            rows = inside if rows is None else inside & rows
+        if rows is not None:
+            # Not a shift by zero: that would turn -0.0 to 0.0, and a readout of inf times zero into nan.
+            steered = torch.where(rows.unsqueeze(-1), steered, hidden)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
-    return hook
+    return hook if selection is None else torch.compiler.disable(hook)
 
 
-def _vectors(steering: Steering) -> tuple[Tensor, ...]:
-    """fp32 vectors `[d_model]`: `(shift,)` to add, or `(unit vector, strength * unit vector)` to project out."""
-    direction = steering.direction.float()
-    unit_vector = direction / direction.norm()
-    if steering.mode == "project_out":
-        return unit_vector, steering.strength * unit_vector
-    return (steering.strength * (unit_vector if steering.unit == "norm" else direction),)
+class _Selection:
+    """Which columns of the present forward a steering changes."""
 
+    def __init__(self, steering: Steering, columns: ColumnTracker) -> None:
+        self._steering, self._columns = steering, columns
+        self._prompt_length: int | Tensor | None = None
+        self._span = Span(0, 0)
 
-def _apply(hidden: Tensor, *vectors: Tensor) -> Tensor:
-    """`hidden` `[..., d_model]` shifted by one vector, or with its component along the first removed by the second."""
-    if len(vectors) == 1:
-        return hidden + vectors[0]
-    read, write = vectors
-    return hidden - (hidden @ read).unsqueeze(-1) * write
+    def mask(self, hidden: Tensor) -> bool | Tensor:
+        """True, False, or bool `[rows or 1, tokens]` (see `Span.mask`)."""
+        columns = self._columns
+        if columns.prompt_length is None or hidden.shape[1] != columns.width:
+            raise RuntimeError(
+                f"A steered layer gave {hidden.shape[1]} columns, but the last forward of the model read "
+                f"{columns.width}: the layer runs outside of a forward, e.g. recomputed in a backward after another "
+                "forward. Only positions 'all' can be steered there."
+            )
+        if columns.prompt_length is not self._prompt_length:
+            self._prompt_length = columns.prompt_length
+            self._span = Span.of(self._steering.positions, columns.prompt_length, self._steering.rows)
+        return self._span.mask(columns.first, columns.width, hidden.device)

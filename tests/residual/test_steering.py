@@ -181,14 +181,14 @@ def test_wrong_use_is_refused_before_any_hook(make_model, direction):
     [
         ({"direction": [1.0]}, TypeError, "got list"),
         ({"direction": torch.ones(4, dtype=torch.int64)}, TypeError, "int64"),
-        ({"direction": torch.ones(1, 4)}, ValueError, r"got \[1, 4\]"),
+        ({"direction": torch.ones(1, 1, 4)}, ValueError, r"got \[1, 1, 4\]"),
         ({"direction": torch.zeros(4)}, ValueError, "not zero"),
         ({"direction": torch.tensor([1.0, float("nan")])}, ValueError, "finite"),
         ({"layers": 3}, TypeError, "layers must be numbers"),
         ({"strength": "2"}, TypeError, "strength must be a number"),
         ({"strength": float("inf")}, ValueError, "strength must be finite"),
-        ({"mode": "clamp"}, ValueError, "add, project_out; got 'clamp'"),
-        ({"unit": "std"}, ValueError, "raw, norm; got 'std'"),
+        ({"mode": "turn"}, ValueError, "add, project_out, ablate, clamp; got 'turn'"),
+        ({"unit": "std"}, ValueError, "raw, norm, relative; got 'std'"),
     ],
 )
 def test_validation(fields, error, message):

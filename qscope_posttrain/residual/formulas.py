@@ -1,0 +1,54 @@
+"""The arithmetic of steering: what each mode does to hidden states, in vectors prepared once per device and dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """h' = h + shift - g(h) write, with g(h) = h . read, or relu(h . read + bias) if `rectified`.
+
+    Vectors are `[d_model]`, or `[rows, 1, d_model]` for one per row. None leaves its part out.
+    """
+
+    shift: Tensor | None = None
+    read: Tensor | None = None
+    """`[d_model, 1]`, or `[rows, d_model, 1]`"""
+    write: Tensor | None = None
+    bias: float = 0.0
+    rectified: bool = False
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Change:
+        """Ready for hidden states of `dtype`: the shift of a pure addition in that dtype, all else at least fp32."""
+        wide = dtype if self.read is None else torch.promote_types(dtype, torch.float32)
+
+        def moved(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else vector.to(device, wide)
+
+        return Change(moved(self.shift), moved(self.read), moved(self.write), self.bias, self.rectified)
+
+    def apply(self, hidden: Tensor) -> Tensor:
+        """`hidden` `[..., d_model]` changed at every token; a new tensor of the same dtype."""
+        if self.read is None or self.write is None:
+            return hidden if self.shift is None else hidden + self.shift
+        readout = hidden.to(self.read.dtype) @ self.read
+        if self.rectified:
+            readout = (readout + self.bias).relu()
+        change = -readout * self.write
+        if self.shift is not None:
+            change = change + self.shift
+        return hidden + change.to(hidden.dtype)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """`vectors` `[..., d_model]` at length 1; a zero vector stays zero."""
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+
+
+def spread(vectors: Tensor) -> Tensor:
+    """`[d_model]` as it is, `[rows, d_model]` as `[rows, 1, d_model]`, to meet `[rows, tokens, d_model]`."""
+    return vectors if vectors.dim() == 1 else vectors.unsqueeze(1)
