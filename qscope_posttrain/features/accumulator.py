@@ -97,9 +97,9 @@ class LayerSums:
 def layer_rows(
     model: nn.Module, layers: Sequence[int], batch: TokenBatch
 ) -> Iterator[tuple[int, Tensor, list[LanguageRows]]]:
-    """For each layer the residual vectors [tokens, d_model] of a batch without first tokens, and whose they are."""
+    """For each layer the residual vectors [tokens, d_model] of the tokens that count, and whose they are."""
     hidden = forward_to_layer(model, layers, input_ids=batch.input_ids.to(input_device(model)))
-    positions = batch.positions(skip_first=True)
+    positions = batch.positions()
     groups = language_rows(batch)
     for layer in layers:
         states = hidden.pop(layer)
@@ -107,11 +107,11 @@ def layer_rows(
 
 
 def language_rows(batch: TokenBatch) -> list[LanguageRows]:
-    """Where the rows of each language lie when the first token of every sequence is left out."""
+    """Where the rows of each language lie among the tokens of a batch that count."""
     groups: list[LanguageRows] = []
     start = 0
     for sequence in batch.sequences:
-        stop = start + len(sequence.ids) - 1
+        stop = start + sequence.counted
         if groups and groups[-1].language == sequence.language:
             groups[-1] = LanguageRows(sequence.language, groups[-1].start, stop)
         else:
@@ -137,7 +137,7 @@ def calibration_sample(sequences: Sequence[TokenSequence]) -> tuple[list[TokenSe
     ordered = sorted(sequences, key=TokenSequence.content_hash)
     taken = tokens = 0
     while taken < len(ordered) and tokens < CALIBRATION_TOKENS:
-        tokens += len(ordered[taken].ids) - 1
+        tokens += ordered[taken].counted
         taken += 1
     return ordered[:taken], ordered[taken:]
 

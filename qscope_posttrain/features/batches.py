@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,29 @@ SHORTEST_SHARE = 0.75
 
 
 @dataclass(frozen=True)
+class TokenText:
+    """A text as token ids, of which only those from `start` on count: what stands before them is their context."""
+
+    ids: tuple[int, ...]
+    start: int = 1
+    """Position of the first token that counts; the first token of a text never does"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", tuple(map(operator.index, self.ids)))
+        if any(token < 0 for token in self.ids):
+            raise ValueError(f"Token ids cannot be negative, got {min(self.ids)}.")
+        if not 1 <= self.start < max(len(self.ids), 2):
+            raise ValueError(
+                f"start must lie between 1 and the last of the {len(self.ids)} tokens, so that at least one counts; "
+                f"got {self.start}."
+            )
+
+
+Text = str | TokenText | Sequence[int]
+"""A string, which the tokenizer encodes with its own special tokens, or token ids, which are read as they are."""
+
+
+@dataclass(frozen=True)
 class TokenSequence:
     """One tokenised text."""
 
@@ -29,6 +53,13 @@ class TokenSequence:
     """Position among the texts of its language"""
     ids: tuple[int, ...]
     truncated: bool
+    start: int = 1
+    """Position of the first token that counts; at the length or beyond, none does"""
+
+    @property
+    def counted(self) -> int:
+        """Number of tokens that count."""
+        return max(len(self.ids) - self.start, 0)
 
     def content_hash(self) -> bytes:
         """Depends on the token ids alone: not on the order of the texts, the language or the process."""
@@ -48,20 +79,19 @@ class TokenBatch:
     lengths: Tensor
     """[batch] int64"""
 
-    def positions(self, skip_first: bool) -> Tensor:
-        """[tokens] int64: indices into the flattened [batch * length] grid, in order, of the real tokens.
-
-        `skip_first` leaves out the first token of every sequence.
-        """
+    def positions(self) -> Tensor:
+        """[tokens] int64: indices into the flattened [batch * length] grid, in order, of the tokens that count."""
         column = torch.arange(self.input_ids.shape[1])
-        real = column < self.lengths[:, None]
-        if skip_first:
-            real &= column > 0
-        return real.flatten().nonzero().squeeze(1)
+        start = torch.tensor([sequence.start for sequence in self.sequences])
+        counts = (column >= start[:, None]) & (column < self.lengths[:, None])
+        return counts.flatten().nonzero().squeeze(1)
 
 
-def check_texts(texts: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """The languages of `texts`; TypeError or ValueError when it is not {language: non-empty list of strings}."""
+def check_texts(texts: Mapping[str, Sequence[Text]]) -> tuple[str, ...]:
+    """The languages of `texts`; TypeError or ValueError when it is not {language: non-empty list of texts}.
+
+    A text is a string, a `TokenText`, or a list of token ids.
+    """
     if not isinstance(texts, Mapping):
         raise TypeError(f'texts must be a mapping such as {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.')
     if not texts:
@@ -70,19 +100,38 @@ def check_texts(texts: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
         if not isinstance(language, str):
             raise TypeError(f"Languages must be strings, got {language!r}.")
         if isinstance(lines, str) or not isinstance(lines, Sequence):
-            raise TypeError(f"texts[{language!r}] must be a list of strings, got {type(lines).__name__}.")
+            raise TypeError(f"texts[{language!r}] must be a list of strings or token ids, got {type(lines).__name__}.")
         if len(lines) == 0:
             raise ValueError(f"Language {language!r} has no texts; remove it or give it some.")
-        wrong = next((line for line in lines if not isinstance(line, str)), None)
-        if wrong is not None:
-            raise TypeError(f"texts[{language!r}] must hold strings, got {type(wrong).__name__}.")
+        for line in lines:
+            if isinstance(line, bytes) or not isinstance(line, (str, TokenText, Sequence)):
+                raise TypeError(f"texts[{language!r}] must hold strings or lists of token ids, got {_kind(line)}.")
+            if not isinstance(line, (str, TokenText)) and not all(_is_token_id(token) for token in line):
+                wrong = next(token for token in line if not _is_token_id(token))
+                raise TypeError(f"texts[{language!r}] holds a list with {wrong!r} in it, which is no token id.")
     return tuple(texts)
 
 
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def describe_text(text: Text) -> str:
+    """A string that identifies a text, for `provenance.text_fingerprint`: itself, or its ids and where they count."""
+    if isinstance(text, str):
+        return text
+    known = text if isinstance(text, TokenText) else TokenText(tuple(text))
+    return f"token ids from {known.start}: {' '.join(map(str, known.ids))}"
+
+
 def tokenize_texts(
-    tokenizer: Any, texts: Mapping[str, Sequence[str]], max_length: int, languages: Sequence[str] | None = None
+    tokenizer: Any, texts: Mapping[str, Sequence[Text]], max_length: int, languages: Sequence[str] | None = None
 ) -> list[TokenSequence]:
-    """Token ids of all texts, with the tokenizer's own special tokens, each cut after `max_length` tokens.
+    """Token ids of all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens.
 
     Texts without a token are left out. `languages` restricts the work to some languages of `texts`; the language
     index of a sequence always counts in the order of `texts`.
@@ -100,23 +149,38 @@ def tokenize_texts(
         if languages is not None and language not in languages:
             continue
         found = [
-            TokenSequence(index, number, tuple(ids[:max_length]), len(ids) > max_length)
-            for number, ids in enumerate(_token_ids(tokenizer, texts[language]))
-            if len(ids) > 0
+            TokenSequence(index, number, text.ids[:max_length], len(text.ids) > max_length, text.start)
+            for number, text in enumerate(_token_texts(tokenizer, texts[language]))
+            if len(text.ids) > 0
         ]
-        if all(len(sequence.ids) < 2 for sequence in found):
-            raise ValueError(f"Language {language!r} has no text of at least two tokens.")
+        if all(sequence.counted == 0 for sequence in found):
+            raise ValueError(
+                f"Language {language!r} has no text of at least two tokens"
+                + (f", or none that counts before token {max_length}." if any(s.truncated for s in found) else ".")
+            )
         sequences += found
     return sequences
 
 
-def _token_ids(tokenizer: Any, lines: Sequence[str]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(lines), TEXTS_PER_TOKENIZER_CALL):
-        # verbose=False: a text beyond the model's length is cut by us, not worth the tokenizer's warning
-        encoded = tokenizer(list(lines[start : start + TEXTS_PER_TOKENIZER_CALL]), verbose=False)
-        if "input_ids" not in encoded:
-            raise TypeError(f"{type(tokenizer).__name__} returns no input_ids, got {list(encoded)}.")
-        yield from encoded["input_ids"]
+def _token_texts(tokenizer: Any, texts: Sequence[Text]) -> Iterator[TokenText]:
+    for start in range(0, len(texts), TEXTS_PER_TOKENIZER_CALL):
+        part = texts[start : start + TEXTS_PER_TOKENIZER_CALL]
+        encoded = _encoded(tokenizer, [text for text in part if isinstance(text, str)])
+        for text in part:
+            if isinstance(text, TokenText):
+                yield text
+            else:
+                yield TokenText(tuple(next(encoded) if isinstance(text, str) else text))
+
+
+def _encoded(tokenizer: Any, lines: list[str]) -> Iterator[Sequence[int]]:
+    if not lines:
+        return
+    # verbose=False: a text beyond the model's length is cut by us, not worth the tokenizer's warning
+    encoded = tokenizer(lines, verbose=False)
+    if "input_ids" not in encoded:
+        raise TypeError(f"{type(tokenizer).__name__} returns no input_ids, got {list(encoded)}.")
+    yield from encoded["input_ids"]
 
 
 def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_id: int = 0) -> list[TokenBatch]:

@@ -120,7 +120,7 @@ def feature_set_from(
             "text_fingerprint": statistics.text_fingerprint,
             "texts": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
             "left_out": {
-                "first_tokens": dict(zip(statistics.languages, statistics.texts.tolist(), strict=True)),
+                "first_tokens": dict(zip(statistics.languages, statistics.skipped.tolist(), strict=True)),
                 "norm_outliers": {
                     str(layer): dict(zip(statistics.languages, measured.outliers.tolist(), strict=True))
                     for layer, measured in statistics.layers.items()

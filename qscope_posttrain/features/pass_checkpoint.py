@@ -101,8 +101,8 @@ def describe_sae(sae: SparseAutoencoder | None) -> dict[str, Any] | None:
 
 
 def sequence_fingerprint(sequences: Sequence[TokenSequence], languages: Sequence[str]) -> str:
-    """SHA-256 over the token ids of all sequences and their languages, whatever their order."""
+    """SHA-256 over the token ids of all sequences, their languages and where they count, whatever their order."""
     digest = hashlib.sha256()
-    for language, content in sorted((languages[s.language], s.content_hash()) for s in sequences):
-        digest.update(language.encode() + b"\0" + content)
+    for language, content, start in sorted((languages[s.language], s.content_hash(), s.start) for s in sequences):
+        digest.update(language.encode() + b"\0" + content + start.to_bytes(8, "little"))
     return digest.hexdigest()

@@ -21,8 +21,10 @@ from qscope_posttrain.features.accumulator import (
     reduce_over_processes,
 )
 from qscope_posttrain.features.batches import (
+    Text,
     TokenSequence,
     check_texts,
+    describe_text,
     longest_allowed,
     pad_token,
     token_batches,
@@ -115,7 +117,9 @@ class PassStatistics:
     languages: tuple[str, ...]
     layers: Mapping[int, LayerStatistics]
     texts: Tensor
-    """[L] int64: texts read; each loses its first token to the statistics"""
+    """[L] int64: texts read"""
+    skipped: Tensor
+    """[L] int64: tokens before the first that counts: the first one of a text, the context of a `TokenText`"""
     truncated: Tensor
     """[L] int64: texts longer than max_length"""
     settings: Mapping[str, Any]
@@ -129,7 +133,7 @@ class PassStatistics:
             title="Tokens behind the statistics",
             columns=["language", "texts", "cut", "tokens", "first tokens left out", "norm outliers left out (most)"],
             rows=[
-                [name, int(self.texts[i]), int(self.truncated[i]), int(tokens[:, i].max()), int(self.texts[i]),
+                [name, int(self.texts[i]), int(self.truncated[i]), int(tokens[:, i].max()), int(self.skipped[i]),
                  int(outliers[:, i].max())]
                 for i, name in enumerate(self.languages)
             ],
@@ -139,7 +143,7 @@ class PassStatistics:
 def collect_statistics(
     model: nn.Module,
     tokenizer: Any,
-    texts: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Sequence[Text]],
     saes: Mapping[int, SparseAutoencoder | None],
     *,
     tokens_per_batch: int = 4096,
@@ -157,15 +161,17 @@ def collect_statistics(
     of post-activations and the firing count of every feature. Sums are fp64, so they do not depend on the order of
     the texts, and on the batches only through the model's own rounding.
 
-    Left out and counted: the first token of every text, and tokens whose residual norm exceeds `outlier_factor`
-    times the median norm of the layer. The median comes from a calibration sample of the texts that is chosen by a
-    hash of their content, the same whatever the order, the batches and the number of processes.
+    Left out and counted: the first token of every text (or the context of a `TokenText`), and tokens whose residual
+    norm exceeds `outlier_factor` times the median norm of the layer. The median comes from a calibration sample of the
+    texts that is chosen by a hash of their content, the same whatever the order, the batches and the number of
+    processes.
 
     With torch.distributed initialised, every process must call this with the same arguments and a whole copy of the
     model; it reads its share of the batches, and all of them return the sums over all processes.
 
     Args:
-        texts: {language: texts}. Raw text; the tokenizer adds its own special tokens.
+        texts: {language: texts}. Strings, to which the tokenizer adds its own special tokens; or token ids as they
+            are (`batches.TokenText` to count only those behind some context).
         saes: {layer: SAE}, layers counted from 0; None for a layer of which only the residual stream is wanted.
         tokens_per_batch: tokens in a forward pass, padding included.
         max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
@@ -177,7 +183,7 @@ def collect_statistics(
         show_progress: see `report.progress.progress`.
 
     Raises:
-        TypeError: `texts` is not a mapping of lists of strings, or the tokenizer is none.
+        TypeError: `texts` is not a mapping of lists of strings or token ids, or the tokenizer is none.
         ValueError: empty language, layer out of range, SAE of another width or layer, sums too large.
     """
     languages = check_texts(texts)
@@ -238,9 +244,10 @@ def collect_statistics(
         languages=languages,
         layers={layer: _finished(layer, sums[layer], calibration.medians[layer], languages) for layer in layers},
         texts=_count(sequences, len(languages)),
+        skipped=_count(sequences, len(languages), [min(s.start, len(s.ids)) for s in sequences]),
         truncated=_count([sequence for sequence in sequences if sequence.truncated], len(languages)),
         settings=settings,
-        text_fingerprint=text_fingerprint(texts),
+        text_fingerprint=text_fingerprint({name: map(describe_text, entries) for name, entries in texts.items()}),
     )
 
 
@@ -279,8 +286,11 @@ def _to_cpu(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.cpu()
 
 
-def _count(sequences: Sequence[TokenSequence], languages: int) -> Tensor:
-    return torch.bincount(torch.tensor([s.language for s in sequences], dtype=torch.long), minlength=languages)
+def _count(sequences: Sequence[TokenSequence], languages: int, each: Sequence[int] | None = None) -> Tensor:
+    """[L] int64: the sequences of each language, or the sum of `each` over them."""
+    owners = torch.tensor([sequence.language for sequence in sequences], dtype=torch.long)
+    amounts = torch.ones_like(owners) if each is None else torch.tensor(each, dtype=torch.long)
+    return torch.zeros(languages, dtype=torch.long).index_add_(0, owners, amounts)
 
 
 def _require_sae(value: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from qscope_posttrain.evaluation import intervals
-from qscope_posttrain.evaluation.intervals import bootstrap_difference, bootstrap_over_prompts, wilson
+from qscope_posttrain import intervals
+from qscope_posttrain.intervals import bootstrap_difference, bootstrap_over_prompts, rate_difference, wilson
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95]))
@@ -101,3 +101,15 @@ def test_other_errors():
         wilson(1, 2, level=95)
     with pytest.raises(ValueError, match="resamples"):
         bootstrap_over_prompts([[1.0]], resamples=0)
+
+
+def test_rate_difference_equals_the_published_examples():
+    """Newcombe, Statistics in Medicine 17 (1998), Table II, method 10: 56/70 - 48/80, 9/10 - 3/10, 0/10 - 0/20."""
+    assert rate_difference((56, 70), (48, 80)) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert rate_difference((9, 10), (3, 10)) == pytest.approx((0.6, 0.1705, 0.8090), abs=5e-5)
+    assert rate_difference((0, 10), (0, 20)) == pytest.approx((0.0, -0.1611, 0.2775), abs=5e-5)
+
+
+def test_rate_difference_turns_its_sign_with_the_order():
+    there, back = rate_difference((7, 20), (3, 25)), rate_difference((3, 25), (7, 20))
+    assert there == pytest.approx((-back.estimate, -back.high, -back.low))

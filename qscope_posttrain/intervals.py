@@ -1,0 +1,152 @@
+"""Confidence intervals for rates measured by sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_CELLS_AT_ONCE = 4_000_000
+"""Entries of the index matrix held at a time while resampling: 32 MB."""
+
+
+class Interval(NamedTuple):
+    """An estimate and its confidence limits, all in the unit of the estimate."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of a binomial rate; right also at 0 and `n` successes, where the normal interval is empty.
+
+    With p = successes / n and z the normal quantile of (1 + level) / 2 (Wilson 1927):
+
+        (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    It takes the n outcomes for independent. Several samples of one prompt are not: see `bootstrap_over_prompts`.
+
+    Raises:
+        ValueError: `n` < 1, `successes` outside 0..n, or `level` outside (0, 1).
+    """
+    _check_level(level)
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"Expected 0 <= successes <= n and n >= 1; got {successes} of {n}.")
+    rate = successes / n
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    reach = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    # At the ends the limit is exact; rounding would leave it at 1e-18.
+    return Interval(rate, 0.0 if successes == 0 else centre - reach, 1.0 if successes == n else centre + reach)
+
+
+def rate_difference(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> Interval:
+    """Interval of p1 - p2 for two independent rates, each given as (successes, n).
+
+    Newcombe's hybrid score interval (1998, method 10), from the Wilson limits l and u of each rate:
+
+        p1 - p2  -  sqrt((p1 - l1)^2 + (u2 - p2)^2)  ..  p1 - p2  +  sqrt((u1 - p1)^2 + (p2 - l2)^2)
+
+    Raises:
+        ValueError: as for `wilson`.
+    """
+    one, two = wilson(*first, level), wilson(*second, level)
+    difference = one.estimate - two.estimate
+    below = math.hypot(one.estimate - one.low, two.high - two.estimate)
+    above = math.hypot(one.high - one.estimate, two.estimate - two.low)
+    return Interval(difference, difference - below, difference + above)
+
+
+def bootstrap_over_prompts(
+    outcomes: ArrayLike | Sequence[ArrayLike], resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of a mean, resampling whole prompts: samples of one prompt stay together.
+
+    Args:
+        outcomes: `[prompts, samples]`, or a list of such matrices, one per stratum (e.g. language). With strata, each
+            one is resampled by itself, and the estimate is the unweighted mean of their means.
+        resamples: bootstrap replicates.
+        level: coverage.
+        seed: of the resampling; the same seed gives the same interval.
+
+    Returns:
+        The interval. Zero width is possible where all prompts agree: then the data hold no information on the spread
+        between prompts, and the Wilson interval is the one to read.
+
+    Raises:
+        ValueError: a matrix is not `[prompts, samples]`, is empty, or holds values that are not finite.
+    """
+    is_strata = isinstance(outcomes, (list, tuple)) and bool(outcomes) and np.ndim(outcomes[0]) == 2
+    strata: list[Any] = list(outcomes) if is_strata else [outcomes]  # type: ignore[arg-type]
+    means = [_prompt_means(stratum) for stratum in strata]
+    return _percentile_interval(means, resamples, level, seed)
+
+
+def bootstrap_difference(
+    first: ArrayLike, second: ArrayLike, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Paired bootstrap interval of mean(first) - mean(second), measured on the same prompts.
+
+    Both are resampled by the same prompts, so that what makes a prompt easy or hard cancels. The number of samples
+    per prompt may differ.
+
+    Args:
+        first: `[prompts, samples]`.
+        second: `[prompts, samples]`, row n from the same prompt as row n of `first`.
+        resamples: bootstrap replicates.
+        level: coverage.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: different numbers of prompts, or as for `bootstrap_over_prompts`.
+    """
+    first_means, second_means = _prompt_means(first), _prompt_means(second)
+    if len(first_means) != len(second_means):
+        raise ValueError(f"A paired difference needs the same prompts; got {len(first_means)} and {len(second_means)}.")
+    return _percentile_interval([first_means - second_means], resamples, level, seed)
+
+
+def _percentile_interval(strata: list[NDArray[np.float64]], resamples: int, level: float, seed: int) -> Interval:
+    """Interval of the mean of the strata's means of per-prompt values `[prompts]`."""
+    _check_level(level)
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1; got {resamples}.")
+    generator = np.random.default_rng(seed)
+    replicates = np.mean([_resampled_means(values, resamples, generator) for values in strata], axis=0)
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(np.mean([values.mean() for values in strata])), float(low), float(high))
+
+
+def _resampled_means(
+    values: NDArray[np.float64], resamples: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Means `[resamples]` of draws with replacement from `values`."""
+    step = max(1, _CELLS_AT_ONCE // len(values))
+    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
+    return np.concatenate(
+        [values[generator.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes]
+    )
+
+
+def _prompt_means(outcomes: ArrayLike) -> NDArray[np.float64]:
+    """Mean outcome of each prompt `[prompts]`."""
+    matrix = np.asarray(outcomes, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise ValueError(f"Expected outcomes as [prompts, samples], not empty; got the shape {list(matrix.shape)}.")
+    if not np.isfinite(matrix).all():
+        raise ValueError("Outcomes must be finite numbers.")
+    return matrix.mean(axis=1)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, e.g. 0.95; got {level}.")
