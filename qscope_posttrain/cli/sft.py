@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
 from transformers import set_seed
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
+from qscope_posttrain.cli.artefacts import feature_origins, load_features, write_resolved
 from qscope_posttrain.cli.inputs import load_tokenizer
+from qscope_posttrain.cli.rows import load_rows
 from qscope_posttrain.cli.sft_arguments import Recipe, parse_recipe
-from qscope_posttrain.cli.sft_data import load_rows, pack, without_packing
+from qscope_posttrain.cli.sft_data import pack, without_packing
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.provenance import file_sha256, package_versions
-from qscope_posttrain.report.progress import is_main_process, status
-from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 
 if TYPE_CHECKING:
     from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-
-RESOLVED = "resolved.yaml"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -44,9 +41,7 @@ def train(recipe: Recipe) -> None:
     output = writable_folder(recipe.output)
     set_seed(recipe.training.seed)
     features = load_features(recipe)
-    if is_main_process():
-        write_text(output / RESOLVED, resolved_yaml(recipe, features))
-        status(f"configuration written to {output / RESOLVED}")
+    write_resolved(recipe, features, output)
     trainer = build_trainer(recipe, features)
     result = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     trainer.save_model(str(output))
@@ -78,9 +73,7 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         if evaluation is not None:
             evaluation = pack(recipe, evaluation, callback.languages)
         training = without_packing(training)
-    given: Any = training.model_init_kwargs or {}
-    own = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
-    training.model_init_kwargs = own | given
+    training.model_init_kwargs = recipe.model_init_kwargs()
     return SFTTrainer(
         model=recipe.model_name,
         args=training,
@@ -114,24 +107,3 @@ def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLoss
         languages=features.languages,
         ignore_languages=options.ignore_languages,
     )
-
-
-def load_features(recipe: Recipe) -> FeatureSet | None:
-    """The FeatureSet of the recipe, if it names one."""
-    return None if recipe.run.features is None else FeatureSet.load(recipe.run.features)
-
-
-def feature_origins(recipe: Recipe, features: FeatureSet | None) -> dict[str, Any]:
-    """The feature file, its sha256, and where its rows came from, with the sha256 of the SAE files."""
-    if features is None or recipe.run.features is None:
-        return {}
-    path = Path(recipe.run.features)
-    return {"file": str(path), "sha256": file_sha256(path), "provenance": dict(features.provenance)}
-
-
-def resolved_yaml(recipe: Recipe, features: FeatureSet | None) -> str:
-    """The whole configuration as a recipe that `qscope sft --config` reads, below versions and hashes as comments."""
-    origins = {"versions": package_versions(), "features": feature_origins(recipe, features)}
-    comments = yaml.safe_dump(origins, sort_keys=False, allow_unicode=True, width=1000)
-    keys = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
-    return "".join(f"# {line}\n" for line in comments.splitlines()) + "\n" + keys

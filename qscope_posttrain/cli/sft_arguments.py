@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import collections.abc
 import dataclasses
@@ -12,17 +11,15 @@ import textwrap
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from qscope_posttrain.cli.parser import RecipeParser
-from qscope_posttrain.report.summary import to_json
+from qscope_posttrain.cli.recipe import DeviceRule, TrainingRecipe, check_model_named
 from qscope_posttrain.sft.config import SASFTConfig
 
 PREFIX = "sasft_"
-_SECRETS = frozenset({"hub_token", "push_to_hub_token"})
 
 
 @dataclass
@@ -72,39 +69,16 @@ def sasft_arguments() -> type:
     return dataclasses.make_dataclass("SASFTArguments", fields)
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TrainingRecipe):
     """Everything that one run of `qscope sft` was asked for."""
 
     run: RunArguments
     penalty: SASFTConfig
-    script: ScriptArguments
-    mixture: DatasetMixtureConfig
     training: SFTConfig
-    model: ModelConfig
-    assumed_cpu: bool = False
-    """A dry run on a machine without the GPU that the recipe asks for"""
 
-    @property
-    def model_name(self) -> str:
-        """Folder or hub id of the starting model."""
-        return str(self.model.model_name_or_path)
-
-    @property
-    def output(self) -> Path:
-        """Where the model and the reports go."""
-        return Path(str(self.training.output_dir))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every key with its value, JSON-ready; read back by `parse_recipe`, it gives the same recipe."""
-        penalty = {PREFIX + name: value for name, value in self.penalty.to_dict().items()}
-        parts = [dataclasses.asdict(part) for part in (self.run, self.script, self.mixture, self.model)]
-        training = self.training.to_dict()
-        # transformers writes <EOS_TOKEN> and the like for every field that might be a secret. Most are words of the
-        # tokenizer; the real secrets are left out.
-        training |= {key: getattr(self.training, key) for key in training if key.endswith("_token")}
-        training |= dict.fromkeys(_SECRETS.intersection(training))
-        return to_json({**parts[0], **penalty, **parts[1], **parts[2], **training, **parts[3]})
+    def own_keys(self) -> dict[str, Any]:
+        return {PREFIX + name: value for name, value in self.penalty.to_dict().items()}
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
@@ -114,38 +88,20 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
         FileNotFoundError: no such recipe.
         ValueError: unknown key, wrong value, options that exclude each other, or a recipe for a GPU without one.
     """
-    assumed_cpu = False
-
-    def check_device(values: argparse.Namespace) -> None:
-        nonlocal assumed_cpu
-        assumed_cpu = _check_device(values)
-
+    device = DeviceRule()
     kinds = (RunArguments, sasft_arguments(), ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)
-    parser = RecipeParser(kinds, before_build=check_device, prog="qscope sft")
+    parser = RecipeParser(kinds, before_build=device, prog="qscope sft")
     run, penalty, script, mixture, training, model = parser.parse(arguments)
-    if not model.model_name_or_path:
-        raise ValueError("a recipe needs 'model_name_or_path': a folder or a hub id.")
-    return Recipe(run, _sasft_config(penalty), script, mixture, training, model, assumed_cpu)
-
-
-def _check_device(values: argparse.Namespace) -> bool:
-    """Refuse to train without the GPU that a recipe asks for; for a dry run assume the CPU, and return True."""
-    import torch
-
-    here = torch.accelerator.is_available()
-    if values.dry_run:
-        assume = not here and not values.use_cpu
-        values.use_cpu = values.use_cpu or assume
-        return bool(assume)
-    remedy = "--use_cpu true --bf16 false --use_liger_kernel false --gradient_checkpointing false"
-    if not here and not values.use_cpu:
-        raise ValueError(
-            "this recipe trains on a GPU, and this machine has none. To check the recipe here: --dry_run. "
-            f"To train on the CPU all the same: {remedy}."
-        )
-    if values.use_cpu and values.use_liger_kernel:
-        raise ValueError(f"use_liger_kernel needs a GPU, and use_cpu is on. To train on the CPU: {remedy}.")
-    return False
+    check_model_named(model)
+    return Recipe(
+        run=run,
+        penalty=_sasft_config(penalty),
+        script=script,
+        mixture=mixture,
+        training=training,
+        model=model,
+        assumed_cpu=device.assumed_cpu,
+    )
 
 
 def _sasft_config(arguments: Any) -> SASFTConfig:

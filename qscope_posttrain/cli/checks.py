@@ -1,0 +1,124 @@
+"""What `--dry_run` of every training command looks at, without loading weights or training."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import get_peft_config
+
+from qscope_posttrain.cli.recipe import TrainingRecipe
+from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
+from qscope_posttrain.report.summary import writable_folder
+from qscope_posttrain.report.tables import Table
+
+T = TypeVar("T")
+
+
+@dataclass
+class Checks:
+    """Findings in order, each `(what, "ok" | "note" | "failed" | "skipped", detail)`."""
+
+    findings: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(result != "failed" for _, result, _ in self.findings)
+
+    def check(self, what: str, look: Callable[..., tuple[T, str]], *needed: Any) -> T | None:
+        """Call `look(*needed)`, which returns a value and a sentence, or raises what is wrong.
+
+        Where an earlier check gave None for something that this one needs, it is skipped: one mistake, one finding.
+        """
+        if any(value is None for value in needed):
+            self.findings.append((what, "skipped", "needs what failed above"))
+            return None
+        try:
+            value, detail = look(*needed)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            self.findings.append((what, "failed", " ".join(str(error).split())))
+            return None
+        self.findings.append((what, "ok", detail))
+        return value
+
+    def note(self, what: str, detail: str) -> None:
+        self.findings.append((what, "note", detail))
+
+    def table(self) -> Table:
+        return Table("Dry run", ["check", "result", "finding"], self.findings)
+
+
+def check_output(recipe: TrainingRecipe) -> tuple[Path, str]:
+    """The output folder, made if it is missing."""
+    folder = writable_folder(recipe.output)
+    return folder, f"{folder} can be written"
+
+
+def check_device(checks: Checks, recipe: TrainingRecipe) -> None:
+    """Note where the training would run, and whether a package that it needs there is missing."""
+    training = recipe.training
+    if training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        checks.findings.append(("liger", "failed", "use_liger_kernel needs `pip install liger-kernel`."))
+    if recipe.assumed_cpu:
+        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+        checks.note("device", f"no GPU here; the recipe trains on one, in {precision}: not checked")
+    else:
+        place = "the CPU" if training.use_cpu else torch.accelerator.current_accelerator()
+        checks.check("device", lambda: (place, f"training on {place}"))
+
+
+def build_model(recipe: TrainingRecipe) -> tuple[torch.nn.Module, str]:
+    """The architecture without memory for its weights."""
+    config = AutoConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config(decoder=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{text.num_hidden_layers} layers of width {text.hidden_size}, {amount(parameters)} parameters"
+    return model, f"{text.model_type}, {size}"
+
+
+def check_adapter(recipe: TrainingRecipe, model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """The model with the adapter of the recipe."""
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, get_peft_config(recipe.model))  # type: ignore[arg-type]
+    trained, total = adapted.get_nb_trainable_parameters()
+    return adapted, f"{amount(trained)} of {amount(total)} parameters are trained"
+
+
+def check_data(recipe: TrainingRecipe, split: str) -> tuple[Rows, str]:
+    """The rows of a split, of which there is at least one."""
+    rows = load_rows(recipe, split)
+    examples = first_rows(rows, 1)
+    if not examples:
+        raise ValueError(f"the split '{split}' has no rows.")
+    count = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream of rows"
+    return rows, f"{count} with {', '.join(examples[0])}"
+
+
+def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
+    """The checkpoint to resume from. `resume_from_checkpoint: true` is for the trainer to find in the output folder."""
+    path = Path(str(recipe.training.resume_from_checkpoint))
+    if not (path / "trainer_state.json").is_file():
+        raise FileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.")
+    return path, f"resuming from {path}"
+
+
+def world_size() -> int:
+    """Processes of this launch: what a launcher says, else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def amount(number: int) -> str:
+    """A count in three digits: 1.72 B, 36.4 M, 512."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
