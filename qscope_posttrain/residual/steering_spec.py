@@ -32,9 +32,9 @@ class Steering:
         ablate         h' = h - s f(h) d      f(h) = relu(h . encoder + encoder_bias)
         clamp          h' = h + S - f(h) d
 
-    `ablate` and `clamp` treat d as what an SAE feature writes and f as its activation (of a TopK SAE the one it has
-    when it is among the k): strength 1 takes the feature's contribution out, and `clamp` in raw units makes its
-    activation s, in the other units its contribution a vector of that length.
+    `ablate` and `clamp` treat d as what an SAE feature writes and f as its activation (of a TopK or JumpReLU SAE the
+    one that it has where it is selected): strength 1 takes the feature's contribution out, and `clamp` in raw units
+    makes its activation s, in the other units its contribution a vector of that length.
 
     Raises:
         TypeError: a field has the wrong type.
