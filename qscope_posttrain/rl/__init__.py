@@ -1,0 +1,1 @@
+"""Steered-negative DAPO: one steered repetition rollout per group of a stock `trl.GRPOTrainer`."""

@@ -1,0 +1,256 @@
+"""Reward functions for TRL's GRPO trainers, and their names in recipes.
+
+A reward function is called with `prompts=`, `completions=`, `completion_ids=` and the columns of the data set, and
+returns one number per completion. Those defined here are plain objects that can be pickled, and never return None: a
+row of which all rewards are None leaves its group, and a negative would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import regex
+
+from qscope_posttrain.text.repetition import repeated_tail
+from qscope_posttrain.text.scripts import language_scripts, script_pattern
+
+RewardFunction = Callable[..., Sequence[float | None]]
+Completion = str | Sequence[Mapping[str, Any]]
+"""Text, or the messages of a conversation that the model wrote."""
+
+# Letters that several scripts share, such as the prolonged sound mark of both kana, say nothing.
+_LETTER = regex.compile(r"[\p{L}--\p{Script=Common}--\p{Script=Inherited}]", regex.VERSION1)
+_TRL_NAMES = {
+    "ngram_repetition": "get_repetition_penalty_reward",
+    "soft_overlong": "get_soft_overlong_punishment",
+}
+
+
+class RepetitionPenalty:
+    """Penalty for a completion that runs in a circle when it stops: `max_penalty` times its repeated share.
+
+        reward = max_penalty * (n - second copy) / n
+
+    for n tokens with a repeated tail (see `text.repetition.repeated_tail`), whose first copy is free; 0 without one. A
+    completion that leaves its loop, if only by its end token, which is one of TRL's `completion_ids`, costs nothing:
+    legitimate repetition ends. For a penalty on repeated phrases anywhere take the n-gram reward of TRL.
+
+    Args:
+        min_copies, min_tokens: what counts as a loop; by default what the evaluation counts.
+        max_penalty: approached by a completion that is nothing but a long loop; at most 0.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    __name__ = "repetition_penalty"
+
+    def __init__(self, min_copies: int = 4, min_tokens: int = 12, max_penalty: float = -1.0) -> None:
+        if max_penalty > 0:
+            raise ValueError(f"max_penalty must be at most 0; got {max_penalty}.")
+        repeated_tail((), min_copies=min_copies, min_tokens=min_tokens)  # refuses values out of range
+        self.min_copies = min_copies
+        self.min_tokens = min_tokens
+        self.max_penalty = max_penalty
+
+    def __call__(self, completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float]:
+        return [self._penalty(tokens) for tokens in completion_ids]
+
+    def _penalty(self, tokens: Sequence[int]) -> float:
+        tail = repeated_tail(tokens, min_copies=self.min_copies, min_tokens=self.min_tokens)
+        return 0.0 if tail is None else self.max_penalty * (len(tokens) - tail.second_copy) / len(tokens)
+
+
+class LanguageConsistency:
+    """Share of a completion's letters that are of the script, or scripts, of the language it should be in.
+
+        reward = (letters of the language's scripts) / (letters of any script)
+
+    and 1 for a completion without letters, in which nothing is of another script. Digits, punctuation and symbols do
+    not count.
+
+    Only scripts are told apart. Languages of one script are the same to it: English and French, Russian and Ukrainian,
+    also Chinese and the kanji of Japanese. Names, formulas and code in Latin letters lower the reward of text in other
+    scripts.
+
+    Args:
+        language: code such as "zh"; None takes each row's own from the data set.
+        column: where a row has its language, if `language` is None.
+
+    Raises:
+        ValueError: an unknown language; when called, a data set without the column.
+    """
+
+    def __init__(self, language: str | None = None, column: str = "language") -> None:
+        if language is not None:
+            language_scripts(language)
+        self.language = language
+        self.column = column
+        self.__name__ = f"language_consistency_{language}" if language else "language_consistency"
+
+    def __call__(self, completions: Sequence[Completion], **kwargs: Any) -> list[float]:
+        if self.language is not None:
+            return [script_share(completion_text(completion), self.language) for completion in completions]
+        if self.column not in kwargs:
+            raise ValueError(
+                f"LanguageConsistency() needs each row's language in a column '{self.column}' of the data set; the "
+                f"columns are {', '.join(sorted(kwargs)) or 'none'}. Name one with column=..., or fix language=..."
+            )
+        pairs = zip(completions, kwargs[self.column], strict=True)
+        return [script_share(completion_text(completion), language) for completion, language in pairs]
+
+
+def script_share(text: str, language: str) -> float:
+    """Letters of the scripts of `language` over letters of any script, 1 without letters.
+
+    Raises:
+        ValueError: an unknown language.
+    """
+    scripts = language_scripts(language)
+    letters = len(_LETTER.findall(text))
+    return sum(len(script_pattern(script).findall(text)) for script in scripts) / letters if letters else 1.0
+
+
+def completion_text(completion: Completion) -> str:
+    """The text that the model wrote: a string as it is, or the contents of its messages, one below the other.
+
+    Messages of other roles (results of tools) and parts that are no text are left out.
+    """
+    if isinstance(completion, str):
+        return completion
+    texts: list[str] = []
+    for message in completion:
+        content = message.get("content") if message.get("role", "assistant") == "assistant" else None
+        if isinstance(content, str):
+            texts.append(content)
+        elif content:
+            texts += [part["text"] for part in content if part.get("type") == "text"]
+    return "\n".join(texts)
+
+
+def reward_function(spec: str | Mapping[str, Any]) -> RewardFunction:
+    """The reward function that a recipe names.
+
+    Known names are "repetition_penalty", "language_consistency", "ngram_repetition" and "soft_overlong" (both TRL's),
+    and every function of `trl.rewards`. Any other reward function is named by its path, `module.attribute`: a function,
+    an object, or a class, of which an instance is made. A mapping gives options beside the `name`: arguments of the
+    class, or keyword arguments of the function.
+
+    A recipe may come from anybody. So a path must lead to what looks like a reward function, one with a parameter
+    `completions` or `completion_ids`, before anything is called; but the module is imported.
+
+    Args:
+        spec: e.g. "accuracy_reward", "my_rewards.brevity", or
+            {"name": "soft_overlong", "max_completion_len": 2048, "soft_punish_cache": 400}.
+
+    Raises:
+        ValueError: an unknown name, a path that leads nowhere or to something else, or wrong options.
+        TypeError: neither a string nor a mapping with a name.
+    """
+    name, options = _name_and_options(spec)
+    if name.startswith("trl.rewards."):
+        name = name.removeprefix("trl.rewards.")
+    if name in _own():
+        return _make(_own()[name], name, options)
+    if name in _from_trl():
+        function = _from_trl()[name]
+        finish = _make if function.__name__.startswith("get_") else _with_options
+        return finish(function, name, options)
+    if "." in name:
+        return _imported(name, options)
+    known = reward_names()
+    close = difflib.get_close_matches(name, known, n=1)
+    raise ValueError(
+        f"No reward function '{name}'.{f' Did you mean {close[0]!r}?' if close else ''} The known ones are "
+        f"{', '.join(known)}; name any other by its path, such as my_rewards.brevity."
+    )
+
+
+def reward_names() -> list[str]:
+    """The names that `reward_function` knows, in order."""
+    return sorted({**_own(), **_from_trl()})
+
+
+def _name_and_options(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(spec, str):
+        return spec, {}
+    if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
+        return spec["name"], {option: value for option, value in spec.items() if option != "name"}
+    raise TypeError(f"A reward function is a name, or a mapping with a name and options; got {spec!r}.")
+
+
+def _own() -> dict[str, Callable[..., RewardFunction]]:
+    return {"repetition_penalty": RepetitionPenalty, "language_consistency": LanguageConsistency}
+
+
+@cache
+def _from_trl() -> dict[str, Callable[..., Any]]:
+    """TRL's reward functions and, named `get_*`, the functions that make one; two of these by a shorter name, too."""
+    module = importlib.import_module("trl.rewards")
+    found = {name: getattr(module, name) for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+    return {**found, **{name: found[target] for name, target in _TRL_NAMES.items()}}
+
+
+def _imported(path: str, options: dict[str, Any]) -> RewardFunction:
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        raise ValueError(
+            f"Reward function '{path}': there is no module '{error.name}'. Put the folder that holds it on PYTHONPATH."
+        ) from error
+    if not hasattr(module, attribute):
+        offered = [name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")]
+        raise ValueError(f"Reward function '{path}': the module has no '{attribute}', but {', '.join(offered)}.")
+    found = getattr(module, attribute)
+    _check_is_reward(found, path)
+    return _make(found, path, options) if inspect.isclass(found) else _with_options(found, path, options)
+
+
+def _check_is_reward(found: Any, path: str) -> None:
+    """ValueError unless calling it, or an instance of it, is what TRL does with a reward function."""
+    # A class that defines no __call__ has that of `type`, which makes instances and names no parameter.
+    called = found.__call__ if inspect.isclass(found) else found
+    try:
+        parameters = list(inspect.signature(called).parameters) if callable(called) else []
+    except ValueError:  # a function written in C, without a signature
+        parameters = []
+    if not {"completions", "completion_ids"} & set(parameters):
+        raise ValueError(
+            f"'{path}' is no reward function: expected one with a parameter 'completions' or 'completion_ids', or a "
+            f"class of such objects; got a {type(found).__name__} with the parameters ({', '.join(parameters)})."
+        )
+
+
+def _make(factory: Callable[..., Any], name: str, options: dict[str, Any]) -> RewardFunction:
+    """What `factory` makes of its options."""
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"Reward function '{name}': {error}. Its options are {_options_of(factory)}.") from error
+    made: RewardFunction = factory(**options)
+    return made
+
+
+def _with_options(function: RewardFunction, name: str, options: dict[str, Any]) -> RewardFunction:
+    """The function itself, with keyword arguments that stay the same. TRL logs a `partial` by its function's name.
+
+    Its `**kwargs` would take any option, and lose it; so an option is one of the parameters that have a name.
+    """
+    unknown = sorted(set(options) - set(inspect.signature(function).parameters))
+    if unknown:
+        raise ValueError(f"Reward function '{name}' has no option '{unknown[0]}'; it has {_options_of(function)}.")
+    return functools.partial(function, **options) if options else function
+
+
+def _options_of(function: Callable[..., Any]) -> str:
+    names = [str(parameter) for parameter in inspect.signature(function).parameters.values()]
+    return ", ".join(name for name in names if not name.startswith("*")) or "none"
