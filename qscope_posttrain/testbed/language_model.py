@@ -101,20 +101,20 @@ def load_language_model(folder: Path, key: str, config: TestbedConfig) -> Langua
     maker = WindowMaker(encoded, separator, config.target, config.window, config.prompt)
     losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
     tokens = script_token_ids(tokenizer, target_script(config.target))
-    with _no_progress_bars():
+    with no_progress_bars():
         model = Qwen3ForCausalLM.from_pretrained(folder).eval()
     return LanguageModel(model, tokenizer, maker, tokens, tuple(losses), folder, key)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write model and tokenizer in the format of transformers, silently."""
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """A model of four megabytes needs no bar of its own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from qscope_posttrain.testbed.arithmetic.documents import DocumentSettings
 
@@ -32,6 +32,9 @@ class ArithmeticConfig:
     habit_learning_rate: float = field(default=3e-3, metadata={"help": "Its peak learning rate."})
     rare_steps: int = field(default=400, metadata={"help": "Optimiser steps of the second phase."})
     rare_learning_rate: float = field(default=6e-4, metadata={"help": "Its peak learning rate."})
+    start: Literal["rare", "frequent"] = field(
+        default="rare", metadata={"help": "Which of the two models everything starts from: rare or frequent loops."}
+    )
     model_seed: int = field(default=0, metadata={"help": "Seed of model, documents and SAEs."})
 
     workers: int | None = field(
@@ -52,6 +55,8 @@ class ArithmeticConfig:
         for name in ("habit_learning_rate", "rare_learning_rate", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"arithmetic setting {name} must be above 0, got {getattr(self, name)}")
+        if self.start not in ("rare", "frequent"):
+            raise ValueError(f'arithmetic setting start is "rare" or "frequent", got {self.start!r}')
         if self.fewest_operations > self.most_operations:
             raise ValueError(
                 f"fewest_operations={self.fewest_operations} exceeds most_operations={self.most_operations}"

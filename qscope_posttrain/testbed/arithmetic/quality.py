@@ -1,0 +1,71 @@
+"""Sampled quality: how often a model loops and how often it is right, on ordinary and on benign held-out problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from qscope_posttrain.evaluation.intervals import Interval, wilson
+from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
+from qscope_posttrain.testbed.arithmetic.sampling import Completion, sample_completions
+from qscope_posttrain.testbed.arithmetic.task import Problem, is_right
+from qscope_posttrain.testbed.arithmetic.tokenizer import decode_words
+from qscope_posttrain.text.repetition import is_endless_repetition
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Counts over samples, one a problem."""
+
+    samples: int
+    loops: int
+    """Samples that repeat without end: cut at the length limit with at least four copies of a period."""
+    unended: int
+    """Samples cut at the length limit, loops among them."""
+    right: int
+    """Samples with the right answer."""
+
+    @property
+    def loop_rate(self) -> Interval:
+        """Share of loops with its Wilson interval."""
+        return wilson(self.loops, self.samples)
+
+    @property
+    def accuracy(self) -> Interval:
+        """Share of right answers with its Wilson interval."""
+        return wilson(self.right, self.samples)
+
+
+def measure_quality(
+    model: PreTrainedModel,
+    language_model: ArithmeticModel,
+    problems: Sequence[Problem],
+    answer_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+) -> Quality:
+    """Sample one completion of every problem with `model` and count."""
+    prompts = language_model.prompts(problems)
+    completions = sample_completions(model, prompts, answer_tokens, temperature=temperature, seed=seed)
+    return count(language_model, problems, completions)
+
+
+def count(language_model: ArithmeticModel, problems: Sequence[Problem], completions: Sequence[Completion]) -> Quality:
+    """What became of completions of `problems`."""
+    right = [
+        is_right(problem.answer, decode_words(language_model.tokenizer, completion.tokens), completion.ended)
+        for problem, completion in zip(problems, completions, strict=True)
+    ]
+    return Quality(
+        samples=len(completions),
+        loops=sum(is_loop(completion) for completion in completions),
+        unended=sum(not completion.ended for completion in completions),
+        right=sum(right),
+    )
+
+
+def is_loop(completion: Completion) -> bool:
+    """Whether a completion repeats without end."""
+    return is_endless_repetition(completion.tokens, ended=completion.ended)
