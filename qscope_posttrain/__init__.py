@@ -17,6 +17,8 @@ _HOME = {
     "find_language_features": "qscope_posttrain.features.find",
     "SASFTCallback": "qscope_posttrain.sft.callback",
     "TokenPenaltyCallback": "qscope_posttrain.sft.baselines",
+    "SteeredGRPOConfig": "qscope_posttrain.rl.config",
+    "SteeredGRPOTrainer": "qscope_posttrain.rl.trainer",
     "pack_with_languages": "qscope_posttrain.sft.packing",
     "sasft_loss": "qscope_posttrain.sft.loss",
     "Steering": "qscope_posttrain.residual.steering",
@@ -29,6 +31,8 @@ __all__ = [
     "FeatureSet",
     "SASFTCallback",
     "SparseAutoencoder",
+    "SteeredGRPOConfig",
+    "SteeredGRPOTrainer",
     "Steering",
     "TokenPenaltyCallback",
     "Window",
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from qscope_posttrain.features.find import find_language_features
     from qscope_posttrain.residual.positions import Window
     from qscope_posttrain.residual.steering import Steering, steer
+    from qscope_posttrain.rl.config import SteeredGRPOConfig
+    from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sft.baselines import TokenPenaltyCallback
     from qscope_posttrain.sft.callback import SASFTCallback

@@ -30,8 +30,8 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
         )
     if config.off_policy_mask_threshold is not None:
         raise ValueError(
-            "off_policy_mask_threshold drops rows of negative advantage as soon as the policy has moved away from them, "
-            "which is what a negative is there to achieve. Leave it at None."
+            "off_policy_mask_threshold drops rows of negative advantage as soon as the policy has moved away from "
+            "them, which is what a negative is there to achieve. Leave it at None."
         )
     if config.importance_sampling_level == "sequence" and config.old_logps == "behaviour":
         raise ValueError(
@@ -41,13 +41,13 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
         )
     if config.loss_type == "vespo":
         raise ValueError(
-            "loss_type='vespo' reshapes the weight of a whole row by its ratio and erases rows far from the policy. Use "
-            "'dapo' (or grpo, bnpo, dr_grpo, cispo, sapo)."
+            "loss_type='vespo' reshapes the weight of a whole row by its ratio and erases rows far from the policy. "
+            "Use 'dapo' (or grpo, bnpo, dr_grpo, cispo, sapo)."
         )
     if config.top_entropy_quantile < 1.0:
         raise ValueError(
-            f"top_entropy_quantile={config.top_entropy_quantile} keeps only uncertain tokens in the loss, and the tokens "
-            "of an endless repetition are certain. Set it to 1.0."
+            f"top_entropy_quantile={config.top_entropy_quantile} keeps only uncertain tokens in the loss, and the "
+            "tokens of an endless repetition are certain. Set it to 1.0."
         )
     if config.cache_implementation is not None:
         raise ValueError(

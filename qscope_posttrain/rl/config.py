@@ -42,6 +42,17 @@ _ONLY_IN_PAPER = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class NegativeSettings:
+    """What becomes of negatives in the loss, as the mode and the fields of a config say together."""
+
+    gate: Gate
+    tokens: NegativeTokens
+    weight: float
+    old_logps: OldLogps
+    baseline: Baseline
+
+
 @dataclass
 class SteeredGRPOConfig(GRPOConfig):
     """`GRPOConfig` with DAPO's defaults, and one steered negative in each group.
@@ -80,9 +91,9 @@ class SteeredGRPOConfig(GRPOConfig):
     negative: Negative = field(
         default="feature",
         metadata={
-            "help": "How a negative is made: steered by the features (feature), by a fresh random direction of the same "
-            "length (random), or without any SAE: a piece of the row's own text is repeated `copies` times and the "
-            "model goes on (seeded), or is repeated to the end (copied)."
+            "help": "How a negative is made: steered by the features (feature), by a fresh random direction of the "
+            "same length (random), or without any SAE: a piece of the row's own text is repeated `copies` times and "
+            "the model goes on (seeded), or is repeated to the end (copied)."
         },
     )
     negatives_per_group: int = field(
@@ -122,8 +133,8 @@ class SteeredGRPOConfig(GRPOConfig):
     negative_tokens: NegativeTokens | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a negative in the loss: all; tail: the repeats, from the second copy on; likely: those to "
-            "which the policy gives at least probability_floor."
+            "help": "Tokens of a negative in the loss: all; tail: the repeats, from the second copy on; likely: "
+            "those to which the policy gives at least probability_floor."
         },
     )
     probability_floor: float = field(
@@ -140,8 +151,8 @@ class SteeredGRPOConfig(GRPOConfig):
     baseline: Baseline | None = field(
         default=None,
         metadata={
-            "help": "Whether negatives are part of their group's mean and standard deviation (include), or are compared "
-            "with the ordinary rows alone: A = (G - 1) / sqrt(G) * clamp(R - mean, -1, 1) (exclude)."
+            "help": "Whether negatives are part of their group's mean and standard deviation (include), or are "
+            "compared with the ordinary rows alone: A = (G - 1) / sqrt(G) * clamp(R - mean, -1, 1) (exclude)."
         },
     )
     negative_share: float = field(default=1.0, metadata={"help": "Share of the groups that hold negatives."})
@@ -193,7 +204,7 @@ class SteeredGRPOConfig(GRPOConfig):
             if getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, list) else value)
         if self.soft_overlong_cache is None:
-            self.soft_overlong_cache = (self.max_completion_length or 0) // 5
+            self.soft_overlong_cache = self.completion_limit // 5
         self._check_values()
         check_compatible(self)
 
@@ -203,9 +214,35 @@ class SteeredGRPOConfig(GRPOConfig):
         return self.negatives_per_group > 0
 
     @property
+    def generations(self) -> int:
+        """Rows in a group."""
+        if self.num_generations is None:
+            raise ValueError("num_generations must be a number.")
+        return self.num_generations
+
+    @property
+    def completion_limit(self) -> int:
+        """Tokens of a completion at most."""
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length must be a number: an endless repetition has to be cut somewhere.")
+        return self.max_completion_length
+
+    @property
     def is_steered(self) -> bool:
         """Whether negatives come from steering, as opposed to copying."""
         return self.has_negatives and self.negative in ("feature", "random")
+
+    @property
+    def negative_settings(self) -> NegativeSettings:
+        """The fields that `mode` may have filled in."""
+        chosen = {name: getattr(self, name) for name in PRESETS["default"]}
+        return NegativeSettings(
+            gate=chosen["gate"],
+            tokens=chosen["negative_tokens"],
+            weight=chosen["negative_weight"],
+            old_logps=chosen["old_logps"],
+            baseline=chosen["baseline"],
+        )
 
     def _check_paper(self) -> None:
         """mode='paper' is one method: a field that says otherwise is a mistake, not an option."""
@@ -231,13 +268,13 @@ class SteeredGRPOConfig(GRPOConfig):
             raise ValueError(f"window_start is two numbers, the first and the last token to start at; got {window}.")
         if not self.has_negatives:
             return
-        if self.num_generations is None or self.num_generations - self.negatives_per_group < 2:
+        if self.generations - self.negatives_per_group < 2:
             raise ValueError(
-                f"negatives_per_group={self.negatives_per_group} of num_generations={self.num_generations} leaves fewer "
-                "than 2 ordinary rows in a group, and their rewards could not be compared. Take more generations."
+                f"negatives_per_group={self.negatives_per_group} of num_generations={self.num_generations} leaves "
+                "fewer than 2 ordinary rows in a group, and their rewards could not be compared. Take more generations."
             )
         if self.negative in ("seeded", "copied") and self.window_start is None:
-            self.window_start = [0, max(0, (self.max_completion_length or 0) // 8)]
+            self.window_start = [0, self.completion_limit // 8]
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,120 @@
+"""Watch a model generate, token by token, and have a say in the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qscope_posttrain.residual.layers import pretrained_model
+
+
+class LogitsRule(Protocol):
+    """What rows may say next."""
+
+    def read(self, token: Tensor) -> None:
+        """Take note of the token `[rows]` that each row has just said."""
+
+    def __call__(self, step: int, logits: Tensor) -> Tensor:
+        """The logits `[rows, vocabulary]` from which generated token `step` is drawn."""
+
+
+class GenerationTap:
+    """The tokens that some rows generated, and the log-probabilities with which they were drawn.
+
+    Both are kept on the model's device; nothing waits for the host while the model generates.
+    """
+
+    def __init__(self, rows: Tensor, temperature: float) -> None:
+        self._rows = rows
+        self._temperature = temperature
+        self._tokens: list[Tensor] = []
+        self._logps: list[Tensor] = []
+        self._next: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Generated tokens that the model has read so far."""
+        return len(self._tokens)
+
+    def read(self, tokens: Tensor) -> None:
+        """Take note of the token `[rows]` that was drawn from the last distribution."""
+        if self._next is not None:
+            self._logps.append(self._next.gather(1, tokens[:, None]).squeeze(1))
+        self._tokens.append(tokens)
+
+    def predict(self, logits: Tensor) -> None:
+        """Take note of the distribution `[rows, vocabulary]` of the next token."""
+        self._next = torch.log_softmax(logits.float() / self._temperature, dim=-1)
+
+    def log_probabilities(self, completion_ids: Tensor) -> Tensor:
+        """[rows, length] of the tokens `completion_ids` [rows, length] under the distribution they were drawn from.
+
+        It is that of the temperature alone, before top-k, top-p and penalties, as the trainer's own log-probabilities
+        are. Columns that were never generated are 0.
+        """
+        logps = list(self._logps)
+        if self._next is not None and len(logps) < completion_ids.shape[1]:
+            # The last token of the longest row is never read back.
+            last = completion_ids[:, len(logps)].to(self._next.device)
+            logps.append(self._next.gather(1, last[:, None]).squeeze(1))
+        result = torch.zeros(completion_ids.shape, dtype=torch.float32, device=completion_ids.device)
+        if logps:
+            known = torch.stack(logps, dim=1)[:, : completion_ids.shape[1]]
+            result[:, : known.shape[1]] = known.to(result.device)
+        return result
+
+
+@contextmanager
+def generation_tap(
+    model: nn.Module, rows: Tensor, temperature: float, rule: LogitsRule | None = None
+) -> Iterator[GenerationTap]:
+    """Tap rows `rows` (their numbers in the batch) of what `model.generate` does inside the block.
+
+    With a `rule`, the logits of these rows are replaced by what it returns; the other rows stay bit-identical.
+
+    Raises:
+        RuntimeError: on exit without another exception, if the model never ran.
+    """
+    causal_lm = pretrained_model(model)
+    index = rows.to(causal_lm.device)
+    tap = GenerationTap(index, temperature)
+    forwards = 0
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The first forward reads the prompt; each later one reads the token that was just drawn.
+        if forwards:
+            token = kwargs["input_ids"][index, -1]
+            tap.read(token)
+            if rule is not None:
+                rule.read(token)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        nonlocal forwards
+        forwards += 1
+        logits = output.logits[index, -1]
+        if rule is not None:
+            logits = rule(tap.steps, logits)
+            # A copy: the caller's rows keep their bits, and a compiled graph its buffer.
+            changed = output.logits.clone()
+            changed[index, -1] = logits
+            output.logits = changed
+        tap.predict(logits)
+        return output
+
+    handles = [
+        causal_lm.register_forward_pre_hook(before, with_kwargs=True),
+        causal_lm.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not forwards:
+        raise RuntimeError(
+            "The model never ran while negatives were generated: another copy of it did. Steering cannot reach it."
+        )

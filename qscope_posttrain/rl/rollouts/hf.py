@@ -1,0 +1,152 @@
+"""Generate a batch with the model's own `generate`, some of its rows as negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.steering import feature_steering
+from qscope_posttrain.residual.layers import check_layers, text_config, unwrapped
+from qscope_posttrain.residual.steering import Steering, Window, steer
+from qscope_posttrain.rl.config import SteeredGRPOConfig
+from qscope_posttrain.rl.rollouts.copying import CopyRule, boundary_tokens
+from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap, generation_tap
+from qscope_posttrain.rl.rows import RowPlan
+
+
+@dataclass(frozen=True, eq=False)
+class NegativeSource:
+    """Where negatives come from: a steering, or copies of a row's own text."""
+
+    steering: Steering | None
+    """Direction, layer and strength, without rows and window"""
+    window_start: tuple[int, int]
+    """First and last generated token at which steering or copying may start"""
+    window_length: int | None
+    """Steered tokens; None: to the end"""
+    random: bool
+    """Whether each row is steered along a fresh random direction of the same length"""
+    is_boundary: Tensor | None
+    """[vocabulary] bool for copying"""
+    copies: int | None
+    """Copies of a piece before the model goes on; None: for ever"""
+    copy_length: int
+
+
+def negative_source(
+    config: SteeredGRPOConfig, features: FeatureSet | None, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> NegativeSource:
+    """What `config` and `features` say about the negatives, checked against the model.
+
+    Raises:
+        ValueError: features are missing or belong to another model, or neither they nor the config say where, how
+            strongly or when to steer.
+    """
+    if not config.is_steered:
+        first, last = config.window_start or [0, 0]
+        vocabulary = text_config(model).vocab_size
+        return NegativeSource(
+            steering=None,
+            window_start=(first, last),
+            window_length=None,
+            random=False,
+            is_boundary=boundary_tokens(tokenizer, config.copy_boundary, vocabulary),
+            copies=config.copies if config.negative == "seeded" else None,
+            copy_length=config.copy_length,
+        )
+    steering = _steering(config, features, model)
+    check_layers(model, steering.layers)
+    recorded = dict(features.settings.get("steering", {})) if features is not None else {}
+    start = config.window_start if config.window_start is not None else recorded.get("window_start")
+    length = config.window_length if config.window_length is not None else recorded.get("window_length")
+    if start is None or length is None:
+        missing = "window_start" if start is None else "window_length"
+        raise ValueError(
+            f"{missing} is neither set nor recorded with the features. Set it (window_start=[4, 9] and "
+            "window_length=30 steer some thirty tokens), or find the features with "
+            "`qscope features find-repetition`, which chooses it."
+        )
+    return NegativeSource(
+        steering=steering,
+        window_start=(int(start[0]), int(start[1])),
+        window_length=int(length) or None,
+        random=config.negative == "random",
+        is_boundary=None,
+        copies=None,
+        copy_length=config.copy_length,
+    )
+
+
+def _steering(config: SteeredGRPOConfig, features: FeatureSet | None, model: nn.Module) -> Steering:
+    if features is not None:
+        features.check_model(model)
+        return feature_steering(
+            features, layer=config.steering_layer, strength=config.steering_strength, unit=config.steering_unit
+        )
+    if config.negative == "feature":
+        raise ValueError(
+            "negative='feature' needs features: pass features=FeatureSet (see `qscope features find-repetition`), or "
+            "choose negative='seeded', which needs none."
+        )
+    if config.steering_layer is None or config.steering_strength is None or config.steering_unit in (None, "relative"):
+        raise ValueError(
+            "negative='random' without features needs steering_layer, steering_strength and steering_unit='norm' (or "
+            "'raw'); with features it takes theirs."
+        )
+    direction = torch.ones(text_config(model).hidden_size)
+    return Steering(direction, (config.steering_layer,), config.steering_strength, unit="norm")
+
+
+@contextmanager
+def negative_rollout(
+    source: NegativeSource, plan: RowPlan, model: nn.Module, temperature: float
+) -> Iterator[GenerationTap]:
+    """Inside the block, `model.generate` makes the rows of `plan` negatives and leaves the others bit-identical.
+
+    Args:
+        source: how.
+        plan: which rows of the batch, at least one, and when.
+        model: the model that generates, plain or wrapped.
+        temperature: of the sampling, for the log-probabilities that the tap records.
+    """
+    model = unwrapped(model)
+    rows = plan.negative.nonzero().squeeze(1)
+    if source.steering is None:
+        rule = _copy_rule(source, plan.start[rows], model)
+        with generation_tap(model, rows, temperature, rule) as tap:
+            yield tap
+        return
+    steering = replace(
+        source.steering,
+        direction=_random_directions(source.steering, plan) if source.random else source.steering.direction,
+        positions=Window(start=plan.start, length=source.window_length),
+        rows=plan.negative,
+    )
+    with steer(model, steering), generation_tap(model, rows, temperature) as tap:
+        yield tap
+
+
+def _copy_rule(source: NegativeSource, start: Tensor, model: nn.Module) -> CopyRule:
+    if source.is_boundary is None:
+        raise ValueError("A source without steering needs the boundaries at which a piece of text ends.")
+    device = next(model.parameters()).device
+    return CopyRule(source.is_boundary.to(device), start.to(device), source.copies, source.copy_length)
+
+
+def _random_directions(steering: Steering, plan: RowPlan) -> Tensor:
+    """[rows, d_model] directions of the length of the steering's, one a row, each from the row's own seed.
+
+    A row gets the same direction whatever process generates it.
+    """
+    drawn = []
+    for row in range(len(plan.negative)):
+        generator = torch.Generator().manual_seed(plan.draw + plan.first + row)
+        drawn.append(torch.randn(steering.direction.shape[-1], generator=generator))
+    directions = torch.stack(drawn)
+    return directions * (steering.direction.float().norm().cpu() / directions.norm(dim=1, keepdim=True))

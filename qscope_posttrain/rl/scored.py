@@ -1,0 +1,92 @@
+"""What is known of the rows of a generation batch once they are generated and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor
+
+from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
+
+
+@dataclass(frozen=True, eq=False)
+class RowFacts:
+    """Facts of the rows of one process, or of all of them; on the trainer's device."""
+
+    negative: Tensor
+    """[rows] bool"""
+    looped: Tensor
+    """[rows] bool: an endless repetition"""
+    length: Tensor
+    """[rows] int64: tokens of the completion"""
+    truncated: Tensor
+    """[rows] bool: the completion was cut at the length limit"""
+
+    def kept(self, gate: str) -> Tensor:
+        """[rows] bool: ordinary rows, and the negatives that pass the gate."""
+        return ~self.negative | self.looped if gate == "drop" else torch.ones_like(self.negative)
+
+    def gathered(self) -> RowFacts:
+        """The facts of the rows of all processes, in their order."""
+        table = gather(torch.stack([self.negative, self.looped, self.length, self.truncated], dim=1))
+        return RowFacts(table[:, 0].bool(), table[:, 1].bool(), table[:, 2], table[:, 3].bool())
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """A generation batch after scoring."""
+
+    tails: Sequence[RepeatedTail | None]
+    """Of each row of this process; None for a row that is no endless repetition"""
+    mine: RowFacts
+    """Rows of this process"""
+    everyone: RowFacts
+    """Rows of all processes"""
+    rewards: Tensor
+    """[rows of all processes] total reward as the reward functions gave it; NaN for a row without one"""
+
+
+def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """[rows] weighted sum of `rewards` [rows, functions], leaving out NaN; NaN where all functions gave none."""
+    total = (rewards * weights).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
+def find_tails(
+    completions: Sequence[Sequence[int]],
+    max_length: int,
+    end_tokens: Collection[int],
+    *,
+    min_copies: int,
+    min_tokens: int,
+) -> list[RepeatedTail | None]:
+    """The repeated tail of each completion that is an endless repetition; None for the others.
+
+    Endless: the completion was cut at `max_length` tokens without an end token, and its tail repeats. The definition
+    is that of `text.repetition.is_endless_repetition`.
+    """
+    tails: list[RepeatedTail | None] = []
+    for ids in completions:
+        is_cut = len(ids) >= max_length and ids[-1] not in end_tokens
+        tails.append(repeated_tail(ids, min_copies=min_copies, min_tokens=min_tokens) if is_cut else None)
+    return tails
+
+
+def dead_groups(rewards: Tensor, negative: Tensor, group_size: int) -> Tensor:
+    """[groups] bool: the ordinary rows of the group all have the same reward, so that none of them teaches anything.
+
+    Rows without a reward (NaN) do not count. DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) keeps the groups
+    with 0 < right answers < G; a steered row is left out of the count, or it would bring every group to life.
+
+    Args:
+        rewards: [rows] of whole groups, one after the other.
+        negative: [rows] bool.
+        group_size: rows in a group.
+    """
+    grouped = rewards.masked_fill(negative, torch.nan).view(-1, group_size)
+    highest = grouped.nan_to_num(nan=-torch.inf).amax(dim=1)
+    lowest = grouped.nan_to_num(nan=torch.inf).amin(dim=1)
+    return ~(highest > lowest) | torch.isclose(highest, lowest)

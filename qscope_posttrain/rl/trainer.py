@@ -1,0 +1,334 @@
+"""TRL's `GRPOTrainer` with one steered negative in each group."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from trl import GRPOTrainer
+from trl.rewards import get_soft_overlong_punishment
+
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.rl.baseline import excluded_advantages
+from qscope_posttrain.rl.checks import check_trainer_arguments
+from qscope_posttrain.rl.config import SteeredGRPOConfig
+from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, replace_rows, rows_to_redraw
+from qscope_posttrain.rl.loss_mask import negative_loss_mask
+from qscope_posttrain.rl.metrics import row_metrics, token_metrics, token_sums
+from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap
+from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_rollout, negative_source
+from qscope_posttrain.rl.rows import RowPlan, ordinary_plan, plan_rows
+from qscope_posttrain.rl.schedule import NegativeSchedule
+from qscope_posttrain.rl.scored import RowFacts, ScoredRows, dead_groups, find_tails, total_rewards
+
+STEERED = "steered"
+"""Key of the row flag: in the inputs of reward functions, and in the batch of the loss."""
+
+
+class SteeredGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` for which the last row of each group is generated as a negative example.
+
+    The negative is scored by the same reward functions and, unless configured otherwise, weighted by the unsteered
+    policy (Qwen-Scope report, Eq. 28). All else is TRL's: with `negatives_per_group=0` the trajectory is bit-identical
+    to that of `GRPOTrainer` with the same rewards, and in evaluation no row is ever steered.
+
+    Reward functions get a keyword `steered`, one flag a row. Beside TRL's metrics, which then describe the rows that
+    are part of the group statistics, `ordinary/...` and `negative/...` describe the two kinds apart.
+
+    Args:
+        model: as for `GRPOTrainer`.
+        reward_funcs: as for `GRPOTrainer`. DAPO's soft overlong punishment joins them unless `soft_overlong_cache` is
+            0; with `reward_weights` given it has weight 1.
+        args: the settings; required, since its values decide what the negatives are.
+        features: where to steer, as `qscope features find-repetition` writes it; a FeatureSet or its path.
+        callbacks: as for `GRPOTrainer`.
+        **arguments: everything else that `GRPOTrainer` takes.
+
+    Raises:
+        TypeError: `args` is no `SteeredGRPOConfig`.
+        ValueError: features that are missing, incomplete or another model's; arguments under which rows cannot be
+            told apart.
+    """
+
+    args: SteeredGRPOConfig
+    model: torch.nn.Module
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: SteeredGRPOConfig | None = None,
+        *,
+        features: FeatureSet | str | PathLike[str] | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        **arguments: Any,
+    ) -> None:
+        if not isinstance(args, SteeredGRPOConfig):
+            raise TypeError(f"args must be a SteeredGRPOConfig; got {type(args).__name__}.")
+        check_trainer_arguments(args.has_negatives, args.dynamic_sampling, arguments)
+        self._negatives = args.negative_settings
+        schedule = NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
+        if args.soft_overlong_cache:
+            reward_funcs, args, arguments = _with_soft_overlong(reward_funcs, args, arguments)
+        super().__init__(model, reward_funcs, args, callbacks=[*(callbacks or []), schedule], **arguments)
+        if isinstance(features, (str, PathLike)):
+            features = FeatureSet.load(Path(features))
+        self._source: NegativeSource | None = None
+        if args.has_negatives:
+            self._source = negative_source(args, features, self.model, self._tokenizer)
+        self._dynamic: DynamicSampling | None = None
+        if args.dynamic_sampling:
+            self._dynamic = DynamicSampling(self.train_dataset, args.seed)
+        self._check_columns()
+        self._plan = ordinary_plan(0)
+        self._tap: GenerationTap | None = None
+        self._rows: ScoredRows | None = None
+        self._logps: Tensor | None = None
+        self._token_sums: Tensor | None = None
+
+    # ---- Generation and scoring
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> BatchDict:
+        if not self.model.training:
+            return super()._generate_and_score_completions([{**row, STEERED: False} for row in inputs])
+        output, dead = self._generate_and_score_attempt(inputs, 0)
+        if self._dynamic is not None:
+            output = self._redraw_dead_groups(output, dead, self._dynamic)
+        return output
+
+    def _generate_and_score_attempt(self, inputs: list[dict[str, Any]], attempt: int) -> tuple[BatchDict, Tensor]:
+        """The batch that TRL makes of `inputs`, with its negatives; and which groups of the whole batch are dead."""
+        self._plan = plan = self._plan_rows(len(inputs), attempt)
+        self._tap = None
+        masks_truncated = self.mask_truncated_completions
+        # An endless repetition is truncated by nature: TRL would mask it. Ordinary rows are masked below.
+        self.mask_truncated_completions = masks_truncated and not plan.in_batch
+        try:
+            output = super()._generate_and_score_completions(
+                [{**row, STEERED: flag} for row, flag in zip(inputs, plan.negative.tolist(), strict=True)]
+            )
+        finally:
+            self.mask_truncated_completions = masks_truncated
+            self._plan = ordinary_plan(0)
+        rows, self._rows = self._rows, None
+        if rows is None:
+            raise RuntimeError("TRL returned a batch without scoring it: _calculate_rewards was not called.")
+        if self.args.has_negatives or self.args.dynamic_sampling:
+            self._enter_negatives(output, rows, masks_truncated and plan.in_batch)
+        self._log_rows(rows, output["advantages"])
+        return output, dead_groups(rows.rewards, rows.everyone.negative, self._group_size)
+
+    def _plan_rows(self, rows: int, attempt: int) -> RowPlan:
+        share = self._schedule.share_at(self.state.global_step)
+        if self._source is None or share == 0.0:
+            return ordinary_plan(rows)
+        return plan_rows(
+            rows,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            group_size=self._group_size,
+            negatives_per_group=self.args.negatives_per_group,
+            share=share,
+            window_start=self._source.window_start,
+            seed=self.args.seed,
+            step=self.state.global_step,
+            attempt=attempt,
+        )
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        if self._source is None or not bool(self._plan.negative.any()):
+            return super()._generate(prompts)
+        model = self.accelerator.unwrap_model(self.model)
+        with negative_rollout(self._source, self._plan, model, self.temperature) as self._tap:
+            return super()._generate(prompts)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """TRL's rewards [rows of all processes, functions], NaN for rows outside of their group's statistics."""
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if not self.model.training:
+            return rewards
+        self._rows = rows = self._score_rows(completion_ids_list, rewards)
+        if not self._plan.in_batch:
+            return rewards
+        self._log_completion_extra("steered", rows.mine.negative.tolist())
+        self._log_completion_extra("looped", rows.mine.looped.tolist())
+        excluded = self._negatives.baseline == "exclude"
+        outside = rows.everyone.negative if excluded else ~rows.everyone.kept(self._negatives.gate)
+        return rewards.masked_fill(outside[:, None], torch.nan)
+
+    def _score_rows(self, completions: Sequence[Sequence[int]], rewards: Tensor) -> ScoredRows:
+        device = rewards.device
+        tails = find_tails(
+            completions,
+            self.args.completion_limit,
+            self.eos_token_ids,
+            min_copies=self.args.loop_min_copies,
+            min_tokens=self.args.loop_min_tokens,
+        )
+        mine = RowFacts(
+            negative=self._plan.negative.to(device),
+            looped=torch.tensor([tail is not None for tail in tails], device=device),
+            length=torch.tensor([len(ids) for ids in completions], device=device),
+            truncated=torch.tensor([ids[-1] not in self._end_tokens for ids in completions], device=device),
+        )
+        return ScoredRows(tails, mine, mine.gathered(), total_rewards(rewards, self.reward_weights.to(device)))
+
+    @property
+    def _schedule(self) -> NegativeSchedule:
+        # Looked up each time: transformers may put a restored one in its place.
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, NegativeSchedule))
+
+    @property
+    def _group_size(self) -> int:
+        return self.args.generations
+
+    @property
+    def _end_tokens(self) -> set[int]:
+        return {*self.eos_token_ids, self._tokenizer.pad_token_id}
+
+    def _enter_negatives(self, output: BatchDict, rows: ScoredRows, mask_truncated: bool) -> None:
+        """Write into TRL's batch which rows are negatives, what they weigh, and what of them is in the loss."""
+        settings, negative = self._negatives, rows.mine.negative
+        kept = rows.mine.kept(settings.gate)
+        if mask_truncated:
+            hidden = rows.mine.truncated & ~negative
+            output["completion_mask"] = output["completion_mask"] * (~hidden).unsqueeze(1).int()
+        behaviour = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
+        if self._tap is not None:
+            behaviour[negative] = self._tap.log_probabilities(output["completion_ids"][negative])
+            self._tap = None
+        policy = output.get("old_per_token_logps")
+        if policy is None and (settings.tokens == "likely" or settings.old_logps == "behaviour"):
+            policy = self._policy_logps(output)
+        if policy is not None and settings.old_logps == "behaviour":
+            output["old_per_token_logps"] = torch.where(negative[:, None], behaviour, policy)
+
+        advantages = output["advantages"]
+        if settings.baseline == "exclude":
+            everyone = excluded_advantages(
+                rows.rewards, rows.everyone.negative, self._group_size, self.scale_rewards != "none"
+            )
+            own = everyone[self._local(len(negative))] * kept
+            advantages = torch.where(negative, own, advantages)
+        output["advantages"] = torch.where(negative, settings.weight * advantages, advantages)
+
+        output["tool_mask"] = negative_loss_mask(
+            output["completion_mask"], negative, kept, rows.tails, settings.tokens,
+            policy_logps=policy, floor=self.args.probability_floor,
+        )  # fmt: skip
+        output[STEERED], output["behaviour_logps"] = negative, behaviour
+        self._count_loss_tokens(output)
+
+    def _count_loss_tokens(self, output: BatchDict) -> None:
+        in_loss = (output["completion_mask"] * output["tool_mask"]).sum()
+        output["num_items_in_batch"] = self.accelerator.gather(in_loss).sum()
+
+    @torch.no_grad()
+    def _policy_logps(self, output: BatchDict) -> Tensor:
+        """[rows, length] log-probabilities of the completions under the unsteered policy that generated them."""
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        length = output["completion_ids"].shape[1]
+        # All rows, also where a process has no negative: sharded models need every process in every forward.
+        batch_size = self.args.per_device_train_batch_size
+        return self._get_per_token_logps_and_entropies(self.model, ids, attention, length, batch_size)[0]
+
+    def _local(self, rows: int) -> slice:
+        first = self.accelerator.process_index * rows
+        return slice(first, first + rows)
+
+    # ---- Dynamic sampling
+
+    def _redraw_dead_groups(self, output: BatchDict, dead: Tensor, dynamic: DynamicSampling) -> BatchDict:
+        """Replace dead groups by living ones of further attempts; those that stay dead leave the loss."""
+        processes, mine = self.accelerator.num_processes, self.accelerator.process_index
+        self._metrics["train"]["dynamic_sampling/dead_groups"].append(dead.float().mean().item())
+        attempt = 0
+        while bool(dead.any()) and attempt < self.args.dynamic_sampling_attempts:
+            attempt += 1
+            rows = rows_to_redraw(dead, self._group_size, processes, mine)
+            total = len(rows) * processes
+            inputs = dynamic.prompts(
+                len(rows), mine * len(rows), total, self._group_size, self.state.global_step, attempt
+            )
+            other, other_dead = self._generate_and_score_attempt(inputs, attempt)
+            redrawn = dead.nonzero().squeeze(1) if total < dead.numel() * self._group_size else None
+            places = torch.arange(len(dead), device=dead.device) if redrawn is None else redrawn
+            revived = dead[places] & ~other_dead
+            own = revived.repeat_interleave(self._group_size)[self._local(len(rows))]
+            output = replace_rows(output, rows[own], other, own.nonzero().squeeze(1), self._tokenizer.pad_token_id)
+            dead[places[revived]] = False
+        self._metrics["train"]["dynamic_sampling/attempts"].append(float(attempt))
+        self._metrics["train"]["dynamic_sampling/left_dead"].append(dead.float().mean().item())
+        alive = ~dead.repeat_interleave(self._group_size)[self._local(len(output["completion_mask"]))]
+        output["tool_mask"] = output["tool_mask"] * alive[:, None].to(output["tool_mask"].dtype)
+        self._count_loss_tokens(output)
+        return output
+
+    # ---- Loss and metrics
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: BatchDict) -> Tensor:
+        self._logps = None
+        loss: Tensor = super()._compute_loss(model, inputs)
+        if self.model.training and STEERED in inputs:
+            self._measure_tokens(inputs)
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._logps = result[0].detach()
+        return result
+
+    def _measure_tokens(self, inputs: BatchDict) -> None:
+        if self._logps is None:
+            raise RuntimeError("TRL computed its loss without log-probabilities.")
+        mask = inputs["completion_mask"]
+        sums = token_sums(
+            self._logps, inputs["behaviour_logps"], mask, mask * inputs["tool_mask"], inputs["advantages"],
+            inputs[STEERED], self.args.probability_floor,
+        )  # fmt: skip
+        self._logps = None
+        self._token_sums = sums if self._token_sums is None else self._token_sums + sums
+        if self.accelerator.sync_gradients:
+            for name, value in token_metrics(self.accelerator.reduce(self._token_sums, reduction="sum")).items():
+                self._metrics["train"][name].append(value)
+            self._token_sums = None
+
+    def _log_rows(self, rows: ScoredRows, advantages: Tensor) -> None:
+        """Metrics, the schedule's record, and the completions table, from the rows of all processes."""
+        advantages = self.accelerator.gather(advantages)
+        kept = rows.everyone.kept(self._negatives.gate)
+        for name, value in row_metrics(rows.everyone, kept, rows.rewards, advantages, self._group_size).items():
+            self._metrics["train"][name].append(value)
+        self._schedule.record(rows.everyone.looped[rows.everyone.negative].tolist(), self.state.global_step)
+        logged: Any = self._logs["advantages"]
+        for row, value in enumerate(advantages.tolist(), start=len(logged) - len(advantages)):
+            if row >= 0:
+                logged[row] = value
+
+    def _check_columns(self) -> None:
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        if STEERED in columns:
+            raise ValueError(f"The data set has a column {STEERED!r}, the name of the flag of negatives; rename it.")
+
+
+def _with_soft_overlong(
+    reward_funcs: Any, args: SteeredGRPOConfig, arguments: dict[str, Any]
+) -> tuple[list[Any], SteeredGRPOConfig, dict[str, Any]]:
+    """The same with DAPO's soft overlong punishment as a further reward of weight 1; `args` itself is not changed."""
+    functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    functions = [function for function in functions if function is not None]
+    punishment = get_soft_overlong_punishment(args.completion_limit, args.soft_overlong_cache or 0)
+    if args.reward_weights is not None:
+        args = copy.copy(args)
+        args.reward_weights = [*args.reward_weights, 1.0]
+    classes = arguments.get("reward_processing_classes")
+    if isinstance(classes, (list, tuple)):
+        arguments = {**arguments, "reward_processing_classes": [*classes, None]}
+    return [*functions, punishment], args, arguments
