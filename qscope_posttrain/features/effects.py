@@ -42,7 +42,7 @@ def effect_gradients(
     sample = contrast_sample(model, tokenizer, texts, target, **options)
     total: dict[int, Tensor] = {}
     positions = 0
-    with evaluation_mode(model), _differentiable_from_the_embedding(model), LayerCapture(model, layers) as capture:
+    with evaluation_mode(model), differentiable_from_the_embedding(model), LayerCapture(model, layers) as capture:
         for batch in progress(sample.batches, description=f"effects on {target}", enabled=show_progress):
             capture.clear()
             gradients = _batch_gradients(model, batch, sample.target_tokens, capture)
@@ -69,7 +69,7 @@ def _batch_gradients(
 
 
 @contextmanager
-def _differentiable_from_the_embedding(model: nn.Module) -> Iterator[None]:
+def differentiable_from_the_embedding(model: nn.Module) -> Iterator[None]:
     """Let the graph begin at the token embedding, also when every parameter is frozen."""
 
     def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
