@@ -104,7 +104,7 @@ def check_data(recipe: TrainingRecipe, split: str) -> tuple[Rows, str]:
 
 
 def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
-    """The checkpoint to resume from. `resume_from_checkpoint: true` is for the trainer to find in the output folder."""
+    """The checkpoint to resume from."""
     path = Path(str(recipe.training.resume_from_checkpoint))
     if not (path / "trainer_state.json").is_file():
         raise FileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.")

@@ -16,6 +16,7 @@ from qscope_posttrain.cli.options import did_you_mean
 COMMANDS = {
     "features": ("qscope_posttrain.cli.features", "find the features of each language, or show a file of them"),
     "sft": ("qscope_posttrain.cli.sft", "train with TRL's SFTTrainer and the SASFT penalty, from a recipe"),
+    "grpo": ("qscope_posttrain.cli.grpo", "train with TRL's GRPOTrainer and steered negatives, from a recipe"),
     "evaluate": ("qscope_posttrain.cli.evaluate", "measure how often a model switches language"),
     "demo": ("qscope_posttrain.cli.demo", "run the whole chain on a tiny model, on a CPU, without network"),
 }

@@ -1,0 +1,230 @@
+"""What `qscope grpo` checks without loading weights: all of it for `--dry_run`, the essential before every training."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qscope_posttrain.cli.artefacts import load_features
+from qscope_posttrain.cli.checks import (
+    Checks,
+    build_model,
+    check_adapter,
+    check_checkpoint,
+    check_data,
+    check_device,
+    check_output,
+    world_size,
+)
+from qscope_posttrain.cli.grpo_arguments import GRPORecipe
+from qscope_posttrain.cli.grpo_data import PROMPT, build_rewards, check_prompts, check_reward_columns, reward_name
+from qscope_posttrain.cli.inputs import load_tokenizer
+from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.residual.layers import text_config
+from qscope_posttrain.rl.config import SteeredGRPOConfig
+from qscope_posttrain.rl.rewards import RewardFunction
+from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_source
+
+_SAMPLE = "The answer is 7."
+"""A completion that every reward function must be able to score"""
+
+
+@dataclass(frozen=True, eq=False)
+class GRPOInputs:
+    """What the trainer gets beside the model and its settings."""
+
+    rewards: list[RewardFunction]
+    rows: Rows
+    evaluation: Rows | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def prepare(recipe: GRPORecipe, features: FeatureSet | None) -> GRPOInputs:
+    """Rewards, data and tokenizer, checked before the model's weights are loaded.
+
+    Raises:
+        ValueError: features of another model or without what steering needs, rewards that do not fit the data, prompts
+            that cannot be read.
+        FileNotFoundError: no such data or model.
+    """
+    rewards = build_rewards(recipe)
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    if recipe.training.has_negatives:
+        model, _ = build_model(recipe)
+        negative_source(recipe.training, features, model, tokenizer)
+    rows = load_rows(recipe, recipe.script.dataset_train_split)
+    check_prompts(recipe, rows, tokenizer)
+    check_reward_columns(rewards, rows)
+    evaluation = None
+    if recipe.training.eval_strategy != "no":
+        evaluation = load_rows(recipe, recipe.script.dataset_test_split)
+    return GRPOInputs(rewards, rows, evaluation, tokenizer)
+
+
+def check_recipe(recipe: GRPORecipe) -> Checks:
+    """Look at output folder, device, model, negatives, data, rewards and batch, in this order."""
+    checks = Checks()
+    checks.check("output folder", check_output, recipe)
+    check_device(checks, recipe)
+    model = checks.check("model", build_model, recipe)
+    tokenizer = checks.check("tokenizer", _tokenizer, recipe)
+    if recipe.model.use_peft:
+        checks.check("adapter", check_adapter, recipe, model)
+    if recipe.training.has_negatives:
+        if recipe.run.features is not None:
+            checks.check("features", _features, recipe, model)
+        source = checks.check("negatives", _negatives, recipe, model, tokenizer)
+        checks.check("negatives in the loss", _loss, recipe, source)
+    else:
+        checks.note("negatives", "none: this is plain DAPO")
+    rows = checks.check("data", check_data, recipe, recipe.script.dataset_train_split)
+    checks.check("prompts", _prompts, recipe, rows, tokenizer, model)
+    if recipe.training.eval_strategy != "no":
+        checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
+    checks.check("rewards", _rewards, recipe, rows, tokenizer)
+    checks.check("batch", _batch, recipe, rows)
+    if recipe.training.resume_from_checkpoint:
+        checks.check("checkpoint", check_checkpoint, recipe)
+    return checks
+
+
+def _tokenizer(recipe: GRPORecipe) -> tuple[PreTrainedTokenizerBase, str]:
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    chat = "no chat template" if tokenizer.chat_template is None else "a chat template"
+    return tokenizer, f"{len(tokenizer)} tokens, ends with {tokenizer.eos_token!r}, {chat}"
+
+
+def _features(recipe: GRPORecipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
+    features = load_features(recipe)
+    if features is None:
+        raise ValueError("the recipe names no 'features'.")
+    features.check_model(model)
+    rows = ", ".join(f"{len(found)} on layer {layer}" for layer, found in features.layers.items())
+    return features, f"fit the model; rows: {rows}"
+
+
+def _negatives(
+    recipe: GRPORecipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> tuple[NegativeSource, str]:
+    config = recipe.training
+    source = negative_source(config, load_features(recipe), model, tokenizer)
+    count = config.negatives_per_group
+    which = f"the last {count} of {config.num_generations} rows of a group" if count > 1 else "the last row of a group"
+    return source, f"{which} of {config.num_generations}: {describe_negatives(config, source)}"
+
+
+def describe_negatives(config: SteeredGRPOConfig, source: NegativeSource) -> str:
+    """How negatives are made, in words: layer, strength and window, or what is copied."""
+    first, last = source.window_start
+    begin = (
+        f"from generated token {first} on" if first == last else f"from a generated token drawn in {first} to {last}"
+    )
+    if source.steering is None:
+        often = "to the end" if source.copies is None else f"{source.copies} times, after which the model runs free"
+        return f"{config.negative}: {begin}, the piece of text just written is repeated {often}"
+    steering = source.steering
+    layer = steering.layers[0]
+    shift = steering.change(layer).shift
+    length = 0.0 if shift is None else float(shift.norm())
+    what = "a fresh random direction" if source.random else "the features' direction"
+    span = "to the end" if source.window_length is None else f"for {source.window_length} tokens, then free"
+    return (
+        f"{config.negative}: {what} on layer {layer}, strength {steering.strength:.4g} {steering.unit} "
+        f"(a vector of length {length:.4g}), {begin} {span}"
+    )
+
+
+def _loss(recipe: GRPORecipe, source: NegativeSource) -> tuple[SteeredGRPOConfig, str]:
+    config = recipe.training
+    settings = config.negative_settings
+    words = [
+        f"gate {settings.gate}", f"tokens {settings.tokens}", f"weight {settings.weight:.4g}",
+        f"old log-probabilities of the {settings.old_logps}", f"baseline {settings.baseline}",
+    ]  # fmt: skip
+    if config.negative_share < 1:
+        words.append(f"in a share of {config.negative_share:.4g} of the groups")
+    if config.negative_decay_steps:
+        words.append(f"falling to 0 over {config.negative_decay_steps} steps")
+    if config.stop_below:
+        words.append(f"until fewer than {config.stop_below:.4g} of {config.stop_window} loop")
+    return config, f"mode {config.mode}: {', '.join(words)}"
+
+
+def _prompts(
+    recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module
+) -> tuple[list[int], str]:
+    lengths = check_prompts(recipe, rows, tokenizer)
+    room = int(getattr(text_config(model), "max_position_embeddings", 0) or 0)
+    longest = max(lengths) + recipe.training.completion_limit
+    if room and longest > room:
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and a completion of {recipe.training.completion_limit} make {longest}, "
+            f"and the model has {room} positions. Lower max_completion_length or shorten the prompts."
+        )
+    kind = "text" if isinstance(first_rows(rows, 1)[0][PROMPT], str) else "messages"
+    return lengths, f"{kind}; the first {len(lengths)} have {min(lengths)} to {max(lengths)} tokens"
+
+
+def _rewards(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[RewardFunction], str]:
+    """Score one made-up completion of the first row with each function, so that what they lack shows."""
+    config, rewards = recipe.training, build_rewards(recipe)
+    check_reward_columns(rewards, rows)
+    weights = config.reward_weights or [1.0] * len(rewards)
+    row = first_rows(rows, 1)[0]
+    words = []
+    for reward, weight in zip(rewards, weights, strict=True):
+        name = reward_name(reward)
+        try:
+            value = _score(reward, row, tokenizer)
+        except Exception as error:
+            raise ValueError(f"'{name}' cannot score a completion of the first row: {error!r}") from error
+        words.append(f"{weight:.4g} x {name} ({'none' if value is None else f'{value:.4g}'} for {_SAMPLE!r})")
+    if config.soft_overlong_cache:
+        words.append(f"soft overlong punishment over the last {config.soft_overlong_cache} tokens")
+    return rewards, "; ".join(words)
+
+
+def _score(reward: RewardFunction, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> float | None:
+    completion: Any = _SAMPLE if isinstance(row[PROMPT], str) else [{"role": "assistant", "content": _SAMPLE}]
+    columns = {name: [value] for name, value in row.items() if name not in (PROMPT, "completion", "completion_ids")}
+    returned: Any = reward(
+        prompts=[row[PROMPT]],
+        completions=[completion],
+        completion_ids=[tokenizer(text=_SAMPLE)["input_ids"]],
+        trainer_state=None,
+        log_extra=lambda *_: None,
+        log_metric=lambda *_: None,
+        steered=[False],
+        **columns,
+    )
+    values: Sequence[float | None] = asyncio.run(returned) if inspect.iscoroutine(returned) else returned
+    if len(values) != 1:
+        raise ValueError(f"{len(values)} rewards for one completion")
+    return values[0]
+
+
+def _batch(recipe: GRPORecipe, rows: Rows) -> tuple[int, str]:
+    config, processes = recipe.training, world_size()
+    generated = processes * config.per_device_train_batch_size * (config.steps_per_generation or 1)
+    groups = generated // config.generations
+    trained = processes * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    words = (
+        f"{processes} process{'es' if processes > 1 else ''} x {config.per_device_train_batch_size} rows x "
+        f"{config.steps_per_generation} = {generated} completions at a time, {groups} groups of {config.generations}, "
+        f"{groups * config.negatives_per_group} negatives; {trained} rows a step"
+    )
+    if config.max_steps > 0:
+        return groups, f"{words}; {config.max_steps} steps"
+    if not hasattr(rows, "__len__"):
+        raise ValueError("a streamed data set has no length; set 'max_steps'.")
+    # Every prompt is used for num_generations rows, num_iterations times.
+    steps = math.ceil(config.num_train_epochs * len(rows) * config.generations * config.num_iterations / trained)
+    return groups, f"{words}; about {steps} steps"
