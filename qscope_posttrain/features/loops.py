@@ -16,8 +16,8 @@ from qscope_posttrain.features.batches import TokenText
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import write_text
-from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, generate_samples
-from qscope_posttrain.text.repetition import RepeatedTail, is_endless_repetition, repeated_tail
+from qscope_posttrain.residual.sampling import Prompt, SamplingSettings, encode_prompts, sample_batch
+from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
 
 MIN_COPIES, MIN_TOKENS = 4, 12
 NORMAL_PER_LOOP = 4
@@ -115,7 +115,7 @@ def collect_loops(
     fewer loops than wanted is reported with the number and the rate; finding none is an error.
 
     Args:
-        prompts: texts or chats, see `residual.sampling.generate_samples`; `chat` and its options likewise.
+        prompts: texts or chats, see `residual.sampling.generate_samples`, also for `chat` and its options.
         max_samples: completions after which to give up.
         normal: ordinary completions (ended by themselves, without a repeated tail) to keep; by default four times
             `wanted`.
@@ -133,6 +133,7 @@ def collect_loops(
         raise ValueError(
             f"wanted, max_samples and normal must be at least 1; got {wanted}, {max_samples} and {normal}."
         )
+    ids = encode_prompts(tokenizer, prompts, chat=chat, chat_template_options=chat_template_options)
     loops: list[Loop] = []
     ordinary: list[Completion] = []
     samples = 0
@@ -144,11 +145,10 @@ def collect_loops(
     )
     for number in rounds:
         size = min(settings.batch_size, max_samples - samples)
-        batch = [prompts[(samples + place) % len(prompts)] for place in range(size)]
-        draw = replace(settings, samples_per_prompt=1, batch_size=size, seed=settings.seed + number)
-        options: dict[str, Any] = {"chat": chat, "chat_template_options": chat_template_options}
-        for sample in generate_samples(model, tokenizer, {"": batch}, draw, show_progress=False, **options):
-            found = _judged(sample, min_copies, min_tokens)
+        batch = [ids[(samples + place) % len(ids)] for place in range(size)]
+        responses = sample_batch(model, tokenizer, batch, replace(settings, seed=settings.seed + number))
+        for prompt, (tokens, ended) in zip(batch, responses, strict=True):
+            found = _judged(Completion(tuple(prompt), tuple(tokens)), ended, min_copies, min_tokens)
             if isinstance(found, Loop):
                 loops.append(found)
             elif found is not None and len(ordinary) < normal:
@@ -205,15 +205,15 @@ def loops_from_texts(
     return collection
 
 
-def _judged(sample: Sample, min_copies: int, min_tokens: int) -> Loop | Completion | None:
-    """A loop, an ordinary completion, or None for what is neither: cut off, ended after repeating, or empty."""
-    bounds = {"min_copies": min_copies, "min_tokens": min_tokens}
-    tail = repeated_tail(sample.tokens, **bounds)
-    if tail is not None and is_endless_repetition(sample.tokens, ended=sample.ended, **bounds):
-        return Loop(sample.prompt_tokens, sample.tokens, tail)
-    if tail is None and sample.ended and sample.tokens:
-        return Completion(sample.prompt_tokens, sample.tokens)
-    return None
+def _judged(found: Completion, ended: bool, min_copies: int, min_tokens: int) -> Loop | Completion | None:
+    """A loop, an ordinary completion, or None for what is neither: cut off, ended after repeating, or empty.
+
+    A loop here is what `text.repetition.is_endless_repetition` says: it did not end, and has a repeated tail.
+    """
+    tail = repeated_tail(found.completion_ids, min_copies=min_copies, min_tokens=min_tokens)
+    if tail is not None and not ended:
+        return Loop(found.prompt_ids, found.completion_ids, tail)
+    return found if tail is None and ended and found.completion_ids else None
 
 
 def _completion(tokenizer: Any, text: str | Mapping[str, Any], number: int) -> Completion:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from qscope_posttrain.features.batches import (
     TokenBatch,
     TokenSequence,
-    evaluation_mode,
     input_device,
     longest_allowed,
     token_batches,
@@ -23,6 +22,7 @@ from qscope_posttrain.features.scoring import LOGITS_AT_A_TIME, model_logits
 from qscope_posttrain.features.selection import top_features
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.residual.capture import LayerCapture, forward_to_layer
+from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.layers import check_layers
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

@@ -132,12 +132,7 @@ def generate_samples(
         TypeError: a string where a list of prompts is expected.
     """
     settings = settings or SamplingSettings()
-    texts = _prompt_texts(tokenizer, prompts, chat, dict(chat_template_options or {}))
-    is_templated = [chat or not isinstance(prompt, str) for group in prompts.values() for prompt in group]
-    ids = [
-        tokenizer(text, add_special_tokens=not templated)["input_ids"]
-        for (_, _, text), templated in zip(texts, is_templated, strict=True)
-    ]
+    texts, ids = _encoded_prompts(tokenizer, prompts, chat, dict(chat_template_options or {}))
     _check_lengths(model, texts, ids, settings.max_new_tokens)
 
     # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.
@@ -148,9 +143,7 @@ def generate_samples(
     with _sampling(model, tokenizer, settings) as end_ids:
         for batch in progress(batches, description="sampling responses", enabled=show_progress):
             new_tokens = _generate(model, tokenizer, [ids[place] for place, _ in batch])
-            for row, tokens in zip(batch, new_tokens.tolist(), strict=True):
-                end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
-                responses[row] = tokens[:end], end is not None
+            responses.update(zip(batch, _until_end(new_tokens, end_ids), strict=True))
     samples = []
     for place, (language, index, text) in enumerate(texts):
         for number in range(settings.samples_per_prompt):
@@ -158,6 +151,64 @@ def generate_samples(
             response = str(tokenizer.decode(tokens, skip_special_tokens=True))
             samples.append(Sample(language, index, number, text, response, ended, tuple(ids[place]), tuple(tokens)))
     return samples
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    chat: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts as `generate_samples` encodes them; it also documents the arguments and the errors."""
+    return _encoded_prompts(tokenizer, {"": prompts}, chat, dict(chat_template_options or {}))[1]
+
+
+def sample_batch(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+) -> list[tuple[list[int], bool]]:
+    """One response to each encoded prompt, all of them in one batch, with the rows in the order given.
+
+    What `generate_samples` does, for a caller who does something to certain rows meanwhile (see `steering.steer`).
+    `samples_per_prompt` and `batch_size` play no part.
+
+    Returns:
+        For each prompt the new tokens up to, not including, the end token, and whether there was one.
+
+    Raises:
+        ValueError: no prompts, an empty one, or one too long for the model.
+    """
+    if not prompt_ids:
+        raise ValueError("No prompts given.")
+    _check_lengths(model, [("", index, "") for index in range(len(prompt_ids))], prompt_ids, settings.max_new_tokens)
+    with _sampling(model, tokenizer, settings) as end_ids:
+        return list(_until_end(_generate(model, tokenizer, prompt_ids), end_ids))
+
+
+def _until_end(new_tokens: Tensor, end_ids: frozenset[int]) -> Iterator[tuple[list[int], bool]]:
+    """Tokens of each row before its end token, and whether it has one."""
+    for tokens in new_tokens.tolist():
+        end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
+        yield tokens[:end], end is not None
+
+
+def _encoded_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[Prompt]],
+    chat: bool,
+    template_options: dict[str, Any],
+) -> tuple[list[tuple[str, int, str]], list[list[int]]]:
+    """`_prompt_texts`, and the token ids of each: a chat template writes the special tokens itself."""
+    texts = _prompt_texts(tokenizer, prompts, chat, template_options)
+    is_templated = [chat or not isinstance(prompt, str) for group in prompts.values() for prompt in group]
+    ids = [
+        tokenizer(text, add_special_tokens=not templated)["input_ids"]
+        for (_, _, text), templated in zip(texts, is_templated, strict=True)
+    ]
+    return texts, ids
 
 
 def _prompt_texts(
