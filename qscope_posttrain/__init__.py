@@ -25,6 +25,7 @@ _HOME = {
     "Window": "qscope_posttrain.residual.positions",
     "steer": "qscope_posttrain.residual.steering",
     "evaluate_code_switching": "qscope_posttrain.evaluation.code_switching",
+    "evaluate_repetition": "qscope_posttrain.evaluation.repetition",
 }
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Window",
     "__version__",
     "evaluate_code_switching",
+    "evaluate_repetition",
     "find_language_features",
     "pack_with_languages",
     "sasft_loss",
@@ -46,6 +48,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
+    from qscope_posttrain.evaluation.repetition import evaluate_repetition
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.features.find import find_language_features
     from qscope_posttrain.residual.positions import Window

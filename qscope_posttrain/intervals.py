@@ -115,6 +115,26 @@ def bootstrap_difference(
     return _percentile_interval([first_means - second_means], resamples, level, seed)
 
 
+def seed_noise(outcomes: ArrayLike) -> float:
+    """Half width of the 95 % range of the difference between the means of two runs with different seeds.
+
+    1.96 sqrt(2) times the standard error of the mean over seeds, the prompts being fixed. The variance of one prompt's
+    responses is estimated by the unbiased p (1 - p) s / (s - 1) from its s samples. With a single sample it is unknown,
+    and p (1 - p) over all prompts, never less on average, stands in for it.
+
+    Args:
+        outcomes: `[prompts, samples]`, 0 or 1.
+    """
+    matrix = np.asarray(outcomes, dtype=np.float64)
+    prompts, samples = matrix.shape
+    if samples > 1:
+        rates = matrix.mean(axis=1)
+        variance = float((rates * (1 - rates)).mean()) * samples / (samples - 1)
+    else:
+        variance = float(matrix.mean() * (1 - matrix.mean()))
+    return 1.96 * math.sqrt(2 * variance / (prompts * samples))
+
+
 def _percentile_interval(strata: list[NDArray[np.float64]], resamples: int, level: float, seed: int) -> Interval:
     """Interval of the mean of the strata's means of per-prompt values `[prompts]`."""
     _check_level(level)

@@ -1,4 +1,4 @@
-"""`qscope evaluate code-switching`."""
+"""`qscope evaluate`: code-switching and repetition in sampled responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from qscope_posttrain.report.summary import writable_folder, write_summary
 
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
-    code_switching(_parser().parse(arguments))
+    options = _parser().parse(arguments)
+    {"code-switching": code_switching, "repetition": repetition}[options.action](options)
     return 0
 
 
@@ -50,6 +51,40 @@ def code_switching(options: argparse.Namespace) -> None:
     status(f"responses written to {examples}")
 
 
+def repetition(options: argparse.Namespace) -> None:
+    """Sample, look for loops, print the table, and write `examples.jsonl` and `summary.json`."""
+    from qscope_posttrain.evaluation.repetition import evaluate_repetition
+    from qscope_posttrain.residual.sampling import SamplingSettings
+
+    output = writable_folder(options.output)
+    prompts = read_prompts(options.prompts, options.max_prompts, language="all")
+    template_options = _template_options(options.chat_template_options)
+    settings = SamplingSettings(
+        samples_per_prompt=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    result = evaluate_repetition(
+        model,
+        tokenizer,
+        prompts,
+        settings,
+        min_copies=options.min_copies,
+        min_tokens=options.min_tokens,
+        chat=options.chat,
+        chat_template_options=template_options,
+    )
+    result.to_table().print()
+    examples = result.write_examples(output / "examples.jsonl", tokenizer)
+    results = {**result.to_dict(), "table": result.to_table(), "examples": examples}
+    write_summary(output, "evaluate repetition", vars(options), results)
+    status(f"responses and their loops written to {examples}")
+
+
 def _template_options(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
@@ -66,17 +101,29 @@ def _parser() -> OptionParser:
     parser = OptionParser(prog="qscope evaluate")
     actions = parser.add_subparsers(dest="action", required=True)
     new = actions.add_parser("code-switching", help="share of responses that switch, unasked, to a language")
-    add_model_options(new)
-    new.add_argument("--prompts", required=True, help="JSONL with prompt and language, or folder of <language>.txt")
     new.add_argument("--target", default="zh", help="the language switched to, one with a script of its own")
+    _add_sampling_options(
+        new, prompts="JSONL with prompt and language, or folder of <language>.txt", top_p=0.8, longest=256
+    )
+    new = actions.add_parser("repetition", help="share of responses that repeat themselves until they are cut off")
+    new.add_argument("--min-copies", type=int, default=4, help="whole copies of a block at the end that make a loop")
+    new.add_argument("--min-tokens", type=int, default=12, help="tokens that these copies have together, at least")
+    prompts = "JSONL with prompt and, if known, language, or folder of <language>.txt"
+    _add_sampling_options(new, prompts, top_p=1.0, longest=1024)
+    return parser
+
+
+def _add_sampling_options(new: argparse.ArgumentParser, prompts: str, top_p: float, longest: int) -> None:
+    """Model, prompts, output, and how responses are drawn."""
+    add_model_options(new)
+    new.add_argument("--prompts", required=True, help=prompts)
     new.add_argument("--output", required=True, help="folder for summary.json and examples.jsonl")
     new.add_argument("--samples", type=int, default=8, help="responses to each prompt")
-    new.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; switching depends strongly on it")
-    new.add_argument("--top-p", type=float, default=0.8, help="nucleus; 1 keeps all tokens")
-    new.add_argument("--max-new-tokens", type=int, default=256, help="longest response")
+    new.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; every rate depends strongly on it")
+    new.add_argument("--top-p", type=float, default=top_p, help="nucleus; 1 keeps all tokens")
+    new.add_argument("--max-new-tokens", type=int, default=longest, help="longest response")
     new.add_argument("--batch-size", type=int, default=32, help="responses generated at a time")
     new.add_argument("--max-prompts", type=int, help="prompts a language at most")
     new.add_argument("--chat", action="store_true", help="send texts through the chat template, as a user's message")
     new.add_argument("--chat-template-options", help='JSON for the template, for example {"enable_thinking": false}')
     new.add_argument("--seed", type=int, default=0, help="of the sampling")
-    return parser

@@ -50,11 +50,12 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
     return texts
 
 
-def read_prompts(path: str | Path, limit: int | None = None) -> dict[str, list[Any]]:
+def read_prompts(path: str | Path, limit: int | None = None, language: str | None = None) -> dict[str, list[Any]]:
     """Prompts by source language, from JSONL with `prompt` (text or chat messages) and `language`, or as `read_texts`.
 
     Args:
         limit: At most so many prompts of each language, the first ones; None takes all.
+        language: What to call the language of a row that names none; None requires that each row names its own.
 
     Raises:
         FileNotFoundError: nothing at `path`.
@@ -65,13 +66,13 @@ def read_prompts(path: str | Path, limit: int | None = None) -> dict[str, list[A
         return {language: list(lines) for language, lines in read_texts(location, limit).items()}
     prompts: dict[str, list[Any]] = {}
     for number, row in read_jsonl(location):
-        prompt, language = row.get("prompt"), row.get("language")
-        if not isinstance(prompt, str | list) or not isinstance(language, str):
+        prompt, own = row.get("prompt"), row.get("language", language)
+        if not isinstance(prompt, str | list) or not isinstance(own, str):
             raise ValueError(
                 f"{location}, line {number}: expected 'prompt' (text or a list of messages) and 'language', "
                 f"got the keys {sorted(row)}."
             )
-        kept = prompts.setdefault(language, [])
+        kept = prompts.setdefault(own, [])
         if limit is None or len(kept) < limit:
             kept.append(prompt)
     if not prompts:

@@ -17,7 +17,10 @@ COMMANDS = {
     "features": ("qscope_posttrain.cli.features", "find the features of each language, or show a file of them"),
     "sft": ("qscope_posttrain.cli.sft", "train with TRL's SFTTrainer and the SASFT penalty, from a recipe"),
     "grpo": ("qscope_posttrain.cli.grpo", "train with TRL's GRPOTrainer and steered negatives, from a recipe"),
-    "evaluate": ("qscope_posttrain.cli.evaluate", "measure how often a model switches language"),
+    "evaluate": (
+        "qscope_posttrain.cli.evaluate",
+        "measure how often a model switches language or repeats itself without end",
+    ),
     "demo": ("qscope_posttrain.cli.demo", "run the whole chain on a tiny model, on a CPU, without network"),
 }
 USER_MISTAKE = 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qscope_posttrain.evaluation.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, wilson
+from qscope_posttrain.evaluation.prompt_groups import group_by_prompt, same_prompts
+from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, generate_samples
@@ -226,20 +226,10 @@ def switching_ratio(
     Raises:
         ValueError: no samples, unequal numbers of samples per prompt, or languages as for `contains_language_script`.
     """
-    if not samples:
-        raise ValueError("No samples to count switches in.")
-    order: dict[str, dict[int, list[Sample]]] = {}
-    for sample in samples:
-        order.setdefault(sample.language, {}).setdefault(sample.prompt_index, []).append(sample)
-    counts = {len(group) for by_prompt in order.values() for group in by_prompt.values()}
-    if len(counts) > 1:
-        raise ValueError(f"Every prompt needs the same number of samples; got {sorted(counts)}.")
-
     kept: list[Sample] = []
     matrices = []
     languages = []
-    for language, by_prompt in order.items():
-        groups = [sorted(group, key=lambda sample: sample.sample_index) for group in by_prompt.values()]
+    for language, groups in group_by_prompt(samples).items():
         matrix = np.array(
             [[contains_language_script(sample.response, target, language) for sample in group] for group in groups]
         )
@@ -264,7 +254,7 @@ def switching_ratio(
         micro=bootstrap_over_prompts(outcomes),
         micro_wilson=wilson(int(outcomes.sum()), outcomes.size),
         macro=bootstrap_over_prompts(matrices),
-        seed_noise=_seed_noise(outcomes),
+        seed_noise=seed_noise(outcomes),
         samples=tuple(kept),
         switched=tuple(outcomes.ravel().tolist()),
         settings=dict(settings or {}),
@@ -277,25 +267,9 @@ def switching_difference(first: SwitchingResult, second: SwitchingResult) -> Int
     Raises:
         ValueError: the two were not measured on the same prompts for the same target.
     """
-    prompts = [[(s.language, s.prompt) for s in result.samples if s.sample_index == 0] for result in (first, second)]
-    if first.target != second.target or prompts[0] != prompts[1]:
+    if first.target != second.target or not same_prompts(first.samples, second.samples):
         raise ValueError("A paired difference needs two results for one target on the same prompts in the same order.")
     return bootstrap_difference(first.outcomes, second.outcomes)
-
-
-def _seed_noise(outcomes: NDArray[np.bool_]) -> float:
-    """1.96 sqrt(2) times the standard error of the mean over seeds, the prompts being fixed.
-
-    The variance of one prompt's responses is estimated by the unbiased p (1 - p) s / (s - 1) from its s samples. With
-    a single sample it is unknown, and p (1 - p) over all prompts, never less on average, stands in for it.
-    """
-    prompts, samples = outcomes.shape
-    if samples > 1:
-        rates = outcomes.mean(axis=1)
-        variance = float((rates * (1 - rates)).mean()) * samples / (samples - 1)
-    else:
-        variance = float(outcomes.mean() * (1 - outcomes.mean()))
-    return 1.96 * math.sqrt(2 * variance / (prompts * samples))
 
 
 def _percent(interval: Interval) -> tuple[float, float, float]:

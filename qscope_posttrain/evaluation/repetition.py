@@ -1,0 +1,303 @@
+"""How often a model repeats itself without end: the repeat ratio, with intervals."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qscope_posttrain.evaluation.prompt_groups import group_by_prompt, same_prompts
+from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
+from qscope_posttrain.report.summary import write_text
+from qscope_posttrain.report.tables import Table
+from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, generate_samples
+from qscope_posttrain.text.repetition import RepeatedTail, compression_ratio, ngram_repetition_rate, repeated_tail
+
+NGRAM = 3
+"""Tokens of the n-grams whose rate is reported, as in TRL's reward."""
+
+DEFAULT_SETTINGS = SamplingSettings(top_p=1.0, max_new_tokens=1024)
+"""Samples as in GRPO, long enough that a loop can be told from a phrase."""
+
+_ALL = "all"
+
+
+@dataclass(frozen=True)
+class GroupRepetition:
+    """Repetition in the responses to the prompts of one source language, or to all."""
+
+    name: str
+    prompts: int
+    samples: int
+    """Responses, over all prompts."""
+
+    endless: int
+    """Responses that ran in a circle when they were cut off."""
+
+    ended: int
+    """Responses that ended by themselves."""
+
+    left: int
+    """Of those, how many left a loop of the same kind with their end token: repetition, but not endless."""
+
+    ngram_rate: float
+    """Mean over responses of the share of token 3-grams that occurred before in the response."""
+
+    compression: float
+    """Mean over responses of the bytes of the text over those after compression."""
+
+    tokens: float
+    """Mean length of a response."""
+
+    wilson: Interval
+    """Ratio `endless / samples`; takes all responses for independent."""
+
+    bootstrap: Interval
+    """The same ratio; resamples prompts, for responses to one prompt are alike."""
+
+
+@dataclass(frozen=True)
+class RepetitionResult:
+    """Repeat ratios with 95 % intervals, and the responses they were counted on."""
+
+    groups: tuple[GroupRepetition, ...]
+    """One per source language."""
+
+    total: GroupRepetition
+    """All responses together."""
+
+    seed_noise: float
+    """Half width of the 95 % range of the difference in `ratio` between two runs of the same model on the same prompts
+    with different seeds. A smaller difference between two models says nothing."""
+
+    samples: tuple[Sample, ...] = field(repr=False)
+    tails: tuple[RepeatedTail | None, ...] = field(repr=False)
+    """For each of `samples`, the loop at its end, if there is one, whether the response ended after it or not."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How the responses were drawn, and what counts as a loop."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of all responses that are endless."""
+        return self.total.bootstrap.estimate
+
+    @property
+    def endless(self) -> tuple[bool, ...]:
+        """For each of `samples`, whether it is an endless repetition."""
+        return tuple(_is_endless(sample, tail) for sample, tail in zip(self.samples, self.tails, strict=True))
+
+    @property
+    def outcomes(self) -> NDArray[np.bool_]:
+        """`[prompts, samples per prompt]`: whether a response is endless; prompts in the order of `samples`."""
+        return np.array(self.endless).reshape(self.total.prompts, -1)
+
+    def note(self) -> str:
+        """Settings and noise in words, to stand wherever the ratio does."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return (
+            f"{settings}; two runs that differ only in their seed differ by up to {100 * self.seed_noise:.2g} points "
+            "(95 %, all prompts)"
+        )
+
+    def to_table(self) -> Table:
+        """One row per source language, then all responses."""
+        groups = self.groups if len(self.groups) == 1 else (*self.groups, self.total)
+        rows: list[list[Any]] = [
+            [
+                group.name,
+                group.prompts,
+                group.samples,
+                100 * group.wilson.estimate,
+                100 * group.wilson.low,
+                100 * group.wilson.high,
+                100 * group.bootstrap.low,
+                100 * group.bootstrap.high,
+                group.ngram_rate,
+                group.compression,
+                100 * group.ended / group.samples,
+                group.tokens,
+            ]
+            for group in groups
+        ]
+        columns = ["source", "prompts", "responses", "endless, %", "Wilson low", "Wilson high", "bootstrap low"]
+        columns += ["bootstrap high", f"{NGRAM}-grams repeated", "compression", "ended, %", "tokens"]
+        return Table("Endless repetition", columns, rows, caption=self.note())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready numbers, settings and note; without the responses (see `write_examples`)."""
+        return {
+            "ratio": self.ratio,
+            **_json_group(self.total),
+            "seed_noise": self.seed_noise,
+            "groups": {group.name: _json_group(group) for group in self.groups},
+            "settings": dict(self.settings),
+            "note": self.note(),
+        }
+
+    def write_examples(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+        """Write every response as one line of JSON, in one step. Returns the path.
+
+        The fields are those of `Sample`, with the number of tokens instead of the tokens; `endless`; and `loop`, null
+        or the `start`, `period` and `copies` of the loop at the end, counted in tokens, with its `block` as text if a
+        tokenizer is given. ValueError if the file cannot be written.
+        """
+        lines = []
+        for sample, tail in zip(self.samples, self.tails, strict=True):
+            loop = None if tail is None else asdict(tail)
+            if loop is not None and tail is not None and tokenizer is not None:
+                loop["block"] = str(tokenizer.decode(list(sample.tokens[tail.start : tail.second_copy])))
+            row = {**sample.to_dict(tokens=False), "tokens": len(sample.tokens)}
+            lines.append(json.dumps({**row, "endless": _is_endless(sample, tail), "loop": loop}, ensure_ascii=False))
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        return Path(path)
+
+
+def evaluate_repetition(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt] | Mapping[str, Sequence[Prompt]],
+    settings: SamplingSettings | None = None,
+    *,
+    min_copies: int = 4,
+    min_tokens: int = 12,
+    chat: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
+    show_progress: bool | None = None,
+) -> RepetitionResult:
+    """Sample responses to `prompts` and count those that repeat themselves without end.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped.
+        tokenizer: its tokenizer.
+        prompts: text or chat messages, in one list or by source language.
+        settings: how to draw; by default `DEFAULT_SETTINGS`. The ratio depends on every one of them: the longer a
+            response may be, the more room there is to run into a loop, and greedy decoding loops the most.
+        min_copies, min_tokens: what counts as a loop, see `text.repetition.repeated_tail`.
+        chat, chat_template_options, show_progress: see `generate_samples`.
+
+    Raises:
+        ValueError: an impossible `min_copies` or `min_tokens`, a response too short to hold such a loop, or as for
+            `generate_samples`; before anything is generated.
+    """
+    settings = settings or DEFAULT_SETTINGS
+    repeated_tail((), min_copies=min_copies, min_tokens=min_tokens)  # refuses values out of range
+    if settings.max_new_tokens < max(min_copies, min_tokens):
+        raise ValueError(
+            f"max_new_tokens={settings.max_new_tokens} leaves no room for {min_copies} copies of at least {min_tokens} "
+            "tokens together; no response could count as a loop."
+        )
+    if isinstance(prompts, str):
+        raise TypeError("Expected a list of prompts; got one string.")
+    by_source = prompts if isinstance(prompts, Mapping) else {_ALL: prompts}
+    samples = generate_samples(
+        model,
+        tokenizer,
+        by_source,
+        settings,
+        chat=chat,
+        chat_template_options=chat_template_options,
+        show_progress=show_progress,
+    )
+    stated = {**settings.to_dict(), "chat": chat}
+    return repeat_ratio(samples, min_copies=min_copies, min_tokens=min_tokens, settings=stated)
+
+
+def repeat_ratio(
+    samples: Sequence[Sample],
+    *,
+    min_copies: int = 4,
+    min_tokens: int = 12,
+    settings: Mapping[str, Any] | None = None,
+) -> RepetitionResult:
+    """Count endless repetition among samples: r = (1 / N) sum over responses of 1[cut off while in a loop].
+
+    Args:
+        samples: responses with their token ids, the same number for every prompt.
+        min_copies, min_tokens: what counts as a loop, see `text.repetition.repeated_tail`.
+        settings: how they were drawn, to be stated with the result.
+
+    Raises:
+        ValueError: no samples, unequal numbers of samples per prompt, or samples without token ids.
+    """
+    matrices, groups = [], []
+    kept: list[Sample] = []
+    tails: list[RepeatedTail | None] = []
+    for name, by_prompt in group_by_prompt(samples).items():
+        ordered = [sample for group in by_prompt for sample in group]
+        found = [_tail(sample, min_copies, min_tokens) for sample in ordered]
+        outcomes = np.array([_is_endless(*pair) for pair in zip(ordered, found, strict=True)])
+        matrix = outcomes.reshape(len(by_prompt), -1)
+        groups.append(_group(name, ordered, found, matrix))
+        matrices.append(matrix)
+        kept += ordered
+        tails += found
+    together = np.concatenate(matrices)
+    return RepetitionResult(
+        groups=tuple(groups),
+        total=_group(_ALL, kept, tails, together) if len(groups) > 1 else replace(groups[0], name=_ALL),
+        seed_noise=seed_noise(together),
+        samples=tuple(kept),
+        tails=tuple(tails),
+        settings={**(settings or {}), "min_copies": min_copies, "min_tokens": min_tokens},
+    )
+
+
+def repetition_difference(first: RepetitionResult, second: RepetitionResult) -> Interval:
+    """Ratio of `first` minus ratio of `second`, with a paired bootstrap interval over their common prompts.
+
+    Raises:
+        ValueError: the two were not measured on the same prompts, or do not count the same as a loop.
+    """
+    definitions = [[result.settings[name] for name in ("min_copies", "min_tokens")] for result in (first, second)]
+    if definitions[0] != definitions[1] or not same_prompts(first.samples, second.samples):
+        raise ValueError(
+            "A paired difference needs two results on the same prompts in the same order, with the same min_copies and "
+            "min_tokens."
+        )
+    return bootstrap_difference(first.outcomes, second.outcomes)
+
+
+def _tail(sample: Sample, min_copies: int, min_tokens: int) -> RepeatedTail | None:
+    if sample.response and not sample.tokens:
+        raise ValueError(
+            f"Sample {sample.sample_index} of prompt {sample.prompt_index} has a response but no token ids, in which "
+            "loops are found; draw the samples with generate_samples."
+        )
+    return repeated_tail(sample.tokens, min_copies=min_copies, min_tokens=min_tokens)
+
+
+def _is_endless(sample: Sample, tail: RepeatedTail | None) -> bool:
+    """As `text.repetition.is_endless_repetition`, for a tail that is known."""
+    return tail is not None and not sample.ended
+
+
+def _group(
+    name: str, samples: Sequence[Sample], tails: Sequence[RepeatedTail | None], outcomes: NDArray[np.bool_]
+) -> GroupRepetition:
+    endless = int(outcomes.sum())
+    return GroupRepetition(
+        name=name,
+        prompts=len(outcomes),
+        samples=outcomes.size,
+        endless=endless,
+        ended=sum(sample.ended for sample in samples),
+        left=sum(tail is not None for tail in tails) - endless,
+        ngram_rate=float(np.mean([ngram_repetition_rate(sample.tokens, NGRAM) for sample in samples])),
+        compression=float(np.mean([compression_ratio(sample.response) for sample in samples])),
+        tokens=float(np.mean([len(sample.tokens) for sample in samples])),
+        wilson=wilson(endless, outcomes.size),
+        bootstrap=bootstrap_over_prompts(outcomes),
+    )
+
+
+def _json_group(group: GroupRepetition) -> dict[str, Any]:
+    return {**asdict(group), "wilson": group.wilson._asdict(), "bootstrap": group.bootstrap._asdict()}
