@@ -193,7 +193,7 @@ def _check_vectors(name: str, value: Tensor) -> None:
     if value.dim() not in (1, 2) or value.numel() == 0:
         raise ValueError(f"{name} must have the shape [d_model], or [rows, d_model]; got {list(value.shape)}.")
     if not torch.isfinite(value).all():
-        raise ValueError(f"{name} must be finite and not zero.")
+        raise ValueError(f"{name} must be finite.")
 
 
 def _check_number(name: str, value: float) -> None:

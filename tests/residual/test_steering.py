@@ -12,14 +12,18 @@ from torch import nn
 
 from qscope_posttrain.residual.capture import LayerCapture, forward_to_layer
 from qscope_posttrain.residual.layers import decoder_layers
-from qscope_posttrain.residual.steering import Steering, steer
+from qscope_posttrain.residual.steering import Steering, Window, steer
 
 IDS = torch.arange(3, 15).view(2, 6)
 
 
 def hooks_of(model: nn.Module) -> int:
     """Hooks of this package; transformers leaves its own behind."""
-    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
     return sum(getattr(hook, "__module__", "").startswith("qscope_posttrain") for hook in hooks)
 
 
@@ -46,6 +50,56 @@ def test_formulas(make_model, direction, architecture):
         assert calls == {1: 1}
     assert hooks_of(model) == 0
     assert torch.equal(forward_to_layer(model, [1], input_ids=IDS)[1], hidden)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("unit", ["raw", "norm", "relative"])
+def test_units(make_model, direction, architecture, unit):
+    """What strength 2 adds in two layers whose hidden states have other lengths; `clamp` puts a feature's own there."""
+    model = make_model(architecture)
+    norms = {0: 3.0, 2: 0.5}
+    plain = forward_to_layer(model, [0, 2], input_ids=IDS)
+    for layer, norm in norms.items():
+        length = {"raw": direction.norm(), "norm": 1.0, "relative": norm}[unit]
+        shift = 2.0 * length * direction / direction.norm()
+        common = {"strength": 2.0, "unit": unit, "residual_norms": norms}
+        with steer(model, Steering(direction, (layer,), **common)):
+            found = forward_to_layer(model, [layer], input_ids=IDS)[layer]
+        torch.testing.assert_close(found, plain[layer] + shift)
+        clamp = Steering(direction, (layer,), mode="clamp", encoder=direction.flip(0), encoder_bias=0.3, **common)
+        with steer(model, clamp):
+            found = forward_to_layer(model, [layer], input_ids=IDS)[layer]
+        activation = (plain[layer] @ direction.flip(0) + 0.3).relu()[..., None]
+        assert activation.any()
+        assert not activation.all()
+        torch.testing.assert_close(found, plain[layer] + shift - activation * direction)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.25, -1.0])
+def test_ablation_takes_out_what_the_feature_wrote(make_model, direction, strength):
+    model = make_model()
+    encoder, bias = direction.roll(1), -0.1
+    hidden = forward_to_layer(model, [1], input_ids=IDS)[1]
+    expected = hidden.clone()
+    for row in range(2):
+        for token in range(6):
+            activation = max(0.0, float(hidden[row, token] @ encoder) + bias)
+            expected[row, token] -= strength * activation * direction
+    with steer(model, Steering(direction, (1,), strength, "ablate", encoder=encoder, encoder_bias=bias)):
+        found = forward_to_layer(model, [1], input_ids=IDS)[1]
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, hidden)
+
+
+def test_modes_read_half_precision_states_in_full(make_model):
+    """The bias cancels against the readout, which bf16 would have rounded before."""
+    layer = _Layer(torch.full((1, 1, 16), 1.0, dtype=torch.bfloat16))
+    encoder = torch.full((16,), 17.01 / 16)
+    steering = Steering(torch.ones(16), (0,), 1.0, "ablate", encoder=encoder, encoder_bias=-17.0)
+    with steer(_model_of(layer), steering):
+        found = layer(None)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, torch.full((1, 1, 16), 1.0 - 0.01).bfloat16())
 
 
 @given(st.integers(0, 2**31), st.floats(0.01, 100))
@@ -158,10 +212,14 @@ def test_a_layer_that_never_runs_is_an_error(make_model, direction):
     assert hooks_of(model) == 0
 
 
-def test_an_exception_passes_and_leaves_no_hook(make_model, direction):
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_an_exception_passes_and_leaves_no_hook(make_model, direction, positions):
     model = make_model()
-    with pytest.raises(KeyError, match="mine"), steer(model, Steering(direction, (0,))):
-        raise KeyError("mine")
+    steering = Steering(direction, (0, 2), positions=positions)
+    found = []
+    with pytest.raises(KeyError, match="mine"), steer(model, steering), steer(model, steering):
+        raise KeyError(f"mine {found.append(hooks_of(model))}")
+    assert found == [2 * (2 if positions == "all" else 3)]
     assert hooks_of(model) == 0
 
 
@@ -189,6 +247,33 @@ def test_wrong_use_is_refused_before_any_hook(make_model, direction):
         ({"strength": float("inf")}, ValueError, "strength must be finite"),
         ({"mode": "turn"}, ValueError, "add, project_out, ablate, clamp; got 'turn'"),
         ({"unit": "std"}, ValueError, "raw, norm, relative; got 'std'"),
+        ({"direction": torch.tensor([[1.0, 1.0], [0.0, 0.0]])}, ValueError, "not zero"),
+        ({"positions": "last"}, ValueError, "prompt, generated or a Window; got 'last'"),
+        ({"positions": 3}, ValueError, "or a Window; got 3"),
+        ({"positions": torch.tensor([1])}, ValueError, "or a Window; got tensor"),
+        ({"rows": [True, False]}, TypeError, "bool tensor.*got list"),
+        ({"rows": torch.tensor([1, 0])}, TypeError, "int64"),
+        ({"rows": torch.ones(2, 1, dtype=torch.bool)}, ValueError, r"got \[2, 1\]"),
+        (
+            {"rows": torch.ones(2, dtype=torch.bool), "direction": torch.ones(3, 4)},
+            ValueError,
+            "direction has 3, rows has 2",
+        ),
+        (
+            {"rows": torch.ones(2, dtype=torch.bool), "positions": Window(torch.zeros(5, dtype=torch.int64))},
+            ValueError,
+            r"rows has 2, positions\.start has 5",
+        ),
+        ({"mode": "ablate"}, ValueError, "'ablate' needs encoder"),
+        ({"mode": "clamp", "encoder": torch.ones(3)}, ValueError, r"shape of direction \[4\].*got \[3\]"),
+        ({"mode": "clamp", "encoder": torch.ones(2, 4)}, ValueError, r"got \[2, 4\]"),
+        ({"mode": "clamp", "encoder": torch.full((4,), float("nan"))}, ValueError, "encoder must be finite"),
+        ({"mode": "clamp", "encoder": torch.ones(4), "encoder_bias": float("nan")}, ValueError, "encoder_bias"),
+        ({"encoder": torch.ones(4)}, ValueError, "mode 'add' has no use"),
+        ({"unit": "relative"}, ValueError, r"residual_norms.*layer\(s\) 0"),
+        ({"unit": "relative", "residual_norms": {1: 2.0}}, ValueError, r"layer\(s\) 0"),
+        ({"unit": "relative", "residual_norms": {0: 0.0}}, ValueError, "must be positive; got 0.0"),
+        ({"unit": "relative", "residual_norms": {0: float("nan")}}, ValueError, r"residual_norms\[0\] must be finite"),
     ],
 )
 def test_validation(fields, error, message):
