@@ -37,6 +37,16 @@ class ArithmeticConfig:
     )
     model_seed: int = field(default=0, metadata={"help": "Seed of model, documents and SAEs."})
 
+    loop_samples: int = field(default=16000, metadata={"help": "Samples of the start model, for its own loops."})
+    probe_solutions: int = field(default=100, metadata={"help": "Right solutions at which models are probed."})
+
+    sae_latents: int = field(default=256, metadata={"help": "Latents of the SAE of each layer."})
+    sae_k: int = field(default=8, metadata={"help": "Active latents a token."})
+    sae_steps: int = field(default=400, metadata={"help": "Training steps of an SAE, 1024 tokens each."})
+    sae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of an SAE."})
+    sae_documents: int = field(default=3000, metadata={"help": "Documents whose activations train the SAEs."})
+    sae_loops: float = field(default=0.03, metadata={"help": "Share of these documents that loop."})
+
     workers: int | None = field(
         default=None, metadata={"help": "Processes side by side, one thread each; one a core by default."}
     )
@@ -49,10 +59,10 @@ class ArithmeticConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"arithmetic setting {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("noise", "habit_loops", "rare_loops"):
+        for name in ("noise", "habit_loops", "rare_loops", "sae_loops"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"arithmetic setting {name} is a share in [0, 1), got {getattr(self, name)}")
-        for name in ("habit_learning_rate", "rare_learning_rate", "rope_theta"):
+        for name in ("habit_learning_rate", "rare_learning_rate", "rope_theta", "sae_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"arithmetic setting {name} must be above 0, got {getattr(self, name)}")
         if self.start not in ("rare", "frequent"):
@@ -83,5 +93,6 @@ class ArithmeticConfig:
 
 _POSITIVE = (
     "fewest_operations", "answer_tokens", "hidden_size", "intermediate_size", "model_layers", "heads",
-    "pretraining_batch_size", "habit_steps", "rare_steps",
+    "pretraining_batch_size", "habit_steps", "rare_steps", "loop_samples", "probe_solutions", "sae_latents", "sae_k",
+    "sae_steps", "sae_documents",
 )  # fmt: skip
