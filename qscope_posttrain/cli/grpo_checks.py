@@ -117,8 +117,8 @@ def _negatives(
     config = recipe.training
     source = negative_source(config, load_features(recipe), model, tokenizer)
     count = config.negatives_per_group
-    which = f"the last {count} of {config.num_generations} rows of a group" if count > 1 else "the last row of a group"
-    return source, f"{which} of {config.num_generations}: {describe_negatives(config, source)}"
+    which = "the last row" if count == 1 else f"the last {count} rows"
+    return source, f"{which} of a group of {config.generations}, {describe_negatives(config, source)}"
 
 
 def describe_negatives(config: SteeredGRPOConfig, source: NegativeSource) -> str:

@@ -1,0 +1,279 @@
+"""`qscope grpo` on a tiny saved model: training, its files, overrides, mistakes, dry run, resume, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qscope_posttrain.cli.grpo_arguments import parse_recipe
+from qscope_posttrain.cli.main import main
+from qscope_posttrain.features.feature_set import FeatureSet
+
+ROOT = Path(__file__).resolve().parents[2]
+STEERING = {
+    "label": "zh", "layer": 3, "strength": 1.5, "unit": "relative", "window_start": [1, 3], "window_length": 4
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(world, tmp_path_factory) -> dict[str, str]:
+    """Features with a chosen steering, prompts as text with the column `solution`, and as messages."""
+    folder = tmp_path_factory.mktemp("grpo")
+    found = FeatureSet.load(world.features)
+    replace(found, settings={**found.settings, "steering": STEERING}).save(folder / "features.safetensors")
+    found.select(language="zh").save(folder / "unsteered.safetensors")
+    lines = [json.loads(line) for line in Path(world.data).read_text().splitlines()]
+    text = [{"prompt": row["prompt"], "language": row["language"], "solution": "7"} for row in lines]
+    messages = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in text]
+    return {
+        "features": str(folder / "features.safetensors"),
+        "unsteered": str(folder / "unsteered.safetensors"),
+        "text": _rows(folder / "text.jsonl", text),
+        "messages": _rows(folder / "messages.jsonl", messages),
+    }
+
+
+def write_recipe(world, inputs, folder: Path, **changes) -> str:
+    """A recipe that trains two steps on the CPU, with changes; None leaves a key out."""
+    keys = {
+        "model_name_or_path": world.model,
+        "dataset_name": inputs["text"],
+        "features": inputs["features"],
+        "rewards": ["repetition_penalty", {"name": "language_consistency", "column": "language"}],
+        "gate": "keep",
+        "negative_tokens": "all",
+        "output_dir": str(folder / "out"),
+        "max_steps": 2,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 10,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    keys |= changes
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}))
+    return str(path)
+
+
+@pytest.fixture
+def recipe(world, inputs):
+    """`write_recipe` with the inputs of this module."""
+    return partial(write_recipe, world, inputs)
+
+
+@pytest.fixture(scope="module")
+def trained(world, inputs, tmp_path_factory) -> Path:
+    """Output folder of a run of three steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = write_recipe(world, inputs, folder, max_steps=3, save_strategy="steps", save_steps=1)
+    assert main(["grpo", "--config", path]) == 0
+    return folder / "out"
+
+
+def test_a_run_saves_a_model_that_has_moved(world, trained):
+    before = AutoModelForCausalLM.from_pretrained(world.model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(trained).state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_summary_has_both_kinds_of_rows_apart(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    results = summary["results"]
+    assert (summary["command"], summary["seeds"], results["steps"]) == ("grpo", [42], 3)
+    steps = [entry for entry in results["log"] if "loss" in entry]
+    assert [entry["negative/rows"] for entry in steps] == [1.0, 1.0, 1.0]  # one group of four rows
+    assert results["final"]["negative/rows"] == 1.0
+    for name in ("ordinary/reward", "negative/reward", "negative/looped", "ordinary/repeat_ratio", "negative/length"):
+        assert results["final"][name] == pytest.approx(sum(entry[name] for entry in steps) / 3), name
+    table = {row[0]: row[1:] for row in results["table"]["rows"]}
+    assert table["reward"] == [results["final"]["ordinary/reward"], results["final"]["negative/reward"]]
+    assert table["rows in a batch"] == [None, 1.0]
+    assert len(results["features"]["sha256"]) == 64
+
+
+def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
+    text = (trained / "resolved.yaml").read_text()
+    comments = yaml.safe_load("\n".join(line[2:] for line in text.splitlines() if line.startswith("# ")))
+    assert comments["versions"]["torch"] == torch.__version__
+    assert len(comments["features"]["sha256"]) == 64
+    again = parse_recipe(["--config", str(trained / "resolved.yaml")])
+    assert yaml.safe_load(text) == again.to_dict()
+    assert (again.training.max_steps, again.training.gate, again.model_name) == (3, "keep", world.model)
+    assert again.rewards[1] == {"name": "language_consistency", "column": "language"}
+
+
+def test_a_resumed_run_equals_one_that_was_not_killed(recipe, trained, tmp_path):
+    path = recipe(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    arguments = ["grpo", "--config", path, "--resume_from_checkpoint", str(trained / "checkpoint-2")]
+    assert main(arguments) == 0
+    resumed, whole = load_file(tmp_path / "out/model.safetensors"), load_file(trained / "model.safetensors")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    log = json.loads((tmp_path / "out/summary.json").read_text())["results"]["log"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "dataset_name": "messages"},
+        {"negatives_per_group": 0, "features": None},
+        {"negative": "seeded", "features": None, "reward_weights": [1.0, 0.5]},
+        {"mode": "paper", "gate": None, "negative_tokens": None},
+        {"gradient_accumulation_steps": 2, "num_iterations": 2, "soft_overlong_cache": 0, "eval_strategy": "steps",
+         "eval_steps": 1, "dataset_test_split": "train", "per_device_eval_batch_size": 4, "max_steps": 1},
+    ],
+    ids=["lora-messages", "plain", "seeded", "paper", "accumulation-evaluation"],
+)  # fmt: skip
+def test_ways_of_training(recipe, inputs, tmp_path, changes):
+    if "dataset_name" in changes:
+        changes = {**changes, "dataset_name": inputs[changes["dataset_name"]]}
+    if changes.get("eval_strategy"):
+        rows = [json.loads(line) for line in Path(inputs["text"]).read_text().splitlines()][:2]
+        changes = {**changes, "dataset_name": _rows(tmp_path / "few.jsonl", rows)}
+    assert main(["grpo", "--config", recipe(tmp_path, **changes)]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["results"]
+    steps = [entry for entry in summary["log"] if "loss" in entry]
+    negatives = 0.0 if changes.get("negatives_per_group") == 0 else 1.0
+    accumulated = changes.get("gradient_accumulation_steps", 1)
+    assert all(entry["negative/rows"] == negatives * accumulated for entry in steps)
+    assert ("negative/looped" in steps[0]) == bool(negatives)
+    assert any("eval_reward" in entry for entry in summary["log"]) == ("eval_strategy" in changes)
+    saved = "adapter_model.safetensors" if "use_peft" in changes else "model.safetensors"
+    assert (tmp_path / "out" / saved).is_file()
+
+
+def test_command_line_overrides_the_recipe(recipe, tmp_path):
+    path = recipe(tmp_path)
+    reward = '{"name": "soft_overlong", "max_completion_len": 10, "soft_punish_cache": 2}'
+    found = parse_recipe([f"--config={path}", "--rewards", "ngram_repetition", reward, "--window_start", "2", "5",
+                          "--steering-strength", "0.5", "--negative_weight", "0.25"])  # fmt: skip
+    assert found.rewards == ["ngram_repetition", json.loads(reward)]
+    training = found.training
+    assert (training.window_start, training.steering_strength, training.negative_weight) == ([2, 5], 0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steering_strenght": 1}, "unknown key 'steering_strenght' in {recipe}. Did you mean 'steering_strength'?"),
+        ({"negative": "featur"}, "Did you mean 'feature'?"),
+        ({"gate": "shut"}, "gate must be one of drop, keep"),
+        ({"num_generations": 2, "per_device_train_batch_size": 4}, "fewer than 2 ordinary rows"),
+        ({"num_generations": 3}, "divisible by num_generations"),
+        ({"mode": "paper", "gate": "drop"}, "mode='paper' is the report's method as written"),
+        ({"use_vllm": True}, "use_vllm=True"),
+        ({"features": None}, "negative: feature needs 'features'"),
+        ({"features": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"features": "{unsteered}"}, "No layer given"),
+        ({"steering_layer": 1}, "layer 1 is not in this FeatureSet"),
+        ({"model_name_or_path": None}, "needs 'model_name_or_path'"),
+        ({"dataset_name": "nowhere.jsonl"}, "no training data at 'nowhere.jsonl'"),
+        ({"dataset_name": "{texts}"}, "GRPO needs a column 'prompt'"),
+        ({"rewards": []}, "needs 'rewards'"),
+        ({"rewards": ["repetition_penalti"]}, "Did you mean 'repetition_penalty'?"),
+        ({"rewards": ["nowhere.at_all"]}, "there is no module 'nowhere'"),
+        ({"rewards": ["os.system"]}, "is no reward function"),
+        ({"rewards": [{"option": 1}]}, "a mapping with 'name'"),
+        ({"rewards": [{"name": "repetition_penalty", "copies": 2}]}, "copies"),
+        ({"rewards": ["{not json"]}, "not JSON"),
+        ({"rewards": ["trl.rewards.reasoning_accuracy_reward"], "dataset_name": "{solutionless}"}, "'solution'"),
+        ({"reward_weights": [1.0]}, "reward_weights has 1 numbers for 2 rewards"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(inputs, recipe, tmp_path, capsys, changes, message):
+    texts = _rows(tmp_path / "texts.jsonl", [{"text": "a"}])
+    solutionless = _rows(tmp_path / "solutionless.jsonl", [{"prompt": "a"}])
+    names = {"unsteered": inputs["unsteered"], "texts": texts, "solutionless": solutionless}
+    filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
+    path = recipe(tmp_path, **filled)
+    assert main(["grpo", "--config", path]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message.format(recipe=path) in lines[0]
+
+
+def test_dry_run_says_what_would_happen_and_trains_nothing(recipe, tmp_path, capsys):
+    path = recipe(tmp_path, use_peft=True, per_device_train_batch_size=8, negatives_per_group=2, stop_below=0.1)
+    assert main(["grpo", "--config", path, "--dry_run"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ("can be written", "4 layers of width 64", "parameters are trained", "fit the model",
+                  "the last 2 rows of a group of 4", "on layer 3, strength 1.5 relative",
+                  "from a generated token drawn in 1 to 3 for 4 tokens, then free",
+                  "mode default: gate keep, tokens all, weight 1", "until fewer than 0.1 of 64 loop",
+                  "20 rows with prompt, language, solution", "text; the first 20 have", "1 x repetition_penalty (0 for",
+                  "over the last 2 tokens", "= 8 completions at a time, 2 groups of 4, 4 negatives",
+                  "2 steps"):  # fmt: skip
+        assert words in shown, words
+    assert "failed" not in shown
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "message"),
+    [
+        ({"output_dir": "{text}/out"}, "output folder", "cannot write"),
+        ({"model_name_or_path": "nowhere"}, "tokenizer", "no model 'nowhere'"),
+        ({"model_name_or_path": "{narrow}"}, "features", "hidden_size 64 in the features, 32 in the model"),
+        ({"features": "{unsteered}"}, "negatives", "No layer given"),
+        ({"max_completion_length": 600}, "prompts", "the model has 512 positions"),
+        ({"dataset_name": "{untemplated}", "model_name_or_path": "{bare}"}, "prompts", "no chat template"),
+        ({"rewards": ["trl.rewards.think_format_reward"]}, "rewards", "cannot score a completion of the first row"),
+        ({"resume_from_checkpoint": "nowhere"}, "checkpoint", "no checkpoint of a trainer"),
+        ({"negatives_per_group": 0, "use_peft": True, "lora_target_modules": ["nothing"]}, "adapter", "nothing"),
+    ],
+)
+def test_dry_run_finds(world, inputs, recipe, tmp_path, capsys, make_model, tiny_tokenizer, changes, what, message):
+    names = {"text": inputs["text"], "unsteered": inputs["unsteered"], "narrow": str(tmp_path / "narrow"),
+             "bare": str(tmp_path / "bare"), "untemplated": inputs["messages"]}  # fmt: skip
+    if "model_name_or_path" in changes:
+        make_model("qwen3", hidden_size=32).save_pretrained(names["narrow"])
+        tiny_tokenizer.save_pretrained(names["narrow"])
+        make_model("qwen3").save_pretrained(names["bare"])
+        tokenizer = type(tiny_tokenizer).from_pretrained(world.model)
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(names["bare"])
+    filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
+    assert main(["grpo", "--config", recipe(tmp_path, **filled), "--dry_run"]) == 1
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{what} failed" in shown
+    assert message in shown
+
+
+@pytest.mark.slow
+def test_two_processes_by_accelerate_launch(recipe, tmp_path):
+    """A group of four rows split over two processes of two: one negative, held by the second process."""
+    path = recipe(tmp_path, per_device_train_batch_size=2)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
+    command += ["--main_process_port", "29643", "-m", "qscope_posttrain.cli", "grpo", "--config", path]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    steps = [entry for entry in summary["results"]["log"] if "loss" in entry]
+    assert [entry["negative/rows"] for entry in steps] == [1.0, 1.0]
+    assert done.stderr.count("configuration written") == 1  # rank 0 alone
+    assert done.stdout.count("Ordinary rows and negatives") == 1
+
+
+def _rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
