@@ -102,7 +102,7 @@ def find_language_features(
                 model,
                 tokenizer,
                 texts,
-                {layer: _loaded(saes[layer], layer, k, model) for layer in group},
+                {layer: load_sae(saes[layer], layer, k, model) for layer in group},
                 top,
                 _Controls(target, frozenset(checked), controls, seed),
                 checkpoint=_group_file(checkpoint, group, layers),
@@ -209,7 +209,8 @@ def language_rows(
     return features_from_rows(statistics, sae.select(ids.flatten()), labels, names, scores.gather(1, ids).flatten())
 
 
-def _loaded(source: SparseAutoencoder | str | Path, layer: int, k: int | None, model: nn.Module) -> SparseAutoencoder:
+def load_sae(source: SparseAutoencoder | str | Path, layer: int, k: int | None, model: nn.Module) -> SparseAutoencoder:
+    """The SAE itself, or the one at `source`, on the model's device; ValueError when it is of another width."""
     if isinstance(source, SparseAutoencoder):
         return source
     width = int(text_config(model).hidden_size)
