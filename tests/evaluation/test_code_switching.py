@@ -14,7 +14,7 @@ from qscope_posttrain.evaluation.code_switching import (
     switching_difference,
     switching_ratio,
 )
-from qscope_posttrain.evaluation.intervals import wilson
+from qscope_posttrain.intervals import wilson
 from qscope_posttrain.text.tokens import script_token_ids
 
 

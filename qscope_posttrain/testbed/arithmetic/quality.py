@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from qscope_posttrain.evaluation.intervals import Interval, wilson
+from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
 from qscope_posttrain.testbed.arithmetic.sampling import Completion, sample_completions
 from qscope_posttrain.testbed.arithmetic.task import Problem, is_right
