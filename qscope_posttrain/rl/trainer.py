@@ -325,10 +325,12 @@ def _with_soft_overlong(
     functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     functions = [function for function in functions if function is not None]
     punishment = get_soft_overlong_punishment(args.completion_limit, args.soft_overlong_cache or 0)
-    if args.reward_weights is not None:
+    weights: Any = args.reward_weights
+    if weights is not None:
         args = copy.copy(args)
-        args.reward_weights = [*args.reward_weights, 1.0]
+        args.reward_weights = [*weights, 1.0]
     classes = arguments.get("reward_processing_classes")
-    if isinstance(classes, (list, tuple)):
-        arguments = {**arguments, "reward_processing_classes": [*classes, None]}
+    if classes is not None:
+        own = list(classes) if isinstance(classes, (list, tuple)) else [classes]
+        arguments = {**arguments, "reward_processing_classes": [*own, None]}
     return [*functions, punishment], args, arguments
