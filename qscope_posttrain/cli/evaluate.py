@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from typing import Any
 
-from qscope_posttrain.cli.inputs import load_model, read_prompts
+from qscope_posttrain.cli.inputs import load_model, read_prompts, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -28,7 +26,7 @@ def code_switching(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts, options.max_prompts)
     if prompts.pop(options.target, None) is not None:
         status(f"prompts in {options.target} are left out: there, {options.target} is no switch")
-    template_options = _template_options(options.chat_template_options)
+    chat_options = template_options(options.chat_template_options)
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     result = evaluate_code_switching(
         model,
@@ -42,7 +40,7 @@ def code_switching(options: argparse.Namespace) -> None:
         seed=options.seed,
         batch_size=options.batch_size,
         chat=options.chat,
-        chat_template_options=template_options,
+        chat_template_options=chat_options,
     )
     result.to_table().print()
     examples = result.write_examples(output / "examples.jsonl")
@@ -58,7 +56,7 @@ def repetition(options: argparse.Namespace) -> None:
 
     output = writable_folder(options.output)
     prompts = read_prompts(options.prompts, options.max_prompts, language="all")
-    template_options = _template_options(options.chat_template_options)
+    chat_options = template_options(options.chat_template_options)
     settings = SamplingSettings(
         samples_per_prompt=options.samples,
         temperature=options.temperature,
@@ -76,25 +74,13 @@ def repetition(options: argparse.Namespace) -> None:
         min_copies=options.min_copies,
         min_tokens=options.min_tokens,
         chat=options.chat,
-        chat_template_options=template_options,
+        chat_template_options=chat_options,
     )
     result.to_table().print()
     examples = result.write_examples(output / "examples.jsonl", tokenizer)
     results = {**result.to_dict(), "table": result.to_table(), "examples": examples}
     write_summary(output, "evaluate repetition", vars(options), results)
     status(f"responses and their loops written to {examples}")
-
-
-def _template_options(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--chat-template-options must be JSON, got '{text}' ({error.msg}).") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--chat-template-options must be a JSON object, got '{text}'.")
-    return options
 
 
 def _parser() -> OptionParser:

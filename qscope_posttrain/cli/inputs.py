@@ -102,6 +102,23 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
+def template_options(text: str | None) -> dict[str, Any]:
+    """Arguments of a chat template from JSON such as `{"enable_thinking": false}`; none from None.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    if text is None:
+        return {}
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat-template-options must be JSON, got '{text}' ({error.msg}).") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--chat-template-options must be a JSON object, got '{text}'.")
+    return options
+
+
 def parse_layers(words: Sequence[str], depth: int) -> tuple[int, ...]:
     """Layers from words such as `26`, `20-27` and `all`, in order and without repetition.
 

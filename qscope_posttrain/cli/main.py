@@ -21,6 +21,7 @@ COMMANDS = {
         "qscope_posttrain.cli.evaluate",
         "measure how often a model switches language or repeats itself without end",
     ),
+    "steer": ("qscope_posttrain.cli.steer", "generate with and without steering along features, side by side"),
     "demo": ("qscope_posttrain.cli.demo", "run the whole chain on a tiny model, on a CPU, without network"),
 }
 USER_MISTAKE = 2
