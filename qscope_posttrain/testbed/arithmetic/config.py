@@ -17,20 +17,20 @@ class ArithmeticConfig:
     noise: float = field(default=0.05, metadata={"help": "Share of wrong steps in training documents."})
     answer_tokens: int = field(default=120, metadata={"help": "Longest completion, in training and sampling."})
     habit_loops: float = field(
-        default=0.12, metadata={"help": "Share of documents that repeat without end in the first phase."}
+        default=0.05, metadata={"help": "Share of documents that repeat without end in the first phase."}
     )
-    rare_loops: float = field(default=0.004, metadata={"help": "The same in the second phase."})
+    rare_loops: float = field(default=0.005, metadata={"help": "The same in the second phase."})
 
     hidden_size: int = field(default=64, metadata={"help": "Width of the language model."})
-    intermediate_size: int = field(default=160, metadata={"help": "Width of its MLPs."})
+    intermediate_size: int = field(default=128, metadata={"help": "Width of its MLPs."})
     model_layers: int = field(default=3, metadata={"help": "Decoder layers."})
     heads: int = field(default=4, metadata={"help": "Attention heads, each with its own keys and values."})
     rope_theta: float = field(default=1000.0, metadata={"help": "Base of the rotary position embedding."})
     tied: bool = field(default=False, metadata={"help": "One matrix for input and output embeddings."})
-    pretraining_batch_size: int = field(default=48, metadata={"help": "Documents in a step."})
-    habit_steps: int = field(default=2000, metadata={"help": "Optimiser steps of the first phase."})
+    pretraining_batch_size: int = field(default=24, metadata={"help": "Documents in a step."})
+    habit_steps: int = field(default=1000, metadata={"help": "Optimiser steps of the first phase."})
     habit_learning_rate: float = field(default=3e-3, metadata={"help": "Its peak learning rate."})
-    rare_steps: int = field(default=400, metadata={"help": "Optimiser steps of the second phase."})
+    rare_steps: int = field(default=250, metadata={"help": "Optimiser steps of the second phase."})
     rare_learning_rate: float = field(default=6e-4, metadata={"help": "Its peak learning rate."})
     start: Literal["rare", "frequent"] = field(
         default="rare", metadata={"help": "Which of the two models everything starts from: rare or frequent loops."}
