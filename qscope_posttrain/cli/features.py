@@ -1,4 +1,4 @@
-"""`qscope features find` and `qscope features show`."""
+"""`qscope features find`, `qscope features find-repetition` and `qscope features show`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.cli.features_repetition import add_options, find_repetition, print_steering
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_texts
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.report.progress import is_main_process, status
@@ -22,6 +23,8 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse(arguments)
     if options.action == "show":
         show(options)
+    elif options.action == "find-repetition":
+        find_repetition(options, FILE_NAME)
     else:
         find(options)
     return 0
@@ -72,11 +75,13 @@ def find(options: argparse.Namespace) -> None:
 
 def show(options: argparse.Namespace) -> None:
     """Print a FeatureSet, or part of it, with its origin."""
-    from qscope_posttrain.features.feature_set import FeatureSet
+    from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
+    from qscope_posttrain.features.find_repetition import repetition_table
 
     path = Path(options.path)
     features = FeatureSet.load(path / FILE_NAME if path.is_dir() else path)
-    table = features.select(options.language, options.layer, options.top).to_table()
+    shown = features.select(options.language, options.layer, options.top)
+    table = repetition_table(shown) if features.settings.get("selector") == REPETITION else shown.to_table()
     if options.markdown:
         print(table.to_markdown())
         return
@@ -84,10 +89,12 @@ def show(options: argparse.Namespace) -> None:
     causal = features.provenance.get("causal_check")
     if causal is not None:
         Table(**causal).print()
+    print_steering(features)
     origins = [(f"layer {layer}", _origin(source)) for layer, source in features.provenance.get("saes", {}).items()]
     origins += [
         (f"found with {name}", value) for name, value in features.settings.items() if not isinstance(value, dict)
     ]
+    origins += [(f"completions read: {name}", value) for name, value in features.provenance.get("loops", {}).items()]
     Table("Origin", ["what", "where"], [(what, str(where)) for what, where in origins]).print()
 
 
@@ -132,6 +139,7 @@ def _parser() -> OptionParser:
     new.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens in one forward pass")
     new.add_argument("--resumable", action="store_true", help="keep a checkpoint, so that a killed pass goes on")
     new.add_argument("--seed", type=int, default=0, help="of the random controls")
+    add_options(actions.add_parser("find-repetition", help="find the features of endless repetition, and try them"))
     old = actions.add_parser("show", help="print a FeatureSet")
     old.add_argument("path", help="features.safetensors, or the folder that holds it")
     old.add_argument("--language", help="rows of this language only")

@@ -18,6 +18,11 @@ from qscope_posttrain.report.tables import Cell, Table
 
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
 
+REPETITION = "repetition"
+"""`settings["selector"]` of what `find_repetition.find_repetition_features` makes."""
+SCORES = {REPETITION: "activation at the last occurrence of a token in a loop minus its first"}
+"""What the scores are, by selector; monolinguality otherwise."""
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
@@ -155,8 +160,9 @@ class FeatureSet:
             f"languages {', '.join(self.languages)}",
             columns=["layer", "language", "feature", "score", "fires inside", "fires outside", "alpha", "effect"],
             rows=lines,
-            caption="score: monolinguality. fires: share of tokens of the language, and mean share of the others. "
-            "alpha: mean pre-activation in the language. effect: on the language's log-probability, per unit.",
+            caption=f"score: {SCORES.get(self.settings.get('selector', ''), 'monolinguality')}. fires: share of tokens "
+            "of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: on the "
+            "language's log-probability, per unit.",
         )
 
     def save(self, path: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from qscope_posttrain.features.batches import Text
 from qscope_posttrain.features.build import feature_set_from, features_from_rows
-from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
 from qscope_posttrain.features.find import load_sae
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.loops import LoopCollection, collect_loops
@@ -28,13 +27,13 @@ from qscope_posttrain.features.repetition_curve import CurveSettings
 from qscope_posttrain.features.repetition_scan import Contrast, steering_curve
 from qscope_posttrain.features.statistics import PassStatistics, collect_statistics
 from qscope_posttrain.features.steering import SETTINGS_KEY
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.residual.layers import check_layers
 from qscope_posttrain.residual.sampling import Prompt, encode_prompts
 from qscope_posttrain.sae.autoencoder import SAESource, SparseAutoencoder
 
 LOOP, NORMAL, BENIGN = "loop", "normal", "benign"
-SELECTOR = "repetition"
 DEFAULT_CURVE = CurveSettings()
 COPIES = 2
 """Repeats whose probability the attribution is about."""
@@ -128,7 +127,7 @@ def find_repetition_features(
         del group  # the next group has the memory
     rows = {layer: kept for group in groups for layer, kept in group.rows.items()}
     counts = {layer: kept for group in groups for layer, kept in group.statistics.layers.items()}
-    settings: dict[str, Any] = {"selector": SELECTOR, "rank_by": rank_by, "top": top, "loops": dict(loops.settings)}
+    settings: dict[str, Any] = {"selector": REPETITION, "rank_by": rank_by, "top": top, "loops": dict(loops.settings)}
     sources = {layer: source for group in groups for layer, source in group.sources.items()}
     features = feature_set_from(replace(groups[0].statistics, layers=counts), rows, settings, sources)
     found = {"ranking": repetition_table(features).to_dict(), "loops": _describe(loops)}
@@ -141,7 +140,7 @@ def find_repetition_features(
 
 
 def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:
-    """The set with the curve in it; of the chosen layer only the chosen rows. Warns when the choice is not specific."""
+    """The set with the curve in it; of the chosen layer only the chosen rows. A choice that is not specific is told."""
     settings = {**features.settings, "curve": asdict(curve.settings)}
     layers = dict(features.layers)
     chosen = curve.to_settings(LOOP)
@@ -150,7 +149,7 @@ def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:
         push = curve.chosen.trial.push
         layers[chosen["layer"]] = layers[chosen["layer"]].take(push.rows)
     if not curve.specific:
-        warnings.warn(curve.verdict(), stacklevel=3)
+        status(f"warning: {curve.verdict()}", enabled=True)
     provenance = {**features.provenance, "steering_curve": curve.to_table().to_dict()}
     return replace(features, layers=layers, settings=settings, provenance=provenance)
 

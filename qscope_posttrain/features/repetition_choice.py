@@ -19,6 +19,7 @@ from qscope_posttrain.report.tables import Cell, Table
 
 ONE_STANDARD_ERROR = 0.6827
 SCAN, FRESH = "scan", "fresh"
+CHOSEN = "*"
 
 
 def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95) -> Interval:
@@ -121,11 +122,12 @@ class SteeringCurve:
         floor = self.settings.probability_floor
         return Table(
             title="Steering curve: completions in endless repetition",
-            columns=["stage", "layer", "direction", "strength", "window", "n", "looped", "95 %", "beyond random",
+            columns=["stage", "layer", "direction", "strength", "window", "n", "looped", "low", "high",
+                     "beyond random",
                      f"p < {floor:g}", "chosen"],
             rows=rows,
             caption="strength: in median residual norms. window: pushed tokens (0: to the end), from completion token "
-            f"{low} to {high} on. looped: share, with its Wilson interval. beyond random: difference to random "
+            f"{low} to {high} on. looped: share, with its 95 % Wilson limits. beyond random: difference to random "
             "directions of equal length, 95 % interval. "
             f"p < {floor:g}: share of all tokens that are so unlikely without steering. "
             f"{FRESH}: other prompts, random numbers and random directions. {self.verdict()}",
@@ -140,9 +142,8 @@ class SteeringCurve:
         steered = push.kind != UNSTEERED
         return [
             stage, push.layer, push.name, point.trial.strength if steered else None,
-            point.trial.window_length if steered else None, point.samples, rate.estimate,
-            f"{rate.low:.3f} .. {rate.high:.3f}", beyond, point.unlikely_share,
-            "*" if point is self.chosen or (stage == FRESH and push.kind == FEATURE) else "",
+            point.trial.window_length if steered else None, point.samples, *rate, beyond, point.unlikely_share,
+            CHOSEN if point is self.chosen or (stage == FRESH and push.kind == FEATURE) else "",
         ]  # fmt: skip
 
     def _fresh(self, kind: str) -> CurvePoint:
