@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qscope_posttrain.residual.steering import Steering, Window, steer
 
@@ -77,6 +78,39 @@ def test_modes_that_read_the_state(make_model, direction, mode):
     with steer(model, steering, prompt_length=WIDTH):
         full = full_logits(model, output.sequences)
     torch.testing.assert_close(torch.stack(output.logits, 1), full, rtol=1e-3, atol=1e-4)
+
+
+class WaitsForTheDevice(TorchDispatchMode):
+    """Counts operators that make the host wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "positions"),
+    [("add", "generated"), ("add", Window(STARTS, 3)), ("clamp", Window(STARTS))],
+    ids=["generated", "window", "clamp"],
+)
+def test_no_token_makes_the_host_wait(make_model, direction, mode, positions):
+    """What steering adds is done once, however many tokens follow."""
+    model = make_model(num_hidden_layers=2)
+    reads = {"encoder": direction} if mode == "clamp" else {}
+    rows = torch.tensor([False, True, True])
+    steering = Steering(direction, (1,), 3.0, mode, positions=positions, rows=rows, **reads)
+
+    def added(new):
+        with WaitsForTheDevice() as plain:
+            generate(model, new=new)
+        with steer(model, steering), WaitsForTheDevice() as steered:
+            generate(model, new=new)
+        return steered.count - plain.count
+
+    assert added(7) == added(4)
 
 
 def test_token_by_token(make_model, direction):
