@@ -66,6 +66,8 @@ def prepare(recipe: GRPORecipe, features: FeatureSet | None) -> GRPOInputs:
     evaluation = None
     if recipe.training.eval_strategy != "no":
         evaluation = load_rows(recipe, recipe.script.dataset_test_split)
+        check_prompts(recipe, evaluation, tokenizer)
+        check_reward_columns(rewards, evaluation)
     return GRPOInputs(rewards, rows, evaluation, tokenizer)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
+from trl.import_utils import is_math_verify_available
 
 from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
@@ -17,6 +18,8 @@ PROMPT = "prompt"
 SAMPLED_ROWS = 64
 """Rows whose prompts are looked at"""
 
+_VERIFIED_BY_MATH = "trl.rewards.accuracy_rewards"
+"""The module of rewards that compare mathematical answers, and fail at their first call without its dependency"""
 _GIVEN_BY_TRL = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "steered"}
 )
@@ -27,9 +30,12 @@ def build_rewards(recipe: GRPORecipe) -> list[RewardFunction]:
     """The reward functions of the recipe, in its order.
 
     Raises:
-        ValueError: an unknown name or option, or weights of another number.
+        ValueError: an unknown name or option, a package that a reward lacks, or weights of another number.
     """
     rewards = [reward_function(spec) for spec in recipe.rewards]
+    for reward in rewards:
+        if getattr(reward, "__module__", "") == _VERIFIED_BY_MATH and not is_math_verify_available():
+            raise ValueError(f"the reward '{reward_name(reward)}' needs `pip install math-verify`.")
     weights = recipe.training.reward_weights
     if weights is not None and len(weights) != len(rewards):
         raise ValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards.")

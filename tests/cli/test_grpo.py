@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qscope_posttrain.cli.grpo_arguments import parse_recipe
+from qscope_posttrain.cli.grpo_results import final_metrics, results_table
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.features.feature_set import FeatureSet
 
@@ -110,6 +112,23 @@ def test_summary_has_both_kinds_of_rows_apart(trained):
     assert len(results["features"]["sha256"]) == 64
 
 
+def test_final_metrics_are_means_over_the_last_entries_of_training():
+    log = [{"loss": 1.0, "ordinary/reward": float(step), "step": step} for step in range(4)]
+    log[3] |= {"negative/looped": 0.5}
+    log[2] |= {"negative/looped": math.nan, "negative/advantage": math.nan, "negative/reward": None}
+    log += [{"eval_loss": 9.0, "ordinary/reward": 99.0}, {"train_runtime": 1.0, "train_loss": 0.0}]
+    final = final_metrics(log, last=2)
+    assert final["ordinary/reward"] == 2.5
+    assert final["negative/looped"] == 0.5
+    assert math.isnan(final["negative/advantage"])
+    assert final.keys() == {"loss", "ordinary/reward", "negative/looped", "negative/advantage"}
+    rows = {row[0]: row[1:] for row in results_table(log, last=2).formatted()}
+    assert rows == {
+        "reward": ("2.5", "-"), "advantage": ("-", "-"), "share that repeats without end": ("-", "0.5"),
+    }  # fmt: skip
+    assert results_table([]).rows == ()
+
+
 def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
     text = (trained / "resolved.yaml").read_text()
     comments = yaml.safe_load("\n".join(line[2:] for line in text.splitlines() if line.startswith("# ")))
@@ -195,14 +214,17 @@ def test_command_line_overrides_the_recipe(recipe, tmp_path):
         ({"rewards": [{"option": 1}]}, "a mapping with 'name'"),
         ({"rewards": [{"name": "repetition_penalty", "copies": 2}]}, "copies"),
         ({"rewards": ["{not json"]}, "not JSON"),
-        ({"rewards": ["trl.rewards.reasoning_accuracy_reward"], "dataset_name": "{solutionless}"}, "'solution'"),
+        ({"rewards": ["reward_of_points.reward"]}, "needs the column 'points' in the data, which has language, prompt"),
+        ({"rewards": ["accuracy_reward"]}, "needs `pip install math-verify`"),
         ({"reward_weights": [1.0]}, "reward_weights has 1 numbers for 2 rewards"),
     ],
 )
-def test_a_mistake_is_one_clear_line(inputs, recipe, tmp_path, capsys, changes, message):
+def test_a_mistake_is_one_clear_line(inputs, recipe, tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("qscope_posttrain.cli.grpo_data.is_math_verify_available", lambda: False)
+    (tmp_path / "reward_of_points.py").write_text("def reward(completions, points, **_):\n    return points\n")
     texts = _rows(tmp_path / "texts.jsonl", [{"text": "a"}])
-    solutionless = _rows(tmp_path / "solutionless.jsonl", [{"prompt": "a"}])
-    names = {"unsteered": inputs["unsteered"], "texts": texts, "solutionless": solutionless}
+    names = {"unsteered": inputs["unsteered"], "texts": texts}
     filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
     path = recipe(tmp_path, **filled)
     assert main(["grpo", "--config", path]) == 2
