@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.documents import DocumentSettings
 
 
@@ -47,6 +48,37 @@ class ArithmeticConfig:
     sae_documents: int = field(default=3000, metadata={"help": "Documents whose activations train the SAEs."})
     sae_loops: float = field(default=0.03, metadata={"help": "Share of these documents that loop."})
 
+    scan_samples: int = field(default=64, metadata={"help": "Completions behind each point of the steering curve."})
+    scan_fresh_samples: int = field(default=256, metadata={"help": "Completions behind its final check."})
+    scan_random_directions: int = field(default=8, metadata={"help": "Random directions it is compared with."})
+    strengths: list[float] = field(
+        default_factory=lambda: [0.75, 1.0, 1.25],
+        metadata={"help": "Lengths of the steering vector to try, in median norms of the layer's states."},
+    )
+    window_start: list[int] = field(
+        default_factory=lambda: [4, 9], metadata={"help": "First and last generated token at which steering starts."}
+    )
+    window_lengths: list[int] = field(
+        default_factory=lambda: [30], metadata={"help": "Steered tokens to try; after them the model runs free."}
+    )
+    top: int = field(default=4, metadata={"help": "Features per layer that are looked at."})
+
+    arms: list[str] = field(
+        default_factory=lambda: ["plain", "paper", "default", "seeded", "random"],
+        metadata={"help": "Methods to compare; plain is always among them."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds of training, one run each."})
+    updates: int = field(default=40, metadata={"help": "Optimiser steps of a run."})
+    prompts_per_update: int = field(default=4, metadata={"help": "Groups in a step."})
+    rows_per_prompt: int = field(default=8, metadata={"help": "Completions in a group, negatives among them."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Constant learning rate."})
+    temperature: float = field(default=1.0, metadata={"help": "Of all sampling, in training and evaluation."})
+    probe_every: int = field(default=10, metadata={"help": "Updates between two measurements of the probes."})
+    sampled_problems: int = field(default=4000, metadata={"help": "Held-out problems, one sample each and run."})
+    benign_problems: int = field(
+        default=1500, metadata={"help": "Problems whose steps are rightly equal, one sample each and run."}
+    )
+
     workers: int | None = field(
         default=None, metadata={"help": "Processes side by side, one thread each; one a core by default."}
     )
@@ -62,9 +94,25 @@ class ArithmeticConfig:
         for name in ("noise", "habit_loops", "rare_loops", "sae_loops"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"arithmetic setting {name} is a share in [0, 1), got {getattr(self, name)}")
-        for name in ("habit_learning_rate", "rare_learning_rate", "rope_theta", "sae_learning_rate"):
+        for name in (
+            "habit_learning_rate",
+            "rare_learning_rate",
+            "rope_theta",
+            "sae_learning_rate",
+            "learning_rate",
+            "temperature",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"arithmetic setting {name} must be above 0, got {getattr(self, name)}")
+        unknown = sorted(set(self.arms) - set(ARMS))
+        if unknown:
+            raise ValueError(f"unknown methods {unknown}; the arithmetic testbed has {', '.join(ARMS)}")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ValueError(f"seeds must be different numbers, at least one; got {self.seeds}")
+        if self.rows_per_prompt < 3:
+            raise ValueError(f"rows_per_prompt must be at least 3, a negative among them; got {self.rows_per_prompt}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
         if self.start not in ("rare", "frequent"):
             raise ValueError(f'arithmetic setting start is "rare" or "frequent", got {self.start!r}')
         if self.fewest_operations > self.most_operations:
@@ -94,5 +142,6 @@ class ArithmeticConfig:
 _POSITIVE = (
     "fewest_operations", "answer_tokens", "hidden_size", "intermediate_size", "model_layers", "heads",
     "pretraining_batch_size", "habit_steps", "rare_steps", "loop_samples", "probe_solutions", "sae_latents", "sae_k",
-    "sae_steps", "sae_documents",
+    "sae_steps", "sae_documents", "scan_samples", "scan_fresh_samples", "scan_random_directions", "top", "updates",
+    "prompts_per_update", "probe_every", "sampled_problems", "benign_problems",
 )  # fmt: skip

@@ -20,7 +20,7 @@ TOKENIZER = build_tokenizer()
 
 
 def test_a_prompt_as_text_is_its_words() -> None:
-    words = "<bos> 0 + 8 * 4 - 7 <sep>".split()
+    words = ["<bos>", "0", "+", "8", "*", "4", "-", "7", "<sep>"]
     # TRL calls the tokenizer exactly so for prompts that are strings.
     ids = TOKENIZER(text=[" ".join(words)])["input_ids"][0]
     assert ids == [VOCABULARY.index(word) for word in words]

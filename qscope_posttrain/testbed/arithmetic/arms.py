@@ -1,0 +1,119 @@
+"""The methods that the arithmetic testbed compares: DAPO, its steered forms, and controls without the feature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train; prompts, rewards, optimiser and number of generated rows are the same for all."""
+
+    name: str
+    """Key in settings and files."""
+    title: str
+    """Name in tables and plots."""
+    description: str
+    """One line for the report."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `SteeredGRPOConfig` beside those that are the same for all."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides how a run comes out, as JSON values: no words."""
+        return {"name": self.name, "overrides": dict(self.overrides)}
+
+
+_ALL_TOKENS: Mapping[str, Any] = MappingProxyType({"negative_tokens": "all"})
+
+_ALL = (
+    Arm("plain", "DAPO", "No negative: every row of a group is ordinary.", {"negatives_per_group": 0}),
+    Arm(
+        "paper",
+        "steered, paper",
+        "The report's method as written: steered at every token, kept whether it loops or not, all tokens, weight 1.",
+        {"mode": "paper"},
+    ),
+    Arm(
+        "default",
+        "steered, default",
+        "The package's default: steered in a window, dropped unless it loops, only the repeats in the loss.",
+    ),
+    Arm(
+        "seeded",
+        "seeded, default",
+        "No SAE: two copies of a piece of the row's own text, then the model goes on; else as the default.",
+        {"negative": "seeded", "window_start": [0, 40]},
+    ),
+    Arm(
+        "random",
+        "random, default",
+        "A fresh random direction for each negative, of the feature's layer, strength and window; else as the default.",
+        {"negative": "random"},
+    ),
+    Arm(
+        "paper_window",
+        "steered, ungated",
+        "The report's method with a window: kept whether it loops or not, all tokens, weight 1.",
+        {**_ALL_TOKENS, "gate": "keep"},
+    ),
+    Arm(
+        "gate_quarter",
+        "steered, all tokens, 0.25",
+        "Steered in a window, dropped unless it loops, all tokens, weight 0.25.",
+        {**_ALL_TOKENS, "negative_weight": 0.25},
+    ),
+    Arm(
+        "gate_full",
+        "steered, all tokens, 1",
+        "Steered in a window, dropped unless it loops, all tokens, weight 1.",
+        _ALL_TOKENS,
+    ),
+    Arm(
+        "likely",
+        "steered, likely tokens",
+        "Steered in a window, dropped unless it loops, tokens to which the policy gives at least 0.001, weight 1.",
+        {"negative_tokens": "likely"},
+    ),
+    Arm(
+        "exclude",
+        "steered, own baseline",
+        "All tokens, weight 0.25, and a group baseline from ordinary rows only.",
+        {**_ALL_TOKENS, "negative_weight": 0.25, "baseline": "exclude"},
+    ),
+    Arm(
+        "behaviour",
+        "steered, behaviour ratio",
+        "The default, with the old log-probabilities of the steered distribution.",
+        {"old_logps": "behaviour"},
+    ),
+    Arm(
+        "seeded_quarter",
+        "seeded, all tokens, 0.25",
+        "No SAE: two copies of a piece of the row's own text, then the model goes on; kept, all tokens, weight 0.25.",
+        {"negative": "seeded", "window_start": [0, 40], "gate": "keep", **_ALL_TOKENS, "negative_weight": 0.25},
+    ),
+    Arm(
+        "copied",
+        "copied, likely tokens, 0.25",
+        "No SAE: a piece of the row's own text copied to the end; tokens with at least 0.001, weight 0.25.",
+        {
+            "negative": "copied",
+            "window_start": [0, 40],
+            "gate": "keep",
+            "negative_tokens": "likely",
+            "negative_weight": 0.25,
+        },
+    ),
+    Arm(
+        "random_quarter",
+        "random, all tokens, 0.25",
+        "A fresh random direction for each negative, dropped unless it loops, all tokens, weight 0.25.",
+        {"negative": "random", **_ALL_TOKENS, "negative_weight": 0.25},
+    ),
+)
+
+ARMS: Mapping[str, Arm] = MappingProxyType({arm.name: arm for arm in _ALL})
+"""All methods by name, in the order of the tables."""
