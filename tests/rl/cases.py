@@ -21,7 +21,14 @@ G = 4
 LENGTH = 16
 END = 2
 LAYER = 1
-CHOSEN = {"label": "loop", "layer": LAYER, "strength": 1.0, "unit": "relative", "window_start": [2, 2], "window_length": 6}
+CHOSEN = {
+    "label": "loop",
+    "layer": LAYER,
+    "strength": 1.0,
+    "unit": "relative",
+    "window_start": [2, 2],
+    "window_length": 6,
+}
 PROMPTS = ["The river", "She reads a book every evening", "We bought", "Nobody knew why"]
 
 
