@@ -22,18 +22,24 @@ _PER_ROW = {"advantages", "steered"}
 class DynamicSampling:
     """Draws the prompts of further attempts, alike on every process."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any) -> None:
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"dynamic_sampling draws further prompts by their number, which a {type(dataset).__name__} does not "
                 "allow. Load the data set without streaming, or set dynamic_sampling=False."
             )
         self._dataset = dataset
-        self._seed = seed
 
-    def prompts(self, rows: int, first: int, total: int, group_size: int, step: int, attempt: int) -> list[BatchDict]:
-        """Inputs of `rows` rows from number `first` on, of a batch of `total`: one data set row per group."""
-        generator = np.random.default_rng((self._seed % 2**32, step, attempt, 1))
+    def prompts(
+        self, rows: int, first: int, total: int, group_size: int, seed: tuple[int, int, int, int]
+    ) -> list[BatchDict]:
+        """Inputs of `rows` rows from number `first` on, of a batch of `total`: one data set row per group.
+
+        Args:
+            seed: the run's seed, the optimiser step, which generation batch of that step, and the attempt.
+        """
+        # The 1 sets these draws apart from those of the row plan.
+        generator = np.random.default_rng((seed[0] % 2**32, *seed[1:], 1))
         drawn = generator.integers(len(self._dataset), size=total // group_size)
         return [dict(self._dataset[int(drawn[row // group_size])]) for row in range(first, first + rows)]
 

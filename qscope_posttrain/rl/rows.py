@@ -41,22 +41,24 @@ def plan_rows(
     window_start: tuple[int, int],
     seed: int,
     step: int,
+    part: int = 0,
     attempt: int = 0,
 ) -> RowPlan:
     """Choose negatives by place: the last rows of each group, and of `share` of the groups.
 
     A row's place is its number in the generation batch of all processes, `process_index * rows + i`, modulo the group
-    size. Everything drawn comes from (seed, step, attempt) and is drawn for the whole batch, so that processes agree
-    without a word and the trainer's random state is left alone.
+    size. Everything drawn comes from (seed, step, part, attempt) and is drawn for the whole batch, so that processes
+    agree without a word and the trainer's random state is left alone.
 
     Args:
         rows: rows of this process; every process has as many.
         share: of the groups; a fraction of a group is rounded up or down at random, so that the mean is exact.
         window_start: first and last token at which a window may start, both included.
         step: optimiser step of the batch.
+        part: which of several generation batches of that step.
         attempt: 0, or the number of the redraw under dynamic sampling.
     """
-    generator = np.random.default_rng((seed % 2**32, step, attempt))
+    generator = np.random.default_rng((seed % 2**32, step, part, attempt, 0))
     total = rows * num_processes
     groups = total // group_size
     wanted = groups * share

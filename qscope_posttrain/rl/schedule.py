@@ -38,7 +38,8 @@ class NegativeSchedule(TrainerCallback, ExportableState):
         """Take note of which negatives of a batch, of all processes in the order of their rows, became loops."""
         self.recent.extend(looped)
         full = len(self.recent) == self.stop_window
-        if self.stop_below > 0 and full and sum(self.recent) / self.stop_window < self.stop_below:
+        # With stop_below = 0 no share is below it.
+        if self.stopped_at is None and full and sum(self.recent) / self.stop_window < self.stop_below:
             self.stopped_at = step
 
     def on_train_begin(

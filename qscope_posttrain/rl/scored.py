@@ -47,6 +47,8 @@ class ScoredRows:
     """Rows of all processes"""
     rewards: Tensor
     """[rows of all processes] total reward as the reward functions gave it; NaN for a row without one"""
+    by_function: Tensor
+    """[rows of all processes, functions] what each of them gave"""
 
 
 def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:

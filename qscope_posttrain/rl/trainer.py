@@ -84,7 +84,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
             self._source = negative_source(args, features, self.model, self._tokenizer)
         self._dynamic: DynamicSampling | None = None
         if args.dynamic_sampling:
-            self._dynamic = DynamicSampling(self.train_dataset, args.seed)
+            self._dynamic = DynamicSampling(self.train_dataset)
         self._check_columns()
         self._plan = ordinary_plan(0)
         self._tap: GenerationTap | None = None
@@ -96,6 +96,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> BatchDict:
         if not self.model.training:
+            self._plan = ordinary_plan(len(inputs))
             return super()._generate_and_score_completions([{**row, STEERED: False} for row in inputs])
         output, dead = self._generate_and_score_attempt(inputs, 0)
         if self._dynamic is not None:
@@ -120,7 +121,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         if rows is None:
             raise RuntimeError("TRL returned a batch without scoring it: _calculate_rewards was not called.")
         if self.args.has_negatives or self.args.dynamic_sampling:
-            self._enter_negatives(output, rows, masks_truncated and plan.in_batch)
+            self._enter_negatives(output, rows, plan, masks_truncated)
         self._log_rows(rows, output["advantages"])
         return output, dead_groups(rows.rewards, rows.everyone.negative, self._group_size)
 
@@ -138,8 +139,14 @@ class SteeredGRPOTrainer(GRPOTrainer):
             window_start=self._source.window_start,
             seed=self.args.seed,
             step=self.state.global_step,
+            part=self._part_of_step,
             attempt=attempt,
         )
+
+    @property
+    def _part_of_step(self) -> int:
+        """Number of the micro-batch within the optimiser step: a step may take several generation batches."""
+        return int(self._step % self.args.gradient_accumulation_steps)
 
     def _generate(self, prompts: list[Any]) -> Any:
         if self._source is None or not bool(self._plan.negative.any()):
@@ -151,13 +158,16 @@ class SteeredGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """TRL's rewards [rows of all processes, functions], NaN for rows outside of their group's statistics."""
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rows = self._score_rows(completion_ids_list, rewards)
+        if self.args.has_negatives:
+            # Of every batch, steered or not: the table of completions needs columns of one length.
+            self._log_completion_extra("steered", rows.mine.negative.tolist())
+            self._log_completion_extra("looped", rows.mine.looped.tolist())
         if not self.model.training:
             return rewards
-        self._rows = rows = self._score_rows(completion_ids_list, rewards)
+        self._rows = rows
         if not self._plan.in_batch:
             return rewards
-        self._log_completion_extra("steered", rows.mine.negative.tolist())
-        self._log_completion_extra("looped", rows.mine.looped.tolist())
         excluded = self._negatives.baseline == "exclude"
         outside = rows.everyone.negative if excluded else ~rows.everyone.kept(self._negatives.gate)
         return rewards.masked_fill(outside[:, None], torch.nan)
@@ -177,7 +187,8 @@ class SteeredGRPOTrainer(GRPOTrainer):
             length=torch.tensor([len(ids) for ids in completions], device=device),
             truncated=torch.tensor([ids[-1] not in self._end_tokens for ids in completions], device=device),
         )
-        return ScoredRows(tails, mine, mine.gathered(), total_rewards(rewards, self.reward_weights.to(device)))
+        total = total_rewards(rewards, self.reward_weights.to(device))
+        return ScoredRows(tails, mine, mine.gathered(), total, rewards)
 
     @property
     def _schedule(self) -> NegativeSchedule:
@@ -192,19 +203,23 @@ class SteeredGRPOTrainer(GRPOTrainer):
     def _end_tokens(self) -> set[int]:
         return {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
-    def _enter_negatives(self, output: BatchDict, rows: ScoredRows, mask_truncated: bool) -> None:
+    def _enter_negatives(self, output: BatchDict, rows: ScoredRows, plan: RowPlan, mask_truncated: bool) -> None:
         """Write into TRL's batch which rows are negatives, what they weigh, and what of them is in the loss."""
         settings, negative = self._negatives, rows.mine.negative
         kept = rows.mine.kept(settings.gate)
-        if mask_truncated:
+        if mask_truncated and plan.in_batch:
             hidden = rows.mine.truncated & ~negative
             output["completion_mask"] = output["completion_mask"] * (~hidden).unsqueeze(1).int()
         behaviour = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
         if self._tap is not None:
-            behaviour[negative] = self._tap.log_probabilities(output["completion_ids"][negative])
+            drawn = self._tap.log_probabilities(output["completion_ids"][negative])
+            # What follows the end of a row was not drawn: where it should have copied, log 0 would turn sums to nan.
+            behaviour[negative] = drawn.masked_fill(output["completion_mask"][negative] == 0, 0.0)
             self._tap = None
         policy = output.get("old_per_token_logps")
-        if policy is None and (settings.tokens == "likely" or settings.old_logps == "behaviour"):
+        # Batches with and without negatives are merged under dynamic sampling, and must hold the same tensors.
+        may_matter = plan.in_batch or self._dynamic is not None
+        if policy is None and may_matter and (settings.tokens == "likely" or settings.old_logps == "behaviour"):
             policy = self._policy_logps(output)
         if policy is not None and settings.old_logps == "behaviour":
             output["old_per_token_logps"] = torch.where(negative[:, None], behaviour, policy)
@@ -219,7 +234,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         output["advantages"] = torch.where(negative, settings.weight * advantages, advantages)
 
         output["tool_mask"] = negative_loss_mask(
-            output["completion_mask"], negative, kept, rows.tails, settings.tokens,
+            output["completion_mask"], negative, kept, rows.tails, settings.tokens if may_matter else "all",
             policy_logps=policy, floor=self.args.probability_floor,
         )  # fmt: skip
         output[STEERED], output["behaviour_logps"] = negative, behaviour
@@ -254,9 +269,8 @@ class SteeredGRPOTrainer(GRPOTrainer):
             attempt += 1
             rows = rows_to_redraw(dead, self._group_size, processes, mine)
             total = len(rows) * processes
-            inputs = dynamic.prompts(
-                len(rows), mine * len(rows), total, self._group_size, self.state.global_step, attempt
-            )
+            seed = (self.args.seed, self.state.global_step, self._part_of_step, attempt)
+            inputs = dynamic.prompts(len(rows), mine * len(rows), total, self._group_size, seed)
             other, other_dead = self._generate_and_score_attempt(inputs, attempt)
             redrawn = dead.nonzero().squeeze(1) if total < dead.numel() * self._group_size else None
             places = torch.arange(len(dead), device=dead.device) if redrawn is None else redrawn
@@ -307,15 +321,22 @@ class SteeredGRPOTrainer(GRPOTrainer):
         for name, value in row_metrics(rows.everyone, kept, rows.rewards, advantages, self._group_size).items():
             self._metrics["train"][name].append(value)
         self._schedule.record(rows.everyone.looped[rows.everyone.negative].tolist(), self.state.global_step)
-        logged: Any = self._logs["advantages"]
-        for row, value in enumerate(advantages.tolist(), start=len(logged) - len(advantages)):
-            if row >= 0:
-                logged[row] = value
+        logs: Any = self._logs
+        _overwrite_last(logs["advantages"], advantages)
+        for name, column in zip(self.reward_func_names, rows.by_function.unbind(dim=1), strict=True):
+            _overwrite_last(logs["rewards"][name], column)
 
     def _check_columns(self) -> None:
         columns = getattr(self.train_dataset, "column_names", None) or []
         if STEERED in columns:
             raise ValueError(f"The data set has a column {STEERED!r}, the name of the flag of negatives; rename it.")
+
+
+def _overwrite_last(logged: Any, values: Tensor) -> None:
+    """Replace the last entries of a column of the completions table, a deque that may be shorter than `values`."""
+    for row, value in enumerate(values.tolist(), start=len(logged) - len(values)):
+        if row >= 0:
+            logged[row] = value
 
 
 def _with_soft_overlong(
