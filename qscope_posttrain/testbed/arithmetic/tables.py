@@ -25,12 +25,10 @@ def start_table(experiment: ArithmeticExperiment) -> Table:
         ["accuracy", _percent([_rate(run.quality.right, run.quality.samples) for run in experiment.start.runs])],
         ["explained variance of the SAEs, by layer", explained],
     ]
+    stage, share = ("second", config.rare_loops) if config.start == "rare" else ("first", config.habit_loops)
     caption = (
-        f"Qwen3 of width {config.hidden_size}, {config.model_layers} layers. Its second training stage holds "
-        f"{100 * config.rare_loops:g} % documents that repeat a step without end."
-        if config.start == "rare"
-        else f"Qwen3 of width {config.hidden_size}, {config.model_layers} layers, after the first training stage, which "
-        f"holds {100 * config.habit_loops:g} % documents that repeat a step without end."
+        f"Qwen3 of width {config.hidden_size}, {config.model_layers} layers, after the {stage} training stage, in which "
+        f"{100 * share:g} % of the documents repeat a step without end."
     )
     return Table("The start model", ["", "value"], rows, caption)
 
@@ -85,8 +83,9 @@ def probe_table(experiment: ArithmeticExperiment) -> Table:
     columns = ["method", "endless", "per seed", "endless, mean of the way", "entry", "continuation", "clean end, 1e-4"]
     caption = (
         f"Probabilities on the start model's own {loops} loops, teacher forced: to go on to the end after the first "
-        "copy (endless), to enter the second copy (entry), to go on after it (continuation); and the expected number of "
-        f"exact endless loops in a right solution of {experiment.config.probe_solutions} held-out problems (clean end). "
+        "copy (endless), to enter the second copy (entry), to go on after it (continuation); and the expected number "
+        f"of exact endless loops in a right solution of {experiment.config.probe_solutions} held-out problems "
+        "(clean end). "
         "They know exact repeats only: read them with the sampled loops."
     )
     return Table("Endless repetition, teacher forced", columns, rows, caption)
