@@ -114,7 +114,8 @@ def prescribed(loops: bool = True) -> list[Row]:
     first = looping if loops else cut
     return [
         ended(7, 0.5), cut(-0.2), ended(9, 1.0, first=80), first(-1.0, first=200, negative=True),
-        looping(0.1, first=300), ended(5, 0.9, first=90), ended(12, 0.3, first=130), cut(-0.4, first=220, negative=True),
+        looping(0.1, first=300), ended(5, 0.9, first=90), ended(12, 0.3, first=130),
+        cut(-0.4, first=220, negative=True),
     ]  # fmt: skip
 
 
