@@ -20,7 +20,7 @@ class ArithmeticConfig:
     habit_loops: float = field(
         default=0.05, metadata={"help": "Share of documents that repeat without end in the first phase."}
     )
-    rare_loops: float = field(default=0.005, metadata={"help": "The same in the second phase."})
+    rare_loops: float = field(default=0.008, metadata={"help": "The same in the second phase."})
 
     hidden_size: int = field(default=64, metadata={"help": "Width of the language model."})
     intermediate_size: int = field(default=128, metadata={"help": "Width of its MLPs."})

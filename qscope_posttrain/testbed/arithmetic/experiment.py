@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qscope_posttrain.evaluation.intervals import Interval, wilson
+from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.dictionaries import RepetitionFeatures, make_features

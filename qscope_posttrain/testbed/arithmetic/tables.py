@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from qscope_posttrain.evaluation.intervals import Interval
+from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.testbed.arithmetic.experiment import ArithmeticExperiment, ArmResult
 from qscope_posttrain.testbed.arithmetic.probes import Probes
@@ -27,8 +27,8 @@ def start_table(experiment: ArithmeticExperiment) -> Table:
     ]
     stage, share = ("second", config.rare_loops) if config.start == "rare" else ("first", config.habit_loops)
     caption = (
-        f"Qwen3 of width {config.hidden_size}, {config.model_layers} layers, after the {stage} training stage, in which "
-        f"{100 * share:g} % of the documents repeat a step without end."
+        f"Qwen3 of width {config.hidden_size}, {config.model_layers} layers, after the {stage} training stage, in "
+        f"which {100 * share:g} % of the documents repeat a step without end."
     )
     return Table("The start model", ["", "value"], rows, caption)
 
