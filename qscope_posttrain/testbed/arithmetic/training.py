@@ -18,7 +18,7 @@ from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
 from qscope_posttrain.testbed.arithmetic.probes import Probes, ProbeSet, measure_probes
 from qscope_posttrain.testbed.arithmetic.task import draw_problems, is_right
-from qscope_posttrain.testbed.arithmetic.tokenizer import decode_words
+from qscope_posttrain.testbed.arithmetic.tokenizer import build_tokenizer, decode_words
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,13 +39,17 @@ class Trained:
 
 
 class RightAnswer:
-    """Reward 1 for a completion that ends with the right answer, 0 for any other."""
+    """Reward 1 for a completion that ends with the right answer, 0 for any other.
+
+    Args:
+        tokenizer: of the model; by default the testbed's, so that a recipe can name this class.
+    """
 
     __name__ = "right_answer"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._end = tokenizer.eos_token_id
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self._tokenizer = build_tokenizer() if tokenizer is None else tokenizer
+        self._end = self._tokenizer.eos_token_id
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], answer: Sequence[int], **columns: Any) -> list[float]:
         """One reward a completion; `answer` is the column of the data set."""
@@ -115,8 +119,6 @@ def grpo_arguments(arm: Arm, seed: int, config: ArithmeticConfig, folder: str) -
         "adam_beta2": 0.98,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        # The reward is 1 or 0 and nothing else.
-        "soft_overlong_cache": 0,
         "seed": seed,
         "use_cpu": True,
         "bf16": False,
