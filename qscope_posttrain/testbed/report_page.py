@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.html import Example, Figure, Section, ShadedText, ShadedTexts
 from qscope_posttrain.report.plots import Bar, Curve, Mark, interval_bars, line_curves, scatter_with_intervals
 from qscope_posttrain.report.tables import Table
@@ -42,17 +41,6 @@ def build_sections(experiment: Experiment, features: FeatureSet, tables: Mapping
         Section("Training", figures=[*_loss_plots(experiment)], tables=[tables["runs"], *_optional(tables, "tuning")]),
         Section("The model", tables=[tables["model"]], figures=[_pretraining_plot(experiment)]),
     ]
-
-
-def facts(experiment: Experiment, seconds: float) -> dict[str, str]:
-    """Small print: time, versions, machine."""
-    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    return {
-        "time": f"{seconds:.0f} s (artefacts from the cache take none)",
-        "seeds": ", ".join(map(str, experiment.config.seeds)),
-        "versions": versions,
-        "machine": ", ".join(f"{name} {value}" for name, value in machine().items()),
-    }
 
 
 def _methods_text(experiment: Experiment) -> str:

@@ -9,11 +9,14 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from qscope_posttrain.cli import demo
-from qscope_posttrain.cli.sft_arguments import parse_recipe
+from qscope_posttrain.cli import demo, grpo_arguments, sft_arguments
+from qscope_posttrain.rl.rewards import reward_function
+from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
+from qscope_posttrain.testbed.config import TestbedConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+SFT, GRPO = ([path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "steered_dapo"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -22,26 +25,64 @@ def test_nothing_is_missing():
         "testbed/sasft.yaml",
         "qwen3-1.7b/sasft_zh.yaml",
         "qwen3-8b/sasft_zh.yaml",
+        "testbed/steered_dapo.yaml",
+        "qwen3-1.7b/steered_dapo.yaml",
+        "qwen3-8b/steered_dapo.yaml",
+        "qwen3-30b-a3b/steered_dapo.yaml",
     }
+    assert sorted(SFT + GRPO) == RECIPES  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_recipe_parses_as_a_dry_run(path):
-    """A dry run stands in for the GPU, which a recipe for a real model asks for."""
-    recipe = parse_recipe(["--config", str(path), "--dry_run"])
-    assert recipe.penalty.target == "zh"
-    assert recipe.run.features
+def _name(path: Path) -> str:
+    return f"{path.parent.name}-{path.stem}"
+
+
+def _check_written_is_resolved(path: Path, resolved: dict) -> None:
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    resolved = recipe.to_dict()
     different = {key: resolved[key] for key, value in written.items() if resolved[key] != value}
     assert different.keys() <= {"use_cpu", "save_strategy", "report_to", "dataset_kwargs"}
 
 
+@pytest.mark.parametrize("path", SFT, ids=_name)
+def test_sft_recipe_parses_as_a_dry_run(path):
+    """A dry run stands in for the GPU, which a recipe for a real model asks for."""
+    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    assert recipe.penalty.target == "zh"
+    assert recipe.run.features
+    _check_written_is_resolved(path, recipe.to_dict())
+
+
+@pytest.mark.parametrize("path", GRPO, ids=_name)
+def test_grpo_recipe_parses_as_a_dry_run(path):
+    recipe = grpo_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    training = recipe.training
+    assert (training.negative, training.negatives_per_group) == ("feature", 1)
+    assert recipe.run.features
+    assert (training.loss_type, training.epsilon, training.epsilon_high, training.beta) == ("dapo", 0.2, 0.28, 0.0)
+    # A process alone holds whole groups at a time, so that the recipe fits any number of processes.
+    assert training.per_device_train_batch_size * training.steps_per_generation % training.num_generations == 0
+    assert training.gradient_accumulation_steps % (training.steps_per_generation * training.num_iterations) == 0
+    assert all(callable(reward_function(spec)) for spec in recipe.rewards)
+    _check_written_is_resolved(path, recipe.to_dict())
+
+
+@pytest.mark.parametrize("size", ["1.7b", "8b", "30b-a3b"])
+def test_steered_recipes_of_real_models_are_the_report_as_written(size):
+    path = ROOT / "recipes" / f"qwen3-{size}" / "steered_dapo.yaml"
+    training = grpo_arguments.parse_recipe(["--config", str(path), "--dry_run"]).training
+    assert training.mode == "paper"
+    assert not training.dynamic_sampling
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 512
+    assert training.bf16
+    assert training.gradient_checkpointing
+
+
 @pytest.mark.parametrize(("size", "layers", "published"), [("1.7b", 28, 5e-4), ("8b", 36, 1e-3)])
 def test_recipes_of_real_models_are_the_published_runs(size, layers, published):
-    recipe = parse_recipe(["--config", str(ROOT / "recipes" / f"qwen3-{size}" / "sasft_zh.yaml"), "--dry_run"])
+    path = ROOT / "recipes" / f"qwen3-{size}" / "sasft_zh.yaml"
+    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
     training = recipe.training
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 256
     assert recipe.penalty.weight == pytest.approx(published * 32)
@@ -70,11 +111,40 @@ def test_slurm_example_is_valid_shell():
 
 def test_demo_passes_every_setting_on(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda config, output: calls.append((config, output)))
+    monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
     arguments = ["--output", str(tmp_path), "--seeds", "5", "6", "--corpus", "texts", "--no-cache", "--sae_k=8"]
     assert demo.run(arguments) == 0
-    ((config, output),) = calls
+    ((config, output, repetition),) = calls
     assert (config.seeds, config.corpus, config.no_cache, config.sae_k) == ([5, 6], "texts", True, 8)
     assert output == str(tmp_path)
+    assert (repetition.no_cache, repetition.seeds) == (True, [0, 1])
     assert demo.run([]) == 0
     assert (calls[1][0].no_cache, calls[1][1]) == (False, "runs/demo")
+
+
+def test_demo_runs_either_half(monkeypatch):
+    calls = []
+    monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
+    demo.run(["--part", "switching"])
+    demo.run(["--part", "repetition", "--repetition", '{"seeds": [3], "updates": 2}'])
+    assert calls[0][0] is not None
+    assert calls[0][2] is None
+    assert calls[1][0] is None
+    assert (calls[1][2].seeds, calls[1][2].updates) == ([3], 2)
+
+
+def test_quick_demo_is_smaller_and_gives_way_to_options(monkeypatch):
+    calls = []
+    monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
+    demo.run(["--quick", "--sae_steps", "77", "--repetition", '{"updates": 5}'])
+    config, _, repetition = calls[0]
+    assert config.pretraining_steps < TestbedConfig().pretraining_steps
+    assert config.sae_steps == 77
+    assert repetition.habit_steps < ArithmeticConfig().habit_steps
+    assert repetition.updates == 5
+
+
+@pytest.mark.parametrize("text", ["{seeds: 1}", '{"sedes": [1]}', "[1]"])
+def test_demo_refuses_settings_it_does_not_know(text):
+    with pytest.raises(ValueError, match="--repetition"):
+        demo.run(["--repetition", text])

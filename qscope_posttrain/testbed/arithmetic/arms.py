@@ -29,7 +29,13 @@ class Arm:
 _ALL_TOKENS: Mapping[str, Any] = MappingProxyType({"negative_tokens": "all"})
 
 _ALL = (
-    Arm("plain", "DAPO", "No negative: every row of a group is ordinary.", {"negatives_per_group": 0}),
+    Arm(
+        "plain",
+        "DAPO",
+        "No negative: every row of a group is ordinary. As in all arms, DAPO's soft overlong punishment takes up "
+        "to 1 from rows in the last fifth of the length, loops among them.",
+        {"negatives_per_group": 0},
+    ),
     Arm(
         "paper",
         "steered, paper",
@@ -52,6 +58,18 @@ _ALL = (
         "random, default",
         "A fresh random direction for each negative, of the feature's layer, strength and window; else as the default.",
         {"negative": "random"},
+    ),
+    Arm(
+        "plain_right",
+        "DAPO, right answers only",
+        "No negative and no overlong punishment: the reward is 1 for the right answer and 0 for any other row.",
+        {"negatives_per_group": 0, "soft_overlong_cache": 0},
+    ),
+    Arm(
+        "default_right",
+        "steered, right answers only",
+        "The package's default without the overlong punishment.",
+        {"soft_overlong_cache": 0},
     ),
     Arm(
         "paper_window",
