@@ -92,8 +92,8 @@ def _looped_plot(experiment: ArithmeticExperiment) -> Figure:
     curves = [_mean_curve(result) for result in experiment.arms if result.name != PLAIN]
     svg = line_curves([curve for curve in curves if curve.y], "update", "negatives that loop", percent=True)
     caption = (
-        "Share of the negatives that end in endless repetition, mean over seeds and five updates: it falls as the policy "
-        "unlearns what provokes it."
+        "Share of the negatives that end in endless repetition, mean over seeds and five updates: it falls as the "
+        "policy unlearns what provokes it."
     )
     return Figure(svg, caption)
 
