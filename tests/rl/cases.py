@@ -224,6 +224,27 @@ def run_prescribed(model, tokenizer, batches, *, features=None, callbacks=(), **
     return Outcome(trainer, keep.gradients, script.said, reward.flags, losses)
 
 
+def run_sampled(model, tokenizer, **options: Any) -> dict[str, Any]:
+    """One generation batch, sampled; of the rows of this process the plan, the flags and what was said."""
+    seen: dict[str, Any] = {}
+
+    def reward(completion_ids, steered, **_: Any) -> list[float]:
+        seen.update(said=[tuple(ids) for ids in completion_ids], flags=list(steered))
+        return [float(sum(ids) % 5) for ids in completion_ids]
+
+    trainer = make_trainer(model, make_args(**options), tokenizer, reward=reward)
+    inner = trainer._plan_rows
+
+    def plan_rows(*arguments: Any):
+        seen["plan"] = inner(*arguments)
+        return seen["plan"]
+
+    trainer._plan_rows = plan_rows
+    trainer.train()
+    plan = seen.pop("plan")
+    return {**seen, "negative": plan.negative.tolist(), "start": plan.start.tolist(), "draw": plan.draw}
+
+
 # ---- The loss by hand
 
 
