@@ -15,6 +15,7 @@ _HOME = {
     "SparseAutoencoder": "qscope_posttrain.sae.autoencoder",
     "FeatureSet": "qscope_posttrain.features.feature_set",
     "find_language_features": "qscope_posttrain.features.find",
+    "find_repetition_features": "qscope_posttrain.features.find_repetition",
     "SASFTCallback": "qscope_posttrain.sft.callback",
     "TokenPenaltyCallback": "qscope_posttrain.sft.baselines",
     "SteeredGRPOConfig": "qscope_posttrain.rl.config",
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate_code_switching",
     "evaluate_repetition",
     "find_language_features",
+    "find_repetition_features",
     "pack_with_languages",
     "sasft_loss",
     "steer",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.evaluation.repetition import evaluate_repetition
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.features.find import find_language_features
+    from qscope_posttrain.features.find_repetition import find_repetition_features
     from qscope_posttrain.residual.positions import Window
     from qscope_posttrain.residual.steering import Steering, steer
     from qscope_posttrain.rl.config import SteeredGRPOConfig

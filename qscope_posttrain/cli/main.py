@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from qscope_posttrain.cli.options import did_you_mean
 
 COMMANDS = {
-    "features": ("qscope_posttrain.cli.features", "find the features of each language, or show a file of them"),
+    "features": (
+        "qscope_posttrain.cli.features",
+        "find the features of each language or of endless repetition, or show a file of them",
+    ),
     "sft": ("qscope_posttrain.cli.sft", "train with TRL's SFTTrainer and the SASFT penalty, from a recipe"),
     "grpo": ("qscope_posttrain.cli.grpo", "train with TRL's GRPOTrainer and steered negatives, from a recipe"),
     "evaluate": (
