@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -244,6 +245,14 @@ class SteeredGRPOConfig(GRPOConfig):
             baseline=chosen["baseline"],
         )
 
+    def check_window(self, start: Sequence[int]) -> None:
+        """ValueError if a window may start where nothing is left to be said."""
+        if start[1] >= self.completion_limit - 1 and start[1] > 0:
+            raise ValueError(
+                f"window_start={list(start)} reaches to the last of max_completion_length="
+                f"{self.max_completion_length} tokens, so that a negative could be an ordinary row. Start earlier."
+            )
+
     def _check_paper(self) -> None:
         """mode='paper' is one method: a field that says otherwise is a mistake, not an option."""
         for name, value in {**PRESETS["paper"], **_ONLY_IN_PAPER}.items():
@@ -266,6 +275,11 @@ class SteeredGRPOConfig(GRPOConfig):
         window = self.window_start
         if window is not None and (len(window) != 2 or not 0 <= window[0] <= window[1]):
             raise ValueError(f"window_start is two numbers, the first and the last token to start at; got {window}.")
+        if self.soft_overlong_cache is not None and self.soft_overlong_cache > self.completion_limit:
+            raise ValueError(
+                f"soft_overlong_cache={self.soft_overlong_cache} is more than "
+                f"max_completion_length={self.max_completion_length}, the tokens that it is a part of."
+            )
         if not self.has_negatives:
             return
         if self.generations - self.negatives_per_group < 2:
@@ -273,8 +287,16 @@ class SteeredGRPOConfig(GRPOConfig):
                 f"negatives_per_group={self.negatives_per_group} of num_generations={self.num_generations} leaves "
                 "fewer than 2 ordinary rows in a group, and their rewards could not be compared. Take more generations."
             )
+        if self.gate == "drop" and self.loop_min_tokens > self.completion_limit:
+            raise ValueError(
+                f"loop_min_tokens={self.loop_min_tokens} is more than max_completion_length="
+                f"{self.max_completion_length}: no completion could be an endless repetition, and gate='drop' would "
+                "drop all negatives."
+            )
         if self.negative in ("seeded", "copied") and self.window_start is None:
             self.window_start = [0, self.completion_limit // 8]
+        if self.window_start is not None:
+            self.check_window(self.window_start)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -327,9 +327,12 @@ class SteeredGRPOTrainer(GRPOTrainer):
             _overwrite_last(logs["rewards"][name], column)
 
     def _check_columns(self) -> None:
-        columns = getattr(self.train_dataset, "column_names", None) or []
-        if STEERED in columns:
-            raise ValueError(f"The data set has a column {STEERED!r}, the name of the flag of negatives; rename it.")
+        evaluated = self.eval_dataset
+        for dataset in (self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
+            if STEERED in (getattr(dataset, "column_names", None) or []):
+                raise ValueError(
+                    f"The data set has a column {STEERED!r}, the name of the flag of negatives; rename it."
+                )
 
 
 def _overwrite_last(logged: Any, values: Tensor) -> None:

@@ -34,6 +34,8 @@ class GenerationTap:
         self._tokens: list[Tensor] = []
         self._logps: list[Tensor] = []
         self._next: Tensor | None = None
+        self.reads_everything_again = False
+        """Whether a forward after the first read more than one token: the model generates without a cache."""
 
     @property
     def steps(self) -> int:
@@ -87,6 +89,7 @@ def generation_tap(
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The first forward reads the prompt; each later one reads the token that was just drawn.
         if forwards:
+            tap.reads_everything_again |= kwargs["input_ids"].shape[1] > 1
             token = kwargs["input_ids"][index, -1]
             tap.read(token)
             if rule is not None:

@@ -72,6 +72,7 @@ def negative_source(
             "window_length=30 steer some thirty tokens), or find the features with "
             "`qscope features find-repetition`, which chooses it."
         )
+    config.check_window((int(start[0]), int(start[1])))
     return NegativeSource(
         steering=steering,
         window_start=(int(start[0]), int(start[1])),
@@ -131,6 +132,11 @@ def negative_rollout(
     # A batch whose rows all end with their first token is rare, but no fault.
     with steer(model, steering, require_generated=False), generation_tap(model, rows, temperature) as tap:
         yield tap
+    if tap.reads_everything_again:
+        raise RuntimeError(
+            "The model generated without a cache and read the whole text at every token, so that steering could not "
+            "tell generated tokens from the prompt and did nothing. Leave use_cache on."
+        )
 
 
 def _copy_rule(source: NegativeSource, start: Tensor, model: nn.Module) -> CopyRule:
