@@ -48,34 +48,32 @@ def _mean(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def token_sums(
-    logps: Tensor, behaviour: Tensor, completion_mask: Tensor, loss_mask: Tensor, advantages: Tensor, negative: Tensor,
-    floor: float,
+    logps: Tensor, pull: Tensor, behaviour: Tensor, completion_mask: Tensor, negative: Tensor, floor: float,
 ) -> Tensor:  # fmt: skip
     """[5] sums over the tokens of a micro-batch, from which `token_metrics` follow; nothing leaves the device.
 
-    With p the policy's probability of a token and A its advantage: the negatives' tokens, those of them with
-    p < `floor`, their sum of log p - log(behaviour), and sum |A| (1 - p) over the loss tokens of negatives and of
-    all rows. |A| (1 - p) is the size of the gradient of the loss with respect to the logit of the token.
+    With p the policy's probability of a token: the negatives' tokens, those of them with p < `floor`, their sum of
+    log p - log(behaviour), and the sum of |d loss / d log p| (1 - p) over the tokens of negatives and of all rows: the
+    size of the gradient of the loss with respect to the logit of the token. It is 0 where the ratio is clipped.
 
     Args:
         logps: [rows, length] of the policy that is trained, without gradient.
+        pull: [rows, length] gradient of the loss with respect to `logps`.
         behaviour: [rows, length] of the distribution the tokens were drawn from; read for negatives only.
         completion_mask: [rows, length].
-        loss_mask: [rows, length] tokens in the loss.
-        advantages: [rows].
         negative: [rows] bool.
         floor: probability below which a token counts as unlikely.
     """
     logps, own = logps.float(), (completion_mask.bool() & negative[:, None]).float()
     probability = logps.exp()
-    pull = advantages.abs()[:, None] * (1 - probability) * loss_mask
+    size = pull.float().abs() * (1 - probability)
     return torch.stack(
         [
             own.sum(),
             (own * (probability < floor)).sum(),
             (own * (logps - behaviour)).sum(),
-            (pull * negative[:, None]).sum(),
-            pull.sum(),
+            (size * negative[:, None]).sum(),
+            size.sum(),
         ]
     )
 

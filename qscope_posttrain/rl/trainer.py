@@ -291,23 +291,24 @@ class SteeredGRPOTrainer(GRPOTrainer):
         self._logps = None
         loss: Tensor = super()._compute_loss(model, inputs)
         if self.model.training and STEERED in inputs:
-            self._measure_tokens(inputs)
+            self._measure_tokens(loss, inputs)
+        self._logps = None
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._logps = result[0].detach()
+        self._logps = result[0]
         return result
 
-    def _measure_tokens(self, inputs: BatchDict) -> None:
+    def _measure_tokens(self, loss: Tensor, inputs: BatchDict) -> None:
         if self._logps is None:
             raise RuntimeError("TRL computed its loss without log-probabilities.")
-        mask = inputs["completion_mask"]
+        # From the loss back to the log-probabilities only: elementwise, and right whatever the loss type and its clips.
+        (pull,) = torch.autograd.grad(loss, self._logps, retain_graph=True)
         sums = token_sums(
-            self._logps, inputs["behaviour_logps"], mask, mask * inputs["tool_mask"], inputs["advantages"],
-            inputs[STEERED], self.args.probability_floor,
+            self._logps.detach(), pull, inputs["behaviour_logps"], inputs["completion_mask"], inputs[STEERED],
+            self.args.probability_floor,
         )  # fmt: skip
-        self._logps = None
         self._token_sums = sums if self._token_sums is None else self._token_sums + sums
         if self.accelerator.sync_gradients:
             for name, value in token_metrics(self.accelerator.reduce(self._token_sums, reduction="sum")).items():
