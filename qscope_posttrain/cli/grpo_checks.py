@@ -33,9 +33,6 @@ from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.rewards import RewardFunction
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_source
 
-_SAMPLE = "The answer is 7."
-"""A completion that every reward function must be able to score"""
-
 
 @dataclass(frozen=True, eq=False)
 class GRPOInputs:
@@ -176,7 +173,7 @@ def _prompts(
 
 
 def _rewards(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[RewardFunction], str]:
-    """Score one made-up completion of the first row with each function, so that what they lack shows."""
+    """Score the first prompt, as if it were its own completion, with each function, so that what they lack shows."""
     config, rewards = recipe.training, build_rewards(recipe)
     check_reward_columns(rewards, rows)
     weights = config.reward_weights or [1.0] * len(rewards)
@@ -188,19 +185,22 @@ def _rewards(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase)
             value = _score(reward, row, tokenizer)
         except Exception as error:
             raise ValueError(f"'{name}' cannot score a completion of the first row: {error!r}") from error
-        words.append(f"{weight:.4g} x {name} ({'none' if value is None else f'{value:.4g}'} for {_SAMPLE!r})")
+        words.append(f"{weight:.4g} x {name} ({'none' if value is None else f'{value:.4g}'} for a prompt repeated)")
     if config.soft_overlong_cache:
         words.append(f"soft overlong punishment over the last {config.soft_overlong_cache} tokens")
     return rewards, "; ".join(words)
 
 
 def _score(reward: RewardFunction, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> float | None:
-    completion: Any = _SAMPLE if isinstance(row[PROMPT], str) else [{"role": "assistant", "content": _SAMPLE}]
+    # The prompt's own words: a tokenizer of few words might know no others.
+    prompt = row[PROMPT]
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    completion: Any = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
     columns = {name: [value] for name, value in row.items() if name not in (PROMPT, "completion", "completion_ids")}
     returned: Any = reward(
-        prompts=[row[PROMPT]],
+        prompts=[prompt],
         completions=[completion],
-        completion_ids=[tokenizer(text=_SAMPLE)["input_ids"]],
+        completion_ids=[tokenizer(text=text)["input_ids"]],
         trainer_state=None,
         log_extra=lambda *_: None,
         log_metric=lambda *_: None,

@@ -241,7 +241,8 @@ def test_dry_run_says_what_would_happen_and_trains_nothing(recipe, tmp_path, cap
                   "the last 2 rows of a group of 4", "on layer 3, strength 1.5 relative",
                   "from a generated token drawn in 1 to 3 for 4 tokens, then free",
                   "mode default: gate keep, tokens all, weight 1", "until fewer than 0.1 of 64 loop",
-                  "20 rows with prompt, language, solution", "text; the first 20 have", "1 x repetition_penalty (0 for",
+                  "20 rows with prompt, language, solution", "text; the first 20 have",
+                  "1 x repetition_penalty (0 for a prompt repeated)",
                   "over the last 2 tokens", "= 8 completions at a time, 2 groups of 4, 4 negatives",
                   "2 steps"):  # fmt: skip
         assert words in shown, words
