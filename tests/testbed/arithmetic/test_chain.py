@@ -1,0 +1,97 @@
+"""The whole chain on a model that is trained for seconds: what it makes, and that it makes it once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qscope_posttrain.testbed.arithmetic import runs, tables
+from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
+from qscope_posttrain.testbed.arithmetic.experiment import run_arithmetic
+
+pytestmark = pytest.mark.slow
+
+TINY = ArithmeticConfig(
+    fewest_operations=1,
+    most_operations=2,
+    answer_tokens=40,
+    hidden_size=32,
+    intermediate_size=48,
+    model_layers=2,
+    heads=2,
+    pretraining_batch_size=16,
+    habit_loops=0.6,
+    habit_steps=150,
+    habit_learning_rate=5e-3,
+    rare_loops=0.5,
+    rare_steps=20,
+    loop_samples=400,
+    probe_solutions=5,
+    sae_latents=64,
+    sae_k=4,
+    sae_steps=30,
+    sae_documents=100,
+    scan_samples=8,
+    scan_fresh_samples=8,
+    scan_random_directions=2,
+    strengths=[1.0],
+    window_start=[0, 2],
+    window_lengths=[8],
+    top=2,
+    arms=["plain", "default", "paper"],
+    seeds=[0],
+    updates=2,
+    prompts_per_update=2,
+    rows_per_prompt=4,
+    probe_every=1,
+    sampled_problems=30,
+    benign_problems=10,
+    workers=1,
+)
+
+
+def test_the_chain_runs_once_and_then_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY, cache=str(tmp_path))
+    first = run_arithmetic(config)
+    assert [result.name for result in first.arms] == ["plain", "paper", "default"]
+    assert len(first.loops.collection.loops) > 0
+    assert set(first.saes.explained_variance) == {0, 1}
+    steering = first.features.load().settings["steering"]
+    assert (steering["window_length"], steering["strength"]) == (8, 1.0)
+    for result in (first.start, *first.arms):
+        run = result.runs[0]
+        assert (run.quality.samples, run.benign.samples) == (30, 10)
+        assert run.probes[0] == first.start.runs[0].probes[0]
+    assert sorted(first.arm("plain").runs[0].probes) == [0, 1, 2]
+    assert first.arm("default").runs[0].history[0]["negative/rows"] == 2
+    assert "negative/looped" not in first.arm("plain").runs[0].history[0]
+    made = sorted(path.name for path in tmp_path.iterdir())
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(runs, "_train", never)
+    monkeypatch.setattr(runs, "_evaluate", never)
+    second = run_arithmetic(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+    assert [result.runs for result in second.arms] == [result.runs for result in first.arms]
+
+    # Other samples of the same models need no training.
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "_train", never)
+    more = run_arithmetic(replace(config, sampled_problems=40))
+    assert more.arm("plain").runs[0].quality.samples == 40
+    assert more.arm("plain").runs[0].probes == first.arm("plain").runs[0].probes
+
+    shown = [getattr(tables, name)(first) for name in ("start_table", "sampled_table", "probe_table", "runs_table")]
+    assert [len(table.rows) for table in shown] == [5, 4, 4, 4]
+    negatives = tables.negatives_table(first)
+    assert [row[2] for row in negatives.rows] == [0, 4, 4]
+    assert negatives.rows[0][1] == f"{round(_own_loops(first))} of 16"
+
+
+def _own_loops(experiment: object) -> float:
+    history = experiment.arm("plain").runs[0].history  # type: ignore[attr-defined]
+    return sum(8 * entry["ordinary/repeat_ratio"] for entry in history)

@@ -1,0 +1,74 @@
+"""Reward, arguments and data of a run, and a run of two updates on a random model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qscope_posttrain.rl.config import SteeredGRPOConfig
+from qscope_posttrain.testbed.arithmetic.arms import ARMS
+from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
+from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
+from qscope_posttrain.testbed.arithmetic.probes import ProbeSet, clean_cases, measure_probes, own_cases
+from qscope_posttrain.testbed.arithmetic.tokenizer import build_tokenizer, encode_words
+from qscope_posttrain.testbed.arithmetic.training import RightAnswer, grpo_arguments, prompt_data, train
+
+CONFIG = ArithmeticConfig(
+    fewest_operations=1, most_operations=2, answer_tokens=48, updates=3, prompts_per_update=2, rows_per_prompt=4,
+    probe_every=2,
+)  # fmt: skip
+
+
+def test_the_reward_is_one_for_a_right_answer_that_ends() -> None:
+    tokenizer = build_tokenizer()
+    texts = ["3 + 4 = 7 ; ans 7 <eos>", "3 + 4 = 7 ; ans 7", "3 + 4 = 8 ; ans 8 <eos>", "<eos>", "ans 7 <pad>"]
+    ids = [encode_words(tokenizer, text.split()) for text in texts]
+    reward = RightAnswer(tokenizer)
+    assert reward(prompts=["x"] * 5, completion_ids=ids, answer=[7] * 5, steered=[False] * 5) == [1, 0, 0, 0, 0]
+    assert reward.__name__ == "right_answer"
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_every_arm_is_a_valid_configuration_with_the_common_settings(name: str, tmp_path) -> None:
+    arguments = grpo_arguments(ARMS[name], 3, CONFIG, str(tmp_path))
+    assert isinstance(arguments, SteeredGRPOConfig)
+    for field, value in ARMS[name].overrides.items():
+        assert getattr(arguments, field) == value
+    assert (arguments.max_steps, arguments.num_generations, arguments.per_device_train_batch_size) == (3, 4, 8)
+    assert (arguments.beta, arguments.epsilon_high) == (0.0, 0.28)
+    assert (arguments.loss_type, arguments.num_iterations, arguments.adam_beta2) == ("dapo", 1, 0.98)
+    assert (arguments.top_p, arguments.top_k, arguments.temperature) == (1.0, 0, 1.0)
+
+
+def test_prompts_are_problems_that_are_not_held_out() -> None:
+    data = prompt_data(CONFIG, 0)
+    assert len(data) == 6
+    assert data[0]["prompt"].startswith("<bos> ")
+    assert data[0]["prompt"].endswith(" <sep>")
+    assert prompt_data(CONFIG, 0)["prompt"] == data["prompt"] != prompt_data(CONFIG, 1)["prompt"]
+
+
+def probe_set(tiny: ArithmeticModel) -> ProbeSet:
+    prompts = [[1, 5, 13, 6, 3]]
+    own = own_cases(prompts, [[4, 13, 5, 17, 6, 18] * 4], CONFIG.answer_tokens)
+    return ProbeSet(own, clean_cases(tiny, CONFIG.operations, CONFIG.answer_tokens, 4, 0), 4)
+
+
+def test_a_run_probes_on_the_way_and_leaves_the_start_alone(tiny: ArithmeticModel) -> None:
+    probes = probe_set(tiny)
+    before = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
+    trained = train(tiny, ARMS["plain"], 0, replace(CONFIG, learning_rate=0.01), probes)
+    assert sorted(trained.probes) == [0, 2, 3]
+    assert trained.probes[0] == measure_probes(tiny.model, probes)
+    assert trained.probes[3] == measure_probes(trained.model, probes)
+    assert len(trained.history) == 3
+    assert "rewards/right_answer/mean" in trained.history[0]
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny.model.state_dict().items())
+
+
+def test_a_seeded_negative_takes_the_last_row_of_each_group(tiny: ArithmeticModel) -> None:
+    arm = replace(ARMS["seeded"], overrides={**ARMS["seeded"].overrides, "window_start": [0, 6]})
+    trained = train(tiny, arm, 0, replace(CONFIG, updates=1), probe_set(tiny))
+    assert trained.history[0]["negative/rows"] == 2
