@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from transformers import set_seed
 from trl import get_peft_config, get_quantization_config
 
-from qscope_posttrain.cli.artefacts import feature_origins, load_features, write_resolved
+from qscope_posttrain.cli.artefacts import feature_origins, write_resolved
 from qscope_posttrain.cli.grpo_arguments import GRPORecipe, parse_recipe
 from qscope_posttrain.cli.grpo_checks import check_recipe, prepare
+from qscope_posttrain.cli.grpo_data import needed_features
 from qscope_posttrain.cli.grpo_results import final_metrics, results_table
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -31,7 +32,7 @@ def train(recipe: GRPORecipe) -> None:
     """Train, save the model, and write `resolved.yaml` and `summary.json` beside it."""
     output = writable_folder(recipe.output)
     set_seed(recipe.training.seed)
-    features = load_features(recipe)
+    features = needed_features(recipe)
     write_resolved(recipe, features, output)
     training, model = recipe.training, recipe.model
     inputs = prepare(recipe, features)

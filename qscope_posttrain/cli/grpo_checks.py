@@ -24,7 +24,14 @@ from qscope_posttrain.cli.checks import (
     world_size,
 )
 from qscope_posttrain.cli.grpo_arguments import GRPORecipe
-from qscope_posttrain.cli.grpo_data import PROMPT, build_rewards, check_prompts, check_reward_columns, reward_name
+from qscope_posttrain.cli.grpo_data import (
+    PROMPT,
+    build_rewards,
+    check_prompts,
+    check_reward_columns,
+    needed_features,
+    reward_name,
+)
 from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -78,7 +85,7 @@ def check_recipe(recipe: GRPORecipe) -> Checks:
     if recipe.model.use_peft:
         checks.check("adapter", check_adapter, recipe, model)
     if recipe.training.has_negatives:
-        if recipe.run.features is not None:
+        if recipe.training.is_steered and recipe.run.features is not None:
             checks.check("features", _features, recipe, model)
         source = checks.check("negatives", _negatives, recipe, model, tokenizer)
         checks.check("negatives in the loss", _loss, recipe, source)
@@ -114,7 +121,7 @@ def _negatives(
     recipe: GRPORecipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[NegativeSource, str]:
     config = recipe.training
-    source = negative_source(config, load_features(recipe), model, tokenizer)
+    source = negative_source(config, needed_features(recipe), model, tokenizer)
     count = config.negatives_per_group
     which = "the last row" if count == 1 else f"the last {count} rows"
     return source, f"{which} of a group of {config.generations}, {describe_negatives(config, source)}"

@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 from trl.import_utils import is_math_verify_available
 
+from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
+from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.rewards import RewardFunction, reward_function
 
 PROMPT = "prompt"
@@ -24,6 +26,11 @@ _GIVEN_BY_TRL = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "steered"}
 )
 """Keyword arguments of reward functions that are no columns"""
+
+
+def needed_features(recipe: GRPORecipe) -> FeatureSet | None:
+    """The recipe's FeatureSet where negatives are steered; a control without steering does not read the file."""
+    return load_features(recipe) if recipe.training.is_steered else None
 
 
 def build_rewards(recipe: GRPORecipe) -> list[RewardFunction]:

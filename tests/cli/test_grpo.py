@@ -154,7 +154,7 @@ def test_a_resumed_run_equals_one_that_was_not_killed(recipe, trained, tmp_path)
     "changes",
     [
         {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "dataset_name": "messages"},
-        {"negatives_per_group": 0, "features": None},
+        {"negatives_per_group": 0, "features": "not_found_yet.safetensors"},
         {"negative": "seeded", "features": None, "reward_weights": [1.0, 0.5]},
         {"mode": "paper", "gate": None, "negative_tokens": None},
         {"gradient_accumulation_steps": 2, "num_iterations": 2, "soft_overlong_cache": 0, "eval_strategy": "steps",
