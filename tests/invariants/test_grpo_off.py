@@ -35,6 +35,7 @@ STEERED = {
     "steering_unit": "norm",
     "window_start": [0, 2],
     "window_length": 6,
+    "loop_min_tokens": 8,
 }
 PROMPT_SET = Dataset.from_dict({"prompt": PROMPTS * 3})
 OURS = set(SteeredGRPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
