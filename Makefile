@@ -50,7 +50,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile tests/residual tests/sft tests/invariants
+	$(OLDEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile tests/residual tests/sft tests/rl tests/invariants
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
