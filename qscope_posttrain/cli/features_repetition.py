@@ -63,6 +63,7 @@ def find_repetition(options: argparse.Namespace, file_name: str) -> None:
             samples=options.samples,
             fresh_samples=options.fresh_samples,
             random_directions=options.random_directions,
+            max_unlikely_share=options.max_unlikely_share,
             sampling=sampling,
             **bounds,
         )
@@ -157,6 +158,9 @@ def add_options(new: argparse.ArgumentParser) -> None:
     new.add_argument("--samples", type=int, default=64, help="completions for each point of the curve")
     new.add_argument("--fresh-samples", type=int, default=256, help="completions for the final check of the choice")
     new.add_argument("--random-directions", type=int, default=8, help="random directions that serve as control")
+    new.add_argument(
+        "--max-unlikely-share", type=float, default=1.0, help="tokens with p < 0.001 that the choice may have at most"
+    )
     new.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     new.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 keeps all tokens")
     new.add_argument("--max-new-tokens", type=int, default=256, help="longest completion")

@@ -135,7 +135,16 @@ def find_repetition_features(
     if curve is None:
         return features
     contrast = Contrast(LOOP, features.language_index(LOOP), features.language_index(NORMAL))
-    measured = steering_curve(model, tokenizer, prompt_ids, features, contrast, curve, show_progress=show_progress)
+    measured = steering_curve(
+        model,
+        tokenizer,
+        prompt_ids,
+        features,
+        contrast,
+        curve,
+        periods=loops.periods,
+        show_progress=show_progress,
+    )
     return with_choice(features, measured)
 
 
@@ -230,4 +239,5 @@ def _describe(loops: LoopCollection) -> dict[str, Any]:
         "normal": len(loops.normal),
         "samples": loops.samples,
         "rate": None if rate is None else list(rate),
+        "periods": [loop.tail.period for loop in loops.loops],
     }

@@ -21,6 +21,8 @@ from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
 
 MIN_COPIES, MIN_TOKENS = 4, 12
 NORMAL_PER_LOOP = 4
+PERIOD_TRIM = 0.1
+"""Share of the shortest and of the longest periods that do not shape `LoopCollection.periods`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,17 @@ class LoopCollection:
         Sampling stops when enough are found, which makes the share of n loops too high by about its n-th part.
         """
         return wilson(len(self.loops), self.samples) if self.sampled else None
+
+    @property
+    def periods(self) -> tuple[int, int]:
+        """Shortest and longest period of a loop like these: half and twice the periods of all but odd ones.
+
+        Odd are the shortest tenth and the longest tenth of the loops (rounded down to whole loops), so that one
+        "6 6 6 6" among solutions that repeat a step does not make every stuttering a loop of the model's own kind.
+        """
+        lengths = sorted(loop.tail.period for loop in self.loops)
+        odd = int(PERIOD_TRIM * len(lengths))
+        return -(-lengths[odd] // 2), 2 * lengths[-1 - odd]
 
     def summary(self) -> str:
         """One line: how many of how many, and the rate."""

@@ -1,4 +1,4 @@
-"""Which push makes a model loop by itself: features against random directions of equal length, and one choice."""
+"""Which push makes a model loop as it does by itself: features against random directions of equal length."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHOSEN = "*"
 
 
 def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95) -> Interval:
-    """Loop share of a point minus that of random directions at the same layer, strength and window (Newcombe).
+    """Share of loops like the model's own, minus that of random directions with the same layer, strength and window.
 
     Raises:
         ValueError: `points` hold no such random point.
@@ -31,24 +31,31 @@ def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95)
     control = _control(points, RANDOM, point)
     if control is None:
         raise ValueError(f"No random directions were measured at layer, strength and window {point.setting}.")
-    return rate_difference((point.looped, point.samples), (control.looped, control.samples), level)
+    return rate_difference((point.own, point.samples), (control.own, control.samples), level)
 
 
-def choose(points: Sequence[CurvePoint]) -> CurvePoint | None:
+def choose(points: Sequence[CurvePoint], max_unlikely_share: float = 1.0) -> CurvePoint | None:
     """The point to steer with, by its margin over random directions and not by its loop share.
 
-    Early layers loop after any push of sufficient length, so the share alone says nothing about the feature.
+    Only loops like the model's own count. A strong push can make any model stutter ("6 6 6 6"): that is no example of
+    the habit that training is to remove, and it is unlearnt in a few steps. And early layers loop after any push of
+    sufficient length, so that the share alone says nothing about the feature.
 
-    1. Eligible are the feature points whose margin is above 0 with its whole 95 % interval; if there are none, all
-       feature points at which something loops.
+    1. Eligible are the feature points whose `margin` is above 0 with its whole 95 % interval; if there are none, all
+       feature points with such a loop.
     2. The best is the one with the largest margin. In its reach are those whose margin is not below the best one's
        lower limit of one standard error: a scan cannot tell them apart.
     3. Of these, the one with the smallest share of unlikely tokens: a negative example close to the model's own text
        teaches about the loop and not about the text before it. Ties: the smaller strength, then the larger margin.
 
-    None if no feature point has a loop.
+    Points with more than `max_unlikely_share` unlikely tokens are out of the question. None if no other feature point
+    has a loop like the model's own.
     """
-    looping = [point for point in points if point.trial.push.kind == FEATURE and point.looped > 0]
+    looping = [
+        point
+        for point in points
+        if point.trial.push.kind == FEATURE and point.own > 0 and point.unlikely_share <= max_unlikely_share
+    ]
     if not looping:
         return None
     margins = {id(point): margin(points, point) for point in looping}
@@ -69,35 +76,42 @@ class SteeringCurve:
     fresh: tuple[CurvePoint, ...]
     """The chosen point, random directions, difference of means and no steering, on other prompts and random numbers"""
     settings: CurveSettings
+    periods: tuple[int, int] | None = None
+    """Shortest and longest block of a loop like the model's own; None for any"""
 
     @property
     def specific(self) -> bool:
-        """Whether the chosen features loop more often than random directions on completions they were not chosen by."""
+        """Whether the chosen features make loops like the model's own more often than random directions do.
+
+        On completions that they were not chosen by.
+        """
         return self.chosen is not None and margin(self.fresh, self._fresh(FEATURE)).low > 0
 
     def verdict(self) -> str:
         """One sentence on what was found."""
         if self.chosen is None:
-            return "No push along these features made the model loop: nothing is chosen."
+            return "No push along these features made the model loop as it does by itself: nothing is chosen."
         point, control = self._fresh(FEATURE), self._fresh(RANDOM)
         push = point.trial.push
         where = f"{push.name} in layer {push.layer} at strength {point.trial.strength:g}"
         rates = f"{point.rate.estimate:.0%} of completions against {control.rate.estimate:.0%} with random directions"
         if self.specific:
-            return f"Chosen: {where}, looping in {rates}."
+            return f"Chosen: {where}, looping like the model itself in {rates}."
         return (
-            f"Not specific: {where} loops in {rates}, which is not clearly more. It is recorded with specific=false: "
-            "do not train on it as a repetition feature."
+            f"Not specific: {where} loops like the model itself in {rates}, which is not clearly more. It is recorded "
+            "with specific=false: do not train on it as a repetition feature."
         )
 
     def to_settings(self, label: str) -> dict[str, Any] | None:
         """`FeatureSet.settings["steering"]`: what is needed to steer, and what the final check gave; None if nothing.
 
-        `looped`, `random`, `difference_of_means` and `unsteered` are shares of `samples` completions each.
+        `looped`, `random`, `difference_of_means` and `unsteered` are the shares of `samples` completions each that
+        loop in whatever way; with the prefix `own_`, in blocks of `periods` [shortest, longest] tokens.
         """
         if self.chosen is None:
             return None
         point = self._fresh(FEATURE)
+        names = {"looped": FEATURE, "random": RANDOM, "difference_of_means": MEANS, "unsteered": UNSTEERED}
         return {
             "label": label,
             "layer": point.trial.push.layer,
@@ -105,10 +119,9 @@ class SteeringCurve:
             "unit": "relative",
             "window_start": list(self.settings.window_start),
             "window_length": point.trial.window_length,
-            "looped": point.rate.estimate,
-            "random": self._fresh(RANDOM).rate.estimate,
-            "difference_of_means": self._fresh(MEANS).rate.estimate,
-            "unsteered": self._fresh(UNSTEERED).rate.estimate,
+            **{name: self._fresh(kind).looped_share for name, kind in names.items()},
+            **{f"own_{name}": self._fresh(kind).rate.estimate for name, kind in names.items()},
+            "periods": None if self.periods is None else list(self.periods),
             "unlikely_tokens": point.unlikely_share,
             "samples": point.samples,
             "specific": self.specific,
@@ -120,16 +133,16 @@ class SteeringCurve:
         rows += [self._row(FRESH, self.fresh, point) for point in self.fresh]
         low, high = self.settings.window_start
         floor = self.settings.probability_floor
+        blocks = "blocks of {} to {} tokens".format(*self.periods) if self.periods else "blocks of any length"
         return Table(
             title="Steering curve: completions in endless repetition",
-            columns=["stage", "layer", "direction", "strength", "window", "n", "looped", "low", "high",
-                     "beyond random",
-                     f"p < {floor:g}", "chosen"],
+            columns=["stage", "layer", "direction", "strength", "window", "n", "looped", "like own", "low", "high",
+                     "beyond random", f"p < {floor:g}", "chosen"],
             rows=rows,
             caption="strength: in median residual norms. window: pushed tokens (0: to the end), from completion token "
-            f"{low} to {high} on. looped: share, with its 95 % Wilson limits. beyond random: difference to random "
-            "directions of equal length, 95 % interval. "
-            f"p < {floor:g}: share of all tokens that are so unlikely without steering. "
+            f"{low} to {high} on. looped: share in endless repetition. like own: of {blocks}, as in the model's own "
+            "loops, with 95 % Wilson limits. beyond random: difference in it to random directions of equal length, "
+            f"95 % interval. p < {floor:g}: share of all tokens that are so unlikely without steering. "
             f"{FRESH}: other prompts, random numbers and random directions. {self.verdict()}",
         )  # fmt: skip
 
@@ -142,7 +155,8 @@ class SteeringCurve:
         steered = push.kind != UNSTEERED
         return [
             stage, push.layer, push.name, point.trial.strength if steered else None,
-            point.trial.window_length if steered else None, point.samples, *rate, beyond, point.unlikely_share,
+            point.trial.window_length if steered else None, point.samples, point.looped_share, *rate,
+            beyond, point.unlikely_share,
             CHOSEN if point is self.chosen or (stage == FRESH and push.kind == FEATURE) else "",
         ]  # fmt: skip
 

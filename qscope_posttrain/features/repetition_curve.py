@@ -21,7 +21,7 @@ from qscope_posttrain.report.progress import progress
 from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.sampling import SamplingSettings, sample_batch
 from qscope_posttrain.residual.steering import Steering, Window, steer
-from qscope_posttrain.text.repetition import is_endless_repetition
+from qscope_posttrain.text.repetition import repeated_tail
 
 FEATURE, RANDOM, MEANS, UNSTEERED = "feature", "random", "difference of means", "unsteered"
 
@@ -59,6 +59,10 @@ class CurveSettings:
     probability_floor: float = 1e-3
     """Tokens to which the unsteered model gives less are counted as unlikely."""
 
+    max_unlikely_share: float = 1.0
+    """Largest share of unlikely tokens with which a point may be chosen: lower it for negatives near the model's own
+    text, at the price of fewer loops."""
+
     min_copies: int = MIN_COPIES
     min_tokens: int = MIN_TOKENS
     """What counts as a loop, see `text.repetition.is_endless_repetition`."""
@@ -84,6 +88,8 @@ class CurveSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.probability_floor < 1:
             raise ValueError(f"probability_floor must lie between 0 and 1, got {self.probability_floor}.")
+        if not 0 <= self.max_unlikely_share <= 1:
+            raise ValueError(f"max_unlikely_share is a share in [0, 1], got {self.max_unlikely_share}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +125,8 @@ class CurvePoint:
     samples: int
     looped: int
     """Completions in endless repetition"""
+    own: int
+    """Those that repeat a block as long as those of the model's own loops"""
     tokens: int
     """Generated tokens of all completions, steered or not, without end tokens"""
     unlikely: int
@@ -126,8 +134,13 @@ class CurvePoint:
 
     @property
     def rate(self) -> Interval:
-        """Share of completions that loop, with its 95 % Wilson interval."""
-        return wilson(self.looped, self.samples)
+        """Share of completions that loop like the model itself, with its 95 % Wilson interval."""
+        return wilson(self.own, self.samples)
+
+    @property
+    def looped_share(self) -> float:
+        """Share of completions that loop in whatever way."""
+        return self.looped / self.samples
 
     @property
     def unlikely_share(self) -> float:
@@ -158,6 +171,7 @@ def measure(
     samples: int,
     settings: CurveSettings,
     *,
+    periods: tuple[int, int] | None = None,
     seed: int = 0,
     description: str = "steering curve",
     show_progress: bool | None = None,
@@ -174,6 +188,7 @@ def measure(
 
     Args:
         prompt_ids: encoded prompts, see `residual.sampling.encode_prompts`.
+        periods: shortest and longest block of the model's own loops, see `LoopCollection.periods`; None for any.
         seed: of starts and sampling.
 
     Returns:
@@ -190,7 +205,8 @@ def measure(
         for number, trial in enumerate(trials)
         for j in range(samples)
     ]
-    looped, tokens, unlikely = Counter[int](), Counter[int](), Counter[int]()
+    looped, own, tokens, unlikely = Counter[int](), Counter[int](), Counter[int](), Counter[int]()
+    shortest, longest = periods or (1, settings.sampling.max_new_tokens)
     draw = random.Random(seed)
     for batch in progress(
         list(_pieces(rows, settings.sampling.batch_size)), description=description, enabled=show_progress
@@ -205,13 +221,14 @@ def measure(
         ]
         rare = unlikely_tokens(model, completions, settings.probability_floor, sampling.temperature or 1.0)
         for row, (ids, ended), count in zip(batch, responses, rare, strict=True):
-            looped[row.trial] += is_endless_repetition(
-                ids, ended=ended, min_copies=settings.min_copies, min_tokens=settings.min_tokens
-            )
+            # As `text.repetition.is_endless_repetition`, and the period besides.
+            tail = repeated_tail(ids, min_copies=settings.min_copies, min_tokens=settings.min_tokens)
+            looped[row.trial] += tail is not None and not ended
+            own[row.trial] += tail is not None and not ended and shortest <= tail.period <= longest
             tokens[row.trial] += len(ids)
             unlikely[row.trial] += count
     return [
-        CurvePoint(trial, samples, looped[number], tokens[number], unlikely[number])
+        CurvePoint(trial, samples, looped[number], own[number], tokens[number], unlikely[number])
         for number, trial in enumerate(trials)
     ]
 

@@ -1,4 +1,4 @@
-"""The steering curve of a FeatureSet as figures: loop share over strength, one figure a layer."""
+"""The steering curve of a FeatureSet as figures: share of loops like the model's own over strength, layer by layer."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ def _figure(points: list[dict[str, Any]]) -> str:
     curves = []
     for name in dict.fromkeys(point["direction"] for point in points):
         own = sorted((point for point in points if point["direction"] == name), key=lambda point: point["strength"])
-        strengths, looped, low, high = ([p[key] for p in own] for key in ("strength", "looped", "low", "high"))
+        strengths, looped, low, high = ([p[key] for p in own] for key in ("strength", "like own", "low", "high"))
         banded = name.startswith(RANDOM) or any(point["chosen"] == CHOSEN for point in own)
         curves.append(Curve(name, strengths, looped, *((low, high) if banded else (None, None))))
     return line_curves(
-        curves, f"strength in layer {points[0]['layer']}, median residual norms", "endless repetition", percent=True
+        curves,
+        f"strength in layer {points[0]['layer']}, median residual norms",
+        "loops like the model's own",
+        percent=True,
     )

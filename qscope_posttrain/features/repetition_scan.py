@@ -48,6 +48,7 @@ def steering_curve(
     contrast: Contrast,
     settings: CurveSettings,
     *,
+    periods: tuple[int, int] | None = None,
     show_progress: bool | None = None,
 ) -> SteeringCurve:
     """Try rows of every layer, alone and summed, at every strength and window; choose one; measure it again.
@@ -61,6 +62,8 @@ def steering_curve(
 
     Args:
         prompt_ids: encoded prompts; they are shuffled.
+        periods: block lengths of the model's own loops, see `LoopCollection.periods`; only such loops count for the
+            choice. None for any.
 
     Raises:
         ValueError: no prompts, or a difference of means of zero.
@@ -79,10 +82,9 @@ def steering_curve(
             for length in settings.window_lengths
             for push in pushes
         ]
-    scan = measure(
-        model, tokenizer, shuffled, trials, settings.samples, settings, seed=seed, show_progress=show_progress
-    )
-    chosen = choose(scan)
+    shown: dict[str, Any] = {"periods": periods, "show_progress": show_progress}
+    scan = measure(model, tokenizer, shuffled, trials, settings.samples, settings, seed=seed, **shown)
+    chosen = choose(scan, settings.max_unlikely_share)
     fresh: list[CurvePoint] = []
     if chosen is not None:
         used = settings.samples % len(shuffled)
@@ -95,9 +97,9 @@ def steering_curve(
             settings,
             seed=seed + _FRESH_SEED,
             description="the choice, measured again",
-            show_progress=show_progress,
+            **shown,
         )
-    return SteeringCurve(tuple(scan), chosen, tuple(fresh), settings)
+    return SteeringCurve(tuple(scan), chosen, tuple(fresh), settings, periods)
 
 
 def candidates(layer: int, rows: LayerFeatures, contrast: Contrast, settings: CurveSettings) -> Iterator[Push]:

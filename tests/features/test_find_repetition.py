@@ -92,6 +92,8 @@ def test_it_steers_as_chosen(found, model, tokenizer):
     assert chosen["specific"] is True
     assert chosen["looped"] > chosen["random"] + 0.2
     assert chosen["samples"] == 50
+    assert chosen["periods"] == [2, 8]
+    assert chosen["own_looped"] == chosen["looped"]  # circles of four are all that this model knows
     layer = found.layers[chosen["layer"]]
     window = Window(chosen["window_start"][0], chosen["window_length"])
     steering = feature_steering(found, positions=window)

@@ -46,6 +46,20 @@ def test_rate_and_how_it_was_sampled(collection):
     assert f"{len(collection.loops)} endless repetitions in {collection.samples} samples" in collection.summary()
 
 
+@pytest.mark.parametrize(
+    ("periods", "expected"),
+    [
+        ([7], (4, 14)),
+        ([1, 6, 8], (1, 16)),  # too few to call one of them odd
+        ([1] + [8] * 10 + [13] * 8 + [90], (4, 26)),
+        ([1] * 5 + [12] * 15, (1, 24)),  # a fifth is a habit
+    ],
+)
+def test_periods_like_those_of_the_loops(periods, expected):
+    loops = tuple(Loop((1,), tuple(range(period)) * 4, RepeatedTail(0, period, 4)) for period in periods)
+    assert LoopCollection(loops, (), 100).periods == expected
+
+
 def test_the_same_settings_find_the_same_loops(collection):
     again = collect_loops(looping_model(), looping_tokenizer(), looping_prompts(), wanted=5, settings=SETTINGS)
     assert again == collection

@@ -32,8 +32,9 @@ SAMPLING = SamplingSettings(top_p=1.0, max_new_tokens=32, batch_size=48)
 TOKENS = 1000
 
 
-def point(kind: str, layer: int, strength: float, looped: int, unlikely: int = 0, *, name="", window=30, n=100):
-    return CurvePoint(Trial(Push(kind, name or kind, layer), strength, window), n, looped, TOKENS, unlikely)
+def point(kind: str, layer: int, strength: float, looped: int, unlikely: int = 0, *, name="", window=30, n=100, own=-1):
+    own = looped if own < 0 else own
+    return CurvePoint(Trial(Push(kind, name or kind, layer), strength, window), n, looped, own, TOKENS, unlikely)
 
 
 def chosen_name(points) -> str | None:
@@ -50,6 +51,15 @@ class TestChoice:
         ]  # fmt: skip
         assert chosen_name(points) == "late"
         assert margin(points, points[0]) == rate_difference((80, 100), (49, 100))
+
+    def test_only_loops_like_the_models_own_count(self):
+        points = [
+            point(FEATURE, 1, 1.25, 76, name="stutter", own=5), point(RANDOM, 1, 1.25, 8, own=0),
+            point(FEATURE, 2, 1.0, 40, name="habit"), point(RANDOM, 2, 1.0, 9),
+        ]  # fmt: skip
+        assert chosen_name(points) == "habit"
+        assert margin(points, points[0]) == rate_difference((5, 100), (0, 100))
+        assert choose([replace(points[0], own=0), points[1]]) is None
 
     def test_a_push_that_beats_its_random_directions_by_nothing_is_not_eligible(self):
         points = [
@@ -89,29 +99,42 @@ class TestChoice:
         assert choose([point(FEATURE, 0, 1.0, 0), point(RANDOM, 0, 1.0, 30)]) is None
         assert choose([point(RANDOM, 0, 1.0, 30), point(MEANS, 0, 1.0, 50), point(UNSTEERED, 0, 0.0, 10)]) is None
 
+    def test_a_limit_on_unlikely_tokens_rules_points_out(self):
+        points = [
+            point(FEATURE, 1, 1.25, 76, 95, name="far"), point(RANDOM, 1, 1.25, 8),
+            point(FEATURE, 2, 1.0, 51, 59, name="near"), point(RANDOM, 2, 1.0, 9),
+        ]  # fmt: skip
+        assert chosen_name(points) == "far"
+        assert choose(points, 0.06).trial.push.name == "near"
+        assert choose(points, 0.01) is None
+
     def test_random_directions_must_have_been_measured(self):
         with pytest.raises(ValueError, match="No random directions"):
             choose([point(FEATURE, 0, 1.0, 5), point(RANDOM, 0, 0.5, 5)])
 
 
 class TestCurve:
-    def curve(self, fresh_looped: int) -> SteeringCurve:
+    def curve(self, fresh_own: int) -> SteeringCurve:
         scan = (point(FEATURE, 2, 1.0, 70, 50, name="loop #5"), point(RANDOM, 2, 1.0, 6), point(MEANS, 2, 1.0, 30))
         fresh = (
-            point(UNSTEERED, 0, 0.0, 1, n=200), point(FEATURE, 2, 1.0, fresh_looped, 70, name="loop #5", n=200),
-            point(RANDOM, 2, 1.0, 12, n=200), point(MEANS, 2, 1.0, 64, n=200),
+            point(UNSTEERED, 0, 0.0, 1, n=200), point(FEATURE, 2, 1.0, 120, 70, name="loop #5", n=200, own=fresh_own),
+            point(RANDOM, 2, 1.0, 20, n=200, own=12), point(MEANS, 2, 1.0, 64, n=200),
         )  # fmt: skip
-        return SteeringCurve(scan, scan[0], fresh, CurveSettings(window_start=(4, 9), sampling=SAMPLING))
+        return SteeringCurve(scan, scan[0], fresh, CurveSettings(window_start=(4, 9), sampling=SAMPLING), (4, 32))
 
     def test_settings_hold_the_fresh_numbers(self):
         curve = self.curve(110)
         assert curve.specific
         assert curve.to_settings("loop") == {
             "label": "loop", "layer": 2, "strength": 1.0, "unit": "relative", "window_start": [4, 9],
-            "window_length": 30, "looped": 0.55, "random": 0.06, "difference_of_means": 0.32, "unsteered": 0.005,
-            "unlikely_tokens": 0.07, "samples": 200, "specific": True,
+            "window_length": 30, "looped": 0.6, "random": 0.1, "difference_of_means": 0.32, "unsteered": 0.005,
+            "own_looped": 0.55, "own_random": 0.06, "own_difference_of_means": 0.32, "own_unsteered": 0.005,
+            "periods": [4, 32], "unlikely_tokens": 0.07, "samples": 200, "specific": True,
         }  # fmt: skip
-        assert "loop #5 in layer 2 at strength 1, looping in 55% of completions against 6%" in curve.verdict()
+        assert (
+            "loop #5 in layer 2 at strength 1, looping like the model itself in 55% of completions against 6%"
+            in curve.verdict()
+        )
 
     def test_a_choice_that_does_not_hold_on_fresh_completions_is_not_specific(self):
         curve = self.curve(18)
@@ -129,7 +152,9 @@ class TestCurve:
         table = self.curve(110).to_table()
         chosen = table.columns.index("chosen")
         assert [row[chosen] for row in table.rows] == ["*", "", "", "", "*", "", ""]
-        assert table.rows[0][table.columns.index("looped")] == 0.7
+        assert table.rows[0][table.columns.index("like own")] == 0.7
+        assert [table.rows[4][table.columns.index(name)] for name in ("looped", "like own")] == [0.6, 0.55]
+        assert "blocks of 4 to 32 tokens" in table.caption
         assert table.rows[0][table.columns.index("p < 0.001")] == 0.05
         assert table.rows[3][table.columns.index("layer")] == 0
 
@@ -167,7 +192,7 @@ class TestMeasure:
 
         monkeypatch.setattr(repetition_curve, "sample_batch", recorded)
         samples = 20
-        points = measure(model, tokenizer, prompts, trials, samples, self.settings, seed=5)
+        points = measure(model, tokenizer, prompts, trials, samples, self.settings, seed=5, periods=(4, 8))
         assert [len(ids) for ids, _, _ in seen] == [48, 32]
         assert len({seed for _, seed, _ in seen}) == 2
         completions = [found for _, _, batch in seen for found in batch]
@@ -194,9 +219,18 @@ class TestMeasure:
             assert point.samples == samples
             assert point.tokens == sum(len(ids) for ids, _ in own)
             assert point.looped == sum(is_endless_repetition(ids, ended=ended) for ids, ended in own)
-        shares = [point.rate.estimate for point in points]
+            assert point.own == point.looped  # in circles of four
+        shares = [point.looped_share for point in points]
         assert shares[0] < 0.4 < shares[1]
         assert points[3].looped > points[0].looped
+
+    def test_loops_of_another_length_are_not_like_the_models_own(self, world):
+        model, tokenizer, prompts = world
+        trials = [Trial(Push(FEATURE, "share", 0, unit_row(SHARE), 1.0), 1.0, 8)]
+        for periods, counted in (((1, 3), False), ((5, 99), False), ((4, 4), True), (None, True)):
+            (point,) = measure(model, tokenizer, prompts, trials, 12, self.settings, seed=1, periods=periods)
+            assert point.looped > 2
+            assert point.own == (point.looped if counted else 0)
 
     def test_the_same_seed_gives_the_same_points(self, world):
         model, tokenizer, prompts = world
@@ -238,6 +272,7 @@ class TestMeasure:
         ({"window_lengths": (-1,)}, "cannot be negative"),
         ({"samples": 0}, "samples must be at least 1"),
         ({"probability_floor": 1.0}, "between 0 and 1"),
+        ({"max_unlikely_share": 1.5}, "max_unlikely_share"),
     ],
 )
 def test_wrong_settings(changes, message):
