@@ -20,10 +20,12 @@ class Arm:
     """One line for the report."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `SteeredGRPOConfig` beside those that are the same for all."""
+    steering: str = "window"
+    """For which way to steer layer, rows and strength were chosen: "window" or "to_end"."""
 
     def to_dict(self) -> dict[str, Any]:
         """What decides how a run comes out, as JSON values: no words."""
-        return {"name": self.name, "overrides": dict(self.overrides)}
+        return {"name": self.name, "overrides": dict(self.overrides), "steering": self.steering}
 
 
 _ALL_TOKENS: Mapping[str, Any] = MappingProxyType({"negative_tokens": "all"})
@@ -39,8 +41,10 @@ _ALL = (
     Arm(
         "paper",
         "steered, paper",
-        "The report's method as written: steered at every token, kept whether it loops or not, all tokens, weight 1.",
+        "The report's method as written: steered at every token, kept whether it loops or not, all tokens, weight 1. "
+        "Layer and strength are chosen for that.",
         {"mode": "paper"},
+        steering="to_end",
     ),
     Arm(
         "default",

@@ -55,6 +55,10 @@ class ArithmeticConfig:
         default_factory=lambda: [0.75, 1.0, 1.25],
         metadata={"help": "Lengths of the steering vector to try, in median norms of the layer's states."},
     )
+    weak_strengths: list[float] = field(
+        default_factory=lambda: [0.25, 0.5, 0.75],
+        metadata={"help": "The same for steering at every generated token, which derails a model sooner."},
+    )
     window_start: list[int] = field(
         default_factory=lambda: [4, 9], metadata={"help": "First and last generated token at which steering starts."}
     )

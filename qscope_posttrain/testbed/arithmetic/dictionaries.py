@@ -9,10 +9,12 @@ from typing import Any
 
 from qscope_posttrain.features.batches import TokenText
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find_repetition import find_repetition_features
+from qscope_posttrain.features.find_repetition import LOOP, NORMAL, find_repetition_features, with_choice
 from qscope_posttrain.features.loops import Completion
 from qscope_posttrain.features.repetition_curve import CurveSettings
-from qscope_posttrain.residual.sampling import SamplingSettings
+from qscope_posttrain.features.repetition_scan import Contrast, steering_curve
+from qscope_posttrain.features.steering import SETTINGS_KEY
+from qscope_posttrain.residual.sampling import SamplingSettings, encode_prompts
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.documents import finish, write_steps
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
@@ -25,9 +27,12 @@ from qscope_posttrain.testbed.cache import Cache
 _SOURCES = ("testbed/arithmetic/dictionaries.py", "testbed/arithmetic/task.py", "features", "residual", "sae", "text")
 _SETTINGS = (
     "fewest_operations", "most_operations", "answer_tokens", "temperature", "model_seed", "top", "scan_samples",
-    "scan_fresh_samples", "scan_random_directions", "strengths", "window_start", "window_lengths",
+    "scan_fresh_samples", "scan_random_directions", "strengths", "weak_strengths", "window_start",
+    "window_lengths",
 )  # fmt: skip
-_FILE = "repetition.safetensors"
+WINDOW, TO_END = "window", "to_end"
+"""The two ways to steer for which layer, rows and strength are chosen: in a window, and at every generated token."""
+
 _SCAN_PROMPTS = 256
 _SCAN_BATCH = 256
 _BENIGN = 200
@@ -35,22 +40,25 @@ _BENIGN = 200
 
 @dataclass(frozen=True)
 class RepetitionFeatures:
-    """A feature set as `qscope features find-repetition` writes it."""
+    """Feature sets as `qscope features find-repetition` writes them, one for each way to steer."""
 
     folder: Path
     key: str
 
-    @property
-    def path(self) -> Path:
-        return self.folder / _FILE
+    def path(self, way: str = WINDOW) -> Path:
+        return self.folder / f"{way}.safetensors"
 
-    def load(self) -> FeatureSet:
-        """The set, with the choice of layer, strength and window in its settings."""
-        return FeatureSet.load(self.path)
+    def load(self, way: str = WINDOW) -> FeatureSet:
+        """The set, with the choice of layer, strength and window in its settings.
 
-    def tables(self) -> dict[str, Any]:
+        Where steering to the end never made the model loop as it does by itself, it is the set for the window.
+        """
+        features = FeatureSet.load(self.path(way))
+        return features if SETTINGS_KEY in features.settings else FeatureSet.load(self.path())
+
+    def tables(self, way: str = WINDOW) -> dict[str, Any]:
         """The ranking and the steering curve as `report.tables.Table.to_dict` gives them."""
-        provenance = self.load().provenance
+        provenance = FeatureSet.load(self.path(way)).provenance
         return {name: provenance[name] for name in ("ranking", "steering_curve")}
 
 
@@ -61,7 +69,7 @@ def make_features(
     key = cache.key(config.subset(*_SETTINGS), _SOURCES, [language_model.key, saes.key, loops.key])
 
     def build(folder: Path) -> None:
-        _find(config, language_model, saes, loops).save(folder / _FILE)
+        _find(config, language_model, saes, loops, RepetitionFeatures(folder, key))
 
     return RepetitionFeatures(cache.folder("arithmetic-features", key, build), key)
 
@@ -79,33 +87,41 @@ def benign_texts(language_model: ArithmeticModel, config: ArithmeticConfig, coun
 
 
 def _find(
-    config: ArithmeticConfig, language_model: ArithmeticModel, saes: ArithmeticSAEs, loops: OwnLoops
-) -> FeatureSet:
+    config: ArithmeticConfig,
+    language_model: ArithmeticModel,
+    saes: ArithmeticSAEs,
+    loops: OwnLoops,
+    places: RepetitionFeatures,
+) -> None:
     problems = draw_problems(_SCAN_PROMPTS, config.operations, config.model_seed + 1, held_out=False)
-    sampling = SamplingSettings(
-        temperature=config.temperature,
-        top_p=1.0,
-        max_new_tokens=config.answer_tokens,
-        seed=config.model_seed,
-        batch_size=_SCAN_BATCH,
+    prompts = [problem.prompt for problem in problems]
+    model, tokenizer, collection = language_model.model, language_model.tokenizer, loops.collection
+    benign = benign_texts(language_model, config, _BENIGN)
+    found = find_repetition_features(
+        model, tokenizer, saes.saes, prompts, loops=collection, benign=benign, top=config.top, curve=None
     )
+    contrast = Contrast(LOOP, found.language_index(LOOP), found.language_index(NORMAL))
     low, high = config.window_start
-    curve = CurveSettings(
-        strengths=tuple(config.strengths),
-        window_start=(low, high),
-        window_lengths=tuple(config.window_lengths),
-        samples=config.scan_samples,
-        fresh_samples=config.scan_fresh_samples,
-        random_directions=config.scan_random_directions,
-        sampling=sampling,
-    )
-    return find_repetition_features(
-        language_model.model,
-        language_model.tokenizer,
-        saes.saes,
-        [problem.prompt for problem in problems],
-        loops=loops.collection,
-        benign=benign_texts(language_model, config, _BENIGN),
-        top=config.top,
-        curve=curve,
-    )
+    ways = {
+        WINDOW: ((low, high), config.window_lengths, config.strengths),
+        TO_END: ((0, 0), [0], config.weak_strengths),
+    }
+    for way, (start, lengths, strengths) in ways.items():
+        settings = CurveSettings(
+            strengths=tuple(strengths),
+            window_start=start,
+            window_lengths=tuple(lengths),
+            samples=config.scan_samples,
+            fresh_samples=config.scan_fresh_samples,
+            random_directions=config.scan_random_directions,
+            sampling=SamplingSettings(
+                temperature=config.temperature,
+                top_p=1.0,
+                max_new_tokens=config.answer_tokens,
+                seed=config.model_seed,
+                batch_size=_SCAN_BATCH,
+            ),
+        )
+        ids = encode_prompts(tokenizer, prompts)
+        curve = steering_curve(model, tokenizer, ids, found, contrast, settings, periods=collection.periods)
+        with_choice(found, curve).save(places.path(way))

@@ -36,7 +36,7 @@ def export_arithmetic(experiment: ArithmeticExperiment, folder: Path) -> dict[st
     places["sae"].mkdir(exist_ok=True)
     for file in sorted(experiment.saes.folder.glob("layer*")):
         shutil.copyfile(file, places["sae"] / file.name)
-    shutil.copyfile(experiment.features.path, places["features"])
+    shutil.copyfile(experiment.features.path(), places["features"])
     prompts = config.updates * config.prompts_per_update
     _write(places["rl"], draw_problems(prompts, config.operations, _TRAINING_SEED, held_out=False))
     _write(places["prompts"], draw_problems(_PROMPTS, config.operations, _PROMPTS_SEED, held_out=True))

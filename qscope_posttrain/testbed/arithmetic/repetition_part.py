@@ -8,6 +8,7 @@ from typing import Any
 
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
+from qscope_posttrain.testbed.arithmetic.dictionaries import TO_END, WINDOW
 from qscope_posttrain.testbed.arithmetic.experiment import ArmResult, run_arithmetic
 from qscope_posttrain.testbed.arithmetic.export import export_arithmetic
 from qscope_posttrain.testbed.arithmetic.report_page import build_arithmetic_sections
@@ -28,13 +29,14 @@ def run_repetition(config: ArithmeticConfig, folder: Path) -> DemoPart:
     tables = {
         "repetition_start": start_table(experiment),
         "repetition_features": features.to_table(),
-        "steering_curve": Table(**experiment.features.tables()["steering_curve"]),
+        "steering_curve": Table(**experiment.features.tables(WINDOW)["steering_curve"]),
+        "steering_curve_to_end": Table(**experiment.features.tables(TO_END)["steering_curve"]),
         "repetition_sampled": sampled_table(experiment),
         "repetition_probes": probe_table(experiment),
         "negatives": negatives_table(experiment),
     }
     for name, table in tables.items():
-        if name != "steering_curve":
+        if not name.startswith("steering_curve"):
             table.print()
     tables["repetition_runs"] = runs_table(experiment)
     results = {

@@ -26,7 +26,7 @@ def build_arithmetic_sections(experiment: ArithmeticExperiment, tables: Mapping[
             figures=[_loops_plot(experiment), _probe_plot(experiment), _accuracy_plot(experiment)],
             sections=[
                 Section("The negatives", tables=[tables["negatives"]], figures=[_looped_plot(experiment)]),
-                Section("Repetition features", tables=[tables["repetition_features"], tables["steering_curve"]]),
+                Section("Repetition features", tables=_features_tables(tables)),
                 Section(
                     "Loops of the start model",
                     "Completions that it wrote by itself, drawn at random among those that repeat to the limit.",
@@ -36,6 +36,10 @@ def build_arithmetic_sections(experiment: ArithmeticExperiment, tables: Mapping[
             ],
         )
     ]
+
+
+def _features_tables(tables: Mapping[str, Table]) -> list[Table]:
+    return [tables[name] for name in ("repetition_features", "steering_curve", "steering_curve_to_end")]
 
 
 def _methods_text(experiment: ArithmeticExperiment) -> str:

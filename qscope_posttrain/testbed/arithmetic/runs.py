@@ -166,7 +166,7 @@ def _train(job: Job, config: ArithmeticConfig, world: World, folder: Path) -> No
     language_model = load_language_model(*world.language_model)
     probes = load_loops(*world.loops).probe_set(language_model, config)
     arm = ARMS[job.arm]
-    features = RepetitionFeatures(*world.features).load()
+    features = RepetitionFeatures(*world.features).load(arm.steering)
     trained = train(language_model, arm, job.seed, config, probes, features)
     save_model(trained.model, language_model.tokenizer, folder)
     content = {
