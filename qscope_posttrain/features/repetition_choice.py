@@ -140,8 +140,8 @@ class SteeringCurve:
                      "beyond random", f"p < {floor:g}", "chosen"],
             rows=rows,
             caption="strength: in median residual norms. window: pushed tokens (0: to the end), from completion token "
-            f"{low} to {high} on. looped: share in endless repetition. like own: of {blocks}, as in the model's own "
-            "loops, with 95 % Wilson limits. beyond random: difference in it to random directions of equal length, "
+            f"{low} to {high} on. looped: share in endless repetition. like own: share in {blocks}, as in the model's "
+            "own loops, with 95 % Wilson limits. beyond random: difference in it to random directions of equal length, "
             f"95 % interval. p < {floor:g}: share of all tokens that are so unlikely without steering. "
             f"{FRESH}: other prompts, random numbers and random directions. {self.verdict()}",
         )  # fmt: skip
