@@ -166,6 +166,16 @@ def test_resumed_equals_uninterrupted(model, tiny_tokenizer, features, tmp_path,
         assert rows == [0] * 4
 
 
+def test_a_schedule_that_transformers_restores(model, tiny_tokenizer, tmp_path):
+    """`restore_callback_states_from_checkpoint` puts a new callback in the place of the trainer's own."""
+    options = {**NEGATIVES["stopping"], "max_steps": 4, "restore_callback_states_from_checkpoint": True}
+    saving = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
+    whole = train(model, tiny_tokenizer, **options, **saving)
+    resumed = train(model, tiny_tokenizer, resume=str(tmp_path / "checkpoint-2"), **options)
+    assert parameters_equal(whole, resumed)
+    assert [entry["negative/rows"] for entry in entries(resumed)] == [2, 2, 2, 0]
+
+
 def test_resuming_without_the_memory_would_be_another_run(model, tiny_tokenizer, tmp_path, monkeypatch):
     options = {**NEGATIVES["stopping"], "max_steps": 4}
     saving = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
