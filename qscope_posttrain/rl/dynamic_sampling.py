@@ -14,7 +14,7 @@ BatchDict = dict[str, Any]
 _LEFT = {"prompt_ids", "prompt_mask"}
 _PER_TOKEN = {
     "completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps", "behaviour_logps",
-    *_LEFT,
+    "sampling_per_token_logps", "importance_sampling_ratio", *_LEFT,
 }  # fmt: skip
 _PER_ROW = {"advantages", "steered"}
 
@@ -27,6 +27,12 @@ class DynamicSampling:
             raise ValueError(
                 f"dynamic_sampling draws further prompts by their number, which a {type(dataset).__name__} does not "
                 "allow. Load the data set without streaming, or set dynamic_sampling=False."
+            )
+        images = sorted({"image", "images"} & set(dataset.column_names))
+        if images:
+            raise ValueError(
+                f"dynamic_sampling replaces rows of text, and the data set has the column {images[0]!r}. Set "
+                "dynamic_sampling=False."
             )
         self._dataset = dataset
 
@@ -60,8 +66,8 @@ def rows_to_redraw(dead: Tensor, group_size: int, num_processes: int, process_in
 def replace_rows(batch: BatchDict, rows: Tensor, other: BatchDict, other_rows: Tensor, padding_id: int) -> BatchDict:
     """`batch` with its rows `rows` replaced by the rows `other_rows` of `other`; padded to the longer of both.
 
-    Prompts are padded on the left, completions on the right. Numbers of the whole batch (`num_items_in_batch`) stay
-    as they are and have to be counted again.
+    Prompts are padded on the left, completions on the right; what has one column for a row keeps it. Numbers of the
+    whole batch (`num_items_in_batch`) stay as they are and have to be counted again.
 
     Raises:
         ValueError: the batch holds something that is neither a row nor a token, such as images.
