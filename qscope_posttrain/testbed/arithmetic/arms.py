@@ -42,7 +42,7 @@ _ALL = (
         "paper",
         "steered, paper",
         "The report's method as written: steered at every token, kept whether it loops or not, all tokens, weight 1. "
-        "Layer and strength are chosen for that.",
+        "Layer and strength are those that make most rows so steered repeat, in whatever way.",
         {"mode": "paper"},
         steering="to_end",
     ),

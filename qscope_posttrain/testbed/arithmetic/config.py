@@ -48,15 +48,15 @@ class ArithmeticConfig:
     sae_documents: int = field(default=3000, metadata={"help": "Documents whose activations train the SAEs."})
     sae_loops: float = field(default=0.03, metadata={"help": "Share of these documents that loop."})
 
-    scan_samples: int = field(default=64, metadata={"help": "Completions behind each point of the steering curve."})
-    scan_fresh_samples: int = field(default=256, metadata={"help": "Completions behind its final check."})
+    scan_samples: int = field(default=48, metadata={"help": "Completions behind each point of the steering curve."})
+    scan_fresh_samples: int = field(default=192, metadata={"help": "Completions behind its final check."})
     scan_random_directions: int = field(default=8, metadata={"help": "Random directions it is compared with."})
     strengths: list[float] = field(
-        default_factory=lambda: [0.75, 1.0, 1.25],
+        default_factory=lambda: [1.0, 1.25],
         metadata={"help": "Lengths of the steering vector to try, in median norms of the layer's states."},
     )
     weak_strengths: list[float] = field(
-        default_factory=lambda: [0.25, 0.5, 0.75],
+        default_factory=lambda: [0.5, 0.75],
         metadata={"help": "The same for steering at every generated token, which derails a model sooner."},
     )
     window_start: list[int] = field(

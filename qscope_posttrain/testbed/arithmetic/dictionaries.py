@@ -51,7 +51,7 @@ class RepetitionFeatures:
     def load(self, way: str = WINDOW) -> FeatureSet:
         """The set, with the choice of layer, strength and window in its settings.
 
-        Where steering to the end never made the model loop as it does by itself, it is the set for the window.
+        Where steering to the end never made the model loop, it is the set for the window.
         """
         features = FeatureSet.load(self.path(way))
         return features if SETTINGS_KEY in features.settings else FeatureSet.load(self.path())
@@ -123,5 +123,8 @@ def _find(
             ),
         )
         ids = encode_prompts(tokenizer, prompts)
-        curve = steering_curve(model, tokenizer, ids, found, contrast, settings, periods=collection.periods)
+        # Steered to the end this model stutters but does not loop as it does by itself; the report, whose method that
+        # is, counts any endless repetition.
+        periods = collection.periods if way == WINDOW else None
+        curve = steering_curve(model, tokenizer, ids, found, contrast, settings, periods=periods)
         with_choice(found, curve).save(places.path(way))
