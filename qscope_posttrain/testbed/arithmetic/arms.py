@@ -100,6 +100,12 @@ _ALL = (
         {"negative_tokens": "likely"},
     ),
     Arm(
+        "tail_four",
+        "steered, weight 4",
+        "The package's default with weight 4.",
+        {"negative_weight": 4.0},
+    ),
+    Arm(
         "exclude",
         "steered, own baseline",
         "All tokens, weight 0.25, and a group baseline from ordinary rows only.",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qscope_posttrain.cli import grpo
+from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.testbed.arithmetic import runs, tables
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.experiment import run_arithmetic
+from qscope_posttrain.testbed.demo import run_demo
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
 
 TINY = ArithmeticConfig(
     fewest_operations=1,
@@ -95,3 +101,23 @@ def test_the_chain_runs_once_and_then_comes_from_the_cache(tmp_path: Path, monke
 def _own_loops(experiment: object) -> float:
     history = experiment.arm("plain").runs[0].history  # type: ignore[attr-defined]
     return sum(8 * entry["ordinary/repeat_ratio"] for entry in history)
+
+
+def test_the_demo_shows_it_and_writes_what_the_recipe_reads(tmp_path: Path) -> None:
+    report = run_demo(None, tmp_path / "demo", replace(TINY, cache=str(tmp_path / "cache")))
+    text = report.read_text(encoding="utf-8")
+    assert "Endless repetition by method" in text
+    assert "steered, default" in text
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text(encoding="utf-8"))
+    assert {"repetition_sampled", "repetition_probes", "negatives", "steering_curve"} <= set(
+        summary["results"]["tables"]
+    )
+    folder = tmp_path / "demo" / "arithmetic"
+    features = FeatureSet.load(folder / "features.safetensors")
+    assert features.settings["steering"]["window_length"] == 8
+    row = json.loads((folder / "rl.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert set(row) == {"prompt", "answer"}
+    recipe = ["--config", str(ROOT / "recipes/testbed/steered_dapo.yaml"), "--dry_run"]
+    recipe += ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "rl.jsonl")]
+    recipe += ["--features", str(folder / "features.safetensors"), "--output_dir", str(tmp_path / "out")]
+    assert grpo.run(recipe) == 0
