@@ -38,14 +38,14 @@ THREE = [*TWO, *living(400)]
 # Rows of each process: of 4 rows the second process has the only negative; of 12, each has half of the second group.
 CASES = {
     "one group over both": {"batches": [TWO[:4]], "rows": 2},
-    "paper": {"batches": [THREE], "rows": 6, "gate": "keep", "negative_tokens": "all"},
-    "accumulation": {"batches": [THREE], "rows": 3, "gradient_accumulation_steps": 2},
+    "accumulation": {
+        "batches": [THREE], "rows": 3, "gradient_accumulation_steps": 2, "mask_truncated_completions": True,
+        "soft_overlong_cache": 8, "gate": "keep",
+    },
     "likely, excluded": {
         "batches": [THREE], "rows": 6, "negative_tokens": "likely", "probability_floor": 2e-4, "baseline": "exclude",
     },
     "behaviour": {"batches": [THREE], "rows": 6, "old_logps": "behaviour", "gate": "keep", "negative_tokens": "all"},
-    "masked": {"batches": [THREE], "rows": 6, "mask_truncated_completions": True, "soft_overlong_cache": 8},
-    "dr_grpo": {"batches": [THREE], "rows": 6, "loss_type": "dr_grpo", "scale_rewards": "none"},
     "a dead group of one process": {
         "batches": [[*dead(240), *living(400), *TWO[:4]], [*living(310), *TWO[4:], *dead(440)]],
         "rows": 6, "dynamic_sampling": True,
