@@ -22,7 +22,7 @@ from qscope_posttrain.report.tables import Table
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-LEFT_OUT = ("step, ms",)
+LEFT_OUT = ("step, ms", "seconds")
 """Columns that are no result: methods run side by side on busy cores."""
 
 
@@ -42,11 +42,11 @@ def render(name: str) -> str:
     """The Markdown that belongs between the markers of `name`."""
     source, _, part = name.partition(":")
     result = json.loads((RESULTS / f"{source}.json").read_text(encoding="utf-8"))
-    if source in ("sasft_overhead", "sasft_penalty"):
+    if source in ("sasft_overhead", "sasft_penalty", "steered_rollout"):
         return _table(result["table"]) + _made_on(result)
     if source == "feature_pass":
         return _feature_pass(result) + _made_on(result)
-    return _table(result["tables"][part]) + (_made_on(result) if part == "teacher_forced" else "")
+    return _table(result["tables"][part]) + (_made_on(result) if part in ("teacher_forced", "negatives") else "")
 
 
 def _table(table: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.steering import feature_steering
+from qscope_posttrain.features.steering import SETTINGS_KEY, feature_steering
 from qscope_posttrain.residual.layers import check_layers, text_config, unwrapped
 from qscope_posttrain.residual.steering import Steering, Window, steer
 from qscope_posttrain.rl.config import SteeredGRPOConfig
@@ -62,7 +63,14 @@ def negative_source(
         )
     steering = _steering(config, features, model)
     check_layers(model, steering.layers)
-    recorded = dict(features.settings.get("steering", {})) if features is not None else {}
+    recorded = dict(features.settings.get(SETTINGS_KEY, {})) if features is not None else {}
+    if config.negative == "feature" and recorded.get("specific") is False:
+        warnings.warn(
+            "These features are recorded as not specific: steering with them did not make the model loop clearly more "
+            "often than random directions of the same length. Negatives made with them prove nothing "
+            "about the features.",
+            stacklevel=3,
+        )
     start = config.window_start if config.window_start is not None else recorded.get("window_start")
     length = config.window_length if config.window_length is not None else recorded.get("window_length")
     if start is None or length is None:
