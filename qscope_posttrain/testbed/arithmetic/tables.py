@@ -111,7 +111,8 @@ def negatives_table(experiment: ArithmeticExperiment) -> Table:
     caption = (
         "Over all updates, mean of the seeds. Own loops: ordinary rows that looped, all seeds. Looped: share of the "
         "negatives that ended in endless repetition. p < 0.001: share of their tokens that the policy thinks so "
-        "unlikely. Gradient share: their part of the sum of |advantage| (1 - p) over the tokens in the loss. Seconds: "
+        "unlikely. Gradient share: their part of the gradient of the loss with respect to the logits of the sampled "
+        "tokens. Seconds: "
         "training of one seed, next to other processes."
     )
     return Table("The negatives", columns, rows, caption)
