@@ -67,6 +67,7 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/sasft_penalty.py --rounds 5
 	$(BIN)/python benchmarks/sasft_overhead.py
 	$(BIN)/python benchmarks/feature_pass.py
+	$(BIN)/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
