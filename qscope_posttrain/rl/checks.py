@@ -14,6 +14,11 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
 
     Nothing is refused when there are no negatives: then the trainer is TRL's.
     """
+    if config.loss_type == "cispo" and config.epsilon_high is not None and config.epsilon_high < 1:
+        raise ValueError(
+            f"loss_type='cispo' takes epsilon_high as the largest weight of a token, not as the width of a clip: "
+            f"{config.epsilon_high} would shrink every token. Set epsilon_high to 5 or so, as TRL suggests."
+        )
     if not config.has_negatives:
         if config.dynamic_sampling:
             _check_dynamic_sampling(config)

@@ -38,8 +38,9 @@ class SteeredGRPOTrainer(GRPOTrainer):
     policy (Qwen-Scope report, Eq. 28). All else is TRL's: with `negatives_per_group=0` the trajectory is bit-identical
     to that of `GRPOTrainer` with the same rewards, and in evaluation no row is ever steered.
 
-    Reward functions get a keyword `steered`, one flag a row. Beside TRL's metrics, which then describe the rows that
-    are part of the group statistics, `ordinary/...` and `negative/...` describe the two kinds apart.
+    Reward functions get a keyword `steered`, one flag a row. TRL's reward metrics then describe the rows that
+    are part of the group statistics, its `completions/...` all rows; `ordinary/...` and `negative/...` describe the two
+    kinds apart.
 
     Args:
         model: as for `GRPOTrainer`.

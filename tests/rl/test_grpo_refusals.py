@@ -50,6 +50,7 @@ OUT_OF_RANGE = [
     ({"soft_overlong_cache": -1}, "soft_overlong_cache"),
     ({"soft_overlong_cache": 17}, "soft_overlong_cache=17"),
     ({"dynamic_sampling_attempts": 0}, "dynamic_sampling_attempts"),
+    ({"loss_type": "cispo"}, "epsilon_high"),
     ({"window_start": [3]}, "window_start"),
     ({"window_start": [3, 2]}, "window_start"),
     ({"window_start": [-1, 2]}, "window_start"),
