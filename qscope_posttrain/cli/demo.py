@@ -12,13 +12,14 @@ from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
 
 QUICK = {
-    "corpus_scale": "0.5", "pretraining_steps": "500", "sae_steps": "100", "sae_windows": "600",
-    "feature_windows": "200", "sft_windows": "400", "sampled_prompts": "160", "evaluation_windows": "120",
+    "corpus_scale": "0.5", "pretraining_steps": "300", "sae_steps": "100", "sae_windows": "600",
+    "feature_windows": "150", "sft_windows": "320", "sampled_prompts": "120", "evaluation_windows": "100",
 }  # fmt: skip
 QUICK_LISTS = {"arms": ["sasft_combined", "token_penalty", "random_features"], "seeds": ["101"]}
 QUICK_REPETITION: dict[str, Any] = {
     "habit_steps": 700, "rare_steps": 150, "loop_samples": 6000, "sae_steps": 200, "sae_documents": 1500,
-    "strengths": [1.0], "scan_fresh_samples": 128, "seeds": [0], "updates": 30, "sampled_problems": 1500,
+    "strengths": [1.0], "weak_strengths": [0.75], "scan_samples": 32, "scan_fresh_samples": 96, "seeds": [0],
+    "updates": 20, "sampled_problems": 1000,
     "benign_problems": 500, "arms": ["plain", "default", "random"],
 }  # fmt: skip
 
