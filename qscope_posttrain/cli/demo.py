@@ -35,7 +35,7 @@ class DemoArguments:
     )
     quick: bool = field(
         default=False,
-        metadata={"help": "A smaller run in under four minutes: the same chain, with figures that prove little."},
+        metadata={"help": "A smaller run in about five minutes: the same chain, with figures that prove little."},
     )
     repetition: str = field(
         default="{}",
