@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import qscope_posttrain
 from qscope_posttrain.provenance import package_versions
@@ -97,3 +97,20 @@ class Cache:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         return final
+
+
+class CacheSettings(Protocol):
+    """Settings of a testbed that say where artefacts are kept."""
+
+    @property
+    def cache(self) -> str | None:
+        """Folder; None for the default one."""
+
+    @property
+    def no_cache(self) -> bool:
+        """Whether everything is made again."""
+
+
+def open_cache(settings: CacheSettings) -> Cache:
+    """The cache that the settings ask for."""
+    return Cache(Path(settings.cache) if settings.cache else default_cache_folder(), enabled=not settings.no_cache)

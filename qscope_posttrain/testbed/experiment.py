@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from qscope_posttrain.evaluation.code_switching import SwitchingResult, switching_ratio
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.testbed.arms import ARMS
-from qscope_posttrain.testbed.cache import Cache, default_cache_folder
+from qscope_posttrain.testbed.cache import Cache, open_cache
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.dictionaries import (
     Dictionaries,
@@ -68,11 +67,6 @@ class Experiment:
     def method(self, name: str) -> MethodResult:
         """One method by name."""
         return next(result for result in self.methods if result.name == name)
-
-
-def open_cache(config: TestbedConfig) -> Cache:
-    """The cache that the settings ask for."""
-    return Cache(Path(config.cache) if config.cache else default_cache_folder(), enabled=not config.no_cache)
 
 
 def run_experiment(config: TestbedConfig) -> Experiment:

@@ -19,14 +19,18 @@ from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.cores import worker_count
 from qscope_posttrain.testbed.corpus import Corpus, generate_corpus, load_corpus
 from qscope_posttrain.testbed.model import build_model
-from qscope_posttrain.testbed.pretrain import SHARDS, pretrain
+from qscope_posttrain.testbed.pretrain import pretrain
+from qscope_posttrain.testbed.shared_training import SHARDS
 from qscope_posttrain.testbed.tokenizer import decode, separator_id, train_tokenizer
 from qscope_posttrain.testbed.windows import EncodedText, WindowMaker
 from qscope_posttrain.text.scripts import target_script
 from qscope_posttrain.text.tokens import script_token_ids
 
 _SOURCES = ("testbed/corpus.py", "testbed/grammar.py", "testbed/lexicon")
-_MODEL_SOURCES = ("testbed/tokenizer.py", "testbed/windows.py", "testbed/model.py", "testbed/pretrain.py")
+_MODEL_SOURCES = (
+    "testbed/tokenizer.py", "testbed/windows.py", "testbed/model.py", "testbed/pretrain.py",
+    "testbed/shared_training.py",
+)  # fmt: skip
 _SETTINGS = (
     "target", "vocabulary", "window", "prompt", "hidden_size", "model_layers", "heads", "pretraining_steps",
     "pretraining_batch_size", "pretraining_learning_rate", "switch", "model_seed",

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from qscope_posttrain.testbed.arms import ARMS
+from qscope_posttrain.testbed.cache import open_cache
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.contexts import feature_contexts
 from qscope_posttrain.testbed.demo import run_demo
-from qscope_posttrain.testbed.experiment import Experiment, open_cache, run_experiment
+from qscope_posttrain.testbed.experiment import Experiment, run_experiment
 from qscope_posttrain.testbed.runs import Job, execute, run_jobs
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel, 
 from qscope_posttrain.testbed.arithmetic.loops import OwnLoops, make_loops
 from qscope_posttrain.testbed.arithmetic.runs import START, Job, Run, World, run_jobs
 from qscope_posttrain.testbed.arithmetic.sae import ArithmeticSAEs, make_saes
-from qscope_posttrain.testbed.cache import Cache, default_cache_folder
+from qscope_posttrain.testbed.cache import open_cache
 
 PLAIN = "plain"
 """The arm with which all others are compared."""
@@ -62,11 +61,6 @@ class ArithmeticExperiment:
     def arm(self, name: str) -> ArmResult:
         """One arm by name."""
         return next(result for result in self.arms if result.name == name)
-
-
-def open_cache(config: ArithmeticConfig) -> Cache:
-    """The cache that the settings ask for."""
-    return Cache(Path(config.cache) if config.cache else default_cache_folder(), enabled=not config.no_cache)
 
 
 def run_arithmetic(config: ArithmeticConfig) -> ArithmeticExperiment:

@@ -13,16 +13,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausa
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.documents import DocumentSettings, draw_documents
 from qscope_posttrain.testbed.arithmetic.model import build_model
-from qscope_posttrain.testbed.arithmetic.pretrain import SHARDS, Row, pretrain
+from qscope_posttrain.testbed.arithmetic.pretrain import Row, pretrain
 from qscope_posttrain.testbed.arithmetic.task import Problem
 from qscope_posttrain.testbed.arithmetic.tokenizer import build_tokenizer, encode_words
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.cores import worker_count
 from qscope_posttrain.testbed.language_model import no_progress_bars, save_model
+from qscope_posttrain.testbed.shared_training import SHARDS
 
-_SOURCES = tuple(
-    f"testbed/arithmetic/{name}.py"
-    for name in ("task", "documents", "tokenizer", "model", "pretrain", "language_model")
+_SOURCES = (
+    "testbed/shared_training.py",
+    *(
+        f"testbed/arithmetic/{name}.py"
+        for name in ("task", "documents", "tokenizer", "model", "pretrain", "language_model")
+    ),
 )
 _COMMON = (
     "fewest_operations", "most_operations", "noise", "answer_tokens", "pretraining_batch_size", "model_seed",
