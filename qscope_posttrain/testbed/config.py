@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from qscope_posttrain.testbed.arms import ARMS
 
@@ -20,7 +22,15 @@ class TestbedConfig:
     languages: list[str] | None = field(
         default=None, metadata={"help": "Languages to read from the folder; all that are there by default."}
     )
-    target: str = field(default="zh", metadata={"help": "Language into which the model switches."})
+    texts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Instead of a folder: NAME=FILE for each language or register, FILE.jsonl:FIELD for JSONL."},
+    )
+    target: str = field(default="zh", metadata={"help": "Language or register into which the model switches."})
+    identify: Literal["script", "words"] = field(
+        default="script",
+        metadata={"help": "How a switch is seen: by the target's own script, or by its words where it has none."},
+    )
     corpus_scale: float = field(default=1.5, metadata={"help": "Size of the generated corpus; 1 is about 2 MB in all."})
     vocabulary: int = field(default=2000, metadata={"help": "Entries of the byte-level BPE tokenizer."})
     window: int = field(default=96, metadata={"help": "Tokens in a window of text."})
@@ -80,6 +90,7 @@ class TestbedConfig:
     )
     sampled_tokens: int = field(default=60, metadata={"help": "Length of a sample."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; no top-k, no top-p."})
+    device: str = field(default="cpu", metadata={"help": "Where models are trained and run: cpu, cuda, or auto."})
     workers: int | None = field(
         default=None,
         metadata={"help": "Processes that run methods side by side, one thread each; one a core by default."},
@@ -110,11 +121,36 @@ class TestbedConfig:
             raise ValueError(f"sae_layers={self.sae_layers} exceeds the model's {self.model_layers} layers")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.identify not in ("script", "words"):
+            raise ValueError(f'identify is "script" or "words", got {self.identify!r}')
+        if self.corpus is not None and self.texts is not None:
+            raise ValueError("give a folder (corpus) or single files (texts), not both")
+        self.text_files()
 
     @property
     def tapped_layers(self) -> tuple[int, ...]:
         """The decoder layers with an SAE, from 0."""
         return tuple(range(self.model_layers - self.sae_layers, self.model_layers))
+
+    def text_files(self) -> dict[str, str] | None:
+        """`texts` as a mapping from name to file.
+
+        Raises:
+            ValueError: an entry that is not NAME=FILE, or a name given twice.
+        """
+        if self.texts is None:
+            return None
+        pairs = [entry.partition("=") for entry in self.texts]
+        files = {name: place for name, _, place in pairs}
+        if len(files) != len(pairs) or not all(name and place for name, place in files.items()):
+            raise ValueError(f"texts are NAME=FILE with different names, got {self.texts}")
+        return files
+
+    def torch_device(self) -> str:
+        """`device`, where "auto" is cuda if there is one."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def subset(self, *names: str) -> dict[str, Any]:
         """Some settings as JSON values: what an artefact's key is made of."""

@@ -1,7 +1,12 @@
-"""A multilingual corpus: a folder of `<language>.txt`, one paragraph a line, filtered and split into four parts."""
+"""A corpus of several languages or registers: one text file each, a paragraph a line, filtered and split in four.
+
+Where the target is written in a script of its own, paragraphs are filtered by script. Where it is not (French among
+English, word problems among documentation), files are taken as they are.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,20 +67,26 @@ def generate_corpus(folder: str | Path, seed: int = 0, scale: float = 1.0) -> Pa
 
 
 def load_corpus(
-    folder: str | Path, languages: Sequence[str] | None = None, target: str = "zh", seed: int = 7
+    folder: str | Path,
+    languages: Sequence[str] | None = None,
+    target: str = "zh",
+    seed: int = 7,
+    by_script: bool = True,
 ) -> Corpus:
     """Read, filter and split a folder of `<language>.txt`.
 
-    Dropped: exact duplicates; paragraphs under 30 characters (12 in scripts without spaces); paragraphs of another
-    language that hold a character of the target's script; paragraphs of the target with under 30 % of its script.
+    Dropped: exact duplicates; paragraphs under 30 characters (12 in scripts without spaces); with `by_script`,
+    paragraphs of another language that hold a character of the target's script, and paragraphs of the target with
+    under 30 % of its script.
     Each language is cut into 60 blocks of consecutive paragraphs, which are shuffled and dealt to the splits 65 / 15 /
     8 / 12 %, so that neighbouring paragraphs stay together.
 
     Args:
         folder: holds one UTF-8 text file per language.
         languages: those to read; None: all files found.
-        target: the language whose unexpected use is studied; it needs a script of its own among `languages`.
+        target: the language whose unexpected use is studied.
         seed: of the split.
+        by_script: whether the target has a script of its own among `languages`; without, any names will do.
 
     Raises:
         FileNotFoundError: no such folder, or no file for a language.
@@ -92,33 +103,75 @@ def load_corpus(
         raise ValueError(f"the corpus needs text in the target language: no {target}.txt in {folder} (found: {found})")
     if len(set(languages)) < 2:
         raise ValueError(f"a corpus needs the target {target!r} and at least one other language; {folder} has {found}")
-    script = target_script(target)
-    splits: dict[str, dict[str, tuple[str, ...]]] = {split: {} for split in SPLITS}
-    dropped: dict[str, int] = {}
-    for language in [*(name for name in languages if name != target), target]:
+    paragraphs = {}
+    for language in languages:
         path = folder / f"{language}.txt"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; found in that folder: {found}")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        paragraphs[language] = path.read_text(encoding="utf-8").splitlines()
+    return split_corpus(paragraphs, target, seed, by_script)
+
+
+def load_files(files: Mapping[str, str | Path], target: str, seed: int = 7, by_script: bool = True) -> Corpus:
+    """As `load_corpus`, from one file a language or register: text, a paragraph a line, or `FILE.jsonl:FIELD`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no target, a line without the field, or too little text left.
+    """
+    if target not in files or len(files) < 2:
+        raise ValueError(f"the corpus needs the target {target!r} and at least one other text, got {sorted(files)}")
+    return split_corpus({name: _read_paragraphs(place) for name, place in files.items()}, target, seed, by_script)
+
+
+def split_corpus(paragraphs: Mapping[str, Sequence[str]], target: str, seed: int = 7, by_script: bool = True) -> Corpus:
+    """Filter and split paragraphs by language, as `load_corpus` says."""
+    script = target_script(target) if by_script else None
+    splits: dict[str, dict[str, tuple[str, ...]]] = {split: {} for split in SPLITS}
+    dropped: dict[str, int] = {}
+    for language in [*(name for name in paragraphs if name != target), target]:
+        lines = paragraphs[language]
         kept = _filter(lines, script, is_target=language == target)
         dropped[language] = len(lines) - len(kept)
         if len(kept) < _BLOCKS:
             raise ValueError(
-                f"{path} leaves {len(kept)} of {len(lines)} paragraphs after filtering; at least {_BLOCKS} are needed. "
-                f"Paragraphs are lines; those of other languages may hold no {script} character."
+                f"{language!r} leaves {len(kept)} of {len(lines)} paragraphs after filtering; at least {_BLOCKS} are "
+                "needed. Paragraphs are lines"
+                + (f"; those of other languages may hold no {script} character." if script else ".")
             )
-        for split, paragraphs in _split(kept, f"{language}/{seed}").items():
-            splits[split][language] = paragraphs
+        for split, part in _split(kept, f"{language}/{seed}").items():
+            splits[split][language] = part
     texts = {f"{split}/{language}": text for split, part in splits.items() for language, text in part.items()}
     return Corpus(splits, target, dropped, text_fingerprint(texts))
 
 
-def _filter(lines: Sequence[str], script: str, is_target: bool) -> list[str]:
+def _read_paragraphs(place: str | Path) -> list[str]:
+    """The lines of a text file, or one field of every row of a JSONL file, line breaks as spaces."""
+    name, _, field = str(place).partition(".jsonl:")
+    path = Path(f"{name}.jsonl" if field else name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a text file or FILE.jsonl:FIELD")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not field:
+        return lines
+    paragraphs = []
+    for number, line in enumerate(lines, start=1):
+        text = json.loads(line).get(field)
+        if not isinstance(text, str):
+            raise ValueError(f"{path}, line {number}: no text in the field {field!r}")
+        paragraphs.append(" ".join(text.split()))
+    return paragraphs
+
+
+def _filter(lines: Sequence[str], script: str | None, is_target: bool) -> list[str]:
     """Paragraphs that are long enough, new, and in the script they should be in; order kept."""
     kept: dict[str, None] = {}
     for line in lines:
         line = line.strip()
-        if len(line) < _MIN_CHARACTERS[is_target]:
+        if len(line) < _MIN_CHARACTERS[is_target and script is not None]:
+            continue
+        if script is None:
+            kept[line] = None
             continue
         if is_target:
             counts = script_counts(line)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.cores import worker_count
-from qscope_posttrain.testbed.corpus import Corpus, generate_corpus, load_corpus
+from qscope_posttrain.testbed.corpus import Corpus, generate_corpus, load_corpus, load_files
+from qscope_posttrain.testbed.distinctive import distinctive_tokens
 from qscope_posttrain.testbed.model import build_model
 from qscope_posttrain.testbed.pretrain import pretrain
 from qscope_posttrain.testbed.shared_training import SHARDS
@@ -29,11 +30,11 @@ from qscope_posttrain.text.tokens import script_token_ids
 _SOURCES = ("testbed/corpus.py", "testbed/grammar.py", "testbed/lexicon")
 _MODEL_SOURCES = (
     "testbed/tokenizer.py", "testbed/windows.py", "testbed/model.py", "testbed/pretrain.py",
-    "testbed/shared_training.py",
+    "testbed/shared_training.py", "testbed/distinctive.py",
 )  # fmt: skip
 _SETTINGS = (
     "target", "vocabulary", "window", "prompt", "hidden_size", "model_layers", "heads", "pretraining_steps",
-    "pretraining_batch_size", "pretraining_learning_rate", "switch", "model_seed",
+    "pretraining_batch_size", "pretraining_learning_rate", "switch", "model_seed", "identify", "device",
 )  # fmt: skip
 
 
@@ -47,7 +48,8 @@ class LanguageModel:
     maker: WindowMaker
     """Draws windows of every split."""
     target_tokens: Tensor
-    """int64 ids of the vocabulary entries that write the target's script."""
+    """int64 ids of the vocabulary entries that betray the target: those that write its script, or, identified by words,
+    those that are distinctive of its pretraining text (see `distinctive_tokens`)."""
     losses: tuple[float, ...]
     """Pretraining loss of every step."""
     folder: Path
@@ -76,11 +78,14 @@ class LanguageModel:
 
 def open_corpus(config: TestbedConfig, cache: Cache) -> Corpus:
     """The user's corpus, or the generator's, written to the cache first."""
+    files, by_script = config.text_files(), config.identify == "script"
+    if files is not None:
+        return load_files(files, config.target, by_script=by_script)
     folder = config.corpus
     if folder is None:
         key = cache.key(config.subset("corpus_scale"), _SOURCES)
         folder = str(cache.folder("corpus", key, lambda place: _generate(place, config.corpus_scale)))
-    return load_corpus(folder, config.languages, config.target)
+    return load_corpus(folder, config.languages, config.target, by_script=by_script)
 
 
 def make_language_model(config: TestbedConfig, cache: Cache) -> LanguageModel:
@@ -104,9 +109,12 @@ def load_language_model(folder: Path, key: str, config: TestbedConfig) -> Langua
     separator = separator_id(tokenizer)
     maker = WindowMaker(encoded, separator, config.target, config.window, config.prompt)
     losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
-    tokens = script_token_ids(tokenizer, target_script(config.target))
+    if config.identify == "script":
+        tokens = script_token_ids(tokenizer, target_script(config.target))
+    else:
+        tokens = distinctive_tokens({name: text.tokens for name, text in encoded["pre"].items()}, config.target)
     with no_progress_bars():
-        model = Qwen3ForCausalLM.from_pretrained(folder).eval()
+        model = Qwen3ForCausalLM.from_pretrained(folder, device_map=config.torch_device()).eval()
     return LanguageModel(model, tokenizer, maker, tokens, tuple(losses), folder, key)
 
 
@@ -141,7 +149,9 @@ def _build(config: TestbedConfig, corpus: Corpus, folder: Path) -> None:
     model = build_model(
         tokenizer, config.hidden_size, config.model_layers, config.heads, config.window, config.model_seed
     )
-    losses = pretrain(model, windows, config, worker_count(config.workers, SHARDS))
+    device = config.torch_device()
+    nn.Module.to(model, device)  # transformers' own `to` is wrapped in a way that hides its type
+    losses = pretrain(model, windows, config, worker_count(config.workers, SHARDS) if device == "cpu" else 1)
     save_model(model, tokenizer, folder)
     (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
     arrays: dict[str, Any] = {}

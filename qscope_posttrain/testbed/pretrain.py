@@ -21,7 +21,8 @@ _FLOOR = 0.03
 def pretrain(model: PreTrainedModel, windows: Windows, config: TestbedConfig, processes: int = 1) -> list[float]:
     """Train on `windows` in order, every token predicted; returns the loss (nats per token) of every step.
 
-    The weights do not depend on the number of processes, see `shared_training`.
+    It runs on the model's device. The weights do not depend on the number of processes, see `shared_training`; two need
+    the CPU.
 
     Raises:
         ValueError: there are fewer windows than `pretraining_steps * pretraining_batch_size`, a batch that cannot be
@@ -52,10 +53,11 @@ def _train(model: PreTrainedModel, batches: Tensor, config: TestbedConfig, *, ra
         optimizer, lambda step: warm_cosine(step, steps, _WARMUP_STEPS, _FLOOR)
     )
     losses: list[Tensor] = []
+    device = model.device
     model.train()
     for batch in progress(batches, total=len(batches), description="pretraining the language model"):
-        halves = batch.chunk(SHARDS)
-        loss = torch.zeros(())
+        halves = batch.to(device).chunk(SHARDS)
+        loss = torch.zeros((), device=device)
         for half in halves if rank is None else halves[rank : rank + 1]:
             part = model(input_ids=half, labels=half, use_cache=False).loss / SHARDS
             part.backward()

@@ -48,11 +48,16 @@ class Windows:
     """Language in which each window begins."""
     prompt_length: int
     """Tokens before the response, `<sep>` included; 0 in the pretraining layout."""
-    switched: Tensor
-    """[windows] bool: turned into the target language."""
+    cuts: Tensor
+    """[windows] int64: position of the first token of the target language in a window that turns into it, else -1."""
 
     def __len__(self) -> int:
         return len(self.languages)
+
+    @property
+    def switched(self) -> Tensor:
+        """[windows] bool: turned into the target language."""
+        return self.cuts >= 0
 
     @property
     def labels(self) -> Tensor:
@@ -70,7 +75,7 @@ class Windows:
         """The windows with these numbers."""
         rows = torch.tensor(list(keep), dtype=torch.long)
         languages = tuple(self.languages[row] for row in keep)
-        return Windows(self.input_ids[rows], languages, self.prompt_length, self.switched[rows])
+        return Windows(self.input_ids[rows], languages, self.prompt_length, self.cuts[rows])
 
     def of_language(self, *languages: str) -> Windows:
         """The windows that begin in one of `languages`."""
@@ -142,13 +147,14 @@ class WindowMaker:
         """Windows for language modelling, languages drawn uniformly; the switch may fall anywhere."""
         rng = np.random.default_rng(seed)
         languages = [str(name) for name in rng.choice(list(self.encoded[split]), size=count)]
-        rows, switched = self._draw(split, languages, switch, _SWITCH_MARGIN, rng)
+        rows, cuts = self._draw(split, languages, switch, _SWITCH_MARGIN, rng)
         low, high = self.length // 6, self.length // 2
         for row in np.flatnonzero(rng.random(count) < 0.25):
             position = int(rng.integers(low, high))
             rows[row, position + 1 :] = rows[row, position:-1].copy()
             rows[row, position] = self.separator_id
-        return Windows(torch.from_numpy(rows), tuple(languages), 0, torch.from_numpy(switched))
+            cuts[row] += cuts[row] >= position
+        return Windows(torch.from_numpy(rows), tuple(languages), 0, torch.from_numpy(cuts))
 
     def dialogue(
         self, split: str, count: int, seed: int, switch: float = 0.0, languages: Sequence[str] | None = None
@@ -157,17 +163,18 @@ class WindowMaker:
         rng = np.random.default_rng(seed)
         choices = list(self.encoded[split]) if languages is None else list(languages)
         order = [choices[row % len(choices)] for row in rng.permutation(count)]
-        rows, switched = self._draw(split, order, switch, self.prompt + 1, rng)
+        rows, cuts = self._draw(split, order, switch, self.prompt + 1, rng)
         rows[:, self.prompt + 1 :] = rows[:, self.prompt : -1].copy()
         rows[:, self.prompt] = self.separator_id
-        return Windows(torch.from_numpy(rows), tuple(order), self.prompt + 1, torch.from_numpy(switched))
+        cuts += cuts >= 0
+        return Windows(torch.from_numpy(rows), tuple(order), self.prompt + 1, torch.from_numpy(cuts))
 
     def _draw(
         self, split: str, languages: Sequence[str], switch: float, earliest: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Plain windows, some of which turn into the target language at or after token `earliest`."""
         rows = np.empty((len(languages), self.length), dtype=np.int64)
-        switched = np.zeros(len(languages), dtype=bool)
+        cuts = np.full(len(languages), -1, dtype=np.int64)
         for row, language in enumerate(languages):
             text = self.encoded[split][language]
             start = self._start(text, rng)
@@ -182,8 +189,8 @@ class WindowMaker:
             other = self.encoded[split][self.target]
             begin = self._start(other, rng)
             rows[row, cut:] = other.tokens[begin : begin + self.length - cut]
-            switched[row] = True
-        return rows, switched
+            cuts[row] = cut
+        return rows, cuts
 
     def _start(self, text: EncodedText, rng: np.random.Generator) -> int:
         """A random character boundary with a whole window after it."""
