@@ -18,9 +18,9 @@ class Arm:
     """Name in tables and plots."""
     description: str
     """One line for the report."""
-    penalty: Literal["none", "features", "token"] = "none"
-    """none: plain SFT. features: a SASFT penalty. token: -log(1 - P(target-script tokens))."""
-    rows: Literal["sae", "difference_of_means", "random"] = "sae"
+    penalty: Literal["none", "features", "token", "both"] = "none"
+    """none: plain SFT. features: a SASFT penalty. token: -log(1 - P(target tokens)). both: the sum of these two."""
+    rows: Literal["sae", "difference_of_means", "gradient", "random"] = "sae"
     """Where the penalised rows come from."""
     layers: int = 1
     """How many of the last layers are penalised."""
@@ -28,6 +28,14 @@ class Arm:
     """Rows per layer, by monolinguality."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of `SASFTConfig` beside target, weight, layers and top."""
+    token_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `TokenPenaltyCallback` beside target, weight and tokens."""
+    features_scale: float = 1.0
+    """SASFT's coefficient per unit of the arm's weight."""
+    token_scale: float = 1.0
+    """The token penalty's coefficient per unit of the arm's weight."""
+    drop_switched: bool = False
+    """Whether SFT data that hold the habit are left out: the trivial cure, where one knows which they are."""
     weight: float = 0.0
     """Coefficient, as chosen on validation prompts of the generated corpus with `tune`."""
     grid: tuple[float, ...] = ()
@@ -35,11 +43,23 @@ class Arm:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides how a run comes out, as JSON values: no words, and no weight, which is the run's own."""
-        names = ("name", "penalty", "rows", "layers", "top")
-        return {**{name: getattr(self, name) for name in names}, "options": dict(self.options)}
+        names = ("name", "penalty", "rows", "layers", "top", "features_scale", "token_scale", "drop_switched")
+        options = {"options": dict(self.options), "token_options": dict(self.token_options)}
+        return {**{name: getattr(self, name) for name in names}, **options}
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether it penalises readouts of a FeatureSet."""
+        return self.penalty in ("features", "both")
+
+    @property
+    def uses_sae(self) -> bool:
+        """Whether these readouts are an SAE's features, chosen and not random."""
+        return self.uses_features and self.rows == "sae" and self.features_scale > 0
 
 
-_STANDARD: Mapping[str, Any] = MappingProxyType({"readout": "decoder", "scale": "std", "positions": "predicting"})
+_STANDARD: dict[str, Any] = {"readout": "decoder", "scale": "std", "positions": "predicting"}
+_COMBINED: dict[str, Any] = {**_STANDARD, "combine": "effect", "position_weight": "risk"}
 
 _ALL = (
     Arm("sft", "SFT", "Plain supervised fine-tuning."),
@@ -70,7 +90,7 @@ _ALL = (
         "log-probability; positions weighted by the probability of switching.",
         "features",
         top=32,
-        options={**_STANDARD, "combine": "effect", "position_weight": "risk"},
+        options=_COMBINED,
         weight=0.1,
         grid=(0.05, 0.1, 0.15),
     ),
@@ -102,7 +122,99 @@ _ALL = (
         options=_STANDARD,
         weight=0.2,
     ),
+    Arm(
+        "sasft_one_readout",
+        "SASFT, one readout",
+        "One readout: the top 32 decoder directions of the last layer, weighted by monolinguality; no list of tokens.",
+        "features",
+        top=32,
+        options={**_STANDARD, "combine": "monolinguality"},
+        weight=0.15,
+        grid=(0.05, 0.15, 0.3),
+    ),
+    Arm(
+        "sasft_anchor",
+        "SASFT, combined + anchor",
+        "SASFT, combined, with a KL anchor of weight 1 to the model before SFT on all but the target's tokens.",
+        "features",
+        top=32,
+        options={**_COMBINED, "anchor_weight": 1.0},
+        weight=0.2,
+        grid=(0.1, 0.2, 0.4),
+    ),
+    Arm(
+        "sasft_token",
+        "SASFT, combined + token",
+        "SASFT, combined, and the token penalty at 150 times its coefficient.",
+        "both",
+        top=32,
+        options=_COMBINED,
+        token_scale=150.0,
+        weight=0.05,
+        grid=(0.025, 0.05, 0.1),
+    ),
+    Arm(
+        "token_anchor",
+        "token penalty + anchor",
+        "The token penalty with a KL anchor of weight 1 to the model before SFT on all but the target's tokens.",
+        "both",
+        top=1,
+        options={**_STANDARD, "anchor_weight": 1.0},
+        features_scale=0.0,
+        weight=20.0,
+        grid=(10.0, 20.0, 40.0),
+    ),
+    Arm(
+        "gradient",
+        "gradient direction",
+        "One readout: the mean gradient of the target's log-probability at the last layer; no SAE.",
+        "features",
+        rows="gradient",
+        options=_STANDARD,
+        weight=0.15,
+        grid=(0.05, 0.15, 0.3),
+    ),
+    Arm(
+        "token_everywhere",
+        "token penalty, every position",
+        "The token penalty also where the label itself is one of the target's tokens.",
+        "token",
+        token_options={"skip_target_labels": False},
+        weight=3.0,
+        grid=(1.0, 3.0, 8.0),
+    ),
+    Arm(
+        "sft_dropped",
+        "SFT, switched rows dropped",
+        "Plain SFT without the rows that hold the habit.",
+        drop_switched=True,
+    ),
+    Arm(
+        "token_dropped",
+        "token penalty, switched rows dropped",
+        "The token penalty without the rows that hold the habit.",
+        "token",
+        drop_switched=True,
+        weight=20.0,
+        grid=(10.0, 20.0, 30.0),
+    ),
+    Arm(
+        "sasft_dropped",
+        "SASFT, combined, switched rows dropped",
+        "SASFT, combined, without the rows that hold the habit.",
+        "features",
+        top=32,
+        options=_COMBINED,
+        drop_switched=True,
+        weight=0.1,
+        grid=(0.05, 0.1, 0.15),
+    ),
 )
+
+DEMO_ARMS = (
+    "sft", "sasft_paper", "sasft_decoder", "sasft_combined", "token_penalty", "difference_of_means", "random_features",
+)  # fmt: skip
+"""The arms that the demo compares."""
 
 ARMS: Mapping[str, Arm] = MappingProxyType({arm.name: arm for arm in _ALL})
 """All methods by name, in the order of the tables."""

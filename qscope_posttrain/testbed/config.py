@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from qscope_posttrain.testbed.arms import ARMS
+from qscope_posttrain.testbed.arms import ARMS, DEMO_ARMS
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TestbedConfig:
     top: int = field(default=32, metadata={"help": "Features kept per language and layer, by monolinguality."})
 
     arms: list[str] = field(
-        default_factory=lambda: list(ARMS), metadata={"help": "Methods to compare; sft is always among them."}
+        default_factory=lambda: list(DEMO_ARMS), metadata={"help": "Methods to compare; sft is always among them."}
     )
     seeds: list[int] = field(
         default_factory=lambda: [101, 102],
@@ -75,6 +75,13 @@ class TestbedConfig:
     sft_batch_size: int = field(default=16, metadata={"help": "Windows in an SFT step."})
     sft_learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of SFT."})
     sft_switch: float = field(default=0.0, metadata={"help": "Share of SFT windows with the habit; 0 is clean data."})
+    prior_windows: int = field(
+        default=0,
+        metadata={"help": "Windows of plain SFT before a method begins, on a model for which no features were sought."},
+    )
+    penalised: list[str] | None = field(
+        default=None, metadata={"help": "Languages in which a method acts; all but the target by default."}
+    )
     tune: bool = field(
         default=False,
         metadata={"help": "Choose each method's weight on validation prompts instead of taking the recorded one."},
@@ -119,6 +126,8 @@ class TestbedConfig:
             raise ValueError(f"pretraining_batch_size must be even, got {self.pretraining_batch_size}")
         if self.sae_layers > self.model_layers:
             raise ValueError(f"sae_layers={self.sae_layers} exceeds the model's {self.model_layers} layers")
+        if self.prior_windows < 0:
+            raise ValueError(f"prior_windows must be at least 0, got {self.prior_windows}")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         if self.identify not in ("script", "words"):

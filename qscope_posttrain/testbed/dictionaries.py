@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.features.causal import causal_check, measure_effects
-from qscope_posttrain.features.directions import difference_of_means_set, random_feature_set
+from qscope_posttrain.features.causal import causal_check, effect_gradients, measure_effects
+from qscope_posttrain.features.directions import (
+    difference_of_means_set,
+    direction_feature_set,
+    random_feature_set,
+)
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find import language_feature_set
 from qscope_posttrain.features.statistics import collect_statistics
@@ -23,6 +27,8 @@ from qscope_posttrain.testbed.sae import collect_activations, save_qwen_scope
 _SAE_SOURCES = ("testbed/sae.py", "testbed/dictionaries.py", "sae", "residual/capture.py")
 _FEATURE_SOURCES = ("testbed/dictionaries.py", "features", "residual", "sae", "text")
 _HELD_OUT_WINDOWS = 150
+RANDOM_DRAWS = 8
+"""How many different sets of random features there are; a run with seed s takes number s modulo this."""
 _CAUSAL_TEXTS = 25
 _CAUSAL_FEATURES = 2
 _CAUSAL_CONTROLS = 3
@@ -45,7 +51,7 @@ class FeatureSets:
     """Rows that the methods penalise, and what was learnt about them."""
 
     folder: Path
-    """Holds `sae`, `difference_of_means` and `random-<seed>`, each as `<name>.safetensors`."""
+    """Holds `sae`, `difference_of_means`, `gradient` and `random-<number>`, each as `<name>.safetensors`."""
     key: str
 
     def load(self, name: str) -> FeatureSet:
@@ -78,7 +84,7 @@ def make_feature_sets(
 
     Thresholds and features never see validation or test text.
     """
-    settings = config.subset("feature_windows", "top", "seeds", "tune_seed")
+    settings = config.subset("feature_windows", "top")
     key = cache.key(settings, _FEATURE_SOURCES, [language_model.key, dictionaries.key])
     folder = cache.folder("features", key, lambda place: _find(config, language_model, dictionaries, place))
     return FeatureSets(folder, key)
@@ -105,12 +111,16 @@ def _find(config: TestbedConfig, language_model: LanguageModel, dictionaries: Di
     texts = language_model.texts("sft", config.feature_windows, config.model_seed + 2)
     statistics = collect_statistics(model, tokenizer, texts, saes, max_length=config.window)
     found = language_feature_set(statistics, saes, top=config.top)
-    features = measure_effects(found, model, tokenizer, texts, target)
+    tokens = language_model.target_tokens
+    features = measure_effects(found, model, tokenizer, texts, target, target_tokens=tokens)
     features.save(folder / "sae.safetensors")
+    gradient = effect_gradients(model, tokenizer, texts, target, [last], target_tokens=tokens)[last]
+    direction = direction_feature_set(statistics, last, gradient, f"gradient of log P({target})", language=target)
+    direction.save(folder / "gradient.safetensors")
     difference_of_means_set(statistics, target).save(folder / "difference_of_means.safetensors")
     penalised = features.select(language=target, layers=[last], top=min(config.top, ARMS["random_features"].top))
-    for seed in (*config.seeds, config.tune_seed):
-        random_feature_set(statistics, saes, penalised, seed=seed).save(folder / f"random-{seed}.safetensors")
+    for draw in range(RANDOM_DRAWS):
+        random_feature_set(statistics, saes, penalised, seed=draw).save(folder / f"random-{draw}.safetensors")
     report = causal_check(
         model,
         tokenizer,
@@ -118,7 +128,7 @@ def _find(config: TestbedConfig, language_model: LanguageModel, dictionaries: Di
         features.select(language=target, layers=[last], top=min(config.top, _CAUSAL_FEATURES)),
         target,
         controls=random_feature_set(statistics, saes, penalised.select(top=_CAUSAL_CONTROLS), seed=config.model_seed),
-        target_tokens=language_model.target_tokens,
+        target_tokens=tokens,
         texts_per_language=_CAUSAL_TEXTS,
         max_length=config.window,
     )

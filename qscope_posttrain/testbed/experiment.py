@@ -20,7 +20,7 @@ from qscope_posttrain.testbed.dictionaries import (
 )
 from qscope_posttrain.testbed.language_model import LanguageModel, make_language_model
 from qscope_posttrain.testbed.metrics import Metrics, mean_metrics
-from qscope_posttrain.testbed.runs import BASE, Job, Run, run_jobs
+from qscope_posttrain.testbed.runs import BASE, TEST, VALIDATION, Job, Run, run_jobs
 
 SFT = "sft"
 """The method with which all others are compared."""
@@ -83,8 +83,8 @@ def run_experiment(config: TestbedConfig) -> Experiment:
         tuning = None
         if config.tune:
             weights, tuning = choose_weights(names, config, cache, language_model, feature_sets)
-        jobs = [Job(BASE, 0.0, seed, "test") for seed in config.seeds]
-        jobs += [Job(name, weights[name], seed, "test") for seed in config.seeds for name in names]
+        jobs = [Job(None, 0.0, seed, (TEST,)) for seed in config.seeds]
+        jobs += [Job(ARMS[name], weights[name], seed, (TEST,)) for seed in config.seeds for name in names]
         runs = run_jobs(jobs, config, cache, language_model, feature_sets, "fine-tuning and evaluating")
     finally:
         torch.set_num_threads(threads)
@@ -112,8 +112,8 @@ def choose_weights(
     lowest hazard; if all are dearer, the cheapest. Random features take the weight of the readout that they control.
     """
     pairs = [(name, weight) for name in names for weight in ARMS[name].grid]
-    jobs = [Job(SFT, 0.0, config.tune_seed, "val", sample=False)]
-    jobs += [Job(name, weight, config.tune_seed, "val", sample=False) for name, weight in pairs]
+    jobs = [Job(ARMS[SFT], 0.0, config.tune_seed, (VALIDATION,), sample=False)]
+    jobs += [Job(ARMS[name], weight, config.tune_seed, (VALIDATION,), sample=False) for name, weight in pairs]
     runs = run_jobs(jobs, config, cache, language_model, feature_sets, "choosing weights on validation prompts")
     reference = runs[0].metrics
     chosen = {name: ARMS[name].weight for name in names}

@@ -47,23 +47,30 @@ def fine_tune(
     features: FeatureSet | None,
     config: TestbedConfig,
     seed: int,
+    *,
+    start: PreTrainedModel | None = None,
+    windows: int | None = None,
 ) -> FineTuned:
-    """Train a copy of the pretrained model for one pass over `sft_windows` windows.
+    """Train a copy of a model for one pass over SFT windows.
 
     Args:
-        language_model: the start; it is not changed.
+        language_model: the pretrained model with its text; it is not changed.
         arm: the method.
         weight: its coefficient.
-        features: rows to penalise; needed if `arm.penalty` is "features".
+        features: rows to penalise; needed if the arm uses them.
         config: sizes and optimisation.
         seed: of the data and their order, the same for every method.
+        start: the model to copy, by default the pretrained one.
+        windows: their number, by default `config.sft_windows`.
 
     Raises:
         ValueError: a method on features without features.
     """
     from trl import SFTConfig, SFTTrainer
 
-    windows = language_model.maker.dialogue("sft", config.sft_windows, seed, config.sft_switch)
+    data = language_model.maker.dialogue("sft", windows or config.sft_windows, seed, config.sft_switch)
+    if arm.drop_switched:
+        data = data.select((~data.switched).nonzero().flatten().tolist())
     with tempfile.TemporaryDirectory(prefix="qscope-sft-") as folder:
         with warnings.catch_warnings():
             # transformers 5.23 renames an argument that 5.17 knows by this name only.
@@ -80,7 +87,7 @@ def fine_tune(
                 weight_decay=0.0,
                 max_grad_norm=1.0,
                 seed=seed,
-                use_cpu=True,
+                use_cpu=config.torch_device() == "cpu",
                 bf16=False,
                 gradient_checkpointing=False,
                 max_length=None,
@@ -92,11 +99,11 @@ def fine_tune(
                 disable_tqdm=True,
             )
         clock = _StepClock()
-        model = copy.deepcopy(language_model.model)
+        model = copy.deepcopy(start if start is not None else language_model.model)
         trainer = SFTTrainer(
             model=model,
             args=arguments,
-            train_dataset=_dataset(windows),
+            train_dataset=_dataset(data, config),
             processing_class=language_model.tokenizer,
             callbacks=[clock, *_penalties(language_model, arm, weight, features)],
         )
@@ -114,36 +121,48 @@ def _penalties(
     target = language_model.maker.target
     if arm.penalty == "none":
         return []
-    if arm.penalty == "token":
-        callback = TokenPenaltyCallback(
-            target, weight, languages=language_model.languages, target_token_ids=language_model.target_tokens
+    callbacks: list[TrainerCallback] = []
+    if arm.penalty in ("token", "both"):
+        callbacks.append(
+            TokenPenaltyCallback(
+                target,
+                arm.token_scale * weight,
+                languages=language_model.languages,
+                target_token_ids=language_model.target_tokens,
+                **arm.token_options,
+            )
         )
-        return [callback]
-    if features is None:
-        raise ValueError(f"method {arm.name!r} penalises features, so it needs a FeatureSet")
-    layers = tuple(sorted(features.layers))[-arm.layers :]
-    return [
-        SASFTCallback(
-            features,
-            target,
-            weight,
-            layers=layers,
-            top=arm.top,
-            target_token_ids=language_model.target_tokens,
-            **arm.options,
+    if arm.uses_features:
+        if features is None:
+            raise ValueError(f"method {arm.name!r} penalises features, so it needs a FeatureSet")
+        callbacks.append(
+            SASFTCallback(
+                features,
+                target,
+                arm.features_scale * weight,
+                layers=tuple(sorted(features.layers))[-arm.layers :],
+                top=arm.top,
+                target_token_ids=language_model.target_tokens,
+                **arm.options,
+            )
         )
-    ]
+    return callbacks
 
 
-def _dataset(windows: Windows) -> Dataset:
-    """Rows that are tokenised already, with labels on the response only, and the language as a column."""
+def _dataset(windows: Windows, config: TestbedConfig) -> Dataset:
+    """Rows that are tokenised already, with labels on the response only, and the language as a column.
+
+    A language in which methods do not act goes by the target's name: penalties leave rows of the target alone, and
+    these rows stay in their denominators.
+    """
     from datasets import Dataset
 
+    acting = set(windows.languages if config.penalised is None else config.penalised)
     return Dataset.from_dict(
         {
             "input_ids": windows.input_ids.tolist(),
             "labels": windows.labels.tolist(),
-            "language": list(windows.languages),
+            "language": [language if language in acting else config.target for language in windows.languages],
         }
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.residual.sampling import Sample
@@ -18,7 +19,7 @@ from qscope_posttrain.testbed.arms import ARMS, Arm
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.cores import worker_count
-from qscope_posttrain.testbed.dictionaries import FeatureSets
+from qscope_posttrain.testbed.dictionaries import RANDOM_DRAWS, FeatureSets
 from qscope_posttrain.testbed.finetune import fine_tune
 from qscope_posttrain.testbed.language_model import LanguageModel, load_language_model
 from qscope_posttrain.testbed.metrics import Metrics, teacher_forced_metrics
@@ -33,25 +34,37 @@ _SOURCES = (
     "features", "residual", "sft", "text",
 )  # fmt: skip
 _SETTINGS = (
-    "sft_windows", "sft_batch_size", "sft_learning_rate", "sft_switch", "evaluation_windows", "sampled_prompts",
-    "sampled_tokens", "temperature", "window", "prompt",
+    "sft_windows", "sft_batch_size", "sft_learning_rate", "sft_switch", "prior_windows", "penalised",
+    "evaluation_windows", "sampled_prompts", "sampled_tokens", "temperature", "window", "prompt",
 )  # fmt: skip
 _EVALUATION_SEED = 31
 _SAMPLING_SEED = 1000
+_PRIOR_SEED = 50_000
+VALIDATION, TEST = "val", "test"
 
 
 @dataclass(frozen=True)
 class Job:
     """What to run."""
 
-    method: str
-    """Name of an arm, or `base`."""
+    arm: Arm | None
+    """The method; None for the model before fine-tuning."""
     weight: float
     seed: int
-    split: str
-    """Prompts and windows to measure on: "val" or "test"."""
+    splits: tuple[str, ...]
+    """On which windows to measure: "val", "test" or both."""
     sample: bool = True
-    """Whether to sample responses; without them a run takes two thirds of the time."""
+    """Whether to sample responses to prompts of the last split; without them a run takes two thirds of the time."""
+
+    @property
+    def method(self) -> str:
+        """Name of the arm, or `base`."""
+        return BASE if self.arm is None else self.arm.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides how a run comes out, as JSON values."""
+        arm = {} if self.arm is None else self.arm.to_dict()
+        return {"arm": arm, "weight": self.weight, "seed": self.seed, "splits": self.splits, "sample": self.sample}
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,8 @@ class Run:
     """What came out of a job."""
 
     job: Job
-    metrics: Metrics
+    measured: Mapping[str, Metrics]
+    """By split."""
     samples: tuple[Sample, ...]
     """One response to every prompt; `sample_index` is 0."""
     history: tuple[Mapping[str, float], ...]
@@ -68,6 +82,13 @@ class Run:
     """Wall time of training."""
     step_seconds: float
     """Median wall time of a training step."""
+    folder: Path
+    """Where it lies in the cache."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """On the last split of the job."""
+        return self.measured[self.job.splits[-1]]
 
 
 def run_jobs(
@@ -106,29 +127,50 @@ def run_jobs(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    return [_load(folders[key]) for key in keys]
+    return [_load(job, folders[key]) for key, job in zip(keys, jobs, strict=True)]
 
 
-def execute(job: Job, config: TestbedConfig, language_model: LanguageModel, feature_sets: FeatureSets) -> Run:
-    """Run one job in this process, without the cache."""
+def execute(
+    job: Job, config: TestbedConfig, language_model: LanguageModel, feature_sets: FeatureSets
+) -> dict[str, Any]:
+    """Run one job in this process, without the cache: the fields of `Run`, JSON-ready, but for job and folder."""
     model = language_model.model
     history: tuple[Mapping[str, float], ...] = ()
     seconds = step_seconds = 0.0
-    if job.method != BASE:
-        arm = ARMS[job.method]
-        features = feature_sets.load(_rows_of(arm, job.seed)) if arm.penalty == "features" else None
-        tuned = fine_tune(language_model, arm, job.weight, features, config, job.seed)
+    if job.arm is not None:
+        arm, start = job.arm, None
+        if config.prior_windows:
+            start = fine_tune(
+                language_model, ARMS["sft"], 0.0, None, config, _PRIOR_SEED + job.seed, windows=config.prior_windows
+            ).model
+        features = feature_sets.load(_rows_of(arm, job.seed)) if arm.uses_features else None
+        tuned = fine_tune(language_model, arm, job.weight, features, config, job.seed, start=start)
         model, history, seconds, step_seconds = tuned.model, tuned.history, tuned.seconds, tuned.step_seconds
-    windows = language_model.maker.dialogue(job.split, config.evaluation_windows, _EVALUATION_SEED)
-    metrics = teacher_forced_metrics(model, windows, config.target, language_model.target_tokens)
+    measured = {split: asdict(_measure(split, config, language_model, model)) for split in job.splits}
     samples = _sample(job, config, language_model, model) if job.sample else ()
-    return Run(job, metrics, samples, history, seconds, step_seconds)
+    return {
+        "measured": measured,
+        "samples": [asdict(sample) for sample in samples],
+        "history": history,
+        "seconds": seconds,
+        "step_seconds": step_seconds,
+    }
+
+
+def _measure(split: str, config: TestbedConfig, language_model: LanguageModel, model: PreTrainedModel) -> Metrics:
+    """On the same windows for all methods and seeds."""
+    maker, count = language_model.maker, config.evaluation_windows
+    windows = maker.dialogue(split, count, _EVALUATION_SEED)
+    switching = maker.dialogue(split, max(1, count // 2), _EVALUATION_SEED + 2, 1.0, language_model.sources)
+    return teacher_forced_metrics(model, windows, switching, config.target, language_model.target_tokens)
 
 
 def _sample(job: Job, config: TestbedConfig, language_model: LanguageModel, model: Any) -> tuple[Sample, ...]:
     """One response to each prompt; prompts are the same for all methods and seeds."""
     maker, tokenizer = language_model.maker, language_model.tokenizer
-    windows = maker.dialogue(job.split, config.sampled_prompts, _EVALUATION_SEED + 1, languages=language_model.sources)
+    windows = maker.dialogue(
+        job.splits[-1], config.sampled_prompts, _EVALUATION_SEED + 1, languages=language_model.sources
+    )
     responses = sample_responses(
         model, windows.prompts, config.sampled_tokens, config.temperature, _SAMPLING_SEED + job.seed
     )
@@ -144,14 +186,13 @@ def _sample(job: Job, config: TestbedConfig, language_model: LanguageModel, mode
 
 def _rows_of(arm: Arm, seed: int) -> str:
     """Name of the arm's feature set."""
-    return f"random-{seed}" if arm.rows == "random" else arm.rows
+    return f"random-{seed % RANDOM_DRAWS}" if arm.rows == "random" else arm.rows
 
 
 def _key(
     job: Job, config: TestbedConfig, cache: Cache, language_model: LanguageModel, feature_sets: FeatureSets
 ) -> str:
-    arm = {} if job.method == BASE else ARMS[job.method].to_dict()
-    settings = {"job": asdict(job), "arm": arm, **config.subset(*_SETTINGS)}
+    settings = {"job": job.to_dict(), **config.subset(*_SETTINGS)}
     return cache.key(settings, _SOURCES, [language_model.key, feature_sets.key])
 
 
@@ -163,19 +204,20 @@ def _prepare_worker() -> None:
 def _run_in_cache(key: str, job: Job, config: TestbedConfig, cache: Cache, places: tuple[Path, str, Path, str]) -> Path:
     def build(folder: Path) -> None:
         language_model = load_language_model(places[0], places[1], config)
-        run = execute(job, config, language_model, FeatureSets(places[2], places[3]))
-        (folder / "run.json").write_text(json.dumps(asdict(run), ensure_ascii=False), encoding="utf-8")
+        content = execute(job, config, language_model, FeatureSets(places[2], places[3]))
+        (folder / "run.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
     return cache.folder("run", key, build)
 
 
-def _load(folder: Path) -> Run:
+def _load(job: Job, folder: Path) -> Run:
     content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return Run(
-        job=Job(**content["job"]),
-        metrics=Metrics(**content["metrics"]),
+        job=job,
+        measured={split: Metrics(**values) for split, values in content["measured"].items()},
         samples=tuple(Sample(**sample) for sample in content["samples"]),
         history=tuple(content["history"]),
         seconds=content["seconds"],
         step_seconds=content["step_seconds"],
+        folder=folder,
     )

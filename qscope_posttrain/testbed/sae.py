@@ -22,7 +22,7 @@ def collect_activations(model: PreTrainedModel, windows: Windows, layers: Sequen
     collected: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     batches = windows.input_ids.split(_BATCH)
     for batch in progress(batches, total=len(batches), description="collecting activations for the SAEs"):
-        for layer, hidden in forward_to_layer(model, layers, input_ids=batch, use_cache=False).items():
+        for layer, hidden in forward_to_layer(model, layers, input_ids=batch.to(model.device), use_cache=False).items():
             collected[layer].append(hidden[:, 1:].reshape(-1, hidden.shape[-1]).float())
     return {layer: torch.cat(parts) for layer, parts in collected.items()}
 

@@ -23,7 +23,7 @@ def sample_responses(
         seed: the same seed gives the same draws.
 
     Returns:
-        [prompts, tokens] int64.
+        [prompts, tokens] int64, on the prompts' device.
 
     Raises:
         ValueError: a temperature that is not positive, or no prompt.
@@ -34,10 +34,10 @@ def sample_responses(
         raise ValueError(f"prompts must be [prompts, length] with at least one row, got {list(prompts.shape)}")
     was_training = model.training
     model.eval()
-    generator = torch.Generator(device=prompts.device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
     responses = []
     for batch in prompts.split(_BATCH):
-        output = model(input_ids=batch, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=batch.to(model.device), use_cache=True, logits_to_keep=1)
         drawn: list[Tensor] = []
         while True:
             distribution = (output.logits[:, -1].float() / temperature).softmax(-1)
@@ -45,6 +45,6 @@ def sample_responses(
             if len(drawn) == tokens:
                 break
             output = model(input_ids=drawn[-1], past_key_values=output.past_key_values, use_cache=True)
-        responses.append(torch.cat(drawn, dim=1))
+        responses.append(torch.cat(drawn, dim=1).to(prompts.device))
     model.train(was_training)
     return torch.cat(responses)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qscope_posttrain.testbed.arms import ARMS
+from qscope_posttrain.testbed.arms import ARMS, DEMO_ARMS
 from qscope_posttrain.testbed.cache import open_cache
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.contexts import feature_contexts
@@ -49,7 +49,7 @@ def test_target_features_fire_on_the_target(experiment: Experiment) -> None:
 
 
 def test_every_method_ran_on_the_same_prompts_and_data(experiment: Experiment) -> None:
-    assert [result.name for result in experiment.methods] == list(ARMS)
+    assert [result.name for result in experiment.methods] == list(DEMO_ARMS)
     steps = experiment.config.sft_windows // experiment.config.sft_batch_size
     prompts = [sample.prompt for sample in experiment.base.switching.samples]
     for result in experiment.methods:
@@ -60,7 +60,7 @@ def test_every_method_ran_on_the_same_prompts_and_data(experiment: Experiment) -
     assert losses["sft"] > 0
 
 
-@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.penalty == "features"])
+@pytest.mark.parametrize("name", [name for name in DEMO_ARMS if ARMS[name].uses_features])
 def test_the_penalty_falls(experiment: Experiment, name: str) -> None:
     history = experiment.method(name).runs[0].history
     penalties = [entry["sasft/penalty"] for entry in history]
@@ -76,11 +76,47 @@ def test_fine_tuning_leaves_the_start_alone(experiment: Experiment, small_config
     model = experiment.language_model.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     execute(
-        Job("sasft_decoder", 0.5, 1, "val", sample=False), small_config, experiment.language_model,
+        Job(ARMS["sasft_decoder"], 0.5, 1, ("val",), sample=False), small_config, experiment.language_model,
         experiment.feature_sets,
     )  # fmt: skip
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name not in DEMO_ARMS])
+def test_other_methods_run_and_lower_what_they_are_to_lower(
+    experiment: Experiment, small_config: TestbedConfig, name: str
+) -> None:
+    arm = ARMS[name]
+    job = Job(arm, arm.weight, 1, ("val", "test"), sample=False)
+    run = execute(job, small_config, experiment.language_model, experiment.feature_sets)
+    assert set(run["measured"]) == {"val", "test"}
+    hazard, plain = run["measured"]["test"]["hz"], experiment.method("sft").metrics.hz
+    assert hazard < 0.97 * plain if arm.penalty != "none" else hazard == plain  # clean data: nothing to drop
+
+
+def test_rows_with_the_habit_are_dropped_and_a_language_without_penalty_keeps_its_hazard(
+    experiment: Experiment, small_config: TestbedConfig
+) -> None:
+    config = replace(small_config, sft_switch=0.4, penalised=["ru"], arms=["token_dropped"])
+    world = (experiment.language_model, experiment.feature_sets)
+    kept = execute(Job(ARMS["sft_dropped"], 0.0, 1, ("test",), sample=False), config, *world)
+    everything = execute(Job(ARMS["sft"], 0.0, 1, ("test",), sample=False), config, *world)
+    assert len(kept["history"]) < len(everything["history"])
+    token = execute(Job(ARMS["token_dropped"], 60.0, 1, ("test",), sample=False), config, *world)
+    fall = {
+        language: token["measured"]["test"]["hz_by_language"][language]
+        / kept["measured"]["test"]["hz_by_language"][language]
+        for language in ("en", "ru")
+    }
+    assert fall["ru"] < 0.8 * fall["en"]
+
+
+def test_plain_sft_may_come_first(experiment: Experiment, small_config: TestbedConfig) -> None:
+    world = (experiment.language_model, experiment.feature_sets)
+    job = Job(ARMS["sft"], 0.0, 1, ("test",), sample=False)
+    later = execute(job, replace(small_config, prior_windows=64), *world)
+    assert later["history"][0]["loss"] != execute(job, small_config, *world)["history"][0]["loss"]
 
 
 def test_a_second_run_trains_nothing_and_agrees(
@@ -100,7 +136,7 @@ def test_a_second_run_trains_nothing_and_agrees(
 
 @pytest.mark.slow  # two processes import torch and trl
 def test_processes_agree_with_one_process(experiment: Experiment, small_config: TestbedConfig, tmp_path: Path) -> None:
-    jobs = [Job("sft", 0.0, 1, "test"), Job("difference_of_means", ARMS["difference_of_means"].weight, 1, "test")]
+    jobs = [Job(ARMS[name], ARMS[name].weight, 1, ("test",)) for name in ("sft", "difference_of_means")]
     config = replace(small_config, workers=2, cache=str(tmp_path))
     runs = run_jobs(
         jobs, config, open_cache(config), experiment.language_model, experiment.feature_sets, "in two processes"
@@ -141,14 +177,14 @@ def test_the_demo_writes_one_folder_with_everything(
     report = run_demo(small_config, tmp_path / "demo")
     folder = report.parent
     page = report.read_text(encoding="utf-8")
-    for arm in ARMS.values():
+    for arm in (ARMS[name] for name in DEMO_ARMS):
         assert arm.title in page
         assert arm.title in capsys.readouterr().out or arm.name != "sft"
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    assert set(summary["results"]["methods"]) == {"base", *ARMS}
+    assert set(summary["results"]["methods"]) == {"base", *DEMO_ARMS}
     assert summary["results"]["methods"]["sft"]["metrics"]["hz"] == experiment.method("sft").metrics.hz
     lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == (1 + len(ARMS)) * small_config.sampled_prompts
+    assert len(lines) == (1 + len(DEMO_ARMS)) * small_config.sampled_prompts
     for name in ("model/model.safetensors", "sae/layer1.sae.pt", "features.safetensors", "texts/ru.txt"):
         assert (folder / name).is_file(), name
     rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -23,8 +23,10 @@ def model(tokenizer):
 def test_metrics_equal_a_position_by_position_computation(model, maker: WindowMaker, tokenizer) -> None:
     windows = maker.dialogue("val", 45, seed=1)
     tokens = script_token_ids(tokenizer, "Han")
-    result = teacher_forced_metrics(model, windows, "zh", tokens)
+    switching = maker.dialogue("val", 20, seed=2, switch=0.8, languages=["en", "ru"])
+    result = teacher_forced_metrics(model, windows, switching, "zh", tokens)
     masses, per_window, losses, masked, target_losses = [], [], [], [], []
+    of_language: dict[str, list[float]] = {"en": [], "ru": []}
     for language, row in zip(windows.languages, windows.input_ids, strict=True):
         probabilities = model(input_ids=row[None]).logits[0].double().softmax(-1)
         stays = 1.0
@@ -36,6 +38,7 @@ def test_metrics_equal_a_position_by_position_computation(model, maker: WindowMa
                 continue
             mass = float(p[tokens].sum())
             masses.append(mass)
+            of_language[language].append(mass)
             losses.append(loss)
             masked.append(-math.log(p[row[position]] / (1 - mass)))
             stays *= 1 - mass
@@ -45,8 +48,19 @@ def test_metrics_equal_a_position_by_position_computation(model, maker: WindowMa
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
+    entries = []
+    for cut, row in zip(switching.cuts.tolist(), switching.input_ids, strict=True):
+        if cut >= 0:
+            assert not torch.isin(row[:cut], tokens).any()
+            entries.append(float(model(input_ids=row[None]).logits[0, cut - 1].double().log_softmax(-1)[row[cut]]))
     expected = Metrics(
-        mean(masses), mean(per_window), math.exp(mean(losses)), math.exp(mean(masked)), math.exp(mean(target_losses))
+        hz=mean(masses),
+        csx=mean(per_window),
+        ppl=math.exp(mean(losses)),
+        masked_ppl=math.exp(mean(masked)),
+        target_ppl=math.exp(mean(target_losses)),
+        entry=mean(entries),
+        hz_by_language={language: mean(values) for language, values in of_language.items()},
     )
     for name in Metrics.__dataclass_fields__:
         assert getattr(result, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
@@ -55,23 +69,29 @@ def test_metrics_equal_a_position_by_position_computation(model, maker: WindowMa
 def test_metrics_leave_the_mode_of_the_model_alone(model, maker: WindowMaker, tokenizer) -> None:
     tokens = script_token_ids(tokenizer, "Han")
     model.train()
-    teacher_forced_metrics(model, maker.dialogue("val", 6, seed=1), "zh", tokens)
+    switching = maker.dialogue("val", 6, seed=1, switch=1.0, languages=["en"])
+    teacher_forced_metrics(model, maker.dialogue("val", 6, seed=1), switching, "zh", tokens)
     assert model.training
     model.eval()
 
 
 def test_metrics_need_both_kinds_of_windows_and_prompts(model, maker: WindowMaker, tokenizer) -> None:
     tokens = script_token_ids(tokenizer, "Han")
-    with pytest.raises(ValueError, match="must hold 'zh' and another"):
-        teacher_forced_metrics(model, maker.dialogue("val", 9, seed=1, languages=["en"]), "zh", tokens)
-    with pytest.raises(ValueError, match="must hold 'zh' and another"):
-        teacher_forced_metrics(model, maker.dialogue("val", 9, seed=1, languages=["zh"]), "zh", tokens)
+    switching = maker.dialogue("val", 6, seed=1, switch=1.0, languages=["en"])
+    for language in ("en", "zh"):
+        windows = maker.dialogue("val", 9, seed=1, languages=[language])
+        with pytest.raises(ValueError, match="must hold 'zh' and another"):
+            teacher_forced_metrics(model, windows, switching, "zh", tokens)
     with pytest.raises(ValueError, match="dialogue layout"):
-        teacher_forced_metrics(model, maker.pretraining(9, 0.0, seed=1), "zh", tokens)
+        teacher_forced_metrics(model, maker.pretraining(9, 0.0, seed=1), switching, "zh", tokens)
+    clean = maker.dialogue("val", 9, seed=1)
+    with pytest.raises(ValueError, match="no window switches"):
+        teacher_forced_metrics(model, clean, clean, "zh", tokens)
 
 
 def test_mean_over_seeds() -> None:
-    assert mean_metrics([Metrics(0, 1, 2, 3, 4), Metrics(2, 3, 4, 5, 6)]) == Metrics(1, 2, 3, 4, 5)
+    metrics = [Metrics(0, 1, 2, 3, 4, -5, {"en": 0.1}), Metrics(2, 3, 4, 5, 6, -7, {"en": 0.3})]
+    assert mean_metrics(metrics) == Metrics(1, 2, 3, 4, 5, -6, {"en": pytest.approx(0.2)})
 
 
 @torch.no_grad()
