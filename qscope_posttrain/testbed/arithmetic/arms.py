@@ -21,14 +21,26 @@ class Arm:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `SteeredGRPOConfig` beside those that are the same for all."""
     steering: str = "window"
-    """For which way to steer layer, rows and strength were chosen: "window" or "to_end"."""
+    """For which way to steer layer, rows and strength were chosen: "window", "to_end" or, along the difference of means
+    in place of features, "window_means"."""
+    rewards: tuple[str, ...] = ()
+    """Reward functions beside the right answer, by the names of `rl.rewards.reward_function`, each with weight 1."""
+    negatives_until: float = 1.0
+    """Share of the updates over which the share of groups with negatives falls to 0; 1: it does not fall."""
 
     def to_dict(self) -> dict[str, Any]:
         """What decides how a run comes out, as JSON values: no words."""
-        return {"name": self.name, "overrides": dict(self.overrides), "steering": self.steering}
+        return {
+            "name": self.name,
+            "overrides": dict(self.overrides),
+            "steering": self.steering,
+            "rewards": list(self.rewards),
+            "negatives_until": self.negatives_until,
+        }
 
 
 _ALL_TOKENS: Mapping[str, Any] = MappingProxyType({"negative_tokens": "all"})
+_SEEDED: Mapping[str, Any] = MappingProxyType({"negative": "seeded", "window_start": [0, 40]})
 
 _ALL = (
     Arm(
@@ -55,13 +67,35 @@ _ALL = (
         "seeded",
         "seeded, default",
         "No SAE: two copies of a piece of the row's own text, then the model goes on; else as the default.",
-        {"negative": "seeded", "window_start": [0, 40]},
+        _SEEDED,
     ),
     Arm(
         "random",
         "random, default",
         "A fresh random direction for each negative, of the feature's layer, strength and window; else as the default.",
         {"negative": "random"},
+    ),
+    Arm(
+        "difference_of_means",
+        "difference of means, default",
+        "No SAE: steered along the mean residual inside loops minus that of ordinary text, with a layer and a strength "
+        "of its own from the same curve; else as the default.",
+        steering="window_means",
+    ),
+    Arm(
+        "copied_default",
+        "copied, default, 0.25",
+        "No SAE: a piece of the row's own text copied to the end; only the repeats in the loss, weight 0.25, since "
+        "every such row loops, however seldom the model still would.",
+        {"negative": "copied", "window_start": [0, 40], "negative_weight": 0.25},
+    ),
+    Arm(
+        "reward_penalty",
+        "DAPO, repetition penalty",
+        "No negative: a reward beside the right answer takes up to 1 from a row for the share of it that is a repeated "
+        "tail, on top of the overlong punishment.",
+        {"negatives_per_group": 0},
+        rewards=("repetition_penalty",),
     ),
     Arm(
         "plain_right",
@@ -106,6 +140,43 @@ _ALL = (
         {"negative_weight": 4.0},
     ),
     Arm(
+        "tail_two",
+        "steered, weight 2",
+        "The package's default with weight 2.",
+        {"negative_weight": 2.0},
+    ),
+    Arm(
+        "tail_half",
+        "steered, weight 0.5",
+        "The package's default with weight 0.5.",
+        {"negative_weight": 0.5},
+    ),
+    Arm(
+        "tail_exclude",
+        "steered, default, own baseline",
+        "The package's default, with a group baseline from ordinary rows only: a loop does not shrink what the group "
+        "says about wrong answers.",
+        {"baseline": "exclude"},
+    ),
+    Arm(
+        "half_share",
+        "steered, half of the groups",
+        "The package's default with a negative in every other group; the others hold ordinary rows only.",
+        {"negative_share": 0.5},
+    ),
+    Arm(
+        "decay",
+        "steered, fading",
+        "The package's default, with negatives in fewer and fewer groups, and in none from the middle of training on.",
+        negatives_until=0.5,
+    ),
+    Arm(
+        "stop",
+        "steered, until unlearnt",
+        "The package's default, without negatives once fewer than a tenth of the last sixteen looped.",
+        {"stop_below": 0.1, "stop_window": 16},
+    ),
+    Arm(
         "exclude",
         "steered, own baseline",
         "All tokens, weight 0.25, and a group baseline from ordinary rows only.",
@@ -118,10 +189,22 @@ _ALL = (
         {"old_logps": "behaviour"},
     ),
     Arm(
+        "seeded_exclude",
+        "seeded, default, own baseline",
+        "As the seeded default, with a group baseline from ordinary rows only.",
+        {**_SEEDED, "baseline": "exclude"},
+    ),
+    Arm(
+        "seeded_half",
+        "seeded, weight 0.5",
+        "As the seeded default, with weight 0.5.",
+        {**_SEEDED, "negative_weight": 0.5},
+    ),
+    Arm(
         "seeded_quarter",
         "seeded, all tokens, 0.25",
         "No SAE: two copies of a piece of the row's own text, then the model goes on; kept, all tokens, weight 0.25.",
-        {"negative": "seeded", "window_start": [0, 40], "gate": "keep", **_ALL_TOKENS, "negative_weight": 0.25},
+        {**_SEEDED, "gate": "keep", **_ALL_TOKENS, "negative_weight": 0.25},
     ),
     Arm(
         "copied",

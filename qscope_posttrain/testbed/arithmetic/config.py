@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.documents import DocumentSettings
 
@@ -83,6 +85,7 @@ class ArithmeticConfig:
         default=1500, metadata={"help": "Problems whose steps are rightly equal, one sample each and run."}
     )
 
+    device: str = field(default="cpu", metadata={"help": "Where models are trained and run: cpu, cuda, or auto."})
     workers: int | None = field(
         default=None, metadata={"help": "Processes side by side, one thread each; one a core by default."}
     )
@@ -117,6 +120,8 @@ class ArithmeticConfig:
             raise ValueError(f"rows_per_prompt must be at least 3, a negative among them; got {self.rows_per_prompt}")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.device not in ("cpu", "cuda", "auto"):
+            raise ValueError(f"arithmetic setting device is cpu, cuda or auto, got {self.device!r}")
         if self.start not in ("rare", "frequent"):
             raise ValueError(f'arithmetic setting start is "rare" or "frequent", got {self.start!r}')
         if self.fewest_operations > self.most_operations:
@@ -132,6 +137,12 @@ class ArithmeticConfig:
     def operations(self) -> tuple[int, int]:
         """Fewest and most operations of a problem."""
         return self.fewest_operations, self.most_operations
+
+    def torch_device(self) -> str:
+        """`device`, where "auto" is cuda if there is one."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def documents(self, loops: float) -> DocumentSettings:
         """How training documents with a share of `loops` are written."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.features.batches import TokenText
+from qscope_posttrain.features.directions import difference_of_means_set
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find_repetition import LOOP, NORMAL, find_repetition_features, with_choice
 from qscope_posttrain.features.loops import Completion
 from qscope_posttrain.features.repetition_curve import CurveSettings
 from qscope_posttrain.features.repetition_scan import Contrast, steering_curve
+from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.residual.sampling import SamplingSettings, encode_prompts
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
@@ -30,8 +32,12 @@ _SETTINGS = (
     "scan_fresh_samples", "scan_random_directions", "strengths", "weak_strengths", "window_start",
     "window_lengths",
 )  # fmt: skip
-WINDOW, TO_END = "window", "to_end"
-"""The two ways to steer for which layer, rows and strength are chosen: in a window, and at every generated token."""
+WINDOW, TO_END, WINDOW_MEANS = "window", "to_end", "window_means"
+"""The ways to steer for which layer, rows and strength are chosen: along features in a window, along features at every
+generated token, and along the difference of means in a window."""
+WAYS = (WINDOW, TO_END, WINDOW_MEANS)
+NO_STEERING = "no_steering"
+"""Entry of a set's settings where its curve found nothing to steer with: the curve's verdict."""
 
 _SCAN_PROMPTS = 256
 _SCAN_BATCH = 256
@@ -51,15 +57,18 @@ class RepetitionFeatures:
     def load(self, way: str = WINDOW) -> FeatureSet:
         """The set, with the choice of layer, strength and window in its settings.
 
-        Where steering to the end never made the model loop, it is the set for the window.
+        Where this way of steering never made the model loop, it is the set for the window: see `way_in_use`.
         """
-        features = FeatureSet.load(self.path(way))
-        return features if SETTINGS_KEY in features.settings else FeatureSet.load(self.path())
+        return FeatureSet.load(self.path(self.way_in_use(way)))
+
+    def way_in_use(self, way: str) -> str:
+        """`way`, or "window" where the curve of `way` found nothing to steer with."""
+        return way if SETTINGS_KEY in FeatureSet.load(self.path(way)).settings else WINDOW
 
     def tables(self, way: str = WINDOW) -> dict[str, Any]:
-        """The ranking and the steering curve as `report.tables.Table.to_dict` gives them."""
+        """The ranking (of features only) and the steering curve as `report.tables.Table.to_dict` gives them."""
         provenance = FeatureSet.load(self.path(way)).provenance
-        return {name: provenance[name] for name in ("ranking", "steering_curve")}
+        return {name: provenance[name] for name in ("ranking", "steering_curve") if name in provenance}
 
 
 def make_features(
@@ -100,13 +109,15 @@ def _find(
     found = find_repetition_features(
         model, tokenizer, saes.saes, prompts, loops=collection, benign=benign, top=config.top, curve=None
     )
-    contrast = Contrast(LOOP, found.language_index(LOOP), found.language_index(NORMAL))
+    means = _means(language_model, loops, config)
     low, high = config.window_start
+    in_window = ((low, high), config.window_lengths, config.strengths)
     ways = {
-        WINDOW: ((low, high), config.window_lengths, config.strengths),
-        TO_END: ((0, 0), [0], config.weak_strengths),
+        WINDOW: (found, *in_window),
+        TO_END: (found, (0, 0), [0], config.weak_strengths),
+        WINDOW_MEANS: (means, *in_window),
     }
-    for way, (start, lengths, strengths) in ways.items():
+    for way, (candidates, start, lengths, strengths) in ways.items():
         settings = CurveSettings(
             strengths=tuple(strengths),
             window_start=start,
@@ -123,8 +134,27 @@ def _find(
             ),
         )
         ids = encode_prompts(tokenizer, prompts)
+        contrast = Contrast(LOOP, candidates.language_index(LOOP), candidates.language_index(NORMAL))
         # Steered to the end this model stutters but does not loop as it does by itself; the report, whose method that
         # is, counts any endless repetition.
-        periods = collection.periods if way == WINDOW else None
-        curve = steering_curve(model, tokenizer, ids, found, contrast, settings, periods=periods)
-        with_choice(found, curve).save(places.path(way))
+        periods = None if way == TO_END else collection.periods
+        curve = steering_curve(model, tokenizer, ids, candidates, contrast, settings, periods=periods)
+        chosen = with_choice(candidates, curve)
+        if curve.chosen is None:
+            chosen = replace(chosen, settings={**chosen.settings, NO_STEERING: curve.verdict()})
+        chosen.save(places.path(way))
+
+
+def _means(language_model: ArithmeticModel, loops: OwnLoops, config: ArithmeticConfig) -> FeatureSet:
+    """In every layer the mean residual inside the model's own loops minus that of its ordinary completions."""
+    collection = loops.collection
+    texts = {
+        LOOP: [loop.text() for loop in collection.loops],
+        NORMAL: [completion.text() for completion in collection.normal],
+    }
+    longest = max(len(entry.ids) for entry in (*collection.loops, *collection.normal))
+    layers = dict.fromkeys(range(config.model_layers))
+    statistics = collect_statistics(
+        language_model.model, language_model.tokenizer, texts, layers, max_length=longest, second_moments=True
+    )
+    return difference_of_means_set(statistics, LOOP)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
@@ -59,22 +60,30 @@ class ArithmeticModel:
 
 def make_language_model(config: ArithmeticConfig, cache: Cache) -> ArithmeticModel:
     """The model of `config.start`, from the cache or trained: "rare" goes through "frequent"."""
-    key = cache.key(config.subset(*_COMMON, *_FREQUENT), _SOURCES)
+    # What "auto" stands for is part of the key: a device rounds in its own way.
+    device = config.torch_device()
+    key = cache.key({**config.subset(*_COMMON, *_FREQUENT), "device": device}, _SOURCES)
     folder = cache.folder("arithmetic-frequent", key, lambda place: _train_frequent(config, place))
     if config.start == "rare":
         frequent = folder
         key = cache.key(config.subset(*_COMMON, *_RARE), _SOURCES, [key])
         folder = cache.folder("arithmetic-rare", key, lambda place: _train_rare(config, frequent, place))
-    return load_language_model(folder, key)
+    return load_language_model(folder, key, device)
 
 
-def load_language_model(folder: Path, key: str) -> ArithmeticModel:
-    """Read what `make_language_model` has left in `folder`."""
+def load_language_model(folder: Path, key: str, device: str = "cpu") -> ArithmeticModel:
+    """Read what `make_language_model` has left in `folder`, onto a device."""
     losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    with no_progress_bars():
-        model = Qwen3ForCausalLM.from_pretrained(folder).eval()
+    model = load_trained_model(folder, device)
     return ArithmeticModel(model, tokenizer, tuple(losses), folder, key)
+
+
+def load_trained_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """A model of the testbed in the format of transformers, in eval mode."""
+    with no_progress_bars():
+        model: PreTrainedModel = Qwen3ForCausalLM.from_pretrained(folder, device_map=device).eval()
+    return model
 
 
 def document_rows(tokenizer: PreTrainedTokenizerFast, settings: DocumentSettings, count: int, seed: str) -> list[Row]:
@@ -113,7 +122,9 @@ def _train(
     rows = document_rows(tokenizer, config.documents(loops), steps * size, seed)
     batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
     description = f"pretraining on {100 * loops:g} % loops"
-    processes = worker_count(config.workers, SHARDS)
+    device = config.torch_device()
+    nn.Module.to(model, device)  # transformers' own `to` is wrapped in a way that hides its type
+    processes = worker_count(config.workers, SHARDS) if device == "cpu" else 1
     losses = pretrain(model, batches, learning_rate, int(tokenizer.pad_token_id), processes, description)
     save_model(model, tokenizer, folder)
     (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")

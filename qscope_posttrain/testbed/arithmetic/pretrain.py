@@ -55,8 +55,9 @@ def pretrain(
 ) -> list[float]:
     """Train on every batch once; returns the loss (nats per predicted token) of every step.
 
-    AdamW with warm-up and a cosine down to 5 % of `learning_rate`. The weights do not depend on the number of
-    processes, see `shared_training`. Within a half, long documents are padded apart from short ones.
+    AdamW with warm-up and a cosine down to 5 % of `learning_rate`, on the model's device. The weights do not depend on
+    the number of processes, see `shared_training`; two need the CPU. Within a half, long documents are padded apart
+    from short ones.
 
     Raises:
         ValueError: a batch with less than two documents, or more than two processes.
@@ -115,7 +116,7 @@ def _train(
     for batch in progress(batches, total=len(batches), description=description):
         predicted = sum(len(row.tokens) - row.prompt for row in batch)
         parts = shards(batch, pad)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=model.device)
         for part in parts if rank is None else parts[rank : rank + 1]:
             # One backward a part: sums of gradients are then the same in one process and in two.
             share = torch.stack([_loss_sum(model, group) for group in part]).sum() / predicted
@@ -134,8 +135,8 @@ def _train(
 
 def _loss_sum(model: PreTrainedModel, group: Group) -> Tensor:
     """Negative log-likelihood of the labels, summed. Padding is on the right, so causality alone keeps it out."""
-    logits = model(input_ids=group.input_ids, use_cache=False).logits
-    labels = group.labels[:, 1:]
+    logits = model(input_ids=group.input_ids.to(model.device), use_cache=False).logits
+    labels = group.labels[:, 1:].to(model.device)
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )

@@ -1,7 +1,7 @@
 """Probes of the habit: how likely a model is to enter a known loop, to go on in it, and to stay there to the end.
 
 All are teacher forced: no sampling noise, but they know exact repeats of known bodies only, and can fall while sampled
-loops do not. Read them with `quality.measure_quality`.
+loops do not. Read them with sampled counts (`quality.count`).
 """
 
 from __future__ import annotations

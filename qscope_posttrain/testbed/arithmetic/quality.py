@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
-from qscope_posttrain.testbed.arithmetic.sampling import Completion, sample_completions
+from qscope_posttrain.testbed.arithmetic.sampling import Completion
 from qscope_posttrain.testbed.arithmetic.task import Problem, is_right
 from qscope_posttrain.testbed.arithmetic.tokenizer import decode_words
 from qscope_posttrain.text.repetition import is_endless_repetition
@@ -38,32 +36,21 @@ class Quality:
         return wilson(self.right, self.samples)
 
 
-def measure_quality(
-    model: PreTrainedModel,
-    language_model: ArithmeticModel,
-    problems: Sequence[Problem],
-    answer_tokens: int,
-    seed: int,
-    temperature: float = 1.0,
-) -> Quality:
-    """Sample one completion of every problem with `model` and count."""
-    prompts = language_model.prompts(problems)
-    completions = sample_completions(model, prompts, answer_tokens, temperature=temperature, seed=seed)
-    return count(language_model, problems, completions)
-
-
 def count(language_model: ArithmeticModel, problems: Sequence[Problem], completions: Sequence[Completion]) -> Quality:
     """What became of completions of `problems`."""
-    right = [
-        is_right(problem.answer, decode_words(language_model.tokenizer, completion.tokens), completion.ended)
-        for problem, completion in zip(problems, completions, strict=True)
-    ]
+    pairs = zip(problems, completions, strict=True)
     return Quality(
         samples=len(completions),
         loops=sum(is_loop(completion) for completion in completions),
         unended=sum(not completion.ended for completion in completions),
-        right=sum(right),
+        right=sum(is_right_completion(language_model, problem, completion) for problem, completion in pairs),
     )
+
+
+def is_right_completion(language_model: ArithmeticModel, problem: Problem, completion: Completion) -> bool:
+    """Whether a completion ends with the answer to its problem."""
+    words = decode_words(language_model.tokenizer, completion.tokens)
+    return is_right(problem.answer, words, completion.ended)
 
 
 def is_loop(completion: Completion) -> bool:

@@ -8,23 +8,30 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.dictionaries import RepetitionFeatures
-from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel, load_language_model
+from qscope_posttrain.testbed.arithmetic.language_model import (
+    ArithmeticModel,
+    load_language_model,
+    load_trained_model,
+)
 from qscope_posttrain.testbed.arithmetic.loops import OwnLoops, load_loops
 from qscope_posttrain.testbed.arithmetic.probes import Probes, measure_probes
-from qscope_posttrain.testbed.arithmetic.quality import Quality, measure_quality
-from qscope_posttrain.testbed.arithmetic.task import draw_benign_problems, draw_problems
+from qscope_posttrain.testbed.arithmetic.quality import Quality, count, is_loop, is_right_completion
+from qscope_posttrain.testbed.arithmetic.sampling import Completion, sample_completions
+from qscope_posttrain.testbed.arithmetic.task import Problem, draw_benign_problems, draw_problems
+from qscope_posttrain.testbed.arithmetic.tokenizer import decode_words
 from qscope_posttrain.testbed.arithmetic.training import train
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.cores import worker_count
-from qscope_posttrain.testbed.language_model import no_progress_bars, save_model
+from qscope_posttrain.testbed.language_model import save_model
 
 START = "start"
 """Name of the run without training."""
@@ -43,6 +50,8 @@ _SAMPLING_SETTINGS = (
 )  # fmt: skip
 _PROBLEM_SEED = 31
 _SAMPLING_SEED = 1000
+_KEPT_SAMPLES = 200
+_SAMPLES_FILE = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,9 @@ class Run:
     """Wall time of training."""
     model_folder: Path
     """The trained model, in the format of transformers."""
+    folder: Path
+    """Where `samples.jsonl` lies: the first held-out problems with what the model wrote, an object a line with
+    `problem` (its number), `prompt`, `completion`, `loop` and `right`."""
 
     @property
     def last_probes(self) -> Probes:
@@ -146,10 +158,14 @@ def _prepare_worker() -> None:
 
 def _run_in_cache(job: Job, config: ArithmeticConfig, cache: Cache, world: World) -> None:
     def build(folder: Path) -> None:
-        language_model = load_language_model(*world.language_model)
+        language_model = load_language_model(*world.language_model, config.torch_device())
         trained = _trained_folder(job, config, cache, world)
-        model = language_model.model if trained is None else _load_model(trained)
-        _evaluate(model, language_model, config, job.seed, folder)
+        model = language_model.model if trained is None else load_trained_model(trained, config.torch_device())
+        content = _evaluate(model, language_model, config, job.seed, folder)
+        if trained is None:
+            probes = load_loops(*world.loops).probe_set(language_model, config)
+            content["probes"] = {0: asdict(measure_probes(model, probes))}
+        (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
 
     cache.folder("arithmetic-run", _run_key(job, config, cache, world), build)
 
@@ -163,7 +179,7 @@ def _trained_folder(job: Job, config: ArithmeticConfig, cache: Cache, world: Wor
 
 
 def _train(job: Job, config: ArithmeticConfig, world: World, folder: Path) -> None:
-    language_model = load_language_model(*world.language_model)
+    language_model = load_language_model(*world.language_model, config.torch_device())
     probes = load_loops(*world.loops).probe_set(language_model, config)
     arm = ARMS[job.arm]
     features = RepetitionFeatures(*world.features).load(arm.steering)
@@ -179,36 +195,59 @@ def _train(job: Job, config: ArithmeticConfig, world: World, folder: Path) -> No
 
 def _evaluate(
     model: PreTrainedModel, language_model: ArithmeticModel, config: ArithmeticConfig, seed: int, folder: Path
-) -> None:
+) -> dict[str, Any]:
     """Sample with fixed problems; what differs between runs of one model is the sampling only."""
     ordinary = draw_problems(config.sampled_problems, config.operations, _PROBLEM_SEED, held_out=True)
     benign = draw_benign_problems(config.benign_problems, config.operations, _PROBLEM_SEED)
-    content = {
-        name: asdict(
-            measure_quality(
-                model, language_model, problems, config.answer_tokens, _SAMPLING_SEED + seed, config.temperature
-            )
+    content: dict[str, Any] = {}
+    for name, problems in (("quality", ordinary), ("benign", benign)):
+        completions = sample_completions(
+            model,
+            language_model.prompts(problems),
+            config.answer_tokens,
+            temperature=config.temperature,
+            seed=_SAMPLING_SEED + seed,
         )
-        for name, problems in (("quality", ordinary), ("benign", benign))
-    }
-    (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")
+        content[name] = asdict(count(language_model, problems, completions))
+        if problems is ordinary:
+            _write_samples(folder / _SAMPLES_FILE, language_model, problems, completions)
+    return content
 
 
-def _load_model(folder: Path) -> PreTrainedModel:
-    with no_progress_bars():
-        model: PreTrainedModel = Qwen3ForCausalLM.from_pretrained(folder).eval()
-    return model
+def _write_samples(
+    path: Path, language_model: ArithmeticModel, problems: Sequence[Problem], completions: Sequence[Completion]
+) -> None:
+    lines = []
+    for index, (problem, completion) in enumerate(zip(problems, completions, strict=True)):
+        if index == _KEPT_SAMPLES:
+            break
+        sample = {
+            "problem": index,
+            "prompt": " ".join(problem.prompt.split()[1:-1]),  # without the marks around it
+            "completion": " ".join(decode_words(language_model.tokenizer, completion.tokens)),
+            "loop": is_loop(completion),
+            "right": is_right_completion(language_model, problem, completion),
+        }
+        lines.append(json.dumps(sample) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _load(job: Job, config: ArithmeticConfig, cache: Cache, world: World) -> Run:
-    sampled = json.loads((_run_folder(job, config, cache, world) / "run.json").read_text(encoding="utf-8"))
-    quality, benign = Quality(**sampled["quality"]), Quality(**sampled["benign"])
+    folder = _run_folder(job, config, cache, world)
+    sampled = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if job.arm == START:
-        language_model = load_language_model(*world.language_model)
-        probes = load_loops(*world.loops).probe_set(language_model, config)
-        start = {0: measure_probes(language_model.model, probes)}
-        return Run(job, start, quality, benign, (), 0.0, language_model.folder)
-    folder = cache.root / f"arithmetic-training-{training_key(job, config, cache, world)}"
-    content = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    found = {int(step): Probes(**values) for step, values in content["probes"].items()}
-    return Run(job, found, quality, benign, tuple(content["history"]), content["seconds"], folder)
+        trained: dict[str, Any] = {"probes": sampled["probes"], "history": [], "seconds": 0.0}
+        model_folder = world.language_model[0]
+    else:
+        model_folder = cache.root / f"arithmetic-training-{training_key(job, config, cache, world)}"
+        trained = json.loads((model_folder / "training.json").read_text(encoding="utf-8"))
+    return Run(
+        job=job,
+        probes={int(step): Probes(**values) for step, values in trained["probes"].items()},
+        quality=Quality(**sampled["quality"]),
+        benign=Quality(**sampled["benign"]),
+        history=tuple(trained["history"]),
+        seconds=trained["seconds"],
+        model_folder=model_folder,
+        folder=folder,
+    )

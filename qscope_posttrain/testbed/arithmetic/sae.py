@@ -56,9 +56,11 @@ def make_saes(config: ArithmeticConfig, cache: Cache, language_model: Arithmetic
 
 
 def load_saes(folder: Path, key: str, config: ArithmeticConfig) -> ArithmeticSAEs:
-    """Read what `make_saes` has left in `folder`."""
+    """Read what `make_saes` has left in `folder`, onto the device of `config`."""
     saes = {
-        layer: SparseAutoencoder.load(folder, layer=layer, k=config.sae_k, d_model=config.hidden_size)
+        layer: SparseAutoencoder.load(
+            folder, layer=layer, k=config.sae_k, d_model=config.hidden_size, device=config.torch_device()
+        )
         for layer in range(config.model_layers)
     }
     measured = json.loads((folder / "explained_variance.json").read_text(encoding="utf-8"))
@@ -75,9 +77,9 @@ def collect_activations(model: PreTrainedModel, rows: Sequence[Row], layers: Seq
         lengths = torch.tensor([len(row.tokens) for row in batch])
         tokens = torch.tensor([[*row.tokens, *[0] * (longest - len(row.tokens))] for row in batch])
         places = torch.arange(longest)
-        kept = (places > 0) & (places < lengths.unsqueeze(1))
+        kept = ((places > 0) & (places < lengths.unsqueeze(1))).to(model.device)
         # Padding on the right needs no mask: causality keeps it out of the tokens that are kept.
-        for layer, hidden in forward_to_layer(model, layers, input_ids=tokens).items():
+        for layer, hidden in forward_to_layer(model, layers, input_ids=tokens.to(model.device)).items():
             collected[layer].append(hidden[kept].float())
     return {layer: torch.cat(parts) for layer, parts in collected.items()}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.arithmetic.arms import Arm
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
@@ -88,7 +89,7 @@ def train(
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         trainer = SteeredGRPOTrainer(
             model,
-            RightAnswer(language_model.tokenizer),
+            [RightAnswer(language_model.tokenizer), *map(reward_function, arm.rewards)],
             grpo_arguments(arm, seed, config, folder),
             features=features,
             train_dataset=prompt_data(config, seed),
@@ -120,7 +121,7 @@ def grpo_arguments(arm: Arm, seed: int, config: ArithmeticConfig, folder: str) -
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": seed,
-        "use_cpu": True,
+        "use_cpu": config.torch_device() == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
@@ -130,6 +131,8 @@ def grpo_arguments(arm: Arm, seed: int, config: ArithmeticConfig, folder: str) -
         "disable_tqdm": True,
         **arm.overrides,
     }
+    if arm.negatives_until < 1:
+        settings["negative_decay_steps"] = max(1, round(arm.negatives_until * config.updates))
     return SteeredGRPOConfig(**settings)
 
 
