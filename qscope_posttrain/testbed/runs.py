@@ -180,7 +180,7 @@ def _sample(job: Job, config: TestbedConfig, language_model: LanguageModel, mode
         index = seen[language] = seen.get(language, -1) + 1
         # The last token of the prompt is <sep>; a response keeps only what is text.
         texts = decode(tokenizer, prompt[:-1]), decode(tokenizer, response, special=False)
-        samples.append(Sample(language, index, 0, *texts, ended=False))
+        samples.append(Sample(language, index, 0, *texts, ended=False, tokens=tuple(response.tolist())))
     return tuple(samples)
 
 
