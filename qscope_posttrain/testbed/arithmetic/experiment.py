@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel, 
 from qscope_posttrain.testbed.arithmetic.loops import OwnLoops, make_loops
 from qscope_posttrain.testbed.arithmetic.runs import START, Job, Run, World, run_jobs
 from qscope_posttrain.testbed.arithmetic.sae import ArithmeticSAEs, make_saes
-from qscope_posttrain.testbed.cache import open_cache
+from qscope_posttrain.testbed.cache import Cache, open_cache
 
 PLAIN = "plain"
 """The arm with which all others are compared."""
@@ -45,6 +46,16 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A start model and what all training from it reads."""
+
+    language_model: ArithmeticModel
+    loops: OwnLoops
+    saes: ArithmeticSAEs
+    features: RepetitionFeatures
+
+
+@dataclass(frozen=True)
 class ArithmeticExperiment:
     """Everything that a report needs."""
 
@@ -66,25 +77,41 @@ class ArithmeticExperiment:
 def run_arithmetic(config: ArithmeticConfig) -> ArithmeticExperiment:
     """Run the chain; what is in the cache is not made again."""
     cache = open_cache(config)
+    with one_thread():
+        return run_arms(config, cache, make_start(config, cache))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: more are slower on matrices of this size, and processes run side by side."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        language_model = make_language_model(config, cache)
-        loops = make_loops(config, cache, language_model)
-        saes = make_saes(config, cache, language_model)
-        features = make_features(config, cache, language_model, saes, loops)
-        names = [name for name in ARMS if name in config.arms or name == PLAIN]
-        jobs = [Job(name, seed) for seed in config.seeds for name in (START, *names)]
-        world = World.of(language_model, loops, features)
-        runs = run_jobs(jobs, config, cache, world, "training with and without negatives")
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def make_start(config: ArithmeticConfig, cache: Cache) -> Start:
+    """The start model of `config` and what is found in it, from the cache or made."""
+    language_model = make_language_model(config, cache)
+    loops = make_loops(config, cache, language_model)
+    saes = make_saes(config, cache, language_model)
+    return Start(language_model, loops, saes, make_features(config, cache, language_model, saes, loops))
+
+
+def run_arms(config: ArithmeticConfig, cache: Cache, start: Start) -> ArithmeticExperiment:
+    """Every arm of `config`, plain among them, from one start with every seed."""
+    names = [name for name in ARMS if name in config.arms or name == PLAIN]
+    jobs = [Job(name, seed) for seed in config.seeds for name in (START, *names)]
+    world = World.of(start.language_model, start.loops, start.features)
+    runs = run_jobs(jobs, config, cache, world, "training with and without negatives")
     return ArithmeticExperiment(
         config=config,
-        language_model=language_model,
-        loops=loops,
-        saes=saes,
-        features=features,
+        language_model=start.language_model,
+        loops=start.loops,
+        saes=start.saes,
+        features=start.features,
         start=_gather(START, "before DAPO", runs),
         arms=tuple(_gather(name, ARMS[name].title, runs) for name in names),
     )
