@@ -10,6 +10,8 @@ from typing import Literal
 
 from scipy import stats
 
+from qscope_posttrain.intervals import Interval, wilson
+
 FEWEST_BASES = 3
 """Base models from which on the interval is taken over their means."""
 
@@ -65,3 +67,25 @@ def clustered_interval(values: Mapping[int, Sequence[float]], level: float = 0.9
     share = 1 / len(means) if unit == "bases" else sum(1 / len(runs) for runs in values.values()) / len(means) ** 2
     reach = float(stats.t.ppf((1 + level) / 2, len(sample) - 1)) * stdev(sample) * math.sqrt(share)
     return ClusteredInterval(estimate, estimate - reach, estimate + reach, unit, len(sample))
+
+
+def clustered_rate(counts: Mapping[int, Sequence[tuple[int, int]]], level: float = 0.95) -> Interval:
+    """A rate over base models: `clustered_interval` of the runs' rates, kept within [0, 1].
+
+    Where runs or bases do not differ at all (no case in any of them, say), or there is a single run, the spread says
+    nothing: then the limits are Wilson's for all responses together, which takes these for independent.
+
+    Args:
+        counts: base model -> (cases, responses) of each run.
+        level: coverage.
+
+    Raises:
+        ValueError: as for `clustered_interval`, or counts that are no rate.
+    """
+    outcomes = [outcome for runs in counts.values() for outcome in runs]
+    pooled = wilson(sum(cases for cases, _ in outcomes), sum(responses for _, responses in outcomes), level)
+    rates = {base: [cases / responses for cases, responses in runs] for base, runs in counts.items()}
+    found = clustered_interval(rates, level)
+    if math.isnan(found.low) or found.high - found.low < 1e-12:
+        return Interval(found.estimate, pooled.low, pooled.high)
+    return Interval(found.estimate, max(found.low, 0.0), min(found.high, 1.0))

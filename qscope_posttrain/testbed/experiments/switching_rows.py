@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ class SwitchingRow:
     base: int
     arm: str
     title: str
+    sae: bool
+    """Whether it penalises chosen features of an SAE; all other arms are controls."""
     weight: float
     seed: int
     val: Metrics
@@ -172,7 +174,7 @@ def by_arm(pairs: Iterable[Compared]) -> dict[str, list[Compared]]:
     return {name: found[name] for name in sorted(found, key=lambda name: order.get(name, len(order)))}
 
 
-def by_base(pairs: Iterable[Compared], value: Any) -> dict[int, list[float]]:
+def by_base(pairs: Iterable[Compared], value: Callable[[Compared], float]) -> dict[int, list[float]]:
     """`value(pair)` of each run, grouped by base model, for `clustered_interval`."""
     grouped: dict[int, list[float]] = {}
     for pair in pairs:
@@ -190,6 +192,7 @@ def _parse(row: Mapping[str, Any]) -> SwitchingRow:
             base=row["base"],
             arm=row["arm"],
             title=row["title"],
+            sae=bool(row["sae"]),
             weight=float(row["weight"] or 0.0),
             seed=row["seed"],
             val=_metrics(row["metrics"]["val"]),

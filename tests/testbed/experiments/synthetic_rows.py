@@ -54,6 +54,7 @@ def switching_row(
         "base": base,
         "arm": arm,
         "title": ARMS[arm].title if arm in ARMS else arm,
+        "sae": arm in ARMS and ARMS[arm].uses_sae,
         "weight": weight,
         "seed": seed,
         "metrics": {"val": metrics(*(val or (cost, hazard))), "test": metrics(cost, hazard, expected)},

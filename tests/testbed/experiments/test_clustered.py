@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qscope_posttrain.testbed.experiments.clustered import clustered_interval
+from qscope_posttrain.intervals import wilson
+from qscope_posttrain.testbed.experiments.clustered import clustered_interval, clustered_rate
 
 FINITE = st.floats(-1e3, 1e3)
 BASES = st.dictionaries(st.integers(0, 9), st.lists(FINITE, min_size=1, max_size=5), min_size=1, max_size=6)
@@ -88,3 +89,38 @@ def test_order_of_bases_and_runs_does_not_matter(first, second):
     one, other = clustered_interval(values), clustered_interval(turned)
     assert other.low == pytest.approx(one.low, abs=1e-7)
     assert other.high == pytest.approx(one.high, abs=1e-7)
+
+
+def test_rate_of_runs_that_differ():
+    found = clustered_rate({0: [(10, 100), (20, 100)], 1: [(30, 100)], 2: [(45, 100)]})
+    # Means .15 .3 .45: sd .15, 4.30265 * .15 / sqrt(3) = .37262; below 0 there is no rate.
+    assert found.estimate == pytest.approx(0.3)
+    assert found.low == 0.0
+    assert found.high == pytest.approx(0.67262, abs=1e-4)
+
+
+def test_rate_without_a_case_has_an_upper_limit():
+    found = clustered_rate({0: [(0, 100), (0, 100)], 1: [(0, 100)], 2: [(0, 100)]})
+    assert (found.estimate, found.low) == (0.0, 0.0)
+    # Wilson: z^2 / (n + z^2) = 3.8415 / 403.8415.
+    assert found.high == pytest.approx(0.009512, abs=1e-5)
+
+
+def test_rate_of_one_run_takes_its_responses():
+    found = clustered_rate({0: [(8, 10)]})
+    assert found == wilson(8, 10)
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 5),
+        st.lists(st.tuples(st.integers(0, 20), st.just(20)), min_size=1, max_size=3),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_rates_stay_within_their_limits(counts):
+    found = clustered_rate(counts)
+    assert 0 <= found.low <= found.estimate + 1e-12
+    assert found.estimate - 1e-12 <= found.high <= 1
+    assert found.high > found.low
