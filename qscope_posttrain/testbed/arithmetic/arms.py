@@ -159,6 +159,18 @@ _ALL = (
         {"baseline": "exclude"},
     ),
     Arm(
+        "strong",
+        "steered, strength 1.5",
+        "The package's default with a push of one and a half median residual norms, whatever the curve chose.",
+        {"steering_strength": 1.5},
+    ),
+    Arm(
+        "two_negatives",
+        "steered, two a group",
+        "The package's default with two negatives in each group, and so one ordinary row less.",
+        {"negatives_per_group": 2},
+    ),
+    Arm(
         "half_share",
         "steered, half of the groups",
         "The package's default with a negative in every other group; the others hold ordinary rows only.",
