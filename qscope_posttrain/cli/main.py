@@ -25,6 +25,10 @@ COMMANDS = {
         "measure how often a model switches language or repeats itself without end",
     ),
     "steer": ("qscope_posttrain.cli.steer", "generate with and without steering along features, side by side"),
+    "experiment": (
+        "qscope_posttrain.cli.experiment",
+        "run a controlled experiment from a recipe: arms, base models and seeds, with intervals",
+    ),
     "demo": ("qscope_posttrain.cli.demo", "run the whole chain on a tiny model, on a CPU, without network"),
 }
 USER_MISTAKE = 2

@@ -1,0 +1,48 @@
+"""`qscope experiment`: a controlled experiment from a recipe, with its tables, curves and completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qscope_posttrain.cli.options import OptionParser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the grid of a recipe, print its tables, write everything into a folder, and return the exit status."""
+    options = _parser().parse(arguments)
+    from qscope_posttrain.testbed.experiments.experiment import grid_table, run_experiment
+    from qscope_posttrain.testbed.experiments.recipe import load_recipe
+
+    settings: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("workers", "cache", "device", "corpus")
+        if getattr(options, name) is not None
+    }
+    if options.no_cache:
+        settings["no_cache"] = True
+    recipe = load_recipe(options.config, options.variant, settings)
+    if options.cells:
+        recipe = recipe.only(options.cells)
+    if options.dry_run:
+        grid_table(recipe).print()
+        return 0
+    name = Path(options.config).stem + (f"-{options.variant}" if options.variant else "")
+    run_experiment(recipe, options.output or Path("runs") / "experiments" / name)
+    return 0
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="qscope experiment", description=__doc__)
+    parser.add_argument("--config", required=True, help="recipe, for example recipes/experiments/sasft_real_text.yaml")
+    parser.add_argument("--variant", help="one of the recipe's variants, such as small or gpu")
+    parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells of the grid")
+    parser.add_argument("--output", help="folder for runs.jsonl, summary.json and report.html; runs/experiments/RECIPE")
+    parser.add_argument("--corpus", help="another folder of <language>.txt than the recipe's")
+    parser.add_argument("--device", help="cpu, cuda or auto, in place of the recipe's")
+    parser.add_argument("--workers", type=int, help="processes side by side, one thread each; one a core by default")
+    parser.add_argument("--cache", help="folder of cached artefacts and runs")
+    parser.add_argument("--no-cache", action="store_true", help="run everything again")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and show its grid, and stop")
+    return parser

@@ -1,0 +1,140 @@
+"""One command's worth of an experiment: run its grid, then rows, tables, report and pages of completions in a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qscope_posttrain.provenance import machine, package_versions
+from qscope_posttrain.report.html import Section, write_html
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.report.tables import Cell, Table
+from qscope_posttrain.testbed.experiments.completions_page import write_completions_pages
+from qscope_posttrain.testbed.experiments.recipe import ExperimentRecipe, RepetitionCell, SwitchingCell
+from qscope_posttrain.testbed.experiments.repetition_grid import run_repetition_bases
+from qscope_posttrain.testbed.experiments.repetition_page import repetition_report
+from qscope_posttrain.testbed.experiments.rows import write_rows
+from qscope_posttrain.testbed.experiments.switching_grid import cell_jobs, run_switching_cell
+from qscope_posttrain.testbed.experiments.switching_page import switching_report
+
+REPORT = "report.html"
+PAGES = "completions"
+
+
+@dataclass(frozen=True)
+class ExperimentReport:
+    """What is shown of an experiment's rows."""
+
+    sections: Sequence[Section]
+    tables: Mapping[str, Table]
+    """Printed, in this order, and written to the summary."""
+    verdicts: Mapping[str, str]
+    """Cell -> what its numbers allow to say."""
+
+
+def run_experiment(recipe: ExperimentRecipe, output: str | Path) -> Path:
+    """Run the grid and write `runs.jsonl`, `summary.json`, `report.html` and `completions/` into a folder.
+
+    Runs that are in the cache are not repeated, so an experiment that was stopped goes on where it was; rows are
+    written after every base model.
+
+    Args:
+        recipe: what to run.
+        output: folder.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: a folder that cannot be written, or settings that cannot work.
+        FileNotFoundError: a corpus that is not there.
+    """
+    folder = writable_folder(output)
+    grid_table(recipe).print()
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    worlds: list[dict[str, Any]] = []
+    for cell in recipe.cells:
+        for found, world in _run_cell(cell):
+            rows += found
+            worlds.append(world)
+            write_rows(folder, rows)
+    return write_report(recipe, rows, worlds, folder, time.monotonic() - started)
+
+
+def write_report(
+    recipe: ExperimentRecipe,
+    rows: Sequence[Mapping[str, Any]],
+    worlds: Sequence[Mapping[str, Any]],
+    folder: Path,
+    seconds: float,
+) -> Path:
+    """Tables, report and pages from the rows of an experiment."""
+    report = _report(recipe, rows, worlds)
+    for table in report.tables.values():
+        table.print()
+    for cell, verdict in report.verdicts.items():
+        status(f"{cell}: {verdict}", enabled=True)
+    pages = write_completions_pages(rows, folder / PAGES)
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    place = write_html(
+        folder / REPORT,
+        recipe.title,
+        report.sections,
+        recipe.question,
+        {
+            "time": f"{seconds:.0f} s (runs from the cache take none)",
+            "runs": str(len(rows)),
+            "completions at random": ", ".join(str(page.relative_to(folder)) for page in pages),
+            "versions": versions,
+            "machine": ", ".join(f"{name} {value}" for name, value in machine().items()),
+        },
+    )
+    results = {
+        "seconds": seconds,
+        "runs": len(rows),
+        "verdicts": report.verdicts,
+        "tables": report.tables,
+        "worlds": worlds,
+        "report": place,
+    }
+    seeds = sorted({seed for cell in recipe.cells for seed in cell.seeds})
+    write_summary(folder, "experiment", recipe.content, results, seeds)
+    status(f"{seconds:.0f} s; the report is {place}")
+    return place
+
+
+def grid_table(recipe: ExperimentRecipe) -> Table:
+    """What the recipe will run."""
+    lines: list[list[Cell]] = []
+    for cell in recipe.cells:
+        if isinstance(cell, SwitchingCell):
+            each = len(cell_jobs(cell))
+            arms = ["sft", *(entry.arm.name for entry in cell.arms)]
+        else:
+            arms = list(dict.fromkeys(("plain", *cell.arms)))
+            each = len(cell.seeds) * (1 + len(arms))
+        bases, seeds = ", ".join(map(str, cell.bases)), ", ".join(map(str, cell.seeds))
+        lines.append([cell.name, cell.title, bases, seeds, ", ".join(arms), each * len(cell.bases)])
+    columns = ["cell", "what", "bases", "seeds", "arms", "runs"]
+    return Table(f"Grid of {len(recipe.cells)} cells", columns, lines)
+
+
+def _run_cell(
+    cell: SwitchingCell | RepetitionCell,
+) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    if isinstance(cell, SwitchingCell):
+        return run_switching_cell(cell)
+    return run_repetition_bases(cell.settings, cell.name, cell.bases, cell.arms, cell.seeds)
+
+
+def _report(
+    recipe: ExperimentRecipe, rows: Sequence[Mapping[str, Any]], worlds: Sequence[Mapping[str, Any]]
+) -> ExperimentReport:
+    titles = {cell.name: cell.title for cell in recipe.cells}
+    build = switching_report if recipe.kind == "switching" else repetition_report
+    return ExperimentReport(*build(rows, worlds, titles))
