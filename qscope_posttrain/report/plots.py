@@ -1,4 +1,4 @@
-"""Plots as inline SVG: interval bars, curves with bands, a scatter with intervals. matplotlib is imported on first use.
+"""Plots as inline SVG: interval bars, curves with bands, gain against cost. matplotlib is imported on first use.
 
 Every function takes numbers and returns one `<svg>` element as a string, for `report.html.Figure`. Axes and text are
 drawn in `currentColor` and text stays text, so that a figure follows the reader's light or dark theme and fonts. The
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#3f7fd0", "#df7f3b", "#2f9e77", "#b062b3", "#c59f1d", "#d3545f", "#56a5c4", "#8c8c8c")
 """Middle tones that hold on white and on near-black paper."""
+
+_MARKERS = "osD^vP"
 
 _INK = "#010203"  # stands for the text colour while matplotlib draws; replaced by currentColor in the SVG
 _STYLE: Any = {
@@ -84,6 +86,20 @@ class Mark:
     y: float
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """What one method gains at each cost: points in the order of its coefficient, a line from (0, 0) through them."""
+
+    name: str
+    marks: Sequence[Mark]
+    """Their names are not shown."""
+    dashed: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.marks:
+            raise ValueError(f"curve '{self.name}' has no points.")
 
 
 def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, reference: str | None = None) -> str:
@@ -197,6 +213,63 @@ def scatter_with_intervals(
         _name_marks(axes, marks)
 
     return _svg(draw, width=7.6, height=4.4)
+
+
+def cost_curves(
+    curves: Sequence[CostCurve], x_label: str, y_label: str, budgets: Sequence[float] = (), x_limit: float | None = None
+) -> str:
+    """Gain against cost, one line a method from the reference at (0, 0), with markers and intervals at its points.
+
+    Values are shares; both axes show per cent. Intervals may leave the plot: the points decide on the axes.
+
+    Args:
+        budgets: Costs at which a vertical line is drawn.
+        x_limit: Largest cost shown; lines that go on leave the plot there.
+
+    Raises:
+        ValueError: no curves.
+    """
+    if not curves:
+        raise ValueError("cost_curves needs at least one curve.")
+
+    def draw(axes: Axes) -> None:
+        for index, curve in enumerate(curves):
+            colour = COLOURS[index % len(COLOURS)]
+            marker = _MARKERS[(index // len(COLOURS) + index) % len(_MARKERS)]
+            bars: dict[str, Any] = {"color": colour, "linewidth": 1.0, "alpha": 0.45, "solid_capstyle": "butt"}
+            for mark in curve.marks:
+                if mark.x_interval is not None:
+                    axes.plot(mark.x_interval, [mark.y, mark.y], **bars)
+                if mark.y_interval is not None:
+                    axes.plot([mark.x, mark.x], mark.y_interval, **bars)
+            x, y = [0.0, *(mark.x for mark in curve.marks)], [0.0, *(mark.y for mark in curve.marks)]
+            line = axes.plot(x, y, "--" if curve.dashed else "-", color=colour, linewidth=1.5, label=curve.name)[0]
+            line.set(marker=marker, markersize=6, markeredgewidth=1.2, markevery=slice(1, None))
+            line.set_markerfacecolor("none" if curve.dashed else colour)
+        for budget in budgets:
+            axes.axvline(budget, color=_INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
+        axes.plot(0, 0, "+", color=_INK, markersize=9, markeredgewidth=1.3)
+        marks = [mark for curve in curves for mark in curve.marks]
+        shown = [mark.x for mark in marks if x_limit is None or mark.x <= x_limit]
+        right = max([0.0, *budgets, *shown]) if x_limit is None or len(shown) == len(marks) else x_limit
+        heights = [mark.y for mark in marks if mark.x <= right]
+        _limits(axes.set_xlim, [0.0, right, *shown])
+        _limits(axes.set_ylim, [0.0, *heights])
+        axes.grid(axis="both")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _percent(axes.xaxis)
+        _percent(axes.yaxis)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    return _svg(draw, width=7.6, height=4.6)
+
+
+def _limits(setter: Any, values: Sequence[float]) -> None:
+    """Limits around the values with some room; never empty."""
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.01
+    setter(low - room, high + room)
 
 
 def _name_marks(axes: Axes, marks: Sequence[Mark], line_height: float = 13.0) -> None:

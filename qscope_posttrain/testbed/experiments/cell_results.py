@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from qscope_posttrain.intervals import Interval
+from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.experiment import SFT
 from qscope_posttrain.testbed.experiments.choice import Choice, choose_weights
 from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval, clustered_interval, clustered_rate
@@ -62,6 +63,8 @@ class AtBudget:
     """The SAE arm that lowers the hazard most at this budget on validation prompts; None where there is none."""
     best_control: str | None
     """The same among the arms without an SAE."""
+    best_sae_alone: str | None
+    """The same among the SAE arms that hold no token penalty beside the features."""
 
     def difference(self, measure: Measure, first: str, second: str) -> ClusteredInterval | None:
         """Effect of `first` minus that of `second` in points; None where they share no run."""
@@ -154,10 +157,12 @@ def _at_budget(arms: Mapping[str, Sequence[Compared]], sae_arms: Sequence[str], 
                 tables[measure][arm] = arm_at_cost(usable, budget, measure)
     validation = {arm: arm_at_cost(pairs, budget, "hazard", "val").effect.estimate for arm, pairs in arms.items()}
     controls = [arm for arm in arms if arm not in sae_arms]
+    alone = [arm for arm in sae_arms if arm not in ARMS or ARMS[arm].penalty != "both"]
     return AtBudget(
         arms=tables,
         best_sae=min(sae_arms, key=validation.__getitem__, default=None),
         best_control=min(controls, key=validation.__getitem__, default=None),
+        best_sae_alone=min(alone, key=validation.__getitem__, default=None),
     )
 
 
@@ -179,9 +184,7 @@ def _at_weight(rows: Sequence[SwitchingRow], pairs: Sequence[Compared], choice: 
         sampled_change=_sampled_change(pairs),
         hazard_change=_over_bases(pairs, lambda pair: pair.effect("hazard")),
         cost=_over_bases(pairs, lambda pair: pair.cost()),
-        target_cost=_over_bases(
-            pairs, lambda pair: 100 * (pair.run.test.target_ppl / pair.reference.test.target_ppl - 1)
-        ),
+        target_cost=_over_bases(pairs, lambda pair: pair.effect("target_ppl")),
         languages={name: _language_change(pairs, name) for name in languages},
     )
 

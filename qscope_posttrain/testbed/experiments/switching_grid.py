@@ -72,6 +72,7 @@ def _run_base(cell: SwitchingCell, base: int) -> tuple[list[dict[str, Any]], dic
             "seed": run.job.seed,
             "target": config.target,
             "identify": config.identify,
+            "penalised": config.penalised,
             "metrics": {split: asdict(metrics) for split, metrics in run.measured.items()},
             "sampled": count_switches(run.samples, *detectors),
             "seconds": run.seconds,

@@ -14,9 +14,10 @@ from qscope_posttrain.testbed.runs import BASE
 
 KIND = "switching"
 Split = Literal["val", "test"]
-Measure = Literal["hazard", "expected", "sampled"]
-MEASURES: tuple[Measure, ...] = ("hazard", "expected", "sampled")
-"""hazard: mean probability of a target token; expected: share of responses expected to switch; sampled: that did."""
+Measure = Literal["hazard", "expected", "sampled", "target_ppl"]
+MEASURES: tuple[Measure, ...] = ("hazard", "expected", "sampled", "target_ppl")
+"""hazard: mean probability of a target token; expected: share of responses expected to switch; sampled: that did;
+target_ppl: perplexity on the target language. Less of each is better."""
 
 _POSITIVE = ("hz", "csx", "ppl", "masked_ppl", "target_ppl")
 
@@ -87,7 +88,7 @@ class Compared:
         return 100 * (self.run.perplexity(split) / self.reference.perplexity(split) - 1)
 
     def log_ratio(self, measure: Measure, split: Split = "test") -> float:
-        """log of the measure relative to SFT's; 0 is no effect.
+        """Logarithm of the measure relative to SFT's; 0 is no effect.
 
         hazard: of hz; where switches are seen by words, the difference of `entry`, which needs no list of tokens.
         sampled: of (k + 1/2) / (n + 1) for k of n responses, so that a count of 0 has a logarithm.
@@ -102,6 +103,8 @@ class Compared:
             return math.log(own.hz / reference.hz)
         if measure == "expected":
             return math.log(own.csx / reference.csx)
+        if measure == "target_ppl":
+            return math.log(own.target_ppl / reference.target_ppl)
         if split != "test" or self.run.sampled is None or self.reference.sampled is None:
             raise ValueError(f"{_name(self.run)} or its SFT has no samples on {split} prompts.")
         return math.log(_half_rate(self.run.sampled) / _half_rate(self.reference.sampled))
@@ -222,6 +225,8 @@ def _check(row: SwitchingRow) -> None:
             value = getattr(metrics, name)
             if not (value is not None and math.isfinite(value) and value > 0):
                 raise ValueError(f"{_name(row)}: {name} must be a number above 0, got {value}.")
+        if not all(math.isfinite(value) and value > 0 for value in metrics.hz_by_language.values()):
+            raise ValueError(f"{_name(row)}: hz_by_language must be above 0, got {dict(metrics.hz_by_language)}.")
         if metrics.entry is None or not math.isfinite(metrics.entry):
             raise ValueError(f"{_name(row)}: entry must be a finite number of nats, got {metrics.entry}.")
     counts = row.sampled

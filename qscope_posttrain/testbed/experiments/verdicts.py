@@ -22,6 +22,7 @@ _NAMES: dict[Measure, str] = {
     "hazard": "hazard of switching",
     "expected": "expected switching",
     "sampled": "sampled switching",
+    "target_ppl": "the target language's own perplexity",
 }
 
 
@@ -63,8 +64,8 @@ def cell_verdict(result: CellResult) -> Verdict:
                 groups[outcome_of(difference)].append(control)
                 outcome = outcome_of(difference) if control == at.best_control else outcome
     met = [arm for arm in result.chosen if meets_goal(arm)]
-    lines = [_comparison(result, at, budget, measure) for measure in ("hazard", "sampled")]
-    lines += [_against_all(result, groups), _goal(result, met)]
+    lines = [_comparison(result, at, budget, measure) for measure in ("hazard", "sampled", "target_ppl")]
+    lines += [_alone(result, at), _against_all(result, groups), _goal(result, met)]
     return Verdict(
         cell=result.cell,
         outcome=outcome,
@@ -88,8 +89,12 @@ def show(interval: ClusteredInterval | Interval | None, unit: str = "") -> str:
     """A change with its interval, such as "-41.2 % (-45.0 .. -37.1)"; without an interval where there is none."""
     if interval is None:
         return "-"
-    text = f"{interval.estimate:+.1f}{unit}"
-    return text if math.isnan(interval.low) else f"{text} ({interval.low:+.1f} .. {interval.high:+.1f})"
+    text = f"{_signed(interval.estimate)}{unit}"
+    return text if math.isnan(interval.low) else f"{text} ({_signed(interval.low)} .. {_signed(interval.high)})"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0: no "-0.0"
 
 
 def interval_basis(interval: ClusteredInterval, bases: int) -> str:
@@ -123,14 +128,27 @@ def _comparison(result: CellResult, at: AtBudget, budget: float, measure: Measur
                 f"{result.titles[arm]} ends below the budget in {runs} and counts at its strongest weight there"
             )
     note = interval_basis(difference or arms[best].effect, result.bases)
-    return f"{head}: {'; '.join(parts)} ({note}). Arms were picked on validation prompts."
+    return f"{head}: {'; '.join(parts)} ({note})."
+
+
+def _alone(result: CellResult, at: AtBudget) -> str:
+    """The best SAE arm without a token penalty in it, where the best one has one."""
+    arm, control = at.best_sae_alone, at.best_control
+    if arm is None or arm == at.best_sae:
+        return ""
+    text = f"The best SAE arm without a token penalty is **{result.titles[arm]}**, hazard "
+    text += show(at.arms["hazard"][arm].effect, " %")
+    difference = None if control is None else at.difference("hazard", arm, control)
+    if difference is None or control is None:
+        return f"{text}."
+    return f"{text}; less {result.titles[control]} {show(difference, ' points')}: {_wording(difference)}."
 
 
 def _wording(difference: ClusteredInterval) -> str:
     outcome = outcome_of(difference)
     if outcome == "no difference shown":
         return "no difference shown"
-    return f"the SAE arm is {outcome}; the interval of the difference excludes 0"
+    return f"the SAE arm is {outcome}, the interval excludes 0"
 
 
 def _against_all(result: CellResult, groups: dict[Outcome, list[str]]) -> str:
