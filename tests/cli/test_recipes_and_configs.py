@@ -13,9 +13,11 @@ from qscope_posttrain.cli import demo, grpo_arguments, sft_arguments
 from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.experiments.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
+RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(EXPERIMENTS))
 SFT, GRPO = ([path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "steered_dapo"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -90,6 +92,19 @@ def test_recipes_of_real_models_are_the_published_runs(size, layers, published):
     assert training.use_liger_kernel
     assert training.bf16
     assert training.gradient_checkpointing
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=_name)
+def test_experiment_is_valid_as_written_and_in_each_of_its_variants(path):
+    variants = yaml.safe_load(path.read_text(encoding="utf-8"))["variants"]
+    assert {"small", "gpu"} <= set(variants)
+    whole = load_recipe(path)
+    assert whole.title
+    assert whole.question
+    for name in variants:
+        recipe = load_recipe(path, name)
+        assert recipe.kind == whole.kind
+        assert {cell.settings.device for cell in recipe.cells} == ({"cuda"} if name == "gpu" else {"cpu"})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
