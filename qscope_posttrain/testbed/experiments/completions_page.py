@@ -150,7 +150,7 @@ def _write_page(
 
 def _example(key: Prompt, reference: Completion, own: Completion, group: _Group) -> Example:
     base, seed, *prompt = key
-    head = f"base {base}, seed {seed}, {' '.join(map(str, prompt))}:\n{reference.prompt}"
+    head = f"base {base}, seed {seed}, {' '.join(map(str, prompt[:2]))}:\n{reference.prompt}"
     answers = {f"{group.reference_title}{reference.note}": reference.text, f"{group.title}{own.note}": own.text}
     return Example(head, answers, group.highlight)
 

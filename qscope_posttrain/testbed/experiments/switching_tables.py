@@ -200,7 +200,10 @@ def _interval_note(result: CellResult) -> str:
     if result.bases >= FEWEST_BASES:
         return f"Intervals: 95 %, t over the means of {result.bases} base models."
     few = "is only 1 base model" if result.bases == 1 else f"are only {result.bases} base models"
-    return f"Intervals: 95 %, t over runs, as there {few}; they leave out how base models differ. A dash or a bare number: a single run, or nothing to compare."
+    return (
+        f"Intervals: 95 %, t over runs, as there {few}; they leave out how base models differ. A dash or a bare "
+        "number: a single run, or nothing to compare."
+    )
 
 
 def _zero_note(result: CellResult) -> str:
