@@ -3,8 +3,11 @@
     python benchmarks/render_readme.py                                        # rewrite the tables
     python benchmarks/render_readme.py --check                                # fail if they differ from the JSON
     python benchmarks/render_readme.py --keep runs/demo demo_generated        # first keep a demo's tables as JSON
+    python benchmarks/render_readme.py --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand.
+NAME is FILE or FILE:TABLE; of an experiment also FILE:verdicts, what its numbers allow to say, and FILE:made_on, where
+they were measured. A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is
+written by hand.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
+from qscope_posttrain.testbed.experiments.rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,7 +32,10 @@ LEFT_OUT = ("step, ms", "seconds")
 
 
 def keep(folder: Path, name: str) -> None:
-    """Copy settings, tables, versions and machine of a demo's summary; samples and model stay where they are."""
+    """Copy settings, tables, versions and machine of a summary; samples and models stay where they are.
+
+    Of an experiment also every run, what is known of its base models, and its curves as SVG files beside the JSON.
+    """
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {key: summary[key] for key in ("command", "finished", "settings", "seeds", "versions", "machine")}
     kept["settings"] = {key: value for key, value in kept["settings"].items() if key not in ("cache", "no_cache")}
@@ -35,7 +43,17 @@ def keep(folder: Path, name: str) -> None:
         kept["settings"]["corpus"] = Path(kept["settings"]["corpus"]).name
     kept["tables"] = summary["results"]["tables"]
     kept["seconds"] = summary["results"]["seconds"]
-    write_text(RESULTS / f"{name}.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    target = RESULTS / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(kept, indent=1, ensure_ascii=False)
+    if summary["command"] == "experiment":
+        kept |= {key: summary["results"][key] for key in ("verdicts", "worlds")}
+        runs = [{key: value for key, value in row.items() if key != "folder"} for row in read_rows(folder)]
+        lines = ",\n".join(json.dumps(run, ensure_ascii=False) for run in runs)  # one run a line, for the diff's sake
+        text = json.dumps(kept, indent=1, ensure_ascii=False)[:-2] + f',\n "runs": [\n{lines}\n ]\n}}'
+        for figure in sorted((folder / "figures").glob("*.svg")):
+            shutil.copyfile(figure, target.with_name(f"{target.stem}-{figure.name}"))
+    write_text(target, text + "\n")
 
 
 def render(name: str) -> str:
@@ -44,6 +62,10 @@ def render(name: str) -> str:
     result = json.loads((RESULTS / f"{source}.json").read_text(encoding="utf-8"))
     if source in ("sasft_overhead", "sasft_penalty", "steered_rollout"):
         return _table(result["table"]) + _made_on(result)
+    if part == "verdicts":
+        return "".join(f"- **{cell}**: {verdict}\n" for cell, verdict in result["verdicts"].items())
+    if part == "made_on":
+        return _made_on(result)
     if source == "feature_pass":
         return _feature_pass(result) + _made_on(result)
     return _table(result["tables"][part]) + (_made_on(result) if part in ("teacher_forced", "negatives") else "")
@@ -86,7 +108,7 @@ def _made_on(result: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
-    parser.add_argument("--keep", nargs=2, metavar=("FOLDER", "NAME"), help="keep the tables of a demo's summary.json")
+    parser.add_argument("--keep", nargs=2, metavar=("FOLDER", "NAME"), help="keep the tables of a summary.json")
     arguments = parser.parse_args()
     if arguments.keep:
         keep(Path(arguments.keep[0]), arguments.keep[1])

@@ -1,4 +1,4 @@
-"""One command's worth of an experiment: run its grid, then rows, tables, report and pages of completions in a folder."""
+"""One experiment as one command: run its grid, then put rows, tables, report and completions in a folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.provenance import machine, package_versions
-from qscope_posttrain.report.html import Section, write_html
+from qscope_posttrain.report.html import Figure, Section, write_html
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.testbed.experiments.completions_page import write_completions_pages
 from qscope_posttrain.testbed.experiments.recipe import ExperimentRecipe, RepetitionCell, SwitchingCell
@@ -23,6 +23,7 @@ from qscope_posttrain.testbed.experiments.switching_page import switching_report
 
 REPORT = "report.html"
 PAGES = "completions"
+FIGURES = "figures"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def write_report(
         table.print()
     for cell, verdict in report.verdicts.items():
         status(f"{cell}: {verdict}", enabled=True)
+    _write_figures(report.sections, folder / FIGURES)
     pages = write_completions_pages(rows, folder / PAGES)
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     place = write_html(
@@ -106,6 +108,21 @@ def write_report(
     write_summary(folder, "experiment", recipe.content, results, seeds)
     status(f"{seconds:.0f} s; the report is {place}")
     return place
+
+
+def _write_figures(sections: Sequence[Section], folder: Path) -> None:
+    """Every figure of the report as a file of its own, numbered in the order of the report."""
+    figures = list(_figures(sections))
+    if figures:
+        writable_folder(folder)
+    for number, figure in enumerate(figures, start=1):
+        write_text(folder / f"{number}.svg", figure.svg)
+
+
+def _figures(sections: Sequence[Section]) -> Iterator[Figure]:
+    for section in sections:
+        yield from section.figures
+        yield from _figures(section.sections)
 
 
 def grid_table(recipe: ExperimentRecipe) -> Table:
