@@ -42,6 +42,27 @@ def test_every_arm_is_a_valid_configuration_with_the_common_settings(name: str, 
     assert (arguments.top_p, arguments.top_k, arguments.temperature) == (1.0, 0, 1.0)
 
 
+def test_negatives_fade_out_by_a_share_of_the_updates_and_the_device_decides_on_the_cpu(tmp_path) -> None:
+    assert ARMS["decay"].negatives_until == 0.5
+    arguments = grpo_arguments(ARMS["decay"], 0, replace(CONFIG, updates=40), str(tmp_path))
+    assert arguments.negative_decay_steps == 20
+    assert grpo_arguments(ARMS["default"], 0, CONFIG, str(tmp_path)).negative_decay_steps == 0
+    assert arguments.use_cpu
+    assert not grpo_arguments(ARMS["decay"], 0, replace(CONFIG, device="cuda"), str(tmp_path)).use_cpu
+
+
+def test_an_arm_may_bring_a_reward_of_its_own(tiny: ArithmeticModel) -> None:
+    trained = train(tiny, ARMS["reward_penalty"], 0, replace(CONFIG, updates=1), probe_set(tiny))
+    entry = trained.history[0]
+    assert entry["negative/rows"] == 0
+    assert "rewards/repetition_penalty/mean" in entry
+    weighted = sum(entry[f"rewards/{name}/mean"] for name in REWARDS)
+    assert entry["reward"] == pytest.approx(weighted, abs=1e-6)
+
+
+REWARDS = ("right_answer", "repetition_penalty", "soft_overlong_punishment_reward")
+
+
 def test_prompts_are_problems_that_are_not_held_out() -> None:
     data = prompt_data(CONFIG, 0)
     assert len(data) == 6

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qscope_posttrain.cli import grpo
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -66,6 +67,14 @@ def test_the_chain_runs_once_and_then_comes_from_the_cache(tmp_path: Path, monke
     assert set(first.saes.explained_variance) == {0, 1}
     steering = first.features.load().settings["steering"]
     assert (steering["window_length"], steering["strength"]) == (8, 1.0)
+    means = FeatureSet.load(first.features.path("window_means"))
+    assert all(layer.feature_ids.tolist() == [-1] for layer in means.layers.values())
+    assert ("steering" in means.settings) != ("no_steering" in means.settings)
+    used = first.features.way_in_use("window_means")
+    assert used == ("window_means" if "steering" in means.settings else "window")
+    loop, normal = (means.languages.index(name) for name in ("loop", "normal"))
+    difference = means.layers[0].mean_residual[loop] - means.layers[0].mean_residual[normal]
+    assert torch.allclose(means.layers[0].decoder[0], difference, atol=1e-5)
     for result in (first.start, *first.arms):
         run = result.runs[0]
         assert (run.quality.samples, run.benign.samples) == (30, 10)
