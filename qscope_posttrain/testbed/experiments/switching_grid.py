@@ -73,7 +73,6 @@ def _run_base(cell: SwitchingCell, base: int) -> tuple[list[dict[str, Any]], dic
             "target": config.target,
             "identify": config.identify,
             "penalised": config.penalised,
-            "penalised": config.penalised,
             "metrics": {split: asdict(metrics) for split, metrics in run.measured.items()},
             "sampled": count_switches(run.samples, *detectors),
             "seconds": run.seconds,
