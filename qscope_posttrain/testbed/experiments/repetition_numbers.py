@@ -25,7 +25,7 @@ FEWER = 0.1
 POINTS = 0.5
 """... for at most so many points of accuracy."""
 
-Goal = Literal["met", "by estimates", "not by estimates", "missed"]
+Goal = Literal["met", "met by the estimates", "missed by the estimates", "missed"]
 Which = Literal["quality", "benign"]
 
 
@@ -42,8 +42,11 @@ class LoopRate:
 
     @property
     def shown(self) -> Interval:
-        """The interval over runs, or Wilson's."""
-        return self.over_runs or self.wilson
+        """The outer limits of both: few runs can agree by chance, and samples of one run are not independent."""
+        if self.over_runs is None:
+            return self.wilson
+        low, high = min(self.over_runs.low, self.wilson.low), max(self.over_runs.high, self.wilson.high)
+        return Interval(self.wilson.estimate, low, high)
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class Comparison:
         if self.ratio.low > FEWER or self.accuracy.high < -POINTS:
             return "missed"
         if self.ratio.estimate <= FEWER and self.accuracy.estimate >= -POINTS:
-            return "by estimates"
-        return "not by estimates"
+            return "met by the estimates"
+        return "missed by the estimates"
 
 
 def counts(rows: Sequence[RepetitionRow], which: Which = "quality") -> list[Count]:

@@ -158,8 +158,8 @@ def _loops_plot(arms: Mapping[str, Sequence[RepetitionRow]]) -> Figure:
     )
     return Figure(
         svg,
-        "Sampled completions that repeat to the length limit; dots: runs. 95 % intervals over runs, where nothing "
-        "looped or a single run is all there is Wilson's.",
+        "Sampled completions that repeat to the length limit; dots: runs. Outer limits of the 95 % intervals over "
+        "runs and of Wilson's.",
     )
 
 
