@@ -227,8 +227,10 @@ def fit_span_identifier(
     grams = vectorizer.fit_transform([word for words in counts for word in words])
     classes = np.repeat(np.arange(len(languages)), [len(words) for words in counts])
     # Scaled to the same total, so that an n-gram that no language knows favours none of them.
-    total = max(words.total() for words in counts)
-    weights = [count * total / words.total() for words in counts for count in words.values()]
+    totals = [words.total() for words in counts]
+    weights = [
+        count * max(totals) / total for words, total in zip(counts, totals, strict=True) for count in words.values()
+    ]
     model = MultinomialNB(alpha=settings.smoothing).fit(grams, classes, sample_weight=weights)
     log_probabilities = model.feature_log_prob_
     ratios = np.ascontiguousarray((log_probabilities[0] - log_probabilities[1:]).T)
