@@ -32,13 +32,14 @@ from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.provenance import machine, model_identity, package_versions
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sft.callback import SASFTCallback
+from qscope_posttrain.sft.config import PAPER
 
 LANGUAGES = ("en", "zh", "fr")
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "paper's form, 2 features x 2 layers": {"top": 2},
-    "8 features x 2 layers, decoder": {"top": 8, "readout": "decoder", "scale": "std"},
-    "one combined readout, last layer": {"combine": "effect", "readout": "decoder", "scale": "std", "last": True},
+    "paper's form, 2 features x 2 layers": {**PAPER, "top": 2},
+    "8 features x 2 layers, decoder": {"top": 8, "combine": "none"},
+    "one combined readout, last layer": {"combine": "effect", "last": True},
 }
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "sasft_overhead.json"
 

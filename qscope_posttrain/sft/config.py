@@ -1,9 +1,16 @@
-"""All settings of SASFT in one validated, frozen dataclass."""
+"""All settings of SASFT in one validated, frozen dataclass, and the paper's form as one choice of them.
+
+The defaults are the form that, of those that need an SAE and no list of tokens, switched least at equal perplexity in
+`recipes/experiments/sasft_real_text.yaml` (see the README's table "at 1 % masked perplexity"): one readout per layer,
+the sum of the target's decoder directions weighted by monolinguality, in standard deviations, at the positions that
+predict response tokens. Give it some 32 features of the last layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from qscope_posttrain.features.layer_features import ReadoutKind
@@ -12,9 +19,15 @@ from qscope_posttrain.sft.masks import Positions
 
 Threshold = Literal["language_mean", "zero"]
 Scale = Literal["raw", "std"]
-Combine = Literal["monolinguality", "effect", "uniform"]
+Combine = Literal["none", "monolinguality", "effect", "uniform"]
 PositionWeight = Literal["uniform", "risk"]
 LanguageOf = Callable[[Mapping[str, Any]], str]
+
+PAPER: Mapping[str, Any] = MappingProxyType(
+    {"weight": 1e-2, "readout": "encoder", "scale": "raw", "combine": "none", "positions": "response"}
+)
+"""The form of the SASFT paper and the Qwen-Scope report, as options: `SASFTCallback(features, "zh", **PAPER)`. There,
+two features on each of the last two layers."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +40,25 @@ class SASFTConfig:
 
     target: str = "zh"
     """Language to keep out of responses in other languages; samples of this language contribute nothing"""
-    weight: float = 1e-2
-    """lambda. The published 5e-4 (Gemma) and 1e-3 (Llama) were multiplied by 32 accumulation steps: 0.016, 0.032"""
+    weight: float = 0.1
+    """lambda, for readouts in standard deviations. Of the paper's form: the published 5e-4 (Gemma) and 1e-3 (Llama)
+    were multiplied by 32 accumulation steps, in effect 0.016 and 0.032"""
     layers: tuple[int, ...] | None = None
     """Decoder layers, counted from 0; None takes all layers of the FeatureSet"""
     top: int | None = None
     """Rows per layer, by score; None takes all rows of the target language"""
-    readout: ReadoutKind = "encoder"
+    readout: ReadoutKind = "decoder"
     """encoder: f = h . W_enc + b_enc, the paper's pre-activation; decoder: f = h . W_dec. Equal for free directions"""
     threshold: Threshold = "language_mean"
     """language_mean: alpha_js = mean of f_s over language j (SASFT); zero: alpha = 0 (SASFT_zero)"""
-    scale: Scale = "raw"
+    scale: Scale = "std"
     """raw: sigma = 1; std: sigma_s = standard deviation of f_s over the tokens of all non-target languages"""
-    combine: Combine | None = None
-    """None: each row has its own ReLU. Otherwise ONE readout per layer, f = sum_i w_i f_i with w_i >= 0 that sum to 1:
-    monolinguality: w ~ ReLU(nu_i); effect: w ~ ReLU(W_dec_i . g), g the gradient of log P(target); uniform: w = 1/F"""
-    positions: Positions = "response"
-    """response: positions of the response tokens (published); predicting: the positions that predict them"""
+    combine: Combine = "monolinguality"
+    """none: each row has its own ReLU. Otherwise ONE readout per layer, f = sum_i w_i f_i with w_i >= 0 that sum to 1:
+    monolinguality: w ~ ReLU(nu_i); effect: w ~ ReLU(W_dec_i . g), g the gradient of log P(target); uniform: w = 1/F.
+    A single row is its own sum"""
+    positions: Positions = "predicting"
+    """predicting: the positions that predict response tokens; response: those of the response tokens (published)"""
     position_weight: PositionWeight = "uniform"
     """uniform: w_t = 1; risk: w_t = P_t / mean P over the penalised positions of the micro-batch, where P_t is the
     model's probability of a target token after position t; no gradient. Needs target_token_ids"""
@@ -71,7 +86,7 @@ class SASFTConfig:
         if self.normalization == "official" and (self.needs_logits or self.positions != "response"):
             raise ValueError(
                 'normalization="official" is the published code, which has no risk weights, no anchor and unshifted '
-                'positions="response"; use "token_mean" or "paper" with them.'
+                'positions="response"; use "token_mean" or "paper" with them, or the options in sft.config.PAPER.'
             )
         # YAML and command lines give lists.
         if self.layers is not None:
@@ -97,7 +112,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "readout": get_args(ReadoutKind),
     "threshold": get_args(Threshold),
     "scale": get_args(Scale),
-    "combine": (None, *get_args(Combine)),
+    "combine": get_args(Combine),
     "positions": get_args(Positions),
     "position_weight": get_args(PositionWeight),
     "normalization": get_args(Normalization),

@@ -67,7 +67,7 @@ def penalty_layers(features: FeatureSet, config: SASFTConfig) -> tuple[PenaltyLa
 
 
 def _penalty_layer(layer: int, features: LayerFeatures, others: list[int], config: SASFTConfig) -> PenaltyLayer:
-    if config.combine is not None:
+    if config.combine != "none":
         # The weighted sum of rows is a row again: its mean and variance follow exactly from theirs.
         weights = combination_weights(features, config.combine, layer)
         features = features.combine(weights, name=f"{config.target} {config.combine} of {len(features)}")
@@ -89,12 +89,12 @@ def _penalty_layer(layer: int, features: LayerFeatures, others: list[int], confi
 
 
 def combination_weights(features: LayerFeatures, combine: Combine, layer: int) -> Tensor:
-    """Non-negative weights `[F]` that sum to 1; see `SASFTConfig.combine`.
+    """Non-negative weights `[F]` that sum to 1; see `SASFTConfig.combine`. A single row, whatever it is, has weight 1.
 
     Raises:
         ValueError: the FeatureSet lacks the numbers, or none of them is positive.
     """
-    if combine == "uniform":
+    if combine == "uniform" or len(features) == 1:
         raw = torch.ones(len(features))
     else:
         raw = features.scores if combine == "monolinguality" else features.effects
@@ -107,6 +107,6 @@ def combination_weights(features: LayerFeatures, combine: Combine, layer: int) -
     if not math.isfinite(total) or total <= 0:
         raise ValueError(
             f"combine={combine!r}: no row of layer {layer} has a positive weight ({raw.tolist()}), so there is "
-            "nothing to penalise. Select other rows, or use combine=None."
+            'nothing to penalise. Select other rows, or use combine="none".'
         )
     return weights / total

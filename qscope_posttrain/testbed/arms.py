@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from qscope_posttrain.sft.config import PAPER
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -58,7 +60,8 @@ class Arm:
         return self.uses_features and self.rows == "sae" and self.features_scale > 0
 
 
-_STANDARD: dict[str, Any] = {"readout": "decoder", "scale": "std", "positions": "predicting"}
+_PAPER: dict[str, Any] = {name: value for name, value in PAPER.items() if name != "weight"}
+_STANDARD: dict[str, Any] = {"readout": "decoder", "scale": "std", "combine": "none", "positions": "predicting"}
 _COMBINED: dict[str, Any] = {**_STANDARD, "combine": "effect", "position_weight": "risk"}
 
 _ALL = (
@@ -70,6 +73,7 @@ _ALL = (
         "features",
         layers=2,
         top=2,
+        options=_PAPER,
         weight=0.1,
         grid=(0.03, 0.1, 0.2),
     ),

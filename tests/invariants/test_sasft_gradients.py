@@ -13,13 +13,13 @@ from sft.cases import (
     make_features,
     make_rows,
     make_trainer,
+    paper_callback,
     reference_gradients,
     relative_error,
     row_penalty,
     with_lora,
 )
 
-from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.packing import pack_with_languages
 
 WEIGHT = 0.5
@@ -65,7 +65,7 @@ def test_gradient_equals_the_written_out_loss(cases, tiny_tokenizer, batches, ac
     gradients, trainer = one_step(
         model,
         dataset,
-        SASFTCallback(features, weight=WEIGHT),
+        paper_callback(features, weight=WEIGHT),
         tiny_tokenizer,
         padding_free=batches != "padded",
         per_device_train_batch_size=len(dataset) // accumulation,
@@ -98,7 +98,7 @@ def test_paper_normalisation_is_a_mean_over_penalised_tokens_of_the_whole_window
         gradients, trainer = one_step(
             model,
             rows,
-            SASFTCallback(features, weight=WEIGHT, normalization="paper"),
+            paper_callback(features, weight=WEIGHT, normalization="paper"),
             tiny_tokenizer,
             per_device_train_batch_size=8 // accumulation,
             gradient_accumulation_steps=accumulation,
@@ -114,7 +114,7 @@ def test_gradient_under_torch_compile(cases, tiny_tokenizer):
     gradients, trainer = one_step(
         model,
         rows,
-        SASFTCallback(features, weight=WEIGHT),
+        paper_callback(features, weight=WEIGHT),
         tiny_tokenizer,
         torch_compile=True,
         per_device_train_batch_size=8,
@@ -127,7 +127,7 @@ def test_gradient_under_torch_compile(cases, tiny_tokenizer):
 
 def test_bf16_autocast_stays_close_to_fp32(cases, tiny_tokenizer):
     model, features, rows, (expected, _, penalty) = cases["full"]
-    gradients, trainer = one_step(model, rows, SASFTCallback(features, weight=WEIGHT), tiny_tokenizer, bf16=True)
+    gradients, trainer = one_step(model, rows, paper_callback(features, weight=WEIGHT), tiny_tokenizer, bf16=True)
     without, _, _ = reference_gradients(model, rows, row_penalty(features), 0.0)
     assert relative_error(gradients, expected) < 0.1 < 0.5 * relative_error(without, expected)
     assert trainer.state.log_history[0]["sasft/penalty"] == pytest.approx(penalty, rel=0.02)

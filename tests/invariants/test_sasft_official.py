@@ -12,11 +12,10 @@ from sft.cases import (
     make_features,
     make_rows,
     make_trainer,
+    paper_callback,
     relative_error,
 )
 from torch.nn.functional import cross_entropy
-
-from qscope_posttrain.sft.callback import SASFTCallback
 
 LAMBDA = 0.3
 
@@ -57,7 +56,7 @@ def test_official_equals_the_published_formula(make_model, tiny_tokenizer, accum
     model = case_model(make_model)
     features = make_features(model)
     keep = KeepGradients()
-    callback = SASFTCallback(features, weight=LAMBDA, normalization="official", threshold=threshold)
+    callback = paper_callback(features, weight=LAMBDA, normalization="official", threshold=threshold)
     trainer = make_trainer(
         copy.deepcopy(model),
         make_rows(8),
@@ -88,7 +87,7 @@ def test_official_weight_grows_with_accumulation_and_token_mean_does_not(make_mo
             trainer = make_trainer(
                 copy.deepcopy(model),
                 make_rows(8),
-                [SASFTCallback(features, weight=LAMBDA, normalization=normalization)],
+                [paper_callback(features, weight=LAMBDA, normalization=normalization)],
                 processing_class=tiny_tokenizer,
                 per_device_train_batch_size=8 // accumulation,
                 gradient_accumulation_steps=accumulation,

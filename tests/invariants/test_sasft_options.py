@@ -105,6 +105,25 @@ def test_risk_weighted_combined_decoder_readout(model, features, tiny_tokenizer,
     assert relative_error(found, plain) > 0.01
 
 
+def test_the_default_form(model, features, tiny_tokenizer):
+    """Per layer, decoder directions weighted by ReLU(nu), in standard deviations, at predicting positions."""
+
+    def term(others):
+        total = torch.zeros(())
+        for layer, rows in features.layers.items():
+            weights = rows.scores.relu() / rows.scores.relu().sum()
+            sigma = features.pooled_std(layer, "decoder", ["en", "fr"], weights.double()).float()
+            for record in others:
+                alpha = rows.decoder_mean[features.languages.index(record["row"]["language"])] @ weights
+                excess = torch.relu((record["states"][layer] @ rows.decoder.T @ weights - alpha) / sigma)
+                response = record["labels"] != -100
+                total = total + excess[torch.cat([response[1:], torch.tensor([False])])].sum()
+        return WEIGHT * total
+
+    found, _ = one_step(model, SASFTCallback(features, weight=WEIGHT), tiny_tokenizer)
+    assert relative_error(found, gradients_by_hand(model, features, term, "token_mean")) <= 1e-6
+
+
 def start_of(model, how):
     """The model that the anchor holds on to, and what the callback is given for it."""
     if how == "adapter":

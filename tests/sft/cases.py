@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from typing import Any
 
@@ -15,10 +16,15 @@ from trl import SFTConfig, SFTTrainer
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.provenance import model_identity
+from qscope_posttrain.sft.callback import SASFTCallback
+from qscope_posttrain.sft.config import PAPER
 
 LANGUAGES = ("en", "zh", "fr")
 TARGET = "zh"
 VOCABULARY = 512
+
+paper_callback = functools.partial(SASFTCallback, **PAPER)
+"""SASFT as published: each feature's pre-activation by itself, at the response tokens."""
 
 
 def make_features(model, layers=(1, 2), rows=3, languages=LANGUAGES, label=TARGET, seed=0) -> FeatureSet:

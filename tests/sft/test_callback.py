@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from sft.cases import case_model, make_features, make_rows, make_trainer, reference_gradients, row_penalty
+from sft.cases import (
+    case_model,
+    make_features,
+    make_rows,
+    make_trainer,
+    paper_callback,
+    reference_gradients,
+    row_penalty,
+)
 from transformers import TrainerCallback
 
 from qscope_posttrain.residual.layers import decoder_layers
@@ -150,9 +158,9 @@ class TestMetrics:
     def test_averaged_over_steps_and_summed_over_accumulation(self, build, model, features):
         rows = make_rows(16)
         arguments = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-        each = build(rows, [SASFTCallback(features)], logging_steps=1, **arguments)
+        each = build(rows, [paper_callback(features)], logging_steps=1, **arguments)
         each.train()
-        both = build(rows, [SASFTCallback(features)], logging_steps=2, **arguments)
+        both = build(rows, [paper_callback(features)], logging_steps=2, **arguments)
         both.train()
         single = [entry for entry in each.state.log_history if "sasft/penalty" in entry]
         window = next(entry for entry in both.state.log_history if "sasft/penalty" in entry)
@@ -204,7 +212,7 @@ class TestMetrics:
     def test_only_target_samples_give_zero(self, build, features):
         rows = [{**row, "language": "zh"} for row in make_rows(8)]
         for normalization in ("token_mean", "paper", "official"):
-            trainer = build(rows, [SASFTCallback(features, weight=10.0, normalization=normalization)])
+            trainer = build(rows, [paper_callback(features, weight=10.0, normalization=normalization)])
             trainer.train()
             plain = build(rows)
             plain.train()
@@ -216,7 +224,7 @@ class TestMetrics:
         kept = row_penalty(features)
         for row in rows[:3]:
             row["language"] = "th"
-        trainer = build(rows, [SASFTCallback(features, ignore_languages=("th",))])
+        trainer = build(rows, [paper_callback(features, ignore_languages=("th",))])
         trainer.train()
         _, _, penalty = reference_gradients(
             model, rows, lambda h, row: torch.zeros(()) if row["language"] == "th" else kept(h, row), 0.0

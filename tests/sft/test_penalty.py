@@ -9,7 +9,7 @@ import torch
 from sft.cases import make_features
 
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.sft.config import SASFTConfig
+from qscope_posttrain.sft.config import PAPER, SASFTConfig
 from qscope_posttrain.sft.penalty import penalty_layers
 
 
@@ -66,7 +66,9 @@ def test_each_row_on_its_own(features, samples, readout, threshold, scale):
     sigma = torch.cat([f[0], f[2]]).std(0, correction=0) if scale == "std" else torch.ones(4)  # zh is language 1
     for language, index in (("en", 0), ("fr", 2)):
         alpha = f[index].mean(0) if threshold == "language_mean" else torch.zeros(4)
-        found = excess_of(features, samples[0], language, readout=readout, threshold=threshold, scale=scale)
+        found = excess_of(
+            features, samples[0], language, readout=readout, threshold=threshold, scale=scale, combine="none"
+        )
         assert torch.allclose(found, torch.relu((f[0] - alpha) / sigma), atol=1e-4)
 
 
@@ -93,7 +95,7 @@ def test_combined_into_one_readout(features, samples, combine, weights, readout,
 
 
 def test_top_takes_the_highest_scores(features):
-    (layer,) = penalty_layers(features, SASFTConfig(top=2))
+    (layer,) = penalty_layers(features, SASFTConfig(top=2, **PAPER))
     assert layer.names == ("layer 2 zh #1", "layer 2 zh #3")
     assert torch.equal(layer.rows, features.layers[2].encoder[[1, 3]])
 
@@ -121,14 +123,14 @@ def test_what_cannot_work_is_refused(features):
         },
     )
     with pytest.raises(ValueError, match="never varies"):
-        penalty_layers(flat, SASFTConfig(scale="std"))
+        penalty_layers(flat, SASFTConfig(readout="encoder", scale="std", combine="none"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"readout": "both"}, "readout must be one of 'encoder', 'decoder'"),
-        ({"combine": "sum"}, "combine must be one of None, 'monolinguality'"),
+        ({"combine": "sum"}, "combine must be one of 'none', 'monolinguality'"),
         ({"weight": -1.0}, "weight must be a finite number"),
         ({"weight": float("nan")}, "weight must be a finite number"),
         ({"top": 0}, "top must be at least 1"),
@@ -140,6 +142,23 @@ def test_what_cannot_work_is_refused(features):
 def test_config_is_checked_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         SASFTConfig(**options)
+
+
+def test_a_single_row_is_its_own_sum(features):
+    rows = features.layers[2]
+    unmeasured = torch.full((4,), float("nan"))
+    single = replace(features, layers={2: replace(rows, scores=unmeasured, effects=unmeasured)}).select(top=1)
+    for combine in ("monolinguality", "effect", "uniform"):
+        (layer,) = penalty_layers(single, SASFTConfig(combine=combine))
+        (alone,) = penalty_layers(single, SASFTConfig(combine="none"))
+        assert torch.allclose(layer.rows, alone.rows)
+        assert torch.allclose(layer.thresholds, alone.thresholds)
+
+
+def test_the_papers_form_is_one_choice_of_options():
+    config = SASFTConfig(**PAPER)
+    assert (config.readout, config.scale, config.combine, config.positions) == ("encoder", "raw", "none", "response")
+    assert SASFTConfig(**PAPER, normalization="official").normalization == "official"
 
 
 def test_config_accepts_what_yaml_gives_and_returns_json():
