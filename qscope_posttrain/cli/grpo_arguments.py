@@ -76,6 +76,7 @@ def parse_recipe(arguments: Sequence[str]) -> GRPORecipe:
     parser = RecipeParser(kinds, before_build=device, prog="qscope grpo")
     run, script, mixture, training, model = parser.parse(arguments)
     check_model_named(model)
+    training.settle_negative(run.features is not None)
     if training.has_negatives and training.negative == "feature" and run.features is None:
         raise ValueError(
             "negative: feature needs 'features', a file written by `qscope features find-repetition`; give it, or "

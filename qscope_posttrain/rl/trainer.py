@@ -47,7 +47,8 @@ class SteeredGRPOTrainer(GRPOTrainer):
         reward_funcs: as for `GRPOTrainer`. DAPO's soft overlong punishment joins them unless `soft_overlong_cache` is
             0; with `reward_weights` given it has weight 1.
         args: the settings; required, since its values decide what the negatives are.
-        features: where to steer, as `qscope features find-repetition` writes it; a FeatureSet or its path.
+        features: where to steer, as `qscope features find-repetition` writes it; a FeatureSet or its path. Without
+            them, and where `args.negative` is left open, negatives are seeded: no SAE is needed.
         callbacks: as for `GRPOTrainer`.
         **arguments: everything else that `GRPOTrainer` takes.
 
@@ -72,6 +73,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
     ) -> None:
         if not isinstance(args, SteeredGRPOConfig):
             raise TypeError(f"args must be a SteeredGRPOConfig; got {type(args).__name__}.")
+        args.settle_negative(features is not None)
         check_trainer_arguments(args.has_negatives, args.dynamic_sampling, arguments)
         self._negatives = args.negative_settings
         schedule = NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)

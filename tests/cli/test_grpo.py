@@ -200,7 +200,7 @@ def test_command_line_overrides_the_recipe(recipe, tmp_path):
         ({"num_generations": 3}, "divisible by num_generations"),
         ({"mode": "paper", "gate": "drop"}, "mode='paper' is the report's method as written"),
         ({"use_vllm": True}, "use_vllm=True"),
-        ({"features": None}, "negative: feature needs 'features'"),
+        ({"features": None, "negative": "feature"}, "negative: feature needs 'features'"),
         ({"features": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"features": "{unsteered}"}, "No layer given"),
         ({"steering_layer": 1}, "layer 1 is not in this FeatureSet"),

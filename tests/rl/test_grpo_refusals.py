@@ -193,9 +193,22 @@ def test_other_ways_of_generating_are_refused(model, tiny_tokenizer, name, optio
         )
 
 
+def test_without_features_negatives_are_seeded_and_with_them_steered(model, tiny_tokenizer):
+    args = make_args()
+    assert args.negative is None
+    trainer = build(model, tiny_tokenizer, args)
+    assert (trainer.args.negative, trainer._source.copies) == ("seeded", args.copies)
+    assert trainer.args.window_start == [0, args.completion_limit // 8]
+    steered = build(model, tiny_tokenizer, make_args(), features=loop_features(model))
+    assert steered.args.negative == "feature"
+    assert steered._source.steering is not None
+    assert make_args(mode="paper").negative == "feature"
+
+
 def test_features_are_needed_and_must_be_the_models(model, make_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="negative='feature' needs features"):
-        build(model, tiny_tokenizer)
+    for options in ({"negative": "feature"}, {"mode": "paper"}):
+        with pytest.raises(ValueError, match="negative='feature' needs features"):
+            build(model, tiny_tokenizer, make_args(**options))
     other = loop_features(make_model(hidden_size=64, num_hidden_layers=4))
     with pytest.raises(ValueError, match="hidden_size"):
         build(model, tiny_tokenizer, features=other)
