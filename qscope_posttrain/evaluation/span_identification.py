@@ -1,64 +1,34 @@
 """Tell that a text turns into another language of the same script, or into another register, by its words.
 
 Scripts say nothing where English turns into French, or documentation into word problems. Here every word gets a
-log-likelihood ratio of the target against the best other language, from a naive Bayes model of character n-grams, and
-the contiguous run of words with the largest sum is the span most like the target. A text has switched if that sum
-exceeds a threshold, set on clean texts of its source language so that few of them would be called switched.
+log-likelihood ratio of the target against the best other language, and the contiguous run of words with the largest
+sum is the span most like the target. A text has switched if that sum exceeds a threshold, set on clean texts of its
+source language so that few of them would be called switched.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import regex
 from numpy.typing import NDArray
 
+from qscope_posttrain.evaluation.word_model import WORD, WordModel, WordSettings, fit_word_model, words_of
 from qscope_posttrain.intervals import Interval, wilson
 
-_WORD = regex.compile(r"\S+")
-_DIGIT = regex.compile(r"\d")
-_LETTER = regex.compile(r"\p{L}")
-_UNSPACED = regex.compile(
-    r"[\p{L}&&[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]", regex.VERSION1
-)
-_MOST_UNSPACED = 0.1
-"""Largest share of letters of scripts without word spaces in a language whose words are identified."""
-_MOST_CHARACTERS = 5_000_000
-"""Characters of a language that the model is fitted on, at most: more changes no ratio that is not clipped."""
-_CACHED_WORDS = 500_000
-
-
-@dataclass(frozen=True)
-class SpanSettings:
-    """How words are scored and joined to spans."""
-
-    ngrams: tuple[int, int] = (1, 4)
-    """Shortest and longest character n-gram; they stay within a word and see its edges as spaces."""
-
-    smoothing: float = 0.1
-    """Added to the count of every n-gram, counts being scaled to the same total in every language."""
-
-    clip: float = 6.0
-    """Largest absolute log-likelihood ratio of one word, in nats, so that one odd word cannot decide."""
-
-    least_words: int = 3
-    """Words in a span, at least."""
-
-    def __post_init__(self) -> None:
-        shortest, longest = self.ngrams
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"ngrams must be (shortest, longest) with 1 <= shortest <= longest; got {self.ngrams}.")
-        for name in ("smoothing", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        if self.least_words < 1:
-            raise ValueError(f"least_words must be at least 1; got {self.least_words}.")
+__all__ = [
+    "Calibration",
+    "DetectionRates",
+    "SpanIdentifier",
+    "WordSettings",
+    "best_run",
+    "detection_rates",
+    "fit_span_identifier",
+]
 
 
 @dataclass(frozen=True)
@@ -75,7 +45,7 @@ class Calibration:
     """How many of them exceed the threshold."""
 
     median_words: float
-    """Their median length. Longer texts than these give more false positives than stated."""
+    """Their median length. Texts much longer than these give more false positives than stated."""
 
     @property
     def rate(self) -> Interval:
@@ -85,7 +55,10 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class SpanIdentifier:
-    """Finds spans of the target language in text of other languages. Made by `fit_span_identifier`."""
+    """Finds spans of the target language in text of other languages. Made by `fit_span_identifier`.
+
+    It is a `SwitchDetector`: `identifier(text, source)` is `identifier.switched(text, source)`.
+    """
 
     target: str
     """Language or register whose spans are found."""
@@ -93,47 +66,45 @@ class SpanIdentifier:
     others: tuple[str, ...]
     """The languages that it is told from."""
 
+    model: WordModel
+    """Scores of words."""
+
     calibration: Mapping[str, Calibration]
     """By source language: those whose texts can be judged."""
 
     false_positive_rate: float
     """The rate that thresholds were set for."""
 
-    settings: SpanSettings
-    """How words are scored and joined."""
+    least_words: int
+    """Words in a span, at least."""
 
-    vectorizer: Any = field(repr=False)
-    """Fitted `CountVectorizer`: words to counts of n-grams."""
-
-    ratios: NDArray[np.float64] = field(repr=False)
-    """`[n-grams, others]`: log-probability in the target minus that in each other language, nats."""
-
-    cache: dict[str, float] = field(default_factory=dict, repr=False)
-    """Scores of words met so far."""
+    name = "words"
+    """What reports call this way of detecting."""
 
     def __call__(self, text: str, source: str) -> bool:
-        """As `switched`: an identifier is a `SwitchDetector`."""
         return self.switched(text, source)
 
     def word_scores(self, text: str) -> NDArray[np.float64]:
-        """`[words]`: log-likelihood ratio of every word (run without white space), in nats, clipped.
+        """`[words]`: log-likelihood ratio of every word, in nats: positive if more like the target than like any other
+        language. See `WordModel.scores`."""
+        return self.model.scores(words_of(text))
 
-        score(w) = min over others o of sum over n-grams g of w of log p(g | target) - log p(g | o). Positive: more
-        like the target than like any other language.
+    def evidence(self, text: str) -> NDArray[np.float64]:
+        """`[words]`: what each word adds to a span: its score; a positive one divided by k where a word is met for the
+        k-th time, so that neither one odd word nor a list or loop that repeats it can decide.
         """
-        words = _words(text)
-        new = sorted({word for word in words if word not in self.cache})
-        if new:
-            if len(self.cache) + len(new) > _CACHED_WORDS:
-                self.cache.clear()
-                new = sorted(set(words))
-            scores = (self.vectorizer.transform(new) @ self.ratios).min(axis=1)
-            self.cache.update(zip(new, np.clip(scores, -self.settings.clip, self.settings.clip).tolist(), strict=True))
-        return np.array([self.cache[word] for word in words], dtype=np.float64)
+        words = words_of(text)
+        scores = self.model.scores(words)
+        met: Counter[str] = Counter()
+        for place, word in enumerate(words):
+            met[word] += 1
+            if scores[place] > 0:
+                scores[place] /= met[word]
+        return scores
 
     def score(self, text: str) -> float:
-        """Largest sum of word scores over a run of at least `least_words` words, in nats; -inf in a shorter text."""
-        return best_run(self.word_scores(text), self.settings.least_words)[0]
+        """Largest sum of evidence over a run of at least `least_words` words, in nats; -inf in a shorter text."""
+        return best_run(self.evidence(text), self.least_words)[0]
 
     def threshold(self, source: str | None = None) -> float:
         """The sum that a span must exceed in a text of `source`; the largest of all sources if that is not known.
@@ -161,16 +132,16 @@ class SpanIdentifier:
         ValueError as for `threshold`.
         """
         threshold = self.threshold(source)
-        places = [match.span() for match in _WORD.finditer(text)]
-        scores = self.word_scores(text)
+        places = [match.span() for match in WORD.finditer(text)]
+        evidence = self.evidence(text)
         found = []
-        open_parts = [(0, len(places))]
-        while open_parts:
-            start, end = open_parts.pop()
-            total, first, last = best_run(scores[start:end], self.settings.least_words)
+        parts = [(0, len(places))]
+        while parts:
+            start, end = parts.pop()
+            total, first, last = best_run(evidence[start:end], self.least_words)
             if total > threshold:
                 found.append((places[start + first][0], places[start + last - 1][1]))
-                open_parts += [(start, start + first), (start + last, end)]
+                parts += [(start, start + first), (start + last, end)]
         return sorted(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +150,7 @@ class SpanIdentifier:
             "target": self.target,
             "others": list(self.others),
             "false_positive_rate": self.false_positive_rate,
-            "settings": asdict(self.settings),
+            "settings": {**asdict(self.model.settings), "least_words": self.least_words},
             "calibration": {
                 source: {**asdict(entry), "rate": entry.rate._asdict()} for source, entry in self.calibration.items()
             },
@@ -192,53 +163,50 @@ def fit_span_identifier(
     calibration: Mapping[str, Sequence[str]],
     false_positive_rate: float = 0.005,
     seed: int = 0,
-    settings: SpanSettings | None = None,
+    *,
+    settings: WordSettings | None = None,
+    least_words: int = 3,
 ) -> SpanIdentifier:
     """Learn the words of the target against those of other languages, and set a threshold for each source.
 
     The threshold of a source is the k-th largest score of its n calibration texts, k = floor((n + 1) rate). A new
-    clean text of the same kind exceeds it with probability k / (n + 1) at most, the stated rate (split conformal
-    prediction; Vovk, Gammerman and Shafer 2005).
+    clean text of the same kind exceeds it with a probability of at most k / (n + 1), the stated rate (split conformal
+    prediction; Vovk, Gammerman and Shafer 2005). It is never less than what `least_words` - 1 words can reach.
 
     Args:
         texts: by language or register, of any names; the target's and at least one other.
         target: whose spans are to be found.
         calibration: clean texts by source language, of the length and kind of the responses that will be judged, none
-            of which is in `texts`.
+            of which is in `texts`. They may begin and end inside a word, if responses do.
         false_positive_rate: share of clean texts that may be called switched.
-        seed: of the draw where a language has more text than the model is fitted on (5 million characters).
-        settings: how words are scored and joined.
+        seed: of the draw of texts where a language has more than 5 million characters.
+        settings: how words are scored.
+        least_words: words in a span, at least.
 
     Raises:
         ValueError: no target or no other language, too few calibration texts for the rate, a rate outside (0, 0.5],
             or a language written without spaces between words.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.naive_bayes import MultinomialNB
-
-    settings = settings or SpanSettings()
-    _check(texts, target, calibration, false_positive_rate)
-    languages = [target, *(language for language in texts if language != target)]
-    counts = [Counter(word for text in _sample(texts[name], seed) for word in _words(text)) for name in languages]
-    for language, words in zip(languages, counts, strict=True):
-        if not words:
-            raise ValueError(f"No words in the texts of {language!r}.")
-    vectorizer = CountVectorizer(analyzer="char_wb", ngram_range=settings.ngrams, lowercase=False)
-    grams = vectorizer.fit_transform([word for words in counts for word in words])
-    classes = np.repeat(np.arange(len(languages)), [len(words) for words in counts])
-    # Scaled to the same total, so that an n-gram that no language knows favours none of them.
-    totals = [words.total() for words in counts]
-    weights = [
-        count * max(totals) / total for words, total in zip(counts, totals, strict=True) for count in words.values()
-    ]
-    model = MultinomialNB(alpha=settings.smoothing).fit(grams, classes, sample_weight=weights)
-    log_probabilities = model.feature_log_prob_
-    ratios = np.ascontiguousarray((log_probabilities[0] - log_probabilities[1:]).T)
-    fitted = SpanIdentifier(target, tuple(languages[1:]), {}, false_positive_rate, settings, vectorizer, ratios)
-    thresholds = {source: _calibrate(fitted, source, clean) for source, clean in calibration.items()}
-    return SpanIdentifier(
-        target, fitted.others, thresholds, false_positive_rate, settings, vectorizer, ratios, fitted.cache
-    )
+    if not 0 < false_positive_rate <= 0.5:
+        raise ValueError(f"false_positive_rate must lie in (0, 0.5], e.g. 0.005; got {false_positive_rate}.")
+    if least_words < 1:
+        raise ValueError(f"least_words must be at least 1; got {least_words}.")
+    sources = [name for name in texts if name != target]
+    if not calibration or not set(calibration) <= set(sources):
+        raise ValueError(
+            f"calibration needs clean texts of source languages, among {', '.join(sources) or 'none'}; "
+            f"got {', '.join(calibration) or 'none'}."
+        )
+    least = math.ceil(1 / false_positive_rate) - 1
+    for source, clean in calibration.items():
+        if len(clean) < least:
+            raise ValueError(
+                f"{len(clean)} calibration texts in {source!r} cannot show a false positive rate of "
+                f"{false_positive_rate:g}: at least {least} are needed. Give more texts, or allow a higher rate."
+            )
+    model = fit_word_model(texts, target, seed, settings)
+    fitted = SpanIdentifier(target, tuple(sources), model, {}, false_positive_rate, least_words)
+    return replace(fitted, calibration={source: _calibrate(fitted, clean) for source, clean in calibration.items()})
 
 
 @dataclass(frozen=True)
@@ -285,7 +253,7 @@ def detection_rates(
 def best_run(scores: NDArray[np.float64], least: int) -> tuple[float, int, int]:
     """The run of at least `least` consecutive scores with the largest sum: (sum, first, last + 1).
 
-    The shortest one that ends first, of several. (-inf, 0, 0) if there are fewer than `least` scores.
+    Of several, the one that ends first, and of these the shortest. (-inf, 0, 0) if there are fewer than `least` scores.
     """
     if len(scores) < least:
         return -math.inf, 0, 0
@@ -298,67 +266,12 @@ def best_run(scores: NDArray[np.float64], least: int) -> tuple[float, int, int]:
     return float(totals[end]), start, end + least
 
 
-def pieces(texts: Sequence[str], words: int) -> Iterator[str]:
-    """Cut running text into consecutive pieces of `words` words, over the edges of texts; the rest is dropped."""
-    every = [word for text in texts for word in _WORD.findall(text)]
-    for start in range(0, len(every) - words + 1, words):
-        yield " ".join(every[start : start + words])
-
-
-def _words(text: str) -> list[str]:
-    """The words of a text as the model reads them: lower case, any digit as 0, one form of apostrophe.
-
-    A word that is nothing but the remains of a character that was cut becomes empty, and keeps its place.
-    """
-    return [_DIGIT.sub("0", word.lower().replace("’", "'").replace("\ufffd", "")) for word in _WORD.findall(text)]
-
-
-def _sample(texts: Sequence[str], seed: int) -> Sequence[str]:
-    """All texts, or a random choice of about `_MOST_CHARACTERS` characters."""
-    characters = sum(map(len, texts))
-    if characters <= _MOST_CHARACTERS:
-        return texts
-    return random.Random(seed).sample(texts, max(1, len(texts) * _MOST_CHARACTERS // characters))
-
-
-def _calibrate(identifier: SpanIdentifier, source: str, clean: Sequence[str]) -> Calibration:
-    allowed = math.floor((len(clean) + 1) * identifier.false_positive_rate)
-    if allowed < 1:
-        least = math.ceil(1 / identifier.false_positive_rate) - 1
-        raise ValueError(
-            f"{len(clean)} calibration texts in {source!r} cannot show a false positive rate of "
-            f"{identifier.false_positive_rate:g}: at least {least} are needed. Give more or shorter texts, or allow a "
-            "higher rate."
-        )
+def _calibrate(identifier: SpanIdentifier, clean: Sequence[str]) -> Calibration:
+    # The 1e-9 keeps (199 + 1) * 0.005 at 1, where rounding could leave it below.
+    allowed = math.floor((len(clean) + 1) * identifier.false_positive_rate + 1e-9)
     scores = np.array([identifier.score(text) for text in clean])
-    # A sum of 0 is no evidence, however few clean texts reach it.
-    threshold = max(0.0, float(np.sort(scores)[-allowed]))
-    lengths = [len(_WORD.findall(text)) for text in clean]
-    return Calibration(threshold, len(clean), int((scores > threshold).sum()), float(np.median(lengths)))
-
-
-def _check(
-    texts: Mapping[str, Sequence[str]], target: str, calibration: Mapping[str, Sequence[str]], rate: float
-) -> None:
-    if target not in texts or len(texts) < 2:
-        raise ValueError(
-            f"Spans of {target!r} are told from other text: give its texts and those of at least one other language; "
-            f"got {', '.join(texts) or 'none'}."
-        )
-    if not 0 < rate <= 0.5:
-        raise ValueError(f"false_positive_rate must lie in (0, 0.5], e.g. 0.005; got {rate}.")
-    sources = [name for name in texts if name != target]
-    if not calibration or not set(calibration) <= set(sources):
-        raise ValueError(
-            f"calibration needs clean texts of source languages, among {', '.join(sources)}; "
-            f"got {', '.join(calibration) or 'none'}."
-        )
-    for language, group in texts.items():
-        sample = " ".join(_sample(group, 0))
-        letters, unspaced = len(_LETTER.findall(sample)), len(_UNSPACED.findall(sample))
-        if unspaced > _MOST_UNSPACED * letters:
-            raise ValueError(
-                f"Text in {language!r} has no spaces between words ({unspaced} of {letters} letters are of a script "
-                "written without them), so words cannot be identified. Leave this language out, or, for a target with "
-                "a script of its own such as zh or th, identify it by script (the default)."
-            )
+    # Clean texts of another topic than those at hand hold other odd words: fewer words than a span has never decide.
+    floor = (identifier.least_words - 1) * identifier.model.settings.clip
+    threshold = max(floor, float(np.sort(scores)[-allowed]))
+    words = float(np.median([len(WORD.findall(text)) for text in clean]))
+    return Calibration(threshold, len(clean), int((scores > threshold).sum()), words)
