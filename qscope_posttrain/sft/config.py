@@ -61,7 +61,8 @@ class SASFTConfig:
     """predicting: the positions that predict response tokens; response: those of the response tokens (published)"""
     position_weight: PositionWeight = "uniform"
     """uniform: w_t = 1; risk: w_t = P_t / mean P over the penalised positions of the micro-batch, where P_t is the
-    model's probability of a target token after position t; no gradient. Needs target_token_ids"""
+    model's probability of a target token after position t; no gradient. Needs target_token_ids. Not for data whose
+    responses switch themselves: there it spoils the target language (recipes/experiments/sasft_contaminated.yaml)"""
     anchor_weight: float = 0.0
     """b of the term b * sum_t KL(start_t || model_t) over non-target positions that predict a response token,
     normalised like the penalty; both distributions without target_token_ids where these are given"""

@@ -61,7 +61,7 @@ _ALL = (
     Arm(
         "default",
         "steered, default",
-        "The package's default: steered in a window, dropped unless it loops, only the repeats in the loss.",
+        "The default with features: steered in a window, dropped unless it loops, only the repeats in the loss.",
     ),
     Arm(
         "seeded",
