@@ -126,7 +126,7 @@ def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
     assert main(["sft", "--config", path, "--dry_run"]) == 0
     shown = capsys.readouterr().out
     for words in ("can be written", "4 layers of width 64", "a chat template", "parameters are trained", "write Han",
-                  "2 on layer 2", "20 rows with prompt, completion, language", "zh 4",
+                  "1 on layer 2", "20 rows with prompt, completion, language", "zh 4",
                   "tokens are learned", "= 4 rows a step", "2 steps"):  # fmt: skip
         assert words in shown, words
     assert "failed" not in shown

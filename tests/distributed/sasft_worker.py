@@ -11,11 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from conftest import build_model
 from datasets import Dataset
-from sft.cases import KeepGradients, case_model, make_features, make_trainer
+from sft.cases import KeepGradients, case_model, make_features, make_trainer, paper_callback
 from transformers import AutoTokenizer
 
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
-from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.packing import pack_with_languages
 
 
@@ -33,7 +32,7 @@ def main(folder: Path) -> None:
         if options.pop("token_penalty", False):
             callback = TokenPenaltyCallback("zh", languages=features.languages, **options)
         else:
-            callback = SASFTCallback(features, **options)
+            callback = paper_callback(features, **options)
         keep = KeepGradients()
         trainer = make_trainer(
             copy.deepcopy(model),

@@ -17,13 +17,13 @@ from sft.cases import (
     make_features,
     make_rows,
     make_trainer,
+    paper_callback,
     reference_gradients,
     relative_error,
     row_penalty,
 )
 
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
-from qscope_posttrain.sft.callback import SASFTCallback
 
 HERE = Path(__file__).resolve().parent
 WEIGHT = 0.5
@@ -114,7 +114,7 @@ def test_two_processes_equal_one(results, rows, model, tiny_tokenizer, name):
     if options.pop("token_penalty", False):
         callback = TokenPenaltyCallback("zh", languages=features.languages, **options)
     else:
-        callback = SASFTCallback(features, **options)
+        callback = paper_callback(features, **options)
     keep = KeepGradients()
     trainer = make_trainer(copy.deepcopy(model), rows, [callback, keep], processing_class=tiny_tokenizer)
     trainer.train()
