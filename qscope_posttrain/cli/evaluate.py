@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qscope_posttrain.cli.inputs import load_model, read_prompts, template_options
+from qscope_posttrain.cli.identification import add_identification_options, identification_texts, word_detector
+from qscope_posttrain.cli.inputs import load_model, load_tokenizer, read_prompts, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -23,10 +24,17 @@ def code_switching(options: argparse.Namespace) -> None:
     from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
 
     output = writable_folder(options.output)
+    texts = identification_texts(options.identify, options.identify_texts, options.target)
     prompts = read_prompts(options.prompts, options.max_prompts)
     if prompts.pop(options.target, None) is not None:
         status(f"prompts in {options.target} are left out: there, {options.target} is no switch")
     chat_options = template_options(options.chat_template_options)
+    detector = None
+    if texts is not None:
+        tokenizer = load_tokenizer(options.model, options.revision)
+        detector = word_detector(
+            texts, options.target, tuple(prompts), tokenizer, options.max_new_tokens, options.false_positive_rate
+        )
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     result = evaluate_code_switching(
         model,
@@ -41,6 +49,7 @@ def code_switching(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         chat=options.chat,
         chat_template_options=chat_options,
+        detector=detector,
     )
     result.to_table().print()
     examples = result.write_examples(output / "examples.jsonl")
@@ -87,7 +96,8 @@ def _parser() -> OptionParser:
     parser = OptionParser(prog="qscope evaluate")
     actions = parser.add_subparsers(dest="action", required=True)
     new = actions.add_parser("code-switching", help="share of responses that switch, unasked, to a language")
-    new.add_argument("--target", default="zh", help="the language switched to, one with a script of its own")
+    new.add_argument("--target", default="zh", help="the language switched to; by script, one with its own")
+    add_identification_options(new)
     _add_sampling_options(
         new, prompts="JSONL with prompt and language, or folder of <language>.txt", top_p=0.8, longest=256
     )

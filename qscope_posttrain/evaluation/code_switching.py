@@ -15,16 +15,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.evaluation.prompt_groups import group_by_prompt, same_prompts
+from qscope_posttrain.evaluation.switch_detector import (
+    ScriptDetector,
+    SwitchDetector,
+    check_detector,
+    describe_detector,
+)
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, generate_samples
-from qscope_posttrain.text.scripts import check_source, contains_language_script, target_script
 
 __all__ = [
     "LanguageSwitching",
     "Sample",
     "SamplingSettings",
+    "SwitchDetector",
     "SwitchingResult",
     "evaluate_code_switching",
     "generate_samples",
@@ -43,7 +49,7 @@ class LanguageSwitching:
     """Responses, over all prompts."""
 
     switched: int
-    """Responses with any character of the target's script."""
+    """Responses with any character of the target's script, or those that the detector names."""
 
     ended: int
     """Responses that ended by themselves."""
@@ -80,6 +86,9 @@ class SwitchingResult:
 
     settings: dict[str, Any] = field(default_factory=dict)
     """How the responses were drawn."""
+
+    identification: dict[str, Any] = field(default_factory=dict)
+    """How switches were told: `by` "script" or a detector's name, and what the detector says of itself."""
 
     @property
     def ratio(self) -> float:
@@ -129,7 +138,8 @@ class SwitchingResult:
         """JSON-ready numbers, settings and note; without the responses (see `write_examples`)."""
         return {
             "target": self.target,
-            "script": target_script(self.target),
+            "script": self.identification.get("script"),
+            "identification": dict(self.identification),
             "ratio": self.ratio,
             "micro": self.micro._asdict(),
             "micro_wilson": self.micro_wilson._asdict(),
@@ -175,24 +185,28 @@ def evaluate_code_switching(
     chat: bool = False,
     chat_template_options: Mapping[str, Any] | None = None,
     show_progress: bool | None = None,
+    detector: SwitchDetector | None = None,
 ) -> SwitchingResult:
-    """Sample responses to `prompts` and count those that contain the script of `target`.
+    """Sample responses to `prompts` and count those that contain the script of `target`, or that `detector` names.
 
     Args:
         model: a causal language model of transformers, plain or wrapped.
         tokenizer: its tokenizer.
         prompts: prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat messages.
-        target: language whose appearance is a switch; one with a script of its own, e.g. "zh".
+        target: language whose appearance is a switch; one with a script of its own, e.g. "zh". With a detector, any
+            name: that of what it detects.
         samples_per_prompt, temperature, top_p, max_new_tokens, seed, batch_size: see `SamplingSettings`.
         chat, chat_template_options, show_progress: see `generate_samples`.
+        detector: decides instead of the script, e.g. a `SpanIdentifier` for a target without a script of its own.
 
     Raises:
         ValueError: a source language that itself writes the target's script (ja for zh), a target without a script
-            of its own, or as for `generate_samples`; before anything is generated.
+            of its own, a source language that the detector does not know, or as for `generate_samples`; before
+            anything is generated.
     """
-    target_script(target)
+    decides = detector or ScriptDetector(target)
     for language in prompts:
-        check_source(target, language)
+        check_detector(decides, language)
     settings = SamplingSettings(
         samples_per_prompt=samples_per_prompt,
         temperature=temperature,
@@ -210,29 +224,38 @@ def evaluate_code_switching(
         chat_template_options=chat_template_options,
         show_progress=show_progress,
     )
-    return switching_ratio(samples, target, settings={**settings.to_dict(), "chat": chat})
+    return switching_ratio(samples, target, settings={**settings.to_dict(), "chat": chat}, detector=detector)
 
 
 def switching_ratio(
-    samples: Sequence[Sample], target: str, settings: Mapping[str, Any] | None = None
+    samples: Sequence[Sample],
+    target: str,
+    settings: Mapping[str, Any] | None = None,
+    detector: SwitchDetector | None = None,
 ) -> SwitchingResult:
     """Count switches as SASFT does (report, Eq. 24): r = (1 / N) sum over responses of 1[any character of the target].
 
+    A detector decides in place of the script where there is none: English that turns into French, or documentation
+    into word problems. Its name is stated among the settings.
+
     Args:
         samples: responses, the same number for every prompt.
-        target: language whose appearance is a switch.
+        target: language whose appearance is a switch; with a detector, any name.
         settings: how they were drawn, to be stated with the result.
+        detector: decides whether a response has switched; by default `contains_language_script`.
 
     Raises:
-        ValueError: no samples, unequal numbers of samples per prompt, or languages as for `contains_language_script`.
+        ValueError: no samples, unequal numbers of samples per prompt, or languages as for `contains_language_script`
+            or for the detector.
     """
+    decides = detector or ScriptDetector(target)
+    identification = describe_detector(decides)
+    named = {"identified_by": identification["by"]} if detector else {}
     kept: list[Sample] = []
     matrices = []
     languages = []
     for language, groups in group_by_prompt(samples).items():
-        matrix = np.array(
-            [[contains_language_script(sample.response, target, language) for sample in group] for group in groups]
-        )
+        matrix = np.array([[decides(sample.response, language) for sample in group] for group in groups], dtype=bool)
         ordered = [sample for group in groups for sample in group]
         languages.append(
             LanguageSwitching(
@@ -257,7 +280,8 @@ def switching_ratio(
         seed_noise=seed_noise(outcomes),
         samples=tuple(kept),
         switched=tuple(outcomes.ravel().tolist()),
-        settings=dict(settings or {}),
+        settings={**(settings or {}), **named},
+        identification=identification,
     )
 
 
@@ -265,10 +289,15 @@ def switching_difference(first: SwitchingResult, second: SwitchingResult) -> Int
     """Ratio of `first` minus ratio of `second`, with a paired bootstrap interval over their common prompts.
 
     Raises:
-        ValueError: the two were not measured on the same prompts for the same target.
+        ValueError: the two were not measured on the same prompts for the same target, or not identified in one way.
     """
     if first.target != second.target or not same_prompts(first.samples, second.samples):
         raise ValueError("A paired difference needs two results for one target on the same prompts in the same order.")
+    if first.identification != second.identification:
+        raise ValueError(
+            "A paired difference needs switches identified by one detector with the same settings; got "
+            f"{first.identification} and {second.identification}."
+        )
     return bootstrap_difference(first.outcomes, second.outcomes)
 
 

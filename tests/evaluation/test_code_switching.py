@@ -88,6 +88,7 @@ def test_table_and_dict():
     assert content["languages"]["en"]["wilson"]["low"] == pytest.approx(wilson(2, 6).low)
     assert content["settings"] == {"temperature": 1.0, "seed": 3}
     assert content["script"] == "Han"
+    assert content["identification"] == {"by": "script", "script": "Han"}
 
 
 def test_examples_file(tmp_path):
@@ -159,6 +160,88 @@ def test_evaluate_end_to_end(make_model, tiny_tokenizer, texts):
 def test_wrong_use_is_refused_before_generating(tiny_tokenizer, prompts, target, message):
     with pytest.raises(ValueError, match=message):
         evaluate_code_switching(torch.nn.Identity(), tiny_tokenizer, prompts, target)
+
+
+def says_math(text: str, source: str) -> bool:
+    if source not in ("docs", "en"):
+        raise ValueError(f"no texts in {source!r}")
+    return "apples" in text
+
+
+class NamedDetector:
+    """As a `SpanIdentifier`: with a name, settings, and a method that decides."""
+
+    name = "words"
+
+    def __init__(self, threshold: float = 2.0):
+        self.threshold = threshold
+
+    def __call__(self, text: str, source: str) -> bool:
+        return says_math(text, source)
+
+    def switched(self, text: str, source: str) -> bool:
+        return says_math(text, source)
+
+    def to_dict(self) -> dict[str, float]:
+        return {"threshold": self.threshold}
+
+
+WORD_PROBLEMS = {"docs": [["Tom has 3 apples.", "Call it."], ["中文", "apples"]]}
+
+
+@pytest.mark.parametrize(
+    ("detector", "identification"),
+    [
+        (says_math, {"by": "says_math"}),
+        (NamedDetector(), {"by": "words", "threshold": 2.0}),
+        (NamedDetector().switched, {"by": "words", "threshold": 2.0}),
+    ],
+)
+def test_a_detector_decides_in_place_of_the_script(detector, identification):
+    result = switching_ratio(make_samples(WORD_PROBLEMS), "math", {"seed": 3}, detector=detector)
+    assert result.outcomes.tolist() == [[True, False], [False, True]]
+    assert result.settings == {"seed": 3, "identified_by": identification["by"]}
+    assert f"identified_by {identification['by']}" in result.note()
+    content = json.loads(json.dumps(result.to_dict()))
+    assert content["identification"] == identification
+    assert content["script"] is None
+    assert "switched to math, %" in result.to_table().columns
+
+
+def test_a_difference_needs_one_way_of_identifying():
+    samples = make_samples(WORD_PROBLEMS)
+    results = [switching_ratio(samples, "math", detector=NamedDetector(threshold)) for threshold in (2.0, 2.0, 3.0)]
+    assert switching_difference(*results[:2]).estimate == 0
+    with pytest.raises(ValueError, match="one detector with the same settings"):
+        switching_difference(*results[1:])
+
+
+def test_evaluate_with_a_detector(make_model, tiny_tokenizer):
+    met = []
+
+    def every_second(text: str, source: str) -> bool:
+        met.append((text, source))
+        return bool(text) and len(met) % 2 == 0
+
+    options = {"samples_per_prompt": 2, "max_new_tokens": 4, "top_p": 1.0}
+    result = evaluate_code_switching(
+        make_model(), tiny_tokenizer, {"en": ["We walk"], "fr": ["Nous"]}, "any name", detector=every_second, **options
+    )
+    assert met[:2] == [("", "en"), ("", "fr")]
+    assert [text for text, _ in met[2:]] == [sample.response for sample in result.samples]
+    assert result.settings["identified_by"] == "every_second"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "detector", "message"),
+    [
+        ({"docs": ["a"], "ko": ["b"]}, says_math, "no texts in 'ko'"),
+        ({"docs": ["a"]}, lambda text, source: True, "calls an empty response to a prompt in 'docs' switched"),
+    ],
+)
+def test_a_detector_that_cannot_judge_is_refused_before_generating(tiny_tokenizer, prompts, detector, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_code_switching(torch.nn.Identity(), tiny_tokenizer, prompts, "math", detector=detector)
 
 
 def test_unequal_or_missing_samples_are_refused():
