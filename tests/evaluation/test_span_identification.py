@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import time
 from collections import Counter
 
 import numpy as np
@@ -203,15 +202,6 @@ def test_report(identifier):
     assert content["calibration"]["en"]["texts"] == 220
     assert content["calibration"]["en"]["threshold"] == identifier.threshold("en")
     assert content["calibration"]["en"]["rate"]["estimate"] <= 0.005
-
-
-def test_four_hundred_responses_take_well_under_a_second(written, identifier):
-    responses = cut([*written["en"][1], *written["fr"][1]], 30)[:400]
-    assert len(responses) == 400
-    start = time.process_time()
-    for response in responses:
-        identifier.switched(response, "en")
-    assert time.process_time() - start < 1
 
 
 def test_the_same_texts_give_the_same_identifier(written, identifier):
