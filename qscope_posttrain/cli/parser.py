@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from trl import TrlParser
 
 from qscope_posttrain.cli.options import did_you_mean
+from qscope_posttrain.recipe_file import read_yaml
 
 _WORDS: dict[Any, str] = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
 
@@ -85,25 +85,6 @@ class RecipeParser(TrlParser):
     def _unknown(self, key: str, place: str) -> str:
         names = sorted({action.dest for action in self._actions if action.dest != "help"})
         return f"unknown key '{key}' in {place}.{did_you_mean(key.replace('-', '_'), names)}"
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, or not a mapping.
-    """
-    location = Path(path)
-    if not location.is_file():
-        raise FileNotFoundError(f"no recipe at '{location}'.")
-    try:
-        content = yaml.safe_load(location.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{location} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{location} must map keys to values, got {type(content).__name__}.")
-    return content
 
 
 def _split_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from qscope_posttrain.testbed.arms import ARMS, DEMO_ARMS
+from qscope_posttrain.testbed.cores import resolve_device
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,7 @@ class TestbedConfig:
 
     def torch_device(self) -> str:
         """`device`, where "auto" is cuda if there is one."""
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return resolve_device(self.device)
 
     def subset(self, *names: str) -> dict[str, Any]:
         """Some settings as JSON values: what an artefact's key is made of."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.documents import DocumentSettings
+from qscope_posttrain.testbed.cores import resolve_device
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,7 @@ class ArithmeticConfig:
 
     def torch_device(self) -> str:
         """`device`, where "auto" is cuda if there is one."""
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return resolve_device(self.device)
 
     def documents(self, loops: float) -> DocumentSettings:
         """How training documents with a share of `loops` are written."""

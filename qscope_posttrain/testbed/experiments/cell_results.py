@@ -12,14 +12,13 @@ from qscope_posttrain.testbed.experiment import SFT
 from qscope_posttrain.testbed.experiments.choice import Choice, choose_weights
 from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval, clustered_interval, clustered_rate
 from qscope_posttrain.testbed.experiments.equal_cost import BUDGETS, ArmAtCost, arm_at_cost, paired_difference
+from qscope_posttrain.testbed.experiments.grouping import by_base, by_cell
 from qscope_posttrain.testbed.experiments.switching_rows import (
     MEASURES,
     Compared,
     Measure,
     SwitchingRow,
     by_arm,
-    by_base,
-    by_cell,
     compared_with_sft,
 )
 from qscope_posttrain.testbed.runs import BASE

@@ -18,6 +18,7 @@ from qscope_posttrain.testbed.experiment import SFT
 from qscope_posttrain.testbed.experiments import repetition_rows as repetition
 from qscope_posttrain.testbed.experiments import switching_rows as switching
 from qscope_posttrain.testbed.experiments.choice import choose_weights
+from qscope_posttrain.testbed.experiments.grouping import by_cell
 from qscope_posttrain.text.scripts import target_script
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
@@ -178,7 +179,7 @@ def _body(group: _Group, shown: int, available: int, gone: int, seed: int) -> st
 
 def _switching_groups(rows: Iterable[Mapping[str, Any]]) -> list[_Group]:
     groups = []
-    for cell, own in switching.by_cell(switching.switching_rows(rows)).items():
+    for cell, own in by_cell(switching.switching_rows(rows)).items():
         pairs = switching.compared_with_sft(own)
         weights = {arm: choice.weight for arm, choice in choose_weights(pairs).items()}
         highlight = target_script(own[0].target) if own[0].identify == "script" else ""
@@ -193,7 +194,7 @@ def _switching_groups(rows: Iterable[Mapping[str, Any]]) -> list[_Group]:
 
 def _repetition_groups(rows: Iterable[Mapping[str, Any]]) -> list[_Group]:
     groups = []
-    for cell, own in repetition.by_cell(repetition.repetition_rows(rows)).items():
+    for cell, own in by_cell(repetition.repetition_rows(rows)).items():
         arms = repetition.by_arm(own)
         plain = arms.pop(PLAIN, [])
         references = {row.key: _run(row, "samples.jsonl") for row in plain}

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval, clustered_interval
-from qscope_posttrain.testbed.experiments.switching_rows import Compared, Measure, Split, by_base
+from qscope_posttrain.testbed.experiments.grouping import by_base
+from qscope_posttrain.testbed.experiments.switching_rows import Compared, Measure, Split
 
 BUDGETS = (0.5, 1.0)
 """Rises of (masked) perplexity over SFT, per cent."""

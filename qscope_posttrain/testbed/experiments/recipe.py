@@ -21,11 +21,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.testbed.arithmetic.arms import ARMS as REPETITION_ARMS
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arms import ARMS as SWITCHING_ARMS
@@ -112,19 +110,11 @@ def load_recipe(
         FileNotFoundError: no such file.
         ValueError: not YAML, an unknown key, variant, arm or setting, or values that cannot work.
     """
-    place = Path(path)
-    if not place.is_file():
-        raise FileNotFoundError(f"no recipe at '{place}'")
-    try:
-        content = yaml.safe_load(place.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{place} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{place} must map keys to values, got {type(content).__name__}")
+    content = read_yaml(path)
     try:
         return build_recipe(content, variant, settings)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def build_recipe(

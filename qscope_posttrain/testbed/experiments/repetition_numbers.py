@@ -10,12 +10,12 @@ from typing import Literal
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.testbed.arithmetic.quality import Quality
 from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval, clustered_interval
+from qscope_posttrain.testbed.experiments.grouping import by_base
 from qscope_posttrain.testbed.experiments.rare_counts import Count, pooled, rate_over_runs, rate_ratio
 from qscope_posttrain.testbed.experiments.repetition_rows import (
     RepetitionRow,
     accuracy_difference,
     benign_difference,
-    by_base,
     loop_difference,
     pair_up,
 )

@@ -12,12 +12,12 @@ from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
 from qscope_posttrain.testbed.arithmetic.runs import START
+from qscope_posttrain.testbed.experiments.grouping import by_cell
 from qscope_posttrain.testbed.experiments.repetition_numbers import compare, loop_rate, probe_curve
 from qscope_posttrain.testbed.experiments.repetition_rows import (
     KIND,
     RepetitionRow,
     by_arm,
-    by_cell,
     check_references,
     repetition_rows,
 )

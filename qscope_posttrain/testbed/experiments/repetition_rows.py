@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -82,14 +82,6 @@ def repetition_rows(rows: Iterable[Mapping[str, Any]]) -> list[RepetitionRow]:
     return parsed
 
 
-def by_cell(rows: Iterable[RepetitionRow]) -> dict[str, list[RepetitionRow]]:
-    """The rows of each cell, in the order of their first appearance."""
-    cells: dict[str, list[RepetitionRow]] = {}
-    for row in rows:
-        cells.setdefault(row.cell, []).append(row)
-    return cells
-
-
 def by_arm(rows: Iterable[RepetitionRow]) -> dict[str, list[RepetitionRow]]:
     """The runs of each arm by base and seed: the start first, then plain, then in the order of `ARMS`."""
     order = {name: place for place, name in enumerate((START, *ARMS))}
@@ -103,14 +95,6 @@ def pair_up(runs: Sequence[RepetitionRow], references: Sequence[RepetitionRow]) 
     """The runs that have a partner with the same base and seed among `references`, beside it."""
     partners = {row.key: row for row in references}
     return [Pair(run, partners[run.key]) for run in runs if run.key in partners]
-
-
-def by_base(pairs: Iterable[Pair], value: Callable[[Pair], float]) -> dict[int, list[float]]:
-    """`value(pair)` of each pair, grouped by base, for `clustered_interval`."""
-    grouped: dict[int, list[float]] = {}
-    for pair in pairs:
-        grouped.setdefault(pair.run.base, []).append(value(pair))
-    return grouped
 
 
 def accuracy_difference(pair: Pair) -> float:

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from qscope_posttrain.evaluation.span_identification import SpanIdentifier, fit_span_identifier
+from qscope_posttrain.evaluation.switch_detector import ScriptDetector, SwitchDetector
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.residual.sampling import Sample
 from qscope_posttrain.testbed.arms import ARMS
-from qscope_posttrain.testbed.cache import Cache, open_cache
+from qscope_posttrain.testbed.cache import open_cache
 from qscope_posttrain.testbed.config import TestbedConfig
-from qscope_posttrain.testbed.dictionaries import FeatureSets, make_dictionaries, make_feature_sets
+from qscope_posttrain.testbed.dictionaries import make_dictionaries, make_feature_sets
 from qscope_posttrain.testbed.experiments.recipe import SwitchingCell
 from qscope_posttrain.testbed.language_model import LanguageModel, make_language_model
-from qscope_posttrain.testbed.runs import TEST, VALIDATION, Job, Run, run_jobs
+from qscope_posttrain.testbed.runs import TEST, VALIDATION, Job, run_jobs
 from qscope_posttrain.testbed.tokenizer import decode
 from qscope_posttrain.text.repetition import is_endless_repetition
-from qscope_posttrain.text.scripts import contains_language_script, contains_script, language_scripts
+from qscope_posttrain.text.scripts import contains_script, language_scripts
 
 SPLITS = (VALIDATION, TEST)
 """Coefficients are chosen on the first; everything is reported on the second, whose prompts are sampled."""
 
 _CALIBRATION_WINDOWS = 1200
 _CALIBRATION_SEED = 77
-Detector = Callable[[str, str], bool]
-"""(response, language it should be in) -> whether it has switched."""
 
 
 def run_switching_cell(cell: SwitchingCell) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
@@ -58,7 +57,8 @@ def _run_base(cell: SwitchingCell, base: int) -> tuple[list[dict[str, Any]], dic
     language_model = make_language_model(config, cache)
     dictionaries = make_dictionaries(config, cache, language_model)
     features = make_feature_sets(config, cache, language_model, dictionaries)
-    runs = _run_all(cell, config, cache, language_model, features)
+    description = f"{cell.title}, base {base}: fine-tuning and measuring"
+    runs = run_jobs(cell_jobs(cell), config, cache, language_model, features, description)
     detectors, identification = _detectors(config, language_model)
     rows = [
         {
@@ -93,14 +93,7 @@ def _run_base(cell: SwitchingCell, base: int) -> tuple[list[dict[str, Any]], dic
     return rows, world
 
 
-def _run_all(
-    cell: SwitchingCell, config: TestbedConfig, cache: Cache, language_model: LanguageModel, features: FeatureSets
-) -> list[Run]:
-    description = f"{cell.title}, base {config.model_seed}: fine-tuning and measuring"
-    return run_jobs(cell_jobs(cell), config, cache, language_model, features, description)
-
-
-def count_switches(samples: Sequence[Sample], target: Detector, any_other: Detector) -> dict[str, Any]:
+def count_switches(samples: Sequence[Sample], target: SwitchDetector, any_other: SwitchDetector) -> dict[str, Any]:
     """Responses that switched to the target, to any other language, and that repeat without end."""
     by_language: dict[str, dict[str, int]] = {}
     for sample in samples:
@@ -115,21 +108,18 @@ def count_switches(samples: Sequence[Sample], target: Detector, any_other: Detec
 
 def _detectors(
     config: TestbedConfig, language_model: LanguageModel
-) -> tuple[tuple[Detector, Detector], Mapping[str, Any] | None]:
+) -> tuple[tuple[SwitchDetector, SwitchDetector], Mapping[str, Any] | None]:
     """Whether a response holds the target, whether it holds any other language, and how the second is known."""
     if config.identify == "words":
         identifier = fit_identifier(config, language_model)
         return (identifier.switched, identifier.switched), identifier.to_dict()
     scripts = {script for language in language_model.languages for script in language_scripts(language)} - {"Latin"}
 
-    def target(response: str, language: str) -> bool:
-        return contains_language_script(response, config.target, language)
-
-    def any_other(response: str, language: str) -> bool:
+    def any_other(response: str, language: str, /) -> bool:
         foreign = scripts - set(language_scripts(language))
         return any(contains_script(response, script) for script in foreign)
 
-    return (target, any_other), None
+    return (ScriptDetector(config.target), any_other), None
 
 
 def fit_identifier(config: TestbedConfig, language_model: LanguageModel) -> SpanIdentifier:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -159,14 +159,6 @@ def compared_with_sft(rows: Sequence[SwitchingRow]) -> list[Compared]:
     return pairs
 
 
-def by_cell(rows: Sequence[SwitchingRow]) -> dict[str, list[SwitchingRow]]:
-    """The rows of each cell, in the order of their first appearance."""
-    cells: dict[str, list[SwitchingRow]] = {}
-    for row in rows:
-        cells.setdefault(row.cell, []).append(row)
-    return cells
-
-
 def by_arm(pairs: Iterable[Compared]) -> dict[str, list[Compared]]:
     """The runs of each arm, without the model before fine-tuning, in the order of `ARMS`; unknown arms last."""
     found: dict[str, list[Compared]] = {}
@@ -175,14 +167,6 @@ def by_arm(pairs: Iterable[Compared]) -> dict[str, list[Compared]]:
             found.setdefault(pair.run.arm, []).append(pair)
     order = {name: place for place, name in enumerate(ARMS)}
     return {name: found[name] for name in sorted(found, key=lambda name: order.get(name, len(order)))}
-
-
-def by_base(pairs: Iterable[Compared], value: Callable[[Compared], float]) -> dict[int, list[float]]:
-    """`value(pair)` of each run, grouped by base model, for `clustered_interval`."""
-    grouped: dict[int, list[float]] = {}
-    for pair in pairs:
-        grouped.setdefault(pair.run.base, []).append(value(pair))
-    return grouped
 
 
 def _parse(row: Mapping[str, Any]) -> SwitchingRow:
