@@ -1,0 +1,212 @@
+"""Which features fire on each text: one streaming pass that keeps a sparse row per text, never a row per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qscope_posttrain.features.accumulator import calibrate, calibration_sample, layer_rows, process_rank
+from qscope_posttrain.features.batches import (
+    Text,
+    TokenBatch,
+    check_texts,
+    longest_allowed,
+    pad_token,
+    token_batches,
+    tokenize_texts,
+)
+from qscope_posttrain.report.progress import progress
+from qscope_posttrain.residual.evaluation_mode import evaluation_mode
+from qscope_posttrain.residual.layers import check_layers
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+Pooling = Literal["last", "max", "mean"]
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatures:
+    """The features of one layer on N texts, pooled over the tokens of each: a sparse matrix `[N, d_sae]`, on the CPU.
+
+    Features that fire nowhere in a text are absent from its row, so a row is the set F(x) of equation 2 of the
+    Qwen-Scope report (with pooling "last"), or the features with h = 1 of its equation 13 (with "max" or "mean").
+    """
+
+    offsets: Tensor
+    """[N + 1] int64: the entries of text n are offsets[n] .. offsets[n + 1]"""
+    indices: Tensor
+    """[entries] int32 feature ids, ascending within a text"""
+    values: Tensor
+    """[entries] fp32, above zero: activation at the last token, or its maximum or mean over the tokens that count"""
+    d_sae: int
+    tokens: Tensor
+    """[N] int64: tokens behind each row; 0 where none counts (a text of one token, or of norm outliers alone)"""
+    truncated: Tensor
+    """[N] bool: the text was cut, so that its last tokens were not read"""
+    residual: Tensor | None = None
+    """[N, d_model] fp32 residual stream, at the last token or averaged over the tokens; None if not asked for"""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def row(self, text: int) -> tuple[Tensor, Tensor]:
+        """(feature ids int32, values fp32) of one text."""
+        part = slice(int(self.offsets[text]), int(self.offsets[text + 1]))
+        return self.indices[part], self.values[part]
+
+    def matrix(self) -> csr_array:
+        """The same as a scipy CSR array `[N, d_sae]` in fp32, without a copy of the entries."""
+        from scipy.sparse import csr_array
+
+        parts = (self.values.numpy(), self.indices.numpy(), self.offsets.numpy())
+        return csr_array(parts, shape=(len(self), self.d_sae))
+
+
+def collect_text_features(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    saes: Mapping[int, SparseAutoencoder],
+    *,
+    pooling: Pooling = "max",
+    residual: bool = False,
+    tokens_per_batch: int = 4096,
+    max_length: int = 512,
+    outlier_factor: float = 10.0,
+    show_progress: bool | None = None,
+) -> dict[int, TextFeatures]:
+    """Run the model once over `texts`, up to the deepest layer in `saes`, and pool what fires on each of them.
+
+    The first token of a text never counts (the context of a `TokenText` neither), nor does a token whose residual norm
+    exceeds `outlier_factor` times the median norm of its layer, which a calibration sample gives as in
+    `statistics.collect_statistics`. With pooling "last" a text whose last token is such an outlier has an empty row.
+
+    Memory is the entries alone, 8 bytes each: at most k a text with pooling "last", at most tokens * k otherwise.
+    With torch.distributed initialised every process must call this with the same arguments; each reads its share, and
+    all return everything.
+
+    Args:
+        texts: strings, token ids, or `TokenText`s that count from some position on.
+        saes: {layer: SAE}, layers counted from 0.
+        pooling: "last" token, "max" or "mean" over the tokens that count.
+        residual: keep the residual stream too, pooled alike (the mean, for "max"): the input of a linear probe.
+        max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
+
+    Returns:
+        {layer: TextFeatures}, rows in the order of `texts`.
+
+    Raises:
+        TypeError, ValueError: no texts, an unknown pooling, a layer out of range, an SAE of another width.
+    """
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}.")
+    check_texts({"texts": texts})
+    layers = check_layers(model, sorted(saes))
+    sequences = tokenize_texts(tokenizer, {"texts": texts}, longest_allowed(model, max_length))
+    pad_id = pad_token(tokenizer)
+    sample = token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
+    batches = token_batches(sequences, tokens_per_batch, pad_id)
+    rank, processes = process_rank()
+    parts: dict[int, list[_Part]] = {layer: [] for layer in layers}
+    with evaluation_mode(model), torch.no_grad():
+        medians = calibrate(model, layers, sample).medians
+        shown = progress(batches[rank::processes], description="features of each text", enabled=show_progress)
+        for batch in shown:
+            owners, last = _owners(batch)
+            for layer, rows, _ in layer_rows(model, layers, batch):
+                limit = outlier_factor * medians[layer]
+                parts[layer].append(_pool(rows, owners, last, saes[layer], limit, pooling, residual))
+    if processes > 1:
+        parts = _gather(parts, processes)
+    truncated = torch.zeros(len(texts), dtype=torch.bool)
+    truncated[[sequence.text for sequence in sequences if sequence.truncated]] = True
+    return {layer: _assemble(parts[layer], len(texts), saes[layer].d_sae, truncated) for layer in layers}
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What one batch adds, on the CPU. Every text is in one batch, whole."""
+
+    entry_texts: Tensor
+    indices: Tensor
+    values: Tensor
+    texts: Tensor
+    tokens: Tensor
+    residual: Tensor | None
+
+
+def _owners(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """(text of every token that counts [tokens], whether it is the last of its text [tokens]), both on the CPU."""
+    counts = torch.tensor([sequence.counted for sequence in batch.sequences])
+    texts = torch.tensor([sequence.text for sequence in batch.sequences])
+    last = torch.zeros(int(counts.sum()), dtype=torch.bool)
+    last[(counts.cumsum(0) - 1)[counts > 0]] = True
+    return texts.repeat_interleave(counts), last
+
+
+def _pool(
+    rows: Tensor,
+    owners: Tensor,
+    last: Tensor,
+    sae: SparseAutoencoder,
+    norm_limit: float,
+    pooling: Pooling,
+    residual: bool,
+) -> _Part:
+    rows = rows.float()
+    kept = (torch.linalg.vector_norm(rows, dim=1) <= norm_limit).cpu()
+    if pooling == "last":
+        kept &= last
+    rows, owners = rows[kept.to(rows.device)], owners[kept]
+    texts, position, tokens = owners.unique(return_inverse=True, return_counts=True)
+    values, indices = (part.cpu() for part in sae.encode(rows.to(sae.device, sae.dtype)))
+    fires = values > 0
+    keys = owners[:, None].expand_as(indices)[fires] * sae.d_sae + indices[fires].long()
+    keys, entry = keys.unique(return_inverse=True)
+    pooled = torch.zeros(len(keys), dtype=torch.float64)
+    pooled.scatter_reduce_(0, entry, values[fires].double(), "amax" if pooling == "max" else "sum")
+    entry_texts = keys // sae.d_sae
+    if pooling == "mean":
+        pooled /= tokens[torch.searchsorted(texts, entry_texts)]
+    states = None
+    if residual:
+        states = torch.zeros(len(texts), rows.shape[1], dtype=torch.float64)
+        states = (states.index_add_(0, position, rows.cpu().double()) / tokens[:, None]).float()
+    return _Part(entry_texts, (keys % sae.d_sae).int(), pooled.float(), texts, tokens, states)
+
+
+def _gather(parts: dict[int, list[_Part]], processes: int) -> dict[int, list[_Part]]:
+    gathered: list[Any] = [None] * processes
+    dist.all_gather_object(gathered, parts)
+    return {layer: [part for found in gathered for part in found[layer]] for layer in parts}
+
+
+def _assemble(parts: Sequence[_Part], count: int, d_sae: int, truncated: Tensor) -> TextFeatures:
+    entry_texts = torch.cat([part.entry_texts for part in parts])
+    order = entry_texts.argsort(stable=True)
+    tokens = torch.zeros(count, dtype=torch.long)
+    for part in parts:
+        tokens[part.texts] = part.tokens
+    states = None
+    kept = [part.residual for part in parts if part.residual is not None]
+    if kept:
+        states = torch.zeros(count, kept[0].shape[1])
+        states[torch.cat([part.texts for part in parts])] = torch.cat(kept)
+    offsets = torch.zeros(count + 1, dtype=torch.long)
+    offsets[1:] = entry_texts.bincount(minlength=count).cumsum(0)
+    return TextFeatures(
+        offsets=offsets,
+        indices=torch.cat([part.indices for part in parts])[order],
+        values=torch.cat([part.values for part in parts])[order],
+        d_sae=d_sae,
+        tokens=tokens,
+        truncated=truncated,
+        residual=states,
+    )
