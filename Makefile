@@ -2,25 +2,29 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 TORCH := 2.13.0
+TRITON := 3.9.0
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-# The CPU build of torch is 200 MB, the CUDA build several GB: take the first where no NVIDIA driver answers.
+# The CPU build of torch is 200 MB, the CUDA build several GB: take the first where no NVIDIA driver answers. It brings no
+# triton, whose interpreter the tests run the kernels in; where none is to be had those tests are skipped, saying so.
 define install_torch
 	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then \
 	    $(1)/bin/pip install --quiet --disable-pip-version-check "torch==$(TORCH)+cpu" 2>/dev/null \
 	    || $(1)/bin/pip install --quiet --disable-pip-version-check "torch==$(TORCH)+cpu" \
-	        --extra-index-url https://download.pytorch.org/whl/cpu; \
+	        --extra-index-url https://download.pytorch.org/whl/cpu || exit 1; \
+	    $(1)/bin/pip install --quiet --disable-pip-version-check "triton==$(TRITON)" || true; \
 	else \
 	    $(1)/bin/pip install --quiet --disable-pip-version-check "torch==$(TORCH)"; \
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest lint types format benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers lint types format benchmarks clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | lint | types | format | benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | lint | types | format | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -52,6 +56,18 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile tests/residual tests/sft tests/rl tests/invariants
 
+# Other SAE libraries, in an environment of their own: what they write is read here, and benchmarks/ runs against them.
+# torchvision comes with one of them, has no CPU build to match, and is needed by none of what is used here.
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(PEERS)
+	$(call install_torch,$(PEERS))
+	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench]"
+	@nvidia-smi >/dev/null 2>&1 || $(PEERS)/bin/pip uninstall --quiet --yes torchvision
+	@touch $@
+
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest tests/peers
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,4 +86,4 @@ benchmarks: $(VENV)/.installed
 	$(BIN)/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(PEERS) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
