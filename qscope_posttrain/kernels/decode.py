@@ -1,0 +1,138 @@
+"""Sum decoder rows by a sparse code, without a dense code and without a tensor [tokens, width, d_model].
+
+    x_hat[t] = sum_j values[t, j] W_dec[indices[t, j]] + b_dec
+
+All three directions are sums of rows by a sparse matrix A [tokens, d_sae]: the forward is A W_dec, the gradient of
+W_dec is A' g with the entries sorted by feature, and that of the values is the part of g W_dec' where A has entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qscope_posttrain.kernels.checks import (
+    check_floating,
+    check_indices,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """`sum_j values[t, j] * W_dec[indices[t, j]] + b_dec`.
+
+    Args:
+        values: `[T, w]`, floating point; rounded to the dtype of `W_dec`, in which the rows are.
+        indices: `[T, w]`, int32 or int64, each in `[0, S)`; the same index may come several times in a row. On the CPU
+            an index out of range is an error, on CUDA checking it would mean to wait for the device.
+        W_dec: `[S, D]`.
+        b_dec: `[D]` in the dtype of `W_dec`, or None.
+
+    Returns:
+        `[T, D]` in the dtype of `W_dec`, accumulated in at least fp32. With w = 0 it is `b_dec` in every row.
+
+    Differentiable with respect to `values`, `W_dec` and `b_dec`; saves `values` and `indices`. The gradient of `W_dec`
+    is dense, `[S, D]`; making it takes a sort of the T * w entries by feature (some 24 bytes an entry).
+
+    Deterministic, forward and backward: each element is summed by one thread, in a fixed order. Entries of value 0 add
+    nothing where the row is finite. Not affected by autocast.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit.
+    """
+    check_shape("W_dec", W_dec, ("d_sae", "d_model"))
+    check_shape("values", values, ("tokens", "width"))
+    check_shape("indices", indices, tuple(values.shape))
+    check_indices("indices", indices)
+    check_floating(values=values, W_dec=W_dec)
+    check_same_device(values=values, indices=indices, W_dec=W_dec)
+    if b_dec is not None:
+        check_shape("b_dec", b_dec, (W_dec.shape[1],))
+        check_same_dtype(W_dec=W_dec, b_dec=b_dec)
+        check_same_device(W_dec=W_dec, b_dec=b_dec)
+    if W_dec.shape[0] == 0 and values.numel() > 0:
+        raise ValueError("W_dec has no rows, but the code has entries")
+    decoded: Tensor = _sparse_decode(values, indices, W_dec, b_dec)
+    return decoded
+
+
+@torch.library.custom_op("qscope_posttrain::sparse_decode", mutates_args=())
+def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    tokens, width = values.shape
+    if values.numel() == 0 or W_dec.shape[1] == 0:
+        decoded = W_dec.new_zeros(tokens, W_dec.shape[1])
+    else:
+        starts = torch.arange(0, tokens * width, width, device=indices.device, dtype=indices.dtype)
+        decoded = _sum_rows(values.reshape(-1), indices.reshape(-1), starts, W_dec)
+    return decoded if b_dec is None else decoded.add_(b_dec)
+
+
+@torch.library.custom_op("qscope_posttrain::sparse_decode_values_gradient", mutates_args=())
+def _values_gradient(gradient: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """`gradient[t] . W_dec[indices[t, j]]`, `[T, w]` in the dtype of W_dec."""
+    if indices.numel() == 0 or W_dec.shape[1] == 0:
+        return W_dec.new_zeros(indices.shape)
+    tokens, width = indices.shape
+    starts = torch.arange(0, tokens * width, width, device=indices.device, dtype=indices.dtype)
+    owners = torch.arange(tokens, device=indices.device, dtype=indices.dtype).repeat_interleave(width)
+    # The kernel behind embedding_bag's own backward: a dot product per entry, nothing gathered.
+    flat: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        gradient.contiguous(), W_dec.contiguous(), indices.reshape(-1), starts, owners, 0, -1
+    )
+    return flat.view(tokens, width)
+
+
+@torch.library.custom_op("qscope_posttrain::sparse_decode_weight_gradient", mutates_args=())
+def _weight_gradient(gradient: Tensor, values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """`sum over entries of feature s of values[t, j] gradient[t]`, `[d_sae, D]` in the dtype of the gradient."""
+    if indices.numel() == 0 or gradient.shape[1] == 0:
+        return gradient.new_zeros(d_sae, gradient.shape[1])
+    features, order = indices.reshape(-1).sort(stable=True)
+    starts = torch.searchsorted(features, torch.arange(d_sae, device=features.device, dtype=features.dtype))
+    return _sum_rows(values.reshape(-1)[order], order // indices.shape[1], starts, gradient)
+
+
+def _sum_rows(weights: Tensor, rows: Tensor, starts: Tensor, table: Tensor) -> Tensor:
+    """`sum of weights[n] table[rows[n]]` over each segment that begins at `starts`: `[segments, D]`."""
+    return F.embedding_bag(
+        rows, table.contiguous(), starts.to(rows.dtype), mode="sum", per_sample_weights=weights.to(table.dtype)
+    )
+
+
+@_sparse_decode.register_fake
+def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    return W_dec.new_empty(values.shape[0], W_dec.shape[1])
+
+
+@_values_gradient.register_fake
+def _(gradient: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    return W_dec.new_empty(indices.shape)
+
+
+@_weight_gradient.register_fake
+def _(gradient: Tensor, values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    return gradient.new_empty(d_sae, gradient.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, indices, W_dec, _ = inputs
+    ctx.save_for_backward(values, indices, W_dec)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    values, indices, W_dec = ctx.saved_tensors
+    needs_values, _, needs_weight, needs_bias = ctx.needs_input_grad
+    return (
+        _values_gradient(gradient, indices, W_dec).to(values.dtype) if needs_values else None,
+        None,
+        _weight_gradient(gradient, values, indices, W_dec.shape[0]) if needs_weight else None,
+        gradient.sum(0) if needs_bias else None,
+    )
+
+
+_sparse_decode.register_autograd(_backward, setup_context=_setup_context)
