@@ -23,7 +23,7 @@ from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sft.config import SASFTConfig
-from qscope_posttrain.sft.loss import feature_sums, normalise
+from qscope_posttrain.sft.loss import normalise
 from qscope_posttrain.sft.penalty import penalty_layers
 
 REPETITIONS = 20
@@ -47,9 +47,11 @@ def penalty_step(features: FeatureSet, variant: str, hidden: torch.Tensor) -> Ca
         for _ in range(REPETITIONS):
             total = hidden.new_zeros(())
             for layer in layers:
-                sums = feature_sums(layer.excess(hidden, ids), mask)
                 total = total + normalise(
-                    sums.sum(), features=len(layer), num_tokens=mask.sum(), normalization="token_mean"
+                    layer.penalty(hidden, ids, mask).sums.sum(),
+                    features=len(layer),
+                    num_tokens=mask.sum(),
+                    normalization="token_mean",
                 )
             total.backward()
 

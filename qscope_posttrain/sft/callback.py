@@ -19,7 +19,7 @@ from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.checks import ZERO_3, is_sharded
 from qscope_posttrain.sft.config import LanguageOf, SASFTConfig
 from qscope_posttrain.sft.logits import LogitHead, risk_weights
-from qscope_posttrain.sft.loss import Normalization, feature_sums
+from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import TokenBatch
 from qscope_posttrain.sft.normalisation import Normaliser
 from qscope_posttrain.sft.penalty import PenaltyLayer, penalty_layers
@@ -138,14 +138,13 @@ class SASFTCallback(AuxiliaryLossCallback):
         for layer in self.layers:
             hidden = capture.tensors[layer.layer]
             here = hidden.device
-            excess = self._layer_on(layer, here).excess(hidden, batch.language_ids.to(here))
-            sums = feature_sums(excess, eligible.to(here))
-            weighted = sums if weights is None else feature_sums(excess, eligible.to(here), weights.to(here))
-            penalty = penalty + normaliser(weighted.sum(), features=len(layer)).to(penalty.device)
-            with torch.no_grad():
-                above |= (excess > 0).any(-1).to(above.device)
-            mean_excesses.append(sums.detach())
-        counts = [(above & eligible).sum(), eligible.sum(), batch.labelled().sum()]
+            found = self._layer_on(layer, here).penalty(
+                hidden, batch.language_ids.to(here), eligible.to(here), None if weights is None else weights.to(here)
+            )
+            penalty = penalty + normaliser(found.sums.sum(), features=len(layer)).to(penalty.device)
+            above |= found.above.to(above.device)
+            mean_excesses.append(found.excesses)
+        counts = [above.sum(), eligible.sum(), batch.labelled().sum()]
         values = [penalty.detach() * normaliser.logged, *counts, *mean_excesses]
         # With weight 0 and an anchor, the penalty must not even contribute a zero gradient.
         term = self.weight * penalty if self.weight else torch.zeros_like(penalty)

@@ -7,36 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from qscope_posttrain.kernels.penalty import masked_excess
+
 Normalization = Literal["token_mean", "paper", "official"]
-
-
-def readout(hidden: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """`hidden @ rows.T + bias` in at least fp32, whatever autocast is active.
-
-    Args:
-        hidden: residual stream `[..., d_model]`, any floating dtype, with graph.
-        rows: directions `[F, d_model]`, fp32.
-        bias: `[F]` or anything that broadcasts against `[..., F]`.
-
-    Returns:
-        Readouts `[..., F]`. With encoder rows and biases these are the pre-activations f(x) = W_enc x + b_enc.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _at_least_fp32(hidden) @ rows.T + bias
-
-
-def excess(pre_activations: Tensor, thresholds: Tensor) -> Tensor:
-    """`ReLU(f - alpha)`, `[..., F]`, in at least fp32."""
-    return torch.relu(_at_least_fp32(pre_activations) - thresholds)
-
-
-def feature_sums(excesses: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """`sum_t m_t w_t excess_ts`, `[F]`, from excesses `[..., F]`, a bool mask `[...]` and weights `[...]` or None."""
-    # Filled, not multiplied: a padded position may hold anything, and 0 * nan is nan.
-    masked = excesses.masked_fill(~mask.unsqueeze(-1), 0)
-    if weights is not None:
-        masked = masked * weights.detach().unsqueeze(-1)
-    return masked.flatten(0, -2).sum(0)
 
 
 def sasft_loss(
@@ -83,9 +56,11 @@ def sasft_loss(
         raise ValueError(
             f"mask must have one entry per token, {list(pre_activations.shape[:-1])}, got {list(mask.shape)}."
         )
-    sums = feature_sums(excess(pre_activations, thresholds), mask, weights)
+    excess = masked_excess(_at_least_fp32(pre_activations), thresholds, mask)
+    if weights is not None:
+        excess = excess * weights.detach().unsqueeze(-1)
     return normalise(
-        sums.sum(),
+        excess.sum(),
         features=pre_activations.shape[-1],
         num_tokens=mask.sum() if num_tokens is None else num_tokens,
         normalization=normalization,

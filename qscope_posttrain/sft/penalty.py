@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
+from qscope_posttrain.kernels.penalty import FeaturePenalty, feature_penalty
 from qscope_posttrain.sft.config import Combine, SASFTConfig
-from qscope_posttrain.sft.loss import excess, readout
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +40,20 @@ class PenaltyLayer:
             self, rows=self.rows.to(device), bias=self.bias.to(device), thresholds=self.thresholds.to(device)
         )
 
-    def excess(self, hidden: Tensor, language_ids: Tensor) -> Tensor:
-        """Excess of every token over its language's threshold.
+    def penalty(
+        self, hidden: Tensor, language_ids: Tensor, mask: Tensor, weights: Tensor | None = None
+    ) -> FeaturePenalty:
+        """Sums of every readout's excess over its language's threshold, in at least fp32.
 
         Args:
             hidden: residual stream `[batch, tokens, d_model]`, with graph.
-            language_ids: `[batch, tokens]`; negative ids take the first language, and must be masked by the caller.
-
-        Returns:
-            `[batch, tokens, R]` in fp32.
+            language_ids: `[batch, tokens]`; tokens with a negative id must be masked.
+            mask: `[batch, tokens]`, bool: tokens that count.
+            weights: `[batch, tokens]`, factors of the tokens, or None.
         """
-        return excess(readout(hidden, self.rows, self.bias), self.thresholds[language_ids.clamp(min=0)])
+        return feature_penalty(
+            hidden, self.rows, self.bias, self.thresholds, mask, groups=language_ids, weights=weights
+        )
 
 
 def penalty_layers(features: FeatureSet, config: SASFTConfig) -> tuple[PenaltyLayer, ...]:

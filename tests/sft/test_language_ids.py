@@ -184,5 +184,8 @@ def test_tokens_of_several_languages_in_one_row_get_their_own_threshold(make_mod
     hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[0, 0, 2, 2]])
     f = hidden @ layer.rows.T + layer.bias
-    assert torch.allclose(layer.excess(hidden, ids)[0, 1], torch.relu(f[0, 1] - layer.thresholds[0]))
-    assert torch.allclose(layer.excess(hidden, ids)[0, 2], torch.relu(f[0, 2] - layer.thresholds[2]))
+    for token, language in ((1, 0), (2, 2)):
+        alone = torch.zeros(1, 4, dtype=torch.bool)
+        alone[0, token] = True
+        expected = torch.relu(f[0, token] - layer.thresholds[language])
+        assert torch.allclose(layer.penalty(hidden, ids, alone).sums, expected)

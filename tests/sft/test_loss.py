@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qscope_posttrain.sft.loss import readout, sasft_loss
+from qscope_posttrain.sft.loss import sasft_loss
 
 
 @pytest.fixture
@@ -78,19 +78,6 @@ def test_gradient_against_finite_differences(case):
     f, alpha, mask = (tensor.double() if tensor.is_floating_point() else tensor for tensor in case)
     f = f.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: sasft_loss(x, alpha, mask, "paper"), (f,))
-
-
-def test_readout_is_fp32_inside_autocast():
-    generator = torch.Generator().manual_seed(0)
-    hidden, rows = torch.randn(5, 64, generator=generator), torch.randn(2, 64, generator=generator)
-    bias = torch.randn(2, generator=generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = readout(hidden, rows, bias)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, readout(hidden, rows, bias))
-    assert torch.allclose(found[3, 1], torch.dot(hidden[3], rows[1]) + bias[1], rtol=1e-5)
-    low = readout(hidden.bfloat16(), rows, bias)
-    assert torch.equal(low, readout(hidden.bfloat16().float(), rows, bias))
 
 
 def test_errors(case):

@@ -52,7 +52,8 @@ def features(make_model, samples) -> FeatureSet:
 def excess_of(features, hidden, language, **options):
     (layer,) = penalty_layers(features, SASFTConfig(**options))
     ids = torch.full((1, len(hidden)), features.languages.index(language))
-    return layer.excess(hidden[None], ids)[0]
+    alone = torch.eye(len(hidden), dtype=torch.bool)
+    return torch.stack([layer.penalty(hidden[None], ids, token[None]).sums for token in alone])
 
 
 @pytest.mark.parametrize("readout", ["encoder", "decoder"])
