@@ -112,6 +112,7 @@ _GEMMA_2_L0 = {
 def gemma_scope_2() -> Iterator[CatalogEntry]:
     for size, depth, d_model, some in _GEMMA_3:
         for tuning in ("pt", "it"):
+            suites: list[tuple[str, str, tuple[int, ...]]]
             suites = [("resid_post", width, some) for width in ("16k", "65k", "262k", "1m")]
             suites += [("resid_post_all", width, tuple(range(depth))) for width in ("16k", "262k")]
             for site, width, layers in suites:
