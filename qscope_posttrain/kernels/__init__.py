@@ -3,9 +3,22 @@
 Nothing here imports the rest of the package. Triton is imported when a CUDA tensor arrives, never before.
 """
 
+from qscope_posttrain.kernels.certified import CertifiedCode, CertifiedWeights, certified_encode, certified_weights
 from qscope_posttrain.kernels.decode import sparse_decode
 from qscope_posttrain.kernels.encode import topk_encode
 from qscope_posttrain.kernels.penalty import feature_penalty
 from qscope_posttrain.kernels.readout import feature_preactivations
+from qscope_posttrain.kernels.threshold import batch_topk_encode, threshold_encode
 
-__all__ = ["feature_penalty", "feature_preactivations", "sparse_decode", "topk_encode"]
+__all__ = [
+    "CertifiedCode",
+    "CertifiedWeights",
+    "batch_topk_encode",
+    "certified_encode",
+    "certified_weights",
+    "feature_penalty",
+    "feature_preactivations",
+    "sparse_decode",
+    "threshold_encode",
+    "topk_encode",
+]

@@ -77,3 +77,15 @@ def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
     check_same_device(x=x, W_enc=W_enc, b_enc=b_enc)
     if W_enc.shape[0] > MAX_FEATURES:
         raise ValueError(f"d_sae = {W_enc.shape[0]} does not fit int32 indices")
+
+
+def check_k(k: int, d_sae: int) -> None:
+    check_count("k", k)
+    if k > d_sae:
+        raise ValueError(f"k={k} features of each token were asked for, but the dictionary has only {d_sae}")
+
+
+def check_tiles(tile_tokens: int | None, tile_features: int | None) -> None:
+    for name, tile in (("tile_tokens", tile_tokens), ("tile_features", tile_features)):
+        if tile is not None:
+            check_count(name, tile)

@@ -40,6 +40,11 @@ def tile_shape(
     return max(1, min(tile_tokens, tokens)), max(1, min(tile_features, d_sae))
 
 
+def result_dtype(W_enc: Tensor) -> torch.dtype:
+    """Values are float32 whatever the weights are stored in, or float64 if they are."""
+    return torch.promote_types(W_enc.dtype, torch.float32)
+
+
 def preactivation_tiles(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype, tile_tokens: int, tile_features: int
 ) -> Iterator[Tile]:
@@ -47,13 +52,13 @@ def preactivation_tiles(
 
     Weights of another dtype are converted a tile at a time. One buffer is used for all tiles.
     """
-    d_sae = W_enc.shape[0]
     buffer = x.new_empty(tile_tokens * tile_features, dtype=dtype)
     for token in range(0, x.shape[0], tile_tokens):
         rows = x[token : token + tile_tokens].to(dtype)
-        for feature in range(0, d_sae, tile_features):
+        for feature in range(0, W_enc.shape[0], tile_features):
             weight = W_enc[feature : feature + tile_features].to(dtype)
             bias = b_enc[feature : feature + tile_features].to(dtype)
             pre = buffer[: rows.shape[0] * weight.shape[0]].view(rows.shape[0], weight.shape[0])
-            torch.addmm(bias, rows, weight.t(), out=pre)
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                torch.addmm(bias, rows, weight.t(), out=pre)
             yield Tile(token, feature, pre)
