@@ -1,4 +1,4 @@
-"""`qscope features find`, `qscope features find-repetition` and `qscope features show`."""
+"""`qscope features find`, `find-repetition`, `contrast`, `rank` and `show`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.cli.features_contrast import add_contrast_options, add_rank_options, contrast, rank
 from qscope_posttrain.cli.features_repetition import add_options, find_repetition, print_steering
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_texts
 from qscope_posttrain.cli.options import OptionParser, add_model_options
@@ -25,6 +26,10 @@ def run(arguments: Sequence[str]) -> int:
         show(options)
     elif options.action == "find-repetition":
         find_repetition(options, FILE_NAME)
+    elif options.action == "contrast":
+        contrast(options, FILE_NAME)
+    elif options.action == "rank":
+        rank(options, FILE_NAME)
     else:
         find(options)
     return 0
@@ -140,6 +145,8 @@ def _parser() -> OptionParser:
     new.add_argument("--resumable", action="store_true", help="keep a checkpoint, so that a killed pass goes on")
     new.add_argument("--seed", type=int, default=0, help="of the random controls")
     add_options(actions.add_parser("find-repetition", help="find the features of endless repetition, and try them"))
+    add_contrast_options(actions.add_parser("contrast", help="find the features that tell two sets of texts apart"))
+    add_rank_options(actions.add_parser("rank", help="rank features by their activation on one response"))
     old = actions.add_parser("show", help="print a FeatureSet")
     old.add_argument("path", help="features.safetensors, or the folder that holds it")
     old.add_argument("--language", help="rows of this language only")

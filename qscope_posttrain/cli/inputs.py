@@ -50,6 +50,30 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
     return texts
 
 
+def read_text_list(path: str | Path, limit: int | None = None) -> list[str]:
+    """Texts of one set: a text file with one a line, or JSONL with `text`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line of another form, or no text at all.
+    """
+    location = Path(path)
+    if not location.is_file():
+        raise FileNotFoundError(f"no file at '{location}': expected one text a line, or JSONL with 'text'.")
+    if location.suffix != ".jsonl":
+        texts = _take(_lines(location), limit)
+    else:
+        texts = []
+        for number, row in read_jsonl(location):
+            if not isinstance(row.get("text"), str):
+                raise ValueError(f"{location}, line {number}: expected a string 'text', got the keys {sorted(row)}.")
+            if row["text"].strip() and (limit is None or len(texts) < limit):
+                texts.append(row["text"])
+    if not texts:
+        raise ValueError(f"'{location}' has no texts.")
+    return texts
+
+
 def read_prompts(path: str | Path, limit: int | None = None, language: str | None = None) -> dict[str, list[Any]]:
     """Prompts by source language, from JSONL with `prompt` (text or chat messages) and `language`, or as `read_texts`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +55,15 @@ class TokenSequence:
     truncated: bool
     start: int = 1
     """Position of the first token that counts; at the length or beyond, none does"""
+    ignored: frozenset[int] = frozenset()
+    """Token ids that never count, wherever they stand; they are read all the same, as context of the others"""
 
     @property
     def counted(self) -> int:
         """Number of tokens that count."""
-        return max(len(self.ids) - self.start, 0)
+        if not self.ignored:
+            return max(len(self.ids) - self.start, 0)
+        return sum(token not in self.ignored for token in self.ids[self.start :])
 
     def content_hash(self) -> bytes:
         """Depends on the token ids alone: not on the order of the texts, the language or the process."""
@@ -84,6 +88,9 @@ class TokenBatch:
         column = torch.arange(self.input_ids.shape[1])
         start = torch.tensor([sequence.start for sequence in self.sequences])
         counts = (column >= start[:, None]) & (column < self.lengths[:, None])
+        for row, sequence in enumerate(self.sequences):
+            if sequence.ignored:
+                counts[row] &= ~torch.isin(self.input_ids[row], torch.tensor(sorted(sequence.ignored)))
         return counts.flatten().nonzero().squeeze(1)
 
 
@@ -129,12 +136,16 @@ def describe_text(text: Text) -> str:
 
 
 def tokenize_texts(
-    tokenizer: Any, texts: Mapping[str, Sequence[Text]], max_length: int, languages: Sequence[str] | None = None
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[Text]],
+    max_length: int,
+    languages: Sequence[str] | None = None,
+    ignored: Collection[int] = (),
 ) -> list[TokenSequence]:
     """Token ids of all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens.
 
     Texts without a token are left out. `languages` restricts the work to some languages of `texts`; the language
-    index of a sequence always counts in the order of `texts`.
+    index of a sequence always counts in the order of `texts`. Tokens whose ids are `ignored` never count.
 
     Raises:
         TypeError: the tokenizer is not callable or returns no `input_ids`.
@@ -145,11 +156,12 @@ def tokenize_texts(
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (the first token of a text never counts), got {max_length}.")
     sequences: list[TokenSequence] = []
+    left_out = frozenset(ignored)
     for index, language in enumerate(check_texts(texts)):
         if languages is not None and language not in languages:
             continue
         found = [
-            TokenSequence(index, number, text.ids[:max_length], len(text.ids) > max_length, text.start)
+            TokenSequence(index, number, text.ids[:max_length], len(text.ids) > max_length, text.start, left_out)
             for number, text in enumerate(_token_texts(tokenizer, texts[language]))
             if len(text.ids) > 0
         ]
@@ -157,6 +169,7 @@ def tokenize_texts(
             raise ValueError(
                 f"Language {language!r} has no text of at least two tokens"
                 + (f", or none that counts before token {max_length}." if any(s.truncated for s in found) else ".")
+                + (f" {len(left_out)} token ids are ignored." if left_out else "")
             )
         sequences += found
     return sequences

@@ -20,7 +20,13 @@ IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
 
 REPETITION = "repetition"
 """`settings["selector"]` of what `find_repetition.find_repetition_features` makes."""
-SCORES = {REPETITION: "activation at the last occurrence of a token in a loop minus its first"}
+CONTRAST, RESPONSE = "contrast", "response"
+"""`settings["selector"]` of what `contrastive.find_contrastive_features` and `rank_response_features` make."""
+SCORES = {
+    REPETITION: "activation at the last occurrence of a token in a loop minus its first",
+    CONTRAST: "difference of mean activation, or of firing rate, between the first set and the second",
+    RESPONSE: "largest or mean activation over the response's tokens",
+}
 """What the scores are, by selector; monolinguality otherwise."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,7 @@ def collect_statistics(
     tokens_per_batch: int = 4096,
     max_length: int = 512,
     outlier_factor: float = 10.0,
+    ignored_tokens: Collection[int] = (),
     second_moments: bool = True,
     max_sums_gib: float = 8.0,
     checkpoint: str | Path | None = None,
@@ -175,6 +176,7 @@ def collect_statistics(
         saes: {layer: SAE}, layers counted from 0; None for a layer of which only the residual stream is wanted.
         tokens_per_batch: tokens in a forward pass, padding included.
         max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
+        ignored_tokens: token ids that do not count wherever they stand, for example the commonest of all the texts.
         second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes a layer.
         max_sums_gib: refuse to start when the sums of all layers need more than this, in GiB.
         checkpoint: file in which the sums are kept every `checkpoint_every` batches (one per process, with the rank
@@ -199,16 +201,18 @@ def collect_statistics(
     check_sums_fit(len(languages), d_model, widths, second_moments, max_sums_gib)
 
     max_length = longest_allowed(model, max_length)
-    sequences = tokenize_texts(tokenizer, texts, max_length)
+    sequences = tokenize_texts(tokenizer, texts, max_length, ignored=ignored_tokens)
     sample, rest = (
         token_batches(part, tokens_per_batch, pad_token(tokenizer)) for part in calibration_sample(sequences)
     )
-    settings = {
+    settings: dict[str, Any] = {
         "tokens_per_batch": tokens_per_batch,
         "max_length": max_length,
         "outlier_factor": outlier_factor,
         "second_moments": second_moments,
     }
+    if ignored_tokens:
+        settings["ignored_tokens"] = sorted(ignored_tokens)
     rank, processes = process_rank()
     with evaluation_mode(model):
         calibration = calibrate(model, layers, sample)
