@@ -1,0 +1,144 @@
+"""A chat model behind any OpenAI-compatible endpoint, through the `openai` package."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from qscope_posttrain.endpoint.chat import ChatRequest, Completion
+from qscope_posttrain.endpoint.failures import RequestFailed, retry_after_seconds
+
+OFFICIAL = "https://api.openai.com/v1"
+RETRIED_STATUS = frozenset({408, 409, 425, 429})
+"""Client errors that pass; so does every status from 500 on."""
+EXHAUSTED = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+"""Codes of status 429 that waiting does not cure."""
+
+
+class OpenAIChatModel:
+    """One model of one endpoint. The key comes from the environment, and goes nowhere but to the endpoint."""
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str = OFFICIAL,
+        *,
+        api_key_env: str = "OPENAI_API_KEY",
+        timeout: float = 120.0,
+        concurrency: int = 8,
+        send_seed: bool = False,
+        max_tokens_name: str = "max_tokens",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A client; nothing is sent yet.
+
+        Args:
+            model: the endpoint's name for the model.
+            base_url: up to and including `/v1`.
+            api_key_env: environment variable that holds the key; servers of one's own need none.
+            timeout: seconds for one attempt.
+            send_seed: send the sample number as `seed`, which makes draws repeatable where a server knows it; others
+                refuse the request.
+            max_tokens_name: "max_tokens", or "max_completion_tokens" where a model refuses the former.
+            options: further JSON fields of every request, for example {"reasoning_effort": "low"}.
+
+        Raises:
+            ValueError: no openai package, a base URL that holds a key, or no key in the environment for api.openai.com.
+        """
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError(
+                "an endpoint needs the openai package: pip install 'qscope_posttrain[endpoint]'"
+            ) from error
+        place = urlsplit(base_url)
+        if place.scheme not in ("http", "https") or not place.netloc:
+            raise ValueError(f"base_url must begin with http:// or https://; got '{base_url.partition('?')[0]}'.")
+        if "@" in place.netloc or place.query:
+            raise ValueError(f"base_url must hold no key or password; put the key into {api_key_env}.")
+        if max_tokens_name not in ("max_tokens", "max_completion_tokens"):
+            raise ValueError(f"max_tokens_name is max_tokens or max_completion_tokens; got {max_tokens_name!r}.")
+        if concurrency < 1 or timeout <= 0:
+            raise ValueError(f"concurrency and timeout must be positive; got {concurrency} and {timeout}.")
+        self._key = os.environ.get(api_key_env, "")
+        if not self._key and base_url.rstrip("/") == OFFICIAL:
+            raise ValueError(f"{OFFICIAL} needs a key in the environment variable {api_key_env}.")
+        self.model, self.concurrency = model, concurrency
+        self._send_seed, self._max_tokens_name, self._options = send_seed, max_tokens_name, dict(options or {})
+        self._openai = openai
+        # max_retries=0: a session counts every request that is sent, and waits by itself
+        self._client = openai.OpenAI(
+            base_url=base_url, api_key=self._key or "none", timeout=timeout, max_retries=0, organization="", project=""
+        )
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Name and options. Not the address: a model served elsewhere is the same, and its answers stay paid for."""
+        return {"name": self.model, "seeded": self._send_seed, "options": self._options}
+
+    def complete(self, requests: Sequence[ChatRequest]) -> list[Completion]:
+        """See `ChatModel.complete`."""
+        return [self._complete(request) for request in requests]
+
+    def _complete(self, request: ChatRequest) -> Completion:
+        openai = self._openai
+        settings: dict[str, Any] = {self._max_tokens_name: request.sampling.max_tokens}
+        messages: Any = [{"role": message.role, "content": message.content} for message in request.messages]
+        if self._send_seed:
+            settings["seed"] = request.sample
+        try:
+            response = self._client.chat.completions.with_raw_response.create(
+                model=self.model,
+                messages=messages,
+                temperature=request.sampling.temperature,
+                top_p=request.sampling.top_p,
+                extra_body=self._options or None,
+                **settings,
+            )
+            return read_completion(response.text)
+        except openai.APIStatusError as error:
+            raise self._status_failure(error) from error
+        except openai.APITimeoutError as error:
+            raise RequestFailed(f"{self.model}: no answer in time", retry=True) from error
+        except openai.APIError as error:  # no connection, or one that broke
+            raise self._failure(f"{error} ({error.__cause__})", retry=True) from error
+
+    def _status_failure(self, error: Any) -> RequestFailed:
+        status, code = error.status_code, getattr(error, "code", None)
+        retry = (status in RETRIED_STATUS or status >= 500) and code not in EXHAUSTED
+        after = retry_after_seconds(error.response.headers.get("retry-after")) if retry else None
+        return self._failure(f"status {status}: {error.message}", retry=retry, retry_after=after)
+
+    def _failure(self, reason: str, **kinds: Any) -> RequestFailed:
+        """A server may quote the key that it refuses."""
+        shown = reason.replace(self._key, "***") if self._key else reason
+        return RequestFailed(f"{self.model}: {shown[:500]}", **kinds)
+
+
+def read_completion(body: str) -> Completion:
+    """The answer in the body of a response.
+
+    Raises:
+        RequestFailed: not JSON, or not of the form of a chat completion; another attempt may bring one.
+    """
+    try:
+        content = json.loads(body)
+        choice = content["choices"][0]
+        text, usage = choice["message"]["content"], content.get("usage") or {}
+        completion = Completion(
+            text=text if text is not None else "",
+            finish_reason=str(choice.get("finish_reason")),
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
+            request_id=str(content.get("id") or ""),
+        )
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise RequestFailed(f"the endpoint's response is no chat completion: {body[:200]!r}", retry=True) from error
+    if not isinstance(completion.text, str):
+        raise RequestFailed(f"the endpoint's answer is no text: {body[:200]!r}", retry=True)
+    return completion

@@ -1,0 +1,115 @@
+"""Prompts as jinja2 templates that a user can replace, and JSON read out of answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qscope_posttrain.endpoint.chat import Message
+
+
+class PromptTemplates:
+    """Templates by name. `NAME.jinja` in a user's folder goes before the package's own.
+
+    A template has a block `user`, and may have one before it called `system`; each is one message.
+    """
+
+    def __init__(self, package_folder: Path, user_folder: str | os.PathLike[str] | None = None) -> None:
+        """Raises a FileNotFoundError where a user's folder does not exist, or holds no template that is known."""
+        from jinja2 import FileSystemLoader, StrictUndefined
+        from jinja2.sandbox import SandboxedEnvironment
+
+        folders = [package_folder]
+        if user_folder is not None:
+            folders.insert(0, Path(user_folder))
+            known = {path.name for path in package_folder.glob("*.jinja")}
+            if not folders[0].is_dir() or not known & {path.name for path in folders[0].glob("*.jinja")}:
+                raise FileNotFoundError(f"no templates in '{user_folder}'; they are called {', '.join(sorted(known))}.")
+        # A recipe's templates come from anywhere: they may only write text.
+        self._environment = SandboxedEnvironment(
+            loader=FileSystemLoader(folders), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+
+    def messages(self, name: str, **values: Any) -> tuple[Message, ...]:
+        """The chat that template `name` makes of the values.
+
+        Raises:
+            ValueError: the template is malformed, has no block `user`, or asks for a value that there is not.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            template = self._environment.get_template(f"{name}.jinja")
+            context = template.new_context(values)
+            found = [
+                Message(role, "".join(template.blocks[role](context)).strip())
+                for role in ("system", "user")
+                if role in template.blocks
+            ]
+        except TemplateError as error:
+            raise ValueError(f"template '{name}.jinja': {type(error).__name__}: {error}") from error
+        if not found or found[-1].role != "user":
+            raise ValueError(f"template '{name}.jinja' needs a block 'user'.")
+        return tuple(found)
+
+
+def read_json(text: str) -> Any:
+    """The first JSON object or list in an answer, which may stand in a code fence or among words.
+
+    Raises:
+        ValueError: there is none.
+    """
+    decoder = json.JSONDecoder()
+    for position, character in enumerate(text):
+        if character in "{[":
+            try:
+                return decoder.raw_decode(text, position)[0]
+            except (json.JSONDecodeError, RecursionError):
+                continue
+    raise ValueError(f"the answer holds no JSON: {text[:200]!r}")
+
+
+def number_field(name: str, low: float, high: float) -> Callable[[str], float]:
+    """A reader of answers such as `{"score": 0.7}`: the number in [low, high] under `name`; ValueError otherwise."""
+
+    def read(text: str) -> float:
+        value = _field(text, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"'{name}' must be a number from {low:g} to {high:g}, got {value!r}.")
+        return float(value)
+
+    return read
+
+
+def truth_field(name: str) -> Callable[[str], bool]:
+    """A reader of answers such as `{"refused": true}`; ValueError otherwise."""
+
+    def read(text: str) -> bool:
+        value = _field(text, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"'{name}' must be true or false, got {value!r}.")
+        return value
+
+    return read
+
+
+def text_field(name: str) -> Callable[[str], str]:
+    """A reader of answers such as `{"explanation": "..."}` with a text that is not empty; ValueError otherwise."""
+
+    def read(text: str) -> str:
+        value = _field(text, name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"'{name}' must be a text, got {value!r}.")
+        return value.strip()
+
+    return read
+
+
+def _field(text: str, name: str) -> Any:
+    found = read_json(text)
+    if not isinstance(found, dict) or name not in found:
+        raise ValueError(f"expected an object with '{name}', got {str(found)[:200]!r}.")
+    return found[name]

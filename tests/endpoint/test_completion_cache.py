@@ -1,0 +1,114 @@
+"""The file of answers: written before use, repaired after a crash at any byte, never shared by two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from qscope_posttrain.endpoint.cache import CompletionCache
+from qscope_posttrain.endpoint.chat import ChatRequest, Completion, Message, Sampling
+
+MODEL = {"name": "m"}
+
+
+def request(text: str) -> ChatRequest:
+    return ChatRequest((Message("user", text),))
+
+
+def completion(text: str) -> Completion:
+    return Completion(text, "stop", 3, 2, "id")
+
+
+def fill(path, count):
+    with CompletionCache(path) as cache:
+        for n in range(count):
+            cache.put(request(str(n)).key(MODEL), MODEL, request(str(n)), completion(f"é {n}\u2028"))
+
+
+def test_read_back_what_was_written(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    fill(path, 3)
+    with CompletionCache(path) as cache:
+        assert len(cache) == 3
+        assert cache.get(request("1").key(MODEL)) == completion("é 1\u2028")
+        assert cache.get("unknown") is None
+    record = json.loads(path.read_text().splitlines()[0])
+    assert record["request"]["messages"] == [{"role": "user", "content": "0"}]
+    assert record["model"] == MODEL
+
+
+def test_a_crash_at_any_byte_loses_at_most_the_line_being_written(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    fill(path, 3)
+    whole = path.read_bytes()
+    two = len(b"".join(whole.splitlines(keepends=True)[:2]))
+    for cut in range(two, len(whole)):
+        path.write_bytes(whole[:cut])
+        with CompletionCache(path) as cache:
+            assert len(cache) == 2
+            cache.put(request("2").key(MODEL), MODEL, request("2"), completion("é 2\u2028"))
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [b"{}\n", b"not json\n", b'{"key": "k", "completion": {"text": "a"}}\n', b"\n"])
+def test_a_damaged_line_is_an_error_and_changes_nothing(tmp_path, line):
+    path = tmp_path / "answers.jsonl"
+    fill(path, 1)
+    content = path.read_bytes() + line + path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="line 2"):
+        CompletionCache(path)
+    assert path.read_bytes() == content
+
+
+def test_key_depends_on_everything_that_an_answer_depends_on():
+    base = ChatRequest((Message("user", "a"),), Sampling(0.7, 0.9, 50), 0)
+    others = [
+        ChatRequest((Message("user", "b"),), Sampling(0.7, 0.9, 50), 0),
+        ChatRequest((Message("system", "a"),), Sampling(0.7, 0.9, 50), 0),
+        ChatRequest((Message("user", "a"), Message("user", "a")), Sampling(0.7, 0.9, 50), 0),
+        ChatRequest((Message("user", "a"),), Sampling(0.8, 0.9, 50), 0),
+        ChatRequest((Message("user", "a"),), Sampling(0.7, 0.8, 50), 0),
+        ChatRequest((Message("user", "a"),), Sampling(0.7, 0.9, 51), 0),
+        ChatRequest((Message("user", "a"),), Sampling(0.7, 0.9, 50), 1),
+    ]
+    keys = {entry.key(MODEL) for entry in [base, *others]} | {base.key({"name": "n"})}
+    assert len(keys) == 9
+    assert base.key(MODEL) == ChatRequest((Message("user", "a"),), Sampling(0.7, 0.9, 50)).key(dict(MODEL))
+
+
+def test_two_processes_cannot_share_it_and_a_killed_one_lets_go(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    script = """
+        import sys, time
+        from qscope_posttrain.endpoint.cache import CompletionCache
+        cache = CompletionCache(sys.argv[1])
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process"):
+            CompletionCache(path)
+        os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            CompletionCache(path).close()
+            break
+        except ValueError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_needs_its_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        CompletionCache(tmp_path / "missing" / "answers.jsonl")
