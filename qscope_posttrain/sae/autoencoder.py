@@ -21,10 +21,10 @@ from torch import Tensor
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
-from qscope_posttrain.sae.formats import native, open_stored
-from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor, read_rows
-from qscope_posttrain.sae.source import LocatedFile, SAESource, locate
+from qscope_posttrain.sae.formats import native
+from qscope_posttrain.sae.loading import activation_of, layer_of, load_tensors, open_source, read_rows
+from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor
+from qscope_posttrain.sae.source import SAESource
 
 __all__ = ["FeatureRows", "SAESource", "SparseAutoencoder"]
 
@@ -192,12 +192,13 @@ class SparseAutoencoder:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         checksum: bool = True,
+        input_scale: float | None = None,
     ) -> SparseAutoencoder:
         """Read a whole dictionary.
 
         Args:
-            source: A file, a folder of `layer{n}.sae.pt` / `layer{n}.sae.safetensors`, or a hub repository id, from
-                which only that layer's file is downloaded.
+            source: A file or folder in any format of `formats`, a name of the catalogue, or a hub repository id (with a
+                folder of it behind, where it holds several), from which only that layer's files are downloaded.
             layer: Layer number from 0; may be left out where the file or a single candidate says it.
             k: Survivors of TopK. Qwen-Scope files do not hold it: it is taken from a release name
                 (SAE-Res-<model>-W{N}K-L0_{k}) in the repository id or a parent folder, or has to be given.
@@ -206,21 +207,22 @@ class SparseAutoencoder:
             dtype: float32 by default, whatever the file holds.
             device: CPU by default.
             checksum: Record the file's sha256 in `source` (about a second per gigabyte).
+            input_scale: For SAELens files with normalize_activations "expected_average_only_in": the factor on the
+                activations, where it is not stored beside the weights.
 
         Raises:
             FileNotFoundError: nothing there.
             ValueError: damaged, hostile or mismatched: the message names file, fault, and what was expected.
         """
-        located, stored = _open(source, layer, revision, d_model)
-        activation = _activation(located, stored, k)
+        located, stored = open_source(source, layer, revision, d_model, input_scale)
+        activation = activation_of(located, stored, k)
         sha256 = file_sha256(stored.path) if checksum else None
         place, kind = torch.device(device or "cpu"), dtype or torch.float32
-        views = {name: getattr(stored, name) for name in _TENSOR_NAMES}
         try:
             return cls(
-                **{name: torch.empty(view.shape, dtype=kind, device=place).copy_(view) for name, view in views.items()},
+                **load_tensors(stored, kind, place),
                 activation=activation.to(place, kind),
-                layer=located.layer if stored.layer is None else stored.layer,
+                layer=layer_of(located, stored),
                 source=located.describe(stored.format, sha256, stored.origin),
             )
         except ValueError as error:
@@ -235,13 +237,14 @@ class SparseAutoencoder:
         *,
         revision: str | None = None,
         d_model: int | None = None,
+        input_scale: float | None = None,
     ) -> FeatureRows:
-        """Read the rows of some features, without the dictionary: see `rows.read_rows`. Arguments as for `load`.
+        """Read the rows of some features, without the dictionary: see `rows.gather`. Arguments as for `load`.
 
         k is not needed. The sha256 is left out of `source`, since it would read the whole file:
         `source.with_sha256(rows.source)` computes it.
         """
-        located, stored = _open(source, layer, revision, d_model)
+        located, stored = open_source(source, layer, revision, d_model, input_scale)
         return read_rows(located, stored, feature_ids)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -268,45 +271,3 @@ class SparseAutoencoder:
             with torch.no_grad():
                 pre = torch.addmm(self.b_enc, piece, self.W_enc.t(), out=buffer[: piece.shape[0]])
             yield pre
-
-
-def _open(
-    source: str | Path, layer: int | None, revision: str | None, d_model: int | None
-) -> tuple[LocatedFile, StoredSAE]:
-    located = locate(source, layer, revision)
-    stored = open_stored(located)
-    if d_model is not None and stored.b_dec.shape[0] != d_model:
-        raise ValueError(
-            f"{stored.path} is for a residual stream of width {stored.b_dec.shape[0]}, but the model has {d_model}: "
-            "this SAE belongs to another model"
-        )
-    return located, stored
-
-
-def _activation(located: LocatedFile, stored: StoredSAE, k: int | None) -> Activation:
-    """The activation by file, release name and caller, which must not contradict each other."""
-    known: dict[str, int] = {}
-    if isinstance(stored.activation, TopK):
-        known["the file"] = stored.activation.k
-    if located.release is not None:
-        known[f"the release name {located.release.name}"] = located.release.k
-    if k is not None:
-        known["the caller"] = k
-    if stored.activation is not None and not isinstance(stored.activation, TopK) and k is not None:
-        raise ValueError(f"{stored.path} has a {type(stored.activation).__name__} activation, so k={k} means nothing")
-    if len(set(known.values())) > 1:
-        told = ", ".join(f"{who} says k={value}" for who, value in known.items())
-        raise ValueError(f"{stored.path}: contradicting k: {told}")
-    if stored.activation is not None:
-        return stored.activation
-    if not known:
-        raise ValueError(
-            f"{stored.path}: k is not in the file, and no folder above it is named like a release "
-            "(SAE-Res-<model>-W<N>K-L0_<k>): give it with k=..., for Qwen-Scope 50 or 100"
-        )
-    activation = TopK(next(iter(known.values())))
-    try:
-        activation.check(stored.b_enc.shape[0])
-    except ValueError as error:
-        raise ValueError(f"{stored.path}: {error}") from error
-    return activation

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.sae.checks import check_finite, check_tensor
-from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.source import LocatedFile, SAESource
+from qscope_posttrain.sae.folding import compute_dtype
+from qscope_posttrain.sae.source import SAESource
 
 _PAGES_WORTH_A_SEEK = 8
 """Reading every eighth page of a file row on its own takes about as long as reading the row in order."""
@@ -63,11 +63,11 @@ def feature_id_tensor(feature_ids: Sequence[int] | Tensor, d_sae: int) -> Tensor
     return ids
 
 
-def read_rows(located: LocatedFile, stored: StoredSAE, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
-    """Copy some features' rows out of a memory-mapped file, as float32 [F, d_model].
+def gather(view: Tensor, ids: Tensor, memory_mapped: bool) -> Tensor:
+    """A copy of view[ids] in (at least) float32, for a view [d_sae, n] whose rows are rows or columns of the file.
 
-    A canonical row is contiguous: d_model * 4 bytes. The direction of a Qwen-Scope feature is a *column*, one number in
-    each of d_model file rows, and costs a page of 4 KiB in each. For d_model 2048 that is 8 MiB of the 256 MiB matrix,
+    A canonical row is contiguous: n * 4 bytes. The direction of a Qwen-Scope feature is a *column*, one number in
+    each of n file rows, and costs a page of 4 KiB in each. For n = 2048 that is 8 MiB of the 256 MiB matrix,
     shared by features less than 1024 ids apart. Two habits of the kernel would make far more of it, and are countered:
 
     - Read-ahead around each page would fetch the whole matrix from a cold disk (measured on a file of 0.5 GiB: 264 MiB
@@ -76,37 +76,26 @@ def read_rows(located: LocatedFile, stored: StoredSAE, feature_ids: Sequence[int
     - Pages that the cache already holds are mapped 16 at a time, which would count the matrix into the memory of the
       process, so pages are handed back block by block.
     """
-    ids = feature_id_tensor(feature_ids, stored.b_enc.shape[0])
-    try:
-        return FeatureRows(
-            feature_ids=ids,
-            encoder=_gather(stored.W_enc, ids, stored.memory_mapped),
-            encoder_bias=_gather(stored.b_enc.unsqueeze(1), ids, stored.memory_mapped).squeeze(1),
-            decoder=_gather(stored.W_dec, ids, stored.memory_mapped),
-            source=located.describe(stored.format, None, stored.origin),
-            layer=located.layer if stored.layer is None else stored.layer,
-        )
-    except ValueError as error:
-        raise ValueError(f"{stored.path}: {error}") from error
-
-
-def _gather(view: Tensor, ids: Tensor, memory_mapped: bool) -> Tensor:
-    """view[ids] as float32, for a view [d_sae, n] whose rows are rows or columns of the file."""
     if not memory_mapped:
-        return view.index_select(0, ids).float()
+        return view.index_select(0, ids).to(compute_dtype(view))
     file_row_bytes = view.stride(1) * view.itemsize
     in_columns = view.stride(0) < view.stride(1)
     if not in_columns or len(ids) * _PAGES_WORTH_A_SEEK * mmap.PAGESIZE <= file_row_bytes:
         _advise(view, "MADV_RANDOM")
     if not in_columns:
-        return view.index_select(0, ids).float()
-    gathered = torch.empty(len(ids), view.shape[1])
+        return view.index_select(0, ids).to(compute_dtype(view))
+    gathered = torch.empty(len(ids), view.shape[1], dtype=compute_dtype(view))
     step = max(1, _BLOCK_BYTES // file_row_bytes)
     for start in range(0, view.shape[1], step):
         block = view[:, start : start + step]
         gathered[:, start : start + step] = block.index_select(0, ids)
-        _advise(block, "MADV_DONTNEED")
+        release_pages(block)
     return gathered
+
+
+def release_pages(view: Tensor) -> None:
+    """Hand the pages under a view of a file mapping back to the kernel."""
+    _advise(view, "MADV_DONTNEED")
 
 
 def _advise(view: Tensor, advice: str) -> None:

@@ -1,20 +1,21 @@
-"""Where a dictionary comes from: a file, a folder of layer files, or a repository on the Hugging Face hub."""
+"""Where a dictionary comes from: a file, a folder, a name of the catalogue, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.provenance import file_sha256
-
-LAYER_FILE = re.compile(r"layer(?P<layer>\d{1,6})\.sae\.(?:pt|safetensors)")
-"""Name of one layer's file: `layer{n}.sae.pt` in Qwen-Scope, `layer{n}.sae.safetensors` in the package's own format."""
+from qscope_posttrain.sae import catalog
+from qscope_posttrain.sae.catalog_entry import CatalogEntry
+from qscope_posttrain.sae.containers.weights_file import SETTINGS_FILES
+from qscope_posttrain.sae.layout import choose, is_safe, is_weights, layer_in_path, weights_in
 
 _RELEASE = re.compile(r"SAE-Res-(?P<model>.+)-W(?P<width>\d{1,6})K-L0_(?P<k>\d{1,6})")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<inside>.+))?")
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,14 @@ class SAESource:
     revision: str | None = None
     """Commit of the hub repository."""
     file: str | None = None
-    """File name inside `location`."""
+    """Path of the file inside `location`."""
     sha256: str | None = None
     """Digest of the file. Full loads record it; row reads leave it None until `with_sha256` is asked."""
     format: str = "memory"
-    """"qwen_scope", "native" or "memory"."""
+    """"native", "qwen_scope", "gemma_scope", "gemma_scope_2", "llama_scope", "lm_saes", "sae_lens", "sparsify",
+    "dictionary_learning", or "memory"."""
     release: str | None = None
-    """Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50."""
+    """Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, or a name of the catalogue."""
     origin: SAESource | None = None
     """For a file written by this package: where the dictionary came from before that."""
 
@@ -77,29 +79,35 @@ class LocatedFile:
     path: Path
     location: str
     layer: int | None
-    """Layer by file name, else the one the caller gave, else None."""
-    release: Release | None
+    """Layer by its path, else the one the caller gave, else None."""
+    release: Release | None = None
     revision: str | None = None
+    file: str | None = None
+    """Path inside `location`; the file name if None."""
+    entry: CatalogEntry | None = None
+    """The release of the catalogue that it was asked for as."""
 
     def describe(self, format: str, sha256: str | None, origin: SAESource | None = None) -> SAESource:
         """The `SAESource` of this file."""
         release = self.release.name if self.release else (origin.release if origin else None)
-        return SAESource(self.location, self.revision, self.path.name, sha256, format, release, origin)
+        if release is None and self.entry is not None:
+            release = self.entry.name
+        return SAESource(self.location, self.revision, self.file or self.path.name, sha256, format, release, origin)
 
 
 def locate(source: str | Path, layer: int | None = None, revision: str | None = None) -> LocatedFile:
-    """Find the file of one layer.
+    """Find the file of one layer. What exists on disk goes before the catalogue, and that before the hub.
 
     Args:
-        source: A file, a folder that holds `layer{n}.sae.pt` or `layer{n}.sae.safetensors`, or a hub repository id
-            ("Qwen/SAE-Res-..."), from which only that layer's file is downloaded (with huggingface_hub's progress bar
-            and cache). What exists on disk goes before the hub.
+        source: A file; a folder with the weights of some layout in it or below it; a name of the catalogue; or a hub
+            repository id, with a folder or file of it behind where there are several ("google/gemma-scope-2b-pt-res/
+            layer_20/width_16k"). From the hub only that layer's files are downloaded.
         layer: Layer number from 0. May be left out where there is only one.
         revision: Branch, tag or commit; only for a hub repository.
 
     Raises:
-        FileNotFoundError: `source` is neither on disk nor on the hub, or holds no layer file.
-        ValueError: the layer is missing, ambiguous, or contradicts the file's name.
+        FileNotFoundError: `source` is neither on disk nor on the hub, or holds no weights.
+        ValueError: the layer is missing or contradicts the path, or there are several candidates, which are listed.
     """
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
         raise ValueError(f"layer must be an integer from 0, got {layer!r}")
@@ -107,30 +115,19 @@ def locate(source: str | Path, layer: int | None = None, revision: str | None = 
     if path.exists():
         if revision is not None:
             raise ValueError(f"revision {revision!r} is only for hub repositories, but {path} is on this machine")
-        if path.is_dir():
-            path = path / choose_layer_file((entry.name for entry in path.iterdir()), layer, str(path))
-        return _local_file(path.absolute(), layer)
-    if not _HUB_ID.fullmatch(str(source)) or LAYER_FILE.fullmatch(path.name):
-        raise FileNotFoundError(f"no SAE at {source}: no such file or folder, and not a hub repository id (owner/name)")
-    return _download(str(source), layer, revision)
-
-
-def choose_layer_file(names: Iterable[str], layer: int | None, where: str) -> str:
-    """The file of `layer` among `names`; with `layer` None, the only one."""
-    by_layer: dict[int, list[str]] = {}
-    for name in sorted(names):
-        if match := LAYER_FILE.fullmatch(name):
-            by_layer.setdefault(int(match["layer"]), []).append(name)
-    if not by_layer:
-        raise FileNotFoundError(f"{where} holds no file named layer<n>.sae.pt or layer<n>.sae.safetensors")
-    if layer is None and len(by_layer) > 1:
-        raise ValueError(f"{where} holds layers {_ranges(by_layer)}: say which one with layer=...")
-    wanted = next(iter(by_layer)) if layer is None else layer
-    if wanted not in by_layer:
-        raise ValueError(f"{where} has no layer {wanted}; it holds layers {_ranges(by_layer)} (counted from 0)")
-    if len(by_layer[wanted]) > 1:
-        raise ValueError(f"{where} holds layer {wanted} more than once ({', '.join(by_layer[wanted])}): give the file")
-    return by_layer[wanted][0]
+        return _local(path.absolute(), layer)
+    entry = catalog.find(str(source))
+    if entry is not None:
+        return _from_catalogue(entry, layer, revision)
+    match = _HUB_ID.fullmatch(str(source))
+    if match is None or is_weights(match["repository"]) or not is_safe(match["inside"] or "x"):
+        close = catalog.suggestions(str(source))
+        hint = f". Did you mean {' or '.join(close)}?" if close else ""
+        raise FileNotFoundError(
+            f"no SAE at {source}: no such file or folder, no name of the catalogue, and not a hub repository id "
+            f"(owner/name){hint}"
+        )
+    return _from_hub(match["repository"], match["inside"] or "", layer, revision)
 
 
 def with_sha256(source: SAESource) -> SAESource:
@@ -144,72 +141,88 @@ def with_sha256(source: SAESource) -> SAESource:
         raise ValueError(f"the SAE source {source} is not a file, so it has no sha256")
     path = Path(source.location) / source.file
     if source.revision is not None:
-        path = _hub_file(source.location, source.file, source.revision)
+        path = _fetch(source.location, [source.file], source.revision)
     return replace(source, sha256=file_sha256(path))
 
 
-def _local_file(path: Path, layer: int | None) -> LocatedFile:
-    match = LAYER_FILE.fullmatch(path.name)
-    if match and layer is not None and int(match["layer"]) != layer:
-        raise ValueError(f"layer {layer} was asked for, but by its name {path} holds layer {int(match['layer'])}")
-    named = (Release.parse(folder.name) for folder in path.parents)
-    release = next((release for release in named if release), None)
-    return LocatedFile(path, str(path.parent), int(match["layer"]) if match else layer, release)
+def _local(path: Path, layer: int | None) -> LocatedFile:
+    if path.is_dir() and not is_weights(path.name):
+        path = path / choose(weights_in(path), layer, str(path), path.as_posix())
+    named = layer_in_path(path.as_posix())
+    if None not in (named, layer) and named != layer:
+        raise ValueError(f"layer {layer} was asked for, but by its name {path} holds layer {named}")
+    releases = (Release.parse(folder.name) for folder in path.parents)
+    release = next((release for release in releases if release), None)
+    return LocatedFile(path, str(path.parent), layer if named is None else named, release)
 
 
-def _download(repository: str, layer: int | None, revision: str | None) -> LocatedFile:
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    name = f"layer{layer}.sae.pt"
-    try:
-        if layer is None:
-            name = choose_layer_file(_hub_listing(repository, revision), layer, f"hub repository {repository}")
-        path = _hub_file(repository, name, revision)
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(_unreachable(repository, name, error)) from error
-    except EntryNotFoundError:
-        name = choose_layer_file(_hub_listing(repository, revision), layer, f"hub repository {repository}")
-        path = _hub_file(repository, name, revision)
-    match = LAYER_FILE.fullmatch(name)
-    # The cache keeps a file under snapshots/<commit>/: that commit is what a branch name stood for today.
-    commit = path.parent.name if path.parent.parent.name == "snapshots" else revision
-    return LocatedFile(path, repository, int(match["layer"]) if match else layer, Release.parse(repository), commit)
+def _from_catalogue(entry: CatalogEntry, layer: int | None, revision: str | None) -> LocatedFile:
+    if layer is None:
+        if len(entry.layers) > 1:
+            raise ValueError(f"{entry.name} has {len(entry.layers)} layers: say which one with layer=...")
+        layer = entry.layers[0]
+    files = entry.files_of(layer)
+    path = _fetch(entry.repository, files, revision)
+    release = Release.parse(entry.repository)
+    return LocatedFile(path, entry.repository, layer, release, _commit(path) or revision, files[0], entry)
 
 
-def _hub_file(repository: str, name: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+def _from_hub(repository: str, inside: str, layer: int | None, revision: str | None) -> LocatedFile:
+    from qscope_posttrain.sae.download import NotInRepository
 
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(_unreachable(repository, name, error)) from error
+    name, path = f"layer{layer}.sae.pt", None
+    if layer is not None and not inside:
+        try:
+            path = _fetch(repository, [name], revision)
+        except NotInRepository:
+            path = None
+    if path is None:
+        every = _listing(repository, revision)
+        below = f"{inside.rstrip('/')}/" if inside else ""
+        if inside in every:
+            name = inside
+        else:
+            where = f"hub repository {repository}" + (f", folder {inside}" if inside else "")
+            names = [file.removeprefix(below) for file in every if file.startswith(below)]
+            name = below + choose(names, layer, where, f"{repository}/{inside}")
+        path = _fetch(repository, [name, *_settings_of(name, every)], revision)
+    named = layer_in_path(f"{repository}/{name}")
+    if None not in (named, layer) and named != layer:
+        raise ValueError(f"layer {layer} was asked for, but by its name {repository}/{name} holds layer {named}")
+    layer = layer if named is None else named
+    return LocatedFile(path, repository, layer, Release.parse(repository), _commit(path) or revision, name)
 
 
-def _hub_listing(repository: str, revision: str | None) -> list[str]:
+def _settings_of(name: str, every: set[str]) -> list[str]:
+    folder = name.rpartition("/")[0]
+    places = [folder] + [folder.rpartition("/")[0]] * (folder.rpartition("/")[2] == "checkpoints")
+    wanted = (f"{place}/{settings}".lstrip("/") for place in places for settings in SETTINGS_FILES)
+    return [file for file in wanted if file in every]
+
+
+def _fetch(repository: str, files: Sequence[str], revision: str | None) -> Path:
+    """Path of the first of `files` on this machine, once all of them are."""
+    from qscope_posttrain.sae.download import fetch
+
+    return fetch(repository, files, revision)[0]
+
+
+def _commit(path: Path) -> str | None:
+    """The hub's cache keeps a file under snapshots/<commit>/: what a branch name stood for today."""
+    parts = path.parts
+    return next((parts[i + 1] for i in reversed(range(len(parts) - 2)) if parts[i] == "snapshots"), None)
+
+
+def _listing(repository: str, revision: str | None) -> set[str]:
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().list_repo_files(repository, revision=revision)
+        names = HfApi().list_repo_files(repository, revision=revision)
     except Exception as error:  # the HTTP library under huggingface_hub, and so its errors, differ by version
-        raise FileNotFoundError(_unreachable(repository, "its list of files", error)) from error
-
-
-def _unreachable(repository: str, name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()
-    return (
-        f"{repository} is not a path on this machine, and {name} could not be had from the Hugging Face hub "
-        f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the name, the revision, "
-        "the network and your access, or give a local file or folder."
-    )
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] -> "0..2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
+        reason = str(error).strip().splitlines()
+        raise FileNotFoundError(
+            f"{repository} is not a path on this machine, and the list of its files could not be had from the Hugging "
+            f"Face hub ({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the name, the "
+            "revision, the network and your access, or give a local file or folder."
+        ) from error
+    return {name for name in names if is_safe(name)}

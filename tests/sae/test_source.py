@@ -2,21 +2,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 from golden_sae import RELEASE
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 
+from qscope_posttrain.sae import download
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.source import Release, SAESource, choose_layer_file, locate, with_sha256
+from qscope_posttrain.sae.layout import choose
+from qscope_posttrain.sae.source import Release, SAESource, locate, with_sha256
 
 HUB_ID = f"Qwen/{RELEASE}"
 COMMIT = "f370f8d66e5afa376987679dbdf277552ee6b78a"
@@ -32,24 +32,25 @@ class Hub:
         self.tensors = tensors
         self.downloaded: list[tuple[str, str, str | None]] = []
 
-    def hf_hub_download(self, repository: str, name: str, revision: str | None = None) -> str:
+    def fetch(self, repository: str, files: Sequence[str], revision: str | None = None) -> list[Path]:
         if repository != HUB_ID:
-            response: Any = SimpleNamespace(headers={}, request=None)
-            raise RepositoryNotFoundError("404: no such repository", response=response)
-        if name not in self.names:
-            raise EntryNotFoundError("404: no such file")
-        self.downloaded.append((repository, name, revision))
-        torch.save(self.tensors, self.folder / name)
-        return str(self.folder / name)
+            raise FileNotFoundError(f"no repository {repository} on the hub")
+        for name in files:
+            if name not in self.names:
+                raise download.NotInRepository(f"{repository} holds no file {name}")
+            self.downloaded.append((repository, name, revision))
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.tensors, self.folder / name)
+        return [self.folder / name for name in files]
 
     def list_repo_files(self, api: object, repository: str, revision: str | None = None) -> list[str]:
-        return ["README.md", ".gitattributes", *self.names]
+        return ["README.md", ".gitattributes", "../layer9.sae.pt", *self.names]
 
 
 @pytest.fixture
 def hub(tmp_path: Path, qwen_tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path / "cache", qwen_tensors, (0, 1, 2, 3))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr(download, "fetch", hub.fetch)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: hub.list_repo_files(*a, **k))
     return hub
 
@@ -72,7 +73,7 @@ def test_hub_rows_and_their_checksum_on_demand(hub: Hub, qwen_tensors: dict[str,
 
 
 def test_cached_hub_file_given_by_path_still_knows_its_release(hub: Hub) -> None:
-    path = hub.hf_hub_download(HUB_ID, "layer0.sae.pt")
+    (path,) = hub.fetch(HUB_ID, ["layer0.sae.pt"])
     assert SparseAutoencoder.load(path).source.release == RELEASE
 
 
@@ -85,17 +86,17 @@ def test_missing_layer_on_the_hub(hub: Hub) -> None:
 
 
 def test_missing_repository(hub: Hub) -> None:
-    with pytest.raises(FileNotFoundError, match=r"Qwen/nothing is not a path.*RepositoryNotFoundError.*Check the name"):
+    with pytest.raises(FileNotFoundError, match="no repository Qwen/nothing"):
         SparseAutoencoder.load("Qwen/nothing", layer=0)
 
 
-def test_no_network_and_not_in_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*arguments: object, **options: object) -> str:
-        raise LocalEntryNotFoundError("outgoing traffic has been disabled")
+def test_list_of_files_without_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: object, **options: object) -> list[str]:
+        raise ConnectionError("outgoing traffic has been disabled")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(FileNotFoundError, match=r"layer0\.sae\.pt could not be had.*outgoing traffic"):
-        SparseAutoencoder.load(HUB_ID, layer=0)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    with pytest.raises(FileNotFoundError, match=r"list of its files could not be had.*outgoing traffic.*local file"):
+        SparseAutoencoder.load(HUB_ID)
 
 
 def test_neither_a_path_nor_a_hub_id(tmp_path: Path) -> None:
@@ -116,15 +117,15 @@ def test_revision_of_a_local_file_is_refused(release_folder: Path) -> None:
 
 
 def test_unknown_suffix(tmp_path: Path) -> None:
-    path = tmp_path / "params.npz"
+    path = tmp_path / "params.bin"
     path.write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"no SAE format has the suffix '\.npz'"):
+    with pytest.raises(ValueError, match=r"no SAE format has the suffix '\.bin'"):
         SparseAutoencoder.load(path)
 
 
 def test_layer_stored_twice_is_not_guessed() -> None:
     with pytest.raises(ValueError, match="more than once"):
-        choose_layer_file(["layer1.sae.pt", "layer1.sae.safetensors"], 1, "here")
+        choose(["layer1.sae.pt", "layer1.sae.safetensors"], 1, "here")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_layer_stored_twice_is_not_guessed() -> None:
 )
 def test_other_names_are_not_layers(name: str) -> None:
     with pytest.raises(FileNotFoundError):
-        choose_layer_file([name], 1, "here")
+        choose([name], 1, "here")
 
 
 @pytest.mark.parametrize(

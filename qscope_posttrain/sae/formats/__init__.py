@@ -1,20 +1,91 @@
-"""One file per on-disk format. Each opens a file as a memory-mapped `StoredSAE` in canonical orientation."""
+"""One file per on-disk format. Which one a file is, its contents decide: `recognises` looks at the names of the tensors
+and at the settings beside them, `open_file` gives a memory-mapped `StoredSAE` in canonical orientation.
+"""
 
 from __future__ import annotations
 
-from qscope_posttrain.sae.formats import native, qwen_scope
+from collections.abc import Callable
+from pathlib import Path
+
+from qscope_posttrain.sae.containers.weights_file import WeightsFile, open_weights
+from qscope_posttrain.sae.formats import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    lm_saes,
+    native,
+    qwen_scope,
+    sae_lens,
+    sparsify,
+)
 from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.layout import layer_in_path
 from qscope_posttrain.sae.source import LocatedFile
 
-_OPENERS = {".pt": qwen_scope.open_file, ".safetensors": native.open_file}
+FORMATS = (
+    native,
+    qwen_scope,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    lm_saes,
+    sae_lens,
+    sparsify,
+    dictionary_learning,
+)
 
 
-def open_stored(located: LocatedFile) -> StoredSAE:
-    """Open a located file by its suffix, checking its structure but reading none of its matrices."""
-    opener = _OPENERS.get(located.path.suffix)
-    if opener is None:
+def open_stored(located: LocatedFile, input_scale: float | None = None) -> StoredSAE:
+    """Open a located file, checking its structure but reading none of its matrices.
+
+    `input_scale` is the factor of a normalisation that the file needs and does not hold. ValueError that names the file
+    and the fault, for everything that is not an SAE of the residual stream in a known format.
+    """
+    weights = open_weights(located.path)
+    try:
+        reader = _reader(weights)
+        if input_scale is not None and reader is not sae_lens.open_file:
+            raise ValueError(f"input_scale={input_scale} was given, but only SAELens files can need one")
+        stored = reader(weights, located, input_scale)
+        _check_entry(stored, located)
+        if stored.activation is not None:
+            stored.activation.check(stored.b_enc.shape[0])
+    except (TypeError, ValueError) as error:
+        raise ValueError(_naming(located.path, error)) from error
+    if None not in (stored.layer, located.layer) and stored.layer != located.layer:
+        by_path = layer_in_path(located.path.as_posix()) is not None
+        said = f"by its path it is of layer {located.layer}" if by_path else f"layer {located.layer} was asked for"
+        raise ValueError(f"{said}, but {located.path} holds layer {stored.layer}")
+    return stored
+
+
+def _reader(weights: WeightsFile) -> Callable[[WeightsFile, LocatedFile, float | None], StoredSAE]:
+    found = [module for module in FORMATS if module.recognises(weights)]
+    if len(found) == 1:
+        return found[0].open_file
+    beside = [name for name in ("cfg.json", "config.json", "hyperparams.json") if weights.settings(name) is not None]
+    holds = ", ".join(sorted(name[:80] for name in weights.names)[:16])
+    holds += f" with {' and '.join(beside) or 'no settings'} beside it"
+    if found:
+        names = " and ".join(module.FORMAT for module in found)
+        raise ValueError(f"it could be {names}: it holds {holds}")
+    raise ValueError(
+        f"it is of no known SAE format: it holds {holds}. A file of this package has "
+        f"the metadata entry {native.METADATA_KEY!r}; SAELens and sparsify need their cfg.json, "
+        "Llama Scope its hyperparams.json, lm-saes and dictionary_learning their config.json"
+    )
+
+
+def _check_entry(stored: StoredSAE, located: LocatedFile) -> None:
+    entry, found = located.entry, tuple(stored.W_enc.shape)
+    if entry is not None and (entry.d_sae, entry.d_model) != found:
         raise ValueError(
-            f"{located.path}: no SAE format has the suffix {located.path.suffix!r}; "
-            "known are .pt (Qwen-Scope) and .safetensors (this package's own)"
+            f"it has {found[0]} latents for width {found[1]}, but by the catalogue {entry.name} has {entry.d_sae} for "
+            f"width {entry.d_model}: the file is another one, or the catalogue is wrong"
         )
-    return opener(located)
+
+
+def _naming(path: Path, error: Exception) -> str:
+    message = str(error)
+    return message if str(path) in message else f"{path}: {message}"

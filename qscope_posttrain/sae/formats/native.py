@@ -8,27 +8,27 @@ function of the content, so that equal dictionaries have equal files.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qscope_posttrain.atomic import replacing
 from qscope_posttrain.sae.activations import Activation, activation_from_spec, activation_to_spec
-from qscope_posttrain.sae.checks import check_tensor
-from qscope_posttrain.sae.formats.stored import StoredSAE, check_is_file_with_data
+from qscope_posttrain.sae.containers import json_file
+from qscope_posttrain.sae.containers.weights_file import WeightsFile
+from qscope_posttrain.sae.formats.stored import StoredSAE
 from qscope_posttrain.sae.source import LocatedFile, SAESource
 
 FORMAT = "native"
 VERSION = 1
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
-_METADATA_KEY = "qscope_posttrain.sae"
+METADATA_KEY = "qscope_posttrain.sae"
 _ACTIVATION_PREFIX = "activation."
-_MAX_HEADER_BYTES = 1 << 20
 
 
 def write_file(
@@ -43,54 +43,41 @@ def write_file(
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()},
             unfinished,
-            metadata={_METADATA_KEY: json.dumps(described, sort_keys=True)},
+            metadata={METADATA_KEY: json.dumps(described, sort_keys=True)},
         )
 
 
-def open_file(located: LocatedFile) -> StoredSAE:
-    """Open a file that `write_file` wrote, memory-mapped. ValueError that names file and fault for anything else."""
-    path = located.path
-    size = check_is_file_with_data(path)
-    _check_header_length(path, size)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file, it may be truncated: {error}") from error
-    try:
-        described = _parse(metadata)
-        activation = _activation(described, tensors)
-        _check_tensors(tensors)
-        activation.check(tensors["W_enc"].shape[0])
-        layer, origin = described["layer"], SAESource.from_dict(described["source"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if layer is not None and located.layer is not None and layer != located.layer:
-        raise ValueError(f"layer {located.layer} was asked for, but {path} holds layer {layer}")
-    return StoredSAE(path, FORMAT, **tensors, memory_mapped=True, activation=activation, layer=layer, origin=origin)
+def recognises(weights: WeightsFile) -> bool:
+    return weights.kind == "safetensors" and METADATA_KEY in weights.metadata
 
 
-def _check_header_length(path: Path, size: int) -> None:
-    """A safetensors file begins with the length of its JSON header, as 8 bytes, little endian."""
-    with path.open("rb") as file:
-        claimed = int.from_bytes(file.read(8), "little")
-    if size < 8 or claimed > min(size - 8, _MAX_HEADER_BYTES):
-        raise ValueError(
-            f"{path} is not a valid SAE file: its header claims {claimed} bytes, the file has {size} and "
-            f"at most {_MAX_HEADER_BYTES} are accepted"
-        )
+def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
+    """Open a file that `write_file` wrote. ValueError that names the fault for anything else."""
+    described = _parse(weights.metadata)
+    activation_names = {name for name in weights.names if name.startswith(_ACTIVATION_PREFIX)}
+    own = {name.removeprefix(_ACTIVATION_PREFIX): weights.vector(name).clone() for name in activation_names}
+    activation = activation_from_spec(described["activation"], own)
+    weights.only(set(KEYS), activation_names)
+    b_enc, b_dec = weights.vector("b_enc"), weights.vector("b_dec")
+    d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
+    return StoredSAE(
+        weights.path,
+        FORMAT,
+        weights.matrix("W_enc", d_sae, d_model, "rows"),
+        b_enc,
+        weights.matrix("W_dec", d_sae, d_model, "rows"),
+        b_dec,
+        weights.memory_mapped,
+        activation=activation,
+        layer=described["layer"],
+        origin=SAESource.from_dict(described["source"]),
+    )
 
 
-def _parse(metadata: dict[str, str]) -> dict[str, Any]:
-    if _METADATA_KEY not in metadata:
-        raise ValueError(f"not an SAE of this package: its metadata has no entry {_METADATA_KEY!r}")
-    try:
-        described = json.loads(metadata[_METADATA_KEY])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata is not JSON: {error}") from error
-    if not isinstance(described, dict) or described.get("version") != VERSION:
-        version = described.get("version") if isinstance(described, dict) else None
+def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
+    described = json_file.parse(metadata[METADATA_KEY], "its metadata")
+    version = described.get("version")
+    if version != VERSION:
         raise ValueError(f"format version {version!r}, but this version of the package reads {VERSION}")
     if described.keys() != {"version", "activation", "layer", "source"}:
         raise ValueError(f"its metadata has the entries {sorted(described)}")
@@ -98,20 +85,3 @@ def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     if layer is not None and (type(layer) is not int or layer < 0):
         raise ValueError(f"its layer is {layer!r}, not an integer from 0")
     return described
-
-
-def _activation(described: dict[str, Any], tensors: dict[str, Tensor]) -> Activation:
-    """Take the activation's tensors out of `tensors` and build it."""
-    names = [name for name in tensors if name.startswith(_ACTIVATION_PREFIX)]
-    own = {name.removeprefix(_ACTIVATION_PREFIX): tensors.pop(name).clone() for name in names}
-    return activation_from_spec(described["activation"], own)
-
-
-def _check_tensors(tensors: dict[str, Tensor]) -> None:
-    if tensors.keys() != set(KEYS):
-        raise ValueError(f"it holds the tensors {', '.join(sorted(tensors))}; expected are {', '.join(KEYS)}")
-    check_tensor("b_enc", tensors["b_enc"], (None,))
-    check_tensor("b_dec", tensors["b_dec"], (None,))
-    d_sae, d_model = tensors["b_enc"].shape[0], tensors["b_dec"].shape[0]
-    check_tensor("W_enc", tensors["W_enc"], (d_sae, d_model))
-    check_tensor("W_dec", tensors["W_dec"], (d_sae, d_model))

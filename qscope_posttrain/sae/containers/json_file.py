@@ -1,0 +1,115 @@
+"""Settings that lie beside weights as JSON: read with a cap, without duplicate keys, and asked for by type."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 1 << 20
+"""No published SAE has settings above a few kilobytes."""
+
+_REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A JSON object. Getters raise ValueError that names the key for a value of the wrong kind.
+
+    A key that is absent, or null, gives the default; without a default it is an error.
+    """
+
+    name: str
+    """What messages call it, for example "cfg.json"."""
+    values: dict[str, Any]
+
+    def integer(self, key: str, default: Any = _REQUIRED, least: int = 1) -> Any:
+        value = self._get(key, default)
+        if value is default:
+            return default
+        if type(value) is not int or value < least:
+            raise ValueError(f"{key} in {self.name} must be an integer from {least}, got {_shown(value)}")
+        return value
+
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        value = self._get(key, default)
+        if value is default:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_as_float(value)):
+            raise ValueError(f"{key} in {self.name} must be a finite number, got {_shown(value)}")
+        return float(value)
+
+    def positive(self, key: str, default: Any = _REQUIRED) -> Any:
+        value = self.number(key, default)
+        if value is not default and value <= 0:
+            raise ValueError(f"{key} in {self.name} must be above 0, got {_shown(value)}")
+        return value
+
+    def flag(self, key: str, default: Any = _REQUIRED) -> Any:
+        return self._of_type(key, default, bool, "true or false")
+
+    def text(self, key: str, default: Any = _REQUIRED) -> Any:
+        return self._of_type(key, default, str, "a text")
+
+    def section(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The object under `key`, as Settings."""
+        value = self._of_type(key, default, dict, "an object")
+        return value if value is default else Settings(f"{key} of {self.name}", value)
+
+    def _of_type(self, key: str, default: Any, kind: type, words: str) -> Any:
+        value = self._get(key, default)
+        if value is not default and type(value) is not kind:
+            raise ValueError(f"{key} in {self.name} must be {words}, got {_shown(value)}")
+        return value
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is None and default is _REQUIRED:
+            raise ValueError(f"{self.name} lacks {key}")
+        return default if value is None else value
+
+
+def read(path: Path) -> Settings | None:
+    """The object in a JSON file; None if there is no such file. ValueError for anything that is not one."""
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path} has {size} bytes; settings of an SAE have a few thousand, at most {MAX_BYTES}")
+    return Settings(path.name, parse(path.read_bytes(), str(path)))
+
+
+def parse(content: bytes | str, what: str) -> dict[str, Any]:
+    """The JSON object in `content`. ValueError that begins with `what` for anything else."""
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice")
+    return values
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:80]
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__}"

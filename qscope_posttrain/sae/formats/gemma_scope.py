@@ -1,0 +1,60 @@
+"""Gemma Scope (1): `layer_20/width_16k/average_l0_71/params.npz`, JumpReLU, no settings.
+
+    W_enc (d_model, d_sae)    W_dec (d_sae, d_model)    b_enc, threshold (d_sae,)    b_dec (d_model,)
+
+Encoding is x @ W_enc + b_enc, without subtraction of b_dec and without scaling, so nothing has to be folded. Layer and
+site are not in the file: they are taken from its path. Its attention, MLP, transcoder and embedding SAEs look alike.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qscope_posttrain.sae.activations import JumpReLU
+from qscope_posttrain.sae.containers.weights_file import WeightsFile
+from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.source import LocatedFile
+
+FORMAT = "gemma_scope"
+KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+
+_OTHER_SITES = ("transcoder", "crosscoder", "clt", "embedding", "-att", "-mlp", "attn_out", "mlp_out")
+
+
+def recognises(weights: WeightsFile) -> bool:
+    return weights.kind == "npz"
+
+
+def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
+    refuse_other_sites(weights.path, located)
+    names = {name: _spelt(weights, name) for name in KEYS}
+    weights.only(set(names.values()))
+    b_enc, b_dec = weights.vector(names["b_enc"]), weights.vector(names["b_dec"])
+    d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
+    return StoredSAE(
+        weights.path,
+        FORMAT,
+        weights.matrix(names["W_enc"], d_sae, d_model, "columns"),
+        b_enc,
+        weights.matrix(names["W_dec"], d_sae, d_model, "rows"),
+        b_dec,
+        weights.memory_mapped,
+        activation=JumpReLU(weights.vector(names["threshold"], d_sae).clone()),
+        layer=located.layer,
+    )
+
+
+def refuse_other_sites(path: Path, located: LocatedFile) -> None:
+    """ValueError if the repository or the folders of the file name another site than the residual stream."""
+    named = [located.location.rpartition("/")[2], *path.parts[-5:-1]]
+    other = next((part for part in named for mark in _OTHER_SITES if mark in part.lower()), None)
+    if other is not None:
+        raise ValueError(
+            f"by {other!r} in its path it does not read the residual stream after a decoder layer, which is all that "
+            "this package reads and steers"
+        )
+
+
+def _spelt(weights: WeightsFile, name: str) -> str:
+    """Some files write w_enc for W_enc."""
+    return name if name in weights or name.lower() not in weights else name.lower()

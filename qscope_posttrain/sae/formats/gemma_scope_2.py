@@ -1,0 +1,57 @@
+"""Gemma Scope 2: `resid_post/layer_17_width_16k_l0_medium/{config.json,params.safetensors}`, JumpReLU.
+
+    w_enc (d_model, d_sae)    w_dec (d_sae, d_model)    b_enc, threshold (d_sae,)    b_dec (d_model,)
+
+As Gemma Scope 1, with lower-case names. config.json, where there is one, names the site ("model.layers.17.output").
+Transcoders of the same layout may add an affine skip connection; they are refused.
+"""
+
+from __future__ import annotations
+
+from qscope_posttrain.sae.activations import JumpReLU
+from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.containers.weights_file import WeightsFile
+from qscope_posttrain.sae.formats.gemma_scope import refuse_other_sites
+from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.sites import layer_of_site
+from qscope_posttrain.sae.source import LocatedFile
+
+FORMAT = "gemma_scope_2"
+KEYS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
+
+
+def recognises(weights: WeightsFile) -> bool:
+    return weights.kind == "safetensors" and ("w_enc" in weights or "w_dec" in weights)
+
+
+def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
+    refuse_other_sites(weights.path, located)
+    if any("affine" in name for name in weights.names):
+        raise ValueError("it has an affine skip connection: a transcoder, which does not reconstruct what it reads")
+    weights.only(set(KEYS))
+    b_enc, b_dec = weights.vector("b_enc"), weights.vector("b_dec")
+    d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
+    settings = weights.settings("config.json")
+    return StoredSAE(
+        weights.path,
+        FORMAT,
+        weights.matrix("w_enc", d_sae, d_model, "columns"),
+        b_enc,
+        weights.matrix("w_dec", d_sae, d_model, "rows"),
+        b_dec,
+        weights.memory_mapped,
+        activation=JumpReLU(weights.vector("threshold", d_sae).clone()),
+        layer=None if settings is None else _layer(settings),
+    )
+
+
+def _layer(settings: Settings) -> int | None:
+    architecture = settings.text("architecture", "jump_relu")
+    if architecture != "jump_relu" or settings.flag("affine_connection", False):
+        raise ValueError(f"it is {architecture!r}, or has an affine connection; known is 'jump_relu' without one")
+    site = settings.text("hf_hook_point_in", None)
+    if site is None:
+        return None
+    if settings.text("hf_hook_point_out", site) != site:
+        raise ValueError(f"it is a transcoder: it reads {site!r} and writes {settings.text('hf_hook_point_out')!r}")
+    return layer_of_site(site)

@@ -1,0 +1,104 @@
+"""Llama Scope: `Llama3_1-8B-Base-L{n}R-8x/{hyperparams.json,checkpoints/final.safetensors}`.
+
+    encoder.weight (d_sae, d_model)    decoder.weight (d_model, d_sae)
+    encoder.bias (d_sae,)              decoder.bias (d_model,)
+
+The weights expect x * s, s = sqrt(d_model) / dataset_average_activation_norm.in. The one `jump_relu_threshold` was
+measured after folding to raw units and a decoder of unit norm (OpenMOSS/Language-Model-SAEs, post_processing at commit
+1e710367), so that, with n_j the norm of column j of decoder.weight, in raw units
+
+    pre_j = n_j (encoder.weight x + encoder.bias / s)_j,    f_j = pre_j where pre_j > jump_relu_threshold
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.containers.weights_file import WeightsFile
+from qscope_posttrain.sae.folding import Fold
+from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.sites import layer_of_site
+from qscope_posttrain.sae.source import LocatedFile
+
+FORMAT = "llama_scope"
+KEYS = ("encoder.weight", "encoder.bias", "decoder.weight")
+
+
+def recognises(weights: WeightsFile) -> bool:
+    return (
+        weights.kind == "safetensors"
+        and set(KEYS) <= weights.names
+        and "log_jumprelu_threshold" not in weights
+        and weights.settings("hyperparams.json") is not None
+    )
+
+
+def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
+    settings = weights.required_settings("hyperparams.json")
+    weights.only(set(KEYS), {"decoder.bias"})
+    layer = check_settings(settings)
+    d_model, d_sae = settings.integer("d_model"), settings.integer("d_sae")
+    b_enc = weights.vector("encoder.bias", d_sae)
+    b_dec = weights.vector("decoder.bias", d_model) if "decoder.bias" in weights else torch.zeros(d_model)
+    average = settings.section("dataset_average_activation_norm", None)
+    inner, outer = (None, None) if average is None else (average.positive("in"), average.positive("out", None))
+    s = normalisation(settings, d_model, inner)
+    if outer is not None and not math.isclose(outer, inner, rel_tol=1e-3):
+        raise ValueError(f"dataset_average_activation_norm is {inner} in and {outer} out: a transcoder, not an SAE")
+    return StoredSAE(
+        weights.path,
+        FORMAT,
+        weights.matrix("encoder.weight", d_sae, d_model, "rows"),
+        b_enc,
+        weights.matrix("decoder.weight", d_sae, d_model, "columns"),
+        b_dec,
+        weights.memory_mapped,
+        fold=Fold(s, s, 1 / s, subtracts_b_dec(settings), unit_decoder=True),
+        activation=_activation(settings, d_sae),
+        layer=layer,
+    )
+
+
+def check_settings(settings: Settings) -> int:
+    """The layer by the settings of an SAE of the OpenMOSS libraries. ValueError for what is not one of the stream."""
+    kind = settings.text("sae_type", "sae")
+    if kind != "sae" or settings.flag("use_glu_encoder", False):
+        raise ValueError(f"it is of the type {kind!r}, or has a gated linear encoder: not a sparse autoencoder")
+    site = settings.text("hook_point_in")
+    if settings.text("hook_point_out", site) != site:
+        raise ValueError(f"it is a transcoder: it reads {site!r} and writes {settings.text('hook_point_out')!r}")
+    return layer_of_site(site)
+
+
+def normalisation(settings: Settings, d_model: int, average_norm: float | None) -> float:
+    """s, by which the weights expect x to be multiplied."""
+    kind = settings.text("norm_activation", "token-wise")
+    if kind == "inference":
+        return 1.0
+    if kind != "dataset-wise":
+        raise ValueError(f"norm_activation {kind!r} depends on the token or batch, and cannot be folded into weights")
+    if average_norm is None:
+        raise ValueError("norm_activation is 'dataset-wise', but dataset_average_activation_norm is missing")
+    if not 0 < average_norm < math.inf:
+        raise ValueError(f"dataset_average_activation_norm is {average_norm}, expected a number above 0")
+    return math.sqrt(d_model) / average_norm
+
+
+def subtracts_b_dec(settings: Settings) -> bool:
+    has_bias: bool = settings.flag("use_decoder_bias", True)
+    return has_bias and settings.flag("apply_decoder_bias_to_pre_encoder", True)
+
+
+def _activation(settings: Settings, d_sae: int) -> Activation:
+    name = settings.text("act_fn").lower()
+    if name == "jumprelu":
+        return JumpReLU(torch.full((d_sae,), settings.number("jump_relu_threshold")))
+    if name == "topk":
+        return TopK(settings.integer("top_k"), "relu_before")
+    if name == "relu":
+        return ReLU()
+    raise ValueError(f"act_fn is {name!r}; known are jumprelu, topk and relu")

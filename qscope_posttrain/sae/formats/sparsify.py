@@ -1,0 +1,57 @@
+"""EleutherAI sparsify: `<hookpoint>/{cfg.json,sae.safetensors}`.
+
+    encoder.weight (d_sae, d_in)    encoder.bias (d_sae,)    W_dec (d_sae, d_in)    b_dec (d_in,)
+
+Encoding is topk(relu(encoder(x - b_dec))): b_dec is always subtracted. Transcoders and skip connections are refused.
+The site is the name of the folder ("layers.10").
+"""
+
+from __future__ import annotations
+
+from qscope_posttrain.sae.activations import Activation, TopK
+from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.containers.weights_file import WeightsFile
+from qscope_posttrain.sae.folding import Fold
+from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.sites import layer_of_site
+from qscope_posttrain.sae.source import LocatedFile
+
+FORMAT = "sparsify"
+KEYS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+
+_MODULE = ("layers", "blocks", "h.", "embed", "model.", "transformer.", "gpt_neox.")
+
+
+def recognises(weights: WeightsFile) -> bool:
+    return weights.kind == "safetensors" and {"encoder.weight", "b_dec"} <= weights.names
+
+
+def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
+    settings = weights.required_settings("cfg.json")
+    if settings.flag("transcode", False) or settings.flag("skip_connection", False) or "W_skip" in weights:
+        raise ValueError("it is a transcoder, or has a skip connection: it does not reconstruct what it reads")
+    if "W_dec" not in weights:
+        raise ValueError("it lacks W_dec: it was saved without its decoder")
+    weights.only(set(KEYS))
+    d_model = settings.integer("d_in")
+    d_sae = settings.integer("num_latents", 0, least=0) or d_model * settings.integer("expansion_factor", 32)
+    hookpoint = weights.path.parent.name
+    return StoredSAE(
+        weights.path,
+        FORMAT,
+        weights.matrix("encoder.weight", d_sae, d_model, "rows"),
+        weights.vector("encoder.bias", d_sae),
+        weights.matrix("W_dec", d_sae, d_model, "rows"),
+        weights.vector("b_dec", d_model),
+        weights.memory_mapped,
+        fold=Fold(subtract_b_dec=True),
+        activation=_activation(settings),
+        layer=layer_of_site(hookpoint) if hookpoint.startswith(_MODULE) else None,
+    )
+
+
+def _activation(settings: Settings) -> Activation:
+    name = settings.text("activation", "topk")
+    if name != "topk":
+        raise ValueError(f"its activation is {name!r}; known is topk")
+    return TopK(settings.integer("k", 32), "signed" if settings.flag("signed", False) else "relu_before")

@@ -1,0 +1,126 @@
+"""Which of many files hold an SAE, and of which layer, by their names alone: for folders and for hub repositories.
+
+A name only says where to look. What a file is, its contents decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+LAYER_FILE = re.compile(r"layer(?P<layer>\d{1,6})\.sae\.(?:pt|safetensors)")
+"""Name of one layer's file: `layer{n}.sae.pt` in Qwen-Scope, `layer{n}.sae.safetensors` in the package's own format."""
+
+_WEIGHTS = re.compile(
+    r"(?:params\.(?:npz|safetensors)|sae_weights\.(?:safetensors|pt)|sae\.safetensors|ae\.pt)"
+    r"|checkpoints/(?:final|pruned)\.(?:safetensors|pt)"
+)
+_SAFE_PART = re.compile(r"[\w][\w.=+-]*")
+_LAYER_FOLDERS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"layer_(\d{1,6})(?:_width_.*)?",
+        r"(?:[\w.]*\.)?layers[._](\d{1,6})",
+        r"(?:.*-)?L(\d{1,6})R(?:-\d+x)?",
+        r"blocks\.(\d{1,6})\.hook_resid_post",
+        r"resid_post_(?:layer_)?(\d{1,6})(?:_.*)?",
+    )
+)
+_OTHER_SITES = re.compile(
+    r"transcoder|crosscoder|(?:^|[_/-])clt|attn_out|mlp_out|embedding|(?:^|[-/])L\d+[AMTP](?:[-/]|$)"
+)
+
+_MAX_DEPTH = 5
+_MAX_FILES = 100_000
+_SHOWN = 12
+
+
+def is_weights(name: str) -> bool:
+    """Whether a path, with / between its parts, is named like the weights of an SAE in some published layout."""
+    last = name.rpartition("/")[2]
+    behind = "/".join(name.split("/")[-2:])
+    return bool(LAYER_FILE.fullmatch(last) or _WEIGHTS.fullmatch(last) or _WEIGHTS.fullmatch(behind))
+
+
+def is_safe(name: str) -> bool:
+    """Whether a path is relative and stays inside its folder."""
+    return all(_SAFE_PART.fullmatch(part) for part in name.split("/"))
+
+
+def layer_in_path(path: str) -> int | None:
+    """The layer that the file name, or else the nearest of the folders above it, is named after."""
+    *folders, last = path.split("/")
+    if match := LAYER_FILE.fullmatch(last):
+        return int(match["layer"])
+    for folder in reversed(folders[-_MAX_DEPTH:]):
+        for pattern in _LAYER_FOLDERS:
+            if match := pattern.fullmatch(folder):
+                return int(match[1])
+    return None
+
+
+def weights_in(folder: Path) -> list[str]:
+    """Paths of the weights in a folder and in those below it, relative to it."""
+    found, seen = [], 0
+    queue = [("", folder, 0)]
+    while queue:
+        prefix, place, depth = queue.pop()
+        for entry in sorted(place.iterdir()):
+            seen += 1
+            if seen > _MAX_FILES:
+                raise ValueError(f"{folder} holds more than {_MAX_FILES} files: give a folder nearer to the SAE")
+            name = prefix + entry.name
+            if entry.is_dir() and not entry.is_symlink() and depth < _MAX_DEPTH:
+                queue.append((f"{name}/", entry, depth + 1))
+            elif is_weights(name):
+                found.append(name)
+    return sorted(found)
+
+
+def choose(names: Iterable[str], layer: int | None, where: str, above: str = "") -> str:
+    """The weights of `layer` among `names`; with `layer` None, the only ones.
+
+    `above` is the path of the folder that the names are relative to: it may be what says the layer.
+
+    Raises:
+        FileNotFoundError: none of them are weights.
+        ValueError: the layer is missing, or there are several candidates, which are listed.
+    """
+    weights = [name for name in sorted(set(names)) if is_weights(name)]
+    if not weights:
+        raise FileNotFoundError(
+            f"{where} holds no file named layer<n>.sae.pt or layer<n>.sae.safetensors, nor the weights of another "
+            "known layout (params.npz, params.safetensors, sae_weights.safetensors, sae.safetensors, ae.pt)"
+        )
+    weights = [name for name in weights if not _OTHER_SITES.search(name)] or weights
+    by_layer: dict[int | None, list[str]] = {}
+    for name in weights:
+        by_layer.setdefault(layer_in_path(f"{above}/{name}"), []).append(name)
+    known = [number for number in by_layer if number is not None]
+    if layer is None and len(by_layer) > 1:
+        raise ValueError(f"{where} holds layers {ranges(known)}: say which one with layer=...")
+    wanted = next(iter(by_layer)) if layer is None else layer if layer in by_layer else None
+    if wanted not in by_layer:
+        raise ValueError(f"{where} has no layer {layer}; it holds layers {ranges(known)} (counted from 0)")
+    if len(by_layer[wanted]) > 1:
+        what = "several SAEs" if wanted is None else f"layer {wanted} more than once"
+        raise ValueError(f"{where} holds {what} ({listed(by_layer[wanted])}): give the file, or its folder")
+    return by_layer[wanted][0]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first dozen of `names`."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "0..2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)
