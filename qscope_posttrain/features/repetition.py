@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.features.accumulator import tokens_at_a_time
 from qscope_posttrain.features.batches import (
     TokenBatch,
     TokenSequence,
@@ -20,6 +21,7 @@ from qscope_posttrain.features.effects import differentiable_from_the_embedding
 from qscope_posttrain.features.loops import Loop
 from qscope_posttrain.features.scoring import LOGITS_AT_A_TIME, model_logits
 from qscope_posttrain.features.selection import top_features
+from qscope_posttrain.kernels.statistics import feature_statistics_
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.residual.capture import LayerCapture, forward_to_layer
 from qscope_posttrain.residual.evaluation_mode import evaluation_mode
@@ -212,11 +214,13 @@ def _flat_pairs(batch: TokenBatch, pairs: Sequence[Sequence[Occurrence]]) -> tup
 
 def _encoded_sum(sae: SparseAutoencoder, states: Tensor, weights: Tensor) -> Tensor:
     """sum over tokens of weight * post-activation, [d_sae] fp64 on the CPU, from `states` [tokens, d_model]."""
-    values, indices = sae.encode(states.to(sae.device, sae.dtype))
-    device = torch.device("cpu") if values.device.type == "mps" else values.device  # which has no fp64
-    weighted = values.to(device, torch.float64) * weights.to(device)[:, None]
-    summed = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
-    return summed.index_add_(0, indices.to(device, torch.int64).flatten(), weighted.flatten()).cpu()
+    device = torch.device("cpu") if sae.device.type == "mps" else sae.device  # which has no fp64
+    total = torch.zeros(1, sae.d_sae, dtype=torch.float64, device=device)
+    step = tokens_at_a_time(sae)
+    for part, factors in zip(states.to(sae.device, sae.dtype).split(step), weights.to(device).split(step), strict=True):
+        values, indices = (tensor.to(device) for tensor in sae.encode(part))
+        feature_statistics_(values.double() * factors[:, None], indices, activation_sum=total)
+    return total[0].cpu()
 
 
 @torch.enable_grad()

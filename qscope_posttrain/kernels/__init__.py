@@ -8,6 +8,8 @@ from qscope_posttrain.kernels.decode import sparse_decode
 from qscope_posttrain.kernels.encode import topk_encode
 from qscope_posttrain.kernels.penalty import feature_penalty
 from qscope_posttrain.kernels.readout import feature_preactivations
+from qscope_posttrain.kernels.statistics import feature_statistics_
+from qscope_posttrain.kernels.steering import steer_add, steer_add_
 from qscope_posttrain.kernels.threshold import batch_topk_encode, threshold_encode
 
 __all__ = [

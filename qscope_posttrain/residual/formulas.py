@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qscope_posttrain.kernels.steering import steer_add
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -31,8 +33,18 @@ class Change:
 
         return Change(moved(self.shift), moved(self.read), moved(self.write), self.bias, self.rectified)
 
-    def apply(self, hidden: Tensor) -> Tensor:
-        """`hidden` `[..., d_model]` changed at every token; a new tensor of the same dtype."""
+    def apply(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`hidden` `[rows, tokens, d_model]` changed; a new tensor of the same dtype.
+
+        With a bool mask that broadcasts to `[rows, tokens]`, only where it is True: the rest stays bit-identical.
+        """
+        if mask is not None and self.read is None and self.shift is not None and self.shift.dim() == 1:
+            return steer_add(hidden, self.shift.unsqueeze(0), mask.unsqueeze(-1).to(self.shift.dtype))
+        changed = self._everywhere(hidden)
+        # Chosen, not shifted by zero: that would turn -0.0 to 0.0, and a readout of inf times zero into nan.
+        return changed if mask is None else torch.where(mask.unsqueeze(-1), changed, hidden)
+
+    def _everywhere(self, hidden: Tensor) -> Tensor:
         if self.read is None or self.write is None:
             return hidden if self.shift is None else hidden + self.shift
         readout = hidden.to(self.read.dtype) @ self.read

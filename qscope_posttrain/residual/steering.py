@@ -133,12 +133,9 @@ def _hook(steering: Steering, layer: int, calls: dict[int, int], columns: Column
             mask = None if steering.rows is None else steering.rows[:, None].to(hidden.device)
             prepared[key] = steering.change(layer).to(*key), mask
         change, rows = prepared[key]
-        steered = change.apply(hidden)
         if inside is not True:
             rows = inside if rows is None else inside & rows
-        if rows is not None:
-            # Not a shift by zero: that would turn -0.0 to 0.0, and a readout of inf times zero into nan.
-            steered = torch.where(rows.unsqueeze(-1), steered, hidden)
+        steered = change.apply(hidden, rows)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     return hook if selection is None else torch.compiler.disable(hook)

@@ -1,0 +1,120 @@
+"""Add directions to hidden states, each token by its own strengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qscope_posttrain.kernels.checks import check_floating, check_same_device, check_shape
+from qscope_posttrain.kernels.readout import accumulation_dtype
+
+
+def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
+    """`hidden[b, t] + sum_n strengths[b, t, n] * directions[n]`, as a new tensor.
+
+    Args:
+        hidden: `[B, T, D]`, any floating dtype.
+        directions: `[N, D]`, floating point, finite.
+        strengths: `[B, T, N]` or anything that expands to it, floating point: one per row, position and direction.
+
+    Returns:
+        `[B, T, D]` in the dtype of `hidden`: the sum is made in at least fp32 and rounded once. A token whose strengths
+        are all 0 keeps its entries bit for bit, also -0.0, NaN and Inf.
+
+    Differentiable with respect to all three; saves directions and strengths. Beside the result no memory of the size of
+    `hidden` is taken on CUDA (one launch), one tensor `[B, T, D]` elsewhere. Deterministic. Not affected by autocast.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit.
+    """
+    steered: Tensor = _steer_add(hidden, directions, _expanded(hidden, directions, strengths))
+    return steered
+
+
+def steer_add_(hidden: Tensor, directions: Tensor, strengths: Tensor) -> None:
+    """The same in place, without gradient: `hidden` is changed, nothing is returned.
+
+    On CUDA one launch that allocates nothing and waits for nothing: it can be captured in a CUDA graph, and replayed
+    with other strengths written into the same tensor.
+
+    Raises:
+        ValueError, TypeError: as for `steer_add`; or `hidden` requires a gradient.
+    """
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        raise ValueError("steer_add_ changes hidden states without a gradient; use steer_add where one is needed.")
+    _steer_add_(hidden, directions.detach(), _expanded(hidden, directions, strengths).detach())
+
+
+def _expanded(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
+    """Strengths as a view [B, T, N], after all checks."""
+    check_shape("hidden", hidden, ("rows", "tokens", "d_model"))
+    check_shape("directions", directions, ("directions", hidden.shape[2]))
+    check_floating(hidden=hidden, directions=directions, strengths=strengths)
+    check_same_device(hidden=hidden, directions=directions, strengths=strengths)
+    shape = (*hidden.shape[:2], directions.shape[0])
+    try:
+        return strengths.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"strengths must expand to [rows, tokens, directions] = {list(shape)}, got {list(strengths.shape)}"
+        ) from error
+
+
+@torch.library.custom_op("qscope_posttrain::steer_add", mutates_args=())
+def _steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
+    if hidden.is_cuda:
+        from qscope_posttrain.kernels.triton.steering import steer_add as on_cuda
+
+        steered = torch.empty_like(hidden)
+        on_cuda(hidden, directions, strengths, steered)
+        return steered
+    wide = accumulation_dtype(hidden)
+    factors, vectors = strengths.to(wide), directions.to(wide)
+    if len(vectors) == 1:
+        shifted = torch.addcmul(hidden.to(wide), factors, vectors)
+        chosen = strengths != 0
+    else:
+        with torch.autocast(hidden.device.type, enabled=False):
+            shifted = (factors @ vectors).add_(hidden)
+        chosen = strengths.any(-1, keepdim=True)
+    # Not a shift by zero: that would turn -0.0 to 0.0.
+    return torch.where(chosen, shifted.to(hidden.dtype), hidden)
+
+
+@torch.library.custom_op("qscope_posttrain::steer_add_", mutates_args=("hidden",))
+def _steer_add_(hidden: Tensor, directions: Tensor, strengths: Tensor) -> None:
+    if hidden.is_cuda:
+        from qscope_posttrain.kernels.triton.steering import steer_add as on_cuda
+
+        on_cuda(hidden, directions, strengths, hidden)
+    else:
+        hidden.copy_(_steer_add(hidden, directions, strengths))
+
+
+@_steer_add.register_fake
+def _(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, directions, strengths = inputs
+    ctx.save_for_backward(directions, strengths)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    directions, strengths = ctx.saved_tensors
+    needs_hidden, needs_directions, needs_strengths = ctx.needs_input_grad
+    wide = accumulation_dtype(gradient)
+    of_directions = of_strengths = None
+    with torch.autocast(gradient.device.type, enabled=False):
+        if needs_directions:
+            flat = gradient.flatten(0, 1).to(wide)
+            of_directions = (strengths.reshape(-1, strengths.shape[-1]).to(wide).t() @ flat).to(directions.dtype)
+        if needs_strengths:
+            of_strengths = (gradient.to(wide) @ directions.to(wide).t()).to(strengths.dtype)
+    return gradient if needs_hidden else None, of_directions, of_strengths
+
+
+_steer_add.register_autograd(_backward, setup_context=_setup_context)
