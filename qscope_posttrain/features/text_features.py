@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -52,6 +53,8 @@ class TextFeatures:
     """[N] bool: the text was cut, so that its last tokens were not read"""
     residual: Tensor | None = None
     """[N, d_model] fp32 residual stream, at the last token or averaged over the tokens; None if not asked for"""
+    median_norm: float = math.nan
+    """Median norm of the layer's residual stream, by which outliers were told; NaN if not known"""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -80,6 +83,7 @@ def collect_text_features(
     tokens_per_batch: int = 4096,
     max_length: int = 512,
     outlier_factor: float = 10.0,
+    median_norms: Mapping[int, float] | None = None,
     show_progress: bool | None = None,
 ) -> dict[int, TextFeatures]:
     """Run the model once over `texts`, up to the deepest layer in `saes`, and pool what fires on each of them.
@@ -98,6 +102,7 @@ def collect_text_features(
         pooling: "last" token, "max" or "mean" over the tokens that count.
         residual: keep the residual stream too, pooled alike (the mean, for "max"): the input of a linear probe.
         max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
+        median_norms: {layer: norm} measured before, so that a text's row does not depend on the texts beside it.
 
     Returns:
         {layer: TextFeatures}, rows in the order of `texts`.
@@ -109,6 +114,8 @@ def collect_text_features(
         raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}.")
     check_texts({"texts": texts})
     layers = check_layers(model, sorted(saes))
+    if median_norms is not None and not set(layers) <= set(median_norms):
+        raise ValueError(f"median_norms must have the layers {list(layers)}, got {sorted(median_norms)}.")
     sequences = tokenize_texts(tokenizer, {"texts": texts}, longest_allowed(model, max_length))
     pad_id = pad_token(tokenizer)
     sample = token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
@@ -116,7 +123,7 @@ def collect_text_features(
     rank, processes = process_rank()
     parts: dict[int, list[_Part]] = {layer: [] for layer in layers}
     with evaluation_mode(model), torch.no_grad():
-        medians = calibrate(model, layers, sample).medians
+        medians = calibrate(model, layers, sample).medians if median_norms is None else dict(median_norms)
         shown = progress(batches[rank::processes], description="features of each text", enabled=show_progress)
         for batch in shown:
             owners, last = _owners(batch)
@@ -127,7 +134,9 @@ def collect_text_features(
         parts = _gather(parts, processes)
     truncated = torch.zeros(len(texts), dtype=torch.bool)
     truncated[[sequence.text for sequence in sequences if sequence.truncated]] = True
-    return {layer: _assemble(parts[layer], len(texts), saes[layer].d_sae, truncated) for layer in layers}
+    return {
+        layer: _assemble(parts[layer], len(texts), saes[layer].d_sae, truncated, medians[layer]) for layer in layers
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +197,7 @@ def _gather(parts: dict[int, list[_Part]], processes: int) -> dict[int, list[_Pa
     return {layer: [part for found in gathered for part in found[layer]] for layer in parts}
 
 
-def _assemble(parts: Sequence[_Part], count: int, d_sae: int, truncated: Tensor) -> TextFeatures:
+def _assemble(parts: Sequence[_Part], count: int, d_sae: int, truncated: Tensor, median_norm: float) -> TextFeatures:
     entry_texts = torch.cat([part.entry_texts for part in parts])
     order = entry_texts.argsort(stable=True)
     tokens = torch.zeros(count, dtype=torch.long)
@@ -209,4 +218,5 @@ def _assemble(parts: Sequence[_Part], count: int, d_sae: int, truncated: Tensor)
         tokens=tokens,
         truncated=truncated,
         residual=states,
+        median_norm=median_norm,
     )

@@ -94,3 +94,16 @@ def test_refusals(model, tiny_tokenizer, saes, arguments, message):
     options = {"texts": ["some text here"], "saes": saes} | arguments
     with pytest.raises(ValueError, match=message):
         collect_text_features(model, tiny_tokenizer, **options)
+
+
+def test_given_norms_make_a_text_independent_of_its_neighbours(model, tiny_tokenizer, lines, saes):
+    together = collect_text_features(model, tiny_tokenizer, lines, saes, outlier_factor=1.02)
+    norms = {layer: features.median_norm for layer, features in together.items()}
+    options = {"outlier_factor": 1.02, "median_norms": norms}
+    for number, line in enumerate(lines):
+        alone = collect_text_features(model, tiny_tokenizer, [line], saes, **options)
+        for layer in saes:
+            assert alone[layer].row(0)[0].tolist() == together[layer].row(number)[0].tolist()
+            assert alone[layer].median_norm == norms[layer]
+    with pytest.raises(ValueError, match="median_norms must have the layers"):
+        collect_text_features(model, tiny_tokenizer, lines, saes, median_norms={})

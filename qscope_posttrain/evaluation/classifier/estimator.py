@@ -1,0 +1,287 @@
+"""`FeatureClassifier`: a few SAE features, found by how much more often they fire on one class, decide on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from scipy.sparse import csr_array
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils import check_random_state
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+
+from qscope_posttrain.evaluation.classifier.columns import LayerColumns, stack
+from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer, are_texts
+from qscope_posttrain.evaluation.classifier.rates import (
+    Booleans,
+    Floats,
+    Integers,
+    Rates,
+    best_thresholds,
+    firing,
+    firing_rates,
+    top_features,
+)
+from qscope_posttrain.evaluation.classifier.votes import best_vote_count
+
+Rule = Literal["or", "votes", "logistic"]
+Thresholds = Literal["zero", "best"]
+Selection = Literal["difference", "random"]
+
+
+def _has_probabilities(classifier: FeatureClassifier) -> bool:
+    return classifier.rule == "logistic"
+
+
+class FeatureClassifier(ClassifierMixin, BaseEstimator):
+    """A binary classifier of texts by the firing of a few SAE features (Qwen-Scope report, section 5).
+
+    Every feature gets Delta = P(it fires | positive) - P(it fires | negative) on the training texts (equations 13 and
+    14); the positive class is `classes_[1]`, the larger label, as everywhere in scikit-learn. The `n_layers` layers
+    with the largest top Delta are taken (equation 16 for one layer, "top1-diff"; equation 17 for several), and in each
+    the `k` features with the largest Delta. The rule then decides:
+
+    - "or": positive if any of them fires (equation 15);
+    - "votes": positive if at least m fire, where m has the best F1 on the training texts (the least such m);
+    - "logistic": logistic regression on the indicators of firing.
+
+    All are `indicators @ weights_ + intercept_ > 0`, and that sum is `decision_function`. For "or" and "votes" it is
+    the number of votes less a constant: the decision is the rule's, and the ranking among texts counts the votes.
+
+    X, here as in every method, is one of:
+
+    - {layer: TextFeatures, or a matrix [texts, features]};
+    - a matrix, dense or sparse, with the layers side by side as `layer_widths` says: what scikit-learn's searches and
+      pipelines can split (`columns.stack` and `TextFeaturizer.transform` make it);
+    - texts (strings or `TokenText`s), if there is a `featurizer`.
+
+    Values not above `epsilon` do not fire, negative ones neither. Attributes after `fit`, S rows: `feature_layers_`,
+    `feature_ids_`, `differences_`, `positive_rates_`, `negative_rates_`, `thresholds_`, `weights_` [S]; `intercept_`,
+    `top1_differences_` {layer: largest Delta}, `layer_columns_`, `featurizer_`.
+
+    Args:
+        k: features of each layer.
+        rule: see above.
+        layer: the layer to use, instead of choosing by top1-diff.
+        n_layers: layers to use; with k=1 equation 17.
+        thresholds: "zero": a feature fires above `epsilon`; "best": above the activation that maximises its Delta.
+        epsilon: the epsilon of equation 13.
+        selection: "difference", or "random", a control: features drawn from those that fire on any training text.
+        layer_widths: {layer: columns} of a matrix; None: it is one layer, called 0.
+        C: inverse strength of the L2 penalty of "logistic".
+        random_state: of the random selection.
+        featurizer: turns texts into features; needed for texts only.
+    """
+
+    def __init__(
+        self,
+        k: int = 1,
+        *,
+        rule: Rule = "or",
+        layer: int | None = None,
+        n_layers: int = 1,
+        thresholds: Thresholds = "zero",
+        epsilon: float = 0.0,
+        selection: Selection = "difference",
+        layer_widths: Mapping[int, int] | None = None,
+        C: float = 1.0,
+        random_state: Any = None,
+        featurizer: TextFeaturizer | None = None,
+    ) -> None:
+        self.k = k
+        self.rule = rule
+        self.layer = layer
+        self.n_layers = n_layers
+        self.thresholds = thresholds
+        self.epsilon = epsilon
+        self.selection = selection
+        self.layer_widths = layer_widths
+        self.C = C
+        self.random_state = random_state
+        self.featurizer = featurizer
+
+    def fit(self, X: Any, y: Any) -> FeatureClassifier:
+        """Choose layers and features, and learn what the rule has to learn.
+
+        Raises:
+            TypeError, ValueError: a parameter or an input of the wrong kind, or labels that are not two classes.
+        """
+        self._check_parameters()
+        matrix, y = self._training_matrix(X, y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) != 2:
+            kind = "1 class" if len(self.classes_) == 1 else f"{len(self.classes_)} classes"
+            raise ValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
+        positive = codes == 1
+        measure = best_thresholds if self.thresholds == "best" else firing_rates
+        rates = measure(matrix, positive, self.epsilon)
+        chosen = self._choose(rates)
+        self._keep(rates, chosen)
+        self.weights_, self.intercept_ = self._learn(self._indicators(matrix[:, chosen]), positive)
+        return self
+
+    def decision_function(self, X: Any) -> Floats:
+        """[texts] `indicators @ weights_ + intercept_`; above 0 is the positive class."""
+        check_is_fitted(self)
+        return self._indicators(self._chosen_columns(X)) @ self.weights_ + self.intercept_
+
+    def predict(self, X: Any) -> Any:
+        """[texts] the class of each text."""
+        scores = self.decision_function(X)
+        return self.classes_[(scores > 0).astype(np.int64)]
+
+    @available_if(_has_probabilities)
+    def predict_proba(self, X: Any) -> Floats:
+        """[texts, 2] probabilities in the order of `classes_`; with rule="logistic" only."""
+        odds = self.decision_function(X)
+        # 1 / (1 + exp(-x)), without overflow
+        positive = np.exp(-np.logaddexp(0.0, -odds))
+        return np.column_stack([1.0 - positive, positive])
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with JSON metadata, atomically; no pickle, a few kilobytes."""
+        from qscope_posttrain.evaluation.classifier.classifier_file import write_classifier
+
+        check_is_fitted(self)
+        return write_classifier(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path, featurizer: TextFeaturizer | None = None) -> FeatureClassifier:
+        """Read what `save` has written.
+
+        Args:
+            featurizer: to classify texts; its model and SAEs must be those of the training, and it takes over the
+                settings and median norms stored in the file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a classifier, damaged, or made with another model or other SAEs.
+        """
+        from qscope_posttrain.evaluation.classifier.classifier_file import read_classifier
+
+        return read_classifier(path, featurizer)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        tags.classifier_tags.poor_score = True  # a few indicators cannot separate arbitrary real-valued blobs
+        tags.input_tags.sparse = True
+        return tags
+
+    def _check_parameters(self) -> None:
+        for name, kinds in (("rule", Rule), ("thresholds", Thresholds), ("selection", Selection)):
+            if getattr(self, name) not in get_args(kinds):
+                allowed = ", ".join(repr(kind) for kind in get_args(kinds))
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("k", "n_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}.")
+        for name, least in (("epsilon", 0.0), ("C", np.nextafter(0.0, 1.0))):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not least <= value < np.inf:
+                raise ValueError(f"{name} must be a number from {least:g} on, got {value!r}.")
+        if self.layer is not None and self.n_layers != 1:
+            raise ValueError(f"layer={self.layer!r} names one layer, n_layers={self.n_layers} asks for several.")
+
+    def _training_matrix(self, X: Any, y: Any) -> tuple[csr_array, Any]:
+        """Checks X and y, and keeps what prediction must find again."""
+        self.featurizer_ = None
+        if are_texts(X):
+            if self.featurizer is None:
+                raise ValueError("X holds texts; give the classifier a featurizer, or pass their features.")
+            X = list(X)
+            features = self.featurizer.features(X)
+            self.featurizer_ = self.featurizer.with_norms(features)
+            X = features
+        if isinstance(X, Mapping):
+            matrix, self.layer_columns_ = stack(X)
+        else:
+            matrix, self.layer_columns_ = X, None
+        matrix, y = validate_data(self, matrix, y, accept_sparse="csr", dtype=np.float64)
+        check_classification_targets(y)
+        if self.layer_columns_ is None:
+            self.layer_columns_ = LayerColumns.from_widths(self.layer_widths or {0: matrix.shape[1]})
+            if self.layer_columns_.total != matrix.shape[1]:
+                raise ValueError(
+                    f"X has {matrix.shape[1]} columns, but layer_widths adds up to {self.layer_columns_.total}."
+                )
+        return csr_array(matrix), y
+
+    def _chosen_columns(self, X: Any) -> csr_array:
+        """[texts, S] the activations of the chosen features; of texts, only the layers that hold them are read."""
+        used = list(dict.fromkeys(self.feature_layers_.tolist()))
+        if are_texts(X):
+            if self.featurizer_ is None:
+                raise ValueError("X holds texts, but this classifier was not fitted or loaded with a featurizer.")
+            X = self.featurizer_.features(list(X), layers=used)
+        if isinstance(X, Mapping):
+            matrix, columns = stack({layer: X[layer] for layer in used if layer in X})
+            expected = LayerColumns.from_widths({layer: self._width(layer) for layer in used})
+            if columns != expected:
+                raise ValueError(f"The classifier needs the features of {expected}, X has {columns}.")
+            check_array(matrix, accept_sparse="csr")
+        else:
+            matrix = csr_array(validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64))
+            columns = self.layer_columns_
+        starts = np.array([columns.slice(layer).start for layer in self.feature_layers_.tolist()])
+        return csr_array(matrix[:, starts + self.feature_ids_])
+
+    def _width(self, layer: int) -> int:
+        part = self.layer_columns_.slice(layer)
+        return part.stop - part.start
+
+    def _choose(self, rates: Rates) -> list[int]:
+        """Columns of the chosen features, layer by layer, best first."""
+        columns = self.layer_columns_
+        difference = rates.difference
+        self.top1_differences_ = {layer: float(difference[columns.slice(layer)].max()) for layer in columns.layers}
+        if self.layer is not None:
+            columns.slice(self.layer)
+            layers: Sequence[int] = [self.layer]
+        else:
+            if self.n_layers > len(columns.layers):
+                raise ValueError(f"n_layers={self.n_layers} exceeds the {len(columns.layers)} layers of X.")
+            ranked = sorted(columns.layers, key=lambda layer: (-self.top1_differences_[layer], layer))
+            layers = ranked[: self.n_layers]
+        generator = check_random_state(self.random_state)
+        chosen: list[int] = []
+        for layer in layers:
+            part = columns.slice(layer)
+            if self.selection == "random":
+                fires = np.flatnonzero(rates.positive[part] + rates.negative[part] > 0)
+                picked = generator.permutation(fires)[: self.k]
+            else:
+                picked = top_features(difference[part], self.k)
+            chosen += [part.start + int(feature) for feature in picked]
+        if not chosen:
+            raise ValueError("No feature fires on any training text, so there is nothing to draw from.")
+        return chosen
+
+    def _keep(self, rates: Rates, chosen: Sequence[int]) -> None:
+        owners = [self.layer_columns_.owner(column) for column in chosen]
+        self.feature_layers_: Integers = np.array([layer for layer, _ in owners], dtype=np.int64)
+        self.feature_ids_: Integers = np.array([feature for _, feature in owners], dtype=np.int64)
+        self.positive_rates_: Floats = rates.positive[chosen]
+        self.negative_rates_: Floats = rates.negative[chosen]
+        self.differences_: Floats = rates.difference[chosen]
+        self.thresholds_: Floats = rates.threshold[chosen]
+
+    def _indicators(self, activations: csr_array) -> Floats:
+        """[texts, S] ones where a chosen feature fires."""
+        return firing(csr_array(activations), self.thresholds_).toarray()
+
+    def _learn(self, indicators: Floats, positive: Booleans) -> tuple[Floats, float]:
+        ones = np.ones(indicators.shape[1])
+        if self.rule == "logistic":
+            model = LogisticRegression(C=self.C, max_iter=1000).fit(indicators, positive)
+            return model.coef_[0], float(model.intercept_[0])
+        if self.rule == "votes":
+            return ones, 0.5 - best_vote_count(indicators.sum(axis=1).astype(np.int64), positive)
+        return ones, -0.5
