@@ -1,4 +1,4 @@
-"""Command lines of the commands that take no recipe: argparse, with the manners of the recipe parser."""
+"""Command lines of the commands that do not train: argparse, with the manners of the recipe parser."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from qscope_posttrain.recipe_file import read_yaml
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class OptionParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are ValueErrors, with a suggestion for an unknown option.
 
-    Options may be written with dashes or underscores (`--top-p`, `--top_p`), never abbreviated.
+    Options may be written with dashes or underscores (`--top-p`, `--top_p`), never abbreviated, and kept in a recipe:
+    `--config FILE` stands for the options in a YAML file (`top_p: 0.9`, lists for several values, true and false for
+    switches); what comes after it on the command line goes before what it says.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -25,7 +29,10 @@ class OptionParser(argparse.ArgumentParser):
         Raises:
             ValueError: an unknown, missing or malformed option.
         """
-        values, unknown = self.parse_known_args([_with_dashes(argument) for argument in arguments])
+        given = [_with_dashes(argument) for argument in arguments]
+        if "--config" not in _option_names(self):
+            given = _with_recipes(given)
+        values, unknown = self.parse_known_args(given)
         if unknown:
             name = unknown[0].partition("=")[0]
             raise ValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(_option_names(self)))}")
@@ -47,6 +54,37 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     """A sentence that suggests the nearest name, or nothing."""
     close = difflib.get_close_matches(word, list(names), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _with_recipes(arguments: Sequence[str]) -> list[str]:
+    """The arguments with every `--config FILE` replaced by the options in that file."""
+    expanded: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            expanded.append(argument)
+            continue
+        path = value if equals else next(rest, None)
+        if not path:
+            raise ValueError("--config needs a YAML file with options.")
+        for key, content in read_yaml(path).items():
+            expanded += _as_arguments(path, key, content)
+    return expanded
+
+
+def _as_arguments(path: str, key: Any, content: Any) -> list[str]:
+    name = _with_dashes(f"--{key}")
+    if content is None:
+        return []
+    if isinstance(content, bool):
+        return [name if content else f"--no-{name[2:]}"]
+    values = content if isinstance(content, list) else [content]
+    if any(not isinstance(value, (str, int, float)) or isinstance(value, bool) for value in values):
+        raise ValueError(f"{path}: {key!r} must be text, a number, true, false or a list of texts and numbers.")
+    if len(values) == 1:
+        return [f"{name}={values[0]}"]
+    return [name, *map(str, values)]
 
 
 def _with_dashes(argument: str) -> str:

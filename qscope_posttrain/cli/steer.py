@@ -1,4 +1,4 @@
-"""`qscope steer`: the same prompts and seed, with and without steering."""
+"""`qscope steer`: the same prompts and seed with and without steering, or (`--curve`) at several strengths."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, read_prompts, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
+from qscope_posttrain.cli.steer_curve import add_curve_options, run_curve
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -47,6 +48,11 @@ def run(arguments: Sequence[str]) -> int:
     features = FeatureSet.load(path / FEATURES_FILE if path.is_dir() else path)
     if options.feature is not None:
         features = features.select(feature_ids=options.feature)
+    if options.curve is not None:
+        if options.strength is not None:
+            raise ValueError("--curve has its own strengths; leave --strength out.")
+        run_curve(options, features, settings, positions)
+        return 0
     steering = feature_steering(
         features,
         layer=options.layer,
@@ -190,5 +196,6 @@ def _parser() -> OptionParser:
     parser.add_argument("--chat", action="store_true", help="send texts through the chat template, as a user's message")
     parser.add_argument("--chat-template-options", help='JSON for the template, for example {"enable_thinking": false}')
     parser.add_argument("--seed", type=int, default=0, help="of the sampling, the same on both sides")
-    parser.add_argument("--output", help="folder for summary.json")
+    parser.add_argument("--output", help="folder for summary.json, and of a curve report.html")
+    add_curve_options(parser)
     return parser
