@@ -1,18 +1,16 @@
 """Plots as inline SVG: interval bars, curves with bands, gain against cost. matplotlib is imported on first use.
 
 Every function takes numbers and returns one `<svg>` element as a string, for `report.html.Figure`. Axes and text are
-drawn in `currentColor` and text stays text, so that a figure follows the reader's light or dark theme and fonts. The
-figures are drawn without pyplot: no window, no figure left open, no backend chosen for the calling program.
+drawn in `currentColor` and text stays text, so that a figure follows the reader's light or dark theme and fonts.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from qscope_posttrain.report.svg import INK, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,31 +19,6 @@ COLOURS = ("#3f7fd0", "#df7f3b", "#2f9e77", "#b062b3", "#c59f1d", "#d3545f", "#5
 """Middle tones that hold on white and on near-black paper."""
 
 _MARKERS = "osD^vP"
-
-_INK = "#010203"  # stands for the text colour while matplotlib draws; replaced by currentColor in the SVG
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qscope_posttrain",  # the same numbers give the same file
-    "text.parse_math": False,  # a dollar sign in a label is a dollar sign
-    "font.family": "sans-serif",
-    "font.size": 10.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "grid.color": _INK,
-    "grid.alpha": 0.13,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-}
 
 
 @dataclass(frozen=True)
@@ -124,14 +97,14 @@ def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, refere
             colour = COLOURS[-1] if bar.name == reference else COLOURS[0]
             axes.barh(row, bar.value, height=0.58, color=colour, alpha=0.72, linewidth=0)
             if bar.low is not None and bar.high is not None:
-                axes.plot([bar.low, bar.high], [row, row], color=_INK, linewidth=1.3, solid_capstyle="butt")
-                axes.plot([bar.low, bar.high], [row, row], "|", color=_INK, markersize=8, markeredgewidth=1.3)
-            axes.plot(bar.points, [row + 0.17] * len(bar.points), "o", color=_INK, markersize=3.2, alpha=0.5, mew=0)
+                axes.plot([bar.low, bar.high], [row, row], color=INK, linewidth=1.3, solid_capstyle="butt")
+                axes.plot([bar.low, bar.high], [row, row], "|", color=INK, markersize=8, markeredgewidth=1.3)
+            axes.plot(bar.points, [row + 0.17] * len(bar.points), "o", color=INK, markersize=3.2, alpha=0.5, mew=0)
             text = f"{100 * bar.value:.1f} %" if percent else f"{bar.value:.3g}"
             end = max(value for value in (bar.value, bar.high, *bar.points) if value is not None)
             axes.annotate(text, (end, row), (7, 0), textcoords="offset points", va="center", fontsize=9.5)
             if bar.name == reference:
-                axes.axvline(bar.value, color=_INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
+                axes.axvline(bar.value, color=INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
         axes.set_yticks(range(len(bars)), names)
         axes.set_ylim(len(bars) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)
@@ -142,7 +115,7 @@ def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, refere
         if percent:
             _percent(axes.xaxis)
 
-    return _svg(draw, width=7.6, height=0.85 + 0.36 * len(bars))
+    return draw_svg(draw, width=7.6, height=0.85 + 0.36 * len(bars))
 
 
 def line_curves(curves: Sequence[Curve], x_label: str, y_label: str, log_y: bool = False, percent: bool = False) -> str:
@@ -179,7 +152,7 @@ def line_curves(curves: Sequence[Curve], x_label: str, y_label: str, log_y: bool
         if len(curves) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
-    return _svg(draw, width=7.6, height=3.5)
+    return draw_svg(draw, width=7.6, height=3.5)
 
 
 def scatter_with_intervals(
@@ -212,7 +185,7 @@ def scatter_with_intervals(
             _percent(axes.yaxis)
         _name_marks(axes, marks)
 
-    return _svg(draw, width=7.6, height=4.4)
+    return draw_svg(draw, width=7.6, height=4.4)
 
 
 def cost_curves(
@@ -247,8 +220,8 @@ def cost_curves(
             line.set(marker=marker, markersize=6, markeredgewidth=1.2, markevery=slice(1, None))
             line.set_markerfacecolor("none" if curve.dashed else colour)
         for budget in budgets:
-            axes.axvline(budget, color=_INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
-        axes.plot(0, 0, "+", color=_INK, markersize=9, markeredgewidth=1.3)
+            axes.axvline(budget, color=INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
+        axes.plot(0, 0, "+", color=INK, markersize=9, markeredgewidth=1.3)
         marks = [mark for curve in curves for mark in curve.marks]
         shown = [mark.x for mark in marks if x_limit is None or mark.x <= x_limit]
         right = max([0.0, *budgets, *shown]) if x_limit is None or len(shown) == len(marks) else x_limit
@@ -262,7 +235,7 @@ def cost_curves(
         _percent(axes.yaxis)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
-    return _svg(draw, width=7.6, height=4.6)
+    return draw_svg(draw, width=7.6, height=4.6)
 
 
 def _limits(setter: Any, values: Sequence[float]) -> None:
@@ -305,29 +278,3 @@ def _percent(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-
-
-def _svg(draw: Any, width: float, height: float) -> str:
-    """Draw on fresh axes of `width` x `height` inches and return the SVG element."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings(), io.StringIO() as stream:
-        # Text stays text: the reader's browser has the glyphs that matplotlib's own font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-        figure = Figure(figsize=(width, height))
-        FigureCanvasSVG(figure)
-        draw(figure.add_subplot())
-        figure.savefig(
-            stream,
-            format="svg",
-            transparent=True,
-            bbox_inches="tight",
-            pad_inches=0.05,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-        drawn = stream.getvalue()
-    element = drawn[drawn.index("<svg") :].strip()  # an XML prologue has no place inside HTML
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    return element.replace(_INK, "currentColor")
