@@ -20,7 +20,10 @@ __all__ = [
     "certified_weights",
     "feature_penalty",
     "feature_preactivations",
+    "feature_statistics_",
     "sparse_decode",
+    "steer_add",
+    "steer_add_",
     "threshold_encode",
     "topk_encode",
 ]

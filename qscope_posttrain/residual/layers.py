@@ -130,8 +130,7 @@ def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
     beside_embedding = [
         (owner, child_name, child)
-        for owner in causal_lm.modules()
-        if any(child is embedding for child in owner.children())
+        for owner in _owners(causal_lm, embedding)
         for child_name, child in owner.named_children()
         if isinstance(child, nn.ModuleList)
     ]
@@ -149,3 +148,22 @@ def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
         f"Expected one list of {expected} decoder layers (config.num_hidden_layers) beside the token embedding of "
         f"{name}; found {listed or 'no module list'}."
     )
+
+
+def _owners(root: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """The modules that directly hold `embedding`, without a look into the lists beside it.
+
+    Nearly all modules of a model are in its layers: not walking through them makes finding the layers cheap enough to
+    do it in every forward.
+    """
+    owners: list[nn.Module] = []
+    waiting, seen = [root], {root}
+    while waiting:
+        module = waiting.pop(0)
+        children = list(module.children())
+        if any(child is embedding for child in children):
+            owners.append(module)
+            children = [child for child in children if not isinstance(child, nn.ModuleList)]
+        waiting += [child for child in children if child not in seen]
+        seen.update(children)
+    return owners

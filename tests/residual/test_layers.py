@@ -203,3 +203,15 @@ def test_check_layers(make_model):
     for wrong in ([1.0], "12", 3, None):
         with pytest.raises(TypeError, match="must be integers"):
             check_layers(model, wrong)
+
+
+def test_finding_the_layers_does_not_walk_through_them(make_model):
+    model = make_model()
+    expected = decoder_layers(model)
+
+    def refuse():
+        raise AssertionError("walked into a layer")
+
+    for layer in expected:
+        layer.children = refuse
+    assert decoder_layers(model) is expected
