@@ -9,7 +9,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from qscope_posttrain.cli import demo, grpo_arguments, sft_arguments
+from qscope_posttrain.cli import demo, features, grpo_arguments, sft_arguments, steer
 from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
@@ -19,6 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(EXPERIMENTS))
 SFT, GRPO = ([path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "steered_dapo"))
+CASE_STUDIES = {
+    "language_mixing_rank": (features, ["rank", "--response", "x"]),
+    "language_mixing_steer": (steer, ["--prompt", "x"]),
+    "classical_chinese_contrast": (features, ["contrast", "--positive", "a.txt", "--negative", "b.txt"]),
+    "classical_chinese_steer": (steer, ["--prompt", "x"]),
+}
+"""Recipe -> its command's module, and what its header adds to it on the command line."""
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -32,7 +39,9 @@ def test_nothing_is_missing():
         "qwen3-8b/steered_dapo.yaml",
         "qwen3-30b-a3b/steered_dapo.yaml",
     }
-    assert sorted(SFT + GRPO) == RECIPES  # no recipe is left unread
+    studies = [path for path in RECIPES if path.parent.name == "case_studies"]
+    assert {path.stem for path in studies} == set(CASE_STUDIES)
+    assert sorted(SFT + GRPO + studies) == RECIPES  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
@@ -54,6 +63,16 @@ def test_sft_recipe_parses_as_a_dry_run(path):
     assert recipe.penalty.target == "zh"
     assert recipe.run.features
     _check_written_is_resolved(path, recipe.to_dict())
+
+
+@pytest.mark.parametrize("name", CASE_STUDIES)
+def test_case_study_is_read_by_its_command(name):
+    module, arguments = CASE_STUDIES[name]
+    path = ROOT / "recipes" / "case_studies" / f"{name}.yaml"
+    options = vars(module._parser().parse([*arguments, "--config", str(path)]))
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    as_text = {"layers": lambda layers: [str(layer) for layer in layers]}
+    assert all(options[key] == as_text.get(key, lambda value: value)(value) for key, value in written.items())
 
 
 @pytest.mark.parametrize("path", GRPO, ids=_name)
