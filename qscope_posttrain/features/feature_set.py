@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.features.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set_file import read_feature_set, write_feature_set
 from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
 from qscope_posttrain.provenance import model_identity
@@ -44,6 +45,8 @@ class FeatureSet:
     """How they were found; JSON values"""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """SAE sources and hashes, fingerprint of the texts, versions; JSON values"""
+    explanations: tuple[Explanation, ...] = ()
+    """What some of the features stand for (see `explain`)"""
 
     def __post_init__(self) -> None:
         missing = [key for key in IDENTITY_KEYS if key not in self.model]
@@ -56,6 +59,10 @@ class FeatureSet:
         for layer, rows in self.layers.items():
             self._check_layer(layer, rows)
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+        check_distinct(self.explanations)
+        unknown = [str(entry.feature) for entry in self.explanations if not _holds(self.layers, entry)]
+        if unknown:
+            raise ValueError(f"A FeatureSet cannot explain features that it does not hold: {', '.join(unknown)}.")
 
     def _check_layer(self, layer: int, rows: LayerFeatures) -> None:
         depth, width = self.model["num_hidden_layers"], self.model["hidden_size"]
@@ -133,7 +140,18 @@ class FeatureSet:
             raise ValueError(f"Feature ids {sorted(unknown)} are not among the selected rows of this FeatureSet.")
         if not kept:
             raise ValueError(f"This FeatureSet has no row for {_wish(language, wanted_ids)}.")
-        return replace(self, layers=kept)
+        explained = tuple(entry for entry in self.explanations if _holds(kept, entry))
+        return replace(self, layers=kept, explanations=explained)
+
+    def explained(self, explanations: Iterable[Explanation]) -> FeatureSet:
+        """The same with these explanations, which replace those of the same features.
+
+        Raises:
+            ValueError: an explanation of a feature that is not in this set, or two of one feature.
+        """
+        new = tuple(explanations)
+        replaced = {entry.feature for entry in new}
+        return replace(self, explanations=(*(e for e in self.explanations if e.feature not in replaced), *new))
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError naming both sides when the features were found on a model of another shape or kind."""
@@ -180,6 +198,7 @@ class FeatureSet:
             layers=self.layers,
             settings=self.settings,
             provenance=self.provenance,
+            explanations=self.explanations,
         )
 
     @classmethod
@@ -196,6 +215,10 @@ class FeatureSet:
         if layer not in self.layers:
             raise ValueError(f"layer {layer} is not in this FeatureSet; it has {', '.join(map(str, self.layers))}.")
         return self.layers[layer]
+
+
+def _holds(layers: Mapping[int, LayerFeatures], entry: Explanation) -> bool:
+    return entry.layer in layers and entry.feature_id in layers[entry.layer].feature_ids.tolist()
 
 
 def _matching_rows(rows: LayerFeatures, language: str | None, ids: set[int] | None, top: int | None) -> list[int]:

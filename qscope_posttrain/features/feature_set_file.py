@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from qscope_posttrain.atomic import replacing
+from qscope_posttrain.features.explanation import Explanation
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
 
 FORMAT = "qscope_posttrain.feature_set"
@@ -24,6 +25,8 @@ VERSION = 1
 MAX_BYTES = 2 * 1024**3
 """A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated."""
 DOCUMENT_KEYS = {"version", "model", "languages", "settings", "provenance", "layers"}
+EXPLANATIONS = "explanations"
+"""The one key that may be absent: files from before there were explanations are read, and stay as they were."""
 LAYER_KEYS = {"labels", "names", "residual_median_norm"}
 
 
@@ -35,10 +38,11 @@ def write_feature_set(
     layers: Mapping[int, LayerFeatures],
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    explanations: Sequence[Explanation] = (),
 ) -> Path:
     """Write the parts of a FeatureSet to `path`; the folder must exist. Returns the path."""
     path = Path(path)
-    document = {
+    document: dict[str, Any] = {
         "version": VERSION,
         "model": dict(model),
         "languages": list(languages),
@@ -53,6 +57,8 @@ def write_feature_set(
             for layer, rows in layers.items()
         },
     }
+    if explanations:
+        document[EXPLANATIONS] = [entry.to_dict() for entry in explanations]
     try:
         text = json.dumps(document, ensure_ascii=False, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
@@ -88,6 +94,7 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
         "layers": layers,
         "settings": document["settings"],
         "provenance": document["provenance"],
+        "explanations": _read_explanations(path, document.get(EXPLANATIONS, [])),
     }
 
 
@@ -104,7 +111,7 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
         raise ValueError(
             f"{path} has FeatureSet version {document.get('version')!r}; this package reads version {VERSION}."
         )
-    _check_keys(path, "the FeatureSet document", document, DOCUMENT_KEYS)
+    _check_keys(path, "the FeatureSet document", document, DOCUMENT_KEYS | ({EXPLANATIONS} & set(document)))
     for key in ("model", "settings", "provenance", "layers"):
         if not isinstance(document[key], dict):
             raise ValueError(f"{path}: {key} must be an object, got {type(document[key]).__name__}.")
@@ -129,6 +136,15 @@ def _check_layer_facts(path: Path, layer: str, facts: Any) -> None:
     norm = facts["residual_median_norm"]
     if norm is not None and type(norm) not in (int, float):
         raise ValueError(f"{path}: residual_median_norm of layer {layer} must be a number, got {norm!r}.")
+
+
+def _read_explanations(path: Path, found: Any) -> tuple[Explanation, ...]:
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: {EXPLANATIONS} must be a list, got {type(found).__name__}.")
+    try:
+        return tuple(Explanation.from_dict(entry) for entry in found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _check_tensor_names(path: Path, found: set[str], layers: Mapping[str, Any]) -> None:
