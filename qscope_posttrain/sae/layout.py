@@ -87,7 +87,7 @@ def choose(names: Iterable[str], layer: int | None, where: str, above: str = "")
         FileNotFoundError: none of them are weights.
         ValueError: the layer is missing, or there are several candidates, which are listed.
     """
-    weights = [name for name in sorted(set(names)) if is_weights(name)]
+    weights = [name for name in sorted(set(names)) if is_weights(name) and is_safe(name)]
     if not weights:
         raise FileNotFoundError(
             f"{where} holds no file named layer<n>.sae.pt or layer<n>.sae.safetensors, nor the weights of another "

@@ -10,7 +10,7 @@ import math
 import struct
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -64,15 +64,16 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Te
                 f"{path}: {member.filename} claims the shape {list(shape)} of {dtype.name}, which is not what its "
                 f"{member.file_size} bytes hold"
             )
-        order = "F" if fortran else "C"
+        order: Literal["F", "C"] = "F" if fortran else "C"
         if member.compress_type == zipfile.ZIP_STORED:
             offset = _data_offset(path, member) + begin
             if offset + count * dtype.itemsize > path.stat().st_size:
                 raise ValueError(f"{path}: {member.filename} lies beyond the end of the file")
             # Copy-on-write: torch has no read-only tensors, and nothing is ever written.
-            array = np.memmap(path, dtype, "c", offset, shape, order) if count else np.empty(shape, dtype)
+            array = np.memmap(path, dtype, mode="c", offset=offset, shape=shape, order=order) if count else np.empty(0)
         else:
-            array = np.frombuffer(bytearray(stream.read(count * dtype.itemsize)), dtype).reshape(shape, order=order)
+            content = bytearray(stream.read(count * dtype.itemsize))
+            array = np.ndarray(shape, dtype, content, order=order)
     return torch.from_numpy(array)
 
 

@@ -45,9 +45,10 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     b_enc = weights.vector("encoder.bias", d_sae)
     b_dec = weights.vector("decoder.bias", d_model) if "decoder.bias" in weights else torch.zeros(d_model)
     average = settings.section("dataset_average_activation_norm", None)
-    inner, outer = (None, None) if average is None else (average.positive("in"), average.positive("out", None))
+    inner = None if average is None else average.positive("in")
+    outer = inner if average is None else average.positive("out", inner)
     s = normalisation(settings, d_model, inner)
-    if outer is not None and not math.isclose(outer, inner, rel_tol=1e-3):
+    if inner is not None and outer is not None and not math.isclose(outer, inner, rel_tol=1e-3):
         raise ValueError(f"dataset_average_activation_norm is {inner} in and {outer} out: a transcoder, not an SAE")
     return StoredSAE(
         weights.path,
