@@ -1,8 +1,8 @@
 """The nonlinearities of sparse autoencoders: which pre-activations survive, with which value.
 
-Each is a small frozen dataclass with one method that matters, `select(pre)`, which turns dense pre-activations
-`[tokens, d_sae]` into `(values, indices)`, both `[tokens, width]`. A latent *fires* on a token when its value is above
-zero; entries of value zero only fill the rectangle, and add nothing when decoded.
+Each is a small frozen dataclass with one method that matters, `encode`, which goes from tokens `[tokens, d_model]` to
+`(values, indices)`, both `[tokens, width]`, through the operators of `kernels`. A latent *fires* on a token when its
+value is above zero; entries of value zero only fill the rectangle, and add nothing when decoded.
 """
 
 from __future__ import annotations
@@ -14,19 +14,31 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from qscope_posttrain.kernels import CertifiedWeights, threshold_encode, topk_encode
+from qscope_posttrain.kernels.encode import VARIANTS
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 
-TOP_K_VARIANTS = ("relu_after", "relu_before", "signed")
+TOP_K_VARIANTS = VARIANTS
 
 
 @dataclass(frozen=True)
 class Activation:
     """Common part of all activations."""
 
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """Survivors of `pre` [tokens, d_sae] as (values, int64 indices), both [tokens, width].
+    def encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        *,
+        precision: str = "model",
+        weights: CertifiedWeights | None = None,
+        tile_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(values, int32 indices), both [tokens, width], of z = W_enc x + b_enc; arguments as `kernels.topk_encode`.
 
-        `pre` is only read. Differentiable with respect to `pre`; the choice of the survivors is not.
+        `weights` are for the precision "certified", which TopK alone offers. Differentiable with respect to the three
+        tensors; the choice of the survivors is not.
         """
         raise NotImplementedError
 
@@ -62,11 +74,18 @@ class TopK(Activation):
         if self.variant not in TOP_K_VARIANTS:
             raise ValueError(f"unknown TopK variant {self.variant!r}; choose one of {', '.join(TOP_K_VARIANTS)}")
 
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        if self.variant == "relu_before":
-            pre = pre.relu()
-        values, indices = pre.topk(self.k, dim=-1)
-        return (values.relu() if self.variant == "relu_after" else values), indices
+    def encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        *,
+        precision: str = "model",
+        weights: CertifiedWeights | None = None,
+        tile_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"precision": precision, "weights": weights, "tile_tokens": tile_tokens}
+        return topk_encode(x, W_enc, b_enc, self.k, variant=self.variant, **options)
 
     def check(self, d_sae: int) -> None:
         if self.k > d_sae:
@@ -77,8 +96,17 @@ class TopK(Activation):
 class ReLU(Activation):
     """All positive pre-activations. The width is that of the token with the most of them."""
 
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        return _pack(pre, pre > 0)
+    def encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        *,
+        precision: str = "model",
+        weights: CertifiedWeights | None = None,
+        tile_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return _above(x, W_enc, b_enc, 0.0, precision, weights, tile_tokens)
 
 
 @dataclass(frozen=True)
@@ -94,8 +122,17 @@ class BatchTopK(Activation):
         if not math.isfinite(self.threshold):
             raise ValueError(f"the BatchTopK threshold must be finite, got {self.threshold}")
 
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        return _pack(pre, (pre > self.threshold) & (pre > 0))
+    def encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        *,
+        precision: str = "model",
+        weights: CertifiedWeights | None = None,
+        tile_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return _above(x, W_enc, b_enc, self.threshold, precision, weights, tile_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +148,17 @@ class JumpReLU(Activation):
         check_tensor("threshold", self.threshold, (None,))
         check_finite("threshold", self.threshold)
 
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        return _pack(pre, (pre > self.threshold) & (pre > 0))
+    def encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        *,
+        precision: str = "model",
+        weights: CertifiedWeights | None = None,
+        tile_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return _above(x, W_enc, b_enc, self.threshold, precision, weights, tile_tokens)
 
     def check(self, d_sae: int) -> None:
         if self.threshold.shape[0] != d_sae:
@@ -126,11 +172,18 @@ AnyActivation = TopK | ReLU | BatchTopK | JumpReLU
 _BY_NAME: dict[str, type[Activation]] = {kind.__name__.lower(): kind for kind in get_args(AnyActivation)}
 
 
-def _pack(pre: Tensor, fires: Tensor) -> tuple[Tensor, Tensor]:
-    """Rectangle of the firing entries of `pre`, widest token first; one host sync for its width."""
-    width = int(fires.sum(dim=-1).amax()) if fires.numel() else 0
-    kept: tuple[Tensor, Tensor] = torch.where(fires, pre, 0.0).topk(width, dim=-1)
-    return kept
+def _above(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor | float,
+    precision: str,
+    weights: CertifiedWeights | None,
+    tile_tokens: int | None,
+) -> tuple[Tensor, Tensor]:
+    if weights is not None:
+        raise ValueError("weights belong to precision='certified' of TopK; this activation has no certified encoding")
+    return threshold_encode(x, W_enc, b_enc, threshold, precision=precision, tile_tokens=tile_tokens)
 
 
 def activation_to_spec(activation: Activation) -> tuple[dict[str, Any], dict[str, Tensor]]:

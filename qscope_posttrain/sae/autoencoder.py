@@ -10,28 +10,26 @@ and decoder norms, where a format has them, are folded into these four tensors w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qscope_posttrain.kernels import CertifiedWeights, certified_weights, feature_preactivations, sparse_decode
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
-from qscope_posttrain.sae.formats import native
 from qscope_posttrain.sae.loading import activation_of, layer_of, load_tensors, open_source, read_rows
 from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor
+from qscope_posttrain.sae.saving import save
 from qscope_posttrain.sae.source import SAESource
 
 __all__ = ["FeatureRows", "SAESource", "SparseAutoencoder"]
 
 _TENSOR_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-
-_TILE_ELEMENTS = 1 << 24
-"""Pre-activations held at a time while encoding: 64 MiB in float32, 512 tokens of a dictionary of 32768 latents."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,39 +109,34 @@ class SparseAutoencoder:
         )
 
     def pre_activations(self, x: Tensor, feature_ids: Sequence[int] | Tensor | None = None) -> Tensor:
-        """W_enc x + b_enc, before any nonlinearity: [tokens, d_model] -> [tokens, F], in the dtype of the SAE.
+        """W_enc x + b_enc, before any nonlinearity: [tokens, d_model] -> [tokens, F], in float32 (float64 for float64).
 
         With `feature_ids` only those rows are computed (F of them, in that order); without, all d_sae, which for many
-        tokens is a large matrix: `encode` never holds it. Differentiable with respect to `x`.
+        tokens is a large matrix: `encode` never holds it. Differentiable: see `kernels.feature_preactivations`.
         """
         x = self._checked_input(x)
         W_enc, b_enc = self.W_enc, self.b_enc
         if feature_ids is not None:
             ids = feature_id_tensor(feature_ids, self.d_sae).to(self.device)
             W_enc, b_enc = W_enc[ids], b_enc[ids]
-        with torch.autocast(self.device.type, enabled=False):
-            return F.linear(x, W_enc, b_enc)
+        return feature_preactivations(x, W_enc, b_enc)
 
-    def encode(self, x: Tensor, tile_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, tile_tokens: int | None = None, *, precision: str = "model") -> tuple[Tensor, Tensor]:
         """Sparse code of x [tokens, d_model]: (values [tokens, width], indices int32 [tokens, width]).
 
         width is k for TopK, and for the other activations the largest number of firing latents of any token. A latent
-        fires where its value is above 0; entries of value 0 only fill the rectangle.
+        fires where its value is above 0; entries of value 0 only fill the rectangle. Values are sorted, the largest
+        first, equal ones by the lowest index; float32, or float64 for a float64 SAE.
 
-        Tokens are encoded in tiles of `tile_tokens` (by default as many as give 64 MiB of float32 pre-activations), so
-        that a [tokens, d_sae] matrix never exists; the tile changes results by rounding only. Differentiable with
-        respect to `x`: the backward pass needs one tile of [tile_tokens, d_sae] at a time, too.
+        Tokens are encoded in tiles, of `tile_tokens` if given, so that a [tokens, d_sae] matrix never exists; the tile
+        changes results by rounding only. `precision`: "model", "fp32" or (TopK only) "certified", as for
+        `kernels.topk_encode`. Differentiable with respect to x, and to W_enc and b_enc if they require it.
         """
         x = self._checked_input(x)
-        tile = max(1, _TILE_ELEMENTS // self.d_sae) if tile_tokens is None else tile_tokens
-        if tile < 1:
-            raise ValueError(f"tile_tokens must be at least 1, got {tile_tokens}")
-        with torch.autocast(self.device.type, enabled=False):
-            parts = [self.activation.select(pre) for pre in self._tiles(x, tile)]
-        width = max((values.shape[1] for values, _ in parts), default=0)
-        values = [F.pad(values, (0, width - values.shape[1])) for values, _ in parts]
-        indices = [F.pad(indices.to(torch.int32), (0, width - indices.shape[1])) for _, indices in parts]
-        return torch.cat(values), torch.cat(indices)
+        weights = self._certified_weights if precision == "certified" and isinstance(self.activation, TopK) else None
+        return self.activation.encode(
+            x, self.W_enc, self.b_enc, precision=precision, weights=weights, tile_tokens=tile_tokens
+        )
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Reconstruction [tokens, d_model] of a sparse code: sum_j values_j W_dec[indices_j] + b_dec.
@@ -151,17 +144,7 @@ class SparseAutoencoder:
         `values` and `indices` are [tokens, width] as from `encode`. Differentiable with respect to `values` (and to
         W_dec and b_dec, if they require it). No [tokens, d_sae] or [tokens, width, d_model] tensor is made.
         """
-        if values.ndim != 2 or values.shape != indices.shape:
-            raise ValueError(
-                f"values and indices must both be [tokens, width], got {list(values.shape)} and {list(indices.shape)}"
-            )
-        if indices.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
-        if values.numel() == 0:
-            return self.b_dec.repeat(values.shape[0], 1)
-        with torch.autocast(self.device.type, enabled=False):
-            weights = values.to(self.dtype)
-            return F.embedding_bag(indices, self.W_dec, mode="sum", per_sample_weights=weights) + self.b_dec
+        return sparse_decode(values, indices, self.W_dec, self.b_dec)
 
     def select(self, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
         """Copies of the rows of some features, in the given order."""
@@ -169,16 +152,22 @@ class SparseAutoencoder:
         at = ids.to(self.device)
         return FeatureRows(ids, self.W_enc[at], self.b_enc[at], self.W_dec[at], self.source, self.layer)
 
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file (see `formats.native`), whole or not at all. Its name must end in .safetensors.
+    def save(self, path: str | Path, format: str = "native") -> Path:
+        """Write the dictionary, whole or not at all; `load` reads the same function back, bit for bit.
 
-        Name it `layer{n}.sae.safetensors` to have it found by folder and layer number.
+        Args:
+            path: "native": a file, its name ending in .safetensors; `layer{n}.sae.safetensors` to have it found by
+                folder and layer. "sae_lens": a folder, for cfg.json and sae_weights.safetensors. "qwen_scope":
+                a folder named SAE-Res-<model>-W<N>K-L0_<k>, or `layer{n}.sae.pt` in it.
+            format: One of these.
+
+        Returns:
+            The file, or for SAELens the folder.
+
+        Raises:
+            ValueError: the format cannot express this dictionary (JumpReLU as Qwen-Scope), or the path does not fit it.
         """
-        path = Path(path).expanduser()
-        if path.suffix != ".safetensors":
-            raise ValueError(f"an SAE is saved as safetensors: end the file name in .safetensors, got {path.name!r}")
-        native.write_file(path, self._tensors(), self.activation, self.layer, self.source.origin or self.source)
-        return path
+        return save(self, Path(path).expanduser(), format)
 
     @classmethod
     def load(
@@ -250,6 +239,10 @@ class SparseAutoencoder:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in _TENSOR_NAMES}
 
+    @cached_property
+    def _certified_weights(self) -> CertifiedWeights:
+        return certified_weights(self.W_enc.detach(), self.b_enc.detach())
+
     def _checked_input(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.d_model:
             raise ValueError(f"x must be [tokens, {self.d_model}] for this SAE, got {list(x.shape)}")
@@ -257,17 +250,4 @@ class SparseAutoencoder:
             raise TypeError(f"x must be floating point, got {x.dtype}")
         if x.device != self.device:
             raise ValueError(f"x is on {x.device}, the SAE on {self.device}: move one with .to(device=...)")
-        return x.to(self.dtype)
-
-    def _tiles(self, x: Tensor, tile: int) -> Iterator[Tensor]:
-        """Pre-activations of `tile` tokens at a time; in one buffer, overwritten, unless autograd has to see them."""
-        pieces = x.split(tile)
-        needs_graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.W_enc, self.b_enc))
-        if needs_graph:
-            yield from (F.linear(piece, self.W_enc, self.b_enc) for piece in pieces)
-            return
-        buffer = x.new_empty(min(tile, x.shape[0]), self.d_sae)
-        for piece in pieces:
-            with torch.no_grad():
-                pre = torch.addmm(self.b_enc, piece, self.W_enc.t(), out=buffer[: piece.shape[0]])
-            yield pre
+        return x.to(torch.promote_types(self.dtype, torch.float32)) if x.dtype == torch.float64 else x

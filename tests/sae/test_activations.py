@@ -20,9 +20,15 @@ from qscope_posttrain.sae.activations import (
 )
 
 
+def encode(activation: Activation, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """The identity for an encoder, so that `pre` are the pre-activations."""
+    n = pre.shape[1]
+    return activation.encode(pre, torch.eye(n), torch.zeros(n))
+
+
 def dense(activation: Activation, pre: Tensor) -> Tensor:
-    values, indices = activation.select(pre)
-    return torch.zeros_like(pre).scatter_add(1, indices, values)
+    values, indices = encode(activation, pre)
+    return torch.zeros_like(pre).scatter_add(1, indices.long(), values)
 
 
 @given(st.integers(0, 2**16), st.integers(1, 12))
@@ -41,16 +47,16 @@ def test_variants_where_fewer_than_k_are_positive() -> None:
     assert dense(TopK(4, "signed"), pre).tolist() == [[3.0, -1.0, -2.0, 1.0, 0.0]]
     for variant in ("relu_after", "relu_before"):
         assert dense(TopK(4, variant), pre).tolist() == [[3.0, 0.0, 0.0, 1.0, 0.0]]
-        values, _ = TopK(4, variant).select(pre)
+        values, _ = encode(TopK(4, variant), pre)
         assert values.shape == (1, 4)
         assert (values > 0).sum() == 2, "zero-valued survivors fill the rectangle, they do not fire"
 
 
 @pytest.mark.parametrize("variant", TOP_K_VARIANTS)
-def test_select_only_reads_its_input(variant: str) -> None:
+def test_encode_only_reads_its_input(variant: str) -> None:
     pre = torch.randn(8, 20)
     before = pre.clone()
-    TopK(3, variant).select(pre)
+    encode(TopK(3, variant), pre)
     assert torch.equal(pre, before)
 
 
@@ -70,17 +76,17 @@ def test_threshold_activations(activation: Activation, expected: list[list[float
 
 
 def test_threshold_activation_is_as_wide_as_the_widest_token() -> None:
-    values, indices = ReLU().select(torch.tensor([[1.0, -1.0, -1.0], [1.0, 2.0, -1.0]]))
+    values, indices = encode(ReLU(), torch.tensor([[1.0, -1.0, -1.0], [1.0, 2.0, -1.0]]))
     assert values.tolist() == [[1.0, 0.0], [2.0, 1.0]]
     assert indices.shape == (2, 2)
-    values, _ = ReLU().select(-torch.ones(2, 3))
+    values, _ = encode(ReLU(), -torch.ones(2, 3))
     assert values.shape == (2, 0)
 
 
 @pytest.mark.parametrize("activation", [TopK(2), TopK(2, "signed"), TopK(2, "relu_before"), ReLU(), BatchTopK(0.1)])
 def test_gradient_reaches_survivors_only(activation: Activation) -> None:
     pre = torch.tensor([[3.0, -1.0, 2.0, 1.0]], requires_grad=True)
-    activation.select(pre)[0].sum().backward()
+    encode(activation, pre)[0].sum().backward()
     fires = dense(activation, pre.detach()) > 0
     assert pre.grad is not None
     assert torch.equal(pre.grad, fires.float())

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_result import LargestResult
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qscope_posttrain.sae.activations import TOP_K_VARIANTS, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
@@ -60,28 +60,15 @@ def test_code_does_not_depend_on_the_tile(tokens: int, tile: int, which: int, se
     assert torch.equal(sae.decode(values, indices), sae.decode(whole_values, whole_indices))
 
 
-class LargestResult(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operator returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and not func.is_view:
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("gradient", [False, True])
 def test_all_pre_activations_never_exist_at_once(make_sae: MakeSAE, gradient: bool) -> None:
     sae = make_sae(d_sae=512, d_model=8)
     x = torch.randn(300, 8, requires_grad=gradient)
     with LargestResult() as largest:
-        values, _ = sae.encode(x, tile_tokens=10)
+        values, _ = sae.encode(x, tile_tokens=20)
         if gradient:
             values.sum().backward()
-    assert 10 * 512 <= largest.elements < 20 * 512, "one tile, not 300 x 512"
+    assert 20 * 512 <= largest.elements < 40 * 512, "one tile, not 300 x 512"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: repr(a)[:24])
@@ -95,6 +82,30 @@ def test_encode_gradient_is_that_of_the_formula(make_sae: MakeSAE, activation) -
     survives = dense_code(sae, x.detach()) != 0
     (pre * survives * weight).sum().backward()
     torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_training_gradients_reach_the_encoder(make_sae: MakeSAE) -> None:
+    sae = make_sae()
+    trained = replace(sae, W_enc=sae.W_enc.clone().requires_grad_(), b_enc=sae.b_enc.clone().requires_grad_())
+    x = torch.randn(20, sae.d_model)
+    values, indices = trained.encode(x)
+    values.square().sum().backward()
+    again = replace(sae, W_enc=sae.W_enc.clone().requires_grad_(), b_enc=sae.b_enc.clone().requires_grad_())
+    (x @ again.W_enc.T + again.b_enc).gather(1, indices.long()).relu().square().sum().backward()
+    torch.testing.assert_close(trained.W_enc.grad, again.W_enc.grad)
+    torch.testing.assert_close(trained.b_enc.grad, again.b_enc.grad)
+
+
+def test_precision(make_sae: MakeSAE) -> None:
+    sae = make_sae().to(dtype=torch.bfloat16)
+    x = torch.randn(20, sae.d_model)
+    exact = sae.to(dtype=torch.float32).encode(x)
+    for precision in ("fp32", "certified"):
+        values, indices = sae.encode(x, precision=precision)
+        assert torch.equal(indices, exact[1])
+        torch.testing.assert_close(values, exact[0])
+    with pytest.raises(ValueError, match="unknown precision 'certified'; choose one of model, fp32"):
+        make_sae(activation=ReLU()).encode(x, precision="certified")
 
 
 def test_decode_gradient(make_sae: MakeSAE) -> None:
@@ -136,7 +147,9 @@ def test_half_precision_sae(make_sae: MakeSAE) -> None:
     sae = make_sae()
     half = sae.to(dtype=torch.bfloat16)
     x = torch.randn(5, sae.d_model)
-    assert half.decode(*half.encode(x)).dtype == torch.bfloat16
+    values, indices = half.encode(x)
+    assert values.dtype == half.pre_activations(x).dtype == torch.float32
+    assert half.decode(values, indices).dtype == torch.bfloat16
     assert sae.to(dtype=torch.float32) is sae
     with pytest.raises(ValueError, match="W_enc holds NaN or infinite"):
         replace(sae, W_enc=sae.W_enc * 1e6).to(dtype=torch.float16)
@@ -194,7 +207,7 @@ def test_bad_inputs(make_sae: MakeSAE) -> None:
         sae.encode(torch.zeros(2, 16, device="meta"))
     with pytest.raises(ValueError, match="tile_tokens"):
         sae.encode(torch.zeros(2, 16), tile_tokens=0)
-    with pytest.raises(ValueError, match=r"\[tokens, width\], got \[2, 3\] and \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"indices must be \[2, 3\], got \[2, 4\]"):
         sae.decode(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.int32))
     with pytest.raises(TypeError, match="int32 or int64"):
         sae.decode(torch.zeros(2, 3), torch.zeros(2, 3))
