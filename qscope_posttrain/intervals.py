@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -113,6 +113,38 @@ def bootstrap_difference(
     if len(first_means) != len(second_means):
         raise ValueError(f"A paired difference needs the same prompts; got {len(first_means)} and {len(second_means)}.")
     return _percentile_interval([first_means - second_means], resamples, level, seed)
+
+
+def bootstrap_of_sums(
+    rows: ArrayLike,
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of a statistic of column sums, such as a ratio, resampling whole rows.
+
+    Args:
+        rows: `[rows, columns]`, for example the sums of each text.
+        statistic: from column sums `[..., columns]` to values `[...]`.
+        resamples: bootstrap replicates.
+        level: coverage.
+        seed: of the resampling; the same seed gives the same interval.
+
+    Raises:
+        ValueError: `rows` is not `[rows, columns]`, or empty.
+    """
+    _check_level(level)
+    matrix = np.asarray(rows, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise ValueError(f"Expected sums as [rows, columns], not empty; got the shape {list(matrix.shape)}.")
+    generator = np.random.default_rng(seed)
+    count = len(matrix)
+    step = max(1, _CELLS_AT_ONCE // count)
+    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
+    draws = [generator.multinomial(count, np.full(count, 1 / count), size=size) @ matrix for size in sizes]
+    low, high = np.quantile(statistic(np.concatenate(draws)), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(statistic(matrix.sum(axis=0))), float(low), float(high))
 
 
 def seed_noise(outcomes: ArrayLike) -> float:

@@ -1,0 +1,145 @@
+"""What a text adds to the measures of an SAE: sums over its tokens, from which ratios and their intervals are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
+COLUMNS = (
+    "tokens",
+    "outliers",
+    "error",  # |x - x_hat|^2
+    "error_without_b_dec",  # |x - (x_hat - b_dec)|^2
+    "variance",  # |x - reference|^2, the reference being near the mean
+    "along",  # <x - b_dec, x_hat - b_dec>
+    "power",  # |x_hat - b_dec|^2
+    "firing",
+    "cosine",
+    "norm",
+    "reconstruction_norm",
+    "predictions",
+    "clean",  # the four losses, each a sum of -log P(next token)
+    "spliced",
+    "mean",
+    "zero",
+)
+"""One sum a text each, over the tokens that count and are no norm outliers; the losses over all that predict."""
+
+LOSSES = ("clean", "spliced", "mean", "zero")
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstructed:
+    """Residual vectors and what an SAE makes of them."""
+
+    x: Tensor
+    """[tokens, d_model] float32"""
+    x_hat: Tensor
+    """[tokens, d_model] float32, with b_dec"""
+    values: Tensor
+    indices: Tensor
+
+    @classmethod
+    def of(cls, sae: SparseAutoencoder, x: Tensor, scale: float = 1.0) -> Reconstructed:
+        """Encode `scale` x and decode; x_hat is divided by `scale` again."""
+        x = x.to(sae.device).float()
+        values, indices = sae.encode((x * scale).to(sae.dtype))
+        return cls(x, sae.decode(values, indices).float() / scale, values, indices)
+
+    def unexplained(self, b_dec: Tensor, best_scale: bool = False) -> tuple[float, float]:
+        """(FVU, s): with `best_scale`, x_hat is b_dec + s (x_hat - b_dec) with the s that makes the FVU smallest."""
+        along, power, error = (float(part.sum()) for part in self._alignment(b_dec))
+        scale = along / power if best_scale and power > 0 else 1.0
+        variance = (self.x - self.x.mean(dim=0)).square().sum(dtype=torch.float64)
+        # error is |r - d|^2 for r = x - b_dec and d = x_hat - b_dec; |r - s d|^2 differs from it by this
+        error += (scale**2 - 1) * power - 2 * (scale - 1) * along
+        return error / max(float(variance), 1e-300), scale
+
+    def columns(self, b_dec: Tensor, reference: Tensor) -> Tensor:
+        """[tokens, 10] float64: the columns from "tokens" to "reconstruction_norm" without "outliers", as 0."""
+        along, power, error = self._alignment(b_dec)
+        norm, norm_hat = (torch.linalg.vector_norm(part, dim=1) for part in (self.x, self.x_hat))
+        columns = (
+            torch.ones_like(norm),
+            torch.zeros_like(norm),
+            error,
+            _squares(self.x - (self.x_hat - b_dec)),
+            _squares(self.x - reference),
+            along,
+            power,
+            self.fired,
+            torch.nn.functional.cosine_similarity(self.x, self.x_hat, dim=1),
+            norm,
+            norm_hat,
+        )
+        return torch.stack([column.double() for column in columns], dim=1)
+
+    @property
+    def fired(self) -> Tensor:
+        """[tokens] int64: latents above zero."""
+        return (self.values > 0).sum(dim=1)
+
+    def _alignment(self, b_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        direction = self.x_hat - b_dec
+        along = ((self.x - b_dec) * direction).sum(dim=1, dtype=torch.float64)
+        return along, _squares(direction), _squares(self.x - self.x_hat)
+
+
+@dataclass(frozen=True, eq=False)
+class QualitySums:
+    """Everything that the pass adds up, on the CPU."""
+
+    texts: Tensor
+    """[texts, columns] float64"""
+    deviation: Tensor
+    """[d_model] float64: sum of x - reference"""
+    fired: Tensor
+    """[d_sae] int64: tokens on which each latent fired"""
+    l0: Tensor
+    """[d_sae + 1] int64: tokens by the number of latents that fired"""
+
+    @classmethod
+    def zeros(cls, texts: int, sae: SparseAutoencoder) -> QualitySums:
+        return cls(
+            torch.zeros(texts, len(COLUMNS), dtype=torch.float64),
+            torch.zeros(sae.d_model, dtype=torch.float64),
+            torch.zeros(sae.d_sae, dtype=torch.int64),
+            torch.zeros(sae.d_sae + 1, dtype=torch.int64),
+        )
+
+    def add_tokens(self, owners: Tensor, made: Reconstructed, b_dec: Tensor, reference: Tensor) -> None:
+        """Add tokens that are no outliers; `owners` [tokens] are the texts that they belong to."""
+        columns = made.columns(b_dec, reference).cpu()
+        self.texts[:, : columns.shape[1]].index_add_(0, owners, columns)
+        self.deviation.add_((made.x - reference).sum(dim=0, dtype=torch.float64).cpu())
+        active = made.indices.long()[made.values > 0]
+        self.fired.add_(torch.bincount(active, minlength=len(self.fired)).cpu())
+        self.l0.add_(torch.bincount(made.fired, minlength=len(self.l0)).cpu())
+
+    def add(self, column: str, owners: Tensor, amounts: Tensor) -> None:
+        """Add `amounts` [n] to one column of the texts `owners` [n]."""
+        self.texts[:, COLUMNS.index(column)].index_add_(0, owners, amounts.double().cpu())
+
+    def rows(self) -> dict[str, NDArray[np.float64]]:
+        """The columns by name, each [texts]. "variance" is around the exact mean of all tokens in total."""
+        named = {name: self.texts[:, place].numpy().copy() for place, name in enumerate(COLUMNS)}
+        tokens, total = named["tokens"].sum(), named["variance"].sum()
+        exact = total - float(self.deviation.square().sum()) / max(tokens, 1.0)
+        named["variance"] *= exact / total if total > 0 else 1.0
+        return named
+
+    def l0_quartiles(self) -> tuple[int, int, int]:
+        """Smallest numbers of firing latents that a quarter, half and three quarters of the tokens do not exceed."""
+        below = self.l0.cumsum(0)
+        first, second, third = (int((below >= share * int(below[-1])).nonzero()[0]) for share in (0.25, 0.5, 0.75))
+        return first, second, third
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return rows.square().sum(dim=1, dtype=torch.float64)
