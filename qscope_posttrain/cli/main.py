@@ -25,6 +25,7 @@ COMMANDS = {
         "measure how often a model switches language or repeats itself without end",
     ),
     "steer": ("qscope_posttrain.cli.steer", "generate with and without steering along features, side by side"),
+    "analyze": ("qscope_posttrain.cli.analyze", "how redundant benchmarks are, and how much they overlap, by features"),
     "experiment": (
         "qscope_posttrain.cli.experiment",
         "run a controlled experiment from a recipe: arms, base models and seeds, with intervals",

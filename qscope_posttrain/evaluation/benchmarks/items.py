@@ -8,7 +8,7 @@ import json
 import string
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,6 +68,10 @@ class ItemSource:
             raise ValueError(f"benchmark '{self.name}': give either a field or a template.")
         if self.first < 0 or (self.limit is not None and self.limit < 1):
             raise ValueError(f"benchmark '{self.name}': first must be 0 or more, and limit 1 or more.")
+
+    def limited(self, limit: int) -> ItemSource:
+        """The same with at most so many rows."""
+        return replace(self, limit=limit if self.limit is None else min(limit, self.limit))
 
     @classmethod
     def parse(cls, word: str) -> ItemSource:
