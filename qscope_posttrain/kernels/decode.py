@@ -64,6 +64,11 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
 @torch.library.custom_op("qscope_posttrain::sparse_decode", mutates_args=())
 def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     tokens, width = values.shape
+    if values.is_cuda:
+        from qscope_posttrain.kernels.triton.decode import sum_rows
+
+        weights = values.to(W_dec.dtype).reshape(-1)
+        return sum_rows(weights, indices.reshape(-1), W_dec, segments=tokens, bias=b_dec)
     if values.numel() == 0 or W_dec.shape[1] == 0:
         decoded = W_dec.new_zeros(tokens, W_dec.shape[1])
     else:
@@ -75,6 +80,10 @@ def _sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor
 @torch.library.custom_op("qscope_posttrain::sparse_decode_values_gradient", mutates_args=())
 def _values_gradient(gradient: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """`gradient[t] . W_dec[indices[t, j]]`, `[T, w]` in the dtype of W_dec."""
+    if gradient.is_cuda:
+        from qscope_posttrain.kernels.triton.decode import dot_rows
+
+        return dot_rows(gradient, indices, W_dec)
     if indices.numel() == 0 or W_dec.shape[1] == 0:
         return W_dec.new_zeros(indices.shape)
     tokens, width = indices.shape
@@ -93,8 +102,13 @@ def _weight_gradient(gradient: Tensor, values: Tensor, indices: Tensor, d_sae: i
     if indices.numel() == 0 or gradient.shape[1] == 0:
         return gradient.new_zeros(d_sae, gradient.shape[1])
     features, order = indices.reshape(-1).sort(stable=True)
-    starts = torch.searchsorted(features, torch.arange(d_sae, device=features.device, dtype=features.dtype))
-    return _sum_rows(values.reshape(-1)[order], order // indices.shape[1], starts, gradient)
+    bounds = torch.searchsorted(features, torch.arange(d_sae + 1, device=features.device, dtype=features.dtype))
+    weights, tokens = values.reshape(-1)[order].to(gradient.dtype), order // indices.shape[1]
+    if gradient.is_cuda:
+        from qscope_posttrain.kernels.triton.decode import sum_rows
+
+        return sum_rows(weights, tokens, gradient, segments=d_sae, starts=bounds)
+    return _sum_rows(weights, tokens, bounds[:-1], gradient)
 
 
 def _sum_rows(weights: Tensor, rows: Tensor, starts: Tensor, table: Tensor) -> Tensor:

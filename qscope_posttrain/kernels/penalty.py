@@ -145,9 +145,9 @@ def _penalty_gradient(
 ) -> Tensor:
     """`sum_s gradient[s] w[t] active[t, s] rows[s]`: `[T, D]` in `dtype`, summed in the gradient's."""
     if active.is_cuda and gradient.dtype == torch.float32:
-        from qscope_posttrain.kernels.triton.penalty import penalty_gradient as on_cuda
+        from qscope_posttrain.kernels.triton.readout import spread_active
 
-        return on_cuda(gradient, active, weights, rows, dtype)
+        return spread_active(gradient, active, weights, rows, dtype)
     coefficients = active * gradient
     if weights is not None:
         coefficients *= weights.to(gradient.dtype).unsqueeze(-1)

@@ -64,6 +64,10 @@ def token_tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 @torch.library.custom_op("qscope_posttrain::feature_preactivations", mutates_args=())
 def _feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     wide = accumulation_dtype(x, rows)
+    if x.is_cuda and wide == torch.float32:
+        from qscope_posttrain.kernels.triton.readout import preactivations
+
+        return preactivations(x, rows, bias)
     readout = x.new_empty(x.shape[0], rows.shape[0], dtype=wide)
     weight, offset = rows.to(wide).t(), bias.to(wide)
     with torch.autocast(x.device.type, enabled=False):
@@ -75,6 +79,10 @@ def _feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("qscope_posttrain::feature_preactivations_gradient", mutates_args=())
 def input_gradient(gradient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """`gradient @ rows`, `[T, D]`, summed in the gradient's dtype and stored in `dtype`."""
+    if gradient.is_cuda and gradient.dtype == torch.float32:
+        from qscope_posttrain.kernels.triton.readout import spread
+
+        return spread(gradient, rows, dtype)
     wide = rows.to(gradient.dtype)
     with torch.autocast(gradient.device.type, enabled=False):
         if dtype == gradient.dtype:

@@ -1,0 +1,108 @@
+"""Sparse decode on CUDA: sums of weighted rows, and dot products with rows. No atomics: reproducible bit for bit."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ENTRIES = 16
+"""Rows that a program has under way at a time."""
+
+
+@triton.jit
+def _sum_rows(
+    weights, rows, starts, table, bias, out, width, d_model,
+    HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < d_model
+    if HAS_STARTS:
+        first = tl.load(starts + segment)
+        last = tl.load(starts + segment + 1)
+    else:
+        first = segment * width
+        last = first + width
+    total = tl.zeros([BLOCK], dtype=WIDE)
+    for entry in range(first, last, ENTRIES):
+        at = entry + tl.arange(0, ENTRIES)
+        live = at < last
+        weight = tl.load(weights + at, mask=live, other=0).to(WIDE)
+        row = tl.load(rows + at, mask=live, other=0).to(tl.int64)
+        tile = tl.load(
+            table + row[:, None] * d_model + columns[None, :], mask=live[:, None] & inside[None, :], other=0
+        ).to(WIDE)
+        total += tl.sum(tile * weight[:, None], axis=0)
+    if HAS_BIAS:
+        total = total.to(out.dtype.element_ty).to(WIDE) + tl.load(bias + columns, mask=inside, other=0).to(WIDE)
+    tl.store(out + segment * d_model + columns, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dot_rows(
+    gradient, rows, table, out, width, d_model, WIDE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    entries = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
+    live = entries < width
+    row = tl.load(rows + token * width + entries, mask=live, other=0).to(tl.int64)
+    total = tl.zeros([ENTRIES], dtype=WIDE)
+    for start in range(0, d_model, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < d_model
+        part = tl.load(gradient + token * d_model + columns, mask=inside, other=0).to(WIDE)
+        tile = tl.load(
+            table + row[:, None] * d_model + columns[None, :], mask=live[:, None] & inside[None, :], other=0
+        ).to(WIDE)
+        total += tl.sum(tile * part[None, :], axis=1)
+    tl.store(out + token * width + entries, total.to(out.dtype.element_ty), mask=live)
+
+
+def sum_rows(
+    weights: Tensor, rows: Tensor, table: Tensor, *, segments: int, starts: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`sum of weights[n] table[rows[n]]` over the entries of each segment, `[segments, D]` in the dtype of `table`.
+
+    Args:
+        weights, rows: `[entries]`.
+        segments: how many there are; of equal width unless `starts` `[segments + 1]` says where each begins.
+        bias: `[D]`, added to every segment.
+    """
+    d_model = table.shape[1]
+    out = table.new_empty(segments, d_model)
+    if out.numel() == 0:
+        return out
+    block = _block(d_model)
+    with torch.cuda.device_of(table):
+        _sum_rows[(segments, triton.cdiv(d_model, block))](
+            weights.contiguous(), rows.contiguous(), starts, table.contiguous(), bias, out,
+            weights.numel() // segments, d_model,
+            HAS_STARTS=starts is not None, HAS_BIAS=bias is not None, WIDE=_wide(table), ENTRIES=ENTRIES, BLOCK=block,
+        )  # fmt: skip
+    return out
+
+
+def dot_rows(gradient: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """`gradient[t] . table[indices[t, j]]`, `[T, w]` in the dtype of `table`."""
+    tokens, width = indices.shape
+    out = table.new_empty(tokens, width)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(table):
+        _dot_rows[(tokens, triton.cdiv(width, ENTRIES))](
+            gradient.contiguous(), indices.contiguous(), table.contiguous(), out, width, table.shape[1],
+            WIDE=_wide(table), ENTRIES=ENTRIES, BLOCK=min(256, _block(table.shape[1])),
+        )  # fmt: skip
+    return out
+
+
+def _block(d_model: int) -> int:
+    return min(512, max(16, triton.next_power_of_2(d_model)))
+
+
+def _wide(table: Tensor) -> tl.constexpr:
+    return tl.float64 if table.dtype == torch.float64 else tl.float32

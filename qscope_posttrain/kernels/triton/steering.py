@@ -1,0 +1,54 @@
+"""Additive steering on CUDA: one launch, nothing allocated."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _steer(
+    hidden, directions, strengths, out, tokens, count, d_model,
+    row_stride, token_stride, column_stride, out_row_stride, out_token_stride, out_column_stride,
+    strength_row_stride, strength_token_stride, strength_stride, direction_stride, direction_column_stride,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64)
+    row = at // tokens
+    token = at % tokens
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = column < d_model
+    state = tl.load(hidden + row * row_stride + token * token_stride + column * column_stride, mask=inside, other=0)
+    shift = tl.zeros([BLOCK], dtype=WIDE)
+    steered = 0
+    for number in range(count):
+        strength = tl.load(strengths + row * strength_row_stride + token * strength_token_stride
+                           + number * strength_stride).to(WIDE)  # fmt: skip
+        # Masked, not branched: a direction of strength 0 is not read.
+        shift += strength * tl.load(
+            directions + number * direction_stride + column * direction_column_stride,
+            mask=inside & (strength != 0), other=0,
+        ).to(WIDE)  # fmt: skip
+        steered = tl.maximum(steered, (strength != 0).to(tl.int32))
+    changed = (state.to(WIDE) + shift).to(out.dtype.element_ty)
+    tl.store(
+        out + row * out_row_stride + token * out_token_stride + column * out_column_stride,
+        tl.where(steered != 0, changed, state),
+        mask=inside,
+    )
+
+
+def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor, out: Tensor) -> None:
+    """`out = hidden + sum_n strengths[b, t, n] directions[n]`, all with any strides; `out` may be `hidden`."""
+    if hidden.numel() == 0:
+        return
+    rows, tokens, d_model = hidden.shape
+    block = min(1024, max(16, triton.next_power_of_2(d_model)))
+    with torch.cuda.device_of(hidden):
+        _steer[(rows * tokens, triton.cdiv(d_model, block))](
+            hidden, directions, strengths, out, tokens, directions.shape[0], d_model,
+            *hidden.stride(), *out.stride(), *strengths.stride(), *directions.stride(),
+            WIDE=tl.float64 if hidden.dtype == torch.float64 else tl.float32, BLOCK=block,
+        )  # fmt: skip

@@ -1,0 +1,154 @@
+"""Each Triton kernel against the same operator on the CPU: on a GPU as compiled, without one interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qscope_posttrain.kernels.decode import _sparse_decode, _values_gradient, _weight_gradient
+from qscope_posttrain.kernels.penalty import _feature_penalty, _penalty_gradient
+from qscope_posttrain.kernels.readout import _feature_preactivations, input_gradient
+from qscope_posttrain.kernels.statistics import _feature_statistics_
+from qscope_posttrain.kernels.steering import _steer_add
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = CLOSE[expected.dtype]
+    torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=8 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_sparse_decode(triton_device, dtype, with_bias):
+    from qscope_posttrain.kernels.triton.decode import dot_rows, sum_rows
+
+    tokens, width, d_sae, d_model = 5, 19, 13, 21
+    values, table = normal(tokens, width, dtype=dtype), normal(d_sae, d_model, dtype=dtype, seed=1)
+    indices = torch.randint(d_sae, (tokens, width), dtype=torch.int32, generator=torch.Generator().manual_seed(2))
+    bias = normal(d_model, dtype=dtype, seed=3) if with_bias else None
+    gradient = normal(tokens, d_model, dtype=dtype, seed=4)
+    v, i, t, g = (tensor.to(triton_device) for tensor in (values, indices, table, gradient))
+    b = None if bias is None else bias.to(triton_device)
+    found = sum_rows(v.flatten(), i.flatten(), t, segments=tokens, bias=b)
+    assert_close(found, _sparse_decode(values, indices, table, bias))
+    assert_close(dot_rows(g, i, t), _values_gradient(gradient, indices, table))
+    features, order = i.flatten().sort(stable=True)
+    bounds = torch.searchsorted(features, torch.arange(d_sae + 3, dtype=torch.int32, device=triton_device))
+    found = sum_rows(v.flatten()[order], order // width, g, segments=d_sae + 2, starts=bounds)
+    assert_close(found, _weight_gradient(gradient, values, indices, d_sae + 2))
+
+
+def test_sparse_decode_of_nothing(triton_device):
+    from qscope_posttrain.kernels.triton.decode import sum_rows
+
+    empty = torch.zeros(0, device=triton_device)
+    table, bias = normal(3, 4).to(triton_device), normal(4).to(triton_device)
+    assert sum_rows(empty, empty.int(), table, segments=0).shape == (0, 4)
+    assert torch.equal(sum_rows(empty, empty.int(), table, segments=2, bias=bias), bias.expand(2, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "features", "d_model"), [(1, 1, 16), (37, 16, 70), (33, 65, 20), (0, 3, 8), (4, 0, 8)]
+)
+def test_readout_and_back(triton_device, dtype, tokens, features, d_model):
+    from qscope_posttrain.kernels.triton.readout import preactivations, spread
+
+    x, rows, bias = normal(2 * tokens, d_model, dtype=dtype)[::2], normal(features, d_model, seed=1), normal(features)
+    on_device = [tensor.to(triton_device) for tensor in (x, rows, bias)]
+    found = preactivations(*on_device)
+    assert found.dtype == torch.float32
+    assert_close(found, _feature_preactivations(x, rows, bias))
+    gradient = normal(tokens, features, seed=3)
+    found = spread(gradient.to(triton_device), on_device[1], dtype)
+    assert found.dtype == dtype
+    assert_close(found, input_gradient(gradient, rows, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_weights", [True, False])
+@pytest.mark.parametrize(("tokens", "features", "d_model"), [(37, 3, 70), (33, 70, 20), (0, 3, 8)])
+def test_penalty(triton_device, dtype, with_weights, tokens, features, d_model):
+    from qscope_posttrain.kernels.triton.penalty import feature_penalty
+    from qscope_posttrain.kernels.triton.readout import spread_active
+
+    generator = torch.Generator().manual_seed(1)
+    x, rows, bias = normal(tokens, d_model, dtype=dtype), normal(features, d_model, seed=1), normal(features)
+    thresholds, groups = normal(4, features, seed=2), torch.randint(-1, 4, (tokens,), generator=generator)
+    mask = (torch.rand(tokens, generator=generator) > 0.3) & (groups >= 0)
+    x[~mask] = torch.nan
+    weights = torch.rand(tokens, generator=generator) if with_weights else None
+    arguments = (x, rows, bias, thresholds, groups, mask, weights)
+    moved = [None if tensor is None else tensor.to(triton_device) for tensor in arguments]
+    expected, found = _feature_penalty(*arguments), feature_penalty(*moved)
+    for ours, reference in zip(found[:2], expected[:2], strict=True):
+        assert_close(ours, reference)
+    assert torch.equal(found[2].cpu(), expected[2])
+    assert torch.equal(found[3].cpu(), expected[3])
+    gradient = normal(features, seed=5)
+    back = spread_active(gradient.to(triton_device), found[3], moved[6], moved[1], dtype)
+    assert_close(back, _penalty_gradient(gradient, expected[3], weights, rows, dtype))
+
+
+def test_a_nan_of_a_counted_token_shows(triton_device):
+    from qscope_posttrain.kernels.triton.penalty import feature_penalty
+
+    x = torch.zeros(3, 16, device=triton_device)
+    x[1] = torch.nan
+    rows, zero = torch.ones(2, 16, device=triton_device), torch.zeros(2, device=triton_device)
+    counted = torch.ones(3, dtype=torch.bool, device=triton_device)
+    groups = torch.zeros(3, dtype=torch.int64, device=triton_device)
+    sums, *_ = feature_penalty(x, rows, zero, zero[None], groups, counted, None)
+    assert bool(sums.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics(triton_device, dtype):
+    from qscope_posttrain.kernels.triton.statistics import feature_statistics_
+
+    generator = torch.Generator().manual_seed(0)
+    values = normal(300, 7, dtype=dtype)
+    values[values.abs() < 0.3] = 0
+    indices = torch.randint(11, (300, 7), dtype=torch.int32, generator=generator)
+    groups = torch.randint(-1, 3, (300,), generator=generator)
+    values[groups < 0] = torch.nan
+
+    def sums(device: torch.device) -> list[torch.Tensor]:
+        zeros = torch.zeros(3, 11, device=device)
+        return [zeros.double(), zeros.long(), zeros.clone()]
+
+    expected, found = sums(torch.device("cpu")), sums(triton_device)
+    _feature_statistics_(values, indices, groups, *expected)
+    feature_statistics_(*(tensor.to(triton_device) for tensor in (values, indices, groups)), *found)
+    torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-13, atol=1e-13)
+    assert torch.equal(found[1].cpu(), expected[1])
+    assert torch.equal(found[2].cpu(), expected[2])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_steering(triton_device, dtype):
+    from qscope_posttrain.kernels.triton.steering import steer_add
+
+    hidden = normal(5, 3, 21, dtype=dtype).transpose(0, 1)
+    hidden[0, 0, :4] = torch.tensor([-0.0, torch.nan, torch.inf, -torch.inf])
+    directions = normal(2, 21, seed=1)
+    strengths = normal(3, 1, 2, seed=2).expand(3, 5, 2).clone()
+    strengths[0, 0] = 0
+    strengths[1, :, 1] = 0
+    arguments = [tensor.to(triton_device) for tensor in (hidden, directions, strengths)]
+    out = torch.empty_like(arguments[0])
+    steer_add(*arguments, out)
+    expected = _steer_add(hidden, directions, strengths)
+    torch.testing.assert_close(out.cpu(), expected, rtol=CLOSE[dtype], atol=CLOSE[dtype], equal_nan=True)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(out[0, 0].cpu().contiguous().view(bits), hidden[0, 0].contiguous().view(bits))
+    steer_add(*arguments, arguments[0])
+    assert torch.equal(arguments[0].cpu().nan_to_num(), out.cpu().nan_to_num())
