@@ -22,20 +22,20 @@ def _steer(
     inside = column < d_model
     state = tl.load(hidden + row * row_stride + token * token_stride + column * column_stride, mask=inside, other=0)
     shift = tl.zeros([BLOCK], dtype=WIDE)
-    steered = 0
+    steered = tl.zeros([BLOCK], dtype=tl.int1)
     for number in range(count):
-        strength = tl.load(strengths + row * strength_row_stride + token * strength_token_stride
-                           + number * strength_stride).to(WIDE)  # fmt: skip
+        place = row * strength_row_stride + token * strength_token_stride + number * strength_stride
+        strength = tl.load(strengths + place).to(WIDE) + tl.zeros([BLOCK], dtype=WIDE)
         # Masked, not branched: a direction of strength 0 is not read.
         shift += strength * tl.load(
             directions + number * direction_stride + column * direction_column_stride,
             mask=inside & (strength != 0), other=0,
         ).to(WIDE)  # fmt: skip
-        steered = tl.maximum(steered, (strength != 0).to(tl.int32))
+        steered = steered | (strength != 0)
     changed = (state.to(WIDE) + shift).to(out.dtype.element_ty)
     tl.store(
         out + row * out_row_stride + token * out_token_stride + column * out_column_stride,
-        tl.where(steered != 0, changed, state),
+        tl.where(steered, changed, state),
         mask=inside,
     )
 
