@@ -123,7 +123,7 @@ def test_wrong_model_or_width(tmp_path: Path, release_folder: Path, qwen_tensors
         (lambda t: {**t, "W_enc": t["W_enc"].T.contiguous()}, "W_enc is transposed"),
         (lambda t: {**t, "W_enc": t["W_enc"][:100]}, "the shapes do not belong together"),
         (lambda t: {**t, "b_enc": t["b_enc"][:, None]}, r"b_enc has shape \[1024, 1\]"),
-        (lambda t: {key: t[key] for key in ("W_enc", "b_enc", "b_dec")}, "lacks W_dec; expected are W_dec, W_enc, b_dec, b_enc"),
+        (lambda t: {key: t[key] for key in ("W_enc", "b_enc", "b_dec")}, "lacks W_dec; expected are W_dec, W_enc"),
         (lambda t: {**t, "threshold": t["b_enc"]}, "has extra threshold"),
         (lambda t: {"state_dict": t}, "lacks W_dec, W_enc, b_dec, b_enc and has extra state_dict"),
         (lambda t: list(t.values()), "holds a list"),

@@ -102,8 +102,9 @@ def open_weights(path: Path) -> WeightsFile:
     if kind == "torch":
         entries = torch_archive.read(path, size)
         inner = entries.get("sae")
-        if isinstance(inner, dict) and entries.keys() <= {"sae", "version"}:  # llamascopium wraps its state dict
-            entries = {str(name): value for name, value in inner.items()}
+        if isinstance(inner, dict) and entries.keys() == {"sae", "version"}:  # lm-saes wraps its state dict
+            inner = {str(name): value for name, value in inner.items()}
+            return WeightsFile(path, kind, inner, {"version": str(entries["version"])[:80]})
         return WeightsFile(path, kind, entries)
     if kind == "npz":
         arrays, mapped = numpy_archive.read(path, size)

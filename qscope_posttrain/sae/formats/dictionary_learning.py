@@ -59,7 +59,7 @@ _CLASSES = {
 
 
 def recognises(weights: WeightsFile) -> bool:
-    if weights.kind != "torch" or "W_E" in weights or "log_jumprelu_threshold" in weights:
+    if weights.kind != "torch" or weights.metadata or "W_E" in weights or "log_jumprelu_threshold" in weights:
         return False
     if {"encoder.weight", "decoder.weight"} <= weights.names or "group_sizes" in weights:
         return True

@@ -37,8 +37,11 @@ _VERSIONS = {
 def recognises(weights: WeightsFile) -> bool:
     if "W_E" in weights and "W_D" in weights:
         return True
-    marked = "log_jumprelu_threshold" in weights or any(name.startswith(_NORM) for name in weights.names)
-    return marked and "encoder.weight" in weights
+    if "encoder.weight" not in weights or "decoder.weight" not in weights:
+        return False
+    if _THRESHOLD in weights or any(name.startswith(_NORM) for name in weights.names):
+        return True
+    return "version" in weights.metadata and weights.settings("hyperparams.json") is None
 
 
 def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:

@@ -21,7 +21,7 @@ KEYS = ("W_enc", "W_dec", "b_enc", "b_dec")
 def recognises(weights: WeightsFile) -> bool:
     """A torch archive with any of the four, and nothing that only other libraries call so."""
     theirs = ("encoder.weight", "W_E", "W_D", "log_jumprelu_threshold", "r_mag", "group_sizes")
-    if weights.kind != "torch" or any(name in weights for name in theirs):
+    if weights.kind != "torch" or weights.metadata or any(name in weights for name in theirs):
         return False
     return "threshold" not in weights or weights.settings("config.json") is None
 

@@ -26,7 +26,7 @@ _GATED = ("b_gate", "b_mag", "r_mag")
 
 
 def recognises(weights: WeightsFile) -> bool:
-    if weights.kind != "safetensors" or not {"W_enc", "W_dec"} <= weights.names or weights.metadata.keys() - {"format"}:
+    if weights.kind != "safetensors" or "W_dec" not in weights or weights.metadata.keys() - {"format"}:
         return False
     settings = weights.settings("cfg.json")
     return settings is not None and "d_in" in settings.values and "d_sae" in settings.values
