@@ -18,6 +18,7 @@ COMMANDS = {
         "qscope_posttrain.cli.features",
         "find the features of each language or of endless repetition, or show a file of them",
     ),
+    "sae": ("qscope_posttrain.cli.sae", "list, show, check, convert and train sparse autoencoders"),
     "sft": ("qscope_posttrain.cli.sft", "train with TRL's SFTTrainer and the SASFT penalty, from a recipe"),
     "grpo": ("qscope_posttrain.cli.grpo", "train with TRL's GRPOTrainer and steered negatives, from a recipe"),
     "evaluate": (

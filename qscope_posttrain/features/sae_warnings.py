@@ -33,7 +33,7 @@ class SAEWarning:
     """One thing that is probably wrong."""
 
     kind: str
-    """"units", "layer", "model", "decoder" or "sparsity"."""
+    """"units", "layer", "model", "tuning", "decoder" or "sparsity"."""
     reason: str
 
     def __str__(self) -> str:
@@ -145,7 +145,7 @@ def _catalogue(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAE
         and _TUNED.sub("", name).casefold() == _TUNED.sub("", backbone).casefold()
     ):
         yield SAEWarning(
-            "model",
+            "tuning",
             f"{entry.name} was trained on {backbone} ({entry.tuning}), and this is {name}: such SAEs often serve both, "
             "but read the figures before relying on it",
         )

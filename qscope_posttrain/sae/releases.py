@@ -185,7 +185,7 @@ def llama_scope() -> Iterator[CatalogEntry]:
             d_model=4096,
             d_sae=4096 * 8,
             k=None,
-            format="llama_scope",
+            format="lm_saes",
             file=f"{mixture}/L{{layer}}R/sae_weights.safetensors",
             companions=(f"{mixture}/L{{layer}}R/config.json",),
             licence="apache-2.0",

@@ -242,7 +242,7 @@ def test_base_against_instruct_by_name(name, warns, good, sae):
     model = {"name_or_path": name, "model_type": "qwen3", "hidden_size": 2048, "num_hidden_layers": 28}
     named = dataclasses.replace(sae, source=SAESource("/somewhere", release=RELEASE))
     found = warnings_of(good.fit, good.l0.estimate, named, LAYER, model, None)
-    assert [warning.kind for warning in found] == ["model"] * warns
+    assert [warning.kind for warning in found] == ["tuning"] * warns
     assert all("was trained on Qwen3-1.7B-Base (base), and this is Qwen3-1.7B" in w.reason for w in found)
 
 
