@@ -152,3 +152,21 @@ def test_steering(triton_device, dtype):
     assert torch.equal(out[0, 0].cpu().contiguous().view(bits), hidden[0, 0].contiguous().view(bits))
     steer_add(*arguments, arguments[0])
     assert torch.equal(arguments[0].cpu().nan_to_num(), out.cpu().nan_to_num())
+
+
+def test_offsets_beyond_int32(triton_device):
+    """Rows 2**31 elements apart. Of the memory between them no page is ever touched."""
+    from qscope_posttrain.kernels.triton.penalty import feature_penalty
+    from qscope_posttrain.kernels.triton.readout import preactivations
+    from qscope_posttrain.kernels.triton.steering import steer_add
+
+    far = torch.empty(2, 2**31 + 8, dtype=torch.bfloat16, device=triton_device)[:, :8]
+    far[0], far[1] = 1.0, 2.0
+    rows, bias = normal(3, 8, seed=1).to(triton_device), normal(3).to(triton_device)
+    expected = preactivations(far.contiguous(), rows, bias)
+    assert torch.equal(preactivations(far, rows, bias), expected)
+    counted = torch.ones(2, dtype=torch.bool, device=triton_device)
+    sums, *_ = feature_penalty(far, rows, bias, bias[None] * 0, counted.long() * 0, counted, None)
+    torch.testing.assert_close(sums, expected.relu().sum(0))
+    steer_add(far.unsqueeze(1), rows[:1], torch.ones(2, 1, 1, device=triton_device), far.unsqueeze(1))
+    torch.testing.assert_close(far[1].float(), 2.0 + rows[0], rtol=2**-7, atol=2**-7)
