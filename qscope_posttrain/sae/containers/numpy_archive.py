@@ -30,11 +30,13 @@ def read(path: Path, size: int) -> tuple[dict[str, Tensor], bool]:
             members = archive.infolist()
             _check_members(path, members, size)
             tensors = {member.filename.removesuffix(".npy"): _member(path, archive, member) for member in members}
-    except ValueError:
-        raise
     except Exception as error:  # for damaged archives zipfile raises a dozen kinds, OSError among them
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        reason = str(error).strip().splitlines()
         raise ValueError(
-            f"{path} is not a valid .npz archive, it may be truncated ({type(error).__name__}: {error})"
+            f"{path} is not a valid .npz archive, it may be truncated "
+            f"({type(error).__name__}: {reason[0] if reason else ''})"
         ) from error
     return tensors, all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
