@@ -20,7 +20,7 @@ class Server:
 
     reply: Reply
     faults: list[tuple[str, Any]] = field(default_factory=list)
-    """("status", (code, headers)), ("body", bytes), ("drop", None), ("slow", seconds), ("ok", None)"""
+    """("status", (number, headers[, code])), ("body", bytes), ("drop", None), ("slow", seconds), ("ok", None)"""
     delay: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
     """Bodies in the order of arrival, failed ones included"""
@@ -68,8 +68,9 @@ def serving(reply: Reply, faults: Sequence[tuple[str, Any]] = (), delay: float =
                 self.connection.close()
                 return
             if fault == "status":
-                code, headers = detail
-                self._send(json.dumps({"error": {"message": f"told to fail {self._key()}"}}).encode(), code, headers)
+                status, headers, *code = detail
+                error = {"message": f"told to fail {self._key()}", "code": code[0] if code else None}
+                self._send(json.dumps({"error": error}).encode(), status, headers)
                 return
             if fault == "body":
                 self._send(detail)

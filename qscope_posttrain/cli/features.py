@@ -1,4 +1,4 @@
-"""`qscope features find`, `find-repetition`, `contrast`, `rank` and `show`."""
+"""`qscope features find`, `find-repetition`, `contrast`, `rank`, `explain`, `tokens` and `show`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.cli.features_contrast import add_contrast_options, add_rank_options, contrast, rank
+from qscope_posttrain.cli.features_explain import add_explain_options, add_tokens_options, explain, tokens
 from qscope_posttrain.cli.features_repetition import add_options, find_repetition, print_steering
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_texts
 from qscope_posttrain.cli.options import OptionParser, add_model_options
@@ -30,6 +31,10 @@ def run(arguments: Sequence[str]) -> int:
         contrast(options, FILE_NAME)
     elif options.action == "rank":
         rank(options, FILE_NAME)
+    elif options.action == "explain":
+        explain(options, FILE_NAME)
+    elif options.action == "tokens":
+        tokens(options, FILE_NAME)
     else:
         find(options)
     return 0
@@ -94,6 +99,8 @@ def show(options: argparse.Namespace) -> None:
     causal = features.provenance.get("causal_check")
     if causal is not None:
         Table(**causal).print()
+    if features.explanations:
+        Table("Explanations", ["layer", "feature", "by", "explanation"], _explanation_rows(shown)).print()
     print_steering(features)
     origins = [(f"layer {layer}", _origin(source)) for layer, source in features.provenance.get("saes", {}).items()]
     origins += [
@@ -101,6 +108,10 @@ def show(options: argparse.Namespace) -> None:
     ]
     origins += [(f"completions read: {name}", value) for name, value in features.provenance.get("loops", {}).items()]
     Table("Origin", ["what", "where"], [(what, str(where)) for what, where in origins]).print()
+
+
+def _explanation_rows(features: Any) -> list[list[Any]]:
+    return [[entry.layer, entry.feature_id, entry.model, entry.text] for entry in features.explanations]
 
 
 def _origin(source: dict[str, Any]) -> str:
@@ -147,6 +158,8 @@ def _parser() -> OptionParser:
     add_options(actions.add_parser("find-repetition", help="find the features of endless repetition, and try them"))
     add_contrast_options(actions.add_parser("contrast", help="find the features that tell two sets of texts apart"))
     add_rank_options(actions.add_parser("rank", help="rank features by their activation on one response"))
+    add_explain_options(actions.add_parser("explain", help="let a chat model explain features, and test what it says"))
+    add_tokens_options(actions.add_parser("tokens", help="show token by token where features fire in some texts"))
     old = actions.add_parser("show", help="print a FeatureSet")
     old.add_argument("path", help="features.safetensors, or the folder that holds it")
     old.add_argument("--language", help="rows of this language only")

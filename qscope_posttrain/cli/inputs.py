@@ -132,15 +132,24 @@ def template_options(text: str | None) -> dict[str, Any]:
     Raises:
         ValueError: not a JSON object.
     """
+    return json_object(text, "--chat-template-options")
+
+
+def json_object(text: str | None, option: str) -> dict[str, Any]:
+    """What a command-line option gives as a JSON object; none from None.
+
+    Raises:
+        ValueError: not a JSON object, naming the option.
+    """
     if text is None:
         return {}
     try:
-        options = json.loads(text)
+        found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--chat-template-options must be JSON, got '{text}' ({error.msg}).") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--chat-template-options must be a JSON object, got '{text}'.")
-    return options
+        raise ValueError(f"{option} must be JSON, got '{text}' ({error.msg}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} must be a JSON object, got '{text}'.")
+    return found
 
 
 def parse_layers(words: Sequence[str], depth: int) -> tuple[int, ...]:

@@ -25,6 +25,10 @@ COMMANDS = {
         "qscope_posttrain.cli.evaluate",
         "measure how often a model switches language or repeats itself without end",
     ),
+    "synthesize": (
+        "qscope_posttrain.cli.synthesize",
+        "make training data for the features of a topic that the data at hand does not reach",
+    ),
     "steer": ("qscope_posttrain.cli.steer", "generate with and without steering along features, side by side"),
     "analyze": ("qscope_posttrain.cli.analyze", "how redundant benchmarks are, and how much they overlap, by features"),
     "experiment": (

@@ -78,7 +78,8 @@ class LocalChatModel:
         gpus = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(int(requests[0].key(self.identity)[:15], 16))
-            written = self._model.generate(rows, attention_mask=mask, generation_config=config)[:, longest:].tolist()
+            generate: Any = self._model.generate
+            written = generate(rows, attention_mask=mask, generation_config=config)[:, longest:].tolist()
         stops = set(ends) if isinstance(ends, list) else {ends}
         return [self._completion(len(row), answer, stops) for row, answer in zip(ids, written, strict=True)]
 

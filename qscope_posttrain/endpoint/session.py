@@ -48,6 +48,12 @@ class ChatSession:
         self._sleep = sleep
         self._counted: set[str] = set()
 
+    def beside(self, model: ChatModel) -> ChatSession:
+        """A session with another model that shares cache, budget and pace with this one."""
+        other = ChatSession(model, self.cache, retry=self.retry, show_progress=self._show_progress, sleep=self._sleep)
+        other.usage, other._pace, other._counted = self.usage, self._pace, self._counted
+        return other
+
     def complete(self, requests: Sequence[ChatRequest], description: str = "requests") -> list[Completion]:
         """One answer to each request, in order; equal requests share one.
 

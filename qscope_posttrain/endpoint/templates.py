@@ -14,7 +14,8 @@ from qscope_posttrain.endpoint.chat import Message
 class PromptTemplates:
     """Templates by name. `NAME.jinja` in a user's folder goes before the package's own.
 
-    A template has a block `user`, and may have one before it called `system`; each is one message.
+    A template has a block `user`, and may have one before it called `system`; each is one message. The filter `quoted`
+    puts a text into quotation marks on one line.
     """
 
     def __init__(self, package_folder: Path, user_folder: str | os.PathLike[str] | None = None) -> None:
@@ -32,6 +33,8 @@ class PromptTemplates:
         self._environment = SandboxedEnvironment(
             loader=FileSystemLoader(folders), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
+        # jinja2's own `tojson` writes < and > as escapes, for HTML, and would hide the marks around tokens.
+        self._environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
 
     def messages(self, name: str, **values: Any) -> tuple[Message, ...]:
         """The chat that template `name` makes of the values.

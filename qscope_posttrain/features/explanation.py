@@ -100,7 +100,7 @@ class Explanation:
             raise ValueError(
                 f"an explanation has the keys {sorted(needed)} and may have {sorted(scores)}, got {sorted(values)}."
             )
-        read = {name: _prediction(name, values[name]) for name in scores & set(values)}
+        read: dict[str, Any] = {name: _prediction(name, values[name]) for name in scores & set(values)}
         return cls(**{name: values[name] for name in needed}, **read)
 
 

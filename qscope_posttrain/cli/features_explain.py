@@ -1,0 +1,181 @@
+"""`qscope features explain` and `qscope features tokens`: what features stand for, and where they fire."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qscope_posttrain.cli.endpoint_options import add_endpoint_options, open_session
+from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
+from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.summary import writable_folder, write_summary
+
+if TYPE_CHECKING:
+    from qscope_posttrain.features.explain import Explained
+    from qscope_posttrain.features.feature_set import FeatureSet
+
+EXPLANATIONS = "explanations.jsonl"
+PAGE = "explanations.html"
+
+
+def explain(options: argparse.Namespace, file_name: str) -> None:
+    """Explain, test, print; write the explanations, a page of contexts, the FeatureSet if there is one, a summary."""
+    from qscope_posttrain.features.contexts import ContextSettings
+    from qscope_posttrain.features.explain import ExplainSettings, explain_features, explain_templates
+    from qscope_posttrain.features.explanation_file import write_explanations
+    from qscope_posttrain.features.find import load_sae
+    from qscope_posttrain.residual.layers import decoder_layers
+
+    output = writable_folder(options.output)
+    templates = explain_templates(options.templates)
+    texts = read_text_list(options.texts, options.max_texts)
+    features = None if options.features is None else _feature_set(options.features, file_name)
+    settings = ExplainSettings(
+        contexts=ContextSettings(absent=2 * options.tests, seed=options.seed),
+        tests=options.tests,
+        methods=tuple(options.methods),
+        control=options.control,
+        min_texts=options.min_texts,
+        seed=options.seed,
+    )
+    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    ids = _chosen(options, features, len(decoder_layers(model)))
+    saes = {layer: load_sae(options.sae, layer, options.k, model) for layer in ids}
+    with open_session(options, output) as (session, judge):
+        found = explain_features(
+            model,
+            tokenizer,
+            texts,
+            saes,
+            ids,
+            session,
+            settings,
+            judge=judge,
+            templates=templates,
+            max_length=options.max_length,
+        )
+        usage = session.usage.to_dict()
+    for table in (found.to_table(), found.summary_table()):
+        table.print()
+    for feature, reason in found.skipped.items():
+        status(f"{feature} is not explained: {reason}")
+    written = write_explanations(output / EXPLANATIONS, found.explanations)
+    if features is not None:
+        features.explained(found.explanations).save(output / file_name)
+    page = _write_page(found, tokenizer, output / PAGE)
+    results = {
+        "explanations": written,
+        "table": found.to_table(),
+        "tested": found.summary_table(),
+        "skipped": {str(feature): reason for feature, reason in found.skipped.items()},
+        "usage": usage,
+    }
+    write_summary(output, "features explain", vars(options), results)
+    status(f"explanations written to {written}, their contexts to {page}")
+
+
+def tokens(options: argparse.Namespace, file_name: str) -> None:
+    """Show on the terminal, and if asked on a page, where the features of a FeatureSet fire in some texts."""
+    from qscope_posttrain.features.find import load_sae
+    from qscope_posttrain.features.token_view import token_view
+    from qscope_posttrain.report.html import Section, write_html
+    from qscope_posttrain.report.tokens import print_shaded
+
+    if (options.text is None) == (options.texts is None):
+        raise ValueError("give --text, words on the command line, or --texts, a file.")
+    texts = options.text or read_text_list(options.texts, options.max_texts)
+    features = _feature_set(options.features, file_name).select(options.language, options.layer, options.top)
+    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    saes = {layer: load_sae(options.sae, layer, options.k, model) for layer in features.layers} if options.sae else None
+    groups = token_view(model, tokenizer, texts, features, saes, max_length=options.max_length)
+    for group in groups:
+        print_shaded(group)
+    if options.html is not None:
+        note = "Activations." if saes else "Positive parts of pre-activations: without an SAE, before its top-k."
+        sections = [Section("Features by token", note, shaded=groups)]
+        status(f"page written to {write_html(options.html, 'Where features fire', sections)}")
+
+
+def _feature_set(path: str, file_name: str) -> FeatureSet:
+    from qscope_posttrain.features.feature_set import FeatureSet
+
+    location = Path(path)
+    return FeatureSet.load(location / file_name if location.is_dir() else location)
+
+
+def _chosen(options: argparse.Namespace, features: FeatureSet | None, depth: int) -> dict[int, list[int]]:
+    """{layer: feature ids}, from the FeatureSet or from the options."""
+    from qscope_posttrain.features.layer_features import FREE_DIRECTION
+
+    if features is None:
+        if not options.layers or not options.feature_ids:
+            raise ValueError("give --features, or --layers and --feature-ids.")
+        return {layer: list(dict.fromkeys(options.feature_ids)) for layer in parse_layers(options.layers, depth)}
+    if options.layers or options.feature_ids:
+        raise ValueError("--features says which features; leave out --layers and --feature-ids.")
+    found = {
+        layer: [feature for feature in dict.fromkeys(rows.feature_ids.tolist()) if feature != FREE_DIRECTION]
+        for layer, rows in features.layers.items()
+    }
+    if not any(found.values()):
+        raise ValueError("these features are free directions; only features of an SAE can be explained.")
+    return {layer: ids for layer, ids in found.items() if ids}
+
+
+def _write_page(found: Explained, tokenizer: Any, path: Path) -> Path:
+    from qscope_posttrain.features.explanation import FeatureId
+    from qscope_posttrain.features.pieces import text_pieces
+    from qscope_posttrain.report.html import Section, ShadedText, ShadedTexts, write_html
+
+    words = {entry.feature: entry.text for entry in found.explanations}
+    sections = [Section("Explanations", tables=[found.summary_table(), found.to_table()])]
+    for entry in found.contexts:
+        feature = FeatureId(entry.layer, entry.feature_id)
+        passages = [ShadedText(*text_pieces(tokenizer, context.ids, context.values)) for context in entry.top]
+        shaded = [ShadedTexts("strongest contexts", passages)] if passages else []
+        body = words.get(feature, f"Not explained: {found.skipped.get(feature, '')}.")
+        sections.append(Section(str(feature), body, shaded=shaded))
+    return write_html(path, "What features stand for", sections)
+
+
+def add_explain_options(new: argparse.ArgumentParser) -> None:
+    """Options of `qscope features explain`."""
+    add_model_options(new)
+    new.add_argument("--texts", required=True, help="natural text: a file with one a line, or JSONL with text")
+    new.add_argument("--sae", required=True, help="folder of layer files, file of one layer, or hub id of a release")
+    new.add_argument("--features", help="FeatureSet whose features are explained, and in a copy of which that is kept")
+    new.add_argument("--layers", nargs="+", help="without --features: numbers from 0, ranges such as 20-27, or all")
+    new.add_argument("--feature-ids", type=int, nargs="+", help="without --features: ids, the same in every layer")
+    new.add_argument("--output", required=True, help="folder for the explanations, their page and summary.json")
+    new.add_argument("--methods", nargs="*", default=["detection", "fuzzing"], help="detection, fuzzing, or none")
+    new.add_argument("--tests", type=int, default=20, help="held-out contexts of each kind for each score")
+    new.add_argument(
+        "--control",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="judge every feature's contexts by the words for another one too",
+    )
+    new.add_argument("--min-texts", type=int, default=5, help="a feature that fires on fewer texts is not explained")
+    new.add_argument("--max-texts", type=int, help="texts at most")
+    new.add_argument("--max-length", type=int, default=512, help="tokens of a text at most")
+    new.add_argument("--k", type=int, help="k of TopK, where neither file nor release name says it")
+    new.add_argument("--seed", type=int, default=0, help="of the contexts that are drawn")
+    add_endpoint_options(new)
+
+
+def add_tokens_options(new: argparse.ArgumentParser) -> None:
+    """Options of `qscope features tokens`."""
+    add_model_options(new)
+    new.add_argument("--features", required=True, help="features.safetensors, or the folder that holds it")
+    new.add_argument("--text", nargs="+", help="texts, each one argument")
+    new.add_argument("--texts", help="texts in a file: lines, or JSONL with text")
+    new.add_argument("--sae", help="show activations of this SAE; without it, pre-activations above zero")
+    new.add_argument("--language", help="rows of this language only")
+    new.add_argument("--layer", type=int, nargs="+", help="rows of these layers only")
+    new.add_argument("--top", type=int, help="the best so many rows of each language and layer")
+    new.add_argument("--html", help="page to write")
+    new.add_argument("--max-texts", type=int, help="texts at most")
+    new.add_argument("--max-length", type=int, default=512, help="tokens of a text at most")
+    new.add_argument("--k", type=int, help="k of TopK, where neither file nor release name says it")

@@ -1,0 +1,46 @@
+"""Explanations as a file of their own: JSONL, one feature a line, for more features than a FeatureSet should hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qscope_posttrain.features.explanation import Explanation, check_distinct
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.report.summary import write_text
+
+
+def write_explanations(path: str | os.PathLike[str], explanations: Sequence[Explanation]) -> Path:
+    """Write one JSON object a line, in one step. Returns the path."""
+    write_text(path, "".join(json.dumps(entry.to_dict(), ensure_ascii=False) + "\n" for entry in explanations))
+    return Path(path)
+
+
+def read_explanations(path: str | os.PathLike[str]) -> tuple[Explanation, ...]:
+    """Explanations from such a file, or from a FeatureSet (`*.safetensors`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no explanation, a feature explained twice, or none at all.
+    """
+    location = Path(path)
+    if location.suffix == ".safetensors":
+        found = FeatureSet.load(location).explanations
+    elif not location.is_file():
+        raise FileNotFoundError(f"no explanations at '{location}'; `qscope features explain` writes them.")
+    else:
+        lines = location.read_text(encoding="utf-8").split("\n")
+        found = tuple(_read(location, number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    if not found:
+        raise ValueError(f"'{location}' holds no explanations; `qscope features explain` writes them.")
+    check_distinct(found)
+    return found
+
+
+def _read(path: Path, number: int, line: str) -> Explanation:
+    try:
+        return Explanation.from_dict(json.loads(line))
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error

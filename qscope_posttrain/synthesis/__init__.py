@@ -1,0 +1,1 @@
+"""Safety data made to reach chosen features (Qwen-Scope report, section 6)."""

@@ -1,0 +1,91 @@
+"""The data as TRL reads it, with what is known of every row."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qscope_posttrain.features.explanation import FeatureId
+from qscope_posttrain.synthesis.pipeline import Example
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TYPES = tuple(f"{prompt_type} {kind}" for prompt_type in ("vanilla", "adversarial") for kind in ("harmful", "benign"))
+
+
+def example_row(example: Example, relevance: Mapping[FeatureId, float]) -> dict[str, Any]:
+    """One row: `prompt` and `completion` in TRL's conversational form, and its provenance."""
+    draft, response = example.draft, example.response
+    if draft.explanation is None:
+        raise ValueError("only prompts that were written for a feature become rows.")
+    feature = draft.explanation.feature
+    return {
+        "prompt": [{"role": "user", "content": draft.text}],
+        "completion": [{"role": "assistant", "content": response.text}],
+        "layer": feature.layer,
+        "feature": feature.feature_id,
+        "explanation": draft.explanation.text,
+        "relevance": float(relevance[feature]),
+        "activation": example.activation,
+        "prompt_type": draft.prompt_type,
+        "style": draft.style,
+        "asked_kind": draft.kind,
+        "kind": response.kind,
+        "prompt_request": draft.request_id,
+        "response_request": response.request_id,
+    }
+
+
+def row_type(row: Mapping[str, Any]) -> str:
+    """One of the four types, such as "vanilla harmful"."""
+    return f"{row['prompt_type']} {row['kind']}"
+
+
+def type_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Rows of each of the four types."""
+    found = dict.fromkeys(TYPES, 0)
+    for row in rows:
+        found[row_type(row)] += 1
+    return found
+
+
+def balanced(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Mapping[str, Any]]:
+    """As many rows of each type as the rarest one that occurs has, drawn at random, in the order of `rows`."""
+    least = min((count for count in type_counts(rows).values() if count), default=0)
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row_type(row), []).append(place)
+    draw = random.Random(seed)
+    kept = sorted(place for name in sorted(places) for place in draw.sample(places[name], least))
+    return [rows[place] for place in kept]
+
+
+def save_rows(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) -> Dataset:
+    """Write a `datasets` data set that `load_from_disk` and `dataset_name` of a recipe read; an older one goes.
+
+    Raises:
+        ValueError: no rows.
+    """
+    from datasets import Dataset
+
+    if not rows:
+        raise ValueError("there are no rows to save: no prompt was kept and answered.")
+    target = Path(folder)
+    made = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    found = Dataset.from_list([dict(row) for row in rows])
+    try:
+        found.save_to_disk(str(made))
+        if target.exists():
+            if not (target / "state.json").is_file():
+                raise ValueError(f"'{target}' is no data set and is in the way; move it, or choose another output.")
+            shutil.rmtree(target)
+        made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return found
