@@ -118,19 +118,27 @@ def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, refere
     return draw_svg(draw, width=7.6, height=0.85 + 0.36 * len(bars))
 
 
-def line_curves(curves: Sequence[Curve], x_label: str, y_label: str, log_y: bool = False, percent: bool = False) -> str:
+def line_curves(
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    percent: bool = False,
+    x_marks: Sequence[float] | None = None,
+) -> str:
     """Curves with optional bands on common axes, with a legend at the right.
 
     Args:
         log_y: Logarithmic vertical axis, for losses and perplexities that fall over decades.
         percent: The values are shares in [0, 1]; the vertical axis shows per cent.
+        x_marks: Positions, above 0, to mark on a logarithmic horizontal axis; None leaves it linear.
 
     Raises:
         ValueError: no curves.
     """
     if not curves:
         raise ValueError("line_curves needs at least one curve.")
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     def draw(axes: Axes) -> None:
         for index, curve in enumerate(curves):
@@ -141,7 +149,11 @@ def line_curves(curves: Sequence[Curve], x_label: str, y_label: str, log_y: bool
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
         if log_y:
             axes.set_yscale("log")
-        if all(float(x).is_integer() for curve in curves for x in curve.x):
+        if x_marks is not None:
+            axes.set_xscale("log")
+            axes.set_xticks(x_marks, [f"{mark:g}" for mark in x_marks])
+            axes.xaxis.set_minor_locator(NullLocator())
+        elif all(float(x).is_integer() for curve in curves for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))  # no step 1.5
         axes.grid(axis="both")
         axes.margins(x=0.01)

@@ -43,7 +43,6 @@ def write_classifier(path: str | Path, classifier: FeatureClassifier) -> Path:
         ValueError: classes that JSON cannot hold.
     """
     path = Path(path)
-    featurizer = classifier.featurizer_
     document = {
         "version": VERSION,
         "parameters": {name: _plain(getattr(classifier, name)) for name in PARAMETERS},
@@ -53,8 +52,8 @@ def write_classifier(path: str | Path, classifier: FeatureClassifier) -> Path:
             zip(map(str, classifier.layer_columns_.layers), classifier.layer_columns_.widths, strict=True)
         ),
         "top1_differences": {str(layer): value for layer, value in classifier.top1_differences_.items()},
-        "settings": None if featurizer is None else featurizer.settings(),
-        "origin": getattr(classifier, "origin_", None) if featurizer is None else featurizer.origin(),
+        "settings": classifier.settings_,
+        "origin": classifier.origin_,
         "versions": package_versions(),
     }
     try:
@@ -143,8 +142,8 @@ def _parse(path: Path, text: str | None) -> dict[str, Any]:
     widths, top = document["layer_widths"], document["top1_differences"]
     if not _by_layer(widths, lambda width: type(width) is int and 1 <= width < 2**31) or not widths:
         raise ValueError(f"{path}: layer_widths must give each layer a width, got {widths!r:.200}.")
-    if not _by_layer(top, lambda value: _is_number(value) and -1 <= value <= 1) or set(top) != set(widths):
-        raise ValueError(f"{path}: top1_differences must give each layer a number in [-1, 1], got {top!r:.200}.")
+    if not _by_layer(top, lambda value: _is_number(value) and -1 <= value <= 1) or not set(top) <= set(widths):
+        raise ValueError(f"{path}: top1_differences must give layers a number in [-1, 1], got {top!r:.200}.")
     return document
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils import check_random_state
@@ -63,7 +63,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     Values not above `epsilon` do not fire, negative ones neither. Attributes after `fit`, S rows: `feature_layers_`,
     `feature_ids_`, `differences_`, `positive_rates_`, `negative_rates_`, `thresholds_`, `weights_` [S]; `intercept_`,
-    `top1_differences_` {layer: largest Delta}, `layer_columns_`, `featurizer_`.
+    `top1_differences_` {layer: largest Delta} of the layers that were searched, `layer_columns_`, `featurizer_`.
 
     Args:
         k: features of each layer.
@@ -119,11 +119,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             kind = "1 class" if len(self.classes_) == 1 else f"{len(self.classes_)} classes"
             raise ValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
         positive = codes == 1
-        measure = best_thresholds if self.thresholds == "best" else firing_rates
-        rates = measure(matrix, positive, self.epsilon)
-        chosen = self._choose(rates)
-        self._keep(rates, chosen)
-        self.weights_, self.intercept_ = self._learn(self._indicators(matrix[:, chosen]), positive)
+        activations = self._choose(matrix, positive)
+        self.weights_, self.intercept_ = self._learn(self._indicators(activations), positive)
         return self
 
     def decision_function(self, X: Any) -> Floats:
@@ -192,13 +189,14 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def _training_matrix(self, X: Any, y: Any) -> tuple[csr_array, Any]:
         """Checks X and y, and keeps what prediction must find again."""
-        self.featurizer_ = None
+        self.featurizer_ = self.settings_ = self.origin_ = None
         if are_texts(X):
             if self.featurizer is None:
                 raise ValueError("X holds texts; give the classifier a featurizer, or pass their features.")
             X = list(X)
             features = self.featurizer.features(X)
             self.featurizer_ = self.featurizer.with_norms(features)
+            self.settings_, self.origin_ = self.featurizer_.settings(), self.featurizer_.origin()
             X = features
         if isinstance(X, Mapping):
             matrix, self.layer_columns_ = stack(X)
@@ -237,41 +235,35 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         part = self.layer_columns_.slice(layer)
         return part.stop - part.start
 
-    def _choose(self, rates: Rates) -> list[int]:
-        """Columns of the chosen features, layer by layer, best first."""
+    def _choose(self, matrix: csr_array, positive: Booleans) -> csr_array:
+        """Sets the attributes of the chosen features, layer by layer, best first; returns their columns [texts, S]."""
         columns = self.layer_columns_
-        difference = rates.difference
-        self.top1_differences_ = {layer: float(difference[columns.slice(layer)].max()) for layer in columns.layers}
-        if self.layer is not None:
-            columns.slice(self.layer)
-            layers: Sequence[int] = [self.layer]
-        else:
-            if self.n_layers > len(columns.layers):
-                raise ValueError(f"n_layers={self.n_layers} exceeds the {len(columns.layers)} layers of X.")
-            ranked = sorted(columns.layers, key=lambda layer: (-self.top1_differences_[layer], layer))
-            layers = ranked[: self.n_layers]
+        searched = columns.layers if self.layer is None else (self.layer,)
+        if self.n_layers > len(searched):
+            raise ValueError(f"n_layers={self.n_layers} exceeds the {len(searched)} layers of X.")
+        measure = best_thresholds if self.thresholds == "best" else firing_rates
+        parts = {layer: csr_array(matrix[:, columns.slice(layer)]) for layer in searched}
+        rates = {layer: measure(part, positive, self.epsilon) for layer, part in parts.items()}
+        self.top1_differences_ = {layer: float(found.difference.max()) for layer, found in rates.items()}
+        ranked = sorted(searched, key=lambda layer: (-self.top1_differences_[layer], layer))[: self.n_layers]
         generator = check_random_state(self.random_state)
-        chosen: list[int] = []
-        for layer in layers:
-            part = columns.slice(layer)
-            if self.selection == "random":
-                fires = np.flatnonzero(rates.positive[part] + rates.negative[part] > 0)
-                picked = generator.permutation(fires)[: self.k]
-            else:
-                picked = top_features(difference[part], self.k)
-            chosen += [part.start + int(feature) for feature in picked]
-        if not chosen:
+        picked = {layer: self._pick(rates[layer], generator) for layer in ranked}
+        self.feature_layers_: Integers = np.repeat(np.array(ranked, dtype=np.int64), [len(p) for p in picked.values()])
+        self.feature_ids_: Integers = np.concatenate(list(picked.values()))
+        if not len(self.feature_ids_):
             raise ValueError("No feature fires on any training text, so there is nothing to draw from.")
-        return chosen
+        kept = Rates(
+            *(np.concatenate(values) for values in zip(*(_take(rates[n], picked[n]) for n in ranked), strict=True))
+        )
+        self.positive_rates_, self.negative_rates_, self.thresholds_ = kept
+        self.differences_ = kept.difference
+        return csr_array(hstack([parts[layer][:, picked[layer]] for layer in ranked], format="csr"))
 
-    def _keep(self, rates: Rates, chosen: Sequence[int]) -> None:
-        owners = [self.layer_columns_.owner(column) for column in chosen]
-        self.feature_layers_: Integers = np.array([layer for layer, _ in owners], dtype=np.int64)
-        self.feature_ids_: Integers = np.array([feature for _, feature in owners], dtype=np.int64)
-        self.positive_rates_: Floats = rates.positive[chosen]
-        self.negative_rates_: Floats = rates.negative[chosen]
-        self.differences_: Floats = rates.difference[chosen]
-        self.thresholds_: Floats = rates.threshold[chosen]
+    def _pick(self, rates: Rates, generator: Any) -> Integers:
+        """Numbers of the chosen features of one layer."""
+        if self.selection == "random":
+            return generator.permutation(np.flatnonzero(rates.positive + rates.negative > 0))[: self.k]
+        return top_features(rates.difference, self.k)
 
     def _indicators(self, activations: csr_array) -> Floats:
         """[texts, S] ones where a chosen feature fires."""
@@ -285,3 +277,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         if self.rule == "votes":
             return ones, 0.5 - best_vote_count(indicators.sum(axis=1).astype(np.int64), positive)
         return ones, -0.5
+
+
+def _take(rates: Rates, features: Integers) -> Rates:
+    return Rates(*(values[features] for values in rates))

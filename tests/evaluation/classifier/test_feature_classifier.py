@@ -42,7 +42,10 @@ def test_or_rule_over_the_top_features_of_a_given_layer():
 
 def test_multi_layer_rule_takes_one_best_feature_of_each():
     classifier = FeatureClassifier(n_layers=2).fit({2: LAYER_2, 5: LAYER_5}, Y)
-    assert list(zip(classifier.feature_layers_.tolist(), classifier.feature_ids_.tolist(), strict=False)) == [(5, 0), (2, 0)]
+    assert list(zip(classifier.feature_layers_.tolist(), classifier.feature_ids_.tolist(), strict=False)) == [
+        (5, 0),
+        (2, 0),
+    ]
     either = np.maximum(fires(LAYER_5, [0]), fires(LAYER_2, [0])).tolist()
     assert classifier.predict({2: LAYER_2, 5: LAYER_5}).tolist() == either == [1, 1, 1, 0, 0, 0, 0, 0]
 
