@@ -79,6 +79,32 @@ def test_gradient_equals_the_written_out_loss(cases, tiny_tokenizer, batches, ac
     assert logs["sasft/hook_calls"] == 1
 
 
+@pytest.mark.parametrize(
+    ("architecture", "batch", "overrides"),
+    [
+        # Without TRL's router loss, which depends on how rows are batched.
+        ("qwen3_moe", 4, {"router_aux_loss_coef": 0.0}),
+        ("qwen3_5_text", 4, {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
+    ],
+)
+def test_mixtures_of_experts_and_hybrid_models(make_model, tiny_tokenizer, architecture, batch, overrides):
+    rows, model = make_rows(8), case_model(make_model, architecture=architecture, **overrides)
+    features = make_features(model)
+    expected, loss, penalty = reference_gradients(model, rows, row_penalty(features), WEIGHT)
+    gradients, trainer = one_step(
+        model,
+        rows,
+        paper_callback(features, weight=WEIGHT),
+        tiny_tokenizer,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=8 // batch,
+    )
+    assert relative_error(gradients, expected) <= TOLERANCE
+    logs = trainer.state.log_history[0]
+    assert logs["loss"] == pytest.approx(loss, rel=1e-5)
+    assert logs["sasft/penalty"] == pytest.approx(penalty, rel=1e-5)
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_the_comparison_notices_a_missing_term(cases, tuning):
     model, features, rows, (expected, _, _) = cases[tuning]
