@@ -15,15 +15,16 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from qscope_posttrain.intervals import Interval
 
 Kind = Literal["pearson", "spearman"]
 Vector = NDArray[np.float64]
+Orders = NDArray[np.int64]
 
 FEWEST_BENCHMARKS = 4
 _ROUNDING = 1e-12
+_ORDERS_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,13 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson's r of the ranks, ties sharing their mean rank."""
-    return pearson(rankdata(x), rankdata(y))
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(x: ArrayLike) -> Vector:
+    """Ranks from 1, ties sharing their mean; many times faster than scipy's on the short rows of a bootstrap."""
+    _, place, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def partial_correlation(xy: ArrayLike, xm: ArrayLike, ym: ArrayLike) -> Vector:
@@ -64,62 +71,78 @@ def partial_correlation(xy: ArrayLike, xm: ArrayLike, ym: ArrayLike) -> Vector:
 
 
 def correlate(
-    x: ArrayLike, y: ArrayLike, kind: Kind, *, resamples: int = 2000, permutations: int = 10_000, seed: int = 0
+    x: ArrayLike, y: ArrayLike, kind: Kind, *, resamples: int = 1000, permutations: int = 10_000, seed: int = 0
 ) -> Correlation:
     """Correlation of two numbers of each benchmark `[B]`."""
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     _check(a, b, 1)
-    return _correlation(kind, len(a), len(a), lambda order: (a, b[order]), lambda draw: (a[draw], b[draw]),
-                        resamples, permutations, seed)  # fmt: skip
+
+    def redrawn(draw: Orders) -> tuple[Vector, Vector]:
+        return a[draw], b[draw]
+
+    return _correlation(kind, a, b, lambda values, orders: values[orders], redrawn, resamples, permutations, seed)
 
 
 def correlate_pairs(
-    x: ArrayLike, y: ArrayLike, kind: Kind, *, resamples: int = 2000, permutations: int = 10_000, seed: int = 0
+    x: ArrayLike, y: ArrayLike, kind: Kind, *, resamples: int = 1000, permutations: int = 10_000, seed: int = 0
 ) -> Correlation:
     """Correlation of two symmetric matrices `[B, B]` over their pairs above the diagonal."""
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     _check(a, b, 2)
     rows, columns = np.triu_indices(len(a), 1)
+    place = np.zeros(a.shape, dtype=np.int64)  # of a pair among those above the diagonal
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
 
-    def relabelled(order: NDArray[np.int64]) -> tuple[Vector, Vector]:
-        return a[rows, columns], b[order[rows], order[columns]]
+    def relabelled(values: Vector, orders: Orders) -> Vector:
+        return values[place[orders[:, rows], orders[:, columns]]]
 
-    def redrawn(draw: NDArray[np.int64]) -> tuple[Vector, Vector]:
+    def redrawn(draw: Orders) -> tuple[Vector, Vector]:
         first, second = draw[rows], draw[columns]
         different = first != second
         return a[first, second][different], b[first, second][different]
 
-    return _correlation(kind, len(a), len(rows), relabelled, redrawn, resamples, permutations, seed)
+    pairs = a[rows, columns], b[rows, columns]
+    return _correlation(kind, *pairs, relabelled, redrawn, resamples, permutations, seed, benchmarks=len(a))
 
 
 def _correlation(
     kind: Kind,
-    benchmarks: int,
-    points: int,
-    relabelled: Callable[[NDArray[np.int64]], tuple[Vector, Vector]],
-    redrawn: Callable[[NDArray[np.int64]], tuple[Vector, Vector]],
+    x: Vector,
+    y: Vector,
+    relabelled: Callable[[Vector, Orders], Vector],
+    redrawn: Callable[[Orders], tuple[Vector, Vector]],
     resamples: int,
     permutations: int,
     seed: int,
+    benchmarks: int | None = None,
 ) -> Correlation:
+    """`relabelled` gives the values of one side under each of some orders `[orders, B]`, `redrawn` both sides of a draw
+    of benchmarks with replacement."""
+    count = len(x) if benchmarks is None else benchmarks
     coefficient = pearson if kind == "pearson" else spearman
-    value = coefficient(*relabelled(np.arange(benchmarks)))
+    value = coefficient(x, y)
     generator = np.random.default_rng(seed)
-    if math.factorial(benchmarks) <= permutations:
-        chance = [coefficient(*relabelled(np.array(o))) for o in itertools.permutations(range(benchmarks))]
+    if math.factorial(count) <= permutations:
+        orders = np.array(list(itertools.permutations(range(count))))
         extra = 0  # the observed order is among them
     else:
-        chance = [coefficient(*relabelled(generator.permutation(benchmarks))) for _ in range(permutations)]
+        orders = np.array([generator.permutation(count) for _ in range(permutations)])
         extra = 1
-    as_far = np.count_nonzero(np.abs(chance) >= abs(value) - _ROUNDING)
+    # A relabelling moves values and does not change them: ranks are moved along.
+    sides = (x, y) if kind == "pearson" else (ranks(x), ranks(y))
+    first, second = (side - side.mean() for side in sides)
+    scale = math.sqrt(float(first @ first) * float(second @ second))
+    as_far = 0
+    for part in np.array_split(orders, max(1, len(orders) // _ORDERS_AT_ONCE)):
+        as_far += int(np.count_nonzero(np.abs(relabelled(second, part) @ first) >= scale * (abs(value) - _ROUNDING)))
+    p = (as_far + extra) / (len(orders) + extra) if math.isfinite(value) else math.nan
     drawn = []
-    for _ in range(resamples):
-        draw = generator.integers(benchmarks, size=benchmarks)
+    for draw in generator.integers(count, size=(resamples, count)):
         if len(set(draw.tolist())) > 2:  # two benchmarks correlate perfectly
             drawn.append(coefficient(*redrawn(draw)))
-    low, high = np.nanquantile(drawn, [0.025, 0.975]) if not np.all(np.isnan(drawn)) else (math.nan, math.nan)
-    p = (as_far + extra) / (len(chance) + extra) if math.isfinite(value) else math.nan
-    return Correlation(kind, value, float(low), float(high), p, benchmarks, points)
+    known = np.array(drawn)[np.isfinite(drawn)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
+    return Correlation(kind, value, float(low), float(high), p, count, len(x))
 
 
 def fisher_interval(r: float, observations: int, level: float = 0.95) -> Interval:

@@ -9,6 +9,7 @@ the variance of the statistic on one item fewer, for ANY statistic. So these int
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,12 @@ from qscope_posttrain.intervals import Interval
 
 LeftOut = tuple[NDArray[np.float64], NDArray[np.int64]]
 """(statistic without each item of one benchmark [N], the unit of each item [N])"""
+
+
+def divide(above: Any, below: Any) -> Any:
+    """The quotient, NaN for 0 / 0: a ratio of sets of which one item holds all."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.divide(above, below)
 
 
 def standard_error(parts: Sequence[LeftOut]) -> tuple[float, int]:
@@ -43,12 +50,12 @@ def jackknife_interval(
     """`estimate` with t limits from the jackknife, cut at the bounds that the statistic has.
 
     It speaks of new benchmarks of the same sizes, their items drawn like these; about these very items nothing is
-    uncertain.
+    uncertain. Where a single unit decides whether there is a value at all, the limits are the bounds.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, e.g. 0.95; got {level}.")
     error, units = standard_error(parts)
-    if units < 2:
+    if units < 2 or not np.isfinite(error):
         return Interval(estimate, *bounds)
     reach = float(student_t.ppf((1 + level) / 2, units - 1)) * error
     return Interval(estimate, max(estimate - reach, bounds[0]), min(estimate + reach, bounds[1]))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qscope_posttrain.evaluation.benchmarks.feature_sets import ItemFeatures
-from qscope_posttrain.evaluation.benchmarks.jackknife import LeftOut, jackknife_interval
+from qscope_posttrain.evaluation.benchmarks.jackknife import LeftOut, divide, jackknife_interval
 from qscope_posttrain.evaluation.benchmarks.rarefaction import presence
 from qscope_posttrain.intervals import Interval
 
@@ -36,10 +36,10 @@ class Shared:
     def measure(self, name: Measure) -> Any:
         """Eq. 10 (share of the first), Eq. 11 (share of the smaller), or common / union."""
         if name == "overlap":
-            return self.common / self.first
+            return divide(self.common, self.first)
         if name == "overlap_min":
-            return self.common / np.minimum(self.first, self.second)
-        return self.common / (self.first + self.second - self.common)
+            return divide(self.common, np.minimum(self.first, self.second))
+        return divide(self.common, self.first + self.second - self.common)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,12 +200,12 @@ class OverlapMatrix:
         for name, (shared, units) in cross.left_out.items():
             own = itself.left_out[first]
             if name == first and np.array_equal(own[1], units):
-                parts.append((shared.measure("overlap") / own[0].measure("overlap"), units))
+                parts.append((divide(shared.measure("overlap"), own[0].measure("overlap")), units))
                 continue
-            parts.append((shared.measure("overlap") / itself.value("overlap"), units))
+            parts.append((divide(shared.measure("overlap"), itself.value("overlap")), units))
             if name == first:  # items shared with the second are in one of the two only
-                parts.append((cross.value("overlap") / own[0].measure("overlap"), own[1]))
-        ratio = cross.value("overlap") / itself.value("overlap")
+                parts.append((divide(cross.value("overlap"), own[0].measure("overlap")), own[1]))
+        ratio = float(divide(cross.value("overlap"), itself.value("overlap")))
         return jackknife_interval(ratio, parts, level or self.level, (0.0, np.inf))
 
     def neighbour(self, name: str) -> Neighbour:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qscope_posttrain.evaluation.benchmarks.feature_sets import ItemFeatures
-from qscope_posttrain.evaluation.benchmarks.jackknife import jackknife_interval
+from qscope_posttrain.evaluation.benchmarks.jackknife import divide, jackknife_interval
 from qscope_posttrain.evaluation.benchmarks.rarefaction import expected_features, presence, presence_over_sizes
 from qscope_posttrain.intervals import Interval
 
@@ -157,7 +157,8 @@ def _r_hat(features: ItemFeatures, size: int, level: float) -> Interval:
         presence_over_sizes(counts.clip(max=items - 1), items - 1, size),
         presence_over_sizes(_fewer(counts), items - 1, size),
     )
-    return jackknife_interval(float(estimate), [(area / reached**2, features.units)], level, (0.0, math.inf))
+    left_out = divide(area, reached**2)
+    return jackknife_interval(float(estimate), [(left_out, features.units)], level, (0.0, math.inf))
 
 
 def _area(features: ItemFeatures, level: float) -> Interval:
@@ -167,7 +168,7 @@ def _area(features: ItemFeatures, level: float) -> Interval:
     kept, fewer = counts.clip(max=items - 1), _fewer(counts)
     total = leave_one_out(features, kept / (kept + 1), fewer / (fewer + 1))
     alive = leave_one_out(features, kept > 0, fewer > 0)
-    left_out = items / (items - 1) * total / alive
+    left_out = items / (items - 1) * divide(total, alive)
     return jackknife_interval(estimate, [(left_out, features.units)], level, ((items + 1) / (2 * items), 1.0))
 
 

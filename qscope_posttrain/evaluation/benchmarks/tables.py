@@ -110,8 +110,8 @@ def overlap_table(matrix: OverlapMatrix, where: str) -> Table:
     ]  # fmt: skip
     caption = (
         f"Raw overlaps depend on sizes; at n = {matrix.size} items each they do not. Relative: overlap at equal size "
-        "as a share of what another part of the same benchmark covers. Limits for new items of the same kind and number, "
-        "by the jackknife; items in both are left out at equal size where enough others remain."
+        "as a share of what another part of the same benchmark covers. Limits, by the jackknife, for new items of the "
+        "same kind and number; items in both are left out at equal size where enough others remain."
     )
     return Table(f"Overlap of features, {where}", columns, rows, caption)
 
