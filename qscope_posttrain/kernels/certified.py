@@ -40,6 +40,7 @@ from torch import Tensor
 from qscope_posttrain.kernels.checks import check_encoder, check_k, check_same_device, check_shape
 from qscope_posttrain.kernels.encode_gradient import register_gradient
 from qscope_posttrain.kernels.select import best
+from qscope_posttrain.kernels.tiles import product_dtype
 from qscope_posttrain.kernels.topk import topk_product
 
 BAND = 96
@@ -128,7 +129,7 @@ def _certified(
     tile_tokens: int | None,
     tile_features: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_sae, x = W_enc.shape[0], x.float()
+    exact, d_sae, x = product_dtype(W_enc, fp32=True), W_enc.shape[0], x.float()
     m = min(d_sae, k + BAND)
     with torch.autocast(x.device.type, enabled=False):
         low, candidates = topk_product(x, W_low, b_low, m, torch.bfloat16, tile_tokens, tile_features)
@@ -137,9 +138,7 @@ def _certified(
         uncertified = ~(kth > _upper(low[:, -1], eps)) if m < d_sae else torch.zeros_like(kth, dtype=torch.bool)
         again = uncertified.nonzero().squeeze(1)
         if again.numel():
-            values[again], indices[again] = topk_product(
-                x[again], W_enc, b_enc, k, torch.float32, tile_tokens, tile_features
-            )
+            values[again], indices[again] = topk_product(x[again], W_enc, b_enc, k, exact, tile_tokens, tile_features)
     return (values.relu_() if relu else values), indices, uncertified.sum()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from qscope_posttrain.kernels.certified import CertifiedWeights, certified_encode
 from qscope_posttrain.kernels.checks import check_choice, check_encoder, check_k, check_tiles
 from qscope_posttrain.kernels.encode_gradient import register_gradient
-from qscope_posttrain.kernels.tiles import result_dtype
+from qscope_posttrain.kernels.tiles import product_dtype, result_dtype
 from qscope_posttrain.kernels.topk import topk_product
 
 PRECISIONS = ("model", "fp32", "certified")
@@ -87,8 +87,7 @@ def _topk_encode(
     tile_tokens: int | None,
     tile_features: int | None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(W_enc) if fp32 else W_enc.dtype
-    values, indices = topk_product(x, W_enc, b_enc, k, dtype, tile_tokens, tile_features)
+    values, indices = topk_product(x, W_enc, b_enc, k, product_dtype(W_enc, fp32), tile_tokens, tile_features)
     return (values.relu_() if relu else values), indices
 
 

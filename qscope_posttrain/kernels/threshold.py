@@ -22,7 +22,7 @@ from qscope_posttrain.kernels.checks import (
     check_tiles,
 )
 from qscope_posttrain.kernels.encode_gradient import register_gradient
-from qscope_posttrain.kernels.tiles import preactivation_tiles, result_dtype, tile_shape
+from qscope_posttrain.kernels.tiles import preactivation_tiles, product_dtype, result_dtype, tile_shape
 
 _BATCH_TILE = 1 << 22
 """Elements of a tile of batch_topk_encode: before the first threshold is known, half of a tile may be collected."""
@@ -143,10 +143,11 @@ def _threshold_encode(
 ) -> tuple[Tensor, Tensor]:
     result = result_dtype(W_enc)
     bounds = thresholds.to(result).clamp(min=0).expand(W_enc.shape[0])
-    tokens, features = tile_shape(x.shape[0], W_enc.shape[0], tile_tokens, tile_features)
+    dtype = product_dtype(W_enc, fp32)
+    tokens, features = tile_shape(x, W_enc, dtype, tile_tokens, tile_features)
     packed: list[tuple[Tensor, Tensor]] = []
     parts: list[Entries] = []
-    for tile in preactivation_tiles(x, W_enc, b_enc, result if fp32 else W_enc.dtype, tokens, features):
+    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, tokens, features):
         end = tile.feature + tile.pre.shape[1]
         row, column = (tile.pre > bounds[tile.feature : end]).nonzero(as_tuple=True)
         parts.append(Entries(row, column + tile.feature, tile.pre[row, column].to(result)))
@@ -174,9 +175,10 @@ def _batch_topk_encode(
     tile_features: int | None,
 ) -> tuple[Tensor, Tensor]:
     result, wanted = result_dtype(W_enc), k * x.shape[0]
-    tokens, features = tile_shape(x.shape[0], W_enc.shape[0], tile_tokens, tile_features, _BATCH_TILE)
+    dtype = product_dtype(W_enc, fp32)
+    tokens, features = tile_shape(x, W_enc, dtype, tile_tokens, tile_features, _BATCH_TILE)
     pool, threshold = _nothing(x, result), x.new_zeros(1, dtype=result)
-    for tile in preactivation_tiles(x, W_enc, b_enc, result if fp32 else W_enc.dtype, tokens, features):
+    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, tokens, features):
         row, column = ((tile.pre >= threshold) & (tile.pre > 0)).nonzero(as_tuple=True)
         found = Entries(row + tile.token, column + tile.feature, tile.pre[row, column].to(result))
         pool = _joined([pool, found], pool)
