@@ -30,6 +30,10 @@ class Fit:
     input_scale: float
     """Factor of x before encoding (undone after decoding) that makes the FVU smallest, from 2^-6 to 2^6."""
     fvu_at_input_scale: float
+    fvu_subtracting_b_dec: float
+    """Fed with x - b_dec."""
+    fvu_adding_b_dec: float
+    """Fed with x + b_dec."""
     l0: float
     """Firing latents a token, as it is."""
     l0_at_input_scale: float
@@ -49,7 +53,8 @@ def best_fit(sae: SparseAutoencoder, layer: int, rows: Mapping[int, Tensor]) -> 
     own = Reconstructed.of(sae, rows[layer])
     fvu, _ = own.unexplained(b_dec)
     at_best, output_scale = own.unexplained(b_dec, best_scale=True)
-    input_scale, rescaled = _best_input_scale(sae, rows[layer])
+    input_scale = _best_input_scale(sae, rows[layer])
+    rescaled = Reconstructed.of(sae, rows[layer], input_scale)
     unrelated = _unrelated(rows[layer])
     chances = [
         Reconstructed.of(sae, unrelated, scale).unexplained(b_dec, best_scale=True) for scale in (1.0, input_scale)
@@ -60,6 +65,8 @@ def best_fit(sae: SparseAutoencoder, layer: int, rows: Mapping[int, Tensor]) -> 
         fvu_at_output_scale=at_best,
         input_scale=input_scale,
         fvu_at_input_scale=rescaled.unexplained(b_dec)[0],
+        fvu_subtracting_b_dec=Reconstructed.of(sae, rows[layer], shift=-1.0).unexplained(b_dec)[0],
+        fvu_adding_b_dec=Reconstructed.of(sae, rows[layer], shift=1.0).unexplained(b_dec)[0],
         l0=float(own.fired.float().mean()),
         l0_at_input_scale=float(rescaled.fired.float().mean()),
         chance=min(value for value, _ in chances),
@@ -80,8 +87,8 @@ def _unrelated(x: Tensor) -> Tensor:
     return mean + (x.float() - mean)[:, order] * signs
 
 
-def _best_input_scale(sae: SparseAutoencoder, x: Tensor) -> tuple[float, Reconstructed]:
-    """(scale, what becomes of x there), searched by octaves, then by quarters of an octave around the best."""
+def _best_input_scale(sae: SparseAutoencoder, x: Tensor) -> float:
+    """The factor of x with the smallest FVU, searched by octaves, then by quarters of an octave around the best."""
     x = x[torch.linspace(0, len(x) - 1, min(len(x), SCALE_TOKENS)).long().to(x.device)]
     b_dec = sae.b_dec.float()
 
@@ -93,4 +100,4 @@ def _best_input_scale(sae: SparseAutoencoder, x: Tensor) -> tuple[float, Reconst
     if best != 0:
         tried |= {best + quarter: unexplained(best + quarter) for quarter in _QUARTERS}
         best = min(tried, key=lambda octave: tried[octave])
-    return 2.0**best, Reconstructed.of(sae, x, 2.0**best)
+    return float(2.0**best)

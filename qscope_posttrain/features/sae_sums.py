@@ -46,10 +46,10 @@ class Reconstructed:
     indices: Tensor
 
     @classmethod
-    def of(cls, sae: SparseAutoencoder, x: Tensor, scale: float = 1.0) -> Reconstructed:
-        """Encode `scale` x and decode; x_hat is divided by `scale` again."""
+    def of(cls, sae: SparseAutoencoder, x: Tensor, scale: float = 1.0, shift: float = 0.0) -> Reconstructed:
+        """Encode `scale` x + `shift` b_dec and decode; x_hat is divided by `scale` again."""
         x = x.to(sae.device).float()
-        values, indices = sae.encode((x * scale).to(sae.dtype))
+        values, indices = sae.encode((x * scale + shift * sae.b_dec.float()).to(sae.dtype))
         return cls(x, sae.decode(values, indices).float() / scale, values, indices)
 
     def unexplained(self, b_dec: Tensor, best_scale: bool = False) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What the measures of an SAE say is wrong: units, layer, model, decoder or sparsity, each with its reason."""
+"""What the measures of an SAE say is wrong: units, layer, model, b_dec, decoder or sparsity, each with its reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SAEWarning:
     """One thing that is probably wrong."""
 
     kind: str
-    """"units", "layer", "model", "tuning", "decoder" or "sparsity"."""
+    """"units", "b_dec", "layer", "model", "tuning", "decoder" or "sparsity"."""
     reason: str
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ def entry_of(source: SAESource) -> CatalogEntry | None:
 
 def _misfit(fit: Fit, layer: int, expected_l0: float | None) -> Iterator[SAEWarning]:
     """At most one warning: the change that leaves least unexplained, or that there is none."""
-    useless = USELESS * fit.chance
+    useless = _useless(fit)
     now = min(fit.fvu, 1.0)
     helpful = [
         (value, kind, reason)
@@ -104,12 +104,26 @@ def _repairs(fit: Fit, layer: int, expected_l0: float | None) -> Iterator[tuple[
         "an output scale were not folded)",
     )
     usual_l0 = max(fit.l0, expected_l0 or 0.0)
-    if fit.fvu >= USELESS * fit.chance or fit.l0_at_input_scale <= MORE_LATENTS * usual_l0:
+    if fit.fvu >= _useless(fit) or fit.l0_at_input_scale <= MORE_LATENTS * usual_l0:
         yield (
             fit.fvu_at_input_scale,
             "units",
             f"fed with {fit.input_scale:.3g} x, it would leave {fit.fvu_at_input_scale:.3f} of the variance "
             f"unexplained instead of {fit.fvu:.3f}: it was trained on scaled activations, and the scale was not folded",
+        )
+    for value, change, fault in (
+        (
+            fit.fvu_subtracting_b_dec,
+            "x - b_dec",
+            "b_dec has to be subtracted first, which was not folded into b_enc",
+        ),
+        (fit.fvu_adding_b_dec, "x + b_dec", "b_dec was subtracted from x once too often"),
+    ):
+        yield (
+            value,
+            "b_dec",
+            f"fed with {change}, it would leave {value:.3f} of the variance unexplained instead of {fit.fvu:.3f}: "
+            f"{fault}",
         )
     other = min(fit.layers, key=lambda number: fit.layers[number])
     if fit.layers[layer] - fit.layers[other] > REPAIRED * fit.layers[layer]:
@@ -119,6 +133,11 @@ def _repairs(fit: Fit, layer: int, expected_l0: float | None) -> Iterator[tuple[
             f"on layer {other} it leaves {fit.layers[other]:.3f} of the variance unexplained, on layer {layer} "
             f"{fit.layers[layer]:.3f}: it was trained on another layer, or layers are counted differently",
         )
+
+
+def _useless(fit: Fit) -> float:
+    """FVU from which on an SAE explains no more than an unrelated one would."""
+    return USELESS * min(fit.chance, 1.0)
 
 
 def _catalogue(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAEWarning]:

@@ -187,6 +187,16 @@ def test_thresholds_in_other_units_show_in_scale_and_sparsity(
         assert quality.fit.input_scale == pytest.approx(unit, rel=0.5)
 
 
+@pytest.mark.parametrize(("sign", "change"), [(-1, "x + b_dec"), (1, "x - b_dec")])
+def test_b_dec_subtracted_once_too_often_or_too_seldom(measure, sae, sign, change):
+    broken = dataclasses.replace(
+        sae, b_enc=sae.b_enc + sign * sae.pre_activations(sae.b_dec[None])[0] - sign * sae.b_enc
+    )
+    quality = measure(broken, losses=False)
+    assert _kinds(quality) == {"b_dec"}
+    assert f"fed with {change}" in quality.warnings[0].reason
+
+
 @pytest.mark.parametrize("layer", [1, 3])
 def test_another_layer_is_noticed_where_its_own_is_scanned(measure, sae, layer):
     moved = measure(dataclasses.replace(sae, layer=None), layer, losses=False)
