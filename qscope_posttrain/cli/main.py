@@ -23,7 +23,7 @@ COMMANDS = {
     "grpo": ("qscope_posttrain.cli.grpo", "train with TRL's GRPOTrainer and steered negatives, from a recipe"),
     "evaluate": (
         "qscope_posttrain.cli.evaluate",
-        "measure how often a model switches language or repeats itself without end",
+        "measure how often a model switches language, repeats itself without end, complies or refuses",
     ),
     "synthesize": (
         "qscope_posttrain.cli.synthesize",
@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "steer": ("qscope_posttrain.cli.steer", "generate with and without steering along features, side by side"),
     "analyze": ("qscope_posttrain.cli.analyze", "how redundant benchmarks are, and how much they overlap, by features"),
+    "classify": ("qscope_posttrain.cli.classify", "tell classes of texts by a few features, next to linear probes"),
     "experiment": (
         "qscope_posttrain.cli.experiment",
         "run a controlled experiment from a recipe: arms, base models and seeds, with intervals",

@@ -93,7 +93,7 @@ def read_classifier(path: str | Path, featurizer: TextFeaturizer | None) -> Feat
     if featurizer is not None:
         used = set(tensors["feature_layers_"].tolist())
         _check_origin(path, document["origin"], featurizer.origin(), used)
-        classifier.featurizer_ = featurizer.with_settings(classifier.settings_ or {})
+        classifier.adopt(featurizer.with_settings(classifier.settings_ or {}))
         classifier.featurizer = classifier.featurizer_
     return classifier
 

@@ -29,6 +29,7 @@ from qscope_posttrain.evaluation.classifier.rates import (
     top_features,
 )
 from qscope_posttrain.evaluation.classifier.votes import best_vote_count
+from qscope_posttrain.report.tables import Table
 
 Rule = Literal["or", "votes", "logistic"]
 Thresholds = Literal["zero", "best"]
@@ -141,6 +142,26 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         positive = np.exp(-np.logaddexp(0.0, -odds))
         return np.column_stack([1.0 - positive, positive])
 
+    def adopt(self, featurizer: TextFeaturizer) -> None:
+        """Classify texts by this featurizer from now on: the one whose features the classifier was fitted on."""
+        self.featurizer_ = featurizer
+        self.settings_, self.origin_ = featurizer.settings(), featurizer.origin()
+
+    def to_table(self) -> Table:
+        """One line a chosen feature."""
+        check_is_fitted(self)
+        columns = (
+            self.feature_layers_, self.feature_ids_, self.positive_rates_, self.negative_rates_, self.differences_,
+            self.thresholds_, self.weights_,
+        )  # fmt: skip
+        return Table(
+            f"Features that decide between {self.classes_[1]} and {self.classes_[0]}",
+            ["layer", "feature", "fires on positive", "on negative", "difference", "threshold", "weight"],
+            [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)],
+            f"Shares of the training texts. Positive where the weights of the features that fire add up to more than "
+            f"{-self.intercept_:.4g}.",
+        )
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with JSON metadata, atomically; no pickle, a few kilobytes."""
         from qscope_posttrain.evaluation.classifier.classifier_file import write_classifier
@@ -195,8 +216,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
                 raise ValueError("X holds texts; give the classifier a featurizer, or pass their features.")
             X = list(X)
             features = self.featurizer.features(X)
-            self.featurizer_ = self.featurizer.with_norms(features)
-            self.settings_, self.origin_ = self.featurizer_.settings(), self.featurizer_.origin()
+            self.adopt(self.featurizer.with_norms(features))
             X = features
         if isinstance(X, Mapping):
             matrix, self.layer_columns_ = stack(X)
