@@ -1,0 +1,173 @@
+"""What `qscope classify` reads and writes: tables of texts and labels, in the formats of `datasets`."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qscope_posttrain.cli.inputs import load_model, parse_layers
+from qscope_posttrain.cli.options import did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
+
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+WRITERS = (".jsonl", ".csv", ".parquet")
+_TRUTHS = {"1": True, "true": True, "0": False, "false": False}
+
+
+def add_data_options(parser: argparse.ArgumentParser, labels: bool = True) -> None:
+    """The table, its columns, and which label is the positive one."""
+    formats = ", ".join(READERS)
+    parser.add_argument("--data", required=True, help=f"table ({formats}), folder written by datasets, or hub id")
+    parser.add_argument("--split", default="train", help="of a data set with several")
+    parser.add_argument("--text-column", default="text", help="column with the texts")
+    parser.add_argument("--max-texts", type=int, help="texts at most, the first ones")
+    if labels:
+        parser.add_argument("--label-column", default="label", help="column with the labels")
+        parser.add_argument("--positive", help="the positive label; may be left out where labels are 0/1 or false/true")
+
+
+def add_feature_options(parser: argparse.ArgumentParser) -> None:
+    """How texts become features."""
+    parser.add_argument("--sae", required=True, help="folder of layer files, file of one layer, or hub id of a release")
+    parser.add_argument("--k", type=int, help="k of TopK, where neither file nor release name says it")
+    parser.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens in one forward pass")
+
+
+def read_table(source: str, split: str = "train", limit: int | None = None) -> Dataset:
+    """One split of a file, of a folder written by `save_to_disk`, or of a data set of the hub.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: no such split, or no rows.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(source)
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at '{path}'.")
+        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        found = load_dataset(READERS[path.suffix], data_files={split: str(path)}, **options)
+    elif path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+        found = load_from_disk(source)
+    else:
+        found = load_dataset(source)
+    if isinstance(found, Mapping):
+        if split not in found:
+            raise ValueError(f"'{source}' has no split '{split}'; it has {', '.join(map(str, found))}.")
+        found = found[split]
+    if not len(found):
+        raise ValueError(f"'{source}' has no rows.")
+    return found if limit is None else found.select(range(min(limit, len(found))))
+
+
+def column(table: Dataset, name: str, source: str) -> list[Any]:
+    """All values of a column.
+
+    Raises:
+        ValueError: no such column.
+    """
+    if name not in table.column_names:
+        known = ", ".join(table.column_names)
+        raise ValueError(f"'{source}' has no column '{name}'; it has {known}.{did_you_mean(name, table.column_names)}")
+    return list(table[name])
+
+
+def texts_of(table: Dataset, name: str, source: str) -> list[str]:
+    """A column of texts, none of them empty.
+
+    Raises:
+        ValueError: no such column, or a row without text, by its number from 0.
+    """
+    values = column(table, name, source)
+    wrong = [row for row, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
+    if wrong:
+        raise ValueError(f"'{source}': column '{name}' has no text in {len(wrong)} rows, for example row {wrong[0]}.")
+    return values
+
+
+def labels_of(table: Dataset, name: str, positive: str | None, source: str) -> list[bool]:
+    """A column of labels, as whether each is the positive one.
+
+    Raises:
+        ValueError: no such column, no such label, or labels that need `positive` to be understood.
+    """
+    values = column(table, name, source)
+    feature = table.features.get(name)
+    names = getattr(feature, "names", None)  # a ClassLabel holds numbers that stand for names
+    words = [names[value] if names is not None and isinstance(value, int) else str(value) for value in values]
+    kinds = sorted(set(words))
+    if positive is not None:
+        numbers = [str(value) for value in values]
+        chosen = words if positive in kinds else numbers
+        if positive not in chosen:
+            raise ValueError(f"'{source}': no label in '{name}' is '{positive}'; there are {', '.join(kinds[:10])}.")
+        flags = [word == positive for word in chosen]
+    elif names is None and all(word.lower() in _TRUTHS for word in kinds):
+        flags = [_TRUTHS[word.lower()] for word in words]
+    else:
+        raise ValueError(f"'{source}': name the positive label with --positive; '{name}' has {', '.join(kinds[:10])}.")
+    if all(flags) or not any(flags):
+        raise ValueError(f"'{source}': {sum(flags)} of {len(flags)} rows are positive; both classes are needed.")
+    return flags
+
+
+def split_rows(groups: Sequence[str], labels: Sequence[bool], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(discovery rows, test rows): `share` of the rows of each group and class are test rows; ascending.
+
+    Raises:
+        ValueError: a share outside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"--test-share must lie between 0 and 1, got {share}.")
+    cells: dict[tuple[str, bool], list[int]] = {}
+    for row, cell in enumerate(zip(groups, labels, strict=True)):
+        cells.setdefault(cell, []).append(row)
+    generator = random.Random(seed)
+    test: list[int] = []
+    for rows in cells.values():
+        test += generator.sample(rows, round(share * len(rows)))
+    chosen = set(test)
+    return [row for row in range(len(labels)) if row not in chosen], sorted(test)
+
+
+def make_featurizer(options: argparse.Namespace, words: Sequence[str], max_length: int = 512) -> TextFeaturizer:
+    """Model, tokenizer and the SAEs of the layers."""
+    from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
+    from qscope_posttrain.provenance import model_identity
+    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
+    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    width = model_identity(model)["hidden_size"]
+    saes = {
+        layer: SparseAutoencoder.load(options.sae, layer=layer, k=options.k, d_model=width, device=model.device)
+        for layer in parse_layers(words, len(decoder_layers(model)))
+    }
+    return TextFeaturizer(model, tokenizer, saes, max_length=max_length, tokens_per_batch=options.tokens_per_batch)
+
+
+def write_table(table: Dataset, path: Path) -> None:
+    """As .jsonl, .csv or .parquet by the name, or else as a folder for `load_from_disk`.
+
+    Raises:
+        ValueError: a name with another ending, or a place that cannot be written.
+    """
+    if path.suffix and path.suffix not in WRITERS:
+        raise ValueError(f"'{path}': write {', '.join(WRITERS)}, or a name without an ending for a folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        table.to_json(path, force_ascii=False)
+    elif path.suffix == ".csv":
+        table.to_csv(path)
+    elif path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.save_to_disk(path)
