@@ -228,7 +228,7 @@ class SparseAutoencoder:
         d_model: int | None = None,
         input_scale: float | None = None,
     ) -> FeatureRows:
-        """Read the rows of some features, without the dictionary: see `rows.gather`. Arguments as for `load`.
+        """Read the rows of some features, without the dictionary: see `mapped.gather`. Arguments as for `load`.
 
         k is not needed. The sha256 is left out of `source`, since it would read the whole file:
         `source.with_sha256(rows.source)` computes it.

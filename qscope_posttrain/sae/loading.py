@@ -12,7 +12,8 @@ from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.folding import Rows, compute_dtype, fold_b_dec, fold_rows
 from qscope_posttrain.sae.formats import open_stored
 from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor, gather, release_pages
+from qscope_posttrain.sae.mapped import copy_block, gather
+from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor
 from qscope_posttrain.sae.source import LocatedFile, locate
 
 _BLOCK_BYTES = 1 << 25
@@ -48,12 +49,12 @@ def load_tensors(stored: StoredSAE, dtype: torch.dtype, device: torch.device) ->
     step = max(1, _BLOCK_BYTES // (4 * d_model * _PAGE_COLUMNS)) * _PAGE_COLUMNS
     for start in range(0, d_sae, step):
         block = slice(start, min(start + step, d_sae))
-        views = (stored.W_enc[block], stored.b_enc[block], stored.W_dec[block])
-        copies = [_copy(view) for view in views]
-        if stored.memory_mapped:
-            release_pages(views[0])
-            release_pages(views[2])
-        folded = fold_rows(stored.fold, Rows(*copies), stored.b_dec, block)
+        rows = Rows(
+            copy_block(stored.W_enc[block], stored.memory_mapped),
+            copy_block(stored.b_enc[block].unsqueeze(1), stored.memory_mapped).squeeze(1),
+            copy_block(stored.W_dec[block], stored.memory_mapped),
+        )
+        folded = fold_rows(stored.fold, rows, stored.b_dec, block)
         tensors["W_enc"][block] = folded.encoder
         tensors["b_enc"][block] = folded.bias
         tensors["W_dec"][block] = folded.decoder
@@ -61,7 +62,7 @@ def load_tensors(stored: StoredSAE, dtype: torch.dtype, device: torch.device) ->
 
 
 def read_rows(located: LocatedFile, stored: StoredSAE, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
-    """Some features' rows as float32, touching only these in the file: see `rows.gather`."""
+    """Some features' rows as float32, touching only these in the file: see `mapped.gather`."""
     ids = feature_id_tensor(feature_ids, stored.b_enc.shape[0])
     try:
         rows = Rows(
@@ -114,8 +115,3 @@ def activation_of(located: LocatedFile, stored: StoredSAE, k: int | None) -> Act
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
     return activation
-
-
-def _copy(view: Tensor) -> Tensor:
-    """A contiguous copy in the dtype that rows are folded in."""
-    return torch.empty(view.shape, dtype=compute_dtype(view)).copy_(view)

@@ -15,8 +15,9 @@ from golden_sae import D_SAE, K
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qscope_posttrain.sae import rows as rows_module
+from qscope_posttrain.sae import mapped
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.containers.weights_file import open_weights
 
 MIB = 1 << 20
 
@@ -46,7 +47,7 @@ def test_rows_of_a_native_file(make_sae: Callable[..., SparseAutoencoder], tmp_p
 def test_columns_are_gathered_in_blocks(
     release_folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(rows_module, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(mapped, "_BLOCK_BYTES", block_bytes)
     rows = SparseAutoencoder.rows(release_folder, [1023, 4, 4], layer=0)
     full = SparseAutoencoder.load(release_folder, layer=0)
     assert torch.equal(rows.decoder, full.W_dec[[1023, 4, 4]])
@@ -75,6 +76,7 @@ MEASURE = """
 import json, os, sys
 import torch
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.containers.weights_file import open_weights
 
 def status(file, key):
     return next(int(line.split()[1]) for line in open(f"/proc/self/{file}") if line.startswith(key + ":"))
@@ -154,3 +156,29 @@ def test_rows_of_half_a_gigabyte(half_a_gigabyte: tuple[Path, Path], ids: list[i
     if len(ids) < 3:  # beyond, the column pages add up to W_dec
         assert cold["disk_bytes"] < (len(ids) * 8 + 24) * MIB, "8 MiB of column pages a feature, and file headers"
     assert cold["disk_bytes"] < 300 * MIB, "never W_enc"
+
+
+@needs_linux
+def test_only_pages_of_files_are_handed_back(tmp_path: Path, qwen_tensors: dict[str, torch.Tensor]) -> None:
+    """Handing back memory that is not a file's would zero it, so what a library really mapped is looked up."""
+    torch.save(qwen_tensors, tmp_path / "layer0.sae.pt")
+    opened = open_weights(tmp_path / "layer0.sae.pt")
+    assert opened.memory_mapped
+    mapped_tensors = [tensor for tensor in opened.entries.values() if isinstance(tensor, torch.Tensor)]
+    assert mapped.lies_in_a_file(mapped_tensors)
+    assert not mapped.lies_in_a_file([*mapped_tensors, torch.ones(100)])
+
+
+@pytest.mark.parametrize("memory_mapped", [True, False])
+@pytest.mark.parametrize("block_bytes", [1, 5 * 4 * D_SAE, 1 << 30])
+def test_blocks_are_copied_whole(
+    release_folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, memory_mapped: bool
+) -> None:
+    monkeypatch.setattr(mapped, "_BLOCK_BYTES", block_bytes)
+    decoder = open_weights(release_folder / "layer0.sae.pt").any_matrix("W_dec")
+    for view in (decoder.t()[10:300], decoder[3:9], decoder.t()[:1], decoder[:, :5].t()):
+        before = view.clone()
+        copy = mapped.copy_block(view, memory_mapped)
+        assert copy.is_contiguous()
+        assert torch.equal(copy, before)
+        assert torch.equal(view, before), "pages come again from the file"

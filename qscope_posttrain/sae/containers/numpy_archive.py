@@ -23,13 +23,13 @@ _EXPANSION_SLACK = 1 << 24
 """Trained weights hardly compress: what would grow more than fourfold (beyond a few megabytes) is no SAE."""
 
 
-def read(path: Path, size: int) -> tuple[dict[str, Tensor], bool]:
-    """(tensors, whether all of them are mapped) of a file of `size` bytes."""
+def read(path: Path, size: int) -> dict[str, Tensor]:
+    """The tensors in a file of `size` bytes; mapped, not read, unless they are compressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             _check_members(path, members, size)
-            tensors = {member.filename.removesuffix(".npy"): _member(path, archive, member) for member in members}
+            return {member.filename.removesuffix(".npy"): _member(path, archive, member) for member in members}
     except Exception as error:  # for damaged archives zipfile raises a dozen kinds, OSError among them
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
@@ -38,7 +38,6 @@ def read(path: Path, size: int) -> tuple[dict[str, Tensor], bool]:
             f"{path} is not a valid .npz archive, it may be truncated "
             f"({type(error).__name__}: {reason[0] if reason else ''})"
         ) from error
-    return tensors, all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
 
 def _check_members(path: Path, members: list[zipfile.ZipInfo], size: int) -> None:

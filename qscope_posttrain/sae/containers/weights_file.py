@@ -13,6 +13,7 @@ from torch import Tensor
 from qscope_posttrain.sae.checks import check_tensor
 from qscope_posttrain.sae.containers import json_file, numpy_archive, safetensors_file, torch_archive
 from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.mapped import lies_in_a_file
 
 SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")
 """Names of the settings that some format keeps beside its weights."""
@@ -104,13 +105,13 @@ def open_weights(path: Path) -> WeightsFile:
         inner = entries.get("sae")
         if isinstance(inner, dict) and entries.keys() == {"sae", "version"}:  # lm-saes wraps its state dict
             inner = {str(name): value for name, value in inner.items()}
-            return WeightsFile(path, kind, inner, {"version": str(entries["version"])[:80]})
-        return WeightsFile(path, kind, entries)
+            return WeightsFile(path, kind, inner, {"version": str(entries["version"])[:80]}, _mapped(inner))
+        return WeightsFile(path, kind, entries, memory_mapped=_mapped(entries))
     if kind == "npz":
-        arrays, mapped = numpy_archive.read(path, size)
-        return WeightsFile(path, kind, arrays, memory_mapped=mapped)
+        arrays = numpy_archive.read(path, size)
+        return WeightsFile(path, kind, arrays, memory_mapped=_mapped(arrays))
     tensors, metadata = safetensors_file.read(path, size)
-    return WeightsFile(path, kind, tensors, metadata)
+    return WeightsFile(path, kind, tensors, metadata, _mapped(tensors))
 
 
 def check_is_file_with_data(path: Path) -> int:
@@ -124,6 +125,10 @@ def check_is_file_with_data(path: Path) -> int:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
     return size
+
+
+def _mapped(entries: Mapping[str, object]) -> bool:
+    return lies_in_a_file(value for value in entries.values() if isinstance(value, Tensor))
 
 
 def _kind(path: Path) -> str:
