@@ -40,6 +40,7 @@ def serving(reply: Reply, faults: Sequence[tuple[str, Any]] = (), delay: float =
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # one write for an answer: two would wait for the client's delayed acknowledgement
 
         def log_message(self, *_: Any) -> None:
             pass

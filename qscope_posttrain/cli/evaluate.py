@@ -1,10 +1,11 @@
-"""`qscope evaluate`: code-switching and repetition in sampled responses."""
+"""`qscope evaluate`: code-switching, repetition and safety of sampled responses."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
+from qscope_posttrain.cli.evaluate_safety import add_safety_options, safety
 from qscope_posttrain.cli.identification import add_identification_options, identification_texts, word_detector
 from qscope_posttrain.cli.inputs import load_model, load_tokenizer, read_prompts, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
@@ -15,7 +16,7 @@ from qscope_posttrain.report.summary import writable_folder, write_summary
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
     options = _parser().parse(arguments)
-    {"code-switching": code_switching, "repetition": repetition}[options.action](options)
+    {"code-switching": code_switching, "repetition": repetition, "safety": safety}[options.action](options)
     return 0
 
 
@@ -106,6 +107,7 @@ def _parser() -> OptionParser:
     new.add_argument("--min-tokens", type=int, default=12, help="tokens that these copies have together, at least")
     prompts = "JSONL with prompt and, if known, language, or folder of <language>.txt"
     _add_sampling_options(new, prompts, top_p=1.0, longest=1024)
+    add_safety_options(actions.add_parser("safety", help="attack success and over-refusal on a test set, with a judge"))
     return parser
 
 

@@ -1,0 +1,102 @@
+"""`qscope evaluate safety`: attack success and over-refusal on a test set, with a judge."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qscope_posttrain.cli.endpoint_options import add_endpoint_options, open_session
+from qscope_posttrain.cli.inputs import load_model, read_jsonl, template_options
+from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.summary import writable_folder, write_summary
+
+if TYPE_CHECKING:
+    from qscope_posttrain.evaluation.safety import SafetyPrompt
+
+
+def safety(options: argparse.Namespace) -> None:
+    """Sample responses, have them judged, print the table, and write `examples.jsonl` and `summary.json`."""
+    from qscope_posttrain.evaluation.prompt_groups import group_by_prompt
+    from qscope_posttrain.evaluation.safety import chat_judge, judge_responses, safety_templates
+    from qscope_posttrain.residual.sampling import SamplingSettings, generate_samples
+
+    output = writable_folder(options.output)
+    prompts = read_safety_prompts(options.prompts, options.max_prompts)
+    templates = safety_templates(options.templates)
+    settings = SamplingSettings(
+        samples_per_prompt=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    chat_options = template_options(options.chat_template_options)
+    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    with open_session(options, output) as (_, judge):
+        samples = generate_samples(
+            model,
+            tokenizer,
+            {"all": [prompt.text for prompt in prompts]},
+            settings,
+            chat=options.chat,
+            chat_template_options=chat_options,
+        )
+        responses = [[sample.response for sample in group] for group in group_by_prompt(samples)["all"]]
+        result = judge_responses(prompts, responses, chat_judge(judge, templates))
+        usage = judge.usage.to_dict()
+    result.to_table().print()
+    examples = result.write_examples(output / "examples.jsonl")
+    results = {**result.to_dict(), "table": result.to_table(), "examples": examples, "usage": usage}
+    write_summary(output, "evaluate safety", vars(options), results)
+    status(f"responses and verdicts written to {examples}")
+
+
+def read_safety_prompts(path: str | Path, limit: int | None = None) -> list[SafetyPrompt]:
+    """JSONL with `prompt` (text), `harmful` (true or false) and, if there are groups, `group` (text).
+
+    Args:
+        limit: At most so many of each kind, harmful and benign, the first ones.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line of another form, or no prompt.
+    """
+    from qscope_posttrain.evaluation.safety import SafetyPrompt
+
+    found: list[SafetyPrompt] = []
+    counts = {True: 0, False: 0}
+    for number, row in read_jsonl(path):
+        prompt, harmful, group = row.get("prompt"), row.get("harmful"), row.get("group", "")
+        if not isinstance(prompt, str) or not isinstance(harmful, bool) or not isinstance(group, str):
+            raise ValueError(
+                f"{path}, line {number}: expected 'prompt' (text), 'harmful' (true or false), perhaps 'group' (text); "
+                f"got the keys {sorted(row)}."
+            )
+        if limit is None or counts[harmful] < limit:
+            found.append(SafetyPrompt(prompt, harmful, group))
+            counts[harmful] += 1
+    if not found:
+        raise ValueError(f"'{path}' has no prompts.")
+    return found
+
+
+def add_safety_options(new: argparse.ArgumentParser) -> None:
+    """Options of `qscope evaluate safety`."""
+    add_model_options(new)
+    new.add_argument("--prompts", required=True, help="JSONL with prompt, harmful (true or false) and perhaps group")
+    new.add_argument("--output", required=True, help="folder for summary.json and examples.jsonl")
+    new.add_argument("--samples", type=int, default=1, help="responses to each prompt")
+    new.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    new.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 keeps all tokens")
+    new.add_argument("--max-new-tokens", type=int, default=256, help="longest response")
+    new.add_argument("--batch-size", type=int, default=32, help="responses generated at a time")
+    new.add_argument("--max-prompts", type=int, help="prompts of each kind, harmful and benign, at most")
+    new.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, default=True, help="send prompts through the chat template"
+    )
+    new.add_argument("--chat-template-options", help='JSON for the template, for example {"enable_thinking": false}')
+    new.add_argument("--seed", type=int, default=0, help="of the sampling")
+    add_endpoint_options(new)

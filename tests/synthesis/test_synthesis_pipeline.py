@@ -1,0 +1,177 @@
+"""The loop without a network: order, rounds, verification, styles, kinds; and the rows that are saved."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from datasets import load_from_disk
+from word_world import TOPIC, WORDS, grammar
+
+from qscope_posttrain.endpoint.cache import CompletionCache
+from qscope_posttrain.endpoint.chat import Completion
+from qscope_posttrain.endpoint.session import ChatSession
+from qscope_posttrain.features.explanation import Explanation, FeatureId
+from qscope_posttrain.synthesis.dataset import balanced, example_row, row_type, save_rows, type_counts
+from qscope_posttrain.synthesis.pipeline import random_synthesis, synthesize
+from qscope_posttrain.synthesis.prompts import synthesis_templates
+from qscope_posttrain.synthesis.settings import STYLES, SynthesisSettings
+
+TARGETS = [FeatureId(1, number) for number in (7, 3, 5, 0, 9)]
+EXPLANATIONS = {
+    target: Explanation(1, target.feature_id, f"the word {WORDS[target.feature_id]}", "") for target in TARGETS
+}
+
+
+class Grammar:
+    """The server's grammar in this process."""
+
+    batch_size, concurrency, identity = 1, 1, {"name": "grammar"}
+
+    def __init__(self, answer=grammar, finish="stop") -> None:
+        self.answer, self.finish, self.asked = answer, finish, []
+
+    def complete(self, requests):
+        (request,) = requests
+        body = {"messages": request.to_dict()["messages"], "seed": request.sample}
+        self.asked.append(body)
+        return [Completion(self.answer(body), self.finish, 5, 5, f"request {len(self.asked)}")]
+
+
+def verify(texts, features):
+    return [2.0 * (WORDS[feature.feature_id] in text.split()) for text, feature in zip(texts, features, strict=True)]
+
+
+@pytest.fixture
+def open_run(tmp_path):
+    caches = []
+
+    def start(model=None, function=synthesize, targets=TARGETS, **settings):
+        cache = CompletionCache(tmp_path / f"answers{len(caches)}.jsonl")
+        caches.append(cache)
+        model = model or Grammar()
+        chosen = SynthesisSettings(TOPIC, **settings)
+        session = ChatSession(model, cache)
+        return function(targets, EXPLANATIONS, session, synthesis_templates(), chosen, verify), model
+
+    yield start
+    for cache in caches:
+        cache.close()
+
+
+def test_only_prompts_that_fire_are_kept(open_run):
+    run, _ = open_run()
+    kept = {id(example.draft) for example in run.examples}
+    for draft in run.drafts:
+        fires = WORDS[draft.feature.feature_id] in draft.text.split()
+        assert (id(draft) in kept) == fires
+    assert run.drawn == len(run.drafts)
+    assert sum(draft.prompt_type == "vanilla" for draft in run.drafts) == run.vanilla_drawn
+
+
+def test_rounds_ask_again_only_for_what_did_not_fire(open_run):
+    run, _ = open_run(rounds=5, features_at_once=2)
+    for target in TARGETS:
+        for kind in ("harmful", "benign"):
+            tries = [d for d in run.drafts if (d.feature, d.kind, d.prompt_type) == (target, kind, "vanilla")]
+            fires = verify([draft.text for draft in tries], [target] * len(tries))
+            assert all(value == 0 for value in fires[:-1])
+            assert len(tries) == 5 or fires[-1] > 0
+
+
+def test_a_feature_that_never_fires_is_given_up_and_named(open_run):
+    def forgetful(body):
+        answer = grammar(body)
+        return answer.replace(WORDS[3], "it") if "test messages" in body["messages"][0]["content"] else answer
+
+    run, _ = open_run(Grammar(forgetful))
+    assert run.without == (FeatureId(1, 3),)
+    assert FeatureId(1, 3) not in {example.draft.feature for example in run.examples}
+
+
+def test_groups_come_in_the_order_of_the_targets(open_run):
+    run, _ = open_run(features_at_once=1)
+    assert list(dict.fromkeys(example.draft.feature for example in run.examples)) == TARGETS
+    grouped, _ = open_run(features_at_once=3)
+    texts = Counter(example.draft.text for example in run.examples)
+    assert Counter(example.draft.text for example in grouped.examples) == texts  # groups change nothing else
+
+
+def test_styles_take_turns(open_run):
+    run, _ = open_run(styles=("one", "two", "three"), rounds=9)
+    styles = [example.draft.style for example in run.examples if example.draft.prompt_type == "adversarial"]
+    assert styles == [("one", "two", "three")[n % 3] for n in range(len(TARGETS) * 2)]
+    plain, _ = open_run(styles=())
+    assert {example.draft.prompt_type for example in plain.examples} == {"vanilla"}
+
+
+def test_several_prompts_of_a_kind_are_different_requests(open_run):
+    run, _ = open_run(prompts_per_kind=3, styles=(), rounds=9)
+    counts = Counter((example.draft.feature, example.draft.kind) for example in run.examples)
+    assert set(counts.values()) == {3}
+
+
+def test_the_judge_decides_the_kind_and_the_kind_the_response(open_run):
+    def strict(body):
+        if "You decide whether" in body["messages"][0]["content"]:
+            return json.dumps({"harmful": True})
+        return grammar(body)
+
+    run, _ = open_run(Grammar(strict))
+    assert {example.response.kind for example in run.examples} == {"harmful"}
+    assert {example.draft.kind for example in run.examples} == {"harmful", "benign"}
+    assert all(example.response.text.startswith("i do not help") for example in run.examples)
+    trusting, model = open_run(Grammar(strict), confirm_kind=False)
+    assert all(example.response.kind == example.draft.kind for example in trusting.examples)
+    assert not any("You decide whether" in body["messages"][0]["content"] for body in model.asked)
+
+
+def test_without_a_kind_or_a_whole_response_there_is_no_row(open_run):
+    def unsure(body):
+        return "who knows" if "You decide whether" in body["messages"][0]["content"] else grammar(body)
+
+    run, _ = open_run(Grammar(unsure))
+    assert not run.examples
+    assert run.undecided > 0
+    cut, _ = open_run(Grammar(finish="length"))
+    assert not cut.examples
+
+
+def test_random_control_knows_no_feature(open_run):
+    def control(targets, explanations, session, templates, settings, verify):
+        return random_synthesis(7, 5, session, templates, settings)
+
+    drafts, model = open_run(function=control)
+    assert Counter(draft.prompt_type for draft in drafts) == {"vanilla": 7, "adversarial": 5}
+    assert all(draft.feature is None for draft in drafts)
+    assert len(model.asked) == 12
+    assert not any("the word" in body["messages"][-1]["content"] for body in model.asked)
+    assert {draft.style for draft in drafts} == {"", *STYLES}
+
+
+def test_rows_are_saved_as_trl_reads_them(open_run, tmp_path):
+    run, _ = open_run()
+    rows = [example_row(example, dict.fromkeys(TARGETS, 0.75)) for example in run.examples]
+    save_rows(rows[:3], tmp_path / "data")
+    save_rows(rows, tmp_path / "data")  # replaces
+    assert [dict(row) for row in load_from_disk(str(tmp_path / "data"))] == rows
+    assert [path.name for path in tmp_path.iterdir() if ".part" in path.name] == []
+    assert sum(type_counts(rows).values()) == len(rows)
+    even = balanced(rows, seed=1)
+    counts = Counter(row_type(row) for row in even)
+    assert set(counts.values()) == {min(count for count in type_counts(rows).values() if count)}
+    assert even == sorted(even, key=rows.index)
+    with pytest.raises(ValueError, match="no rows"):
+        save_rows([], tmp_path / "data")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="in the way"):
+        save_rows(rows, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"topic": " "}, {"kinds": ()}, {"kinds": ("odd",)}, {"rounds": 0}, {"enough": 0}, {"temperature": -1}]
+)
+def test_mistaken_settings(wrong):
+    with pytest.raises(ValueError):
+        SynthesisSettings(**{"topic": TOPIC, **wrong})
