@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.inputs import load_model, parse_layers, read_texts
+from qscope_posttrain.cli.inputs import choose_device, load_model, parse_layers, read_texts
 from qscope_posttrain.cli.options import add_model_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -16,6 +16,7 @@ from qscope_posttrain.sae import catalog
 
 if TYPE_CHECKING:
     from qscope_posttrain.features.sae_quality import SAEQuality
+    from qscope_posttrain.report.html import Section
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 FAILED = 1
@@ -25,50 +26,32 @@ HARMLESS = ("tuning",)
 
 def check(options: argparse.Namespace) -> int:
     """Print what the SAEs are and how they fit; status 1 where the figures show that something is wrong."""
-    from qscope_posttrain.features.sae_quality import measure_sae
-    from qscope_posttrain.provenance import package_versions
-
     output = None if options.output is None else writable_folder(options.output)
     texts = None if options.texts is None else read_texts(options.texts, options.max_texts)
     d_model, depth = _shape(options.model, options.revision)
     layers: Sequence[int | None] = [None] if options.layer is None else parse_layers(options.layer, depth)
-    # The first SAE before the model: a wrong path or width shows within seconds.
-    sae = _load(options, layers[0], d_model)
-    _description(sae).print()
-    if texts is None:
-        status(f"it has the width of the model ({d_model}); with --texts, its fit is measured")
-        return 0
-    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    described: list[Table] = []
     measured: list[SAEQuality] = []
-    for number, layer in enumerate(layers):
-        if number > 0:
-            sae = _load(options, layer, d_model)
-            _description(sae).print()
-        found = measure_sae(
-            model,
-            tokenizer,
-            texts,
-            sae.to(device=options.sae_device or model.device),
-            layer,
-            scan=options.scan,
-            losses=options.loss,
-            expected_l0=_expected_l0(options.source, sae.layer if layer is None else layer),
-            tokens_per_batch=options.tokens_per_batch,
-            max_length=options.max_length,
-            seed=options.seed,
-        )
-        for table in _tables(found):
+    model: Any = None
+    tokenizer: Any = None
+    for layer in layers:
+        sae = _load(options, layer, d_model)
+        described.append(_description(sae))
+        described[-1].print()
+        if texts is None:
+            continue
+        if model is None:  # after the first SAE, so that a wrong path or width shows within seconds
+            model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+        measured.append(_measure(options, model, tokenizer, texts, sae, layer))
+        for table in _tables(measured[-1]):
             table.print()
-        measured.append(found)
+    if texts is None:
+        status(f"the width is that of the model ({d_model}); with --texts, the fit is measured")
+        return 0
     if output is not None:
-        results = {"layers": [found.to_dict() for found in measured], "tables": [_tables(found) for found in measured]}
-        summary = write_summary(output, "sae check", vars(options), results)
-        page = _report(measured, output, {"SAE": options.source, "model": options.model, **package_versions()})
-        status(f"written to {summary} and {page}")
-    wrong = [warning for found in measured for warning in found.warnings if warning.kind not in HARMLESS]
-    status(
-        "the figures show nothing wrong" if not wrong else f"{len(wrong)} things are probably wrong: see the warnings"
-    )
+        _write(options, output, described, measured)
+    wrong = sum(warning.kind not in HARMLESS for found in measured for warning in found.warnings)
+    status("the figures show nothing wrong" if not wrong else f"{wrong} warnings: see the tables")
     return FAILED if wrong else 0
 
 
@@ -121,6 +104,32 @@ def _load(options: argparse.Namespace, layer: int | None, d_model: int) -> Spars
     )
 
 
+def _measure(
+    options: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[str]],
+    sae: SparseAutoencoder,
+    layer: int | None,
+) -> SAEQuality:
+    from qscope_posttrain.features.sae_quality import measure_sae
+
+    place = choose_device(options.sae_device) if options.sae_device else model.device
+    return measure_sae(
+        model,
+        tokenizer,
+        texts,
+        sae.to(device=place),
+        layer,
+        scan=options.scan,
+        losses=options.loss,
+        expected_l0=_expected_l0(options.source, sae.layer if layer is None else layer),
+        tokens_per_batch=options.tokens_per_batch,
+        max_length=options.max_length,
+        seed=options.seed,
+    )
+
+
 def _expected_l0(source: str, layer: int | None) -> float | None:
     entry = None if Path(source).expanduser().exists() or layer is None else catalog.find(source)
     return None if entry is None or layer is None else entry.expected_l0(layer)
@@ -157,21 +166,38 @@ def _tables(found: SAEQuality) -> list[Table]:
     return tables
 
 
-def _report(measured: Sequence[SAEQuality], output: Path, facts: dict[str, str]) -> Path:
-    from qscope_posttrain.report.html import Figure, Section, write_html
+def _write(
+    options: argparse.Namespace, output: Path, described: Sequence[Table], measured: Sequence[SAEQuality]
+) -> None:
+    from qscope_posttrain.provenance import package_versions
+    from qscope_posttrain.report.html import write_html
+
+    tables = [[about, *_tables(found)] for about, found in zip(described, measured, strict=True)]
+    results = {"layers": [found.to_dict() for found in measured], "tables": tables}
+    summary = write_summary(output, "sae check", vars(options), results)
+    page = write_html(
+        output / "report.html",
+        "How well the SAE fits",
+        [_section(found, shown) for found, shown in zip(measured, tables, strict=True)],
+        f"{options.source} on {options.model}",
+        package_versions(),
+    )
+    status(f"written to {summary} and {page}")
+
+
+def _section(found: SAEQuality, tables: Sequence[Table]) -> Section:
+    from qscope_posttrain.features.sae_figures import LOSS_NAMES
+    from qscope_posttrain.report.html import Figure, Section
     from qscope_posttrain.report.plots import Bar, Curve, interval_bars, line_curves
 
-    sections = []
-    for found in measured:
-        figures = []
-        if found.losses:
-            bars = [Bar(name, *interval) for name, interval in found.losses.items()]
-            caption = "Loss of the model as it is, and with its layer's output replaced: by x_hat, its mean, zeros."
-            figures.append(Figure(interval_bars(bars, "nats a token", reference="clean"), caption))
-        if len(found.fit.layers) > 1:
-            curve = Curve("this SAE", list(found.fit.layers), list(found.fit.layers.values()))
-            figures.append(Figure(line_curves([curve], "layer", "FVU"), "The SAE on neighbouring layers, on a sample."))
-        body = "\n".join(f"- **{warning.kind}**: {warning.reason}" for warning in found.warnings)
-        verdict = body or "The figures show nothing wrong with units, layer, model or sparsity."
-        sections.append(Section(f"Layer {found.layer}", verdict, tables=_tables(found), figures=figures))
-    return write_html(output / "report.html", "How well the SAE fits", sections, str(measured[0].sae), facts)
+    figures = []
+    if found.losses:
+        bars = [Bar(LOSS_NAMES[name], *interval) for name, interval in found.losses.items()]
+        caption = "Loss of the model as it is, and with the output of the layer replaced."
+        figures.append(Figure(interval_bars(bars, "nats a token", reference=LOSS_NAMES["clean"]), caption))
+    if len(found.fit.layers) > 2:
+        curve = Curve("this SAE", list(found.fit.layers), list(found.fit.layers.values()))
+        figures.append(Figure(line_curves([curve], "layer", "FVU"), "The SAE on neighbouring layers, on a sample."))
+    reasons = "\n".join(f"- **{warning.kind}**: {warning.reason}" for warning in found.warnings)
+    verdict = reasons or "The figures show nothing wrong with units, layer, model or sparsity."
+    return Section(f"Layer {found.layer}", verdict, tables=tables, figures=figures)

@@ -17,6 +17,12 @@ from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 ABLATIONS = ("mean", "zero")
+LOSS_NAMES = {
+    "clean": "the model as it is",
+    "spliced": "with the reconstruction",
+    "mean": "with the mean",
+    "zero": "with zeros",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +77,7 @@ class SAEQuality:
             ["dead latents", self.dead_share, None, None, self._dead_note()],
             ["norm outliers", *self.outlier_share, f"{self.outliers} tokens, left out"],
         ]
-        rows += [[f"loss, {_LOSS_NAMES[name]}", *interval, "nats a token"] for name, interval in self.losses.items()]
+        rows += [[f"loss, {LOSS_NAMES[name]}", *interval, "nats a token"] for name, interval in self.losses.items()]
         rows += [[f"loss recovered, of {name} ablation", *value, ""] for name, value in self.recovered.items()]
         rows.append(
             [
@@ -110,14 +116,6 @@ class SAEQuality:
     def _dead_note(self) -> str:
         # Zero firings in n tokens: the rate is below 3 / n with 95 % confidence.
         return f"{self.dead} of {self.d_sae}: fewer than one firing in {self.tokens // 3} tokens"
-
-
-_LOSS_NAMES = {
-    "clean": "the model as it is",
-    "spliced": "with the reconstruction",
-    "mean": "with the mean",
-    "zero": "with zeros",
-}
 
 
 def figures(

@@ -123,8 +123,8 @@ def test_check_of_a_bad_sae_fails_and_says_why(world, good, tmp_path, capsys):
 
 
 def test_check_of_several_layers_and_without_texts(world, capsys):
-    assert main(["sae", "check", world.saes, "--model", world.model, "--layer", "3"]) == 0
-    assert "128 for a residual stream of width 64" in capsys.readouterr().out
+    assert main(["sae", "check", world.saes, "--model", world.model, "--layer", "2-3"]) == 0
+    assert capsys.readouterr().out.count("128 for a residual stream of width 64") == 2
     arguments = ["sae", "check", world.saes, "--model", world.model, "--layer", "2-3", "--texts", world.texts]
     assert main([*arguments, "--no-loss", "--max-texts", "2"]) in (0, 1)
     printed = capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_convert_all_layers_of_a_folder(world, tmp_path, target, capsys):
         assert after.source.format == target
         assert torch.equal(before.W_dec, after.W_dec)
         assert torch.equal(before.b_enc, after.b_enc)
-        assert before.activation.k == after.activation.k
+        assert before.activation == after.activation
     assert main(["sae", "convert", world.saes, "--to", target, "--output", str(output), "--layers", "9"]) == 2
     assert "has no layer 9; it holds the layers 2..3." in errors(capsys)
 
@@ -178,6 +178,9 @@ def test_a_release_is_never_downloaded_whole_by_accident(tmp_path, capsys):
 def test_mistakes_on_the_command_line(world, capsys):
     assert main(["sae", "check", "qwen3-8b-base-64k-l0-5", "--model", world.model, "--layer", "2"]) == 2
     assert "Did you mean qwen3-8b-base-64k-l0-50" in errors(capsys)
+    given = ["sae", "check", world.saes, "--model", world.model, "--layer", "2", "--texts", world.texts]
+    assert main([*given, "--sae-device", "cuda:77"]) == 2
+    assert "no device 'cuda:77' on this machine" in errors(capsys)
     assert main(["sae", "lst"]) == 2
     assert "invalid choice: 'lst'" in errors(capsys)
     assert main(["sae", "convert", world.saes, "--output", "x"]) == 2
