@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qscope_posttrain.kernels import native
 from qscope_posttrain.kernels.checks import check_encoder, check_k, check_same_device, check_shape
 from qscope_posttrain.kernels.encode_gradient import register_gradient
 from qscope_posttrain.kernels.select import best
@@ -181,6 +182,9 @@ def dot_products(
     out: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, first: Tensor, last: Tensor
 ) -> None:
     """out[t, j] = x[t] . W_enc[indices[t, j]] + b_enc[..] in float32 for at least first[t] <= j < last[t], in place."""
+    if native.can_multiply(x, W_enc, b_enc):
+        native.dot_products(out, x, W_enc, b_enc, indices, first, last)
+        return
     step = max(1, _GATHERED_ELEMENTS // max(1, indices.shape[1] * x.shape[1]))
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)

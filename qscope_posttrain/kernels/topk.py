@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels import select
+from qscope_posttrain.kernels import native, select
 from qscope_posttrain.kernels.tiles import preactivation_tiles, tile_shape
 
 
@@ -34,6 +34,8 @@ def topk_product(
 
             bias = b_enc[tile.feature : tile.feature + tile.pre.shape[1]]
             merge_(values[rows], indices[rows], filled, tile.pre, tile.feature, bias)
+        elif native.can_merge(tile.pre):
+            native.merge_(values[rows], indices[rows], filled, tile.pre, tile.feature)
         else:
             select.merge_(values[rows], indices[rows], filled, tile.pre, tile.feature)
     if triton:
