@@ -17,7 +17,7 @@ from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find import language_feature_set
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.training import TopKTrainingConfig, explained_variance, train_saes
+from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes
 from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.config import TestbedConfig
@@ -94,7 +94,7 @@ def _train(config: TestbedConfig, language_model: LanguageModel, folder: Path) -
     maker, model = language_model.maker, language_model.model
     windows = maker.pretraining(config.sae_windows, config.switch, config.model_seed + 1)
     activations = collect_activations(model, windows, config.tapped_layers)
-    training = TopKTrainingConfig(
+    training = SAETrainingConfig(
         expansion=config.sae_expansion, k=config.sae_k, steps=config.sae_steps, seed=config.model_seed
     )
     saes = train_saes(activations, training)

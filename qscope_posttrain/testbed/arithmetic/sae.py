@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.residual.capture import forward_to_layer
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.training import TopKTrainingConfig, explained_variance, train_saes
+from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel, document_rows
 from qscope_posttrain.testbed.arithmetic.pretrain import Row
@@ -91,7 +91,7 @@ def _train(config: ArithmeticConfig, language_model: ArithmeticModel, folder: Pa
         document_rows(language_model.tokenizer, settings, count, f"{name} {config.model_seed}")
         for name, count in (("sae", config.sae_documents), ("sae, held out", _HELD_OUT_DOCUMENTS))
     )
-    training = TopKTrainingConfig(
+    training = SAETrainingConfig(
         width=config.sae_latents,
         k=config.sae_k,
         steps=config.sae_steps,

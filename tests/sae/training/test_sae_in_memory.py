@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -7,17 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qscope_posttrain.sae.activations import TopK
+from qscope_posttrain.sae.activations import BatchTopK, JumpReLU, TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.training import (
-    TopKTrainingConfig,
-    _SparseDecode,
-    _top_k_indices,
-    explained_variance,
-    train_saes,
-)
+from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes
+from qscope_posttrain.sae.training.calibration import calibrate, geometric_median
+from qscope_posttrain.sae.training.update import LayerTraining
 
-QUICK = TopKTrainingConfig(width=96, k=6, steps=400, batch_tokens=256, learning_rate=1e-2, dead_after=20)
+QUICK = SAETrainingConfig(width=96, k=6, steps=250, batch_tokens=256, learning_rate=1e-2, dead_after=20)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +57,14 @@ def test_same_seed_same_dictionary_whatever_else_is_trained(
     again = train_saes({7: -x, 2: x}, QUICK)[2]
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert torch.equal(getattr(again, name), getattr(trained, name))
-    other = train_saes({2: x}, TopKTrainingConfig(**{**vars(QUICK), "seed": 1, "steps": 3}))[2]
-    assert not torch.equal(other.W_enc, train_saes({2: x}, TopKTrainingConfig(**{**vars(QUICK), "steps": 3}))[2].W_enc)
+    other = train_saes({2: x}, SAETrainingConfig(**{**vars(QUICK), "seed": 1, "steps": 3}))[2]
+    assert not torch.equal(other.W_enc, train_saes({2: x}, SAETrainingConfig(**{**vars(QUICK), "steps": 3}))[2].W_enc)
 
 
 def test_units_are_folded(sparse_world: tuple[Tensor, Tensor]) -> None:
     """Training on c x gives the same dictionary in units c times as large: f(c x) = c f(x), x_hat(c x) = c x_hat(x)."""
     x = sparse_world[1]
-    config = TopKTrainingConfig(width=48, k=4, steps=20, batch_tokens=256)
+    config = SAETrainingConfig(width=48, k=4, steps=20, batch_tokens=256)
     small, large = train_saes({0: x}, config)[0], train_saes({0: 64 * x}, config)[0]
     torch.testing.assert_close(large.W_enc, small.W_enc)
     torch.testing.assert_close(large.b_enc, 64 * small.b_enc)
@@ -78,38 +75,59 @@ def test_units_are_folded(sparse_world: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(large_values, 64 * values)
 
 
-def test_start_is_the_tied_recipe(sparse_world: tuple[Tensor, Tensor]) -> None:
-    """At a vanishing rate the result is the start: tied unit rows, b the mean of the tokens."""
+def test_start_is_tied_centred_and_scaled(sparse_world: tuple[Tensor, Tensor]) -> None:
+    """At a vanishing rate the result is the start: b_dec the geometric median, the encoder one factor of the decoder,
+    which makes the reconstruction of the first batch best."""
     x = sparse_world[1]
-    sae = train_saes({0: x}, TopKTrainingConfig(width=48, k=4, steps=1, learning_rate=1e-12))[0]
-    torch.testing.assert_close(sae.W_enc, sae.W_dec)
-    torch.testing.assert_close(sae.b_dec, x.mean(dim=0), rtol=1e-4, atol=1e-3)
+    config = SAETrainingConfig(width=48, k=4, steps=1, batch_tokens=len(x), learning_rate=1e-12)
+    sae = train_saes({0: x}, config)[0]
+    torch.testing.assert_close(sae.b_dec, geometric_median(x).float(), rtol=1e-4, atol=1e-3)
+    factor = sae.W_enc.norm(dim=1)
+    torch.testing.assert_close(factor, factor[0].expand(48))
+    torch.testing.assert_close(sae.W_enc, factor[0] * sae.W_dec)
     torch.testing.assert_close(sae.b_enc, -sae.W_enc @ sae.b_dec, rtol=1e-4, atol=1e-2)
+    best = explained_variance(sae, x)
+    for other in (0.95, 1.05):
+        scaled = dataclasses.replace(sae, W_enc=other * sae.W_enc, b_enc=other * sae.b_enc)
+        assert explained_variance(scaled, x) < best
 
 
-def test_auxk_revives_silent_latents() -> None:
-    """Directions of very different size: without AuxK, latents die that could explain the small ones."""
+@pytest.mark.parametrize("architecture", ["batch_topk", "jumprelu"])
+def test_other_architectures_reach_k_and_explain(architecture: str, sparse_world: tuple[Tensor, Tensor]) -> None:
+    x = sparse_world[1]
+    config = dataclasses.replace(QUICK, architecture=architecture, k=4)
+    sae = train_saes({2: x[:5000]}, config)[2]
+    values, _ = sae.encode(x[5000:])
+    assert float((values > 0).float().sum(dim=1).mean()) == pytest.approx(4, rel=0.15)
+    assert explained_variance(sae, x[5000:]) > 0.75
+    assert type(sae.activation) is {"batch_topk": BatchTopK, "jumprelu": JumpReLU}[architecture]
+
+
+@pytest.mark.parametrize(("auxk_weight", "revived"), [(0.0, range(1)), (1 / 32, range(40, 65))])
+def test_auxk_revives_dead_latents(auxk_weight: float, revived: range) -> None:
+    """Half of the latents are pushed out of the k largest after the first update: only AuxK brings them back."""
     generator = torch.Generator().manual_seed(3)
-    directions = F.normalize(torch.randn(64, 16, generator=generator), dim=1)
-    size = torch.logspace(0, -1, 64)
-    x = ((torch.rand(4000, 64, generator=generator) < 0.05) * size) @ directions + 3 * torch.randn(
-        16, generator=generator
+    directions = F.normalize(torch.randn(96, 16, generator=generator), dim=1)
+    present = torch.rand(6000, 96, generator=generator) < 3 / 96
+    x = (present * (1 + torch.rand(6000, 96, generator=generator))) @ directions
+    config = SAETrainingConfig(
+        width=128, k=3, steps=250, decay_start=1.0, auxk_weight=auxk_weight, auxk_every=1, dead_after=20
     )
-
-    def silent(auxk_weight: float) -> int:
-        config = TopKTrainingConfig(
-            width=256, k=4, steps=250, batch_tokens=256, dead_after=20, auxk_weight=auxk_weight, learning_rate=1e-2
-        )
-        values, indices = train_saes({0: x}, config)[0].encode(x)
-        return 256 - indices[values > 0].unique().numel()
-
-    without, with_auxk = silent(0.0), silent(1.0)
-    assert without >= 10, "the case has dead latents to begin with"
-    assert with_auxk < 0.8 * without
+    training = LayerTraining(0, calibrate(0, x), config)
+    for step in range(config.steps):
+        metrics = training.update(x[torch.randint(0, 6000, (256,), generator=generator)], 256, step)
+        if step == 0:
+            with torch.no_grad():
+                training.parameters.b_enc[:64] -= 2
+        if step == 25:
+            assert float(metrics.dead) == pytest.approx(0.5, abs=0.02)
+            assert bool(metrics.auxk.isnan()) == (auxk_weight == 0)
+    values, indices = training.finished().encode(x)
+    assert int((indices[values > 0].unique() < 64).sum()) in revived
 
 
 def test_bfloat16_activations_train(sparse_world: tuple[Tensor, Tensor]) -> None:
-    sae = train_saes({0: sparse_world[1].bfloat16()}, TopKTrainingConfig(width=48, k=4, steps=5))[0]
+    sae = train_saes({0: sparse_world[1].bfloat16()}, SAETrainingConfig(width=48, k=4, steps=5))[0]
     assert sae.dtype == torch.float32
 
 
@@ -122,46 +140,6 @@ def test_explained_variance_against_its_definition(
     assert explained_variance(trained, x) == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(ValueError, match="at least 2 tokens"):
         explained_variance(trained, x[:1])
-
-
-def test_sparse_decode_gradient() -> None:
-    indices = torch.stack([torch.randperm(12)[:3] for _ in range(5)])
-    values = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
-    W_dec = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v, W: _SparseDecode.apply(v, indices, W), (values, W_dec))
-
-
-@pytest.mark.parametrize("k", [1, 7, 20])
-def test_fast_top_k_is_top_k(k: int) -> None:
-    pre = torch.randn(50, 20)
-    assert torch.equal(_top_k_indices(pre, k).sort(dim=1).values, pre.topk(k, dim=1).indices.sort(dim=1).values)
-
-
-def test_learning_rate_schedule() -> None:
-    config = TopKTrainingConfig(steps=100, warmup_steps=10, learning_rate=1.0, decay_start=0.7)
-    rates = [config.rate(step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9:71] == [pytest.approx(1.0)] * 62
-    assert rates[85] == pytest.approx(0.02 + 0.98 * 0.5)
-    assert rates[99] == pytest.approx(0.02 + 0.98 / 30)
-    assert TopKTrainingConfig(warmup_steps=0, decay_start=1.0).rate(0) == 3e-3
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"k": 0}, "k must be an integer from 1, got 0"),
-        ({"steps": 1.5}, "steps must be an integer from 1"),
-        ({"width": 0}, "width must be an integer from 1, or None"),
-        ({"learning_rate": math.nan}, "learning_rate must be above 0"),
-        ({"decay_start": 1.5}, "decay_start must be a share"),
-        ({"auxk_weight": -1.0}, "auxk_weight must be 0 or more"),
-        ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
-    ],
-)
-def test_bad_settings(settings: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        TopKTrainingConfig(**settings)
 
 
 @pytest.mark.parametrize(
