@@ -119,7 +119,7 @@ def _sparsity(entry: CatalogEntry) -> str:
         return str(entry.k)
     labels = [label for offered in entry.choices.values() for label in offered]
     if not labels:
-        return "not stated"
+        return "not stated" if entry.mean_l0 is None else f"{entry.mean_l0:g} on average"
     if not all(label.isdecimal() for label in labels):
         return ", ".join(dict.fromkeys(labels))
     return f"{min(map(int, labels))} to {max(map(int, labels))}"

@@ -57,6 +57,8 @@ class CatalogEntry:
     site: str = "resid_post"
     choices: Mapping[int, tuple[str, ...]] = field(default_factory=dict, hash=False)
     """Layer -> L0s to choose from, as the repository writes them; empty where each layer has one file."""
+    mean_l0: float | None = None
+    """Mean number of firing latents stated for all layers of a release without TopK and without `choices`."""
     targets: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Target L0 behind those of `choices` that are words."""
     l0: str | None = None
@@ -98,7 +100,7 @@ class CatalogEntry:
         """Mean number of firing latents that the release states for a layer."""
         label = self.l0_of(layer)
         if label is None:
-            return None if self.k is None else float(self.k)
+            return self.mean_l0 if self.k is None else float(self.k)
         if label.isdecimal():
             return float(label)
         target = self.targets.get(label)

@@ -19,6 +19,7 @@ WIDTHS = {
 """Latents behind the rounded names of Gemma Scope."""
 
 _REGISTRY = "SAELens 6.54.12's registry"
+_SHAPES = "shapes of the model: transformers' conversion scripts"
 
 _QWEN_LICENCE = (
     "other (qwen): research use; the card forbids using it to interfere with model capabilities for non-scientific "
@@ -89,7 +90,7 @@ def gemma_scope() -> Iterator[CatalogEntry]:
             format="gemma_scope",
             file=f"layer_{{layer}}/width_{width}/average_l0_{{l0}}/params.npz",
             licence="cc-by-4.0",
-            verified_by=f"{_REGISTRY}; model cards of the repositories",
+            verified_by=f"{_REGISTRY}; {_SHAPES}; licence on the hub pages of the 2b and 27b repositories",
             choices=choices,
         )
 
@@ -102,7 +103,7 @@ _GEMMA_3 = (
     ("12b", 48, 3840, (12, 24, 31, 41)),
     ("27b", 62, 5376, (16, 31, 40, 53)),
 )
-_GEMMA_2_L0 = {
+_TARGET_L0 = {
     "resid_post": {"small": 20, "medium": 60, "big": 150},
     "resid_post_all": {"small": 20, "big": 120},
 }
@@ -116,7 +117,7 @@ def gemma_scope_2() -> Iterator[CatalogEntry]:
             suites = [("resid_post", width, some) for width in ("16k", "65k", "262k", "1m")]
             suites += [("resid_post_all", width, tuple(range(depth))) for width in ("16k", "262k")]
             for site, width, layers in suites:
-                targets = dict(_GEMMA_2_L0[site])
+                targets = dict(_TARGET_L0[site])
                 if (site, width) == ("resid_post", "262k"):
                     targets["medium_seed_1"] = targets["medium"]
                 folder = f"{site}/layer_{{layer}}_width_{width}_l0_{{l0}}"
@@ -136,7 +137,7 @@ def gemma_scope_2() -> Iterator[CatalogEntry]:
                     file=f"{folder}/params.safetensors",
                     companions=(f"{folder}/config.json",),
                     licence="not verified: read the card",
-                    verified_by=f"{_REGISTRY}; target L0s fitted to it; not verified: licence, dtype",
+                    verified_by=f"{_REGISTRY}; {_SHAPES}; target L0s fitted to the registry's; not verified: licence, dtype",
                     choices=dict.fromkeys(layers, tuple(targets)),
                     targets=targets,
                 )
@@ -171,6 +172,7 @@ def llama_scope() -> Iterator[CatalogEntry]:
             licence="apache-2.0 (card of fnlp/Llama-Scope)",
             verified_by=f"{_REGISTRY}; hub listing; only the residual (R) SAEs: A and M read other sites",
             bytes_per_weight=2,
+            mean_l0=50,
         )
     for share, mixture in _R1_MIXTURES.items():
         yield CatalogEntry(

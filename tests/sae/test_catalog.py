@@ -93,6 +93,11 @@ def test_gemma_scope_2_files_and_target_l0() -> None:
         assert everywhere.expected_l0(layer) == pytest.approx(listed, abs=1)
 
 
+def test_llama_scope_states_one_l0() -> None:
+    assert ENTRIES["llama-scope-8x"].expected_l0(31) == 50
+    assert ENTRIES["llama-scope-r1-distill-text"].expected_l0(31) is None
+
+
 def test_a_repository_of_several_releases_asks_for_one() -> None:
     with pytest.raises(ValueError, match="holds 2 releases: choose one of gemma-scope-9b-it-16k, gemma-scope-9b-it-13"):
         catalog.find("google/gemma-scope-9b-it-res")
