@@ -8,17 +8,24 @@ value is above zero; entries of value zero only fill the rectangle, and add noth
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qscope_posttrain.kernels import CertifiedWeights, threshold_encode, topk_encode
+from qscope_posttrain.kernels.checks import check_tiles
 from qscope_posttrain.kernels.encode import VARIANTS
+from qscope_posttrain.kernels.tiles import result_dtype
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 
 TOP_K_VARIANTS = VARIANTS
+
+_TILE_ELEMENTS = 1 << 24
+"""Pre-activations held at a time where no kernel does it: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,66 @@ class JumpReLU(Activation):
         return JumpReLU(self.threshold.to(device=device, dtype=dtype))
 
 
-AnyActivation = TopK | ReLU | BatchTopK | JumpReLU
+@dataclass(frozen=True)
+class AbsTopK(Activation):
+    """The `k` pre-activations of largest magnitude, with their signs. Those below zero count as not firing."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        TopK(self.k)  # the same checks
+
+    def encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        *,
+        precision: str = "model",
+        weights: CertifiedWeights | None = None,
+        tile_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        def select(pre: Tensor) -> tuple[Tensor, Tensor]:
+            indices = pre.detach().abs().topk(self.k, dim=-1).indices
+            return pre.gather(-1, indices), indices
+
+        return _by_tiles(select, x, W_enc, b_enc, precision, weights, tile_tokens)
+
+    def check(self, d_sae: int) -> None:
+        TopK(self.k).check(d_sae)
+
+
+@dataclass(frozen=True)
+class GroupMax(Activation):
+    """relu of the largest pre-activation of each of `k` groups of consecutive latents, of d_sae / k latents each."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        TopK(self.k)
+
+    def encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        *,
+        precision: str = "model",
+        weights: CertifiedWeights | None = None,
+        tile_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        def select(pre: Tensor) -> tuple[Tensor, Tensor]:
+            values, within = pre.relu().unflatten(-1, (self.k, -1)).max(dim=-1)
+            return values, within + torch.arange(0, pre.shape[1], pre.shape[1] // self.k, device=pre.device)
+
+        return _by_tiles(select, x, W_enc, b_enc, precision, weights, tile_tokens)
+
+    def check(self, d_sae: int) -> None:
+        if d_sae % self.k:
+            raise ValueError(f"GroupMax divides the latents into k={self.k} equal groups, which {d_sae} cannot be")
+
+
+AnyActivation = TopK | ReLU | BatchTopK | JumpReLU | AbsTopK | GroupMax
 _BY_NAME: dict[str, type[Activation]] = {kind.__name__.lower(): kind for kind in get_args(AnyActivation)}
 
 
@@ -181,9 +247,34 @@ def _above(
     weights: CertifiedWeights | None,
     tile_tokens: int | None,
 ) -> tuple[Tensor, Tensor]:
-    if weights is not None:
-        raise ValueError("weights belong to precision='certified' of TopK; this activation has no certified encoding")
+    _refuse_certified(precision, weights)
     return threshold_encode(x, W_enc, b_enc, threshold, precision=precision, tile_tokens=tile_tokens)
+
+
+def _by_tiles(
+    select: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    precision: str,
+    weights: CertifiedWeights | None,
+    tile_tokens: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`select` on the pre-activations of some tokens at a time: plain torch, for activations without a kernel."""
+    _refuse_certified(precision, weights)
+    dtype = W_enc.dtype if precision == "model" else result_dtype(W_enc)
+    W_enc, b_enc = W_enc.to(dtype), b_enc.to(dtype)
+    check_tiles(tile_tokens, None)
+    tile = tile_tokens or max(1, _TILE_ELEMENTS // W_enc.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        parts = [select(F.linear(piece.to(dtype), W_enc, b_enc)) for piece in x.split(tile)]
+    values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+    return values.to(result_dtype(W_enc)), indices.to(torch.int32)
+
+
+def _refuse_certified(precision: str, weights: CertifiedWeights | None) -> None:
+    if weights is not None or precision == "certified":
+        raise ValueError("precision='certified' is for TopK; this activation has no certified encoding")
 
 
 def activation_to_spec(activation: Activation) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qscope_posttrain.sae.activations import Activation, TopK
+from qscope_posttrain.sae.activations import AbsTopK, Activation, GroupMax, TopK
 from qscope_posttrain.sae.folding import Rows, compute_dtype, fold_b_dec, fold_rows
 from qscope_posttrain.sae.formats import open_stored
 from qscope_posttrain.sae.formats.stored import StoredSAE
 from qscope_posttrain.sae.mapped import copy_block, gather
 from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor
 from qscope_posttrain.sae.source import LocatedFile, locate
+
+WITH_K = (TopK, AbsTopK, GroupMax)
+"""Activations that k describes."""
 
 _BLOCK_BYTES = 1 << 25
 """Float32 rows of the encoder that are folded at a time while a whole dictionary is loaded."""
@@ -91,13 +94,13 @@ def layer_of(located: LocatedFile, stored: StoredSAE) -> int | None:
 def activation_of(located: LocatedFile, stored: StoredSAE, k: int | None) -> Activation:
     """The activation by file, release name and caller, which must not contradict each other."""
     known: dict[str, int] = {}
-    if isinstance(stored.activation, TopK):
+    if isinstance(stored.activation, WITH_K):
         known["the file"] = stored.activation.k
     if located.release is not None:
         known[f"the release name {located.release.name}"] = located.release.k
     if k is not None:
         known["the caller"] = k
-    if stored.activation is not None and not isinstance(stored.activation, TopK) and k is not None:
+    if stored.activation is not None and not isinstance(stored.activation, WITH_K) and k is not None:
         raise ValueError(f"{stored.path} has a {type(stored.activation).__name__} activation, so k={k} means nothing")
     if len(set(known.values())) > 1:
         told = ", ".join(f"{who} says k={value}" for who, value in known.items())

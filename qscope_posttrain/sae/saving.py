@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qscope_posttrain.atomic import replacing
-from qscope_posttrain.sae.activations import BatchTopK, JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.activations import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.formats import native
 from qscope_posttrain.sae.source import Release
 
@@ -63,6 +63,8 @@ def _save_sae_lens(sae: SparseAutoencoder, path: Path) -> Path:
     activation = sae.activation
     if isinstance(activation, TopK) and activation.variant != "signed":
         settings |= {"architecture": "topk", "k": activation.k, "rescale_acts_by_decoder_norm": False}
+    elif isinstance(activation, AbsTopK):
+        settings |= {"architecture": "abstopk", "k": activation.k, "rescale_acts_by_decoder_norm": False}
     elif isinstance(activation, ReLU):
         settings["architecture"] = "standard"
     elif isinstance(activation, JumpReLU):

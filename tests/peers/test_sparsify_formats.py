@@ -22,8 +22,11 @@ def made(folder: Path, **options: object):  # type: ignore[no-untyped-def]
     return coder
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize_decoder": False}, {"num_latents": 0, "expansion_factor": 4}])
-def test_topk(tmp_path: Path, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize_decoder": False}, {"num_latents": 0, "expansion_factor": 4}, {"activation": "groupmax", "k": 8}],
+)
+def test_saes(tmp_path: Path, options: dict[str, object]) -> None:
     theirs = made(tmp_path / "layers.10", **options)
     ours = SparseAutoencoder.load(tmp_path / "layers.10")
     x = tokens()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.activations import AbsTopK, Activation, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.folding import Fold
@@ -69,7 +69,9 @@ def _activation(weights: WeightsFile, settings: SAELensSettings, b_enc: Tensor) 
         return JumpReLU(b_enc.float() - gain * gate), gain
     if settings.architecture == "jumprelu":
         return JumpReLU(weights.vector("threshold", settings.d_sae).clone()), None
-    return (ReLU() if settings.k is None else TopK(settings.k)), None
+    if settings.k is None:
+        return ReLU(), None
+    return (TopK if settings.architecture == "topk" else AbsTopK)(settings.k), None
 
 
 def _input_scale(settings: SAELensSettings, scaler: Settings | None, given: float | None) -> float:

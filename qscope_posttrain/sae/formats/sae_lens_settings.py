@@ -10,6 +10,7 @@ from qscope_posttrain.sae.sites import layer_of_site
 ARCHITECTURES = {
     "standard": "standard",
     "topk": "topk",
+    "abstopk": "abstopk",
     "batchtopk": "jumprelu",
     "matryoshka_batchtopk": "jumprelu",
     "jumprelu": "jumprelu",
@@ -25,7 +26,7 @@ class SAELensSettings:
     d_in: int
     d_sae: int
     architecture: str
-    """"standard", "topk", "jumprelu" or "gated"."""
+    """"standard", "topk", "abstopk", "jumprelu" or "gated"."""
     k: int | None
     apply_b_dec_to_input: bool
     scales_input: bool
@@ -47,8 +48,9 @@ def parse_settings(settings: Settings) -> SAELensSettings:
         raise ValueError(f"its architecture is {named!r}; known are {', '.join(ARCHITECTURES)}")
     if architecture == "standard" and k is not None:
         architecture = "topk"
-    if architecture == "topk" and k is None:
-        raise ValueError("its architecture is 'topk', but cfg.json lacks k")
+    keeps_k = architecture in ("topk", "abstopk")
+    if keeps_k and k is None:
+        raise ValueError(f"its architecture is {architecture!r}, but cfg.json lacks k")
     site = metadata.text("hook_name", None) or settings.text("hook_point", None)
     head = metadata.integer("hook_head_index", None, least=0)
     if settings.text("reshape_activations", "none") != "none" or head is not None:
@@ -57,10 +59,10 @@ def parse_settings(settings: Settings) -> SAELensSettings:
         d_in=settings.integer("d_in"),
         d_sae=settings.integer("d_sae"),
         architecture=architecture,
-        k=k if architecture == "topk" else None,
+        k=k if keeps_k else None,
         apply_b_dec_to_input=settings.flag("apply_b_dec_to_input", True),
         scales_input=_scales_input(settings),
-        rescale_acts_by_decoder_norm=architecture == "topk" and settings.flag("rescale_acts_by_decoder_norm", False),
+        rescale_acts_by_decoder_norm=keeps_k and settings.flag("rescale_acts_by_decoder_norm", False),
         finetuning_scaling_factor=settings.flag("finetuning_scaling_factor", False),
         layer=None if site is None else layer_of_site(site),
     )

@@ -2,13 +2,14 @@
 
     encoder.weight (d_sae, d_in)    encoder.bias (d_sae,)    W_dec (d_sae, d_in)    b_dec (d_in,)
 
-Encoding is topk(relu(encoder(x - b_dec))): b_dec is always subtracted. Transcoders and skip connections are refused.
+Encoding is topk(relu(encoder(x - b_dec))), or groupmax in place of topk: b_dec is always subtracted. Transcoders and
+skip connections are refused.
 The site is the name of the folder ("layers.10").
 """
 
 from __future__ import annotations
 
-from qscope_posttrain.sae.activations import Activation, TopK
+from qscope_posttrain.sae.activations import Activation, GroupMax, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.folding import Fold
@@ -52,6 +53,8 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
 
 def _activation(settings: Settings) -> Activation:
     name = settings.text("activation", "topk")
+    if name == "groupmax":
+        return GroupMax(settings.integer("k", 32))
     if name != "topk":
-        raise ValueError(f"its activation is {name!r}; known is topk")
+        raise ValueError(f"its activation is {name!r}; known are topk and groupmax")
     return TopK(settings.integer("k", 32), "signed" if settings.flag("signed", False) else "relu_before")
