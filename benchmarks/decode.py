@@ -53,9 +53,9 @@ def csr(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor
 
 
 def sparsify() -> Decoder:
-    from sparsify.utils import decoder_impl
+    from sparsify.utils import eager_decode
 
-    return lambda values, indices, W_dec, b_dec: decoder_impl(indices.long(), values, W_dec.mT) + b_dec
+    return lambda values, indices, W_dec, b_dec: eager_decode(indices.long(), values, W_dec.mT) + b_dec
 
 
 def peers() -> dict[str, Decoder]:
