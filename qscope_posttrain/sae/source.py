@@ -119,7 +119,7 @@ def locate(source: str | Path, layer: int | None = None, revision: str | None = 
     entry = catalog.find(str(source))
     if entry is not None:
         return _from_catalogue(entry, layer, revision)
-    match = _HUB_ID.fullmatch(str(source))
+    match = _HUB_ID.fullmatch(str(source).rstrip("/"))
     if match is None or is_weights(match["repository"]) or not is_safe(match["inside"] or "x"):
         close = catalog.suggestions(str(source))
         hint = f". Did you mean {' or '.join(close)}?" if close else ""
@@ -170,27 +170,27 @@ def _from_catalogue(entry: CatalogEntry, layer: int | None, revision: str | None
 def _from_hub(repository: str, inside: str, layer: int | None, revision: str | None) -> LocatedFile:
     from qscope_posttrain.sae.download import NotInRepository
 
-    name, path = f"layer{layer}.sae.pt", None
-    if layer is not None and not inside:
+    release = Release.parse(repository)
+    if layer is not None and not inside:  # what Qwen-Scope names its files; saves asking for the list of all
+        name = f"layer{layer}.sae.pt"
         try:
             path = _fetch(repository, [name], revision)
+            return LocatedFile(path, repository, layer, release, _commit(path) or revision, name)
         except NotInRepository:
-            path = None
-    if path is None:
-        every = _listing(repository, revision)
-        below = f"{inside.rstrip('/')}/" if inside else ""
-        if inside in every:
-            name = inside
-        else:
-            where = f"hub repository {repository}" + (f", folder {inside}" if inside else "")
-            names = [file.removeprefix(below) for file in every if file.startswith(below)]
-            name = below + choose(names, layer, where, f"{repository}/{inside}")
-        path = _fetch(repository, [name, *_settings_of(name, every)], revision)
+            pass
+    every = _listing(repository, revision)
+    name = inside
+    if inside not in every:
+        below = f"{inside}/" if inside else ""
+        where = f"hub repository {repository}" + (f", folder {inside}" if inside else "")
+        names = [file.removeprefix(below) for file in every if file.startswith(below)]
+        name = below + choose(names, layer, where, f"{repository}/{inside}")
     named = layer_in_path(f"{repository}/{name}")
     if None not in (named, layer) and named != layer:
         raise ValueError(f"layer {layer} was asked for, but by its name {repository}/{name} holds layer {named}")
+    path = _fetch(repository, [name, *_settings_of(name, every)], revision)
     layer = layer if named is None else named
-    return LocatedFile(path, repository, layer, Release.parse(repository), _commit(path) or revision, name)
+    return LocatedFile(path, repository, layer, release, _commit(path) or revision, name)
 
 
 def _settings_of(name: str, every: set[str]) -> list[str]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import torch
 from golden_sae import RELEASE
 from torch import Tensor
 
-from qscope_posttrain.sae import download
+from qscope_posttrain.sae import catalog, download
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.layout import choose
+from qscope_posttrain.sae.sites import layer_of_site
 from qscope_posttrain.sae.source import Release, SAESource, locate, with_sha256
 
 HUB_ID = f"Qwen/{RELEASE}"
@@ -189,3 +190,160 @@ def test_the_room_does_not_import_the_hub_or_later_rooms() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+GEMMA = (
+    "layer_3/width_16k/average_l0_59/params.npz",
+    "layer_3/width_65k/average_l0_61/params.npz",
+    "layer_4/width_16k/average_l0_60/params.npz",
+    "embedding/width_4k/average_l0_6/params.npz",
+)
+LENS = ("a/cfg.json", "a/sae_weights.safetensors", "a/sparsity.safetensors", "b/cfg.json", "b/sae_weights.safetensors")
+OPENMOSS = tuple(
+    f"Llama3_1-8B-Base-L{layer}{site}-8x/{name}"
+    for layer in (1, 2)
+    for site in "RM"
+    for name in ("hyperparams.json", "checkpoints/final.safetensors", "lm_config.json")
+)
+
+
+class Repository:
+    """Another repository, whose files are empty: what is asked of it counts."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder / "snapshots" / COMMIT, names
+        self.asked: list[str] = []
+
+    def fetch(self, repository: str, files: Sequence[str], revision: str | None = None) -> list[Path]:
+        if missing := [name for name in files if name not in self.names]:
+            raise download.NotInRepository(f"no file {missing[0]}")
+        self.asked += files
+        return [self.folder / name for name in files]
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], Repository]:
+    def make(names: Sequence[str]) -> Repository:
+        made = Repository(tmp_path, names)
+        monkeypatch.setattr(download, "fetch", made.fetch)
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: list(names))
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "layer", "files"),
+    [
+        (GEMMA, "owner/mine", 4, [GEMMA[2]]),
+        (GEMMA, "owner/mine/layer_3/width_65k", None, [GEMMA[1]]),
+        (GEMMA, "owner/mine/layer_3/width_65k/", 3, [GEMMA[1]]),
+        (GEMMA, f"owner/mine/{GEMMA[0]}", None, [GEMMA[0]]),
+        (LENS, "owner/mine/b", None, ["b/sae_weights.safetensors", "b/cfg.json"]),
+        (OPENMOSS, "owner/mine", 2, [OPENMOSS[7], OPENMOSS[6]]),
+    ],
+)
+def test_hub_folders_take_the_weights_and_their_settings(
+    repository: Callable[[Sequence[str]], Repository], names: Sequence[str], source: str, layer: int, files: list[str]
+) -> None:
+    hub = repository(names)
+    located = locate(source, layer)
+    assert hub.asked == files
+    assert (located.location, located.file, located.revision) == ("owner/mine", files[0], COMMIT)
+    assert located.describe("x", None).file == files[0]
+    assert located.layer == {"b": None}.get(files[0][0], located.layer)
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "layer", "fault"),
+    [
+        (GEMMA, "owner/mine", 3, rf"holds layer 3 more than once \({GEMMA[0]}, {GEMMA[1]}\): give the file"),
+        (GEMMA, "owner/mine", None, r"holds layers 3\.\.4: say which one"),
+        (GEMMA, "owner/mine", 9, r"has no layer 9; it holds layers 3\.\.4"),
+        (LENS, "owner/mine", None, r"several SAEs \(a/sae_weights\.safetensors, b/sae_weights\.safetensors\)"),
+        (GEMMA, f"owner/mine/{GEMMA[0]}", 4, "layer 4 was asked for, but by its name .* holds layer 3"),
+    ],
+)
+def test_hub_folders_that_are_not_told_apart(
+    repository: Callable[[Sequence[str]], Repository], names: Sequence[str], source: str, layer: int | None, fault: str
+) -> None:
+    hub = repository(names)
+    with pytest.raises(ValueError, match=fault):
+        locate(source, layer)
+    assert hub.asked == []
+
+
+def test_hub_folder_that_is_not_there(repository: Callable[[Sequence[str]], Repository]) -> None:
+    repository(GEMMA)
+    with pytest.raises(FileNotFoundError, match="hub repository owner/mine, folder layer_7 holds no file named"):
+        locate("owner/mine/layer_7", 7)
+
+
+def test_names_of_the_catalogue(repository: Callable[[Sequence[str]], Repository]) -> None:
+    entry = next(entry for entry in catalog.entries() if entry.companions)
+    layer = entry.layers[-1]
+    hub = repository(entry.files_of(layer))
+    located = locate(entry.name, layer)
+    assert hub.asked == list(entry.files_of(layer))
+    assert (located.location, located.entry, located.layer) == (entry.repository, entry, layer)
+    assert located.describe("x", None).release == entry.name
+    with pytest.raises(ValueError, match=f"{entry.name} has .* layers: say which one"):
+        locate(entry.name)
+    with pytest.raises(ValueError, match="has no layer 99"):
+        locate(entry.name, 99)
+    with pytest.raises(FileNotFoundError, match=rf"no SAE at {entry.name}x: .*Did you mean .*{entry.name}"):
+        locate(f"{entry.name}x", layer)
+
+
+def test_file_that_is_not_what_the_catalogue_says(
+    repository: Callable[[Sequence[str]], Repository], qwen_tensors: dict[str, Tensor]
+) -> None:
+    entry = next(entry for entry in catalog.entries() if entry.format == "qwen_scope")
+    hub = repository(entry.files_of(0))
+    hub.folder.mkdir(parents=True)
+    torch.save(qwen_tensors, hub.folder / "layer0.sae.pt")
+    with pytest.raises(ValueError, match="holds 1024 latents, but its release"):
+        SparseAutoencoder.load(entry.name, layer=0)
+
+
+@pytest.mark.parametrize(
+    ("site", "layer"),
+    [
+        ("blocks.7.hook_resid_post", 7),
+        ("blocks.7.hook_resid_pre", 6),
+        ("blocks.7.hook_out", 7),
+        ("model.layers.17.output", 17),
+        ("model.language_model.layers.3", 3),
+        ("layers.10", 10),
+        ("layers_10", 10),
+        ("transformer.h.11", 11),
+        ("gpt_neox.layers.5.output", 5),
+        ("model.layers.5.input", 4),
+        ("resid_post_layer_8", 8),
+    ],
+)
+def test_sites(site: str, layer: int) -> None:
+    assert layer_of_site(site) == layer
+
+
+@pytest.mark.parametrize(
+    ("site", "reason"),
+    [
+        ("blocks.0.hook_resid_pre", "the embedding"),
+        ("hook_embed", "the embedding"),
+        ("blocks.3.hook_resid_mid", "between attention and MLP"),
+        ("blocks.3.hook_mlp_out", "the MLP"),
+        ("blocks.3.attn.hook_z", "the attention"),
+        ("blocks.3.hook_attn_out", "the attention"),
+        ("model.layers.3.self_attn", "the attention"),
+        ("model.layers.3.mlp.down_proj", "the MLP"),
+        ("model.layers.3.post_feedforward_layernorm.output", "the MLP"),
+        ("blocks.3.ln1.hook_normalized", "a normalised stream"),
+        ("ln_final.hook_normalized", "a normalised stream"),
+        ("blocks.hook_resid_post", "a site of unknown meaning"),
+        ("", "a site of unknown meaning"),
+    ],
+)
+def test_sites_that_are_not_the_stream_behind_a_layer(site: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        layer_of_site(site)
