@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(EXPERIMENTS))
 SFT, GRPO = ([path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "steered_dapo"))
+SYNTHESIS = [path for path in RECIPES if path.stem.startswith("synthesis")]
 CASE_STUDIES = {
     "language_mixing_rank": (features, ["rank", "--response", "x"]),
     "language_mixing_steer": (steer, ["--prompt", "x"]),
@@ -41,7 +42,7 @@ def test_nothing_is_missing():
     }
     studies = [path for path in RECIPES if path.parent.name == "case_studies"]
     assert {path.stem for path in studies} == set(CASE_STUDIES)
-    assert sorted(SFT + GRPO + studies) == RECIPES  # no recipe is left unread
+    assert sorted(SFT + GRPO + SYNTHESIS + studies) == RECIPES  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
@@ -73,6 +74,13 @@ def test_case_study_is_read_by_its_command(name):
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     as_text = {"layers": lambda layers: [str(layer) for layer in layers]}
     assert all(options[key] == as_text.get(key, lambda value: value)(value) for key, value in written.items())
+
+
+@pytest.mark.parametrize("path", SYNTHESIS, ids=_name)
+def test_synthesis_recipe_parses_as_a_dry_run(path):
+    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    assert recipe.run.method == "sft"
+    _check_written_is_resolved(path, recipe.to_dict())
 
 
 @pytest.mark.parametrize("path", GRPO, ids=_name)
