@@ -23,6 +23,7 @@ from qscope_posttrain.features.batches import (
     TokenBatch,
     TokenSequence,
     check_texts,
+    input_device,
     longest_allowed,
     pad_token,
     token_batches,
@@ -34,7 +35,7 @@ from qscope_posttrain.features.sae_sums import LOSSES, QualitySums, Reconstructe
 from qscope_posttrain.features.scoring import LOGITS_AT_A_TIME, model_logits
 from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.progress import progress
-from qscope_posttrain.residual.capture import LayerCapture
+from qscope_posttrain.residual.capture import LayerCapture, forward_to_layer
 from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.layers import check_layers, decoder_layers, text_config
 from qscope_posttrain.residual.splice import spliced
@@ -92,10 +93,11 @@ def measure_sae(
     """
     languages = texts if isinstance(texts, Mapping) else {"all": list(texts)}
     names = check_texts(languages)
+    if scan < 0:
+        raise ValueError(f"scan is a number of layers on either side, 0 or more; got {scan}")
     layer = _checked_layer(model, sae, layer)
     near = [n for n in range(layer - scan, layer + scan + 1) if 0 <= n < len(decoder_layers(model))]
-    length = longest_allowed(model, max_length)
-    sequences = tokenize_texts(tokenizer, languages, length)
+    sequences = tokenize_texts(tokenizer, languages, longest_allowed(model, max_length))
     sample, _ = calibration_sample(sequences)
     pad_id = pad_token(tokenizer)
     sums = QualitySums.zeros(len(sequences), sae)
@@ -119,9 +121,7 @@ def measure_sae(
 
 
 def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[tuple[int, int], int]) -> None:
-    with LayerCapture(run.model, [run.layer]) as capture:
-        logits = model_logits(run.model, batch)
-        hidden = capture.require()[run.layer]
+    hidden, logits = _forward(run, batch)
     width = hidden.shape[1]
     flat = hidden.flatten(0, 1)
     owner = torch.tensor([places[s.language, s.text] for s in batch.sequences])
@@ -133,7 +133,7 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
     made = Reconstructed.of(run.sae, x)
     b_dec = run.sae.b_dec.float()
     sums.add_tokens(owner[positions // width], made, b_dec, run.reference)
-    if not run.losses:
+    if logits is None:
         return
     at, labels = _predicting(batch)
     sums.add("predictions", owner[at // width], torch.ones(len(at)))
@@ -146,6 +146,16 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
         with spliced(run.model, run.layer, states.view_as(hidden)):
             logits = model_logits(run.model, batch)
         sums.add(name, owner[at // width], _next_token_loss(logits, at, labels))
+
+
+def _forward(run: _Run, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
+    """(output of the layer, logits); without losses, nothing behind the layer runs and there are no logits."""
+    if not run.losses:
+        ids = batch.input_ids.to(input_device(run.model))
+        return forward_to_layer(run.model, [run.layer], input_ids=ids)[run.layer], None
+    with LayerCapture(run.model, [run.layer]) as capture:
+        logits = model_logits(run.model, batch)
+        return capture.require()[run.layer], logits
 
 
 def _predicting(batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,6 @@ COLUMNS = (
     "error",  # |x - x_hat|^2
     "error_without_b_dec",  # |x - (x_hat - b_dec)|^2
     "variance",  # |x - reference|^2, the reference being near the mean
-    "along",  # <x - b_dec, x_hat - b_dec>
-    "power",  # |x_hat - b_dec|^2
     "firing",
     "cosine",
     "norm",
@@ -54,7 +52,9 @@ class Reconstructed:
 
     def unexplained(self, b_dec: Tensor, best_scale: bool = False) -> tuple[float, float]:
         """(FVU, s): with `best_scale`, x_hat is b_dec + s (x_hat - b_dec) with the s that makes the FVU smallest."""
-        along, power, error = (float(part.sum()) for part in self._alignment(b_dec))
+        direction = self.x_hat - b_dec
+        along = float(((self.x - b_dec) * direction).sum(dtype=torch.float64))
+        power, error = float(_squares(direction).sum()), float(_squares(self.x - self.x_hat).sum())
         scale = along / power if best_scale and power > 0 else 1.0
         variance = (self.x - self.x.mean(dim=0)).square().sum(dtype=torch.float64)
         # error is |r - d|^2 for r = x - b_dec and d = x_hat - b_dec; |r - s d|^2 differs from it by this
@@ -62,17 +62,14 @@ class Reconstructed:
         return error / max(float(variance), 1e-300), scale
 
     def columns(self, b_dec: Tensor, reference: Tensor) -> Tensor:
-        """[tokens, 10] float64: the columns from "tokens" to "reconstruction_norm" without "outliers", as 0."""
-        along, power, error = self._alignment(b_dec)
+        """[tokens, 9] float64: the columns from "tokens" to "reconstruction_norm", with 0 for "outliers"."""
         norm, norm_hat = (torch.linalg.vector_norm(part, dim=1) for part in (self.x, self.x_hat))
         columns = (
             torch.ones_like(norm),
             torch.zeros_like(norm),
-            error,
+            _squares(self.x - self.x_hat),
             _squares(self.x - (self.x_hat - b_dec)),
             _squares(self.x - reference),
-            along,
-            power,
             self.fired,
             torch.nn.functional.cosine_similarity(self.x, self.x_hat, dim=1),
             norm,
@@ -84,11 +81,6 @@ class Reconstructed:
     def fired(self) -> Tensor:
         """[tokens] int64: latents above zero."""
         return (self.values > 0).sum(dim=1)
-
-    def _alignment(self, b_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        direction = self.x_hat - b_dec
-        along = ((self.x - b_dec) * direction).sum(dim=1, dtype=torch.float64)
-        return along, _squares(direction), _squares(self.x - self.x_hat)
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,11 +37,9 @@ class RemoteFile:
     """Name of its content: the sha256 of a large file."""
     commit: str
     present: int
-    """Bytes of it in the cache."""
-
-    @property
-    def is_cached(self) -> bool:
-        return self.present == self.size
+    """Bytes of it on this machine."""
+    is_cached: bool
+    """The whole file is in the cache, and not only an unfinished one."""
 
     @property
     def missing(self) -> int:
@@ -133,9 +131,10 @@ def _ask(repository: str, name: str, revision: str | None) -> RemoteFile:
         raise ValueError(f"the hub describes {repository}/{name} with etag {etag!r} and commit {commit!r}: not a hub?")
     blob = _blob(repository, etag)
     if blob.exists():
-        return RemoteFile(name, blob.stat().st_size, etag, commit, blob.stat().st_size)
+        return RemoteFile(name, blob.stat().st_size, etag, commit, blob.stat().st_size, is_cached=True)
     part = _part(blob)
-    return RemoteFile(name, answer.size, etag, commit, part.stat().st_size if part.exists() else 0)
+    present = part.stat().st_size if part.exists() else 0
+    return RemoteFile(name, answer.size, etag, commit, present, is_cached=False)
 
 
 def _complete(repository: str, file: RemoteFile, revision: str | None) -> Path:

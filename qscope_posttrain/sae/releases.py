@@ -137,7 +137,7 @@ def gemma_scope_2() -> Iterator[CatalogEntry]:
                     file=f"{folder}/params.safetensors",
                     companions=(f"{folder}/config.json",),
                     licence="not verified: read the card",
-                    verified_by=f"{_REGISTRY}; {_SHAPES}; target L0s fitted to the registry's; not verified: licence, dtype",
+                    verified_by=f"{_REGISTRY}; {_SHAPES}; target L0s fitted to it; not verified: licence, dtype",
                     choices=dict.fromkeys(layers, tuple(targets)),
                     targets=targets,
                 )

@@ -263,6 +263,8 @@ def test_wrong_layer_and_width_are_refused(measure, sae, make_sae):
         measure(sae, 1)
     with pytest.raises(ValueError, match=r"does not say which layer it reads: give layer="):
         measure(dataclasses.replace(sae, layer=None))
+    with pytest.raises(ValueError, match="scan is a number of layers on either side, 0 or more; got -1"):
+        measure(sae, scan=-1)
     with pytest.raises(ValueError, match="width 32, the model has 64: it belongs to another model"):
         measure(make_sae(layer=2, d_model=32))
 

@@ -130,6 +130,16 @@ def test_a_part_of_something_else_is_noticed(hub: LoopbackHub, tmp_path: Path) -
     assert path.read_bytes() == FILES["layer1.sae.pt"]
 
 
+def test_a_whole_part_is_only_checked_and_moved(hub: LoopbackHub, tmp_path: Path) -> None:
+    (file,) = describe(REPOSITORY, ["layer1.sae.pt"])
+    part = tmp_path / "cache" / "models--owner--SAE-Res-Test-W1K-L0_8" / "blobs" / f"{file.etag}.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(FILES["layer1.sae.pt"])
+    (path,) = fetch(REPOSITORY, ["layer1.sae.pt"])
+    assert path.read_bytes() == FILES["layer1.sae.pt"]
+    assert hub.ranges == []
+
+
 def test_a_hostile_etag_never_becomes_a_path(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.promised_etag = "../../../escaped"
     with pytest.raises(ValueError, match="not a hub"):
