@@ -1,15 +1,16 @@
-"""Feature classifiers against probes on real text: everyday speech among documentation, in five languages.
+"""Feature classifiers against probes on real text: documentation and everyday speech, in five languages.
 
-The task is `qscope_posttrain.testbed.planted_topics`: sentences of Tatoeba (positive) against sentences of the React
-documentation of the same number of tokens, without digits, symbols and final punctuation; in the form "planted", each
-is put beside another sentence of documentation. A testbed model and SAEs of all its layers are trained, without
-labels, on other text of both kinds. Everything (layers, numbers of features, regularisation) is learned and chosen on
-the discovery texts; test texts were seen by nothing before.
+The texts are those of `qscope_posttrain.testbed.planted_topics`: sentences of the React documentation and of Tatoeba,
+matched in pairs of the same number of tokens, without digits, symbols and final punctuation. Three tasks: to find
+documentation; to find everyday speech, which is the same with the labels exchanged; to find a sentence of documentation
+planted beside one of everyday speech. A testbed model and SAEs of all its layers are trained, without labels, on other
+text of both kinds. Everything (layers, numbers of features, regularisation) is learned and chosen on the discovery
+texts; test texts were seen by nothing before.
 
     python benchmarks/classifier.py --seeds 0 1 2 --output benchmarks/results
 
-writes classifier.json (every number) and classifier.svg (F1 over the amount of data). The models are kept in the cache
-of the testbed; a seed takes some ten minutes of one core, and its methods some ten more.
+writes classifier_<task>.json (every number) and .svg (F1 over the amount of data). The models are kept in the cache of
+the testbed; on one core a model takes some seven minutes, the methods some three, and the curves some five.
 """
 
 from __future__ import annotations
@@ -42,45 +43,63 @@ from qscope_posttrain.testbed.language_model import make_language_model
 from qscope_posttrain.testbed.planted_topics import labelled_texts, read_registers, write_pretraining
 
 ROOT = Path(__file__).resolve().parents[1]
-FORMS = {"sentences": 0, "planted": 1}
-"""Sentences of documentation beside the one that decides."""
+TASKS: dict[str, tuple[Any, int]] = {
+    "documentation": ("documentation", 0),
+    "everyday speech": ("speech", 0),
+    "planted documentation": ("documentation", 1),
+}
+"""The positive register, and sentences of the other one beside the one that decides."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     registers = read_registers(options.data, options.languages)
-    runs: dict[str, list[dict[str, Any]]] = {form: [] for form in options.forms}
+    runs: dict[str, list[dict[str, Any]]] = {task: [] for task in options.tasks}
     models = []
     for seed in options.seeds:
         featurizer, facts = make_featurizer(registers["pretraining"], seed, options)
         models.append({"seed": seed, **facts})
-        for form in options.forms:
+        for task in options.tasks:
             started = time.process_time()
             discovery, test = (
-                {name: read_examples(featurizer, registers[role][name], name, form) for name in options.languages}
+                {name: read_examples(featurizer, registers[role][name], name, task) for name in options.languages}
                 for role in ("discovery", "test")
             )
-            report = make_report(all_methods(), discovery, test, folds=options.folds, draws=options.draws, seed=seed)
-            runs[form].append(report.to_dict())
-            status(f"seed {seed}, {form}: {time.process_time() - started:.0f} s of processor time")
+            draws = options.draws if task in options.curves else 0
+            report = make_report(
+                all_methods(), discovery, test, folds=options.folds, draws=draws, fractions=options.fractions, seed=seed
+            )
+            runs[task].append(report.to_dict())
+            status(f"seed {seed}, {task}: {time.process_time() - started:.0f} s of processor time")
             for table in report.tables() if options.tables else ():
                 table.print()
-    tables = [table for form in options.forms for table in summary_tables(form, runs[form])]
+    for task in options.tasks:
+        write_results(task, runs[task], models, options)
+    return 0
+
+
+def write_results(
+    task: str, runs: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]], options: argparse.Namespace
+) -> None:
+    """Print the tables of one task, and write its numbers and its curve."""
+    tables = summary_tables(task, runs)
     for table in tables:
         table.print()
-    content = {
-        "settings": to_json(vars(options)),
-        "models": models,
-        "tables": [table.to_dict() for table in tables],
-        "runs": runs,
-        "versions": package_versions(),
-        "machine": machine(),
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_text(options.output / "classifier.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    for form in options.forms if options.draws else ():
-        write_text(options.output / f"classifier_{form}.svg", curve_figure(runs[form]) + "\n")
-    return 0
+    content = to_json(
+        {
+            "settings": vars(options),
+            "models": models,
+            "tables": [table.to_dict() for table in tables],
+            "runs": runs,
+            "versions": package_versions(),
+            "machine": machine(),
+        }
+    )
+    path = options.output / f"classifier_{task.replace(' ', '_')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    if runs[0]["curves"]:
+        write_text(path.with_suffix(".svg"), curve_figure(runs) + "\n")
 
 
 def make_featurizer(
@@ -110,17 +129,18 @@ def make_featurizer(
     return TextFeaturizer(language_model.model, language_model.tokenizer, dictionaries.saes, max_length=96), facts
 
 
-def read_examples(featurizer: TextFeaturizer, registers: Any, language: str, form: str) -> Examples:
+def read_examples(featurizer: TextFeaturizer, registers: Any, language: str, task: str) -> Examples:
     """The task in one language. Pairs are matched by this model's own tokens."""
 
     def length(sentence: str) -> int:
         return len(featurizer.tokenizer(sentence)["input_ids"])
 
-    found = labelled_texts(registers, language, length, seed=0, background=FORMS[form])
+    positive, background = TASKS[task]
+    found = labelled_texts(registers, language, length, seed=0, positive=positive, background=background)
     return collect_examples(featurizer, found.texts, found.labels)
 
 
-def summary_tables(form: str, runs: Sequence[Mapping[str, Any]]) -> list[Table]:
+def summary_tables(task: str, runs: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Means over languages, with t intervals over the models."""
     languages = list(runs[0]["sizes"])
     methods = list(runs[0]["evaluations"])
@@ -153,9 +173,9 @@ def summary_tables(form: str, runs: Sequence[Mapping[str, Any]]) -> list[Table]:
     caption = f"Mean over {len(languages)} languages; 95 % t intervals over {len(runs)} models, each with its own SAEs."
     columns = ["method", "F1", "against the probe", "TPR at FPR 1 %", "TPR at 5 %", "AUROC"]
     tables = [
-        Table(f"Everyday speech, {form}: learned and tested on one language", [*columns, *languages], rows, caption),
+        Table(f"{task.capitalize()}: learned and tested on one language", [*columns, *languages], rows, caption),
         Table(
-            f"Everyday speech, {form}: tested on the four other languages",
+            f"{task.capitalize()}: tested on the four other languages",
             ["method", "F1", "AUROC", *(f"F1 from {name}" for name in languages)],
             moved,
             caption,
@@ -165,7 +185,7 @@ def summary_tables(form: str, runs: Sequence[Mapping[str, Any]]) -> list[Table]:
         [int(layer), spread(np.array([np.mean(list(run["jaccard"][layer].values())) for run in runs]))]
         for layer in runs[0]["jaccard"]
     ]
-    title = f"Everyday speech, {form}: overlap of the top 10 features between languages"
+    title = f"{task.capitalize()}: overlap of the top 10 features between languages"
     tables.append(Table(title, ["layer", "mean Jaccard over pairs"], overlap, caption))
     chosen, best = [], []
     for run in runs:
@@ -173,7 +193,7 @@ def summary_tables(form: str, runs: Sequence[Mapping[str, Any]]) -> list[Table]:
             layers = [row for row in run["layers"][name] if row["k"] == 1]
             chosen.append(next(row["f1"] for row in layers if row["layer"] == run["chosen_layers"][name]))
             best.append(max(row["f1"] for row in layers))
-    title = f"Everyday speech, {form}: one feature, which layer"
+    title = f"{task.capitalize()}: one feature, which layer"
     rows = [
         ["top1-diff, from discovery texts", np.mean(chosen)],
         ["best on the test texts: no estimate", np.mean(best)],
@@ -213,9 +233,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--languages", nargs="+", default=["en", "fr", "ko", "ru", "zh"])
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument(
+        "--curves", nargs="*", choices=list(TASKS), default=["documentation"], help="tasks with a curve"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the models")
     parser.add_argument("--draws", type=int, default=3, help="parts drawn for each point of the curve; 0: no curve")
+    parser.add_argument("--fractions", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0], help="of the curve")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--tables", action="store_true", help="print the tables of every model")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "qscope_posttrain" / "testbed")

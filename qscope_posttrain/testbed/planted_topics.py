@@ -1,4 +1,4 @@
-"""Everyday speech among documentation, in several languages: a label that is real, without the usual leaks.
+"""Documentation and everyday speech in several languages: a label that is real, without the usual leaks.
 
 Two registers of one language, sentences of the React documentation and sentences that people wrote to be translated
 (Tatoeba), differ in far more than what they are about: length, digits, identifiers in Latin letters, punctuation,
@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 ROLES = {"pretraining": 0.3, "discovery": 0.42, "test": 0.28}
 """Share of the text of each register. No sentence has two roles."""
@@ -38,7 +38,7 @@ class Registers(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts and whether each holds everyday speech; both classes are of one size, texts 2n and 2n + 1 are a pair."""
+    """Texts and whether each holds the positive register; texts 2n (positive) and 2n + 1 are a pair."""
 
     texts: tuple[str, ...]
     labels: tuple[bool, ...]
@@ -84,41 +84,47 @@ def write_pretraining(registers: Mapping[str, Registers], folder: Path, paragrap
 
 
 def labelled_texts(
-    registers: Registers, language: str, length: Callable[[str], int], seed: int, background: int = 0
+    registers: Registers,
+    language: str,
+    length: Callable[[str], int],
+    seed: int,
+    positive: Literal["speech", "documentation"] = "documentation",
+    background: int = 0,
 ) -> LabelledTexts:
-    """Sentences of both registers in pairs of the same length, or paragraphs that hold one of them.
+    """Sentences of both registers in pairs of the same length, or longer texts that hold one of them.
 
     Args:
         length: of a sentence, in tokens.
         seed: of the choice and the order.
-        background: with n > 0 every text has n sentences of documentation around the one that decides, the position
-            of which is random: everyday speech is planted in documentation, or nothing is.
+        positive: the register to be found.
+        background: with n > 0 every text has n sentences of the other register around the one that decides, at a
+            random place: the positive register is planted in the other, or nothing is. They come from a half of that
+            register's sentences which gives no pairs, and may occur in several texts.
     """
     generator = random.Random(f"{language}/{seed}")
-    speech, documentation = (_sentences(lines, language) for lines in registers)
-    pairs = _matched(speech, documentation, length, generator)
-    used = {sentence for pair in pairs for sentence in pair}
-    rest = [sentence for sentence in documentation if sentence not in used]
-    around: list[str] = []
-    texts: list[str] = []
+    found = dict(zip(Registers._fields, (_sentences(lines, language) for lines in registers), strict=True))
+    wanted = found.pop(positive)
+    (others,) = found.values()
+    others = generator.sample(others, len(others))
+    cut = len(others) // 2 if background else len(others)
+    pairs = _matched(wanted, others[:cut], length, generator)
+    texts = []
     for pair in pairs:
         for sentence in pair:
-            if len(around) < background:
-                around = generator.sample(rest, len(rest))
-            parts = [around.pop() for _ in range(background)]
+            parts = generator.sample(others[cut:], background)
             parts.insert(generator.randint(0, background), sentence)
             texts.append(("。" if language == "zh" else ". ").join(parts))
     return LabelledTexts(tuple(texts), (True, False) * len(pairs))
 
 
 def _matched(
-    speech: Sequence[str], documentation: Sequence[str], length: Callable[[str], int], generator: random.Random
+    first: Sequence[str], second: Sequence[str], length: Callable[[str], int], generator: random.Random
 ) -> list[tuple[str, str]]:
     """Pairs of equal length, each sentence in one pair at most, in random order."""
     groups: dict[int, list[str]] = defaultdict(list)
-    for sentence in generator.sample(documentation, len(documentation)):
+    for sentence in generator.sample(second, len(second)):
         groups[length(sentence)].append(sentence)
-    shuffled = generator.sample(speech, len(speech))
+    shuffled = generator.sample(first, len(first))
     return [(sentence, groups[size].pop()) for sentence in shuffled if groups[size := length(sentence)]]
 
 

@@ -17,7 +17,7 @@ def rows():
     """Sentences in two scripts, labelled by it, of two groups."""
     found = []
     for language in ("en", "ru"):
-        for number, text in enumerate(write_paragraphs(language, 3_000, 0)[:24]):
+        for number, text in enumerate(write_paragraphs(language, 20_000, 0)[:24]):
             group = "a" if number % 2 else "b"
             found.append({"text": text[:80], "label": "cyrillic" if language == "ru" else "latin", "group": group})
     return found
