@@ -38,11 +38,21 @@ class Change:
 
         With a bool mask that broadcasts to `[rows, tokens]`, only where it is True: the rest stays bit-identical.
         """
-        if mask is not None and self.read is None and self.shift is not None and self.shift.dim() == 1:
-            return steer_add(hidden, self.shift.unsqueeze(0), mask.unsqueeze(-1).to(self.shift.dtype))
-        changed = self._everywhere(hidden)
+        if mask is None:
+            return self._everywhere(hidden)
+        if hidden.is_cuda and self.read is None and self.shift is not None and self.shift.dim() == 1:
+            return self.added(hidden, mask)
         # Chosen, not shifted by zero: that would turn -0.0 to 0.0, and a readout of inf times zero into nan.
-        return changed if mask is None else torch.where(mask.unsqueeze(-1), changed, hidden)
+        return torch.where(mask.unsqueeze(-1), self._everywhere(hidden), hidden)
+
+    def added(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The same for a pure shift `[d_model]`, by one operator: half the memory traffic on CUDA.
+
+        For one token on a CPU its dispatch takes longer than the two small operations that it replaces.
+        """
+        if self.shift is None:
+            return hidden
+        return steer_add(hidden, self.shift.unsqueeze(0), mask.unsqueeze(-1).to(self.shift.dtype))
 
     def _everywhere(self, hidden: Tensor) -> Tensor:
         if self.read is None or self.write is None:

@@ -300,3 +300,17 @@ def _model_of(layer: nn.Module) -> nn.Module:
     model = transformers.Qwen3Model(config)
     decoder_layers(model)[0] = layer
     return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_adds_what_the_formula_adds(dtype):
+    """CUDA takes the operator: it must give the same bits, in steered rows and in the others."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 3, 16, generator=generator).to(dtype)
+    hidden[1, 0, :3] = torch.tensor([-0.0, torch.inf, torch.nan])
+    change = Steering(torch.randn(16, generator=generator), layers=(0,), strength=2.5).change(0)
+    change = change.to(hidden.device, dtype)
+    for mask in (torch.tensor([True, False, True, False])[:, None], torch.rand(4, 3, generator=generator) > 0.5):
+        found, expected = change.added(hidden, mask), change.apply(hidden, mask)
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(found.view(bits), expected.view(bits))
