@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.process_time()
     places = train(options, cache, work)
     sources = item_sources(work)
-    score_panel(options, cache, sources, work / "correct")
+    if not options.only or {"redundancy", "similarity"} & set(options.only):
+        score_panel(options, cache, sources, work / "correct")
     common = ["--model", str(places["model"]), "--sae", str(places["sae"]), "--k", str(options.k)]
     plain, every = str(RECIPE), str(work / "all.yaml")
     runs = {
@@ -84,6 +85,8 @@ def train(options: argparse.Namespace, cache: Cache, work: Path) -> dict[str, Pa
     """The model under analysis and an SAE for each of its layers, as files."""
     config = config_of(options, "all", options.steps, sae_layers=4, sae_k=options.k, sae_expansion=16,
                        sae_steps=300, sae_windows=1500)  # fmt: skip
+    if options.keep_model and (work / "model.json").is_file():
+        return {"model": work / "model", "sae": work / "sae"}
     language_model = make_language_model(config, cache)
     dictionaries = make_dictionaries(config, cache, language_model)
     save_model(language_model.model, language_model.tokenizer, work / "model")
@@ -153,6 +156,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--panel-steps", type=int, nargs="+", default=[150, 450])
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1, help="processes that train a model")
+    parser.add_argument("--keep-model", action="store_true", help="take the model of an earlier run from --work")
     parser.add_argument("--only", nargs="+", help="some of the four analyses")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "real_benchmarks")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "real_benchmarks")

@@ -147,13 +147,15 @@ def _check(first: ItemFeatures, second: ItemFeatures) -> None:
             raise ValueError(f"'{features.name}' has {len(features)} items; at least 2 are needed.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SharedItems:
     """Items of the first benchmark whose text the second has too."""
 
     items: int
     removed: bool
     """From the larger one, before the size-matched comparison; False too where too few others remained"""
+    kept: Pair | None = None
+    """The size-matched pair with them, where they were removed"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +267,8 @@ def measure_overlap(
             one, other = without_shared(first, second, matched_size + 1)
             matched[names_] = matched_pair(one, other, matched_size)
             removed = len(one) + len(other) < len(first) + len(second)
-            shared[names_] = SharedItems(int(first.also_in(second).sum()), removed)
+            kept = matched_pair(first, second, matched_size) if removed else None
+            shared[names_] = SharedItems(int(first.also_in(second).sum()), removed, kept)
     return OverlapMatrix(names, level, matched_size, raw, matched, shared)
 
 

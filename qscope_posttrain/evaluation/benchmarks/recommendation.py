@@ -45,8 +45,8 @@ def recommend(
     With covered = `OverlapMatrix.relative(A, B)`, the interval of it, and t the threshold:
 
         merge   both low ends reach t: at equal size each covers the other as well as itself, within the threshold
-        drop    the low end for A reaches t, that for B does not: B covers A, and A is not shown to cover B
-        keep    no interval reaches t: every other benchmark misses features that A fires again and again
+        drop    the low end for A reaches t, the high end for B does not: B covers A, and A does not cover B
+        keep    no high end for A, against any other, reaches t: all others miss features that A fires again and again
         keep (undecided)   otherwise: the items do not decide
 
     It is about the features of one layer of one model, and the scores, where given, are quoted, not used.
@@ -74,7 +74,7 @@ def _line(
     lost = 1 - overlap.raw[name, best].value("overlap")
     action: Action
     if covered.low >= threshold:
-        action = "merge" if back.low >= threshold else "drop"
+        action = "merge" if back.low >= threshold else "drop" if back.high < threshold else "keep (undecided)"
     else:
         action = "keep" if max(share.high for share in shares.values()) < threshold else "keep (undecided)"
     reason = _reason(action, best, covered, back, lost, threshold)
@@ -100,6 +100,8 @@ def _reason(action: Action, best: str, covered: Interval, back: Interval, lost: 
         return f"{share}, {other_way}; dropping it loses {lost:.0%} of its features, the rare ones among them"
     if action == "keep":
         return f"the best cover falls short of {threshold:g}: {share}"
+    if covered.low >= threshold:
+        return f"{share}, but whether it covers {best} too is not decided by so many items: {other_way}"
     return f"whether any other reaches {threshold:g} is not decided by so many items: {share}"
 
 

@@ -76,6 +76,9 @@ def overlap_results(matrix: OverlapMatrix) -> dict[str, Any]:
             entry[measure] = pair.interval(measure, matrix.level)._asdict()
             matched = matrix.matched[first, second].interval(measure, matrix.level)
             entry[f"{measure}_at_equal_size"] = matched._asdict()
+        if shared.kept is not None:
+            with_them = shared.kept.interval("overlap_min", matrix.level)
+            entry["overlap_min_at_equal_size_with_shared_items"] = with_them._asdict()
         entry["relative_to_itself"] = matrix.relative(first, second)._asdict()
         pairs.append(entry)
     itself = {

@@ -111,7 +111,7 @@ def overlap_table(matrix: OverlapMatrix, where: str) -> Table:
     caption = (
         f"Raw overlaps depend on sizes; at n = {matrix.size} items each they do not. Relative: overlap at equal size "
         "as a share of what another part of the same benchmark covers. Limits, by the jackknife, for new items of the "
-        "same kind and number; items in both are left out at equal size where enough others remain."
+        "same kind and number. Items in both are left out at equal size where enough others remain."
     )
     return Table(f"Overlap of features, {where}", columns, rows, caption)
 
@@ -144,5 +144,8 @@ def recommendation_table(lines: Sequence[Recommendation], where: str, threshold:
     return Table(f"Recommendation, {where}", ["benchmark", "action", "with", "reason"], rows, caption)
 
 
-def _shared(matrix: OverlapMatrix, first: str, second: str) -> int:
-    return matrix.shared_items[first, second].items
+def _shared(matrix: OverlapMatrix, first: str, second: str) -> str:
+    shared = matrix.shared_items[first, second]
+    if shared.kept is None:
+        return str(shared.items)
+    return f"{shared.items}; with them {in_words(shared.kept.interval('overlap_min', matrix.level))}"
