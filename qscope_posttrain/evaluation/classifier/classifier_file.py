@@ -33,7 +33,7 @@ KEYS = {
     "version", "parameters", "classes", "intercept", "layer_widths", "top1_differences", "settings", "origin",
     "versions",
 }  # fmt: skip
-SETTINGS = {"pooling": str, "max_length": int, "outlier_factor": (int, float), "median_norms": dict}
+SETTINGS: dict[str, Any] = {"pooling": str, "max_length": int, "outlier_factor": (int, float), "median_norms": dict}
 
 
 def write_classifier(path: str | Path, classifier: FeatureClassifier) -> Path:

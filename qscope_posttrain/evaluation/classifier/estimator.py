@@ -144,8 +144,9 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def adopt(self, featurizer: TextFeaturizer) -> None:
         """Classify texts by this featurizer from now on: the one whose features the classifier was fitted on."""
-        self.featurizer_ = featurizer
-        self.settings_, self.origin_ = featurizer.settings(), featurizer.origin()
+        self.featurizer_: TextFeaturizer | None = featurizer
+        self.settings_: dict[str, Any] | None = featurizer.settings()
+        self.origin_: dict[str, Any] | None = featurizer.origin()
 
     def to_table(self) -> Table:
         """One line a chosen feature."""
@@ -203,7 +204,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
                 raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}.")
         for name, least in (("epsilon", 0.0), ("C", np.nextafter(0.0, 1.0))):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not least <= value < np.inf:
+            if not isinstance(value, Real) or not least <= float(value) < np.inf:
                 raise ValueError(f"{name} must be a number from {least:g} on, got {value!r}.")
         if self.layer is not None and self.n_layers != 1:
             raise ValueError(f"layer={self.layer!r} names one layer, n_layers={self.n_layers} asks for several.")
@@ -214,22 +215,15 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         if are_texts(X):
             if self.featurizer is None:
                 raise ValueError("X holds texts; give the classifier a featurizer, or pass their features.")
-            X = list(X)
-            features = self.featurizer.features(X)
-            self.adopt(self.featurizer.with_norms(features))
-            X = features
-        if isinstance(X, Mapping):
-            matrix, self.layer_columns_ = stack(X)
-        else:
-            matrix, self.layer_columns_ = X, None
+            X = self.featurizer.features(list(X))
+            self.adopt(self.featurizer.with_norms(X))
+        matrix, columns = stack(X) if isinstance(X, Mapping) else (X, None)
         matrix, y = validate_data(self, matrix, y, accept_sparse="csr", dtype=np.float64)
         check_classification_targets(y)
-        if self.layer_columns_ is None:
-            self.layer_columns_ = LayerColumns.from_widths(self.layer_widths or {0: matrix.shape[1]})
-            if self.layer_columns_.total != matrix.shape[1]:
-                raise ValueError(
-                    f"X has {matrix.shape[1]} columns, but layer_widths adds up to {self.layer_columns_.total}."
-                )
+        self.layer_columns_ = columns or LayerColumns.from_widths(self.layer_widths or {0: matrix.shape[1]})
+        width = self.layer_columns_.total
+        if width != matrix.shape[1]:
+            raise ValueError(f"X has {matrix.shape[1]} columns, but layer_widths adds up to {width}.")
         return csr_array(matrix), y
 
     def _chosen_columns(self, X: Any) -> csr_array:
