@@ -16,6 +16,7 @@ _HOME = {
     "FeatureSet": "qscope_posttrain.features.feature_set",
     "find_language_features": "qscope_posttrain.features.find",
     "find_repetition_features": "qscope_posttrain.features.find_repetition",
+    "measure_sae": "qscope_posttrain.features.sae_quality",
     "SASFTCallback": "qscope_posttrain.sft.callback",
     "TokenPenaltyCallback": "qscope_posttrain.sft.baselines",
     "SteeredGRPOConfig": "qscope_posttrain.rl.config",
@@ -43,6 +44,7 @@ __all__ = [
     "evaluate_repetition",
     "find_language_features",
     "find_repetition_features",
+    "measure_sae",
     "pack_with_languages",
     "sasft_loss",
     "steer",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.features.find import find_language_features
     from qscope_posttrain.features.find_repetition import find_repetition_features
+    from qscope_posttrain.features.sae_quality import measure_sae
     from qscope_posttrain.residual.positions import Window
     from qscope_posttrain.residual.steering import Steering, steer
     from qscope_posttrain.rl.config import SteeredGRPOConfig

@@ -8,7 +8,7 @@ from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.activations import Activation, BatchTopK, TopK
 from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.sae.layout import layer_in_path, weights_in
-from qscope_posttrain.sae.loading import activation_of, layer_of, open_source
+from qscope_posttrain.sae.loading import WITH_K, activation_of, layer_of, open_source
 
 
 def tables(path: Path, layer: int | None, k: int | None) -> list[Table]:
@@ -49,8 +49,9 @@ def _file_table(path: Path, layer: int | None, k: int | None) -> Table:
 
 def describe_activation(activation: Activation) -> str:
     """In words: TopK with k=50."""
-    if isinstance(activation, TopK):
-        return f"TopK, k {activation.k}" + (", signed" if activation.variant == "signed" else "")
+    if isinstance(activation, WITH_K):
+        signed = isinstance(activation, TopK) and activation.variant == "signed"
+        return f"{type(activation).__name__}, k {activation.k}" + (", signed" if signed else "")
     if isinstance(activation, BatchTopK):
         return f"BatchTopK, threshold {activation.threshold:.4g}"
     return type(activation).__name__

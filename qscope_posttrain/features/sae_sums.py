@@ -79,8 +79,8 @@ class Reconstructed:
 
     @property
     def fired(self) -> Tensor:
-        """[tokens] int64: latents above zero."""
-        return (self.values > 0).sum(dim=1)
+        """[tokens] int64: latents that are not zero (below zero only where an activation keeps signs)."""
+        return (self.values != 0).sum(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ class QualitySums:
         columns = made.columns(b_dec, reference).cpu()
         self.texts[:, : columns.shape[1]].index_add_(0, owners, columns)
         self.deviation.add_((made.x - reference).sum(dim=0, dtype=torch.float64).cpu())
-        active = made.indices.long()[made.values > 0]
+        active = made.indices.long()[made.values != 0]
         self.fired.add_(torch.bincount(active, minlength=len(self.fired)).cpu())
         self.l0.add_(torch.bincount(made.fired, minlength=len(self.l0)).cpu())
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from qscope_posttrain.features.sae_fit import Fit
 from qscope_posttrain.sae import catalog
-from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.catalog_entry import CatalogEntry
+from qscope_posttrain.sae.loading import WITH_K
 from qscope_posttrain.sae.source import SAESource
 
 REPAIRED = 0.1
@@ -172,7 +172,7 @@ def _catalogue(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAE
 
 def _sparsity(l0: float, sae: SparseAutoencoder, expected: float | None) -> Iterator[SAEWarning]:
     source = "was promised"
-    if expected is None and isinstance(sae.activation, TopK):
+    if expected is None and isinstance(sae.activation, WITH_K):
         expected, source = float(sae.activation.k), "is its k"
     if expected is None or expected / L0_FACTOR <= l0 <= expected * L0_FACTOR:
         return

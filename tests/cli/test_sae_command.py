@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_convert_all_layers_of_a_folder(world, tmp_path, target, capsys):
         assert after.source.format == target
         assert torch.equal(before.W_dec, after.W_dec)
         assert torch.equal(before.b_enc, after.b_enc)
-        assert before.activation.k == after.activation.k
+        assert before.activation == after.activation
     assert main(["sae", "convert", world.saes, "--to", target, "--output", str(output), "--layers", "9"]) == 2
     assert "has no layer 9; it holds the layers 2..3." in errors(capsys)
 
@@ -182,6 +183,12 @@ def test_mistakes_on_the_command_line(world, capsys):
     assert "invalid choice: 'lst'" in errors(capsys)
     assert main(["sae", "convert", world.saes, "--output", "x"]) == 2
     assert "the following arguments are required: --to" in errors(capsys)
+
+
+def test_train_is_a_module_of_its_own(monkeypatch):
+    train = SimpleNamespace(run=len)
+    monkeypatch.setitem(sys.modules, "qscope_posttrain.cli.sae_train", train)
+    assert main(["sae", "train", "--config", "x.yaml"]) == 2, "it was handed what stands behind its name"
 
 
 def test_listing_imports_nothing_heavy():

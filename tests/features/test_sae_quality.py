@@ -217,6 +217,11 @@ def test_sparsity_other_than_promised(measure, sae):
     assert "sparsity" in _kinds(few)
 
 
+def test_negative_survivors_of_a_signed_topk_count(measure, sae):
+    every = dataclasses.replace(sae, activation=TopK(WIDTH, "signed"))
+    assert measure(every, losses=False).l0.estimate == WIDTH
+
+
 RELEASE = "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
 
 
