@@ -140,7 +140,8 @@ def collect_item_features(
     """The feature sets of every benchmark, one after the other, `items_at_once` items at a time.
 
     An item longer than `max_length` tokens (or than the model allows) keeps its first token and its END, so that the
-    last token is the last of the item; `ItemFeatures.cut` counts them. Otherwise as `collect_text_features`.
+    last token is the last of the item; `ItemFeatures.cut` counts them. One median norm, that of the first items read,
+    tells outliers in all benchmarks. Otherwise as `collect_text_features`.
 
     Returns:
         {layer: one ItemFeatures a benchmark, in their order}.
@@ -153,6 +154,7 @@ def collect_item_features(
         raise ValueError(f"benchmarks need different names, got {', '.join(names)}.")
     longest = longest_allowed(model, max_length)
     found: dict[int, list[ItemFeatures]] = {layer: [] for layer in sorted(saes)}
+    norms: dict[int, float] | None = None
     for benchmark in benchmarks:
         status(f"{benchmark.name}: {len(benchmark.texts)} items", show_progress)
         parts: dict[int, list[tuple[NDArray[np.int64], NDArray[np.int32]]]] = {layer: [] for layer in found}
@@ -168,8 +170,10 @@ def collect_item_features(
                 pooling=pooling,
                 max_length=longest,
                 tokens_per_batch=tokens_per_batch,
+                median_norms=norms,
                 show_progress=show_progress,
             )
+            norms = {layer: features.median_norm for layer, features in read.items()}
             for layer, features in read.items():
                 parts[layer].append((features.offsets.diff().numpy(), features.indices.numpy()))
         for layer, pieces in parts.items():
