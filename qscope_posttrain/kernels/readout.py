@@ -16,6 +16,10 @@ from qscope_posttrain.kernels.checks import check_floating, check_same_device, c
 TILE_TOKENS = 1024
 """Tokens of a half-precision x that are widened at a time on the CPU."""
 
+HANDFUL = 256
+"""Rows up to which CUDA takes the kernel that reads x in its own dtype, once for every 64 of them; for more of them a
+library's matrix product of widened tiles is the better choice."""
+
 
 def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     """`x @ rows.T + bias` with products and sums in at least fp32, whatever autocast is active.
@@ -29,7 +33,8 @@ def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
         `[..., F]`, fp32, or fp64 where x or rows are.
 
     Differentiable with respect to all three. Saves `rows`; and x only if `rows` requires a gradient. Beside the result
-    a half-precision x takes one tile of `[1024, D]` fp32 on the CPU, nothing on CUDA. Deterministic.
+    a half-precision x takes one tile of `[1024, D]` fp32, on CUDA only beyond 256 rows, and half-precision rows an fp32
+    copy. Deterministic.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.
@@ -64,7 +69,7 @@ def token_tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 @torch.library.custom_op("qscope_posttrain::feature_preactivations", mutates_args=())
 def _feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     wide = accumulation_dtype(x, rows)
-    if x.is_cuda and wide == torch.float32:
+    if x.is_cuda and wide == torch.float32 and rows.shape[0] <= HANDFUL:
         from qscope_posttrain.kernels.triton.readout import preactivations
 
         return preactivations(x, rows, bias)
