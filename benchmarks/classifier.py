@@ -28,9 +28,9 @@ from scipy import stats
 
 from qscope_posttrain.evaluation.classifier.examples import Examples, collect_examples
 from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
-from qscope_posttrain.evaluation.classifier.methods import all_methods
+from qscope_posttrain.evaluation.classifier.methods import all_methods, methods_named
 from qscope_posttrain.evaluation.classifier.metrics import METRICS
-from qscope_posttrain.evaluation.classifier.report import CURVES, draw_interval, make_report
+from qscope_posttrain.evaluation.classifier.report import CURVES, TRANSFER, draw_interval, make_report
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.progress import status
@@ -66,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for role in ("discovery", "test")
             )
             draws = options.draws if task in options.curves else 0
+            methods = all_methods() if options.methods is None else methods_named(options.methods)
             report = make_report(
-                all_methods(), discovery, test, folds=options.folds, draws=draws, fractions=options.fractions, seed=seed
+                methods, discovery, test, folds=options.folds, draws=draws, fractions=options.fractions, seed=seed
             )
             runs[task].append(report.to_dict())
             status(f"seed {seed}, {task}: {time.process_time() - started:.0f} s of processor time")
@@ -160,7 +161,7 @@ def summary_tables(task: str, runs: Sequence[Mapping[str, Any]]) -> list[Table]:
         by_language = [f"{np.mean(values(method, 'f1', name, name)):.3f}" for name in languages]
         rest = [spread(own(method, metric)) for metric in ("tpr_at_1", "tpr_at_5", "auroc")]
         rows.append([method, spread(f1), against, *rest, *by_language])
-        if method in CURVES:
+        if method in TRANSFER:
             away = {
                 one: np.mean([values(method, "f1", one, two) for two in languages if two != one], axis=0)
                 for one in languages

@@ -60,7 +60,7 @@ def test_fit_writes_a_classifier_and_says_what_it_found(fitted):
     assert classifier.settings_["median_norms"].keys() == {2, 3}
 
 
-@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out"])
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out"])
 def test_predict_adds_columns_in_every_format(world, fitted, data, rows, name, tmp_path):
     arguments = ["--model", world.model, "--sae", world.saes, "--data", data, "--classifier", str(fitted)]
     assert main(["classify", "predict", *arguments, "--output", str(tmp_path / name), "--texts_at_once", "7"]) == 0
@@ -70,11 +70,9 @@ def test_predict_adds_columns_in_every_format(world, fitted, data, rows, name, t
         with (tmp_path / name).open(encoding="utf-8") as file:
             found = [{**row, "positive": row["positive"] == "True"} for row in csv.DictReader(file)]
     else:
-        from datasets import Dataset, load_from_disk
+        from datasets import load_from_disk
 
-        found = list(
-            load_from_disk(str(tmp_path / name)) if name == "out" else Dataset.from_parquet(str(tmp_path / name))
-        )
+        found = list(load_from_disk(str(tmp_path / name)))
     assert [row["text"] for row in found] == [row["text"] for row in rows]
     assert all((float(row["score"]) > 0) == row["positive"] for row in found)
     right = sum(row["positive"] == (row["label"] == "cyrillic") for row in found)
