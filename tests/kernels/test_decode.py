@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qscope_posttrain.kernels import decode
 from qscope_posttrain.kernels.decode import _sparse_decode, _values_gradient, _weight_gradient, sparse_decode
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
@@ -31,7 +32,7 @@ def dense(values, indices, W_dec, b_dec):
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
     ("tokens", "width", "d_sae", "d_model"),
-    [(7, 5, 40, 12), (3, 50, 64, 33), (9, 100, 30, 7), (1, 1, 1, 1), (0, 4, 8, 6)],
+    [(7, 5, 40, 12), (9, 2, 64, 12), (3, 50, 64, 33), (9, 100, 30, 7), (1, 1, 1, 1), (0, 4, 8, 6)],
 )
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_value_and_gradients_against_float64(dtype, tokens, width, d_sae, d_model, with_bias):
@@ -124,6 +125,31 @@ def test_backward_repeats_bit_for_bit():
 
     for first, second in zip(gradients(), gradients(), strict=True):
         assert torch.equal(first, second)
+
+
+def test_dense_and_sparse_backward_agree(monkeypatch):
+    """Whatever the cost decides, also by tiles, and with duplicates."""
+    values, indices, W_dec, _ = case(50, 6, 20, 8, torch.float64)
+    gradient = torch.randn(50, 8, dtype=torch.float64)
+    found = {}
+    for name, limit in (("sparse", 0), ("dense", 16), ("tiles", 16)):
+        monkeypatch.setattr(decode, "DENSE_BELOW", limit)
+        monkeypatch.setattr(decode, "TILE_ELEMENTS", 20 * 7 if name == "tiles" else 2**20)
+        found[name] = (
+            _values_gradient._init_fn(gradient, indices, W_dec),
+            _weight_gradient._init_fn(gradient, values, indices, 20),
+        )
+    for name in ("dense", "tiles"):
+        torch.testing.assert_close(found[name], found["sparse"])
+
+
+def test_int32_offsets_are_widened_before_they_overflow(monkeypatch):
+    values, indices, W_dec, b_dec = case(6, 4, 10, 8)
+    expected = sparse_decode(values, indices, W_dec, b_dec)
+    assert decode._bags(indices)[1].dtype == torch.int32
+    monkeypatch.setattr(decode, "INT32_ENTRIES", 20)
+    assert decode._bags(indices)[1].dtype == torch.int64
+    assert torch.equal(sparse_decode(values, indices, W_dec, b_dec), expected)
 
 
 class Largest(TorchDispatchMode):
