@@ -72,9 +72,7 @@ def _layers(source: str, words: list[str] | None) -> list[int | None]:
                 f"{entry.name} has {len(held)} layers of {in_words(entry.layer_bytes)}: say which ones with --layers, "
                 "for example --layers 20 or --layers all."
             )
-    if words is None:
-        return list(held) or [None]
-    if words == ["all"]:
+    if words is None or words == ["all"]:
         return list(held) or [None]
     wanted = parse_layers(words, _ANY_LAYER)
     missing = sorted(set(wanted) - set(held))
