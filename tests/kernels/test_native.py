@@ -25,6 +25,7 @@ SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-39, -1e-3
     st.booleans(),
 )
 def test_selection_is_that_of_torch(rows: int, n: int, k: int, tile: int, seed: int, bfloat16: bool) -> None:
+    """Tiles of more than 2048 elements take a first threshold from the maxima of their parts."""
     generator = torch.Generator().manual_seed(seed)
     pre = torch.randn(rows, n, generator=generator)
     if seed % 5:
@@ -42,6 +43,18 @@ def test_selection_is_that_of_torch(rows: int, n: int, k: int, tile: int, seed: 
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert torch.equal(results[0][1].long(), topk(pre.float(), k)[1])
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min, torch.inf, torch.nan, 0.0, -1e-39])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_one_value(fill: float, dtype: torch.dtype) -> None:
+    pre = torch.full((2, 5000), fill).to(dtype)
+    pre[1, ::700] = 1
+    values, indices = torch.empty(2, 60), torch.empty(2, 60, dtype=torch.int32)
+    native.merge_(values, indices, 0, pre, 0)
+    expected = topk(pre.float(), 60, relu=False)
+    assert torch.equal(indices.long(), expected[1])
+    torch.testing.assert_close(values, expected[0], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,8 @@
    products with chosen rows, for kernels/certified.py. Plain C; the compiler makes the versions for wider vectors, of
    which the loader takes the one that the processor has. */
 
+#include <float.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -85,8 +87,32 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
         flags[i] = (order16(pre[i]) > threshold) | ((uint16_t)(pre[i] & 0x7FFF) > 0x7F80);
 }
 
-/* `above` decides on a block, `at` reads one element. With filled = k, an element equal to the k-th comes after it. */
-#define MERGE(name, type, threshold_type, threshold_of, nothing, flag, at)                                             \
+/* A threshold that k elements are above: below the k-th largest of the maxima of LANES interleaved parts of the row. */
+#define LANES 512
+
+/* NaN, with which every element is flagged, where nothing finite is below. */
+INLINE float below_float(float value) { return value > -FLT_MAX ? value - fabsf(value) * FLT_EPSILON - FLT_MIN : NAN; }
+
+INLINE int16_t below_int16(int16_t value) { return value > INT16_MIN ? value - 1 : value; }
+
+#define REACHED(name, type, store, order, lowest, below)                                                              \
+    INLINE store name(const type *pre, int64_t n, int64_t k, key *scratch) {                                           \
+        store lanes[LANES];                                                                                            \
+        for (int i = 0; i < LANES; i++) lanes[i] = lowest;                                                             \
+        for (int64_t start = 0; start + LANES <= n; start += LANES)                                                    \
+            for (int i = 0; i < LANES; i++) {                                                                          \
+                store value = order(pre[start + i]);                                                                   \
+                lanes[i] = value > lanes[i] ? value : lanes[i];                                                        \
+            }                                                                                                          \
+        for (int i = 0; i < LANES; i++) scratch[i] = make_key((float)lanes[i], i);                                     \
+        keep_largest(scratch, LANES, k);                                                                               \
+        key least = scratch[0];                                                                                        \
+        for (int64_t i = 1; i < k; i++) least = scratch[i] < least ? scratch[i] : least;                               \
+        return below(lanes[(uint32_t)~least]);                                                                         \
+    }
+
+/* `flag` decides on a block, `at` reads one element. With filled = k, an element equal to the k-th comes after it. */
+#define MERGE(name, type, threshold_type, threshold_of, reached, flag, at)                                             \
     CLONES void name(float *values, int32_t *indices, const type *pre, int64_t rows, int64_t n, int64_t k,             \
                      int64_t filled, int64_t offset, key *found, int64_t capacity) {                                   \
         for (int64_t row = 0; row < rows; row++, values += k, indices += k, pre += n) {                                \
@@ -95,7 +121,11 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
             int bounded = filled == k;                                                                                 \
             float kth = bounded ? values[k - 1] : 0;                                                                   \
             if (bounded && kth != kth) continue; /* k NaN already */                                                   \
-            threshold_type threshold = bounded ? threshold_of(kth) : nothing;                                          \
+            threshold_type threshold = bounded ? threshold_of(kth) : 0;                                                \
+            if (!bounded && 4 * k <= LANES && n >= 4 * LANES) {                                                        \
+                threshold = reached(pre, n, k, found + filled);                                                        \
+                bounded = 1;                                                                                           \
+            }                                                                                                          \
             for (int64_t start = 0; start < n; start += BLOCK) {                                                       \
                 uint8_t flags[BLOCK];                                                                                  \
                 uint64_t words[BLOCK / 8];                                                                             \
@@ -134,14 +164,17 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
 
 INLINE float same(float value) { return value; }
 
+REACHED(reached_float, float, float, same, -FLT_MAX, below_float)
+REACHED(reached_bfloat16, uint16_t, int16_t, order16, INT16_MIN + 1, below_int16)
+
 INLINE int16_t order_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     return order16((uint16_t)(bits >> 16));
 }
 
-MERGE(merge_float, float, float, same, 0, flag_float, same)
-MERGE(merge_bfloat16, uint16_t, int16_t, order_of, 0, flag_bfloat16, widen)
+MERGE(merge_float, float, float, same, reached_float, flag_float, same)
+MERGE(merge_bfloat16, uint16_t, int16_t, order_of, reached_bfloat16, flag_bfloat16, widen)
 
 /* out[t][j] = x[t] . W[indices[t][j]] + b[..] for first[t] <= j < last[t]; sums in 64 parts. */
 #define DOT(name, type, at)                                                                                            \
