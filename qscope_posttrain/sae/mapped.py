@@ -7,17 +7,20 @@ the kernel makes far more of either than was asked for, and is told better:
   of 8 MiB for one feature), so random access is announced, and the pages that are needed are asked for all at once,
   before the first is waited for. Beyond some features their pages add up to the matrix, and read-ahead is left on: 32
   features far apart take 0.7 s in order, 2.7 s page by page.
-- Pages that the cache already holds are mapped 16 at a time, which would count the matrix into the memory of the
-  process, so pages are handed back block by block.
+- Pages that the cache already holds are mapped 16 at a time, which takes its time and would count the matrix into the
+  memory of the process. So the numbers of a few columns are read one by one, without a mapping, and where much is
+  read through the mapping, its pages are handed back block by block.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +48,9 @@ def gather(view: Tensor, ids: Tensor, memory_mapped: bool) -> Tensor:
     file_row_bytes = view.stride(1) * view.itemsize
     if len(ids) * _PAGES_WORTH_A_SEEK * mmap.PAGESIZE <= file_row_bytes:
         _advise(view, "MADV_RANDOM")
-        _prefetch(view, ids)
+        found = _read_numbers(view, ids)
+        if found is not None:
+            return found
     gathered = torch.empty(len(ids), view.shape[1], dtype=compute_dtype(view))
     step = max(1, _BLOCK_BYTES // file_row_bytes)
     for start in range(0, view.shape[1], step):
@@ -80,12 +85,58 @@ def lies_in_a_file(tensors: Iterable[Tensor]) -> bool:
     """
     if not sys.platform.startswith("linux"):
         return True
-    maps = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
-    spans = [
-        tuple(int(end, 16) for end in parts[0].split("-")) for parts in maps if len(parts) == 6 and parts[4] != "0"
-    ]
+    mappings = _file_mappings()
     filled = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel() > 0]
-    return all(any(low <= first and last <= high for low, high in spans) for first, last in filled)
+    return all(any(m.begin <= first and last <= m.end for m in mappings) for first, last in filled)
+
+
+class _Mapping(NamedTuple):
+    """A file in the memory of this process."""
+
+    begin: int
+    end: int
+    offset: int
+    """Where in the file it begins."""
+    inode: int
+    path: str
+
+
+def _file_mappings() -> list[_Mapping]:
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        parts = line.split(maxsplit=5)
+        if len(parts) == 6 and parts[4] != "0":
+            begin, end = (int(number, 16) for number in parts[0].split("-"))
+            found.append(_Mapping(begin, end, int(parts[2], 16), int(parts[4]), parts[5]))
+    return found
+
+
+def _read_numbers(view: Tensor, ids: Tensor) -> Tensor | None:
+    """view[ids] as [F, n], each number read from the file by itself: a page that is mapped brings 15 others along.
+
+    None where that cannot be done, and the mapping has to serve.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    start = view.data_ptr()
+    mapping = next((m for m in _file_mappings() if m.begin <= start < m.end), None)
+    if mapping is None:
+        return None
+    _prefetch(view, ids)
+    places = np.arange(view.shape[1])[:, None] * view.stride(1) + ids.numpy()[None] * view.stride(0)
+    places = start - mapping.begin + mapping.offset + places * view.itemsize
+    try:
+        with open(mapping.path, "rb", buffering=0) as file:
+            number = file.fileno()
+            if os.fstat(number).st_ino != mapping.inode:  # another file took its name
+                return None
+            content = b"".join([os.pread(number, view.itemsize, place) for place in places.ravel().tolist()])
+    except OSError:
+        return None
+    if len(content) != places.size * view.itemsize:
+        return None
+    numbers = torch.frombuffer(bytearray(content), dtype=view.dtype).view(places.shape)
+    return numbers.t().contiguous().to(compute_dtype(view))
 
 
 def _in_columns(view: Tensor) -> bool:
