@@ -39,8 +39,10 @@ from qscope_posttrain.testbed.language_model import make_language_model, save_mo
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 RECIPE = ROOT / "recipes" / "analysis" / "real_benchmarks.yaml"
-SENTENCES = {"en": 600, "fr": 300, "ko": 300, "ru": 300, "zh": 300}
+SENTENCES = {"en": 300, "fr": 200, "ko": 100, "ru": 150, "zh": 120}
 """Plain sentences of Tatoeba, as further sets of items for the panel"""
+PANEL_ITEMS = {"gsm8k": 400, "mgsm-en": 250, "mgsm-fr": 180, "mgsm-ru": 140, "mgsm-zh": 220}
+"""The panel reads so many items of these, the first ones: many models cost many passes."""
 MIXTURES = {"all": ("en", "fr", "ko", "ru", "zh"), "en-zh": ("en", "zh"), "en-fr-ru": ("en", "fr", "ru")}
 """Languages of the panel's models; the last one only decides on a script that the others must not contain"""
 PANEL = {"hidden_size": 64, "model_layers": 2, "sae_layers": 1, "pretraining_batch_size": 8}
@@ -118,6 +120,8 @@ def item_sources(work: Path) -> dict[str, ItemSource]:
         path = work / f"sentences-{language}.jsonl"
         path.write_text("".join(json.dumps({"text": lines[row]}) + "\n" for row in sorted(kept)))
         entries[f"sentences-{language}"] = {"source": str(path), "field": "text"}
+    for name, limit in PANEL_ITEMS.items():
+        entries[name]["limit"] = limit
     (work / "all.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
     return {name: ItemSource(name=name, **{**entry, "field": str(entry["field"])}) for name, entry in entries.items()}
 

@@ -45,7 +45,7 @@ def redundancy(options: argparse.Namespace) -> None:
         table = tables.performance_table(performance)
         table.print()
         results["performance"] = list(performance.values())
-    size = options.size or min(len(benchmark.texts) for benchmark in benchmarks) // 2
+    size = min(len(entry.texts) for entry in benchmarks) // 2 if options.size is None else options.size
     for layer, features in found.items():
         where = f"layer {layer}"
         measured = [

@@ -274,7 +274,8 @@ def measure_overlap(
 
 def without_shared(first: ItemFeatures, second: ItemFeatures, at_least: int) -> tuple[ItemFeatures, ItemFeatures]:
     """Both, the larger one without the items that the other has too, if `at_least` so many others remain."""
-    larger, smaller = (first, second) if len(first) >= len(second) else (second, first)
+    # Of two of one size the choice must not depend on their order, or the matrix would not be symmetric.
+    smaller, larger = sorted((first, second), key=lambda features: (len(features), features.name))
     twice = larger.also_in(smaller)
     if not twice.any() or len(larger) - int(twice.sum()) < at_least:
         return first, second

@@ -92,10 +92,10 @@ def _line(
 
 
 def _reason(action: Action, best: str, covered: Interval, back: Interval, lost: float, threshold: float) -> str:
-    share = f"at equal size {best} covers {_in_words(covered)} of what it covers of itself"
+    share = f"at equal size {best} covers {_in_words(covered)} of what the benchmark covers of itself"
     other_way = f"the other way round {_in_words(back)}"
     if action == "merge":
-        return f"{share}, {other_way}: not told apart by features"
+        return f"{share}, {other_way}: not told apart by features; {lost:.0%} of its features fire nowhere in {best}"
     if action == "drop":
         return f"{share}, {other_way}; dropping it loses {lost:.0%} of its features, the rare ones among them"
     if action == "keep":

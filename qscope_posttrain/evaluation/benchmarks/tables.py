@@ -138,7 +138,8 @@ def recommendation_table(lines: Sequence[Recommendation], where: str, threshold:
     joined = "; ".join(" + ".join(group) for group in groups(lines))
     caption = (
         f"Threshold {threshold:g}. About the features of one layer of one model; limits hold for all others of a line "
-        "together. Before a benchmark is dropped, look at what it measures that no feature shows."
+        "together. A line takes all others as kept: act on one at a time, and look first at what a benchmark measures "
+        "that no feature shows."
     )
     caption += f" To merge: {joined}." if joined else ""
     return Table(f"Recommendation, {where}", ["benchmark", "action", "with", "reason"], rows, caption)

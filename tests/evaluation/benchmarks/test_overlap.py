@@ -137,6 +137,11 @@ def test_items_in_both_are_left_out_of_the_larger_one():
     with_them = matrix.shared_items["large", "part"].kept
     assert with_them.value("jaccard") == matched_pair(large, part, matrix.size).value("jaccard")
     assert (matrix.shared_items["large", "other"].items, matrix.shared_items["large", "other"].kept) == (0, None)
+    half, same = [*range(5, 30)], [*range(25)]
+    twins = measure_overlap([large.select(half), from_sets("twin", sets, WIDTH, texts).select(same), other], size=3)
+    assert twins.shared_items["large", "twin"].removed
+    for measure in ("overlap_min", "jaccard"):
+        np.testing.assert_allclose(twins.values(measure, matched=True), twins.values(measure, matched=True).T)
     twin = from_sets("twin", sets, WIDTH, texts)
     kept = measure_overlap([large, twin])
     assert (kept.shared_items["large", "twin"].items, kept.shared_items["large", "twin"].removed) == (30, False)
