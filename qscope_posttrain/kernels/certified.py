@@ -49,6 +49,8 @@ BAND = 96
 
 _ROUNDING = 2.0**-8 + 2.0**-16
 
+_NORM_TOKENS = 256
+
 _GATHERED_ELEMENTS = 1 << 22
 """Weights gathered at a time: 16 MiB."""
 
@@ -148,8 +150,12 @@ def error_bound(x: Tensor, norms: Tensor) -> Tensor:
     N, E, B, E_b = norms.unbind()
     D = x.shape[1]
     nu = min((D + 2) * 2.0**-23, 0.5)
-    exact, rounded = x.double(), x.bfloat16().double()
-    size, size_low, lost = exact.norm(dim=1), rounded.norm(dim=1), (exact - rounded).norm(dim=1)
+    sizes = x.new_empty(3, x.shape[0], dtype=torch.float64)
+    for rows, norms_of_rows in zip(x.split(_NORM_TOKENS), sizes.split(_NORM_TOKENS, dim=1), strict=True):
+        exact, rounded = rows.double(), rows.bfloat16().double()
+        for norm, vectors in zip(norms_of_rows, (exact, rounded, exact - rounded), strict=True):
+            torch.linalg.vector_norm(vectors, dim=1, out=norm)
+    size, size_low, lost = sizes
     tiny = 2.0**-126 * (4 * D + 4 + D**0.5 * (size + size_low + 2 * N + E))
     eps = lost * N + size_low * E + E_b + _ROUNDING * (B + E_b) + tiny
     eps = eps + nu / (1 - nu) * (size * N + size_low * (N + E) + 2 * B + E_b)
