@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from qscope_posttrain.features import accumulator
+from qscope_posttrain.features.accumulator import LanguageRows, LayerSums
 from qscope_posttrain.features.statistics import collect_statistics
-from qscope_posttrain.sae.activations import JumpReLU, TopK
+from qscope_posttrain.sae.activations import JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 SUMS = ("residual_sum", "residual_second_moment", "activation_sum", "firing_count", "tokens", "outliers")
 
@@ -254,3 +256,31 @@ class TestErrors:
         found = collect_statistics(make_model(), tiny_tokenizer, texts, {1: None})
         with pytest.raises(ValueError, match="No SAE was given"):
             _ = found.layers[1].mean_activation
+
+
+@pytest.mark.parametrize("activation", [ReLU(), TopK(4)])
+def test_wide_codes_are_encoded_by_tiles(activation, monkeypatch):
+    """Of a ReLU dictionary any latent may fire: never more than `CODE_ENTRIES` entries are made at a time."""
+    generator = torch.Generator().manual_seed(0)
+    encoder = torch.randn(64, 16, generator=generator)
+    sae = SparseAutoencoder(encoder, torch.zeros(64), encoder.clone(), torch.zeros(16), activation)
+    rows = torch.randn(50, 16, generator=generator)
+    rows[7] = 1e4  # a norm outlier
+    groups = [LanguageRows(0, 0, 20), LanguageRows(2, 20, 33), LanguageRows(0, 33, 50)]
+    seen, encode = [], SparseAutoencoder.encode
+    monkeypatch.setattr(SparseAutoencoder, "encode", lambda sae, x: seen.append(len(x)) or encode(sae, x))
+
+    def summed():
+        sums = LayerSums.zeros(3, 16, sae, False, torch.device("cpu"))
+        sums.add(rows, groups, 1e3, sae)
+        return sums.tensors()
+
+    whole = summed()
+    assert seen == [50]
+    monkeypatch.setattr(accumulator, "CODE_ENTRIES", 640)
+    tiled = summed()
+    assert seen[1:] == ([10] * 5 if isinstance(activation, ReLU) else [50])
+    for name, expected in whole.items():
+        torch.testing.assert_close(tiled[name], expected, rtol=1e-6, atol=1e-6)
+    assert whole["outliers"].tolist() == [1, 0, 0]
+    assert torch.equal(tiled["firing_count"], whole["firing_count"])
