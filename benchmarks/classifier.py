@@ -239,6 +239,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--curves", nargs="*", choices=list(TASKS), default=["documentation"], help="tasks with a curve"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the models")
+    parser.add_argument("--methods", nargs="+", help="names of methods; all by default")
     parser.add_argument("--draws", type=int, default=3, help="parts drawn for each point of the curve; 0: no curve")
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0], help="of the curve")
     parser.add_argument("--folds", type=int, default=3)
