@@ -47,15 +47,23 @@ def run(arguments: Sequence[str]) -> int:
     seed_texts = read_text_list(options.seed_data, options.max_texts)
     natural = [] if options.natural is None else read_text_list(options.natural, options.max_texts)
     random.Random(options.seed).shuffle(natural)
+    if options.measure_layers and len(natural) < 2:
+        raise ValueError(
+            "--measure-layers counts the features that natural text fires there; give some with --natural."
+        )
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
+    others = parse_layers(options.measure_layers, len(decoder_layers(model))) if options.measure_layers else ()
     with open_session(options, output) as (session, judge):
         relevance = _relevance(options, explanations, judge, templates)
         targets = coverage.target_features(relevance, options.tau)
         write_relevance(output / RELEVANCE, relevance)
         made_for, held_out = coverage.split_targets(targets, options.held_out, options.seed)
         _check_explained(made_for, explanations)
-        others = parse_layers(options.measure_layers, len(decoder_layers(model))) if options.measure_layers else ()
         source_layers = {target.layer for target in targets}
+        if source_layers & set(others):
+            raise ValueError(
+                f"prompts are verified on layers {sorted(source_layers)}; --measure-layers must be others."
+            )
         saes = {layer: load_sae(options.sae, layer, options.k, model) for layer in sorted(source_layers | set(others))}
         reader = FeatureReader(model, tokenizer, saes, options.max_length)
         seed_hits = coverage.firing(reader.read(seed_texts, sorted(source_layers)), targets)

@@ -72,9 +72,7 @@ class OpenAIChatModel:
         self._send_seed, self._max_tokens_name, self._options = send_seed, max_tokens_name, dict(options or {})
         self._openai = openai
         # max_retries=0: a session counts every request that is sent, and waits by itself
-        self._client = openai.OpenAI(
-            base_url=base_url, api_key=self._key or "none", timeout=timeout, max_retries=0, organization="", project=""
-        )
+        self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", timeout=timeout, max_retries=0)
 
     @property
     def identity(self) -> Mapping[str, Any]:

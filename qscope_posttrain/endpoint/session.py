@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -123,6 +124,7 @@ class ChatSession:
         waiting = iter(batches)
         under_way: set[Future[int]] = set()
         failure: BaseException | None = None
+        stop = threading.Event()
         with ThreadPoolExecutor(max_workers=self.model.concurrency) as pool:
             try:
                 while True:
@@ -130,21 +132,25 @@ class ChatSession:
                         batch = next(waiting, None)
                         if batch is None:
                             break
-                        under_way.add(pool.submit(self._ask_batch, batch))
+                        under_way.add(pool.submit(self._ask_batch, batch, stop))
                     if not under_way:
                         break
                     finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
                     for future in finished:
                         error = future.exception()
-                        failure = failure or error
-                        if error is None:
+                        if error is not None:
+                            failure = failure or error
+                            stop.set()
+                        else:
                             yield from [None] * future.result()
             finally:
+                stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
         if failure is not None:
             raise failure
 
-    def _ask_batch(self, batch: Sequence[tuple[str, ChatRequest]]) -> int:
+    def _ask_batch(self, batch: Sequence[tuple[str, ChatRequest]], stop: threading.Event) -> int:
+        """Ask until there is an answer, `stop` is set, or the policy gives up. Returns how many answers were kept."""
         attempt = 1
         while True:
             self._pace.wait()
@@ -155,7 +161,7 @@ class ChatSession:
             except RequestFailed as failure:
                 self.usage.fail(len(batch))
                 pause = self.retry.wait(attempt, failure)
-                if pause is None:
+                if pause is None or stop.is_set():
                     tries = f" after {attempt} attempts" if attempt > 1 else ""
                     raise RequestFailed(f"{failure}{tries}", retry=False) from failure
                 if failure.retry_after is not None:

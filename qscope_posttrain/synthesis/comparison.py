@@ -21,6 +21,8 @@ class Corpus:
     """{group of features: [texts, features]}, all groups on the same texts"""
     requests: int | None = None
     """Prompts that were asked for to make them; None for natural text"""
+    tokens: int | None = None
+    """Of these requests and their answers"""
 
     def __len__(self) -> int:
         return len(next(iter(self.hits.values())))
@@ -36,8 +38,8 @@ def comparison_tables(
         kept: places in it of those that became examples.
         others: what it is compared with.
     """
-    selected = Corpus(f"{made.name}, verified", _rows(made.hits, kept), made.requests)
-    everything = Corpus(f"{made.name}, unfiltered", made.hits, made.requests)
+    selected = Corpus(f"{made.name}, verified", _rows(made.hits, kept), made.requests, made.tokens)
+    everything = Corpus(f"{made.name}, unfiltered", made.hits, made.requests, made.tokens)
     return [
         equal_requests([selected, everything, *others], draws, seed),
         equal_examples(selected, [everything, *others], draws, seed),
@@ -50,7 +52,7 @@ def equal_requests(corpora: Sequence[Corpus], draws: int, seed: int) -> Table:
     rows: list[list[Cell]] = []
     for corpus in corpora:
         size = len(corpus) if corpus.requests is not None else min(budget, len(corpus))
-        cells: list[Cell] = [corpus.name, corpus.requests, size]
+        cells: list[Cell] = [corpus.name, corpus.requests, corpus.tokens, size]
         for hits in corpus.hits.values():
             if corpus.requests is None and 0 < size < len(corpus):
                 cells.append(_drawn(coverage_of_subsets(hits, size, draws, seed)))
@@ -59,11 +61,12 @@ def equal_requests(corpora: Sequence[Corpus], draws: int, seed: int) -> Table:
         rows.append(cells)
     return Table(
         "Coverage at equal requests",
-        ["strategy", "prompt requests", "examples", *corpora[0].hits],
+        ["strategy", "prompt requests", "tokens", "examples", *corpora[0].hits],
         rows,
-        "Share of features that at least one example fires. [ ]: Wilson interval over the features of the group. ( ): "
-        "range of 95 % of random draws of so many texts. The verified examples were chosen by the very features of the "
-        "first group: there, coverage is high by construction, and only the other groups are evidence.",
+        "Requests and tokens: of prompts; a response costs the same whatever the strategy. Coverage: share of features "
+        "that at least one example fires. [ ]: Wilson interval over the features of the group. ( ): range of 95 % of "
+        "random draws of so many texts. The verified examples were chosen by the very features of the first group: "
+        "there, coverage is high by construction, and only the other groups are evidence.",
     )
 
 

@@ -35,6 +35,8 @@ class Draft:
     request_id: str
     explanation: Explanation | None
     """Of the feature that it was written for; None where it was written for the topic alone"""
+    tokens: int = 0
+    """Of the request and its answer, as the server counts them"""
 
     @property
     def feature(self) -> FeatureId | None:
@@ -75,7 +77,7 @@ class PromptWriter:
         ]
         found = self._write(requests, "vanilla prompts")
         return [
-            None if entry is None else Draft(entry[0], job.kind, "vanilla", "", entry[1], job.explanation)
+            None if entry is None else Draft(entry[0], job.kind, "vanilla", "", entry[1], job.explanation, entry[2])
             for job, entry in zip(jobs, found, strict=True)
         ]
 
@@ -95,7 +97,7 @@ class PromptWriter:
         return [
             None
             if entry is None
-            else Draft(entry[0], job.draft.kind, "adversarial", job.style, entry[1], job.draft.explanation)
+            else Draft(entry[0], job.draft.kind, "adversarial", job.style, entry[1], job.draft.explanation, entry[2])
             for job, entry in zip(jobs, found, strict=True)
         ]
 
@@ -103,13 +105,16 @@ class PromptWriter:
         messages = self._templates.messages(template, topic=self._settings.topic, **values)
         return ChatRequest(messages, self._sampling, sample)
 
-    def _write(self, requests: Sequence[ChatRequest], description: str) -> list[tuple[str, str] | None]:
-        """(text, request id) of each."""
+    def _write(self, requests: Sequence[ChatRequest], description: str) -> list[tuple[str, str, int] | None]:
+        """(text, request id, tokens) of each."""
         if not requests:
             return []
         answers = self._session.complete_parsed(requests, text_field("prompt"), description)
         self.drawn += len(requests)
-        return [None if answer.value is None else (answer.value, answer.completion.request_id) for answer in answers]
+        return [
+            None if answer.value is None else (answer.value, answer.completion.request_id, answer.completion.tokens)
+            for answer in answers
+        ]
 
 
 def _words(explanation: Explanation | None) -> str:

@@ -66,11 +66,10 @@ def measure(
         read = reader.read(reference, other_layers)
         groups |= {f"layer {layer}": reached_features(read[layer], layer, min_texts) for layer in other_layers}
     groups = {name: features for name, features in groups.items() if features}
-    made = Corpus("feature-driven", _hits(reader, [draft.text for draft in run.drafts], groups), run.drawn)
+    made = _corpus("feature-driven", run.drafts, run.drawn, reader, groups)
     others = []
     if random_drafts:
-        texts = [draft.text for draft in random_drafts]
-        others.append(Corpus("random synthesis", _hits(reader, texts, groups), random_requests))
+        others.append(_corpus("random synthesis", random_drafts, random_requests, reader, groups))
     if pool:
         others.append(Corpus("natural text", _hits(reader, pool, groups)))
     kept = kept_places(run)
@@ -100,6 +99,17 @@ def kept_places(run: SynthesisRun) -> list[int]:
     """Places among the drafts of those that became examples."""
     places = {id(draft): place for place, draft in enumerate(run.drafts)}
     return [places[id(example.draft)] for example in run.examples]
+
+
+def _corpus(
+    name: str,
+    drafts: Sequence[Draft],
+    requests: int,
+    reader: FeatureReader,
+    groups: Mapping[str, Sequence[FeatureId]],
+) -> Corpus:
+    hits = _hits(reader, [draft.text for draft in drafts], groups)
+    return Corpus(name, hits, requests, sum(draft.tokens for draft in drafts))
 
 
 def _hits(reader: FeatureReader, texts: Sequence[str], groups: Mapping[str, Sequence[FeatureId]]) -> dict[str, Hits]:

@@ -130,6 +130,16 @@ def test_an_exhausted_quota_is_not_waited_for(open_session):
         assert len(server.requests) == 1
 
 
+def test_a_failure_that_lasts_stops_the_others(open_session):
+    """What is being tried again when one request cannot succeed is not tried to the end."""
+    faults = [("status", (503, {})), ("status", (401, {}))] + [("status", (503, {}))] * 50
+    with serving(echo, faults) as server:
+        session = open_session(server, concurrency=2, retry=RetryPolicy(attempts=50, first_wait=0.2, longest_wait=0.2))
+        with pytest.raises(RequestFailed, match="status 401"):
+            session.complete([ask(str(n)) for n in range(9)])
+        assert len(server.requests) <= 4
+
+
 def test_concurrency(open_session):
     with serving(echo, delay=0.05) as server:
         open_session(server, concurrency=4).complete([ask(str(n)) for n in range(12)])

@@ -145,20 +145,22 @@ def test_comparison_at_equal_requests_and_equal_examples():
     made = np.eye(4, dtype=bool)[[0, 1, 2, 3, 3, 3]]
     none = np.zeros((6, 4), dtype=bool)
     group = {"targets made for": made, "layer 9": made[:, :2]}
-    random_corpus = Corpus("random synthesis", {"targets made for": none, "layer 9": none[:, :2]}, 6)
+    random_corpus = Corpus("random synthesis", {"targets made for": none, "layer 9": none[:, :2]}, 6, 40)
     natural = Corpus(
         "natural text", {"targets made for": np.ones((50, 4), dtype=bool), "layer 9": none[:1, :2].repeat(50, 0)}
     )
-    requests, examples = comparison_tables(Corpus("feature-driven", group, 6), [0, 1, 2, 3], [random_corpus, natural])
-    assert [row[:3] for row in requests.rows] == [
-        ("feature-driven, verified", 6, 4),
-        ("feature-driven, unfiltered", 6, 6),
-        ("random synthesis", 6, 6),
-        ("natural text", None, 6),
+    requests, examples = comparison_tables(
+        Corpus("feature-driven", group, 6, 70), [0, 1, 2, 3], [random_corpus, natural]
+    )
+    assert [row[:4] for row in requests.rows] == [
+        ("feature-driven, verified", 6, 70, 4),
+        ("feature-driven, unfiltered", 6, 70, 6),
+        ("random synthesis", 6, 40, 6),
+        ("natural text", None, None, 6),
     ]
-    assert requests.rows[0][3].startswith("100.0% [")
-    assert requests.rows[2][3].startswith("0.0% [")
-    assert requests.rows[3][3] == "100.0% (100.0%, 100.0%)"
+    assert requests.rows[0][4].startswith("100.0% [")
+    assert requests.rows[2][4].startswith("0.0% [")
+    assert requests.rows[3][4] == "100.0% (100.0%, 100.0%)"
     assert [row[:2] for row in examples.rows] == [
         ("feature-driven, verified", 4),
         ("feature-driven, unfiltered", 4),

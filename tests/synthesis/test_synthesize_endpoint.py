@@ -47,14 +47,15 @@ def test_the_comparison_says_what_was_measured_on_what(whole):
     found = json.loads((whole[0] / "summary.json").read_text())["results"]["tables"]
     tables = {table["title"]: table for table in found}
     table = tables["Coverage at equal requests"]
-    assert table["columns"][:3] == ["strategy", "prompt requests", "examples"]
-    assert table["columns"][3:] == ["targets made for", "targets held out", "layer 0"]
+    assert table["columns"][:4] == ["strategy", "prompt requests", "tokens", "examples"]
+    assert table["columns"][4:] == ["targets made for", "targets held out", "layer 0"]
     verified, everything, random, natural = table["rows"]
     assert (verified[0], everything[0]) == ("feature-driven, verified", "feature-driven, unfiltered")
     assert verified[1] == everything[1] == random[1]  # equal requests
     assert natural[1] is None
-    assert natural[2] <= verified[1]
-    assert float(verified[3].split("%")[0]) > float(random[3].split("%")[0])
+    assert verified[2] == 10 * verified[1]  # ten tokens a request, as the server counts
+    assert natural[3] <= verified[1]
+    assert float(verified[4].split("%")[0]) > float(random[4].split("%")[0])
     assert "by construction" in table["caption"]
     reached = tables["Coverage of all targets"]["rows"]
     assert reached[0][4] < reached[1][4]
@@ -117,6 +118,8 @@ def test_mistakes_are_one_line(arguments, tmp_path, capsys):
             (["--max-requests", "3"], "max_requests=3"),
             (["--styles", "a", "--rounds", "0"], "rounds"),
             (["--relevance", str(tmp_path / "none.csv")], "none.csv"),
+            (["--measure-layers", "1"], "must be others"),
+            (["--measure-layers", "7"], "layers 0 to 1"),
         ):
             assert main(arguments(server, tmp_path / "out", *more)) == 2
             error = capsys.readouterr().err.splitlines()[-1]
