@@ -47,6 +47,9 @@ def fit(options: argparse.Namespace) -> None:
     labels = labels_of(table, options.label_column, options.positive, options.data)
     featurizer = make_featurizer(options, options.layers, options.max_length)
     features = featurizer.features(texts)
+    cut = int(next(iter(features.values())).truncated.sum())
+    if cut:
+        status(f"{cut} of {len(texts)} texts are longer than {options.max_length} tokens; their ends are not read")
     classifier = FeatureClassifier(
         options.features[0], rule=options.rule, n_layers=options.layer_count, thresholds=options.thresholds
     )
