@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 _HOME = {
     "SparseAutoencoder": "qscope_posttrain.sae.autoencoder",
     "FeatureSet": "qscope_posttrain.features.feature_set",
+    "SAETrainingConfig": "qscope_posttrain.sae.training",
+    "train_saes": "qscope_posttrain.sae.training",
+    "train_saes_on_text": "qscope_posttrain.features.sae_training",
     "find_language_features": "qscope_posttrain.features.find",
     "find_repetition_features": "qscope_posttrain.features.find_repetition",
     "measure_sae": "qscope_posttrain.features.sae_quality",
@@ -32,6 +35,7 @@ _HOME = {
 
 __all__ = [
     "FeatureSet",
+    "SAETrainingConfig",
     "SASFTCallback",
     "SparseAutoencoder",
     "SteeredGRPOConfig",
@@ -48,6 +52,8 @@ __all__ = [
     "pack_with_languages",
     "sasft_loss",
     "steer",
+    "train_saes",
+    "train_saes_on_text",
 ]
 
 if TYPE_CHECKING:
@@ -57,11 +63,13 @@ if TYPE_CHECKING:
     from qscope_posttrain.features.find import find_language_features
     from qscope_posttrain.features.find_repetition import find_repetition_features
     from qscope_posttrain.features.sae_quality import measure_sae
+    from qscope_posttrain.features.sae_training import train_saes_on_text
     from qscope_posttrain.residual.positions import Window
     from qscope_posttrain.residual.steering import Steering, steer
     from qscope_posttrain.rl.config import SteeredGRPOConfig
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+    from qscope_posttrain.sae.training import SAETrainingConfig, train_saes
     from qscope_posttrain.sft.baselines import TokenPenaltyCallback
     from qscope_posttrain.sft.callback import SASFTCallback
     from qscope_posttrain.sft.loss import sasft_loss

@@ -94,8 +94,8 @@ class DatasetSource:
         self.dataset, self.column, self.name = dataset.select_columns([column]) if names else dataset, column, name
 
     def documents(self, skip: int = 0) -> Iterator[str]:
-        if skip and hasattr(self.dataset, "__len__"):
-            skip = min(skip, len(self.dataset))
+        if hasattr(self.dataset, "__len__") and skip >= len(self.dataset):
+            return
         for row in self.dataset.skip(skip) if skip else self.dataset:
             text = row[self.column]
             if not isinstance(text, str):

@@ -84,7 +84,7 @@ def packed_sequences(
     starts: list[int] = []
     while True:
         at = replace(at, document=max(at.document, first_document))
-        found = False
+        from_the_start, found = (at.document, at.offset) == (first_document, 0), False
         for text, tokens in _tokenised(source, tokenizer, at.document):
             while at.offset < len(tokens):
                 found = True
@@ -98,7 +98,7 @@ def packed_sequences(
                     yield PackedSequence(tuple(ids + padding), tuple(starts), len(ids), end)
                     ids, starts = [], []
             at = at.after(text)
-        if not found and at.epoch > 0 and not ids:
+        if from_the_start and not found:
             raise ValueError(
                 f"the text has no document with a token after the first {first_document}, which are held out."
             )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from qscope_posttrain.cli import demo, features, grpo_arguments, sft_arguments, steer
+from qscope_posttrain.cli import demo, features, grpo_arguments, sae_train, sft_arguments, steer
 from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(EXPERIMENTS))
 SFT, GRPO = ([path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "steered_dapo"))
+SAE = [path for path in RECIPES if path.stem == "train_sae"]
 SYNTHESIS = [path for path in RECIPES if path.stem.startswith("synthesis")]
 CASE_STUDIES = {
     "language_mixing_rank": (features, ["rank", "--response", "x"]),
@@ -42,7 +43,7 @@ def test_nothing_is_missing():
     }
     studies = [path for path in RECIPES if path.parent.name == "case_studies"]
     assert {path.stem for path in studies} == set(CASE_STUDIES)
-    assert sorted(SFT + GRPO + SYNTHESIS + studies) == RECIPES  # no recipe is left unread
+    assert sorted(SFT + GRPO + SAE + SYNTHESIS + studies) == RECIPES  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
@@ -119,6 +120,27 @@ def test_recipes_of_real_models_are_the_published_runs(size, layers, published):
     assert training.use_liger_kernel
     assert training.bf16
     assert training.gradient_checkpointing
+
+
+@pytest.mark.parametrize("path", SAE, ids=_name)
+def test_sae_recipe_is_read_and_fits_its_own_limits(path):
+    recipe = sae_train.parse_recipe(["--config", str(path)])
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    resolved = recipe.to_dict()
+    assert {
+        key: list(resolved[key]) if isinstance(resolved[key], tuple) else resolved[key] for key in written
+    } == written
+    width = {"qwen3-0.6b": 1024, "qwen3-1.7b": 2048}[path.parent.name]
+    assert recipe.training.latents(width) == 16 * width
+    assert recipe.training.auxk_weight == 1 / 32
+    needed = recipe.stream.buffer_bytes(len(recipe.arguments.layers), width, 1)
+    assert needed <= recipe.stream.max_buffer_gib * 1024**3
+    assert recipe.stream.block_tokens % recipe.training.batch_tokens == 0
+
+
+def test_sae_recipe_names_one_source_of_text():
+    with pytest.raises(ValueError, match=r"'texts'.*or 'dataset'"):
+        sae_train.parse_recipe(["--model", "x"])
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=_name)

@@ -1,0 +1,168 @@
+"""`qscope sae train`: SAEs for several layers of a model in one stream over text, from a recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qscope_posttrain.cli.config_arguments import arguments_of, config_from
+from qscope_posttrain.cli.inputs import load_model, parse_layers
+from qscope_posttrain.cli.options import DTYPES
+from qscope_posttrain.cli.parser import RecipeParser
+from qscope_posttrain.features.stream_config import StreamConfig
+from qscope_posttrain.report.progress import is_main_process, status
+from qscope_posttrain.report.summary import writable_folder
+from qscope_posttrain.report.tables import Table
+from qscope_posttrain.sae.download import in_words
+from qscope_posttrain.sae.training.config import SAETrainingConfig
+
+
+@dataclass
+class TrainArguments:
+    """The keys of `qscope sae train` beside those of SAETrainingConfig, StreamConfig and RunConfig."""
+
+    model: str = field(metadata={"help": "Folder or hub id of the model whose activations are learnt."})
+    texts: str | None = field(
+        default=None,
+        metadata={"help": "A .txt file (a line a document), a .jsonl file, or a folder of them; or give dataset."},
+    )
+    dataset: str | None = field(default=None, metadata={"help": "Folder or hub id of a data set for `datasets`."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Name of its configuration."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    streaming: bool = field(default=True, metadata={"help": "Read the data set as it comes, without a download first."})
+    text_column: str = field(default="text", metadata={"help": "Where JSONL and data sets hold the documents."})
+    layers: list[str] = field(
+        default_factory=lambda: ["all"], metadata={"help": "Numbers from 0, ranges such as 20-27, or all."}
+    )
+    output: str = field(default="runs/sae", metadata={"help": "Folder for dictionaries, metrics and checkpoints."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the hub."})
+    dtype: str = field(
+        default="auto", metadata={"help": f"Of the model: {', '.join(DTYPES)}; auto is float32 on a CPU."}
+    )
+    device: str | None = field(default=None, metadata={"help": "For example cuda:0 or cpu; by default a GPU."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check the recipe against the model's configuration, print it, and stop."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.texts is None) == (self.dataset is None):
+            raise ValueError("a recipe needs 'texts' (a file or folder) or 'dataset' (a hub id), one of them.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'.")
+
+
+@dataclass(frozen=True)
+class SAERecipe:
+    """Everything that one run was asked for."""
+
+    arguments: TrainArguments
+    training: SAETrainingConfig
+    stream: StreamConfig
+    run: Any
+    """RunConfig"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value."""
+        return {**asdict(self.arguments), **asdict(self.training), **asdict(self.stream), **asdict(self.run)}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, then check (`--dry_run`) or train. Returns the exit status."""
+    recipe = parse_recipe(arguments)
+    if recipe.arguments.dry_run:
+        check(recipe).print()
+    else:
+        train(recipe)
+    return 0
+
+
+def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
+    """Read `--config FILE` and the overrides beside it.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: unknown key, wrong value, or options that exclude each other.
+    """
+    from qscope_posttrain.features.sae_training import RunConfig
+
+    kinds = (TrainArguments, *map(arguments_of, (SAETrainingConfig, StreamConfig, RunConfig)))
+    own, training, stream, run_config = RecipeParser(kinds, prog="qscope sae train").parse(arguments)
+    return SAERecipe(
+        arguments=own,
+        training=config_from(SAETrainingConfig, training),
+        stream=config_from(StreamConfig, stream),
+        run=config_from(RunConfig, run_config),
+    )
+
+
+def train(recipe: SAERecipe) -> None:
+    """Train and write the results. Under a launcher (`accelerate launch`, torchrun) all processes share the work."""
+    from qscope_posttrain.features.sae_training import train_saes_on_text
+    from qscope_posttrain.features.sae_training_results import write_results
+    from qscope_posttrain.residual.layers import decoder_layers
+
+    own = recipe.arguments
+    output = writable_folder(own.output)
+    _join_processes(own)
+    texts = own.texts if own.texts is not None else _dataset(own)
+    model, tokenizer = load_model(own.model, own.revision, own.dtype, own.device)
+    layers = parse_layers(own.layers, len(decoder_layers(model)))
+    result = train_saes_on_text(
+        model, tokenizer, texts, layers, recipe.training, output, recipe.stream, recipe.run, own.text_column
+    )
+    if is_main_process():
+        write_results(output, result, recipe.training, recipe.stream, recipe.to_dict()).print()
+        status(f"dictionaries, README.md, summary.json and report.html written to {output}")
+
+
+def check(recipe: SAERecipe) -> Table:
+    """What the run would make and need, from the model's configuration alone.
+
+    Raises:
+        ValueError: layers that the model does not have, or blocks that do not fit the memory that is allowed.
+    """
+    from transformers import AutoConfig
+
+    own, stream = recipe.arguments, recipe.stream
+    config = AutoConfig.from_pretrained(own.model, revision=own.revision).get_text_config(decoder=True)
+    layers = parse_layers(own.layers, config.num_hidden_layers)
+    width = recipe.training.latents(config.hidden_size)
+    needed = stream.buffer_bytes(len(layers), config.hidden_size, int(os.environ.get("WORLD_SIZE", "1")))
+    if needed > stream.max_buffer_gib * 1024**3:
+        raise ValueError(
+            f"activations of a block take {in_words(needed)}, above max_buffer_gib={stream.max_buffer_gib}"
+        )
+    weights = 4 * width * (2 * config.hidden_size + 1)
+    rows = [
+        ["model", f"{own.model}, {config.num_hidden_layers} layers of width {config.hidden_size}"],
+        ["layers", " ".join(map(str, layers))],
+        ["dictionary", f"{recipe.training.architecture}, {width} latents, k = {recipe.training.k}"],
+        ["tokens", str(recipe.training.steps * recipe.training.batch_tokens)],
+        ["activations in memory, a process", in_words(needed)],
+        ["weights and optimiser, all layers", in_words(3 * weights * len(layers))],
+        ["files, all layers", in_words(weights * len(layers))],
+    ]
+    return Table("The recipe is valid", ["what", "it is"], rows)
+
+
+def _dataset(own: TrainArguments) -> Any:
+    from datasets import load_dataset
+
+    from qscope_posttrain.features.text_source import DatasetSource
+
+    data = load_dataset(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
+    name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)
+    return DatasetSource(data, own.text_column, name)
+
+
+def _join_processes(own: TrainArguments) -> None:
+    """Each process of a launcher on its own device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=own.device == "cpu" or not torch.cuda.is_available())
+    own.device = str(state.device)

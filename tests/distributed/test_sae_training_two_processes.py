@@ -1,0 +1,43 @@
+"""Two gloo processes train the SAEs that one process trains, up to the order of summation."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASE = Path(__file__).resolve().parents[1] / "features" / "sae_training_case.py"
+
+
+def run(folder: Path, architecture: str, steps: int, processes: int) -> dict:
+    output = folder / f"{architecture}-{processes}"
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command += [str(CASE), str(folder), str(output), architecture, str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CASE.parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return torch.load(output / "result.pt", weights_only=False)
+
+
+@pytest.mark.parametrize(("architecture", "steps"), [("topk", 23), ("batch_topk", 23), ("jumprelu", 6)])
+def test_two_processes_equal_one(architecture, steps, tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    one, two = (run(tmp_path, architecture, steps, processes) for processes in (1, 2))
+    assert two["facts"]["processes"] == 2
+    assert one["facts"]["data"] == two["facts"]["data"]
+    for name, value in one["tensors"].items():
+        torch.testing.assert_close(two["tensors"][name], value, rtol=2e-3, atol=2e-4, msg=name)
+    for single, double in zip(one["records"], two["records"], strict=True):
+        for layer, means in single.get("layers", {}).items():
+            for key in ("fvu", "l0", "dead"):
+                assert double["layers"][layer][key] == pytest.approx(means[key], rel=1e-3, abs=1e-6), (layer, key)
