@@ -59,11 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Table("Memory of one call, beyond what lay there before", ["encoder", "MB"], rows).print()
     if options.sweep:
         result["sweep"] = sweep(options)
-        plot(result["sweep"], options.output.with_suffix(".svg"), options)
     result |= {"machine": machine(), "versions": package_versions() | peer_versions()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {options.output}")
+    if options.sweep:
+        plot(result["sweep"], options.output.with_suffix(".svg"), options)
     return 0
 
 
