@@ -6,7 +6,7 @@ written as files, and analysed with `qscope analyze` like any other model. Three
 * the items as they are, last token (the report's form);
 * the items inside one prompt with a common ending, so that the last token itself tells nothing apart;
 * a panel of models, of three mixtures of languages and two lengths of training, scored item by item on which of four
-  endings is the item's own (see own_ending.py), for what features and performance have in common.
+  orders of words is the item's own (see own_order.py), for what features and performance have in common.
 
 Run with
 
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from own_ending import correct_endings
+from own_order import correct_orders
 
 from qscope_posttrain.cli.main import main as qscope
 from qscope_posttrain.evaluation.benchmarks.items import ItemSource, read_items
@@ -127,14 +127,14 @@ def item_sources(work: Path) -> dict[str, ItemSource]:
 
 
 def score_panel(options: argparse.Namespace, cache: Cache, sources: Mapping[str, ItemSource], folder: Path) -> None:
-    """`<benchmark>.csv`: a column a model, a row an item, 1 where it finds the item's own ending."""
+    """`<benchmark>.csv`: a column a model, a row an item, 1 where it prefers the item's own order of words."""
     texts = {name: read_items(source).texts for name, source in sources.items()}
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name in texts}
     for mixture in MIXTURES:
         for steps in options.panel_steps:
             language_model = make_language_model(config_of(options, mixture, steps, **PANEL), cache)
             for name, items in texts.items():
-                correct = correct_endings(language_model.model, language_model.tokenizer, items)
+                correct = correct_orders(language_model.model, language_model.tokenizer, items)
                 found[name][f"{mixture}-{steps}"] = correct
             scores = ", ".join(f"{name} {found[name][f'{mixture}-{steps}'].mean():.2f}" for name in texts)
             print(f"{mixture} after {steps} steps: {scores}", flush=True)
@@ -157,7 +157,7 @@ def config_of(options: argparse.Namespace, mixture: str, steps: int, **changes: 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="training steps of the model under analysis")
-    parser.add_argument("--panel-steps", type=int, nargs="+", default=[150, 450])
+    parser.add_argument("--panel-steps", type=int, nargs="+", default=[300, 1000])
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1, help="processes that train a model")
     parser.add_argument("--keep-model", action="store_true", help="take the model of an earlier run from --work")
