@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {
         "as_they_are": ["overlap", "--benchmarks", plain, "--layers", "all", "--token-control"],
         "common_ending": ["overlap", "--benchmarks", plain, "--layers", "all", "--prompt", PROMPT],
+        "coverage": ["redundancy", "--benchmarks", plain, "--layers", "2"],
         "redundancy": ["redundancy", "--benchmarks", every, "--layers", "2", "--correctness", str(work / "correct")],
         "similarity": ["overlap", "--benchmarks", every, "--layers", "2", "--correctness", str(work / "correct"),
                        "--control", "sentences-en"],
@@ -161,7 +162,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1, help="processes that train a model")
     parser.add_argument("--keep-model", action="store_true", help="take the model of an earlier run from --work")
-    parser.add_argument("--only", nargs="+", help="some of the four analyses")
+    parser.add_argument("--only", nargs="+", help="some of the five analyses")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "real_benchmarks")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "real_benchmarks")
     return parser.parse_args(arguments)
