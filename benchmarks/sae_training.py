@@ -334,6 +334,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.tokens = options.steps * options.batch
+    if options.warmup > options.steps:
+        parser.error("--warmup must not exceed --steps")
     if (options.rounds + 1) * options.stretch > options.steps:
         parser.error("--steps must be at least (--rounds + 1) x --stretch")
     return options
