@@ -125,7 +125,7 @@ def collect(
         max_length=options.max_length,
         tokens_per_batch=options.tokens_per_batch,
     )
-    found: dict[int | str, list[ItemFeatures]] = {**features}
+    found: dict[int | str, list[ItemFeatures]] = dict(features.items())
     if token_control:
         found[TOKENS] = token_sets(tokenizer, benchmarks)
     facts = {
