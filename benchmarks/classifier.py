@@ -29,7 +29,6 @@ from scipy import stats
 from qscope_posttrain.evaluation.classifier.examples import Examples, collect_examples
 from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
 from qscope_posttrain.evaluation.classifier.methods import all_methods, methods_named
-from qscope_posttrain.evaluation.classifier.metrics import METRICS
 from qscope_posttrain.evaluation.classifier.report import CURVES, TRANSFER, draw_interval, make_report
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.plots import Curve, line_curves
@@ -147,7 +146,7 @@ def summary_tables(task: str, runs: Sequence[Mapping[str, Any]]) -> list[Table]:
     methods = list(runs[0]["evaluations"])
 
     def values(method: str, metric: str, source: str, target: str) -> list[float]:
-        found = [run["evaluations"][method][source][target][METRICS.index(metric)][0] for run in runs]
+        found = [run["evaluations"][method][source][target][metric][0] for run in runs]
         return [float("nan") if value is None else value for value in found]
 
     def own(method: str, metric: str) -> Any:
@@ -171,7 +170,8 @@ def summary_tables(task: str, runs: Sequence[Mapping[str, Any]]) -> list[Table]:
             )
             mean = np.mean(list(away.values()), axis=0)
             moved.append([method, spread(mean), spread(auroc), *(f"{np.mean(v):.3f}" for v in away.values())])
-    caption = f"Mean over {len(languages)} languages; 95 % t intervals over {len(runs)} models, each with its own SAEs."
+    models = f"95 % t intervals over {len(runs)} models, each with its own SAEs" if len(runs) > 1 else "one model"
+    caption = f"Mean over {len(languages)} languages; {models}."
     columns = ["method", "F1", "against the probe", "TPR at FPR 1 %", "TPR at 5 %", "AUROC"]
     tables = [
         Table(f"{task.capitalize()}: learned and tested on one language", [*columns, *languages], rows, caption),
