@@ -9,7 +9,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from qscope_posttrain.cli import demo, features, grpo_arguments, sae_train, sft_arguments, steer
+from qscope_posttrain.cli import analyze_inputs, demo, features, grpo_arguments, sae_train, sft_arguments, steer
 from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
@@ -20,6 +20,7 @@ EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(EXPERIMENTS))
 SFT, GRPO = ([path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "steered_dapo"))
 SAE = [path for path in RECIPES if path.stem == "train_sae"]
+ANALYSIS = [path for path in RECIPES if path.parent.name == "analysis"]
 SYNTHESIS = [path for path in RECIPES if path.stem.startswith("synthesis")]
 CASE_STUDIES = {
     "language_mixing_rank": (features, ["rank", "--response", "x"]),
@@ -43,7 +44,7 @@ def test_nothing_is_missing():
     }
     studies = [path for path in RECIPES if path.parent.name == "case_studies"]
     assert {path.stem for path in studies} == set(CASE_STUDIES)
-    assert sorted(SFT + GRPO + SAE + SYNTHESIS + studies) == RECIPES  # no recipe is left unread
+    assert sorted(SFT + GRPO + SAE + SYNTHESIS + ANALYSIS + studies) == RECIPES  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
@@ -65,6 +66,12 @@ def test_sft_recipe_parses_as_a_dry_run(path):
     assert recipe.penalty.target == "zh"
     assert recipe.run.features
     _check_written_is_resolved(path, recipe.to_dict())
+
+
+@pytest.mark.parametrize("path", ANALYSIS, ids=_name)
+def test_analysis_recipe_names_benchmarks(path):
+    sources = analyze_inputs.benchmark_sources([str(path)])
+    assert {source.name for source in sources} == set(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("name", CASE_STUDIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -79,7 +80,8 @@ def test_records_say_how_it_goes(whole):
     assert 0 < last["fvu"] < 1.2
     assert last["l0"] == 4
     assert set(whole.quality) == set(LAYERS)
-    assert 0 < whole.quality[1]["loss_recovered_of_mean_ablation"] <= 1.5
+    # Of a model with random weights no ablation costs anything, so that the share has no size to expect.
+    assert math.isfinite(whole.quality[1]["loss_recovered_of_mean_ablation"])
     assert whole.facts["data"]["epochs"] >= 1
     assert whole.facts["tokens"] == 23 * 32
 

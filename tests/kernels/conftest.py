@@ -1,17 +1,9 @@
-"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter, on small shapes.
-
-The interpreter has to be asked for before a kernel is imported, hence here.
-"""
+"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter, on small shapes."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_precision(make_sae: MakeSAE) -> None:
         values, indices = sae.encode(x, precision=precision)
         assert torch.equal(indices, exact[1])
         torch.testing.assert_close(values, exact[0])
-    with pytest.raises(ValueError, match="unknown precision 'certified'; choose one of model, fp32"):
+    with pytest.raises(ValueError, match="precision='certified' is for TopK"):
         make_sae(activation=ReLU()).encode(x, precision="certified")
 
 
