@@ -79,11 +79,16 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(VENV)/.installed
-	$(BIN)/python benchmarks/sasft_penalty.py --rounds 5
-	$(BIN)/python benchmarks/sasft_overhead.py
-	$(BIN)/python benchmarks/feature_pass.py
-	$(BIN)/python benchmarks/steered_rollout.py --rounds 20
+benchmarks: $(PEERS)/.installed
+	$(PEERS)/bin/python benchmarks/encode.py
+	$(PEERS)/bin/python benchmarks/decode.py
+	$(PEERS)/bin/python benchmarks/sae_training.py
+	$(PEERS)/bin/python benchmarks/read_rows.py
+	$(PEERS)/bin/python benchmarks/analysis_pass.py --tokens 1000000
+	$(PEERS)/bin/python benchmarks/sasft_penalty.py --rounds 5
+	$(PEERS)/bin/python benchmarks/sasft_overhead.py
+	$(PEERS)/bin/python benchmarks/feature_pass.py
+	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(PEERS) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

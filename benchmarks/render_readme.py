@@ -60,7 +60,13 @@ def render(name: str) -> str:
     """The Markdown that belongs between the markers of `name`."""
     source, _, part = name.partition(":")
     result = json.loads((RESULTS / f"{source}.json").read_text(encoding="utf-8"))
-    if source in ("sasft_overhead", "sasft_penalty", "steered_rollout"):
+    if source == "encode":
+        return _encode(result, part) + (_made_on(result) if part == "bf16" else "")
+    if source == "sae_training":
+        return _sae_training(result) + _made_on(result)
+    if source == "analysis_pass":
+        return _analysis_pass(result) + _made_on(result)
+    if source in ("sasft_overhead", "sasft_penalty", "steered_rollout", "decode", "read_rows"):
         return _table(result["table"]) + _made_on(result)
     if part == "verdicts":
         return "".join(f"- **{cell}**: {verdict}\n" for cell, verdict in result["verdicts"].items())
@@ -76,6 +82,65 @@ def _table(table: dict[str, Any]) -> str:
     rows = [[row[index] for index in wanted] for row in table["rows"]]
     columns = [table["columns"][index] for index in wanted]
     return Table(table["title"], columns, rows, table.get("caption", "")).to_markdown()
+
+
+def _encode(result: dict[str, Any], precision: str) -> str:
+    settings, found = result["settings"], result[precision]
+    peers = [name for name in found if not name.startswith(("ours", "product"))]
+    fastest = min(peers, key=lambda name: found[name]["cpu_s"]["median"])
+    rows: list[list[Any]] = []
+    for name, row in found.items():
+        faster = row.get("times_faster_than", {}).get(fastest)
+        ratios = [_spread(faster[clock]) if faster else None for clock in ("wall", "cpu")]
+        memory = result.get("extra_memory_mb", {}).get(name)
+        label = "matrix product alone" if name.startswith("product") else name
+        rows.append([label, *ratios, row.get("recall"), None if memory is None else round(memory)])
+    title = (
+        f"Encode in {precision}: {settings['tokens']} tokens, {settings['d_model']} x {settings['d_sae']}, "
+        f"k {settings['k']}, {settings['threads']} threads"
+    )
+    columns = ["encoder", f"times faster than {fastest}", "by processor time", "recall", "extra memory, MB"]
+    recomputed = found.get("ours certified", {}).get("recomputed_rows")
+    caption = f"Median (lowest .. highest) of {settings['rounds']} interleaved rounds; recall against float64."
+    if recomputed is not None:
+        caption += f" Certified: {recomputed} of {settings['tokens']} rows done again in float32."
+    return Table(title, columns, rows, caption).to_markdown()
+
+
+def _spread(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['lowest']:.2f} .. {values['highest']:.2f})"
+
+
+def _sae_training(result: dict[str, Any]) -> str:
+    settings, memory = result["settings"], result["added_memory_mib"]
+    rates = list(dict.fromkeys(row["rate"] for row in result["fvu"]))
+    rows: list[list[Any]] = []
+    for name, added in memory.items():
+        own = {row["rate"]: row for row in result["fvu"] if row["trainer"] == name}
+        fvu = [f"{own[rate]['fvu']:.4f} ({own[rate]['least']:.4f} .. {own[rate]['most']:.4f})" for rate in rates]
+        rows.append([name, *fvu, round(added)])
+    faster = result["speed"]["times_faster"]
+    wall, cpu = (f"{f['median']:.2f} ({f['least']:.2f} .. {f['most']:.2f})" for f in (faster["wall"], faster["cpu"]))
+    title = (
+        f"Training a TopK SAE, ours and sparsify's own trainer: width {settings['width']}, k {settings['k']}, "
+        f"{settings['steps']} updates of {settings['batch']} tokens, {settings['threads']} threads"
+    )
+    columns = ["trainer", *(f"unexplained variance, rate {rate:g}" for rate in rates), "added memory, MiB"]
+    caption = (
+        f"On held-out activations: mean (least .. most) of {settings['seeds']} seeds. Tokens a second, ours over "
+        f"sparsify's: {wall}, by processor time {cpu}, {settings['rounds']} interleaved rounds."
+    )
+    return Table(title, columns, rows, caption).to_markdown()
+
+
+def _analysis_pass(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    keys = ("texts", "tokens", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
+    columns = ["texts", "tokens", "tokens a second", "a processor second", "peak, MiB"]
+    title = f"Features of every text, {settings['layers']} layers tapped, {settings['d_sae']} latents, k {settings['k']}"
+    caption = f"Each in a new process. The peak grows by {result['peak_growth_bytes_a_text']:.0f} bytes a text."
+    rows = [[round(size[key]) for key in keys] for size in result["sizes"]]
+    return Table(title, columns, rows, caption).to_markdown()
 
 
 def _feature_pass(result: dict[str, Any]) -> str:

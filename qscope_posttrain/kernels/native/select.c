@@ -87,8 +87,9 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
         flags[i] = (order16(pre[i]) > threshold) | ((uint16_t)(pre[i] & 0x7FFF) > 0x7F80);
 }
 
-/* A threshold that k elements are above: below the k-th largest of the maxima of LANES interleaved parts of the row. */
+/* A threshold that k elements are above: below the k-th largest of the maxima of `count` interleaved parts of the row. */
 #define LANES 512
+#define FEW_LANES 128
 
 /* NaN, with which every element is flagged, where nothing finite is below. */
 INLINE float below_float(float value) { return value > -FLT_MAX ? value - fabsf(value) * FLT_EPSILON - FLT_MIN : NAN; }
@@ -96,16 +97,16 @@ INLINE float below_float(float value) { return value > -FLT_MAX ? value - fabsf(
 INLINE int16_t below_int16(int16_t value) { return value > INT16_MIN ? value - 1 : value; }
 
 #define REACHED(name, type, store, order, lowest, below)                                                              \
-    INLINE store name(const type *pre, int64_t n, int64_t k, key *scratch) {                                           \
+    INLINE store name(const type *pre, int64_t n, int64_t k, key *scratch, const int count) {                          \
         store lanes[LANES];                                                                                            \
-        for (int i = 0; i < LANES; i++) lanes[i] = lowest;                                                             \
-        for (int64_t start = 0; start + LANES <= n; start += LANES)                                                    \
-            for (int i = 0; i < LANES; i++) {                                                                          \
+        for (int i = 0; i < count; i++) lanes[i] = lowest;                                                             \
+        for (int64_t start = 0; start + count <= n; start += count)                                                    \
+            for (int i = 0; i < count; i++) {                                                                          \
                 store value = order(pre[start + i]);                                                                   \
                 lanes[i] = value > lanes[i] ? value : lanes[i];                                                        \
             }                                                                                                          \
-        for (int i = 0; i < LANES; i++) scratch[i] = make_key((float)lanes[i], i);                                     \
-        keep_largest(scratch, LANES, k);                                                                               \
+        for (int i = 0; i < count; i++) scratch[i] = make_key((float)lanes[i], i);                                     \
+        keep_largest(scratch, count, k);                                                                               \
         key least = scratch[0];                                                                                        \
         for (int64_t i = 1; i < k; i++) least = scratch[i] < least ? scratch[i] : least;                               \
         return below(lanes[(uint32_t)~least]);                                                                         \
@@ -123,7 +124,10 @@ INLINE int16_t below_int16(int16_t value) { return value > INT16_MIN ? value - 1
             if (bounded && kth != kth) continue; /* k NaN already */                                                   \
             threshold_type threshold = bounded ? threshold_of(kth) : 0;                                                \
             if (!bounded && 4 * k <= LANES && n >= 4 * LANES) {                                                        \
-                threshold = reached(pre, n, k, found + filled);                                                        \
+                threshold = reached(pre, n, k, found + filled, LANES);                                                 \
+                bounded = 1;                                                                                           \
+            } else if (!bounded && 2 * k <= FEW_LANES && n >= 2 * FEW_LANES) {                                         \
+                threshold = reached(pre, n, k, found + filled, FEW_LANES);                                             \
                 bounded = 1;                                                                                           \
             }                                                                                                          \
             for (int64_t start = 0; start < n; start += BLOCK) {                                                       \
