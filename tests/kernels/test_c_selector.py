@@ -45,6 +45,16 @@ def test_selection_is_that_of_torch(rows: int, n: int, k: int, tile: int, seed: 
     assert torch.equal(results[0][1].long(), topk(pre.float(), k)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [300, 3000])
+def test_negative_zero_is_zero_also_at_the_first_threshold(dtype: torch.dtype, n: int) -> None:
+    pre = torch.zeros(1, n, dtype=dtype)
+    pre[0, ::2] = -0.0
+    values, indices = torch.empty(1, 5), torch.empty(1, 5, dtype=torch.int32)
+    native.merge_(values, indices, 0, pre, 0)
+    assert indices.tolist() == [[0, 1, 2, 3, 4]]
+
+
 @pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min, torch.inf, torch.nan, 0.0, -1e-39])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [5000, 600])

@@ -94,7 +94,8 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
 /* NaN, with which every element is flagged, where nothing finite is below. */
 INLINE float below_float(float value) { return value > -FLT_MAX ? value - fabsf(value) * FLT_EPSILON - FLT_MIN : NAN; }
 
-INLINE int16_t below_int16(int16_t value) { return value > INT16_MIN ? value - 1 : value; }
+/* -0.0 has the order -1, and is equal to 0.0. */
+INLINE int16_t below_int16(int16_t value) { return value == 0 ? -2 : value > INT16_MIN ? value - 1 : value; }
 
 #define REACHED(name, type, store, order, lowest, below)                                                              \
     INLINE store name(const type *pre, int64_t n, int64_t k, key *scratch, const int count) {                          \
