@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status := qscope(["analyze", *words, *common, "--output", str(work / name)]):
             return status
         shutil.copyfile(work / name / "summary.json", options.output / f"{name}.json")
-        shutil.copyfile(work / name / "report.html", options.output / f"{name}.html")
+        print(f"report with curves and heat maps: {work / name / 'report.html'}")
     print(f"{time.process_time() - started:.0f} s of processor time; results in {options.output}")
     return 0
 
