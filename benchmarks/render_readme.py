@@ -137,7 +137,9 @@ def _analysis_pass(result: dict[str, Any]) -> str:
     settings = result["settings"]
     keys = ("texts", "tokens", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
     columns = ["texts", "tokens", "tokens a second", "a processor second", "peak, MiB"]
-    title = f"Features of every text, {settings['layers']} layers tapped, {settings['d_sae']} latents, k {settings['k']}"
+    title = (
+        f"Features of every text: {settings['layers']} layers tapped, {settings['d_sae']} latents, k {settings['k']}"
+    )
     caption = f"Each in a new process. The peak grows by {result['peak_growth_bytes_a_text']:.0f} bytes a text."
     rows = [[round(size[key]) for key in keys] for size in result["sizes"]]
     return Table(title, columns, rows, caption).to_markdown()
