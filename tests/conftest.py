@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+# No test has a time limit: the first call of an operator imports a compiler, and CI's cores are shared.
+settings.register_profile("no time limit", deadline=None)
+settings.load_profile("no time limit")
 if not torch.cuda.is_available():
     # Read when triton is first imported, which any test may do, for example by compiling something.
     os.environ["TRITON_INTERPRET"] = "1"
