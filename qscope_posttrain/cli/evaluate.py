@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qscope_posttrain.cli.evaluate_safety import add_safety_options, safety
 from qscope_posttrain.cli.identification import add_identification_options, identification_texts, word_detector
-from qscope_posttrain.cli.inputs import load_model, load_tokenizer, read_prompts, template_options
+from qscope_posttrain.cli.inputs import load_model, load_tokenizer, read_prompts, sampling_settings, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -62,19 +62,11 @@ def code_switching(options: argparse.Namespace) -> None:
 def repetition(options: argparse.Namespace) -> None:
     """Sample, look for loops, print the table, and write `examples.jsonl` and `summary.json`."""
     from qscope_posttrain.evaluation.repetition import evaluate_repetition
-    from qscope_posttrain.residual.sampling import SamplingSettings
 
     output = writable_folder(options.output)
     prompts = read_prompts(options.prompts, options.max_prompts, language="all")
     chat_options = template_options(options.chat_template_options)
-    settings = SamplingSettings(
-        samples_per_prompt=options.samples,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    settings = sampling_settings(options)
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     result = evaluate_repetition(
         model,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.endpoint_options import add_endpoint_options, open_session
-from qscope_posttrain.cli.inputs import load_model, read_jsonl, template_options
+from qscope_posttrain.cli.inputs import load_model, read_jsonl, sampling_settings, template_options
 from qscope_posttrain.cli.options import add_model_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -20,19 +20,12 @@ def safety(options: argparse.Namespace) -> None:
     """Sample responses, have them judged, print the table, and write `examples.jsonl` and `summary.json`."""
     from qscope_posttrain.evaluation.prompt_groups import group_by_prompt
     from qscope_posttrain.evaluation.safety import chat_judge, judge_responses, safety_templates
-    from qscope_posttrain.residual.sampling import SamplingSettings, generate_samples
+    from qscope_posttrain.residual.sampling import generate_samples
 
     output = writable_folder(options.output)
     prompts = read_safety_prompts(options.prompts, options.max_prompts)
     templates = safety_templates(options.templates)
-    settings = SamplingSettings(
-        samples_per_prompt=options.samples,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    settings = sampling_settings(options)
     chat_options = template_options(options.chat_template_options)
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     with open_session(options, output) as (_, judge):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,6 +14,8 @@ from qscope_posttrain.report.progress import status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qscope_posttrain.residual.sampling import SamplingSettings
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str]]:
@@ -150,6 +153,20 @@ def json_object(text: str | None, option: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{option} must be a JSON object, got '{text}'.")
     return found
+
+
+def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
+    """How to sample, from the options --samples, --temperature, --top-p, --max-new-tokens, --seed and --batch-size."""
+    from qscope_posttrain.residual.sampling import SamplingSettings
+
+    return SamplingSettings(
+        samples_per_prompt=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
 
 
 def parse_layers(words: Sequence[str], depth: int) -> tuple[int, ...]:

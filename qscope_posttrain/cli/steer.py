@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.inputs import load_model, read_prompts, template_options
+from qscope_posttrain.cli.inputs import load_model, read_prompts, sampling_settings, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.cli.steer_curve import add_curve_options, run_curve
 from qscope_posttrain.report.progress import status
@@ -28,21 +28,14 @@ def run(arguments: Sequence[str]) -> int:
     """Generate twice, print the table, write `summary.json` where asked, and return the exit status."""
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.features.steering import feature_steering
-    from qscope_posttrain.residual.sampling import SamplingSettings, generate_samples
+    from qscope_posttrain.residual.sampling import generate_samples
     from qscope_posttrain.residual.steering import steer
 
     options = _parser().parse(arguments)
     output = None if options.output is None else writable_folder(options.output)
     prompts = {"all": options.prompt} if options.prompt else read_prompts(options.prompts, language="all")
     chat_options = template_options(options.chat_template_options)
-    settings = SamplingSettings(
-        samples_per_prompt=options.samples,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    settings = sampling_settings(options)
     positions = _positions(options)
     path = Path(options.features)
     features = FeatureSet.load(path / FEATURES_FILE if path.is_dir() else path)

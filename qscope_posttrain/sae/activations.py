@@ -100,8 +100,12 @@ class TopK(Activation):
 
 
 @dataclass(frozen=True)
-class ReLU(Activation):
-    """All positive pre-activations. The width is that of the token with the most of them."""
+class Thresholded(Activation):
+    """Common part of those that keep every positive pre-activation above a limit."""
+
+    def limit(self) -> Tensor | float:
+        """One limit for all latents, or one each [d_sae]."""
+        raise NotImplementedError
 
     def encode(
         self,
@@ -113,11 +117,19 @@ class ReLU(Activation):
         weights: CertifiedWeights | None = None,
         tile_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return _above(x, W_enc, b_enc, 0.0, precision, weights, tile_tokens)
+        return _above(x, W_enc, b_enc, self.limit(), precision, weights, tile_tokens)
 
 
 @dataclass(frozen=True)
-class BatchTopK(Activation):
+class ReLU(Thresholded):
+    """All positive pre-activations. The width is that of the token with the most of them."""
+
+    def limit(self) -> Tensor | float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class BatchTopK(Thresholded):
     """Inference form of BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): relu(z) where it exceeds one `threshold`.
 
     The threshold stands for the k-th value of the training batches, so that a token does not depend on its batch.
@@ -129,21 +141,12 @@ class BatchTopK(Activation):
         if not math.isfinite(self.threshold):
             raise ValueError(f"the BatchTopK threshold must be finite, got {self.threshold}")
 
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        *,
-        precision: str = "model",
-        weights: CertifiedWeights | None = None,
-        tile_tokens: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return _above(x, W_enc, b_enc, self.threshold, precision, weights, tile_tokens)
+    def limit(self) -> Tensor | float:
+        return self.threshold
 
 
 @dataclass(frozen=True, eq=False)
-class JumpReLU(Activation):
+class JumpReLU(Thresholded):
     """relu(z) where it exceeds the latent's own threshold (Rajamanoharan et al. 2024, arXiv 2407.14435, equation 3).
 
     `threshold` [d_sae] is in units of the pre-activation.
@@ -155,17 +158,8 @@ class JumpReLU(Activation):
         check_tensor("threshold", self.threshold, (None,))
         check_finite("threshold", self.threshold)
 
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        *,
-        precision: str = "model",
-        weights: CertifiedWeights | None = None,
-        tile_tokens: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return _above(x, W_enc, b_enc, self.threshold, precision, weights, tile_tokens)
+    def limit(self) -> Tensor | float:
+        return self.threshold
 
     def check(self, d_sae: int) -> None:
         if self.threshold.shape[0] != d_sae:
