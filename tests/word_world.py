@@ -51,6 +51,7 @@ def write_world(folder: Path) -> Path:
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False,
     )  # fmt: skip
+    torch.manual_seed(0)
     model = Qwen3ForCausalLM(config).float()
     features = [*WORDS, *COOKING]
     with torch.no_grad():

@@ -1,10 +1,14 @@
-"""The recipe: `qscope sft` trains on what was synthesised, and the model that it leaves answers as it was taught."""
+"""The recipe: `qscope sft` trains on what was synthesised, and the model that it leaves answers as it was taught.
+
+The prompts asked are those taught: what a model of two layers makes of others is a matter of its seed.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from datasets import load_from_disk
 from endpoint_server import serving
 
 from qscope_posttrain.cli.main import main
@@ -19,16 +23,14 @@ def judge(body) -> str:
 
 
 def test_train_on_the_data_and_measure(whole, world, tmp_path):
-    prompts = [
-        {"prompt": f"tell me about {risk}now the {word} is", "harmful": bool(risk)}
-        for word in ("saw", "roof", "tree")
-        for risk in ("unsafe ", "")
-    ]
+    rows = load_from_disk(str(whole[0] / "data"))
+    prompts = [{"prompt": row["prompt"][-1]["content"], "harmful": row["kind"] == "harmful"} for row in rows]
+    assert {row["harmful"] for row in prompts} == {True, False}
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     recipe = [
         "sft", "--config", str(RECIPE), "--model_name_or_path", str(world / "model"),
         "--dataset_name", str(whole[0] / "data"), "--output_dir", str(tmp_path / "trained"),
-        "--num_train_epochs", "25", "--learning_rate", "0.005", "--disable_tqdm", "true",
+        "--num_train_epochs", "80", "--learning_rate", "0.005", "--disable_tqdm", "true",
     ]  # fmt: skip
     assert main(recipe) == 0
     rates = {}
