@@ -72,7 +72,7 @@ CHAT_TEMPLATE = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """No test depends on the random numbers that others drew: every one, fixtures included, starts from the same state."""
+    """No test depends on the random numbers of others: each one, fixtures included, starts from the same state."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
