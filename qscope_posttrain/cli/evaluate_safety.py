@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.endpoint_options import add_endpoint_options, open_session
-from qscope_posttrain.cli.inputs import load_model, read_jsonl, sampling_settings, template_options
+from qscope_posttrain.cli.inputs import load_model, sampling_settings, template_options
 from qscope_posttrain.cli.options import add_model_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.text.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from qscope_posttrain.evaluation.safety import SafetyPrompt

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.inputs import load_model, parse_layers, read_jsonl, read_prompts, template_options
+from qscope_posttrain.cli.inputs import load_model, parse_layers, read_prompts, template_options
 from qscope_posttrain.cli.options import add_model_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 from qscope_posttrain.report.tables import Table
+from qscope_posttrain.text.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.report.progress import status
+from qscope_posttrain.text.jsonl import read_jsonl, read_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,28 +106,6 @@ def read_prompts(path: str | Path, limit: int | None = None, language: str | Non
     if not prompts:
         raise ValueError(f"'{location}' has no prompts.")
     return prompts
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and object of every line that is not blank.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is not a JSON object, with its number.
-    """
-    location = Path(path)
-    if not location.is_file():
-        raise FileNotFoundError(f"no file at '{location}'.")
-    for number, line in enumerate(_lines_with_blanks(location), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{location}, line {number}: not JSON ({error.msg}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{location}, line {number}: expected a JSON object, got {type(row).__name__}.")
-        yield number, row
 
 
 def template_options(text: str | None) -> dict[str, Any]:
@@ -257,16 +236,7 @@ def choose_device(device: str | None) -> Any:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    return (line.strip() for line in _lines_with_blanks(file) if line.strip())
-
-
-def _lines_with_blanks(file: Path) -> Iterator[str]:
-    # Read as a stream, and split at \n alone: str.splitlines would also split at U+2028, which JSON allows in a string.
-    with file.open(encoding="utf-8", newline="\n") as stream:
-        try:
-            yield from stream
-        except UnicodeDecodeError as error:
-            raise ValueError(f"'{file}' is not UTF-8 text ({error.reason}).") from error
+    return (line.strip() for line in read_lines(file) if line.strip())
 
 
 def _take(lines: Iterator[str], limit: int | None) -> list[str]:

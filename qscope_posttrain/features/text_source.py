@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
+
+from qscope_posttrain.text.jsonl import parse_object
 
 
 class TextSource(Protocol):
@@ -68,14 +69,10 @@ class FileSource:
                         yield line.strip() if file.suffix == ".txt" else self._field(line, f"{file}, line {number}")
 
     def _field(self, line: str, place: str) -> str:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON ({error.msg}).") from error
-        if not isinstance(row, dict) or not isinstance(row.get(self.column), str):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{place}: expected an object with the string '{self.column}', got {found}.")
-        text: str = row[self.column]
+        row = parse_object(line, place)
+        text = row.get(self.column)
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: expected an object with the string '{self.column}', got {sorted(row)}.")
         return text
 
 

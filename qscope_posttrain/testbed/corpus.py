@@ -6,7 +6,6 @@ English, word problems among documentation), files are taken as they are.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from qscope_posttrain.provenance import text_fingerprint
 from qscope_posttrain.testbed.grammar import LANGUAGES, write_paragraphs
+from qscope_posttrain.text.jsonl import read_jsonl
 from qscope_posttrain.text.scripts import contains_script, script_counts, target_script
 
 SPLITS = ("pre", "sft", "val", "test")
@@ -151,12 +151,11 @@ def _read_paragraphs(place: str | Path) -> list[str]:
     path = Path(f"{name}.jsonl" if field else name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a text file or FILE.jsonl:FIELD")
-    lines = path.read_text(encoding="utf-8").splitlines()
     if not field:
-        return lines
+        return path.read_text(encoding="utf-8").splitlines()
     paragraphs = []
-    for number, line in enumerate(lines, start=1):
-        text = json.loads(line).get(field)
+    for number, row in read_jsonl(path):
+        text = row.get(field)
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no text in the field {field!r}")
         paragraphs.append(" ".join(text.split()))

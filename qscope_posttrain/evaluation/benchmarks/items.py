@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import string
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import regex
+
+from qscope_posttrain.text.jsonl import parse_jsonl
 
 TEXT = "text"
 """The place of an item in a prompt template."""
@@ -127,7 +128,10 @@ def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
             raise FileNotFoundError(f"benchmark '{source.name}': no file at '{path}'.")
         opener: Any = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8", newline="") as stream:
-            yield from _jsonl(stream, path) if suffix == ".jsonl" else _table(stream, _SEPARATORS[suffix], source)
+            if suffix == ".jsonl":
+                yield from (row for _, row in parse_jsonl(stream, path))
+            else:
+                yield from _table(stream, _SEPARATORS[suffix], source)
     else:
         yield from _data_set(source, path)
 
@@ -187,19 +191,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "\n".join(_as_text(entry) for entry in value)
     return str(value)
-
-
-def _jsonl(lines: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-        yield row
 
 
 def _table(lines: TextIO, separator: str, source: ItemSource) -> Iterator[dict[str, str]]:

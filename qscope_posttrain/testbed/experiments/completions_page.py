@@ -19,6 +19,7 @@ from qscope_posttrain.testbed.experiments import repetition_rows as repetition
 from qscope_posttrain.testbed.experiments import switching_rows as switching
 from qscope_posttrain.testbed.experiments.choice import choose_weights
 from qscope_posttrain.testbed.experiments.grouping import by_cell
+from qscope_posttrain.text.jsonl import parse_jsonl
 from qscope_posttrain.text.scripts import target_script
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
@@ -220,7 +221,7 @@ def _of_switching(content: Mapping[str, Any]) -> dict[Prompt, Completion]:
 
 def _of_repetition(text: str) -> dict[Prompt, Completion]:
     """Each line is a held-out problem; whether it loops and is right stands beside the arm's title."""
-    samples = [json.loads(line) for line in text.splitlines() if line.strip()]
+    samples = [sample for _, sample in parse_jsonl(text.split("\n"), "samples")]
     return {
         ("problem", sample["problem"]): Completion(
             sample["prompt"],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.report.summary import to_json, write_text
+from qscope_posttrain.text.jsonl import read_jsonl
 
 FILE_NAME = "runs.jsonl"
 
@@ -36,13 +37,4 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     place = place / FILE_NAME if place.is_dir() else place
     if not place.is_file():
         raise FileNotFoundError(f"no runs at '{place}'; `qscope experiment` writes them")
-    rows = []
-    for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}, line {number} must be an object, got {type(row).__name__}")
-        rows.append(row)
-    return rows
+    return [row for _, row in read_jsonl(place)]
