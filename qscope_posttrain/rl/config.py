@@ -299,10 +299,12 @@ class SteeredGRPOConfig(GRPOConfig):
                 f"negatives_per_group={self.negatives_per_group} of num_generations={self.num_generations} leaves "
                 "fewer than 2 ordinary rows in a group, and their rewards could not be compared. Take more generations."
             )
-        if self.gate == "drop" and self.loop_min_tokens > self.completion_limit:
+        # A repeated piece has at least one token.
+        shortest = max(self.loop_min_tokens, self.loop_min_copies)
+        if self.gate == "drop" and shortest > self.completion_limit:
             raise ValueError(
-                f"loop_min_tokens={self.loop_min_tokens} is more than max_completion_length="
-                f"{self.max_completion_length}: no completion could be an endless repetition, and gate='drop' would "
+                f"loop_min_tokens={self.loop_min_tokens} or loop_min_copies={self.loop_min_copies} is more than "
+                f"max_completion_length={self.max_completion_length}: no completion could be an endless repetition, and gate='drop' would "
                 "drop all negatives."
             )
         if self.window_start is not None:

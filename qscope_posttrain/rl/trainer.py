@@ -16,6 +16,7 @@ from trl.rewards import get_soft_overlong_punishment
 
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.baseline import excluded_advantages
+from qscope_posttrain.rl.checkpoints import SaveBetweenGenerations, generation_window
 from qscope_posttrain.rl.checks import check_trainer_arguments
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, replace_rows, rows_to_redraw
@@ -79,7 +80,10 @@ class SteeredGRPOTrainer(GRPOTrainer):
         schedule = NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
         if args.soft_overlong_cache:
             reward_funcs, args, arguments = _with_soft_overlong(reward_funcs, args, arguments)
-        super().__init__(model, reward_funcs, args, callbacks=[*(callbacks or []), schedule], **arguments)
+        own: list[TrainerCallback] = [schedule]
+        if args.has_negatives:
+            own.append(SaveBetweenGenerations(generation_window(args)))
+        super().__init__(model, reward_funcs, args, callbacks=[*(callbacks or []), *own], **arguments)
         if isinstance(features, (str, PathLike)):
             features = FeatureSet.load(Path(features))
         self._source: NegativeSource | None = None

@@ -56,6 +56,7 @@ OUT_OF_RANGE = [
     ({"window_start": [-1, 2]}, "window_start"),
     ({"window_start": [2, 15]}, "window_start"),
     ({"loop_min_tokens": 17}, "loop_min_tokens=17"),
+    ({"loop_min_copies": 17}, "loop_min_copies=17"),
     ({"negatives_per_group": 3}, "negatives_per_group=3 of num_generations=4"),
 ]
 DYNAMIC = [

@@ -71,10 +71,12 @@ def case_model(make_model, **overrides):
 
 
 def with_lora(model):
-    """LoRA on the attention, its zero matrices filled, so that every adapter weight has a gradient."""
+    """LoRA on the attention, the same each time, its zero matrices filled, so that every weight has a gradient."""
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
