@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.inputs import load_model, parse_layers
 from qscope_posttrain.cli.options import did_you_mean
 
@@ -47,18 +48,18 @@ def read_table(source: str, split: str = "train", limit: int | None = None) -> D
         FileNotFoundError: a file that is not there.
         ValueError: no such split, or no rows.
     """
-    from datasets import load_dataset, load_from_disk
+    from datasets import load_from_disk
 
     path = Path(source)
     if path.suffix in READERS:
         if not path.is_file():
             raise FileNotFoundError(f"no file at '{path}'.")
         options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        found = load_dataset(READERS[path.suffix], data_files={split: str(path)}, **options)
+        found = read_dataset(READERS[path.suffix], data_files={split: str(path)}, **options)
     elif path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         found = load_from_disk(source)
     else:
-        found = load_dataset(source)
+        found = read_dataset(source)
     if isinstance(found, Mapping):
         if split not in found:
             raise ValueError(f"'{source}' has no split '{split}'; it has {', '.join(map(str, found))}.")
@@ -102,6 +103,12 @@ def labels_of(table: Dataset, name: str, positive: str | None, source: str) -> l
     values = column(table, name, source)
     feature = table.features.get(name)
     names = getattr(feature, "names", None)  # a ClassLabel holds numbers that stand for names
+    missing = [row for row, value in enumerate(values) if _is_missing(value, names is not None)]
+    if missing:
+        raise ValueError(
+            f"'{source}': column '{name}' has no label in {len(missing)} rows, for example row {missing[0]} "
+            f"({values[missing[0]]!r}). Take these rows out: they belong to neither class."
+        )
     words = [names[value] if names is not None and isinstance(value, int) else str(value) for value in values]
     kinds = sorted(set(words))
     if positive is not None:
@@ -117,6 +124,13 @@ def labels_of(table: Dataset, name: str, positive: str | None, source: str) -> l
     if all(flags) or not any(flags):
         raise ValueError(f"'{source}': {sum(flags)} of {len(flags)} rows are positive; both classes are needed.")
     return flags
+
+
+def _is_missing(value: Any, class_number: bool) -> bool:
+    """None and NaN, and for class numbers what the hub writes for 'no label': -1."""
+    if class_number and isinstance(value, int):
+        return value < 0
+    return value is None or value != value
 
 
 def split_rows(groups: Sequence[str], labels: Sequence[bool], share: float, seed: int) -> tuple[list[int], list[int]]:

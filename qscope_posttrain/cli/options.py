@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 from qscope_posttrain.recipe_file import read_yaml
@@ -30,12 +30,13 @@ class OptionParser(argparse.ArgumentParser):
             ValueError: an unknown, missing or malformed option.
         """
         given = [_with_dashes(argument) for argument in arguments]
-        if "--config" not in _option_names(self):
-            given = _with_recipes(given)
+        names = _option_names(self)
+        if "--config" not in names:
+            given = _with_recipes(given, names)
         values, unknown = self.parse_known_args(given)
         if unknown:
             name = unknown[0].partition("=")[0]
-            raise ValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(_option_names(self)))}")
+            raise ValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(names))}")
         return values
 
     def error(self, message: str) -> NoReturn:
@@ -56,7 +57,7 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def _with_recipes(arguments: Sequence[str]) -> list[str]:
+def _with_recipes(arguments: Sequence[str], names: Collection[str]) -> list[str]:
     """The arguments with every `--config FILE` replaced by the options in that file."""
     expanded: list[str] = []
     rest = iter(arguments)
@@ -69,16 +70,19 @@ def _with_recipes(arguments: Sequence[str]) -> list[str]:
         if not path:
             raise ValueError("--config needs a YAML file with options.")
         for key, content in read_yaml(path).items():
-            expanded += _as_arguments(path, key, content)
+            expanded += _as_arguments(path, key, content, names)
     return expanded
 
 
-def _as_arguments(path: str, key: Any, content: Any) -> list[str]:
+def _as_arguments(path: str, key: Any, content: Any, names: Collection[str]) -> list[str]:
     name = _with_dashes(f"--{key}")
     if content is None:
         return []
     if isinstance(content, bool):
-        return [name if content else f"--no-{name[2:]}"]
+        if content or name not in names:
+            return [name]
+        off = f"--no-{name[2:]}"
+        return [off] if off in names else []  # a switch without that form is off unless it is named
     values = content if isinstance(content, list) else [content]
     if any(not isinstance(value, (str, int, float)) or isinstance(value, bool) for value in values):
         raise ValueError(f"{path}: {key!r} must be text, a number, true, false or a list of texts and numbers.")

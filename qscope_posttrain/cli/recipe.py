@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from qscope_posttrain.report.summary import to_json
 
 _SECRETS = frozenset({"hub_token", "push_to_hub_token"})
+_SECRET_WORDS = ("token", "api_key", "password", "secret")
+"""How the names of secrets end below the top level, where no words of a tokenizer stand: `model_init_kwargs.token`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +57,24 @@ class TrainingRecipe:
         # transformers writes <EOS_TOKEN> and the like for every field that might be a secret. Most are words of the
         # tokenizer; the real secrets are left out.
         training |= {key: getattr(self.training, key) for key in training if key.endswith("_token")}
-        return training | dict.fromkeys(_SECRETS.intersection(training))
+        return without_secrets(training) | dict.fromkeys(_SECRETS.intersection(training))
 
     def model_init_kwargs(self) -> dict[str, Any]:
         """What the trainer passes to `from_pretrained`: `model_init_kwargs`, and ModelConfig's fields below them."""
         model, given = self.model, self.training.model_init_kwargs or {}
         own = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
         return own | given
+
+
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that may be written to disk and pushed to a hub: below the top level, secrets become None."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: None if str(name).endswith(_SECRET_WORDS) else cleaned(one) for name, one in value.items()}
+        return [cleaned(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return {name: cleaned(value) for name, value in settings.items()}
 
 
 class DeviceRule:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import trl
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, load_from_disk
 
+from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.recipe import TrainingRecipe
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -51,8 +52,8 @@ def _load_named(recipe: TrainingRecipe, name: str) -> Any:
         return {recipe.script.dataset_train_split: load_from_disk(name)}
     streaming = recipe.script.dataset_streaming
     if path.suffix in _READERS:
-        return load_dataset(_READERS[path.suffix], data_files=str(_existing(path)), streaming=streaming)
-    return load_dataset(name, name=recipe.script.dataset_config, streaming=streaming)
+        return read_dataset(_READERS[path.suffix], data_files=str(_existing(path)), streaming=streaming)
+    return read_dataset(name, name=recipe.script.dataset_config, streaming=streaming)
 
 
 def _local(entry: Any) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qscope_posttrain.cli.config_arguments import arguments_of, config_from
+from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.inputs import load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
@@ -148,11 +149,9 @@ def check(recipe: SAERecipe) -> Table:
 
 
 def _dataset(own: TrainArguments) -> Any:
-    from datasets import load_dataset
-
     from qscope_posttrain.features.text_source import DatasetSource
 
-    data = load_dataset(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
+    data = read_dataset(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)
     return DatasetSource(data, own.text_column, name)
 

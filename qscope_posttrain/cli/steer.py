@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, read_prompts, sampling_settings, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
-from qscope_posttrain.cli.steer_curve import add_curve_options, run_curve
+from qscope_posttrain.cli.steer_curve import add_curve_options, check_curve_options, run_curve
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -41,7 +41,9 @@ def run(arguments: Sequence[str]) -> int:
     features = FeatureSet.load(path / FEATURES_FILE if path.is_dir() else path)
     if options.feature is not None:
         features = features.select(feature_ids=options.feature)
-    if options.curve is not None:
+    if options.curve is None:
+        check_curve_options(options)
+    else:
         if options.strength is not None:
             raise ValueError("--curve has its own strengths; leave --strength out.")
         run_curve(options, features, settings, positions)

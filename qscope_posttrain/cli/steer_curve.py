@@ -127,6 +127,16 @@ def _write_report(output: Path, curve: DoseCurve, verdict: str) -> Path:
     return write_html(output / "report.html", "Steering: effect and price", [section])
 
 
+def check_curve_options(options: argparse.Namespace) -> None:
+    """ValueError for an option of a dose curve without `--curve`."""
+    parser = argparse.ArgumentParser()
+    add_curve_options(parser)
+    given = [f"--{name.replace('_', '-')}" for name, default in vars(parser.parse_args([])).items()
+             if getattr(options, name) != default]  # fmt: skip
+    if given:
+        raise ValueError(f"{', '.join(given)}: only a dose curve uses it; give its strengths with --curve.")
+
+
 def add_curve_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("dose curve")
     group.add_argument("--curve", type=float, nargs="+", help="strengths to compare; negative ones suppress")

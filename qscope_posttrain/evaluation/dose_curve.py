@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qscope_posttrain.evaluation.response_loss import response_losses, text_losses
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import feature_steering
-from qscope_posttrain.intervals import Interval, bootstrap_over_prompts
+from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, wilson
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, encode_prompts, generate_samples
@@ -227,7 +227,7 @@ def _point(
         kind=kind,
         strength=strength,
         samples=len(samples),
-        effect=bootstrap_over_prompts(by_prompt, _RESAMPLES),
+        effect=_effect_interval(by_prompt),
         perplexity=_perplexity(loss, tokens, [sample.prompt_index for sample in samples]),
         endless=float(np.mean([is_endless_repetition(s.tokens, ended=s.ended) for s in samples])),
         repeated=float(np.mean([ngram_repetition_rate(s.tokens, 3) for s in samples])),
@@ -235,6 +235,16 @@ def _point(
         tokens=float(np.mean([len(s.tokens) for s in samples])),
         text_perplexity=text_perplexity,
     )
+
+
+def _effect_interval(by_prompt: Sequence[Sequence[float]]) -> Interval:
+    """Bootstrap over prompts; where no response or every one shows the effect, which a bootstrap takes for certain, the
+    Wilson limits of as many prompts."""
+    found = bootstrap_over_prompts(by_prompt, _RESAMPLES)
+    if found.estimate not in (0.0, 1.0) or found.low != found.high:
+        return found
+    prompts = sum(1 for outcomes in by_prompt if outcomes)
+    return wilson(round(found.estimate * prompts), prompts)
 
 
 def _perplexity(loss: Tensor, tokens: Tensor, prompts: Sequence[int]) -> Interval:

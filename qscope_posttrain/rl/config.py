@@ -304,8 +304,8 @@ class SteeredGRPOConfig(GRPOConfig):
         if self.gate == "drop" and shortest > self.completion_limit:
             raise ValueError(
                 f"loop_min_tokens={self.loop_min_tokens} or loop_min_copies={self.loop_min_copies} is more than "
-                f"max_completion_length={self.max_completion_length}: no completion could be an endless repetition, and gate='drop' would "
-                "drop all negatives."
+                f"max_completion_length={self.max_completion_length}: no completion could be an endless repetition, "
+                "and gate='drop' would drop all negatives."
             )
         if self.window_start is not None:
             self.check_window(self.window_start)

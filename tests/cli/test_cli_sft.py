@@ -52,6 +52,17 @@ def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
     assert (again.penalty.target, again.training.max_steps, again.model_name) == ("zh", 2, world.model)
 
 
+def test_secrets_are_not_written(world, tmp_path):
+    path = world.recipe(tmp_path / "recipe.yaml")
+    hidden = ["--model_init_kwargs", '{"token": "hf_x", "revision": "main"}', "--hub_token", "hf_y"]
+    recipe = parse_recipe([f"--config={path}", *hidden])
+    written = recipe.to_dict()
+    assert "hf_" not in str(written)
+    assert written["model_init_kwargs"] == {"token": None, "revision": "main"}
+    assert written["eos_token"] == recipe.training.eos_token
+    assert recipe.training.model_init_kwargs["token"] == "hf_x"
+
+
 def test_command_line_overrides_the_recipe(world, tmp_path):
     path = world.recipe(tmp_path / "recipe.yaml")
     recipe = parse_recipe([f"--config={path}", "--sasft_layers", "3", "--learning_rate", "1e-3", "--max-steps", "7"])

@@ -41,9 +41,17 @@ def test_recipe_stands_for_its_options_and_what_follows_wins(parser, tmp_path):
     assert parser.parse(["do", f"--config={recipe}"]).top_p == 0.9
 
 
+def test_switches_can_be_off_in_a_recipe(parser, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\nchat: false\ncausal: true\n")
+    options = parser.parse(["do", "--config", str(recipe)])
+    assert (options.chat, options.causal) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("chatt: false", "Did you mean '--chat'"),
         ("modle: x", "Did you mean '--model'"),
         ("model: {a: 1}", "must be text, a number"),
         ("- model", "must map keys to values"),

@@ -141,6 +141,7 @@ def test_an_endless_repetition_is_counted(run, world, tmp_path, make_model, tiny
         (["--strength", "1", "--stregth", "1"], "Did you mean '--strength'?"),
         (["--strength", "1", "--prompts", "there"], "not allowed with"),
         (["--strength", "1", "--features", "nowhere"], "nowhere"),
+        (["--strength", "1", "--effect-language", "zh", "--suppress"], "--effect-language, --suppress: only a dose"),
     ],
 )
 def test_a_mistake_is_one_clear_line(world, capsys, extra, message):

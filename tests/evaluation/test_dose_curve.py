@@ -44,8 +44,8 @@ def features(model, tiny_tokenizer, texts):
 
 
 def curve_of(model, tokenizer, features, **options):
-    given = {"settings": SETTINGS, "layer": 3, "random_count": 2} | options
-    return dose_curve(model, tokenizer, PROMPTS, features, matches("e"), [4.0, -2.0], **given)
+    given = {"effect": matches("e"), "settings": SETTINGS, "layer": 3, "random_count": 2} | options
+    return dose_curve(model, tokenizer, PROMPTS, features, strengths=[4.0, -2.0], **given)
 
 
 def test_points_are_what_steering_by_hand_gives(model, tiny_tokenizer, features, texts):
@@ -63,6 +63,13 @@ def test_points_are_what_steering_by_hand_gives(model, tiny_tokenizer, features,
     assert point.perplexity.estimate == pytest.approx(float((loss.sum() / tokens.sum()).exp()))
     assert point.tokens == pytest.approx(np.mean([len(s.tokens) for s in samples]))
     assert point.text_perplexity != curve.unsteered.text_perplexity
+
+
+def test_an_effect_that_no_response_or_each_one_shows_is_not_certain(model, tiny_tokenizer, features):
+    for value, low, high in ((0.0, 0.0, 0.56), (1.0, 0.44, 1.0)):
+        curve = curve_of(model, tiny_tokenizer, features, effect=lambda sample, value=value: value)
+        effect = curve.unsteered.effect
+        assert (effect.estimate, effect.low, effect.high) == pytest.approx((value, low, high), abs=0.01)
 
 
 def test_steering_hard_costs_more_than_not_at_all(model, tiny_tokenizer, features):

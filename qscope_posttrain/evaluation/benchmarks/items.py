@@ -6,6 +6,7 @@ import csv
 import gzip
 import string
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -127,11 +128,14 @@ def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"benchmark '{source.name}': no file at '{path}'.")
         opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8", newline="") as stream:
-            if suffix == ".jsonl":
-                yield from (row for _, row in parse_jsonl(stream, path))
-            else:
-                yield from _table(stream, _SEPARATORS[suffix], source)
+        try:
+            with opener(path, "rt", encoding="utf-8", newline="") as stream:
+                if suffix == ".jsonl":
+                    yield from (row for _, row in parse_jsonl(stream, path))
+                else:
+                    yield from _table(stream, _SEPARATORS[suffix], source)
+        except (EOFError, zlib.error) as error:
+            raise ValueError(f"benchmark '{source.name}': '{path}' is cut off or damaged ({error}).") from error
     else:
         yield from _data_set(source, path)
 

@@ -198,3 +198,10 @@ def test_refusals_of_sets():
         ItemFeatures.from_sets("d", [], 4)
     with pytest.raises(ValueError, match="1 items, but 2 texts"):
         ItemFeatures.from_sets("d", [[1]], 4, [1, 2])
+
+
+def test_a_compressed_file_that_was_cut_off(tmp_path):
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(b'{"q": "%d"}\n' % number for number in range(5000)))[:-20])
+    with pytest.raises(ValueError, match="is cut off or damaged"):
+        read_items(ItemSource.parse(f"x={path}:q"))
