@@ -59,7 +59,7 @@ def verdict_table(results: Sequence[CellResult], titles: Mapping[str, str] | Non
         "At the largest budget of perplexity. Change of the hazard against SFT in per cent, with 95 % intervals, and "
         "their paired difference in points; below 0 the SAE arm switches less. Arms were picked by the hazard on "
         "validation prompts; the differences are not corrected for the number of cells. Goal: at least 50 % less "
-        "sampled switching, interval apart from SFT, at 1 % perplexity or less."
+        "sampled switching by the estimate, and less by the whole interval, at 1 % perplexity or less."
     )
     return Table("Verdicts", columns, rows, caption)
 

@@ -39,7 +39,8 @@ class Verdict:
     undecided: tuple[str, ...]
     """Controls to which no difference was shown."""
     goal_met: tuple[str, ...]
-    """Arms whose chosen weight switches at least 50 % less, interval apart from SFT, at 1 % or less."""
+    """Arms whose chosen weight switches at least 50 % less by the estimate, and less by the whole interval, at 1 % or
+    less."""
     lines: tuple[str, ...]
     """The same in words."""
 
@@ -163,16 +164,28 @@ def _against_all(result: CellResult, groups: dict[Outcome, list[str]]) -> str:
 
 def _goal(result: CellResult, met: Sequence[ArmAtWeight]) -> str:
     goal = (
-        f"at least {GOAL_REDUCTION:g} % less sampled switching than SFT, interval apart, at {GOAL_COST:g} % or less "
-        f"{result.cost_name}, weights chosen on validation prompts"
+        f"at least {GOAL_REDUCTION:g} % less sampled switching than SFT by the estimate, less by the whole interval, "
+        f"at {GOAL_COST:g} % or less {result.cost_name}, weights chosen on validation prompts"
     )
     if all(arm.sampled_change is None for arm in result.chosen):
         return f"Goal ({goal}): cannot be said, there are no samples to compare."
     if met:
         return f"Goal ({goal}): met by {'; '.join(_reached(arm) for arm in met)}."
     tried = [arm for arm in result.chosen if arm.choice is not None and arm.sampled_change is not None]
-    nearest = min(tried, key=lambda arm: arm.sampled_change.estimate if arm.sampled_change else 0.0)
-    return f"Goal ({goal}): met by no arm; the largest reduction is {_reached(nearest)}."
+    within = [arm for arm in tried if arm.cost is not None and arm.cost.estimate <= GOAL_COST]
+    said = [f"the largest reduction at that cost is {_reached(min(within, key=_change))}"] if within else []
+    over = [arm for arm in tried if arm not in within and _change(arm) <= -GOAL_REDUCTION]
+    if over:
+        said.append(f"at a higher one there are {'; '.join(_reached(arm) for arm in sorted(over, key=_cost))}")
+    return f"Goal ({goal}): met by no arm{''.join(f'; {part}' for part in said)}."
+
+
+def _change(arm: ArmAtWeight) -> float:
+    return math.inf if arm.sampled_change is None else arm.sampled_change.estimate
+
+
+def _cost(arm: ArmAtWeight) -> float:
+    return math.inf if arm.cost is None else arm.cost.estimate
 
 
 def _reached(arm: ArmAtWeight) -> str:
@@ -180,7 +193,7 @@ def _reached(arm: ArmAtWeight) -> str:
     kind = "SAE" if arm.sae else "no SAE"
     far = change is not None and change.high <= -GOAL_REDUCTION
     whole = f", the whole interval at {-GOAL_REDUCTION:g} % or below" if far else ""
-    price = "" if cost is None else f" at {cost.estimate:+.2f} %"
+    price = "" if cost is None else f" at {cost.estimate:+.3f} %"
     return f"**{arm.title}** ({kind}): {show(change, ' %')}{whole}{price}"
 
 

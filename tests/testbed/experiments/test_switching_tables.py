@@ -69,7 +69,10 @@ def test_runs_of_one_base_are_named_as_such():
 def test_the_goal_needs_half_apart_and_cheap():
     # Token penalty: 45 of 100 left in every base, -55 %; SASFT -40 %. Both cost 1.0001 %: too much.
     rows = three_bases()
-    assert cell_verdict(cell(*rows)).goal_met == ()
+    missed = cell_verdict(cell(*rows))
+    assert missed.goal_met == ()
+    assert "met by no arm" in missed.lines[-1]
+    assert "at a higher one there are **token penalty** (no SAE): -55.0 %" in missed.lines[-1]
     for row in rows:
         if row["arm"] == "token_penalty":
             row["metrics"]["test"]["masked_ppl"] = 20.0 * 1.009
