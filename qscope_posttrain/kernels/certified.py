@@ -187,7 +187,15 @@ def _rescore(
 def dot_products(
     out: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, first: Tensor, last: Tensor
 ) -> None:
-    """out[t, j] = x[t] . W_enc[indices[t, j]] + b_enc[..] in float32 for at least first[t] <= j < last[t], in place."""
+    """out[t, j] = x[t] . W_enc[indices[t, j]] + b_enc[..] in float32 for at least first[t] <= j < last[t], in place.
+
+    On CUDA nothing waits for the device.
+    """
+    if x.is_cuda:
+        from qscope_posttrain.kernels.triton.decode import chosen_preactivations_
+
+        chosen_preactivations_(out, x, W_enc, b_enc, indices, first, last)
+        return
     if native.can_multiply(x, W_enc, b_enc):
         native.dot_products(out, x, W_enc, b_enc, indices, first, last)
         return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.kernels.checks import check_indices, check_same_device, check_shape
+from qscope_posttrain.kernels.precision import exact_dtype
 from qscope_posttrain.kernels.readout import accumulation_dtype, check_rows, input_gradient, token_tiles
 
 
@@ -47,11 +48,11 @@ def feature_penalty(
             tokens should be masked.
         weights: `[...]`, floating: a factor for each token, without gradient; None for 1.
 
-    Products, sums and comparisons are in at least fp32, whatever autocast is active. Saved for backward is a bool
-    `[T, F]` beside rows and weights, never x; a half-precision x is widened by tiles of 1024 tokens on the CPU and not
-    at all on CUDA. Scale the result with a device tensor (a loss scale, a token count): it reaches the gradient as one,
-    and nothing here waits for the device. Deterministic. On CUDA two launches forward (one reads x, one adds the
-    blocks' sums in a fixed order) and one backward.
+    Products, sums and comparisons are in at least fp32, whatever autocast or tf32 setting is active. Saved for backward
+    is a bool `[T, F]` beside rows and weights, never x; a half-precision x is widened by tiles of 1024 tokens on the
+    CPU and not at all on CUDA. Scale the result with a device tensor (a loss scale, a token count): it reaches the
+    gradient as one, and nothing here waits for the device. Deterministic. On CUDA two launches forward (one reads x,
+    one adds the blocks' sums in a fixed order) and one backward.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit, or rows that require a gradient.
@@ -124,18 +125,19 @@ def _feature_penalty(
         from qscope_posttrain.kernels.triton.penalty import feature_penalty as on_cuda
 
         return on_cuda(x, rows, bias, thresholds, groups, mask, weights)
-    rows, bias, thresholds = rows.to(wide).t(), bias.to(wide), thresholds.to(wide)
+    exact = exact_dtype(wide, x.device)
+    rows, bias, thresholds = rows.to(exact).t(), bias.to(exact), thresholds.to(wide)
     excesses = x.new_zeros(rows.shape[1], dtype=wide)
     sums = torch.zeros_like(excesses)
     active = mask.new_empty(x.shape[0], rows.shape[1])
     with torch.autocast(x.device.type, enabled=False):
-        for tokens, tile in token_tiles(x, wide):
+        for tokens, tile in token_tiles(x, exact):
             limit = thresholds[groups[tokens].clamp(min=0)]
-            excess = masked_excess(torch.addmm(bias, tile, rows), limit, mask[tokens])
+            excess = masked_excess(torch.addmm(bias, tile, rows).to(wide), limit, mask[tokens])
             torch.gt(excess, 0, out=active[tokens])
             excesses += excess.sum(0)
             if weights is not None:
-                sums += weights[tokens].to(wide) @ excess
+                sums += weights[tokens].to(exact) @ excess.to(exact)
     return excesses.clone() if weights is None else sums, excesses, active.any(-1), active
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.kernels.checks import check_floating, check_same_device, check_shape
+from qscope_posttrain.kernels.precision import exact_dtype
 
 TILE_TOKENS = 1024
 """Tokens of a half-precision x that are widened at a time on the CPU."""
@@ -22,7 +23,7 @@ library's matrix product of widened tiles is the better choice."""
 
 
 def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """`x @ rows.T + bias` with products and sums in at least fp32, whatever autocast is active.
+    """`x @ rows.T + bias` with products and sums in at least fp32, whatever autocast or tf32 setting is active.
 
     Args:
         x: `[..., D]`, any floating dtype and any strides.
@@ -34,7 +35,7 @@ def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
 
     Differentiable with respect to all three. Saves `rows`; and x only if `rows` requires a gradient. Beside the result
     a half-precision x takes one tile of `[1024, D]` fp32, on CUDA only beyond 256 rows, and half-precision rows an fp32
-    copy. Deterministic.
+    copy. Where fp32 products are lowered (tf32, bf16), the CPU multiplies in fp64. Deterministic.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit.
@@ -69,16 +70,17 @@ def token_tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 @torch.library.custom_op("qscope_posttrain::feature_preactivations", mutates_args=())
 def _feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     wide = accumulation_dtype(x, rows)
-    if x.is_cuda and wide == torch.float32 and rows.shape[0] <= HANDFUL:
+    exact = exact_dtype(wide, x.device)
+    if x.is_cuda and wide == torch.float32 and (rows.shape[0] <= HANDFUL or exact != wide):
         from qscope_posttrain.kernels.triton.readout import preactivations
 
         return preactivations(x, rows, bias)
-    readout = x.new_empty(x.shape[0], rows.shape[0], dtype=wide)
-    weight, offset = rows.to(wide).t(), bias.to(wide)
+    readout = x.new_empty(x.shape[0], rows.shape[0], dtype=exact)
+    weight, offset = rows.to(exact).t(), bias.to(exact)
     with torch.autocast(x.device.type, enabled=False):
-        for tokens, tile in token_tiles(x, wide):
+        for tokens, tile in token_tiles(x, exact):
             torch.addmm(offset, tile, weight, out=readout[tokens])
-    return readout
+    return readout.to(wide)
 
 
 @torch.library.custom_op("qscope_posttrain::feature_preactivations_gradient", mutates_args=())
@@ -88,14 +90,15 @@ def input_gradient(gradient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor
         from qscope_posttrain.kernels.triton.readout import spread
 
         return spread(gradient, rows, dtype)
-    wide = rows.to(gradient.dtype)
+    exact = exact_dtype(gradient.dtype, gradient.device)
+    wide = rows.to(exact)
     with torch.autocast(gradient.device.type, enabled=False):
-        if dtype == gradient.dtype:
+        if dtype == gradient.dtype == exact:
             return gradient @ wide
         result = gradient.new_empty(gradient.shape[0], rows.shape[1], dtype=dtype)
         for start in range(0, len(gradient), TILE_TOKENS):
             tokens = slice(start, start + TILE_TOKENS)
-            result[tokens].copy_(gradient[tokens] @ wide)
+            result[tokens].copy_(gradient[tokens].to(exact) @ wide)
     return result
 
 
@@ -120,10 +123,11 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_rows, needs_bias = ctx.needs_input_grad
     gradient_of_rows = None
     if needs_rows:
-        gradient_of_rows = torch.zeros_like(rows, dtype=gradient.dtype)
+        exact = exact_dtype(gradient.dtype, gradient.device)
+        gradient_of_rows = torch.zeros_like(rows, dtype=exact)
         with torch.autocast(gradient.device.type, enabled=False):
-            for tokens, tile in token_tiles(x, gradient.dtype):
-                gradient_of_rows.addmm_(gradient[tokens].t(), tile)
+            for tokens, tile in token_tiles(x, exact):
+                gradient_of_rows.addmm_(gradient[tokens].to(exact).t(), tile)
     return (
         input_gradient(gradient, rows, ctx.dtypes[0]) if needs_x else None,
         None if gradient_of_rows is None else gradient_of_rows.to(rows.dtype),

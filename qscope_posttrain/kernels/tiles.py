@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qscope_posttrain.kernels.precision import lowered_to
+
 BUFFER_ELEMENTS = 1 << 24
 """Pre-activations held at a time by default: 32 MiB in bfloat16, 64 MiB in float32."""
 
@@ -68,13 +70,17 @@ def result_dtype(W_enc: Tensor) -> torch.dtype:
 
 def product_dtype(W_enc: Tensor, fp32: bool) -> torch.dtype:
     """The dtype of the product: that of the weights, or at least float32, which then must not be lowered to less."""
-    if fp32 and torch.get_float32_matmul_precision() != "highest":
+    if not fp32:
+        return W_enc.dtype
+    dtype, lowered = result_dtype(W_enc), lowered_to(W_enc.device)
+    if dtype == torch.float32 and lowered is not None:
         raise ValueError(
-            "precision 'fp32' and 'certified' need float32 products, but these were lowered by "
-            f"torch.set_float32_matmul_precision({torch.get_float32_matmul_precision()!r}): set 'highest', or use "
+            f"precision 'fp32' and 'certified' need float32 products, but those on {W_enc.device.type} are lowered to "
+            f"{lowered}: undo it where it was set, by torch.set_float32_matmul_precision('highest') or by "
+            "torch.backends.fp32_precision = 'ieee' (transformers' tf32=True sets the latter), or use "
             "precision='model'"
         )
-    return result_dtype(W_enc) if fp32 else W_enc.dtype
+    return dtype
 
 
 def preactivation_tiles(

@@ -8,7 +8,7 @@ from encode_oracle import exact_inputs, preactivations, random_inputs, topk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qscope_posttrain.kernels import topk_encode
+from qscope_posttrain.kernels import certified, topk_encode
 from qscope_posttrain.kernels.topk import topk_product
 
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-40, -1e-40, 2.0, 3.0, -1.0]
@@ -87,3 +87,20 @@ def test_no_synchronisation_on_cuda() -> None:
         topk_encode(*inputs, 20)[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_certified_products_do_not_synchronise_on_cuda() -> None:
+    x, W_enc, b_enc = (tensor.cuda() for tensor in random_inputs(300, 64, 4000, torch.float32))
+    indices = torch.randint(4000, (300, 100), dtype=torch.int32, device="cuda")
+    first = torch.zeros(300, dtype=torch.int32, device="cuda")
+    out = torch.empty(300, 100, device="cuda")
+    certified.dot_products(out, x, W_enc, b_enc, indices, first, first + 50)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        certified.dot_products(out, x, W_enc, b_enc, indices, first, first + 100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = (x @ W_enc.T + b_enc).gather(1, indices.long())
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

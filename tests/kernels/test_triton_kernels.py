@@ -46,6 +46,45 @@ def test_sparse_decode(triton_device, dtype, with_bias):
     assert_close(found, _weight_gradient(gradient, values, indices, d_sae + 2))
 
 
+@pytest.mark.parametrize("column", [lambda table: table[:, 3], lambda table: table[0, :1].expand(len(table))])
+def test_strided_and_expanded_biases_are_read_right(triton_device, column):
+    from qscope_posttrain.kernels.topk import topk_product
+    from qscope_posttrain.kernels.triton.decode import sum_rows
+
+    values, indices, table = normal(3, 4), torch.randint(32, (3, 4)), normal(32, 16)
+    b_dec, b_enc = column(normal(16, 5).to(triton_device)), column(normal(64, 7).to(triton_device))
+    v, i, t = (tensor.to(triton_device) for tensor in (values.flatten(), indices.flatten(), table))
+    found = sum_rows(v, i, t, segments=3, bias=b_dec)
+    assert_close(found, _sparse_decode(values, indices, table, b_dec.cpu()))
+    x, W_enc = normal(4, 16).to(triton_device), normal(64, 16, seed=1).to(triton_device)
+    found = topk_product(x, W_enc, b_enc, 4, torch.float32, triton=True)
+    expected = topk_product(x, W_enc, b_enc.contiguous(), 4, torch.float32, triton=False)
+    assert torch.equal(found[1], expected[1])
+    assert_close(found[0], expected[0].cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d_model", [1, 21, 600])
+def test_chosen_preactivations(triton_device, dtype, d_model):
+    """Entries in their ranges within the error that the proof in `certified` allows; no other is touched."""
+    from qscope_posttrain.kernels.triton.decode import chosen_preactivations_
+
+    tokens, width, d_sae = 9, 37, 40
+    x, W_enc = normal(tokens, d_model), normal(d_sae, d_model, dtype=dtype, seed=1)
+    b_enc = normal(d_sae, 3, dtype=dtype, seed=2)[:, 1]
+    indices = torch.randint(d_sae, (tokens, width), dtype=torch.int32)
+    first = torch.tensor([0, 0, 3, 16, 17, 30, 36, 5, 20], dtype=torch.int32)
+    last = torch.tensor([37, 0, 40, 32, 17, 31, 37, 4, 37], dtype=torch.int32)
+    out = torch.full((tokens, width), 99.0, device=triton_device)
+    chosen_preactivations_(out, *(tensor.to(triton_device) for tensor in (x, W_enc, b_enc, indices, first, last)))
+    place = torch.arange(width)
+    inside = (place >= first[:, None]) & (place < last[:, None])
+    assert bool((out.cpu()[~inside] == 99).all())
+    exact = (x.double() @ W_enc.double().T + b_enc.double()).gather(1, indices.long())
+    sizes = (x.double().abs() @ W_enc.double().abs().T + b_enc.double().abs()).gather(1, indices.long())
+    assert bool(((out.cpu() - exact).abs() <= (d_model + 2) * 2.0**-23 * sizes)[inside].all())
+
+
 def test_sparse_decode_of_nothing(triton_device):
     from qscope_posttrain.kernels.triton.decode import sum_rows
 

@@ -1,4 +1,4 @@
-"""Sparse decode on CUDA: sums of weighted rows, and dot products with rows. No atomics: reproducible bit for bit."""
+"""Chosen rows of a table on CUDA: weighted sums of them, and dot products. No atomics: reproducible bit for bit."""
 
 from __future__ import annotations
 
@@ -43,21 +43,29 @@ def _sum_rows(
 
 @triton.jit
 def _dot_rows(
-    gradient, rows, table, out, width, d_model, WIDE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, rows, table, bias, first, last, out, width, d_model,
+    HAS_BIAS: tl.constexpr, HAS_RANGE: tl.constexpr, WIDE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     entries = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     live = entries < width
+    stop = d_model
+    if HAS_RANGE:
+        live = live & (entries >= tl.load(first + token)) & (entries < tl.load(last + token))
+        # A block without an entry in the range reads nothing.
+        stop = d_model * tl.max(live.to(tl.int32), 0)
     row = tl.load(rows + token * width + entries, mask=live, other=0).to(tl.int64)
     total = tl.zeros([ENTRIES], dtype=WIDE)
-    for start in range(0, d_model, BLOCK):
+    for start in range(0, stop, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < d_model
-        part = tl.load(gradient + token * d_model + columns, mask=inside, other=0).to(WIDE)
+        part = tl.load(x + token * d_model + columns, mask=inside, other=0).to(WIDE)
         tile = tl.load(
             table + row[:, None] * d_model + columns[None, :], mask=live[:, None] & inside[None, :], other=0
         ).to(WIDE)
         total += tl.sum(tile * part[None, :], axis=1)
+    if HAS_BIAS:
+        total += tl.load(bias + row, mask=live, other=0).to(WIDE)
     tl.store(out + token * width + entries, total.to(out.dtype.element_ty), mask=live)
 
 
@@ -79,8 +87,8 @@ def sum_rows(
     block = _block(d_model)
     with torch.cuda.device_of(table):
         _sum_rows[(segments, triton.cdiv(d_model, block))](
-            weights.contiguous(), rows.contiguous(), starts, table.contiguous(), bias, out,
-            weights.numel() // segments, d_model,
+            weights.contiguous(), rows.contiguous(), None if starts is None else starts.contiguous(),
+            table.contiguous(), None if bias is None else bias.contiguous(), out, weights.numel() // segments, d_model,
             HAS_STARTS=starts is not None, HAS_BIAS=bias is not None, WIDE=_wide(table), ENTRIES=ENTRIES, BLOCK=block,
         )  # fmt: skip
     return out
@@ -88,16 +96,39 @@ def sum_rows(
 
 def dot_rows(gradient: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """`gradient[t] . table[indices[t, j]]`, `[T, w]` in the dtype of `table`."""
+    out = table.new_empty(indices.shape)
+    _launch_dots(out, gradient, indices, table, None, None, None)
+    return out
+
+
+def chosen_preactivations_(
+    out: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, first: Tensor, last: Tensor
+) -> None:
+    """`out[t, j] = x[t] . W_enc[indices[t, j]] + b_enc[..]` for `first[t] <= j < last[t]`, in place; one launch.
+
+    Args:
+        out: `[T, w]` fp32, contiguous; other entries are left as they are.
+        x: `[T, D]`.
+        W_enc, b_enc: `[S, D]` and `[S]`, at most fp32: products and sums are in fp32.
+        indices: `[T, w]`.
+        first, last: `[T]`, integers.
+    """
+    _launch_dots(out, x, indices, W_enc, b_enc.contiguous(), first.contiguous(), last.contiguous())
+
+
+def _launch_dots(
+    out: Tensor, x: Tensor, indices: Tensor, table: Tensor,
+    bias: Tensor | None, first: Tensor | None, last: Tensor | None,
+) -> None:  # fmt: skip
     tokens, width = indices.shape
-    out = table.new_empty(tokens, width)
     if out.numel() == 0:
-        return out
+        return
     with torch.cuda.device_of(table):
         _dot_rows[(tokens, triton.cdiv(width, ENTRIES))](
-            gradient.contiguous(), indices.contiguous(), table.contiguous(), out, width, table.shape[1],
+            x.contiguous(), indices.contiguous(), table.contiguous(), bias, first, last, out, width, table.shape[1],
+            HAS_BIAS=bias is not None, HAS_RANGE=first is not None,
             WIDE=_wide(table), ENTRIES=ENTRIES, BLOCK=min(256, _block(table.shape[1])),
         )  # fmt: skip
-    return out
 
 
 def _block(d_model: int) -> int:

@@ -73,7 +73,7 @@ def merge_(values: Tensor, indices: Tensor, filled: int, pre: Tensor, offset: in
         tile = pre[:, start : start + BLOCK]
         with torch.cuda.device_of(values):
             _merge[(rows,)](
-                tile, None if bias is None else bias[start : start + BLOCK], values, indices,
+                tile, None if bias is None else bias[start : start + BLOCK].contiguous(), values, indices,
                 tile.shape[1], tile.stride(0), offset + start, min(k, filled + start), k,
                 HAS_BIAS=bias is not None, WIDE=tl.float64 if wide else tl.float32, INT=tl.int64 if wide else tl.int32,
                 LOWEST=-(2**63) if wide else -(2**31), NAN=0x7FF8 << 48 if wide else 0x7FC00000,
