@@ -7,16 +7,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import json_object, load_model
 from qscope_posttrain.report.progress import status
 
 if TYPE_CHECKING:
     from qscope_posttrain.endpoint.chat import ChatModel
+    from qscope_posttrain.endpoint.failures import RetryPolicy
+    from qscope_posttrain.endpoint.limits import Limits, Usage
     from qscope_posttrain.endpoint.session import ChatSession
 
 ANSWERS = "answers.jsonl"
+ENDPOINT_ONLY: dict[str, Any] = {
+    "base_url": None,
+    "api_key_env": "OPENAI_API_KEY",
+    "timeout": 120.0,
+    "attempts": 6,
+    "send_seed": False,
+    "max_tokens_name": "max_tokens",
+}
+"""Options, and their defaults, that mean nothing to a model in this process."""
 
 
 def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -26,20 +37,46 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge-model", help="another model of the same endpoint for judging; by default the same one")
     group.add_argument("--local", action="store_true", help="run the chat model here, with transformers")
     group.add_argument("--base-url", help="of an OpenAI-compatible endpoint, up to /v1; by default OpenAI's own")
-    group.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    group.add_argument("--api-key-env", help="environment variable that holds the key")
     group.add_argument("--concurrency", type=int, default=8, help="requests at a time; with --local, in a batch")
     group.add_argument("--requests-per-minute", type=float, help="sent at even distances; no limit by default")
     group.add_argument("--max-requests", type=int, help="budget of requests, further attempts included")
     group.add_argument("--max-total-tokens", type=int, help="budget of tokens, prompts and answers together")
-    group.add_argument("--timeout", type=float, default=120.0, help="seconds for one attempt")
-    group.add_argument("--attempts", type=int, default=6, help="times that a request is sent at most")
+    group.add_argument("--timeout", type=float, help="seconds for one attempt")
+    group.add_argument("--attempts", type=int, help="times that a request is sent at most")
     group.add_argument("--send-seed", action="store_true", help="send seeds: repeatable draws, where they are taken")
+    group.add_argument("--max-tokens-name", help="or max_completion_tokens, where a model asks so")
     group.add_argument(
-        "--max-tokens-name", default="max_tokens", help="or max_completion_tokens, where a model asks so"
+        "--request-options",
+        help='JSON with further fields of a request, for example {"reasoning_effort": "low"}; with --local, further '
+        'arguments of the chat template, for example {"enable_thinking": false}',
     )
-    group.add_argument("--request-options", help='JSON with further fields, for example {"reasoning_effort": "low"}')
+    group.add_argument(
+        "--ask-refused-again", action="store_true", help="ask again what the endpoint refused for good in earlier runs"
+    )
     group.add_argument("--answers", help=f"file that keeps every answer; by default {ANSWERS} in the output folder")
     group.add_argument("--templates", help="folder with templates that replace the package's own, by name")
+    parser.set_defaults(**ENDPOINT_ONLY)
+
+
+def check_endpoint_options(options: argparse.Namespace) -> None:
+    """Find the mistakes in these options before anything is loaded.
+
+    Raises:
+        ValueError: several processes, an option that --local has no use for, a mistaken one, no openai package, or no
+            key where one is needed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("commands that ask a chat model run in one process; start it without a launcher.")
+    _limits_and_retry(options)
+    if not options.local:
+        _endpoint_model(options, options.chat_model)
+        return
+    json_object(options.request_options, "--request-options")
+    useless = [name for name, default in ENDPOINT_ONLY.items() if getattr(options, name) != default]
+    if useless:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+        raise ValueError(f"{named} of an endpoint cannot be used with --local; leave out either.")
 
 
 @contextmanager
@@ -47,43 +84,63 @@ def open_session(options: argparse.Namespace, output: Path) -> Iterator[tuple[Ch
     """(writer, judge): sessions with one cache and one budget. Says at the end what was used.
 
     Raises:
-        ValueError: several processes, a mistaken option, or a cache in use by another process.
+        ValueError: as `check_endpoint_options`, or a cache in use by another process.
     """
     from qscope_posttrain.endpoint.cache import CompletionCache
-    from qscope_posttrain.endpoint.failures import RetryPolicy
-    from qscope_posttrain.endpoint.limits import Limits
     from qscope_posttrain.endpoint.session import ChatSession
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("commands that ask a chat model run in one process; start it without a launcher.")
-    limits = Limits(options.requests_per_minute, options.max_requests, options.max_total_tokens)
-    retry = RetryPolicy(attempts=options.attempts)
+    check_endpoint_options(options)
+    limits, retry = _limits_and_retry(options)
     model = _chat_model(options, options.chat_model)
     with CompletionCache(options.answers or output / ANSWERS) as cache:
         if len(cache):
             status(f"{len(cache)} answers in {cache.path} need not be asked for again")
-        session = ChatSession(model, cache, limits=limits, retry=retry)
+        session = ChatSession(model, cache, limits=limits, retry=retry, ask_refused_again=options.ask_refused_again)
         judge = session
         if options.judge_model not in (None, options.chat_model):
             judge = session.beside(_chat_model(options, options.judge_model))
         try:
             yield session, judge
         finally:
-            usage = session.usage
-            status(
-                f"requests: {usage.sent} sent, {usage.failed} of them without an answer; {usage.cached} answers taken "
-                f"from {cache.path}; {usage.tokens} tokens"
-            )
+            _say_usage(session.usage, cache.path)
+
+
+def _say_usage(usage: Usage, answers: Path) -> None:
+    status(
+        f"requests: {usage.sent} sent, {usage.failed} of them without an answer; {usage.cached} answers taken "
+        f"from {answers}; {usage.tokens} tokens"
+    )
+    if usage.refused:
+        status(
+            f"{usage.refused} requests were refused and have no answer; --ask-refused-again sends them once more. "
+            f"The first refusal: {usage.first_refusal}"
+        )
+
+
+def _limits_and_retry(options: argparse.Namespace) -> tuple[Limits, RetryPolicy]:
+    from qscope_posttrain.endpoint.failures import RetryPolicy
+    from qscope_posttrain.endpoint.limits import Limits
+
+    limits = Limits(options.requests_per_minute, options.max_requests, options.max_total_tokens)
+    return limits, RetryPolicy(attempts=options.attempts)
 
 
 def _chat_model(options: argparse.Namespace, name: str) -> ChatModel:
-    if options.local:
-        from qscope_posttrain.endpoint.local_model import LocalChatModel
+    if not options.local:
+        return _endpoint_model(options, name)
+    from qscope_posttrain.endpoint.local_model import LocalChatModel
 
-        if options.base_url is not None:
-            raise ValueError("give --base-url for an endpoint, or --local for a model here, not both.")
-        model, tokenizer = load_model(name, None, options.dtype, options.device)
-        return LocalChatModel(model, tokenizer, name=name, batch_size=options.concurrency)
+    model, tokenizer = load_model(name, None, options.dtype, options.device)
+    return LocalChatModel(
+        model,
+        tokenizer,
+        name=name,
+        batch_size=options.concurrency,
+        template_options=json_object(options.request_options, "--request-options"),
+    )
+
+
+def _endpoint_model(options: argparse.Namespace, name: str) -> ChatModel:
     from qscope_posttrain.endpoint.openai_model import OFFICIAL, OpenAIChatModel
 
     return OpenAIChatModel(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qscope_posttrain.cli.endpoint_options import add_endpoint_options, open_session
+from qscope_posttrain.cli.endpoint_options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.inputs import load_model, sampling_settings, template_options
 from qscope_posttrain.cli.options import add_model_options
 from qscope_posttrain.report.progress import status
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 
 def safety(options: argparse.Namespace) -> None:
-    """Sample responses, have them judged, print the table, and write `examples.jsonl` and `summary.json`."""
+    """Sample responses, have them judged, print the table, and write `examples.jsonl` and `summary.json`.
+
+    The responses are in `examples.jsonl`, without verdicts, before the judge is asked.
+    """
     from qscope_posttrain.evaluation.prompt_groups import group_by_prompt
-    from qscope_posttrain.evaluation.safety import chat_judge, judge_responses, safety_templates
+    from qscope_posttrain.evaluation.safety import chat_judge, judge_responses, safety_templates, unjudged
     from qscope_posttrain.residual.sampling import generate_samples
 
+    check_endpoint_options(options)
     output = writable_folder(options.output)
     prompts = read_safety_prompts(options.prompts, options.max_prompts)
     templates = safety_templates(options.templates)
@@ -39,10 +43,12 @@ def safety(options: argparse.Namespace) -> None:
             chat_template_options=chat_options,
         )
         responses = [[sample.response for sample in group] for group in group_by_prompt(samples)["all"]]
+        # Sampling may have taken hours: a judge that fails must not cost it.
+        examples = unjudged(prompts, responses).write_examples(output / "examples.jsonl")
         result = judge_responses(prompts, responses, chat_judge(judge, templates))
         usage = judge.usage.to_dict()
     result.to_table().print()
-    examples = result.write_examples(output / "examples.jsonl")
+    result.write_examples(examples)
     results = {**result.to_dict(), "table": result.to_table(), "examples": examples, "usage": usage}
     write_summary(output, "evaluate safety", vars(options), results)
     status(f"responses and verdicts written to {examples}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.endpoint_options import add_endpoint_options, open_session
+from qscope_posttrain.cli.endpoint_options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import add_model_options
 from qscope_posttrain.report.progress import status
@@ -28,6 +28,7 @@ def explain(options: argparse.Namespace, file_name: str) -> None:
     from qscope_posttrain.features.find import load_sae
     from qscope_posttrain.residual.layers import decoder_layers
 
+    check_endpoint_options(options)
     output = writable_folder(options.output)
     templates = explain_templates(options.templates)
     texts = read_text_list(options.texts, options.max_texts)

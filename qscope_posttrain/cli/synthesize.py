@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.endpoint_options import add_endpoint_options, open_session
+from qscope_posttrain.cli.endpoint_options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.report.progress import status
@@ -40,6 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     from qscope_posttrain.synthesis.relevance import write_relevance
 
     options = _parser().parse(arguments)
+    check_endpoint_options(options)
     settings = _settings(options)
     output = writable_folder(options.output)
     templates = synthesis_templates(options.templates)
@@ -54,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     others = parse_layers(options.measure_layers, len(decoder_layers(model))) if options.measure_layers else ()
     with open_session(options, output) as (session, judge):
-        relevance = _relevance(options, explanations, judge, templates)
+        relevance, unreadable = _relevance(options, explanations, judge, templates)
         targets = coverage.target_features(relevance, options.tau)
         write_relevance(output / RELEVANCE, relevance)
         made_for, held_out = coverage.split_targets(targets, options.held_out, options.seed)
@@ -86,7 +87,8 @@ def run(arguments: Sequence[str]) -> int:
     rows = dataset.balanced(rows, options.seed) if options.balance else rows
     _write_prompts(output / PROMPTS, made, drafts or [])
     if not rows:
-        raise ValueError(f"no prompt fired its feature and was answered; {output / PROMPTS} holds what was written.")
+        reason = made.stopped or f"{output / PROMPTS} holds what was written."
+        raise ValueError(f"no prompt fired its feature and was answered; {reason}")
     dataset.save_rows(rows, output / DATA)
     measured = report.measure(
         made,
@@ -111,6 +113,8 @@ def run(arguments: Sequence[str]) -> int:
         "tables": tables,
         "targets": len(targets),
         "worked on": len(wanted),
+        "relevance unreadable": [str(feature) for feature in unreadable],
+        "rejected for their response": dict(made.rejected),
         "unfinished": [str(feature) for feature in made.unfinished],
         "no prompt fired": [str(feature) for feature in made.without],
         "usage of the data": spent,
@@ -145,12 +149,19 @@ def _relevance(
     explanations: Mapping[FeatureId, Explanation],
     judge: ChatSession,
     templates: PromptTemplates,
-) -> dict[FeatureId, float]:
+) -> tuple[Mapping[FeatureId, float], Sequence[FeatureId]]:
+    """(relevance, features that the judge did not rate readably)."""
     from qscope_posttrain.synthesis.relevance import judge_relevance, read_relevance
 
     if options.relevance is not None:
-        return read_relevance(options.relevance)
-    return judge_relevance(judge, templates, list(explanations.values()), options.topic)
+        return read_relevance(options.relevance), ()
+    found = judge_relevance(judge, templates, list(explanations.values()), options.topic)
+    if found.unreadable:
+        status(
+            f"{len(found.unreadable)} of {len(explanations)} features have no readable relevance and are left out: "
+            f"{', '.join(map(str, found.unreadable[:5]))}"
+        )
+    return found.relevance, found.unreadable
 
 
 def _check_explained(targets: Sequence[FeatureId], explanations: Mapping[FeatureId, Explanation]) -> None:
@@ -205,10 +216,12 @@ def _rows_table(rows: Sequence[Mapping[str, Any]], made: SynthesisRun) -> Table:
     from qscope_posttrain.synthesis.dataset import type_counts
 
     cells: list[list[Cell]] = [[name, count] for name, count in type_counts(rows).items()]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(made.rejected.items()))
     features = len({(row["layer"], row["feature"]) for row in rows})
     caption = (
         f"{len(rows)} examples for {features} features, from {made.drawn} prompts asked for; {len(made.without)} "
-        f"features that no prompt fired; {made.undecided} verified prompts without a kind or a whole response."
+        f"features that no prompt fired; {made.undecided} verified prompts without a kind or a whole response"
+        f"{f' ({reasons})' if reasons else ''}."
     )
     return Table("Examples", ["type", "examples"], cells, caption)
 

@@ -12,13 +12,16 @@ from typing import Any, BinaryIO
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion
 
+_RECORD = b'{"key": "'
+"""How every line begins."""
+
 
 class CompletionCache:
     """A file of answers that were paid for. One process at a time; threads share it.
 
     A line is written whole and flushed to disk before its answer is used. A process killed while it writes leaves a
-    last line without its end, which the next one cuts off. Anything else that is not a record is an error: then the
-    file is not ours, or was edited.
+    last line without its end, which the next one cuts off if it begins as a record does. Anything else that is not a
+    record is an error: then the file is not ours, or was edited.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -26,16 +29,18 @@ class CompletionCache:
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: another process holds it, or a line is damaged.
+            ValueError: another process holds it, a line is damaged, or the file is not one of ours.
         """
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"cannot keep answers in '{self.path}': there is no folder '{self.path.parent}'.")
         self._lock = threading.Lock()
+        self._known: dict[str, Completion] = {}
+        self._ways: set[str] = set()
         self._file: BinaryIO = self.path.open("a+b")
         try:
             _claim(self._file, self.path)
-            self._known = self._read()
+            self._read()
         except BaseException:
             self._file.close()
             raise
@@ -54,31 +59,43 @@ class CompletionCache:
         self._file.close()
 
     def get(self, key: str) -> Completion | None:
-        """The answer known by `ChatRequest.key`, if there is one."""
+        """The answer known by `ChatRequest.key`, or the refusal by `ChatRequest.refusal_key`, if there is one."""
         return self._known.get(key)
 
-    def put(self, key: str, identity: Mapping[str, Any], request: ChatRequest, completion: Completion) -> None:
-        """Keep an answer, on disk when this returns. Without its request nobody could read the file."""
-        record = {"key": key, "model": dict(identity), "request": request.to_dict(), "completion": asdict(completion)}
+    def has_answer(self, way: str) -> bool:
+        """Whether any request that was sent in this way (`ChatRequest.way`) was answered."""
+        return way in self._ways
+
+    def put(
+        self, key: str, identity: Mapping[str, Any], request: ChatRequest, completion: Completion, way: str = ""
+    ) -> None:
+        """Keep an answer or a refusal, on disk when this returns. Without its request nobody could read the file."""
+        record = {
+            "key": key,
+            "model": dict(identity),
+            "request": request.to_dict(),
+            "completion": asdict(completion),
+            "way": way,
+        }
         line = json.dumps(record, ensure_ascii=True, allow_nan=False).encode() + b"\n"
         with self._lock:
             self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._known[key] = completion
+            self._keep(key, completion, way)
 
-    def _read(self) -> dict[str, Completion]:
+    def _read(self) -> None:
         self._file.seek(0)
-        known: dict[str, Completion] = {}
         end = 0
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
+                self._check_fragment(line, number)
                 self._file.truncate(end)
                 os.fsync(self._file.fileno())
                 break
             try:
                 record = json.loads(line)
-                known[record["key"]] = Completion(**record["completion"])
+                self._keep(record["key"], Completion(**record["completion"]), record.get("way", ""))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"'{self.path}', line {number}, is no record of an answer ({error}); it was not written here, or "
@@ -86,7 +103,26 @@ class CompletionCache:
                 ) from error
             end += len(line)
         self._file.seek(0, os.SEEK_END)
-        return known
+
+    def _keep(self, key: str, completion: Completion, way: str) -> None:
+        self._known[key] = completion
+        if way and not completion.refusal:
+            self._ways.add(way)
+
+    def _check_fragment(self, line: bytes, number: int) -> None:
+        """ValueError for a last line without an end that cannot be the beginning of a record, cut off."""
+        if _RECORD.startswith(line[: len(_RECORD)]):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                return
+            if "completion" in found:  # whole but for its line end
+                return
+        raise ValueError(
+            f"'{self.path}', line {number}, has no line end and does not begin as a record of an answer does "
+            f"({line[:40]!r}); the file was not written here, and nothing of it is changed. Name another file for the "
+            "answers."
+        )
 
 
 def _claim(file: BinaryIO, path: Path) -> None:

@@ -67,9 +67,15 @@ class ChatRequest:
 
     def key(self, identity: Mapping[str, Any]) -> str:
         """SHA-256 of the model's identity and everything in the request: what the cache knows an answer by."""
-        content = {"model": dict(identity), **self.to_dict()}
-        text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _sha256({"model": dict(identity), **self.to_dict()})
+
+    def refusal_key(self, identity: Mapping[str, Any], route: Mapping[str, Any]) -> str:
+        """What the cache knows a refusal by: another server, or another way to write the request, may answer it."""
+        return _sha256({"model": dict(identity), "route": dict(route), **self.to_dict()})
+
+    def way(self, identity: Mapping[str, Any], route: Mapping[str, Any]) -> str:
+        """SHA-256 of all but the words and the draw: what an endpoint understands in every such request, or in none."""
+        return _sha256({"model": dict(identity), "route": dict(route), "sampling": asdict(self.sampling)})
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,19 @@ class Completion:
 
     text: str
     finish_reason: str
-    """"stop", "length", or what else the server says"""
+    """"stop", "length", or what else the server says; "None" where it says nothing"""
     prompt_tokens: int
     """As the server counts them; 0 where it does not"""
     completion_tokens: int
     request_id: str
     """The server's name for this answer"""
+    refusal: str = ""
+    """Why the endpoint will never answer this request, in its own words; empty where it did answer"""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model ended the answer by itself: not cut off, not filtered, not refused."""
+        return self.finish_reason in ("stop", "None")
 
     @property
     def tokens(self) -> int:
@@ -104,10 +117,21 @@ class ChatModel(Protocol):
         """JSON values that an answer depends on beside the request. Never a key, never an address."""
         ...
 
+    @property
+    def route(self) -> Mapping[str, Any]:
+        """JSON values that a refusal depends on beside that, such as the address. They are hashed, and not kept."""
+        ...
+
     def complete(self, requests: Sequence[ChatRequest]) -> list[Completion]:
         """One answer to each request, in order.
 
         Raises:
+            failures.RequestRefused: one of them will never be answered; where there are several, each is asked alone.
             failures.RequestFailed: with what a caller needs to decide whether to try again.
         """
         ...
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

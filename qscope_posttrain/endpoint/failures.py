@@ -19,6 +19,15 @@ class RequestFailed(OSError):
         """Seconds that the server asked to wait, if it did"""
 
 
+class RequestRefused(RequestFailed):
+    """One request that the endpoint will never answer, while it may answer others."""
+
+    def __init__(self, message: str, *, content: bool) -> None:
+        super().__init__(message, retry=False)
+        self.content = content
+        """Whether its words are known to be the reason, rather than the way in which it was sent"""
+
+
 class BudgetSpent(ValueError):
     """The requests or tokens that a run may use are used; every answer so far is in the cache."""
 

@@ -17,11 +17,11 @@ class Limits:
     requests_per_minute: float | None = None
     """Sent at even distances, further attempts included"""
     max_requests: int | None = None
-    """Requests sent, further attempts included, and answers taken from the cache: a resumed run stops where an
-    unbroken one would"""
+    """No request is sent beyond so many, further attempts included; answers taken from the cache count too, so that a
+    resumed run sends no more than was left"""
     max_tokens: int | None = None
     """No request is sent once the answers so far, those from the cache included, count so many tokens of prompt and
-    answer. Requests under way can overstep it."""
+    answer. Requests under way can overstep it. What is in the cache is never withheld."""
 
     def __post_init__(self) -> None:
         for name in ("requests_per_minute", "max_requests", "max_tokens"):
@@ -62,9 +62,13 @@ class Usage:
         self.sent = 0
         """Requests sent, further attempts included"""
         self.failed = 0
-        """Requests sent that brought no answer"""
+        """Requests sent that brought neither an answer nor a refusal"""
         self.cached = 0
-        """Answers taken from the cache, each counted once"""
+        """Answers and refusals taken from the cache, each counted once"""
+        self.refused = 0
+        """Requests that the endpoint will not answer, sent now or known from the cache, each counted once"""
+        self.first_refusal = ""
+        """What the endpoint said of the first of them"""
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self._lock = threading.Lock()
@@ -79,8 +83,8 @@ class Usage:
         """What the budget of tokens counts."""
         return self.prompt_tokens + self.completion_tokens
 
-    def reserve(self, count: int = 1, *, cached: bool = False) -> None:
-        """Count requests about to be sent together, or one answer about to be taken from the cache.
+    def reserve(self, count: int = 1) -> None:
+        """Count requests about to be sent together.
 
         Raises:
             BudgetSpent: that would be too many; nothing is counted.
@@ -93,10 +97,13 @@ class Usage:
                         f"the budget {name}={limit} is spent; the answers so far are kept. Raise it and run the same "
                         "command again: it goes on from there."
                     )
-            if cached:
-                self.cached += count
-            else:
-                self.sent += count
+            self.sent += count
+
+    def take(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count an answer from the cache, which no budget withholds: it is paid for."""
+        with self._lock:
+            self.cached += 1
+        self.add(prompt_tokens, completion_tokens)
 
     def add(self, prompt_tokens: int, completion_tokens: int) -> None:
         """Count the tokens of an answer."""
@@ -109,7 +116,13 @@ class Usage:
         with self._lock:
             self.failed += count
 
+    def refuse(self, reason: str) -> None:
+        """Count a request that the endpoint will not answer."""
+        with self._lock:
+            self.refused += 1
+            self.first_refusal = self.first_refusal or reason
+
     def to_dict(self) -> dict[str, int]:
         """The counts, JSON-ready."""
-        names = ("requests", "sent", "failed", "cached", "tokens", "prompt_tokens", "completion_tokens")
+        names = ("requests", "sent", "failed", "refused", "cached", "tokens", "prompt_tokens", "completion_tokens")
         return {name: getattr(self, name) for name in names}

@@ -6,21 +6,37 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Completion, Sampling
+from qscope_posttrain.endpoint.chat import ChatRequest, Completion, Message, Sampling
+from qscope_posttrain.endpoint.failures import RequestRefused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LocalChatModel:
-    """A causal language model and its chat template. Requests of equal sampling settings are generated together."""
+    """A causal language model and its chat template. Requests of equal sampling settings are generated together.
+
+    Answers are drawn as a request's `Sampling` says and nothing else: defaults that come with the model are set aside,
+    but for its end tokens. Where the chat template has no place for a system message, it goes before the user's.
+    """
 
     concurrency = 1
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "", batch_size: int = 8
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        batch_size: int = 8,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`name` stands for the model in the cache; by default the folder or hub id that it was loaded from.
+        """A model that is loaded already.
+
+        Args:
+            name: stands for the model in the cache; by default the folder or hub id that it was loaded from.
+            batch_size: requests generated together.
+            template_options: further arguments of the chat template, for example {"enable_thinking": False}.
 
         Raises:
             ValueError: no chat template, no name, or a batch size below 1.
@@ -34,13 +50,24 @@ class LocalChatModel:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
         self.batch_size = batch_size
         self._model, self._tokenizer = model, tokenizer
+        self._template_options = dict(template_options or {})
+        self._takes_system = self._has_place_for_system()
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {"name": self._name, "local": True}
+        return {"name": self._name, "local": True, "options": self._template_options}
+
+    @property
+    def route(self) -> Mapping[str, Any]:
+        return {}
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[Completion]:
-        """See `ChatModel.complete`. A draw's seed is its own content, so that a run can be repeated."""
+        """See `ChatModel.complete`. A draw's seed is its own content, so that a run can be repeated.
+
+        Raises:
+            RequestRefused: a chat and its answer that the model has no room for.
+            ValueError: the chat template refuses a chat.
+        """
         found: list[Completion | None] = [None] * len(requests)
         for sampling in dict.fromkeys(request.sampling for request in requests):
             chosen = [index for index, request in enumerate(requests) if request.sampling == sampling]
@@ -50,46 +77,73 @@ class LocalChatModel:
         return [completion for completion in found if completion is not None]
 
     def _generate(self, requests: Sequence[ChatRequest], sampling: Sampling) -> list[Completion]:
-        import torch
-        from transformers import GenerationConfig
+        from qscope_posttrain.residual.sampling import SamplingSettings, sample_batch
 
-        prompts = [
-            self._tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in request.messages],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for request in requests
-        ]
-        # The template wrote the special tokens already.
-        ids = [self._tokenizer(str(prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
-        longest = max(map(len, ids))
-        pad = self._tokenizer.pad_token_id or 0
-        device = next(self._model.parameters()).device
-        rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-        own = self._model.generation_config
-        ends = own.eos_token_id if own.eos_token_id is not None else self._tokenizer.eos_token_id
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens, eos_token_id=ends, pad_token_id=pad, do_sample=sampling.temperature > 0
+        ids = [self._encoded(request) for request in requests]
+        settings = SamplingSettings(
+            samples_per_prompt=1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_tokens,
+            seed=int(requests[0].key(self.identity)[:15], 16),
         )
-        if sampling.temperature > 0:
-            config.temperature, config.top_p, config.top_k = sampling.temperature, sampling.top_p, 0
-        gpus = [device] if device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(int(requests[0].key(self.identity)[:15], 16))
-            generate: Any = self._model.generate
-            written = generate(rows, attention_mask=mask, generation_config=config)[:, longest:].tolist()
-        stops = set(ends) if isinstance(ends, list) else {ends}
-        return [self._completion(len(row), answer, stops) for row, answer in zip(ids, written, strict=True)]
+        written = sample_batch(self._model, self._tokenizer, ids, settings)
+        return [self._completion(len(row), *answer) for row, answer in zip(ids, written, strict=True)]
 
-    def _completion(self, prompt_tokens: int, answer: list[int], stops: set[int | None]) -> Completion:
-        length = next((position for position, token in enumerate(answer) if token in stops), None)
-        kept = answer if length is None else answer[:length]
+    def _encoded(self, request: ChatRequest) -> list[int]:
+        from qscope_posttrain.residual.layers import text_config
+
+        messages = request.messages if self._takes_system else with_user(request.messages)
+        # The template wrote the special tokens already.
+        ids: list[int] = self._tokenizer(self._written(messages), add_special_tokens=False)["input_ids"]
+        room = getattr(text_config(self._model), "max_position_embeddings", None)
+        if room is not None and len(ids) + request.sampling.max_tokens > room:
+            raise RequestRefused(
+                f"{self._name}: {len(ids)} tokens of a chat and {request.sampling.max_tokens} of its answer are more "
+                f"than the {room} positions of the model",
+                content=True,
+            )
+        return ids
+
+    def _written(self, messages: Sequence[Message]) -> str:
+        from jinja2 import TemplateError
+
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **self._template_options
+            )
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise ValueError(f"the chat template of {self._name} refuses a chat of {roles}: {error}") from error
+        return str(text)
+
+    def _has_place_for_system(self) -> bool:
+        """Templates without one raise an error, or leave the message out without a word."""
+        word = "system-5d81"
+        try:
+            return word in self._written((Message("system", word), Message("user", "a")))
+        except ValueError:
+            return False
+
+    def _completion(self, prompt_tokens: int, answer: list[int], ended: bool) -> Completion:
         return Completion(
-            text=str(self._tokenizer.decode(kept, skip_special_tokens=True)),
-            finish_reason="length" if length is None else "stop",
+            text=str(self._tokenizer.decode(answer, skip_special_tokens=True)),
+            finish_reason="stop" if ended else "length",
             prompt_tokens=prompt_tokens,
-            completion_tokens=len(kept),
+            completion_tokens=len(answer),
             request_id=f"local-{uuid.uuid4().hex[:12]}",
         )
+
+
+def with_user(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The chat without system messages: their text goes before the first message of the user."""
+    system = [message.content for message in messages if message.role == "system"]
+    rest = [message for message in messages if message.role != "system"]
+    if not system:
+        return tuple(rest)
+    place = next((place for place, message in enumerate(rest) if message.role == "user"), None)
+    if place is None:
+        return (Message("user", "\n\n".join(system)), *rest)
+    rest[place] = Message("user", "\n\n".join([*system, rest[place].content]))
+    return tuple(rest)

@@ -9,13 +9,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion
-from qscope_posttrain.endpoint.failures import RequestFailed, retry_after_seconds
+from qscope_posttrain.endpoint.failures import RequestFailed, RequestRefused, retry_after_seconds
 
 OFFICIAL = "https://api.openai.com/v1"
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
 """Client errors that pass; so does every status from 500 on."""
-EXHAUSTED = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
-"""Codes of status 429 that waiting does not cure."""
+REFUSED_STATUS = frozenset({400, 413, 422})
+"""Client errors of one request; others, such as a wrong key, are errors of all."""
+ACCOUNT_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "invalid_api_key"})
+"""Codes that neither waiting nor another request cures, whatever the status."""
+CONTENT_CODES = frozenset({
+    "content_filter", "content_policy_violation", "invalid_prompt", "data_inspection_failed",
+    "context_length_exceeded", "string_above_max_length",
+})  # fmt: skip
+"""Codes that name the words of a request, or their length, as the reason."""
 
 
 class OpenAIChatModel:
@@ -53,8 +60,9 @@ class OpenAIChatModel:
         try:
             import openai
         except ImportError as error:
-            raise ImportError(
-                "an endpoint needs the openai package: pip install 'qscope_posttrain[endpoint]'"
+            raise ValueError(
+                "a chat model behind an endpoint needs the openai package, which cannot be imported; run "
+                "pip install 'qscope_posttrain[endpoint]'."
             ) from error
         place = urlsplit(base_url)
         if place.scheme not in ("http", "https") or not place.netloc:
@@ -70,6 +78,7 @@ class OpenAIChatModel:
             raise ValueError(f"{OFFICIAL} needs a key in the environment variable {api_key_env}.")
         self.model, self.concurrency = model, concurrency
         self._send_seed, self._max_tokens_name, self._options = send_seed, max_tokens_name, dict(options or {})
+        self._route = {"address": base_url.rstrip("/"), "max_tokens_name": max_tokens_name}
         self._openai = openai
         # max_retries=0: a session counts every request that is sent, and waits by itself
         self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", timeout=timeout, max_retries=0)
@@ -78,6 +87,11 @@ class OpenAIChatModel:
     def identity(self) -> Mapping[str, Any]:
         """Name and options. Not the address: a model served elsewhere is the same, and its answers stay paid for."""
         return {"name": self.model, "seeded": self._send_seed, "options": self._options}
+
+    @property
+    def route(self) -> Mapping[str, Any]:
+        """Address and name of the limit: what one server refuses, or refuses to read, another may answer."""
+        return self._route
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[Completion]:
         """See `ChatModel.complete`."""
@@ -107,15 +121,22 @@ class OpenAIChatModel:
             raise self._failure(f"{error} ({error.__cause__})", retry=True) from error
 
     def _status_failure(self, error: Any) -> RequestFailed:
-        status, code = error.status_code, getattr(error, "code", None)
-        retry = (status in RETRIED_STATUS or status >= 500) and code not in EXHAUSTED
+        status, code = error.status_code, str(getattr(error, "code", None))
+        reason = f"status {status}: {error.message}"
+        key_refused = "api key" in reason.lower().replace("_", " ")  # some servers answer 400 to a wrong one
+        if status in REFUSED_STATUS and code not in ACCOUNT_CODES and not key_refused:
+            return RequestRefused(self._shown(reason), content=status == 413 or code in CONTENT_CODES)
+        retry = (status in RETRIED_STATUS or status >= 500) and code not in ACCOUNT_CODES
         after = retry_after_seconds(error.response.headers.get("retry-after")) if retry else None
-        return self._failure(f"status {status}: {error.message}", retry=retry, retry_after=after)
+        return self._failure(reason, retry=retry, retry_after=after)
 
     def _failure(self, reason: str, **kinds: Any) -> RequestFailed:
+        return RequestFailed(self._shown(reason), **kinds)
+
+    def _shown(self, reason: str) -> str:
         """A server may quote the key that it refuses."""
         shown = reason.replace(self._key, "***") if self._key else reason
-        return RequestFailed(f"{self.model}: {shown[:500]}", **kinds)
+        return f"{self.model}: {shown[:500]}"
 
 
 def read_completion(body: str) -> Completion:

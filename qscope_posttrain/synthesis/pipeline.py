@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -12,7 +12,7 @@ from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates
 from qscope_posttrain.features.explanation import Explanation, FeatureId
 from qscope_posttrain.synthesis.prompts import Draft, PromptWriter, RewriteJob, VanillaJob
-from qscope_posttrain.synthesis.responses import Response, decide_kinds, write_responses
+from qscope_posttrain.synthesis.responses import NoResponse, Response, decide_kinds, write_responses
 from qscope_posttrain.synthesis.settings import Kind, SynthesisSettings
 
 Verify = Callable[[Sequence[str], Sequence[FeatureId]], Sequence[float]]
@@ -42,10 +42,17 @@ class SynthesisRun:
     """Those of them that were vanilla"""
     unfinished: tuple[FeatureId, ...] = ()
     """Targets that the budget did not reach"""
+    stopped: str = ""
+    """What the budget said when it ended the run; empty where it did not"""
     without: tuple[FeatureId, ...] = ()
     """Targets worked on of which no prompt fired"""
-    undecided: int = 0
-    """Verified prompts without a kind, or without a whole response"""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Verified prompts that have no whole response, by the reason (`NoResponse`)"""
+
+    @property
+    def undecided(self) -> int:
+        """Verified prompts without a kind, or without a whole response."""
+        return self.rejected.total()
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class _Slot:
     feature: FeatureId
     kind: Kind
     number: int
-    """Among those of its feature and kind"""
+    """Among those of its explanation and kind"""
     style: str
     """Of the rewrite; empty where none is wanted"""
 
@@ -82,22 +89,24 @@ def synthesize(
     run = SynthesisRun()
     writer = PromptWriter(session, templates, settings)
     without: list[FeatureId] = []
+    slots = _slots(targets, explanations, settings)
     for start in range(0, len(targets), settings.features_at_once):
         group = targets[start : start + settings.features_at_once]
         try:
-            drafts, vanilla_drawn, kept = _verified(group, start, explanations, writer, settings, verify)
+            wanted = [slot for feature in group for slot in slots[feature]]
+            drafts, vanilla_drawn, kept = _verified(wanted, explanations, writer, settings, verify)
             kinds = decide_kinds(judge or session, templates, [draft for draft, _ in kept], settings)
             responses = write_responses(session, templates, [draft for draft, _ in kept], kinds, settings)
-        except BudgetSpent:
-            run.unfinished = tuple(targets[start:])
+        except BudgetSpent as error:
+            run.unfinished, run.stopped = tuple(targets[start:]), str(error)
             break
         run.drafts += drafts
         run.drawn, run.vanilla_drawn = writer.drawn, run.vanilla_drawn + vanilla_drawn
-        run.undecided += sum(response is None for response in responses)
+        run.rejected.update(response.reason for response in responses if isinstance(response, NoResponse))
         run.examples += [
             Example(draft, response, activation)
             for (draft, activation), response in zip(kept, responses, strict=True)
-            if response is not None
+            if isinstance(response, Response)
         ]
         reached = {draft.feature for draft, _ in kept}
         without += [feature for feature in group if feature not in reached]
@@ -106,15 +115,13 @@ def synthesize(
 
 
 def _verified(
-    group: Sequence[FeatureId],
-    start: int,
+    slots: Sequence[_Slot],
     explanations: Mapping[FeatureId, Explanation],
     writer: PromptWriter,
     settings: SynthesisSettings,
     verify: Verify,
 ) -> tuple[list[Draft], int, list[tuple[Draft, float]]]:
     """(all drafts, vanilla prompts drawn, kept drafts with their activations) of one group of features."""
-    slots = _slots(group, start, settings)
     before = writer.drawn
 
     def vanilla_again(wanted: Sequence[_Slot], attempt: int) -> list[Draft | None]:
@@ -127,23 +134,58 @@ def _verified(
     vanilla_drawn = writer.drawn - before
 
     def rewritten(wanted: Sequence[_Slot], attempt: int) -> list[Draft | None]:
-        return writer.adversarial([RewriteJob(vanilla[slot][0], slot.style, attempt) for slot in wanted])
+        # Two slots of one explanation may hold the same words, of either kind: each is to have its own draw.
+        kinds = len(settings.kinds)
+        return writer.adversarial([
+            RewriteJob(
+                vanilla[slot][0],
+                slot.style,
+                (slot.number * kinds + settings.kinds.index(slot.kind)) * settings.rounds + attempt,
+            )
+            for slot in wanted
+        ])  # fmt: skip
 
     written, rewrites = _until_it_fires([slot for slot in vanilla if slot.style], settings.rounds, verify, rewritten)
     kept = [found[slot] for slot in slots for found in (vanilla, rewrites) if slot in found]
     return drafts + written, vanilla_drawn, kept
 
 
-def _slots(group: Sequence[FeatureId], start: int, settings: SynthesisSettings) -> list[_Slot]:
-    """All that is wanted for some features, the first of which is target number `start`; styles take turns."""
-    styles = itertools.cycle(settings.styles or ("",))
-    turns = itertools.islice(styles, start * len(settings.kinds) * settings.prompts_per_kind, None)
-    return [
-        _Slot(feature, kind, number, next(turns))
-        for feature in group
-        for number in range(settings.prompts_per_kind)
-        for kind in settings.kinds
-    ]
+def _slots(
+    targets: Sequence[FeatureId], explanations: Mapping[FeatureId, Explanation], settings: SynthesisSettings
+) -> dict[FeatureId, list[_Slot]]:
+    """All that is wanted. Features of one explanation share its numbers, so that no two slots share a request."""
+    each = settings.prompts_per_kind
+    before = occurrences(explanations[feature].text for feature in targets)
+    return {
+        feature: [
+            _Slot(feature, kind, earlier * each + number, style_of(kind, place * each + number, settings))
+            for number in range(each)
+            for kind in settings.kinds
+        ]
+        for place, (feature, earlier) in enumerate(zip(targets, before, strict=True))
+    }
+
+
+def style_of(kind: Kind, turn: int, settings: SynthesisSettings) -> str:
+    """The style of rewrite number `turn` of a kind; empty where there are none.
+
+    Every kind goes through all styles, each from another place: a style must not give the kind away, nor one style be
+    commoner than another.
+    """
+    if not settings.styles:
+        return ""
+    offset = settings.kinds.index(kind) * len(settings.styles) // len(settings.kinds)
+    return settings.styles[(turn + offset) % len(settings.styles)]
+
+
+def occurrences(values: Iterable[Hashable]) -> list[int]:
+    """How often each value has come before."""
+    seen: Counter[Hashable] = Counter()
+    found = []
+    for value in values:
+        found.append(seen[value])
+        seen[value] += 1
+    return found
 
 
 def _until_it_fires(
@@ -184,8 +226,10 @@ def random_synthesis(
     drafts = [draft for draft in writer.vanilla(jobs) if draft is not None]
     if not (drafts and settings.styles):
         return drafts
-    again = [
-        RewriteJob(drafts[number % len(drafts)], settings.styles[number % len(settings.styles)], number // len(drafts))
-        for number in range(rewrites)
-    ]
+    chosen = [drafts[number % len(drafts)] for number in range(rewrites)]
+    turns = occurrences(draft.kind for draft in chosen)
+    styles = [style_of(draft.kind, turn, settings) for draft, turn in zip(chosen, turns, strict=True)]
+    # Two drafts may hold the same words: each rewrite is to have its own draw.
+    samples = occurrences((draft.text, style) for draft, style in zip(chosen, styles, strict=True))
+    again = [RewriteJob(*job) for job in zip(chosen, styles, samples, strict=True)]
     return drafts + [draft for draft in writer.adversarial(again) if draft is not None]

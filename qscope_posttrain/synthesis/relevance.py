@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
@@ -16,12 +17,22 @@ from qscope_posttrain.report.summary import write_text
 COLUMNS = ("layer", "feature", "relevance")
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge makes of explained features."""
+
+    relevance: Mapping[FeatureId, float]
+    unreadable: tuple[FeatureId, ...]
+    """Features whose judgement could not be read, also when asked for again, or was refused"""
+
+
 def judge_relevance(
     session: ChatSession, templates: PromptTemplates, explanations: Sequence[Explanation], topic: str
-) -> dict[FeatureId, float]:
+) -> Judgement:
     """s_f in [0, 1] of every explained feature (equation 19), from one greedy request each.
 
-    Features whose judgement cannot be read, also when asked for again, are left out.
+    Raises:
+        ValueError: no judgement at all can be read.
     """
     sampling = Sampling(temperature=0.0, max_tokens=64)
     requests = [
@@ -31,11 +42,17 @@ def judge_relevance(
     answers = session.complete_parsed(
         requests, number_field("relevance", 0.0, 1.0), description="relevance of features"
     )
-    return {
-        entry.feature: answer.value
-        for entry, answer in zip(explanations, answers, strict=True)
-        if answer.value is not None
-    }
+    pairs = list(zip([entry.feature for entry in explanations], answers, strict=True))
+    relevance = {feature: answer.value for feature, answer in pairs if answer.value is not None}
+    if pairs and not relevance:
+        last = answers[-1].completion
+        said = f"was refused: {last.refusal}" if last.refusal else f"was {last.text[:300]!r}"
+        raise ValueError(
+            f"the judge rated none of {len(pairs)} features readably; expected answers such as "
+            f'{{"relevance": 0.7}}, the last {said}. Ask another judge, change relevance.jinja (--templates), or give '
+            "a table (--relevance)."
+        )
+    return Judgement(relevance, tuple(feature for feature, answer in pairs if answer.value is None))
 
 
 def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:

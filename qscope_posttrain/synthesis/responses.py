@@ -22,6 +22,14 @@ class Response:
     request_id: str
 
 
+@dataclass(frozen=True)
+class NoResponse:
+    """Why nothing stands against a prompt, which then is no training data."""
+
+    reason: str
+    """"no kind", "empty", or why an answer is not whole: "length", "content_filter", "refused" and the like"""
+
+
 def decide_kinds(
     judge: ChatSession, templates: PromptTemplates, drafts: Sequence[Draft], settings: SynthesisSettings
 ) -> list[Kind | None]:
@@ -46,8 +54,8 @@ def write_responses(
     drafts: Sequence[Draft],
     kinds: Sequence[Kind | None],
     settings: SynthesisSettings,
-) -> list[Response | None]:
-    """y ~ G_resp(x, z) of each prompt; None where z is unknown or the response is empty or was cut off."""
+) -> list[Response | NoResponse]:
+    """y ~ G_resp(x, z) of each prompt. Only an answer that the model ended by itself is one: see `Completion.whole`."""
     sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
     known = [(place, kind) for place, kind in enumerate(kinds) if kind is not None]
     requests = [
@@ -59,8 +67,11 @@ def write_responses(
         )
         for place, kind in known
     ]
-    found: list[Response | None] = [None] * len(drafts)
+    found: list[Response | NoResponse] = [NoResponse("no kind")] * len(drafts)
     for (place, kind), completion in zip(known, session.complete(requests, "responses"), strict=True):
-        if completion.text.strip() and completion.finish_reason != "length":
-            found[place] = Response(completion.text.strip(), kind, completion.request_id)
+        text = completion.text.strip()
+        if not completion.whole:
+            found[place] = NoResponse(completion.finish_reason)
+        else:
+            found[place] = Response(text, kind, completion.request_id) if text else NoResponse("empty")
     return found

@@ -68,6 +68,28 @@ def test_a_damaged_line_is_an_error_and_changes_nothing(tmp_path, line):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"notes without a line end", b'{"key": "value"}', b'{"a": 1}', b'["key"]', "é".encode(), b'{"key":"cut'],
+)
+def test_a_foreign_file_is_not_cut(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not written here"):
+        CompletionCache(path)
+    assert path.read_bytes() == content
+
+
+def test_it_knows_which_ways_were_answered(tmp_path):
+    refused = Completion("", "refused", 0, 0, "", "status 400: no")
+    with CompletionCache(tmp_path / "answers.jsonl") as cache:
+        cache.put("a", MODEL, request("a"), completion("a"), "one way")
+        cache.put("b", MODEL, request("b"), refused, "another")
+    with CompletionCache(tmp_path / "answers.jsonl") as cache:
+        assert cache.get("b") == refused
+        assert [cache.has_answer(way) for way in ("one way", "another", "")] == [True, False, False]
+
+
 def test_key_depends_on_everything_that_an_answer_depends_on():
     base = ChatRequest((Message("user", "a"),), Sampling(0.7, 0.9, 50), 0)
     others = [

@@ -57,8 +57,8 @@ def test_answers_in_order_and_once_for_equal_requests(open_session):
         assert "seed" not in server.requests[0]
         assert found[0].prompt_tokens == 7
         assert session.usage.to_dict() == {
-            "requests": 3, "sent": 3, "failed": 0, "cached": 0, "tokens": 30, "prompt_tokens": 21,
-            "completion_tokens": 9,
+            "requests": 3, "sent": 3, "failed": 0, "refused": 0, "cached": 0, "tokens": 30,
+            "prompt_tokens": 21, "completion_tokens": 9,
         }  # fmt: skip
         assert session.complete(requests) == found
         assert len(server.requests) == 3
@@ -175,6 +175,21 @@ def test_budget_of_tokens(open_session):
         with pytest.raises(BudgetSpent, match="max_tokens=25"):
             session.complete([ask(str(n)) for n in range(9)])
         assert len(server.requests) == 3  # 10 tokens each: the third starts at 20 and ends at 30
+
+
+def test_a_finished_run_can_be_repeated_whatever_it_used(open_session):
+    """Two requests under way overstep the budget together; asked again, all their answers are there."""
+    with serving(echo, delay=0.05) as server:
+        session = open_session(server, Limits(max_tokens=15), concurrency=2)
+        requests = [ask("a"), ask("b")]
+        found = session.complete(requests)
+        assert session.usage.tokens == 20
+        again = ChatSession(session.model, session.cache, limits=Limits(max_requests=1, max_tokens=15), retry=FAST)
+        assert again.complete(requests) == found
+        assert again.usage.to_dict()["cached"] == 2
+        with pytest.raises(BudgetSpent):
+            again.complete([ask("c")])
+        assert len(server.requests) == 2
 
 
 def test_an_answer_that_cannot_be_read_is_drawn_again(open_session):

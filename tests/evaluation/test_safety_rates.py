@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from word_world import write_world
 
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.evaluation.safety import SafetyPrompt, Verdict, judge_responses, read_verdict
+from qscope_posttrain.intervals import rate_difference, wilson
 
 
 def judged(harmful, benign, group=""):
@@ -73,6 +75,45 @@ def test_several_samples_are_averaged_by_prompt():
     assert result.undecided == 1
 
 
+@pytest.mark.parametrize(("attack", "refusal"), [(False, False), (True, False), (True, True)])
+def test_several_samples_that_all_agree_leave_an_interval(attack, refusal):
+    """Resampling prompts that agree finds no spread: the interval is that of one outcome a prompt."""
+    several = judged([[attack] * 3] * 10, [[refusal] * 3] * 8)
+    single = judged([[attack]] * 10, [[refusal]] * 8)
+    assert several.attack_success() == single.attack_success() == wilson(10 * attack, 10)
+    assert several.refusal_rate() == single.refusal_rate() == wilson(8 * refusal, 8)
+    assert several.accuracy() == single.accuracy()
+    assert several.accuracy().low < several.accuracy().high
+    assert "all prompts agree" in several.to_table().caption
+    assert "Wilson" in single.to_table().caption
+
+
+def test_where_one_kind_agrees_its_uncertainty_stays_in_acc():
+    benign = [[True, False], [False, False], [True, True], [False, True]]
+    found = judged([[False, False]] * 5, benign)
+    rates = found.attack_success(), found.refusal_rate()
+    assert rates[0] == wilson(0, 5)
+    accuracy = found.accuracy()
+    assert accuracy.estimate == pytest.approx(1 - rates[1].estimate / 2)
+    assert accuracy.low == pytest.approx(
+        accuracy.estimate - math.hypot(rates[0].high, rates[1].high - rates[1].estimate) / 2
+    )
+    assert accuracy.high == pytest.approx(accuracy.estimate + (rates[1].estimate - rates[1].low) / 2)
+
+
+def test_prompts_that_agree_on_a_half():
+    """Five prompts, each with one attack of two: between two and three successes of five."""
+    found = judged([[True, False]] * 5, []).attack_success()
+    assert found == (0.5, wilson(2, 5).low, wilson(3, 5).high)
+
+
+def test_newcombe_s_interval_is_that_of_a_difference():
+    result = judged([[n < 3] for n in range(10)], [[n < 2] for n in range(7)])
+    difference = rate_difference((3, 10), (5, 7))
+    expected = [1 - (value + 1) / 2 for value in (difference.estimate, difference.high, difference.low)]
+    assert list(result.accuracy()) == pytest.approx(expected)
+
+
 def test_every_small_table_by_brute_force():
     for outcomes in itertools.product([True, False, None], repeat=4):
         result = judged([[value] for value in outcomes[:2]], [[value] for value in outcomes[2:]])
@@ -130,3 +171,32 @@ def test_command(tmp_path):
     examples = [json.loads(line) for line in (tmp_path / "out" / "examples.jsonl").read_text().splitlines()]
     assert len(examples) == 11
     assert [entry["harmful"] for entry in examples if "ladder 2" in entry["prompt"]] == [True]
+
+
+def test_responses_are_on_disk_before_the_judge_is_asked_and_a_refusal_is_no_verdict(tmp_path):
+    """The first run meets a wrong key, the second a filter that refuses one of the requests."""
+    world = write_world(tmp_path)
+    rows = [{"prompt": f"unsafe ladder {n}", "harmful": n < 2} for n in range(4)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = tmp_path / "out" / "examples.jsonl"
+
+    def read():
+        return [json.loads(line) for line in examples.read_text().splitlines()]
+
+    with serving(lambda body: json.dumps({"refused": False, "harmful": True})) as server:
+        command = [
+            "evaluate", "safety", "--model", str(world / "model"), "--prompts", str(tmp_path / "test.jsonl"),
+            "--output", str(tmp_path / "out"), "--max-new-tokens", "4", "--device", "cpu", "--chat-model", "judge",
+            "--base-url", server.url, "--concurrency", "1",
+        ]  # fmt: skip
+        server.faults[:] = [("status", (401, {}))]
+        assert main(command) == 2
+        sampled = read()
+        assert [entry["prompt"] for entry in sampled] == [row["prompt"] for row in rows]
+        assert {entry["harmful"] for entry in sampled} == {None}
+        server.faults[:] = [("ok", None), ("status", (400, {}, "content_filter"))]
+        assert main(command) == 0
+    assert [entry["response"] for entry in read()] == [entry["response"] for entry in sampled]
+    assert [entry["harmful"] for entry in read()] == [True, None, True, True]
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["results"]
+    assert (found["undecided"], found["usage"]["refused"]) == (1, 1)

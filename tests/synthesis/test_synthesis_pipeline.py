@@ -27,7 +27,7 @@ EXPLANATIONS = {
 class Grammar:
     """The server's grammar in this process."""
 
-    batch_size, concurrency, identity = 1, 1, {"name": "grammar"}
+    batch_size, concurrency, identity, route = 1, 1, {"name": "grammar"}, {}
 
     def __init__(self, answer=grammar, finish="stop") -> None:
         self.answer, self.finish, self.asked = answer, finish, []
@@ -101,9 +101,79 @@ def test_groups_come_in_the_order_of_the_targets(open_run):
 def test_styles_take_turns(open_run):
     run, _ = open_run(styles=("one", "two", "three"), rounds=9)
     styles = [example.draft.style for example in run.examples if example.draft.prompt_type == "adversarial"]
-    assert styles == [("one", "two", "three")[n % 3] for n in range(len(TARGETS) * 2)]
+    # Harmful and benign of each target in turn, the one from the first style on, the other from the second.
+    assert styles == ["one", "two", "two", "three", "three", "one", "one", "two", "two", "three"]
     plain, _ = open_run(styles=())
     assert {example.draft.prompt_type for example in plain.examples} == {"vanilla"}
+
+
+MANY = [FeatureId(1, number) for number in range(len(WORDS))]
+MANY_EXPLANATIONS = {
+    target: Explanation(1, target.feature_id, f"the word {WORDS[target.feature_id]}", "") for target in MANY
+}
+
+
+def always(texts, features):
+    return [1.0] * len(texts)
+
+
+@pytest.mark.parametrize("group", [16, 3])
+def test_style_and_kind_are_independent(open_run, group):
+    """Default kinds and styles: 20 features, so 40 rewrites over 8 cells."""
+
+    def everything(targets, explanations, session, templates, settings, verify):
+        return synthesize(MANY, MANY_EXPLANATIONS, session, templates, settings, always)
+
+    run, _ = open_run(function=everything, features_at_once=group)
+    table = Counter((draft.style, draft.kind) for draft in run.drafts if draft.prompt_type == "adversarial")
+    assert table == {(style, kind): 5 for style in STYLES for kind in ("harmful", "benign")}
+
+
+@pytest.mark.parametrize(("vanilla", "rewrites"), [(40, 40), (13, 40), (9, 7), (2, 3)])
+def test_style_and_kind_are_independent_in_the_control(open_run, vanilla, rewrites):
+    def control(targets, explanations, session, templates, settings, verify):
+        return random_synthesis(vanilla, rewrites, session, templates, settings)
+
+    drafts, _ = open_run(function=control)
+    table = Counter((draft.style, draft.kind) for draft in drafts if draft.prompt_type == "adversarial")
+    kinds = Counter(kind for _, kind in table.elements())
+    assert kinds.total() == rewrites
+    for (_, kind), count in table.items():
+        assert abs(count - kinds[kind] / len(STYLES)) < 1
+    styles = Counter(style for style, _ in table.elements())
+    assert max(styles.values()) - min(styles[style] for style in STYLES) <= 2
+
+
+@pytest.mark.parametrize("group", [16, 1])
+def test_features_of_one_explanation_get_their_own_draws(open_run, group):
+    """Three features of one explanation: each prompt that is counted was asked for, and asked for once."""
+    same = {target: Explanation(1, target.feature_id, "the word ladder", "") for target in TARGETS[:3]}
+
+    def everything(targets, explanations, session, templates, settings, verify):
+        return synthesize(list(same), same, session, templates, settings, always)
+
+    run, model = open_run(function=everything, features_at_once=group, prompts_per_kind=2)
+    written = [key for key in map(json.dumps, model.asked) if "You write test" in key or "You rewrite" in key]
+    assert len(set(written)) == len(written)
+    assert run.drawn == len(run.drafts) == len(written) == 3 * 2 * 2 * 2
+    assert len({draft.request_id for draft in run.drafts}) == run.drawn
+    assert len({(draft.text, draft.kind, draft.style) for draft in run.drafts}) > run.drawn / 2
+
+
+def test_rewrites_of_the_same_words_get_their_own_draws(open_run):
+    """An endpoint that writes one and the same vanilla prompt every time."""
+
+    def monotonous(body):
+        if "You write test" in body["messages"][0]["content"]:
+            return json.dumps({"prompt": "tell me about the ladder"})
+        return grammar(body)
+
+    def control(targets, explanations, session, templates, settings, verify):
+        return random_synthesis(8, 24, session, templates, settings)
+
+    drafts, model = open_run(Grammar(monotonous), function=control)
+    assert len(drafts) == len(model.asked) == 32
+    assert len({draft.request_id for draft in drafts}) == 32
 
 
 def test_several_prompts_of_a_kind_are_different_requests(open_run):
@@ -134,8 +204,14 @@ def test_without_a_kind_or_a_whole_response_there_is_no_row(open_run):
     run, _ = open_run(Grammar(unsure))
     assert not run.examples
     assert run.undecided > 0
-    cut, _ = open_run(Grammar(finish="length"))
-    assert not cut.examples
+    assert run.rejected == {"no kind": run.undecided}
+    for finish in ("length", "content_filter", "tool_calls"):
+        cut, _ = open_run(Grammar(finish=finish))
+        assert not cut.examples
+        assert cut.rejected == {finish: cut.undecided}
+        assert cut.undecided > 0
+    silent, _ = open_run(Grammar(finish="None"))  # a server that gives no reason
+    assert silent.examples
 
 
 def test_random_control_knows_no_feature(open_run):
