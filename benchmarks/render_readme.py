@@ -41,8 +41,9 @@ def keep(folder: Path, name: str) -> None:
     kept["settings"] = {key: value for key, value in kept["settings"].items() if key not in ("cache", "no_cache")}
     if kept["settings"].get("corpus"):  # where it lay is nobody's business
         kept["settings"]["corpus"] = Path(kept["settings"]["corpus"]).name
-    kept["tables"] = summary["results"]["tables"]
-    kept["seconds"] = summary["results"]["seconds"]
+    results = summary["results"]
+    kept["tables"] = results["tables"] if "tables" in results else {"table": results["table"]}
+    kept |= {key: results[key] for key in ("seconds", "verdict") if key in results}
     target = RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(kept, indent=1, ensure_ascii=False)
@@ -66,6 +67,8 @@ def render(name: str) -> str:
         return _sae_training(result) + _made_on(result)
     if source == "analysis_pass":
         return _analysis_pass(result) + _made_on(result)
+    if source == "steering_curve":
+        return _steering_curve(result) + _made_on(result)
     if source in ("sasft_overhead", "sasft_penalty", "steered_rollout", "decode", "read_rows"):
         return _table(result["table"]) + _made_on(result)
     if part == "verdicts":
@@ -131,6 +134,17 @@ def _sae_training(result: dict[str, Any]) -> str:
         f"sparsify's: {wall}, by processor time {cpu}, {settings['rounds']} interleaved rounds."
     )
     return Table(title, columns, rows, caption).to_markdown()
+
+
+def _steering_curve(result: dict[str, Any]) -> str:
+    table = result["tables"]["table"]
+    rows = []
+    for row in table["rows"]:
+        kind, strength, effect, low, high, perplexity, least, most = row[:8]
+        rows.append([kind, strength, f"{100 * effect:.1f} ({100 * low:.1f} .. {100 * high:.1f})",
+                     f"{perplexity:.1f} ({least:.1f} .. {most:.1f})", row[-1]])  # fmt: skip
+    columns = ["steered along", "strength", "effect, %", "perplexity", "perplexity of other text"]
+    return Table(table["title"], columns, rows, table["caption"]).to_markdown()
 
 
 def _analysis_pass(result: dict[str, Any]) -> str:
