@@ -57,7 +57,8 @@ class Change:
     def _everywhere(self, hidden: Tensor) -> Tensor:
         if self.read is None or self.write is None:
             return hidden if self.shift is None else hidden + self.shift
-        readout = hidden.to(self.read.dtype) @ self.read
+        with torch.autocast(hidden.device.type, enabled=False):  # it would round both factors
+            readout = hidden.to(self.read.dtype) @ self.read
         if self.rectified:
             readout = (readout + self.bias).relu()
         change = -readout * self.write

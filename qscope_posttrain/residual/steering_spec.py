@@ -66,7 +66,8 @@ class Steering:
     change it. Padding in front of a prompt counts as prompt."""
 
     rows: Tensor | None = None
-    """Rows of the batch that are steered, bool `[rows]`; None steers all. The others stay bit-identical."""
+    """Rows of the batch that are steered, bool `[rows]`; None steers all. The others stay bit-identical. Kept on the
+    CPU."""
 
     encoder: Tensor | None = None
     """`ablate` and `clamp`: what the feature reads, `[d_model]`, or `[rows, d_model]` with such a direction."""
@@ -143,7 +144,8 @@ class Steering:
                 raise TypeError(f"rows must be a bool tensor [rows] or None; got {found}.")
             if rows.dim() != 1 or rows.numel() == 0:
                 raise ValueError(f"rows must have the shape [rows]; got {list(rows.shape)}.")
-            object.__setattr__(self, "rows", rows.detach())
+            # Compared on the host with where each row's tokens begin; moved to the model once a block.
+            object.__setattr__(self, "rows", rows.detach().to("cpu"))
         counts = self._row_counts()
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} has {count}" for name, count in counts.items())

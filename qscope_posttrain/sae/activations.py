@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qscope_posttrain.kernels import CertifiedWeights, threshold_encode, topk_encode
-from qscope_posttrain.kernels.checks import check_tiles
+from qscope_posttrain.kernels.checks import check_choice, check_tiles
 from qscope_posttrain.kernels.encode import VARIANTS
-from qscope_posttrain.kernels.tiles import result_dtype
+from qscope_posttrain.kernels.tiles import product_dtype, result_dtype
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 
 TOP_K_VARIANTS = VARIANTS
@@ -256,7 +256,8 @@ def _by_tiles(
 ) -> tuple[Tensor, Tensor]:
     """`select` on the pre-activations of some tokens at a time: plain torch, for activations without a kernel."""
     _refuse_certified(precision, weights)
-    dtype = W_enc.dtype if precision == "model" else result_dtype(W_enc)
+    check_choice("precision", precision, ("model", "fp32"))
+    dtype = product_dtype(W_enc, precision == "fp32")
     W_enc, b_enc = W_enc.to(dtype), b_enc.to(dtype)
     check_tiles(tile_tokens, None)
     tile = tile_tokens or max(1, _TILE_ELEMENTS // W_enc.shape[0])

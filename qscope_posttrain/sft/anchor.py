@@ -13,26 +13,29 @@ from transformers import Trainer
 
 from qscope_posttrain.residual.layers import pretrained_model, text_config
 from qscope_posttrain.sft.checks import is_sharded
-from qscope_posttrain.sft.logits import LogitHead, divergence_from
+from qscope_posttrain.sft.logits import LogitHead, check_head, divergence_from
 
 
 class Anchor:
     """Gives the starting model's final-norm output for a batch, and the divergence from it.
 
     With PEFT the starting model is the model with its adapter disabled: no further memory, one more forward. Without,
-    it is a frozen model: the one given, or a copy of the model at attach.
+    it is a frozen model: the one given, or a copy of the model at attach. It is moved to the device of the first batch,
+    because a trainer may place its model only after the copy was made (DeepSpeed, `*_full_eval`).
     """
 
     def __init__(self, frozen: nn.Module | None) -> None:
         """`frozen`: a causal language model, or None to disable the adapter of the trained one."""
         self.frozen = frozen
+        self._to_place = frozen is not None and _can_move(frozen)
 
     @classmethod
     def for_trainer(cls, trainer: Trainer, given: nn.Module | None) -> Anchor:
-        """The anchor for a trainer's model.
+        """The anchor for a trainer's model. Of a model that is given, only the device may change.
 
         Raises:
-            ValueError: parameters are sharded, or the given model has another vocabulary.
+            ValueError: parameters are sharded, or the given model is (part of) the trained one, has another vocabulary
+                or a head that is adapted.
         """
         model: Any = trainer.model
         scheme = is_sharded(trainer)
@@ -43,13 +46,11 @@ class Anchor:
                 "anchor_weight=0."
             )
         if given is not None:
-            expected, found = text_config(model).vocab_size, text_config(given).vocab_size
-            if expected != found:
-                raise ValueError(f"anchor_model has a vocabulary of {found} tokens, the trained model of {expected}.")
-            return cls(_freeze(given))
+            _check_given(given, model)
+            return cls(given)
         if hasattr(model, "disable_adapter"):
             return cls(None)
-        return cls(_freeze(copy.deepcopy(pretrained_model(model))))
+        return cls(_frozen_copy(pretrained_model(model)))
 
     def divergence(
         self,
@@ -68,17 +69,20 @@ class Anchor:
             positions: bool `[batch, tokens]`.
             excluded_ids: tokens to renormalise without, or None.
         """
-        with torch.no_grad():
-            start_hidden, start_head = self._start(model, inputs)
-        head = LogitHead.of(model)
-        return divergence_from(start_head, start_hidden[positions], head, final_hidden[positions], excluded_ids)
+        start_hidden, start_head = self.start(model, inputs)
+        # The layers of a model that is split over devices end on another one than that of the labels.
+        start_hidden = start_hidden[positions.to(start_hidden.device)]
+        final_hidden = final_hidden[positions.to(final_hidden.device)]
+        return divergence_from(start_head, start_hidden, LogitHead.of(model), final_hidden, excluded_ids)
 
-    def _start(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, LogitHead]:
+    @torch.no_grad()
+    def start(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, LogitHead]:
+        """The starting model's final-norm output `[batch, tokens, d_model]` for a batch, and its head."""
         adapted: Any = model
         without_adapter: AbstractContextManager[Any] = (
             adapted.disable_adapter() if self.frozen is None else nullcontext()
         )
-        start = self.frozen if self.frozen is not None else model
+        start = model if self.frozen is None else self._placed(self.frozen, inputs)
         # The backbone is all but the LM head; labels would only make it compute a loss.
         backbone: Any = pretrained_model(start).base_model
         arguments = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
@@ -86,6 +90,13 @@ class Anchor:
             hidden = backbone(**arguments).last_hidden_state
             head = LogitHead.of(start)
         return hidden, head
+
+    def _placed(self, frozen: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
+        """`frozen` on the device of the batch; moved once, since a walk over all parameters costs time."""
+        if self._to_place:
+            frozen.to(next(value.device for value in inputs.values() if isinstance(value, Tensor)))
+            self._to_place = False
+        return frozen
 
 
 @contextmanager
@@ -101,7 +112,29 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _freeze(model: nn.Module) -> nn.Module:
+def _check_given(given: nn.Module, model: nn.Module) -> None:
+    trained = {id(parameter) for parameter in model.parameters()}
+    memory = {parameter.data_ptr() for parameter in model.parameters()} - {0}  # 0: nothing is allocated
+    if any(id(parameter) in trained or parameter.data_ptr() in memory for parameter in given.parameters()):
+        raise ValueError(
+            "anchor_model shares parameters with the model that is trained, so it would train along. Leave it out "
+            "(then a frozen copy is made; with PEFT the adapter is disabled), or load the starting model once more."
+        )
+    expected, found = text_config(model).vocab_size, text_config(given).vocab_size
+    if expected != found:
+        raise ValueError(f"anchor_model has a vocabulary of {found} tokens, the trained model of {expected}.")
+    check_head(given)
+
+
+def _can_move(model: nn.Module) -> bool:
+    """Whether `.to(device)` is right: not for quantised weights, nor where a device_map placed the modules."""
+    causal_lm: Any = pretrained_model(model)
+    places = set((getattr(causal_lm, "hf_device_map", None) or {}).values())
+    return len(places) <= 1 and getattr(causal_lm, "hf_quantizer", None) is None
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
     # A copy carries the hooks of the original along, which would report the copy's outputs as the original's.
     for module in model.modules():
         module._forward_hooks.clear()

@@ -19,7 +19,7 @@ from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.callback import FINAL_NORM
 from qscope_posttrain.sft.checks import is_sharded
 from qscope_posttrain.sft.config import LanguageOf
-from qscope_posttrain.sft.logits import LogitHead, target_surprise
+from qscope_posttrain.sft.logits import LogitHead, check_head, target_surprise
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import TokenBatch
 from qscope_posttrain.sft.normalisation import Normaliser
@@ -73,7 +73,7 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
         self._target_id = languages.index(target)
         super().__init__(
             name=name,
-            weight=weight,
+            weight=float(weight),  # a number of numpy could not be written into a checkpoint's JSON
             normalization=normalization,
             languages=tuple(languages),
             language=language,
@@ -88,6 +88,7 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
                 "outside of the model's forward. Use DDP or ZeRO-1/2."
             )
         model: Any = trainer.model
+        check_head(model)
         self._model: nn.Module = model
         tokens = find_target_tokens(trainer, self.target, self.target_token_ids, required=True)
         self._tokens: Tensor = torch.as_tensor(tokens)

@@ -16,9 +16,9 @@ from qscope_posttrain.residual.capture import LayerCapture
 from qscope_posttrain.residual.layers import final_norm
 from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-from qscope_posttrain.sft.checks import ZERO_3, is_sharded
+from qscope_posttrain.sft.checks import TENSOR_PARALLEL, ZERO_3, is_sharded
 from qscope_posttrain.sft.config import LanguageOf, SASFTConfig
-from qscope_posttrain.sft.logits import LogitHead, risk_weights
+from qscope_posttrain.sft.logits import LogitHead, check_head, risk_weights
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import TokenBatch
 from qscope_posttrain.sft.normalisation import Normaliser
@@ -67,7 +67,8 @@ class SASFTCallback(AuxiliaryLossCallback):
             target_token_ids: `[n]` int64, the tokens that write the target language. By default the entries of the
                 trainer's tokenizer that write the target's script. Used by risk weights and the anchor only.
             anchor_model: the starting model of the anchor, by default the model without its adapter (PEFT) or a
-                frozen copy made at attach, which takes the memory of the model's weights once more.
+                frozen copy made at attach, which takes the memory of the model's weights once more. A given one is
+                moved to the device of the batches, and otherwise left as it is.
             name: prefix of the metrics, distinct for several callbacks on one trainer.
 
         Raises:
@@ -100,13 +101,16 @@ class SASFTCallback(AuxiliaryLossCallback):
         self.features.check_model(model)
         self._tokens = None
         if self.config.needs_logits:
+            check_head(model)
             self._tokens = find_target_tokens(
                 trainer, self.config.target, self.target_token_ids, required=self.config.position_weight == "risk"
             )
-        if self.config.position_weight == "risk" and is_sharded(trainer) == ZERO_3:
+        scheme = is_sharded(trainer)
+        # The others keep DTensors, which `LogitHead` gathers.
+        if self.config.position_weight == "risk" and scheme in (ZERO_3, TENSOR_PARALLEL):
             raise ValueError(
-                'position_weight="risk" reads the output embedding, which ZeRO-3 leaves empty outside of the model\'s '
-                "forward. Use ZeRO-1/2, DDP or FSDP2, or uniform weights."
+                f'position_weight="risk" reads the output embedding, which under {scheme} is not whole outside of the '
+                "model's forward. Use ZeRO-1/2, DDP or FSDP2, or uniform weights."
             )
         if self.config.anchor_weight > 0:
             self._anchor = Anchor.for_trainer(trainer, self.anchor_model)

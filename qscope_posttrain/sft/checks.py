@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerState
 
 ZERO_3 = "DeepSpeed ZeRO-3"
+TENSOR_PARALLEL = "tensor parallelism"
 
 
 def check_trainer(trainer: Trainer, callback_name: str) -> None:
@@ -36,11 +38,26 @@ def check_trainer(trainer: Trainer, callback_name: str) -> None:
 
 
 def is_sharded(trainer: Trainer) -> str | None:
-    """The name of the scheme under which no rank holds whole parameters (FSDP, ZeRO-3), or None."""
+    """The name of the scheme under which no rank holds whole parameters (FSDP, ZeRO-3, ...), or None."""
     if trainer.is_fsdp_enabled:
         return "FSDP"
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return ZERO_3 if plugin is not None and plugin.zero_stage == 3 else None
+    if plugin is not None and plugin.zero_stage == 3:
+        return ZERO_3
+    model: Any = trainer.model
+    at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    if at_load or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "sharded loading (DTensor parameters)"
+    return TENSOR_PARALLEL if tensor_parallel_size(trainer) > 1 else None
+
+
+def tensor_parallel_size(trainer: Trainer) -> int:
+    """Ranks that hold parts of the same parameters and read the same data."""
+    ask = getattr(trainer, "get_tp_size", None)
+    if ask is not None:  # knows the model's own and DeepSpeed's tensor parallelism as well
+        return int(ask())
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    return 1 if parallelism is None else int(parallelism.tp_size)
 
 
 def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> None:

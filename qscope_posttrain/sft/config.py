@@ -8,6 +8,7 @@ predict response tokens. Give it some 32 features of the last layer.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -82,19 +83,30 @@ class SASFTConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"SASFTConfig.{name} must be a finite number of at least 0; got {value!r}.")
-        if self.top is not None and self.top < 1:
-            raise ValueError(f"SASFTConfig.top must be at least 1 or None; got {self.top}.")
+        self._check_numbers()
         if self.normalization == "official" and (self.needs_logits or self.positions != "response"):
             raise ValueError(
                 'normalization="official" is the published code, which has no risk weights, no anchor and unshifted '
                 'positions="response"; use "token_mean" or "paper" with them, or the options in sft.config.PAPER.'
             )
-        # YAML and command lines give lists.
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "ignore_languages", tuple(self.ignore_languages))
         if self.target in self.ignore_languages:
             raise ValueError(f"The target language {self.target!r} cannot be in ignore_languages.")
+
+    def _check_numbers(self) -> None:
+        """Layers and top as Python integers: YAML and command lines give lists, and numpy integers are no JSON."""
+        try:
+            layers = None if self.layers is None else tuple(operator.index(layer) for layer in self.layers)
+            top = None if self.top is None else operator.index(self.top)
+        except TypeError as error:
+            raise TypeError(
+                "SASFTConfig.layers must be integers, e.g. [26, 27], and top an integer, or None; got "
+                f"layers={self.layers!r}, top={self.top!r}."
+            ) from error
+        if top is not None and top < 1:
+            raise ValueError(f"SASFTConfig.top must be at least 1 or None; got {top}.")
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "top", top)
 
     @property
     def needs_logits(self) -> bool:

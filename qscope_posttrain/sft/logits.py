@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
@@ -35,7 +36,11 @@ class LogitHead:
 
         Parameters that FSDP2 has sharded are gathered; that gather has no gradient we would rely on, so a caller that
         differentiates with respect to the weight refuses FSDP.
+
+        Raises:
+            ValueError: the model has no head, or one that an adapter changes (see `check_head`).
         """
+        check_head(model)
         embedding: Any = output_embedding(model)
         config = text_config(model)
         weight, bias = embedding.weight, getattr(embedding, "bias", None)
@@ -52,6 +57,27 @@ class LogitHead:
         hidden = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
         logits = linear(hidden.to(self.weight.device), self.weight, self.bias).float() * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def check_head(model: nn.Module) -> None:
+    """Refuse a head whose logits are not those of its weight: an adapter adds its own part inside the head's forward.
+
+    A trained copy of the head (PEFT's `modules_to_save`) is a weight, and so are adapters that are merged or disabled.
+
+    Raises:
+        ValueError: the model has no head, or an active adapter (LoRA) works on it.
+    """
+    head = output_embedding(model)
+    if not isinstance(head, BaseTunerLayer) or head.disable_adapters or head.merged:
+        return
+    here = {name for names in head.adapter_layer_names for name in getattr(head, names)}
+    active = sorted(here.intersection(head.active_adapters))
+    if active:
+        raise ValueError(
+            f"The output embedding carries the adapter {', '.join(active)} ({type(head).__module__}), so its weight "
+            "does not give the model's logits, which risk weights, the anchor and the token penalty need. Take the "
+            'head out of target_modules, train it whole (modules_to_save=["lm_head"]), or leave these options out.'
+        )
 
 
 def target_probability(head: LogitHead, hidden: Tensor, target_ids: Tensor) -> Tensor:
@@ -94,7 +120,9 @@ def divergence_from(
     def chunk(hidden: Tensor, start_hidden: Tensor) -> Tensor:
         with torch.no_grad():
             reference = log_probabilities(start, start_hidden)
-        difference = reference - log_probabilities(head, hidden)
+        own = log_probabilities(head, hidden)
+        reference = reference.to(own.device)
+        difference = reference - own
         if excluded_ids is not None:  # -inf - -inf; these tokens have probability 0 in both
             difference = difference.index_fill(-1, excluded_ids.to(difference.device), 0.0)
         return (reference.exp() * difference).sum(-1)
@@ -110,13 +138,13 @@ def risk_weights(head: LogitHead, hidden: Tensor, eligible: Tensor, target_ids: 
     Args:
         head: the model's head.
         hidden: final-norm output `[batch, tokens, d_model]`.
-        eligible: bool `[batch, tokens]`.
+        eligible: bool `[batch, tokens]`, on any device.
         target_ids: `[n]`.
     """
-    probability = target_probability(head, hidden.detach()[eligible], target_ids)
+    probability = target_probability(head, hidden.detach()[eligible.to(hidden.device)], target_ids)
     smallest = torch.finfo(probability.dtype).tiny
     weights = torch.zeros(eligible.shape, dtype=probability.dtype, device=probability.device)
-    weights[eligible] = probability / probability.mean().clamp(min=smallest)
+    weights[eligible.to(weights.device)] = probability / probability.mean().clamp(min=smallest)
     return weights
 
 

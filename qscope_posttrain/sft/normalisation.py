@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from qscope_posttrain.sft.checks import tensor_parallel_size
 from qscope_posttrain.sft.loss import Normalization, normalise
 from qscope_posttrain.sft.masks import IGNORED_LABEL, TokenBatch
 
@@ -81,8 +82,7 @@ def count_in_window(trainer: Trainer, count: Tensor) -> Tensor:
 
 def data_parallel_size(trainer: Trainer) -> int:
     """Ranks that hold different data: all, divided by the size of a tensor-parallel group."""
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    return trainer.accelerator.num_processes // (1 if parallelism is None else parallelism.tp_size)
+    return trainer.accelerator.num_processes // tensor_parallel_size(trainer)
 
 
 def divides_later(trainer: Trainer, num_items_in_batch: Tensor | int | None) -> bool:

@@ -52,6 +52,16 @@ def test_formulas(make_model, direction, architecture):
     assert torch.equal(forward_to_layer(model, [1], input_ids=IDS)[1], hidden)
 
 
+@pytest.mark.parametrize("mode", ["project_out", "ablate"])
+def test_autocast_does_not_round_the_readout(direction, mode):
+    hidden = torch.randn(2, 5, 64) + 3 * direction
+    encoder = direction.flip(0) if mode == "ablate" else None
+    change = Steering(direction, (0,), mode=mode, encoder=encoder).change(0).to(hidden.device, hidden.dtype)
+    expected = change.apply(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(change.apply(hidden), expected)
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
 @pytest.mark.parametrize("unit", ["raw", "norm", "relative"])
 def test_units(make_model, direction, architecture, unit):

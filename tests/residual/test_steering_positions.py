@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from residual.other_device import elsewhere
 
 from qscope_posttrain.residual.capture import forward_to_layer
 from qscope_posttrain.residual.layers import text_backbone
@@ -55,6 +56,17 @@ def test_against_a_loop(make_model, direction, positions, rows, prompt_length):
     with steer(model, steering, prompt_length=prompt_length):
         steered = forward_to_layer(model, [1], input_ids=IDS)[1]
     assert torch.equal(steered, expected)
+
+
+def test_rows_of_another_device_meet_starts_on_the_cpu(make_model, direction):
+    model, mask = make_model(num_hidden_layers=2), torch.tensor([True, False, True])
+    steered = []
+    for rows in (mask, elsewhere(mask)):
+        steering = Steering(direction, (1,), 2.0, positions=Window(STARTS, 2), rows=rows)
+        with steer(model, steering, prompt_length=RAGGED):
+            steered.append(forward_to_layer(model, [1], input_ids=IDS)[1])
+    assert torch.equal(*steered)
+    assert type(Steering(direction.expand(3, -1), (1,), rows=elsewhere(mask)).rows) is torch.Tensor
 
 
 @pytest.mark.parametrize("mode", ["add", "project_out", "ablate", "clamp"])

@@ -59,3 +59,6 @@ def test_faults_are_named(make_sae: MakeSAE) -> None:
         GroupMax(2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="certified' is for TopK"):
         make_sae(activation=GroupMax(8)).encode(torch.zeros(1, 16), precision="certified")
+    for activation in (GroupMax(8), AbsTopK(4)):
+        with pytest.raises(ValueError, match="unknown precision 'fp23'; choose one of model, fp32"):
+            make_sae(activation=activation).encode(torch.zeros(1, 16), precision="fp23")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from residual.other_device import elsewhere
 
 from qscope_posttrain.sft import logits
 from qscope_posttrain.sft.logits import (
@@ -91,6 +92,13 @@ def test_risk_weights_have_mean_one_over_eligible_positions(case):
     mean = probability[eligible[0]].mean()
     assert torch.allclose(weights[0], torch.where(eligible[0], probability / mean, 0.0), atol=1e-6)
     assert float(weights[eligible].mean()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_mask_comes_to_the_last_layers_device(case):
+    head, hidden, _ = case
+    eligible = torch.tensor([[True, False, True, True, False]])
+    expected = risk_weights(head, hidden[None], eligible, TARGETS)
+    assert torch.equal(risk_weights(head, hidden[None], elsewhere(eligible), TARGETS), expected)
 
 
 def test_no_position_is_no_error(case):

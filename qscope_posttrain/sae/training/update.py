@@ -115,16 +115,19 @@ class LayerTraining:
         """A training that goes on from `tensors()` of another. ValueError if they are of other settings."""
         names = ("centre", "scale", "variance")
         training = cls(layer, Units(*(tensors[f"units.{name}"].to(device) for name in names)), config)
+        kept: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
-            for name, value in training.parameters.named().items():
+            for number, (name, value) in enumerate(training.parameters.named().items()):
                 if name not in tensors or tensors[name].shape != value.shape:
                     raise ValueError(f"layer {layer}: the checkpoint does not hold {name} {list(value.shape)}")
                 value.copy_(tensors[name])
                 start = f"adam.{name}."
-                kept = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
-                training.optimizer.state[value] = {
-                    key: t.clone() if key == "step" else t.to(device, copy=True) for key, t in kept.items()
-                }
+                of_this = {key.removeprefix(start): t.clone() for key, t in tensors.items() if key.startswith(start)}
+                if of_this:
+                    kept[number] = of_this
+        # Adam knows where each of its tensors belongs: a fused one counts its steps on the parameter's device.
+        groups = training.optimizer.state_dict()["param_groups"]
+        training.optimizer.load_state_dict({"state": kept, "param_groups": groups})
         training.silent = tensors["silent"].to(device, copy=True)
         training.batch_threshold = tensors["batch_threshold"].to(device, copy=True)
         return training

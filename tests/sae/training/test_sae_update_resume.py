@@ -40,3 +40,31 @@ def test_tensors_of_another_width_are_refused() -> None:
     training = LayerTraining(0, calibrate(0, x), SAETrainingConfig(width=80, k=2))
     with pytest.raises(ValueError, match="does not hold W_enc"):
         LayerTraining.resumed(0, training.tensors(), SAETrainingConfig(width=96, k=2), torch.device("cpu"))
+
+
+def test_steps_are_counted_where_a_fused_adam_wants_them() -> None:
+    """In float32 on the parameter's device, whatever the reader of the checkpoint made of them."""
+    x, config = batches()[0], SAETrainingConfig(width=80, k=2)
+    training = LayerTraining(0, calibrate(0, x), config)
+    training.update(x, len(x), 0)
+    saved = {name: value.long() if name.endswith(".step") else value for name, value in training.tensors().items()}
+    kept = {name: value.clone() for name, value in saved.items()}
+    again = LayerTraining.resumed(0, saved, config, torch.device("cpu"))
+    for value, state in again.optimizer.state.items():
+        assert (state["step"].dtype, state["step"].device) == (torch.float32, value.device)
+    again.update(x, len(x), 1)
+    for name, value in saved.items():
+        assert torch.equal(value.nan_to_num(-1.0), kept[name].nan_to_num(-1.0)), f"{name} is shared with the checkpoint"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_going_on_on_cuda_from_tensors_on_the_cpu() -> None:
+    x, config = batches()[0].cuda(), SAETrainingConfig(width=80, k=2)
+    training = LayerTraining(0, calibrate(0, x), config)
+    training.update(x, len(x), 0)
+    saved = {name: value.cpu() for name, value in training.tensors().items()}
+    again = LayerTraining.resumed(0, saved, config, x.device)
+    for one in (training, again):
+        one.update(x, len(x), 1)
+    assert torch.equal(training.parameters.W_enc, again.parameters.W_enc)
