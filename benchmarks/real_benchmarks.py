@@ -158,7 +158,7 @@ def config_of(options: argparse.Namespace, mixture: str, steps: int, **changes: 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="training steps of the model under analysis")
-    parser.add_argument("--panel-steps", type=int, nargs="+", default=[300, 1000])
+    parser.add_argument("--panel-steps", type=int, nargs="+", default=[400, 1600])
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1, help="processes that train a model")
     parser.add_argument("--keep-model", action="store_true", help="take the model of an earlier run from --work")
