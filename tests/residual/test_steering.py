@@ -55,7 +55,7 @@ def test_formulas(make_model, direction, architecture):
 @pytest.mark.parametrize("mode", ["project_out", "ablate"])
 def test_autocast_does_not_round_the_readout(direction, mode):
     hidden = torch.randn(2, 5, 64) + 3 * direction
-    encoder = direction.flip(0) if mode == "ablate" else None
+    encoder = direction if mode == "ablate" else None
     change = Steering(direction, (0,), mode=mode, encoder=encoder).change(0).to(hidden.device, hidden.dtype)
     expected = change.apply(hidden)
     with torch.autocast("cpu", torch.bfloat16):
