@@ -189,7 +189,7 @@ def dot_products(
 ) -> None:
     """out[t, j] = x[t] . W_enc[indices[t, j]] + b_enc[..] in float32 for at least first[t] <= j < last[t], in place.
 
-    On CUDA nothing waits for the device.
+    On CUDA one launch, in which nothing waits for the device; how fast it is there has not been measured.
     """
     if x.is_cuda:
         from qscope_posttrain.kernels.triton.decode import chosen_preactivations_
