@@ -31,7 +31,7 @@ FINAL_NORM = "final_norm"
 class SASFTCallback(AuxiliaryLossCallback):
     """Penalises features of a target language on responses in other languages (SASFT, arXiv 2507.14894).
 
-        callback = SASFTCallback(features, target="zh", weight=1e-2, language="language")
+        callback = SASFTCallback(features, target="zh", weight=0.1, language="language")
         trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
         trainer.train()
 
@@ -50,10 +50,10 @@ class SASFTCallback(AuxiliaryLossCallback):
     def __init__(
         self,
         features: FeatureSet | str | Path,
-        target: str = "zh",
-        weight: float = 1e-2,
-        language: str | LanguageOf = "language",
-        normalization: Normalization = "token_mean",
+        target: str = SASFTConfig.target,
+        weight: float = SASFTConfig.weight,
+        language: str | LanguageOf = SASFTConfig.language,
+        normalization: Normalization = SASFTConfig.normalization,
         *,
         target_token_ids: Tensor | None = None,
         anchor_model: nn.Module | None = None,

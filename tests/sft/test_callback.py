@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from qscope_posttrain.residual.layers import decoder_layers
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
+from qscope_posttrain.sft.config import SASFTConfig
 from qscope_posttrain.sft.patches import InstancePatches, calling_trainer
 
 
@@ -320,3 +321,7 @@ class TestRefusals:
         trainer = build()
         with SASFTCallback(features).attach(trainer) as callback, pytest.raises(RuntimeError, match="already attached"):
             callback.attach(trainer)
+
+
+def test_what_is_left_out_is_the_default_of_the_settings(features):
+    assert SASFTCallback(features).config == SASFTConfig()
