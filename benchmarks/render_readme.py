@@ -5,8 +5,8 @@
     python benchmarks/render_readme.py --keep runs/demo demo_generated        # first keep a demo's tables as JSON
     python benchmarks/render_readme.py --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
-NAME is FILE or FILE:TABLE; of an experiment also FILE:verdicts, what its numbers allow to say, and FILE:made_on, where
-they were measured. A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is
+NAME is FILE or FILE:TABLE; of an experiment also FILE:verdicts, what its numbers allow to say, FILE:verdict_table, the
+same in short, and FILE:made_on, where they were measured. A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is
 written by hand.
 """
 
@@ -73,6 +73,8 @@ def render(name: str) -> str:
         return _table(result["table"]) + _made_on(result)
     if part == "verdicts":
         return "".join(f"- **{cell}**: {verdict}\n" for cell, verdict in result["verdicts"].items())
+    if part == "verdict_table":
+        return _table(result["tables"]["verdicts"])
     if part == "made_on":
         return _made_on(result)
     if source == "feature_pass":
