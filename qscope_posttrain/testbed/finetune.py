@@ -99,7 +99,10 @@ def fine_tune(
                 disable_tqdm=True,
             )
         clock = _StepClock()
-        model = copy.deepcopy(start if start is not None else language_model.model)
+        model = copy.deepcopy(language_model.model)
+        if start is not None:
+            # No copy of `start` itself: TRL gave it a forward that keeps to its own parameters, and a copy has it, too.
+            model.load_state_dict(start.state_dict())
         trainer = SFTTrainer(
             model=model,
             args=arguments,

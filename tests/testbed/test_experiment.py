@@ -115,8 +115,12 @@ def test_rows_with_the_habit_are_dropped_and_a_language_without_penalty_keeps_it
 def test_plain_sft_may_come_first(experiment: Experiment, small_config: TestbedConfig) -> None:
     world = (experiment.language_model, experiment.feature_sets)
     job = Job(ARMS["sft"], 0.0, 1, ("test",), sample=False)
-    later = execute(job, replace(small_config, prior_windows=64), *world)
+    config = replace(small_config, prior_windows=64)
+    later = execute(job, config, *world)
     assert later["history"][0]["loss"] != execute(job, small_config, *world)["history"][0]["loss"]
+    # What is measured is the model after the second fine-tuning, not the one after the first, which all methods share.
+    penalised = execute(Job(ARMS["token_penalty"], 50.0, 1, ("test",), sample=False), config, *world)
+    assert penalised["measured"]["test"]["hz"] < 0.9 * later["measured"]["test"]["hz"]
 
 
 def test_a_second_run_trains_nothing_and_agrees(
