@@ -6,8 +6,8 @@
     python benchmarks/render_readme.py --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
 NAME is FILE or FILE:TABLE; of an experiment also FILE:verdicts, what its numbers allow to say, FILE:verdict_table, the
-same in short, and FILE:made_on, where they were measured. A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is
-written by hand.
+same in short, and FILE:made_on, where they were measured. A table stands between `<!-- begin NAME -->` and
+`<!-- end NAME -->`; nothing between the two is written by hand.
 """
 
 from __future__ import annotations
