@@ -67,6 +67,8 @@ def render(name: str) -> str:
         return _sae_training(result) + _made_on(result)
     if source == "analysis_pass":
         return _analysis_pass(result) + _made_on(result)
+    if source.startswith("classifier_"):
+        return _table(result["tables"][int(part)]) + _made_on(result)
     if source == "steering_curve":
         return _steering_curve(result) + _made_on(result)
     if source in ("sasft_overhead", "sasft_penalty", "steered_rollout", "decode", "read_rows"):
