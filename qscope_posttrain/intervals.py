@@ -52,14 +52,19 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 def rate_difference(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> Interval:
     """Interval of p1 - p2 for two independent rates, each given as (successes, n).
 
-    Newcombe's hybrid score interval (1998, method 10), from the Wilson limits l and u of each rate:
-
-        p1 - p2  -  sqrt((p1 - l1)^2 + (u2 - p2)^2)  ..  p1 - p2  +  sqrt((u1 - p1)^2 + (p2 - l2)^2)
+    Newcombe's hybrid score interval (1998, method 10): `hybrid_difference` of the Wilson limits of each rate.
 
     Raises:
         ValueError: as for `wilson`.
     """
-    one, two = wilson(*first, level), wilson(*second, level)
+    return hybrid_difference(wilson(*first, level), wilson(*second, level))
+
+
+def hybrid_difference(one: Interval, two: Interval) -> Interval:
+    """Newcombe's interval of the difference of two independent estimates p1, p2, from the limits l and u of each:
+
+    p1 - p2  -  sqrt((p1 - l1)^2 + (u2 - p2)^2)  ..  p1 - p2  +  sqrt((u1 - p1)^2 + (p2 - l2)^2)
+    """
     difference = one.estimate - two.estimate
     below = math.hypot(one.estimate - one.low, two.high - two.estimate)
     above = math.hypot(one.high - one.estimate, two.estimate - two.low)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import json_object, load_model
+from qscope_posttrain.cli.options import given_options
 from qscope_posttrain.report.progress import status
 
 if TYPE_CHECKING:
@@ -73,10 +74,8 @@ def check_endpoint_options(options: argparse.Namespace) -> None:
         _endpoint_model(options, options.chat_model)
         return
     json_object(options.request_options, "--request-options")
-    useless = [name for name, default in ENDPOINT_ONLY.items() if getattr(options, name) != default]
-    if useless:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
-        raise ValueError(f"{named} of an endpoint cannot be used with --local; leave out either.")
+    if useless := given_options(options, ENDPOINT_ONLY):
+        raise ValueError(f"{useless} of an endpoint cannot be used with --local; leave out either.")
 
 
 @contextmanager

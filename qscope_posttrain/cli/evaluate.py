@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from qscope_posttrain.cli.evaluate_safety import add_safety_options, safety
 from qscope_posttrain.cli.identification import add_identification_options, identification_texts, word_detector
@@ -42,12 +43,7 @@ def code_switching(options: argparse.Namespace) -> None:
         tokenizer,
         prompts,
         options.target,
-        samples_per_prompt=options.samples,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-        batch_size=options.batch_size,
+        **asdict(sampling_settings(options)),
         chat=options.chat,
         chat_template_options=chat_options,
         detector=detector,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from qscope_posttrain.recipe_file import read_yaml
@@ -49,6 +49,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model; auto is float32 on a CPU")
     parser.add_argument("--device", help="for example cuda:0 or cpu; by default the first GPU if there is one")
+
+
+def given_options(options: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
+    """The options that differ from their defaults, as they are written: `--top-p, --seed`; empty without any."""
+    given = (name for name, default in defaults.items() if getattr(options, name) != default)
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, read_prompts, read_text_list, template_options
+from qscope_posttrain.cli.options import given_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -131,10 +132,8 @@ def check_curve_options(options: argparse.Namespace) -> None:
     """ValueError for an option of a dose curve without `--curve`."""
     parser = argparse.ArgumentParser()
     add_curve_options(parser)
-    given = [f"--{name.replace('_', '-')}" for name, default in vars(parser.parse_args([])).items()
-             if getattr(options, name) != default]  # fmt: skip
-    if given:
-        raise ValueError(f"{', '.join(given)}: only a dose curve uses it; give its strengths with --curve.")
+    if given := given_options(options, vars(parser.parse_args([]))):
+        raise ValueError(f"{given}: only a dose curve uses it; give its strengths with --curve.")
 
 
 def add_curve_options(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, read_json
-from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, wilson
+from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, hybrid_difference, wilson
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Cell, Table
 
@@ -211,11 +211,10 @@ def _wilson_of_means(means: Sequence[float]) -> Interval:
 
 
 def _newcombe_accuracy(attacks: Interval, refusals: Interval) -> Interval:
-    """Newcombe's hybrid of the limits of ASR and RR, for 1 - (ASR + RR) / 2."""
-    accuracy = 1 - (attacks.estimate + refusals.estimate) / 2
-    below = math.hypot(attacks.high - attacks.estimate, refusals.high - refusals.estimate) / 2
-    above = math.hypot(attacks.estimate - attacks.low, refusals.estimate - refusals.low) / 2
-    return Interval(accuracy, accuracy - below, accuracy + above)
+    """Newcombe's hybrid of the limits of ASR and RR, for 1 - (ASR + RR) / 2: half of (1 - ASR) - RR, and a half."""
+    kept = Interval(1 - attacks.estimate, 1 - attacks.high, 1 - attacks.low)
+    found = hybrid_difference(kept, refusals)
+    return Interval(*((value + 1) / 2 for value in (found.estimate, found.low, found.high)))
 
 
 def _is_single(outcomes: Sequence[Sequence[bool]]) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qscope_posttrain.features.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.summary import write_text
+from qscope_posttrain.text.jsonl import read_jsonl
 
 
 def write_explanations(path: str | os.PathLike[str], explanations: Sequence[Explanation]) -> Path:
@@ -31,16 +33,15 @@ def read_explanations(path: str | os.PathLike[str]) -> tuple[Explanation, ...]:
     elif not location.is_file():
         raise FileNotFoundError(f"no explanations at '{location}'; `qscope features explain` writes them.")
     else:
-        lines = location.read_text(encoding="utf-8").split("\n")
-        found = tuple(_read(location, number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        found = tuple(_read(f"{location}, line {number}", row) for number, row in read_jsonl(location))
     if not found:
         raise ValueError(f"'{location}' holds no explanations; `qscope features explain` writes them.")
     check_distinct(found)
     return found
 
 
-def _read(path: Path, number: int, line: str) -> Explanation:
+def _read(place: str, row: Mapping[str, Any]) -> Explanation:
     try:
-        return Explanation.from_dict(json.loads(line))
+        return Explanation.from_dict(row)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
