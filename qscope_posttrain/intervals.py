@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qscope_posttrain.errors import UserValueError
+
 _CELLS_AT_ONCE = 4_000_000
 """Entries of the index matrix held at a time while resampling: 32 MB."""
 
@@ -40,7 +42,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """
     _check_level(level)
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"Expected 0 <= successes <= n and n >= 1; got {successes} of {n}.")
+        raise UserValueError(f"Expected 0 <= successes <= n and n >= 1; got {successes} of {n}.")
     rate = successes / n
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
@@ -116,7 +118,9 @@ def bootstrap_difference(
     """
     first_means, second_means = _prompt_means(first), _prompt_means(second)
     if len(first_means) != len(second_means):
-        raise ValueError(f"A paired difference needs the same prompts; got {len(first_means)} and {len(second_means)}.")
+        raise UserValueError(
+            f"A paired difference needs the same prompts; got {len(first_means)} and {len(second_means)}."
+        )
     return _percentile_interval([first_means - second_means], resamples, level, seed)
 
 
@@ -142,7 +146,7 @@ def bootstrap_of_sums(
     _check_level(level)
     matrix = np.asarray(rows, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:
-        raise ValueError(f"Expected sums as [rows, columns], not empty; got the shape {list(matrix.shape)}.")
+        raise UserValueError(f"Expected sums as [rows, columns], not empty; got the shape {list(matrix.shape)}.")
     generator = np.random.default_rng(seed)
     count = len(matrix)
     step = max(1, _CELLS_AT_ONCE // count)
@@ -176,7 +180,7 @@ def _percentile_interval(strata: list[NDArray[np.float64]], resamples: int, leve
     """Interval of the mean of the strata's means of per-prompt values `[prompts]`."""
     _check_level(level)
     if resamples < 1:
-        raise ValueError(f"resamples must be at least 1; got {resamples}.")
+        raise UserValueError(f"resamples must be at least 1; got {resamples}.")
     generator = np.random.default_rng(seed)
     replicates = np.mean([_resampled_means(values, resamples, generator) for values in strata], axis=0)
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
@@ -198,12 +202,12 @@ def _prompt_means(outcomes: ArrayLike) -> NDArray[np.float64]:
     """Mean outcome of each prompt `[prompts]`."""
     matrix = np.asarray(outcomes, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:
-        raise ValueError(f"Expected outcomes as [prompts, samples], not empty; got the shape {list(matrix.shape)}.")
+        raise UserValueError(f"Expected outcomes as [prompts, samples], not empty; got the shape {list(matrix.shape)}.")
     if not np.isfinite(matrix).all():
-        raise ValueError("Outcomes must be finite numbers.")
+        raise UserValueError("Outcomes must be finite numbers.")
     return matrix.mean(axis=1)
 
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, e.g. 0.95; got {level}.")
+        raise UserValueError(f"level must lie between 0 and 1, e.g. 0.95; got {level}.")

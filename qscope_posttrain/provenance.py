@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError
+
 RECORDED_PACKAGES = (
     "qscope-posttrain",
     "torch",
@@ -80,7 +82,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """
     location = Path(path)
     if not location.is_file():
-        raise FileNotFoundError(f"no file to fingerprint at '{location}'.")
+        raise UserFileNotFoundError(f"no file to fingerprint at '{location}'.")
     digest = hashlib.sha256()
     with location.open("rb") as stream:
         while block := stream.read(_READ_BLOCK):
@@ -100,14 +102,14 @@ def text_fingerprint(texts: Mapping[str, Iterable[str]]) -> str:
     for language in sorted(texts):
         entries = texts[language]
         if isinstance(entries, str):
-            raise TypeError(
+            raise UserTypeError(
                 f"texts['{language}'] is one string; give a list of strings, for example ['{entries[:20]}']."
             )
         _digest_string(digest, language)
         count = 0
         for text in entries:
             if not isinstance(text, str):
-                raise TypeError(f"texts['{language}'][{count}] is a {type(text).__name__}, expected a string.")
+                raise UserTypeError(f"texts['{language}'][{count}] is a {type(text).__name__}, expected a string.")
             _digest_string(digest, text)
             count += 1
         digest.update(b"end" + count.to_bytes(8, "little"))
@@ -136,7 +138,7 @@ def model_identity(model: Any) -> dict[str, Any]:
     base = _without_wrappers(model)
     config = getattr(base, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise TypeError(f"{type(base).__name__} has no transformers configuration; give a transformers model.")
+        raise UserTypeError(f"{type(base).__name__} has no transformers configuration; give a transformers model.")
     text = config.get_text_config(decoder=True)
     return {
         "name_or_path": str(getattr(config, "_name_or_path", "") or ""),

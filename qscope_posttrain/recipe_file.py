@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A YAML file that holds a mapping.
@@ -18,11 +20,11 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     location = Path(path)
     if not location.is_file():
-        raise FileNotFoundError(f"no recipe at '{location}'.")
+        raise UserFileNotFoundError(f"no recipe at '{location}'.")
     try:
         content = yaml.safe_load(location.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{location} is not valid YAML: {error}") from error
+        raise UserValueError(f"{location} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{location} must map keys to values, got {type(content).__name__}.")
+        raise UserValueError(f"{location} must map keys to values, got {type(content).__name__}.")
     return content

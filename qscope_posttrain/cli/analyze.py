@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.analyze_inputs import add_options, collect, read_benchmarks, read_performance
 from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -87,7 +88,7 @@ def overlap(options: argparse.Namespace) -> None:
     benchmarks = read_benchmarks(options)
     _, scores = read_performance(options, benchmarks)
     if options.control is not None and scores is None:
-        raise ValueError("--control is a column of the scores: give --scores or --correctness.")
+        raise UserValueError("--control is a column of the scores: give --scores or --correctness.")
     found, facts = collect(options, benchmarks, options.token_control)
     sizes = {benchmark.name: len(benchmark.texts) for benchmark in benchmarks}
     results: dict[str, Any] = {"input": facts}

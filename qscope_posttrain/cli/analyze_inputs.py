@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, parse_layers
 from qscope_posttrain.cli.options import add_model_options, did_you_mean
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.recipe_file import read_yaml
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[It
         sources = [ItemSource.parse(word) for word in words]
     names = [source.name for source in sources]
     if len(set(names)) != len(names):
-        raise ValueError(f"benchmarks need different names, got {', '.join(names)}.")
+        raise UserValueError(f"benchmarks need different names, got {', '.join(names)}.")
     return sources if limit is None else [source.limited(limit) for source in sources]
 
 
@@ -91,7 +92,7 @@ def read_performance(
     found = read_correctness(options.correctness, [benchmark.name for benchmark in benchmarks])
     for benchmark in benchmarks:
         if benchmark.name in found and len(found[benchmark.name][1]) != len(benchmark.texts):
-            raise ValueError(
+            raise UserValueError(
                 f"{options.correctness}/{benchmark.name}.csv has {len(found[benchmark.name][1])} items, the benchmark "
                 f"{len(benchmark.texts)}: they must be the same, in the same order."
             )
@@ -148,12 +149,12 @@ def _source(name: str, entry: Any, path: str) -> ItemSource:
     from qscope_posttrain.evaluation.benchmarks.items import ItemSource
 
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: '{name}' must map keys such as source and field to values, got {entry!r}.")
+        raise UserValueError(f"{path}: '{name}' must map keys such as source and field to values, got {entry!r}.")
     known = [item.name for item in fields(ItemSource) if item.name != "name"]
     for key in entry:
         if key not in known:
-            raise ValueError(f"{path}: unknown key '{key}' of '{name}'.{did_you_mean(str(key), known)}")
+            raise UserValueError(f"{path}: unknown key '{key}' of '{name}'.{did_you_mean(str(key), known)}")
     if "source" not in entry:
-        raise ValueError(f"{path}: '{name}' has no source.")
+        raise UserValueError(f"{path}: '{name}' has no source.")
     values: dict[str, Any] = {key: value if key in ("first", "limit") else str(value) for key, value in entry.items()}
     return ItemSource(name=name, **values)

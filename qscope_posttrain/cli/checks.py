@@ -15,6 +15,7 @@ from trl import get_peft_config
 
 from qscope_posttrain.cli.recipe import TrainingRecipe
 from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 
@@ -98,7 +99,7 @@ def check_data(recipe: TrainingRecipe, split: str) -> tuple[Rows, str]:
     rows = load_rows(recipe, split)
     examples = first_rows(rows, 1)
     if not examples:
-        raise ValueError(f"the split '{split}' has no rows.")
+        raise UserValueError(f"the split '{split}' has no rows.")
     count = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream of rows"
     return rows, f"{count} with {', '.join(examples[0])}"
 
@@ -107,7 +108,7 @@ def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
     """The checkpoint to resume from."""
     path = Path(str(recipe.training.resume_from_checkpoint))
     if not (path / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.")
+        raise UserFileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.")
     return path, f"resuming from {path}"
 
 

@@ -22,6 +22,7 @@ from qscope_posttrain.cli.classify_data import (
 )
 from qscope_posttrain.cli.classify_data import column as column_of
 from qscope_posttrain.cli.options import OptionParser, add_model_options
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -85,7 +86,7 @@ def predict(options: argparse.Namespace) -> None:
 
     target = Path(options.output)
     if target.suffix and target.suffix not in WRITERS:
-        raise ValueError(f"--output must end in {', '.join(WRITERS)}, or be a folder; got '{target}'.")
+        raise UserValueError(f"--output must end in {', '.join(WRITERS)}, or be a folder; got '{target}'.")
     writable_folder(target.parent)
     place = Path(options.classifier)
     place = place / FILE_NAME if place.is_dir() else place
@@ -94,7 +95,9 @@ def predict(options: argparse.Namespace) -> None:
     texts = texts_of(table, options.text_column, options.data)
     for name in (options.score_column, options.decision_column):
         if name in table.column_names:
-            raise ValueError(f"'{options.data}' has a column '{name}' already; choose another name for the new one.")
+            raise UserValueError(
+                f"'{options.data}' has a column '{name}' already; choose another name for the new one."
+            )
     featurizer = make_featurizer(options, [str(layer) for layer in layers])
     classifier = FeatureClassifier.load(place, featurizer.with_settings({"show_progress": False}))
     starts = range(0, len(texts), options.texts_at_once)
@@ -138,7 +141,7 @@ def report(options: argparse.Namespace) -> None:
     ]
     for name, part in [*parts[0].items(), *parts[1].items()]:
         if part.labels.all() or not part.labels.any():
-            raise ValueError(f"group '{name}' needs discovery and test texts of both classes.")
+            raise UserValueError(f"group '{name}' needs discovery and test texts of both classes.")
     found = make_report(
         methods,
         *parts,

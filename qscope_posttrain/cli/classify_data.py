@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.inputs import load_model, parse_layers
 from qscope_posttrain.cli.options import did_you_mean
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +54,7 @@ def read_table(source: str, split: str = "train", limit: int | None = None) -> D
     path = Path(source)
     if path.suffix in READERS:
         if not path.is_file():
-            raise FileNotFoundError(f"no file at '{path}'.")
+            raise UserFileNotFoundError(f"no file at '{path}'.")
         options = {"sep": "\t"} if path.suffix == ".tsv" else {}
         found = read_dataset(READERS[path.suffix], data_files={split: str(path)}, **options)
     elif path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
@@ -62,10 +63,10 @@ def read_table(source: str, split: str = "train", limit: int | None = None) -> D
         found = read_dataset(source)
     if isinstance(found, Mapping):
         if split not in found:
-            raise ValueError(f"'{source}' has no split '{split}'; it has {', '.join(map(str, found))}.")
+            raise UserValueError(f"'{source}' has no split '{split}'; it has {', '.join(map(str, found))}.")
         found = found[split]
     if not len(found):
-        raise ValueError(f"'{source}' has no rows.")
+        raise UserValueError(f"'{source}' has no rows.")
     return found if limit is None else found.select(range(min(limit, len(found))))
 
 
@@ -77,7 +78,9 @@ def column(table: Dataset, name: str, source: str) -> list[Any]:
     """
     if name not in table.column_names:
         known = ", ".join(table.column_names)
-        raise ValueError(f"'{source}' has no column '{name}'; it has {known}.{did_you_mean(name, table.column_names)}")
+        raise UserValueError(
+            f"'{source}' has no column '{name}'; it has {known}.{did_you_mean(name, table.column_names)}"
+        )
     return list(table[name])
 
 
@@ -90,7 +93,9 @@ def texts_of(table: Dataset, name: str, source: str) -> list[str]:
     values = column(table, name, source)
     wrong = [row for row, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
     if wrong:
-        raise ValueError(f"'{source}': column '{name}' has no text in {len(wrong)} rows, for example row {wrong[0]}.")
+        raise UserValueError(
+            f"'{source}': column '{name}' has no text in {len(wrong)} rows, for example row {wrong[0]}."
+        )
     return values
 
 
@@ -105,7 +110,7 @@ def labels_of(table: Dataset, name: str, positive: str | None, source: str) -> l
     names = getattr(feature, "names", None)  # a ClassLabel holds numbers that stand for names
     missing = [row for row, value in enumerate(values) if _is_missing(value, names is not None)]
     if missing:
-        raise ValueError(
+        raise UserValueError(
             f"'{source}': column '{name}' has no label in {len(missing)} rows, for example row {missing[0]} "
             f"({values[missing[0]]!r}). Take these rows out: they belong to neither class."
         )
@@ -115,14 +120,18 @@ def labels_of(table: Dataset, name: str, positive: str | None, source: str) -> l
         numbers = [str(value) for value in values]
         chosen = words if positive in kinds else numbers
         if positive not in chosen:
-            raise ValueError(f"'{source}': no label in '{name}' is '{positive}'; there are {', '.join(kinds[:10])}.")
+            raise UserValueError(
+                f"'{source}': no label in '{name}' is '{positive}'; there are {', '.join(kinds[:10])}."
+            )
         flags = [word == positive for word in chosen]
     elif names is None and all(word.lower() in _TRUTHS for word in kinds):
         flags = [_TRUTHS[word.lower()] for word in words]
     else:
-        raise ValueError(f"'{source}': name the positive label with --positive; '{name}' has {', '.join(kinds[:10])}.")
+        raise UserValueError(
+            f"'{source}': name the positive label with --positive; '{name}' has {', '.join(kinds[:10])}."
+        )
     if all(flags) or not any(flags):
-        raise ValueError(f"'{source}': {sum(flags)} of {len(flags)} rows are positive; both classes are needed.")
+        raise UserValueError(f"'{source}': {sum(flags)} of {len(flags)} rows are positive; both classes are needed.")
     return flags
 
 
@@ -140,7 +149,7 @@ def split_rows(groups: Sequence[str], labels: Sequence[bool], share: float, seed
         ValueError: a share outside (0, 1).
     """
     if not 0 < share < 1:
-        raise ValueError(f"--test-share must lie between 0 and 1, got {share}.")
+        raise UserValueError(f"--test-share must lie between 0 and 1, got {share}.")
     cells: dict[tuple[str, bool], list[int]] = {}
     for row, cell in enumerate(zip(groups, labels, strict=True)):
         cells.setdefault(cell, []).append(row)
@@ -175,7 +184,7 @@ def write_table(table: Dataset, path: Path) -> None:
         ValueError: a name with another ending, or a place that cannot be written.
     """
     if path.suffix and path.suffix not in WRITERS:
-        raise ValueError(f"'{path}': write {', '.join(WRITERS)}, or a name without an ending for a folder.")
+        raise UserValueError(f"'{path}': write {', '.join(WRITERS)}, or a name without an ending for a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
         table.to_json(path, force_ascii=False)

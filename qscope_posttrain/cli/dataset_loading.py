@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
+
 
 def read_dataset(*arguments: Any, **options: Any) -> Any:
     """`datasets.load_dataset`.
@@ -24,4 +26,4 @@ def read_dataset(*arguments: Any, **options: Any) -> Any:
         while reason.__cause__ is not None:
             reason = reason.__cause__
         where = options.get("data_files", arguments[0] if arguments else "the data set")
-        raise ValueError(f"{where} cannot be read: {' '.join(str(reason).split())}") from error
+        raise UserValueError(f"{where} cannot be read: {' '.join(str(reason).split())}") from error

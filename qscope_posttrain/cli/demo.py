@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qscope_posttrain.cli.parser import RecipeParser
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
 
@@ -70,11 +71,11 @@ def arithmetic_config(text: str, defaults: dict[str, Any], config: TestbedConfig
     try:
         given = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--repetition must be a JSON object; got {text!r} ({error}).") from error
+        raise UserValueError(f"--repetition must be a JSON object; got {text!r} ({error}).") from error
     known = ArithmeticConfig.__dataclass_fields__
     unknown = sorted(set(given) - set(known)) if isinstance(given, dict) else [text]
     if unknown:
-        raise ValueError(f"--repetition has no setting {', '.join(unknown)}; there are {', '.join(known)}.")
+        raise UserValueError(f"--repetition has no setting {', '.join(unknown)}; there are {', '.join(known)}.")
     shared = {"workers": config.workers, "cache": config.cache, "no_cache": config.no_cache}
     return ArithmeticConfig(**{**shared, **defaults, **given})
 

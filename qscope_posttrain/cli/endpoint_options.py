@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import json_object, load_model
 from qscope_posttrain.cli.options import given_options
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 
 if TYPE_CHECKING:
@@ -68,14 +69,14 @@ def check_endpoint_options(options: argparse.Namespace) -> None:
             key where one is needed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("commands that ask a chat model run in one process; start it without a launcher.")
+        raise UserValueError("commands that ask a chat model run in one process; start it without a launcher.")
     _limits_and_retry(options)
     if not options.local:
         _endpoint_model(options, options.chat_model)
         return
     json_object(options.request_options, "--request-options")
     if useless := given_options(options, ENDPOINT_ONLY):
-        raise ValueError(f"{useless} of an endpoint cannot be used with --local; leave out either.")
+        raise UserValueError(f"{useless} of an endpoint cannot be used with --local; leave out either.")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qscope_posttrain.cli.endpoint_options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.inputs import load_model, sampling_settings, template_options
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.jsonl import read_jsonl
@@ -71,7 +72,7 @@ def read_safety_prompts(path: str | Path, limit: int | None = None) -> list[Safe
     for number, row in read_jsonl(path):
         prompt, harmful, group = row.get("prompt"), row.get("harmful"), row.get("group", "")
         if not isinstance(prompt, str) or not isinstance(harmful, bool) or not isinstance(group, str):
-            raise ValueError(
+            raise UserValueError(
                 f"{path}, line {number}: expected 'prompt' (text), 'harmful' (true or false), perhaps 'group' (text); "
                 f"got the keys {sorted(row)}."
             )
@@ -79,7 +80,7 @@ def read_safety_prompts(path: str | Path, limit: int | None = None) -> list[Safe
             found.append(SafetyPrompt(prompt, harmful, group))
             counts[harmful] += 1
     if not found:
-        raise ValueError(f"'{path}' has no prompts.")
+        raise UserValueError(f"'{path}' has no prompts.")
     return found
 
 

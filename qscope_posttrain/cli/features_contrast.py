@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.errors import UserFileNotFoundError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -82,7 +83,7 @@ def _text(given: str | None, file: str | None, name: str) -> str:
         return given
     location = Path(str(file))
     if not location.is_file():
-        raise FileNotFoundError(f"no file at '{location}', given as --{name}-file.")
+        raise UserFileNotFoundError(f"no file at '{location}', given as --{name}-file.")
     return location.read_text(encoding="utf-8")
 
 

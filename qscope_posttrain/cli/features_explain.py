@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.endpoint_options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -85,7 +86,7 @@ def tokens(options: argparse.Namespace, file_name: str) -> None:
     from qscope_posttrain.report.tokens import print_shaded
 
     if (options.text is None) == (options.texts is None):
-        raise ValueError("give --text, words on the command line, or --texts, a file.")
+        raise UserValueError("give --text, words on the command line, or --texts, a file.")
     texts = options.text or read_text_list(options.texts, options.max_texts)
     features = _feature_set(options.features, file_name).select(options.language, options.layer, options.top)
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
@@ -112,16 +113,16 @@ def _chosen(options: argparse.Namespace, features: FeatureSet | None, depth: int
 
     if features is None:
         if not options.layers or not options.feature_ids:
-            raise ValueError("give --features, or --layers and --feature-ids.")
+            raise UserValueError("give --features, or --layers and --feature-ids.")
         return {layer: list(dict.fromkeys(options.feature_ids)) for layer in parse_layers(options.layers, depth)}
     if options.layers or options.feature_ids:
-        raise ValueError("--features says which features; leave out --layers and --feature-ids.")
+        raise UserValueError("--features says which features; leave out --layers and --feature-ids.")
     found = {
         layer: [feature for feature in dict.fromkeys(rows.feature_ids.tolist()) if feature != FREE_DIRECTION]
         for layer, rows in features.layers.items()
     }
     if not any(found.values()):
-        raise ValueError("these features are free directions; only features of an SAE can be explained.")
+        raise UserValueError("these features are free directions; only features of an SAE can be explained.")
     return {layer: ids for layer, ids in found.items() if ids}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_prompts, template_options
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 from qscope_posttrain.report.tables import Table
@@ -30,9 +31,9 @@ def find_repetition(options: argparse.Namespace, file_name: str) -> None:
     from qscope_posttrain.residual.sampling import SamplingSettings
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("find-repetition runs in one process; start it without a launcher.")
+        raise UserValueError("find-repetition runs in one process; start it without a launcher.")
     if options.prompts is None and options.loops is None:
-        raise ValueError("give --prompts, to sample on, or --loops, completions that are there already.")
+        raise UserValueError("give --prompts, to sample on, or --loops, completions that are there already.")
     output = writable_folder(options.output)
     chat: dict[str, Any] = {
         "chat": options.chat,
@@ -178,8 +179,8 @@ def _benign(path: str | Path) -> list[str]:
     texts = []
     for number, row in read_jsonl(path):
         if not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}, line {number}: expected a string 'text', got the keys {sorted(row)}.")
+            raise UserValueError(f"{path}, line {number}: expected a string 'text', got the keys {sorted(row)}.")
         texts.append(row["text"])
     if not texts:
-        raise ValueError(f"'{path}' has no text.")
+        raise UserValueError(f"'{path}' has no text.")
     return texts

@@ -11,6 +11,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.cli.recipe import DeviceRule, TrainingRecipe, check_model_named
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 
 RewardSpec = str | Mapping[str, Any]
@@ -40,7 +41,7 @@ class GRPORunArguments:
     def __post_init__(self) -> None:
         specs: list[Any] = [_reward_spec(entry) for entry in self.rewards]
         if not specs:
-            raise ValueError(
+            raise UserValueError(
                 "a recipe needs 'rewards', a list of reward functions, for example rewards: [accuracy_reward]."
             )
         self.rewards = specs
@@ -78,7 +79,7 @@ def parse_recipe(arguments: Sequence[str]) -> GRPORecipe:
     check_model_named(model)
     training.settle_negative(run.features is not None)
     if training.has_negatives and training.negative == "feature" and run.features is None:
-        raise ValueError(
+        raise UserValueError(
             "negative: feature needs 'features', a file written by `qscope features find-repetition`; give it, or "
             "choose negative: seeded, which needs none, or negatives_per_group: 0 for plain DAPO."
         )
@@ -92,9 +93,9 @@ def _reward_spec(entry: Any) -> RewardSpec:
         try:
             entry = json.loads(entry)
         except json.JSONDecodeError as error:
-            raise ValueError(f"rewards: not JSON ({error.msg}): {entry}") from error
+            raise UserValueError(f"rewards: not JSON ({error.msg}): {entry}") from error
     if isinstance(entry, str) and entry.strip():
         return entry.strip()
     if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
         return dict(entry)
-    raise ValueError(f"rewards: expected a name, a dotted path, or a mapping with 'name'; got {entry!r}.")
+    raise UserValueError(f"rewards: expected a name, a dotted path, or a mapping with 'name'; got {entry!r}.")

@@ -34,6 +34,7 @@ from qscope_posttrain.cli.grpo_data import (
 )
 from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.residual.layers import text_config
 from qscope_posttrain.rl.config import SteeredGRPOConfig
@@ -111,7 +112,7 @@ def _tokenizer(recipe: GRPORecipe) -> tuple[PreTrainedTokenizerBase, str]:
 def _features(recipe: GRPORecipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
     features = load_features(recipe)
     if features is None:
-        raise ValueError("the recipe names no 'features'.")
+        raise UserValueError("the recipe names no 'features'.")
     features.check_model(model)
     rows = ", ".join(f"{len(found)} on layer {layer}" for layer, found in features.layers.items())
     return features, f"fit the model; rows: {rows}"
@@ -171,7 +172,7 @@ def _prompts(
     room = int(getattr(text_config(model), "max_position_embeddings", 0) or 0)
     longest = max(lengths) + recipe.training.completion_limit
     if room and longest > room:
-        raise ValueError(
+        raise UserValueError(
             f"a prompt of {max(lengths)} tokens and a completion of {recipe.training.completion_limit} make {longest}, "
             f"and the model has {room} positions. Lower max_completion_length or shorten the prompts."
         )
@@ -191,7 +192,7 @@ def _rewards(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase)
         try:
             value = _score(reward, row, tokenizer)
         except Exception as error:
-            raise ValueError(f"'{name}' cannot score a completion of the first row: {error!r}") from error
+            raise UserValueError(f"'{name}' cannot score a completion of the first row: {error!r}") from error
         words.append(f"{weight:.4g} x {name} ({'none' if value is None else f'{value:.4g}'} for a prompt repeated)")
     if config.soft_overlong_cache:
         words.append(f"soft overlong punishment over the last {config.soft_overlong_cache} tokens")
@@ -216,7 +217,7 @@ def _score(reward: RewardFunction, row: dict[str, Any], tokenizer: PreTrainedTok
     )
     values: Sequence[float | None] = asyncio.run(returned) if inspect.iscoroutine(returned) else returned
     if len(values) != 1:
-        raise ValueError(f"{len(values)} rewards for one completion")
+        raise UserValueError(f"{len(values)} rewards for one completion")
     return values[0]
 
 
@@ -233,7 +234,7 @@ def _batch(recipe: GRPORecipe, rows: Rows) -> tuple[int, str]:
     if config.max_steps > 0:
         return groups, f"{words}; {config.max_steps} steps"
     if not hasattr(rows, "__len__"):
-        raise ValueError("a streamed data set has no length; set 'max_steps'.")
+        raise UserValueError("a streamed data set has no length; set 'max_steps'.")
     # Every prompt is used for num_generations rows, num_iterations times.
     steps = math.ceil(config.num_train_epochs * len(rows) * config.generations * config.num_iterations / trained)
     return groups, f"{words}; about {steps} steps"

@@ -13,6 +13,7 @@ from trl.import_utils import is_math_verify_available
 from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.rewards import RewardFunction, reward_function
 
@@ -42,10 +43,10 @@ def build_rewards(recipe: GRPORecipe) -> list[RewardFunction]:
     rewards = [reward_function(spec) for spec in recipe.rewards]
     for reward in rewards:
         if getattr(reward, "__module__", "") == _VERIFIED_BY_MATH and not is_math_verify_available():
-            raise ValueError(f"the reward '{reward_name(reward)}' needs `pip install math-verify`.")
+            raise UserValueError(f"the reward '{reward_name(reward)}' needs `pip install math-verify`.")
     weights = recipe.training.reward_weights
     if weights is not None and len(weights) != len(rewards):
-        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards.")
+        raise UserValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards.")
     return rewards
 
 
@@ -62,7 +63,7 @@ def check_reward_columns(rewards: Sequence[RewardFunction], rows: Rows) -> None:
         needed = _required_parameters(reward) - _GIVEN_BY_TRL
         missing = sorted(needed - columns)
         if missing:
-            raise ValueError(
+            raise UserValueError(
                 f"the reward '{reward_name(reward)}' needs the column '{missing[0]}' in the data, which has "
                 f"{', '.join(sorted(columns))}. Rename or add it, or choose another reward."
             )
@@ -77,13 +78,13 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
     """
     examples = first_rows(rows, SAMPLED_ROWS)
     if not examples:
-        raise ValueError("the training data has no rows.")
+        raise UserValueError("the training data has no rows.")
     options: Any = recipe.training.chat_template_kwargs or {}
     lengths = []
     for number, row in enumerate(examples):
         prompt = row.get(PROMPT)
         if PROMPT not in row:
-            raise ValueError(
+            raise UserValueError(
                 f"GRPO needs a column '{PROMPT}', text or a list of messages; the data has {', '.join(sorted(row))}."
             )
         if isinstance(prompt, str) and prompt:
@@ -91,7 +92,9 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
         elif isinstance(prompt, list) and is_conversational(row):
             lengths.append(len(_templated(prompt, tokenizer, options)))
         else:
-            raise ValueError(f"row {number}: '{PROMPT}' must be text or a list of messages, got {str(prompt)[:80]!r}.")
+            raise UserValueError(
+                f"row {number}: '{PROMPT}' must be text or a list of messages, got {str(prompt)[:80]!r}."
+            )
     return lengths
 
 
@@ -99,7 +102,7 @@ def _templated(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> list[int]:
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise UserValueError(
             "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has one "
             "(a base model gets it in supervised fine-tuning), or give prompts as text."
         )

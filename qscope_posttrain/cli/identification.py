@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.inputs import read_texts
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 
 if TYPE_CHECKING:
@@ -52,16 +53,18 @@ def identification_texts(identify: str, folder: str | None, target: str) -> dict
     """
     if identify == "script":
         if folder is not None:
-            raise ValueError("--identify-texts is read with --identify words alone; give that too, or leave it out.")
+            raise UserValueError(
+                "--identify-texts is read with --identify words alone; give that too, or leave it out."
+            )
         return None
     if folder is None:
-        raise ValueError(
+        raise UserValueError(
             "--identify words learns words from text: give --identify-texts, a folder of <language>.txt with text of "
             "the target and of every language of the prompts."
         )
     texts = read_texts(folder)
     if target not in texts:
-        raise ValueError(f"'{folder}' has no {target}.txt, text of the target; it has {', '.join(sorted(texts))}.")
+        raise UserValueError(f"'{folder}' has no {target}.txt, text of the target; it has {', '.join(sorted(texts))}.")
     return texts
 
 
@@ -84,7 +87,7 @@ def word_detector(
 
     missing = sorted(set(sources) - set(texts))
     if missing:
-        raise ValueError(
+        raise UserValueError(
             f"--identify-texts has no text in {', '.join(missing)}, a language of the prompts: it has "
             f"{', '.join(sorted(texts))}. Add the text, or leave these prompts out."
         )
@@ -96,7 +99,7 @@ def word_detector(
     try:
         detector = fit_span_identifier(fitted, target, calibration, false_positive_rate)
     except ValueError as error:
-        raise ValueError(
+        raise UserValueError(
             f"--identify words cannot work with these texts: {error} (Calibration texts are pieces of --max-new-tokens "
             f"{tokens} tokens from the last {100 * (1 - _FITTED):.0f} % of the lines of --identify-texts.)"
         ) from error

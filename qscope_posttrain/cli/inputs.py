@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import DTYPES
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.text.jsonl import read_jsonl, read_lines
 
@@ -33,24 +34,24 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
     if location.is_dir():
         files = sorted(location.glob("*.txt"))
         if not files:
-            raise FileNotFoundError(f"no <language>.txt in '{location}', for example en.txt, with one text a line.")
+            raise UserFileNotFoundError(f"no <language>.txt in '{location}', for example en.txt, with one text a line.")
         texts = {file.stem: _take(_lines(file), limit) for file in files}
     elif location.is_file():
         texts = {}
         for number, row in read_jsonl(location):
             text, language = row.get("text"), row.get("language")
             if not isinstance(text, str) or not isinstance(language, str):
-                raise ValueError(
+                raise UserValueError(
                     f"{location}, line {number}: expected strings 'text' and 'language', got the keys {sorted(row)}."
                 )
             kept = texts.setdefault(language, [])
             if text.strip() and (limit is None or len(kept) < limit):
                 kept.append(text)
     else:
-        raise FileNotFoundError(f"no texts at '{location}': expected a folder of <language>.txt, or a JSONL file.")
+        raise UserFileNotFoundError(f"no texts at '{location}': expected a folder of <language>.txt, or a JSONL file.")
     empty = sorted(language for language, entries in texts.items() if not entries)
     if empty or not texts:
-        raise ValueError(f"'{location}' has no text in {', '.join(empty) or 'any language'}.")
+        raise UserValueError(f"'{location}' has no text in {', '.join(empty) or 'any language'}.")
     return texts
 
 
@@ -63,18 +64,20 @@ def read_text_list(path: str | Path, limit: int | None = None) -> list[str]:
     """
     location = Path(path)
     if not location.is_file():
-        raise FileNotFoundError(f"no file at '{location}': expected one text a line, or JSONL with 'text'.")
+        raise UserFileNotFoundError(f"no file at '{location}': expected one text a line, or JSONL with 'text'.")
     if location.suffix != ".jsonl":
         texts = _take(_lines(location), limit)
     else:
         texts = []
         for number, row in read_jsonl(location):
             if not isinstance(row.get("text"), str):
-                raise ValueError(f"{location}, line {number}: expected a string 'text', got the keys {sorted(row)}.")
+                raise UserValueError(
+                    f"{location}, line {number}: expected a string 'text', got the keys {sorted(row)}."
+                )
             if row["text"].strip() and (limit is None or len(texts) < limit):
                 texts.append(row["text"])
     if not texts:
-        raise ValueError(f"'{location}' has no texts.")
+        raise UserValueError(f"'{location}' has no texts.")
     return texts
 
 
@@ -96,7 +99,7 @@ def read_prompts(path: str | Path, limit: int | None = None, language: str | Non
     for number, row in read_jsonl(location):
         prompt, own = row.get("prompt"), row.get("language", language)
         if not isinstance(prompt, str | list) or not isinstance(own, str):
-            raise ValueError(
+            raise UserValueError(
                 f"{location}, line {number}: expected 'prompt' (text or a list of messages) and 'language', "
                 f"got the keys {sorted(row)}."
             )
@@ -104,7 +107,7 @@ def read_prompts(path: str | Path, limit: int | None = None, language: str | Non
         if limit is None or len(kept) < limit:
             kept.append(prompt)
     if not prompts:
-        raise ValueError(f"'{location}' has no prompts.")
+        raise UserValueError(f"'{location}' has no prompts.")
     return prompts
 
 
@@ -128,9 +131,9 @@ def json_object(text: str | None, option: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{option} must be JSON, got '{text}' ({error.msg}).") from error
+        raise UserValueError(f"{option} must be JSON, got '{text}' ({error.msg}).") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{option} must be a JSON object, got '{text}'.")
+        raise UserValueError(f"{option} must be a JSON object, got '{text}'.")
     return found
 
 
@@ -165,9 +168,9 @@ def parse_layers(words: Sequence[str], depth: int) -> tuple[int, ...]:
         elif first.isdecimal() and (last.isdecimal() if dash else True):
             layers.update(range(int(first), int(last if dash else first) + 1))
         else:
-            raise ValueError(f"'{word}' is no layer; give numbers from 0, ranges such as 20-27, or all.")
+            raise UserValueError(f"'{word}' is no layer; give numbers from 0, ranges such as 20-27, or all.")
     if not layers or max(layers) >= depth:
-        raise ValueError(f"the model has the layers 0 to {depth - 1}; got {' '.join(words)}.")
+        raise UserValueError(f"the model has the layers 0 to {depth - 1}; got {' '.join(words)}.")
     return tuple(sorted(layers))
 
 
@@ -189,7 +192,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.")
+        raise UserValueError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'.")
     place = choose_device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
@@ -212,7 +215,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"no model '{name}', neither a folder with a tokenizer nor on the hub: {reason}"
         ) from error
 
@@ -231,7 +234,7 @@ def choose_device(device: str | None) -> Any:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device '{device}' on this machine ({str(error).splitlines()[0]}).") from error
+        raise UserValueError(f"no device '{device}' on this machine ({str(error).splitlines()[0]}).") from error
     return place
 
 

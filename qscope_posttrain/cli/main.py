@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from qscope_posttrain.cli.options import did_you_mean
+from qscope_posttrain.errors import UserValueError
 
 COMMANDS = {
     "features": (
@@ -101,5 +102,7 @@ def _leave_process_group() -> None:
 
 def _module(name: str):  # type: ignore[no-untyped-def]
     if name not in COMMANDS:
-        raise ValueError(f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}.")
+        raise UserValueError(
+            f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}."
+        )
     return importlib.import_module(COMMANDS[name][0])

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.recipe_file import read_yaml
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -36,11 +37,11 @@ class OptionParser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(given)
         if unknown:
             name = unknown[0].partition("=")[0]
-            raise ValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(names))}")
+            raise UserValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(names))}")
         return values
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
+        raise UserValueError(f"{message} (see `{self.prog} --help`)")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,7 @@ def _with_recipes(arguments: Sequence[str], names: Collection[str]) -> list[str]
             continue
         path = value if equals else next(rest, None)
         if not path:
-            raise ValueError("--config needs a YAML file with options.")
+            raise UserValueError("--config needs a YAML file with options.")
         for key, content in read_yaml(path).items():
             expanded += _as_arguments(path, key, content, names)
     return expanded
@@ -91,7 +92,7 @@ def _as_arguments(path: str, key: Any, content: Any, names: Collection[str]) -> 
         return [off] if off in names else []  # a switch without that form is off unless it is named
     values = content if isinstance(content, list) else [content]
     if any(not isinstance(value, (str, int, float)) or isinstance(value, bool) for value in values):
-        raise ValueError(f"{path}: {key!r} must be text, a number, true, false or a list of texts and numbers.")
+        raise UserValueError(f"{path}: {key!r} must be text, a number, true, false or a list of texts and numbers.")
     if len(values) == 1:
         return [f"{name}={values[0]}"]
     return [name, *map(str, values)]

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 from qscope_posttrain.cli.options import did_you_mean
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.recipe_file import read_yaml
 
 _WORDS: dict[Any, str] = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
@@ -58,26 +59,28 @@ class RecipeParser(TrlParser):
         if unknown:
             options = [token for token in unknown if token.startswith("--")]
             if not options:
-                raise ValueError(f"unexpected words on the command line: {' '.join(unknown)}.")
-            raise ValueError(" ".join(self._unknown(token[2:].split("=")[0], "the command line") for token in options))
+                raise UserValueError(f"unexpected words on the command line: {' '.join(unknown)}.")
+            raise UserValueError(
+                " ".join(self._unknown(token[2:].split("=")[0], "the command line") for token in options)
+            )
         if self._before_build is not None:
             self._before_build(values)
         return values, unknown
 
     def error(self, message: str) -> NoReturn:
         """argparse would print the usage of some two hundred options and exit; the reason alone is the message."""
-        raise ValueError(message)
+        raise UserValueError(message)
 
     def _set_from_file(self, path: Path) -> None:
         recipe = read_yaml(path)
         environment = recipe.pop("env", None) or {}
         if not isinstance(environment, dict):
-            raise ValueError(f"{path}: 'env' must map variable names to values, got {environment!r}.")
+            raise UserValueError(f"{path}: 'env' must map variable names to values, got {environment!r}.")
         os.environ.update({str(name): str(value) for name, value in environment.items()})
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of a pair: not `--no_x`
         complaints = [self._unknown(str(key), str(path)) for key in recipe if key not in actions]
         if complaints:
-            raise ValueError(" ".join(complaints))
+            raise UserValueError(" ".join(complaints))
         self.set_defaults_with_config(
             **{key: _checked(value, actions[key], self._hints[key], f"{path}: {key}") for key, value in recipe.items()}
         )
@@ -96,14 +99,14 @@ def _split_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         if token == "--config":
             value = next(tokens, "")
             if not value or value.startswith("--"):
-                raise ValueError("--config needs a file, for example --config recipes/testbed/sasft.yaml.")
+                raise UserValueError("--config needs a file, for example --config recipes/testbed/sasft.yaml.")
             found.append(value)
         elif token.startswith("--config="):
             found.append(token.partition("=")[2])
         else:
             rest.append(token)
     if len(found) > 1:
-        raise ValueError(f"--config was given {len(found)} times: {', '.join(found)}. Give one recipe.")
+        raise UserValueError(f"--config was given {len(found)} times: {', '.join(found)}. Give one recipe.")
     return rest, Path(found[0]) if found else None
 
 
@@ -118,7 +121,7 @@ def _checked(value: Any, action: argparse.Action, hint: Any, place: str) -> Any:
     kinds = _kinds(hint)
     if isinstance(value, list):
         if list not in kinds:
-            raise ValueError(f"{place} must be a single value; got {value!r}.")
+            raise UserValueError(f"{place} must be a single value; got {value!r}.")
         return [_checked_item(item, action, kinds, place) for item in value]
     item = _checked_item(value, action, kinds, place)
     return [item] if action.nargs in ("+", "*") else item
@@ -134,14 +137,16 @@ def _checked_item(value: Any, action: argparse.Action, kinds: set[Any], place: s
         if suits:
             return float(value) if suits[0] is float else value
         wanted = " or ".join(_WORDS[kind] for kind in (bool, int, float, str) if kind in kinds) or "another type"
-        raise ValueError(f"{place} must be {wanted}; got {value!r}.")
+        raise UserValueError(f"{place} must be {wanted}; got {value!r}.")
     try:
         converted = action.type(value) if callable(action.type) else value
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{place}: {str(error).rstrip('.')}.") from error
+        raise UserValueError(f"{place}: {str(error).rstrip('.')}.") from error
     if action.choices is not None and converted not in action.choices:
         names = [str(choice) for choice in action.choices]
-        raise ValueError(f"{place} must be one of {', '.join(names)}; got {value!r}.{did_you_mean(str(value), names)}")
+        raise UserValueError(
+            f"{place} must be one of {', '.join(names)}; got {value!r}.{did_you_mean(str(value), names)}"
+        )
     return converted
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.summary import to_json
 
 _SECRETS = frozenset({"hub_token", "push_to_hub_token"})
@@ -99,15 +100,15 @@ class DeviceRule:
             return
         remedy = "--use_cpu true --bf16 false --use_liger_kernel false --gradient_checkpointing false"
         if not here and not values.use_cpu:
-            raise ValueError(
+            raise UserValueError(
                 "this recipe trains on a GPU, and this machine has none. To check the recipe here: --dry_run. "
                 f"To train on the CPU all the same: {remedy}."
             )
         if values.use_cpu and values.use_liger_kernel:
-            raise ValueError(f"use_liger_kernel needs a GPU, and use_cpu is on. To train on the CPU: {remedy}.")
+            raise UserValueError(f"use_liger_kernel needs a GPU, and use_cpu is on. To train on the CPU: {remedy}.")
 
 
 def check_model_named(model: ModelConfig) -> None:
     """ValueError for a recipe that names no model."""
     if not model.model_name_or_path:
-        raise ValueError("a recipe needs 'model_name_or_path': a folder or a hub id.")
+        raise UserValueError("a recipe needs 'model_name_or_path': a folder or a hub id.")

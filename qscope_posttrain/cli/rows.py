@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset, load_from_disk
 
 from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.recipe import TrainingRecipe
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -28,14 +29,14 @@ def load_rows(recipe: TrainingRecipe, split: str) -> Rows:
     name, mixture = recipe.script.dataset_name, recipe.mixture
     if bool(name) == bool(mixture.datasets):
         both = "both" if name else "neither"
-        raise ValueError(f"give the training data as 'dataset_name' or as 'datasets'; the recipe has {both}.")
+        raise UserValueError(f"give the training data as 'dataset_name' or as 'datasets'; the recipe has {both}.")
     if name:
         splits = _load_named(recipe, name)
     else:
         local = [_local(entry) for entry in mixture.datasets]
         splits = trl.get_dataset(dataclasses.replace(mixture, datasets=local))
     if split not in splits:
-        raise ValueError(f"the data has no split '{split}'; it has {', '.join(map(str, splits))}.")
+        raise UserValueError(f"the data has no split '{split}'; it has {', '.join(map(str, splits))}.")
     return splits[split]
 
 
@@ -66,5 +67,5 @@ def _local(entry: Any) -> Any:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"no training data at '{path}'.")
+        raise UserFileNotFoundError(f"no training data at '{path}'.")
     return path

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qscope_posttrain.cli import sae_check, sae_convert
 from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae import catalog
 from qscope_posttrain.sae.catalog import CatalogEntry
@@ -44,7 +45,7 @@ def show(options: argparse.Namespace) -> None:
     if entry is None:
         close = catalog.suggestions(options.source)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(
+        raise UserValueError(
             f"'{options.source}' is neither on this machine nor in the catalogue (`qscope sae list`).{hint} "
             "Other repositories of the hub are read by `qscope sae check` and `qscope sae convert`."
         )
@@ -57,7 +58,7 @@ def _listing(model: str | None) -> Table:
     entries = catalog.entries() if model is None else catalog.for_model(model)
     if not entries:
         known = sorted({entry.backbone for entry in catalog.entries()})
-        raise ValueError(f"no SAE for a model named '{model}'; there are some for {', '.join(known)}.")
+        raise UserValueError(f"no SAE for a model named '{model}'; there are some for {', '.join(known)}.")
     rows: list[list[str | int]] = [
         [
             entry.name,

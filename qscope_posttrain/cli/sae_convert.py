@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.inputs import parse_layers
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -68,7 +69,7 @@ def _layers(source: str, words: list[str] | None) -> list[int | None]:
         entry = None if path.exists() else catalog.find(source)
         held = [] if entry is None else list(entry.layers)
         if entry is not None and words is None and len(held) > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"{entry.name} has {len(held)} layers of {in_words(entry.layer_bytes)}: say which ones with --layers, "
                 "for example --layers 20 or --layers all."
             )
@@ -77,7 +78,7 @@ def _layers(source: str, words: list[str] | None) -> list[int | None]:
     wanted = parse_layers(words, _ANY_LAYER)
     missing = sorted(set(wanted) - set(held))
     if held and missing:
-        raise ValueError(f"{source} has no layer {ranges(missing)}; it holds the layers {ranges(held)}.")
+        raise UserValueError(f"{source} has no layer {ranges(missing)}; it holds the layers {ranges(held)}.")
     return list(wanted)
 
 
@@ -98,4 +99,4 @@ def _check_equal(first: SparseAutoencoder, second: SparseAutoencoder, place: Pat
     x = torch.randn(4, first.d_model, generator=torch.Generator().manual_seed(0)) * first.W_enc.norm(dim=1).mean()
     codes = [sae.encode(x.to(sae.dtype)) for sae in (first, second)]
     if not same or not torch.equal(first.decode(*codes[0]), second.decode(*codes[1])):
-        raise ValueError(f"{place} was written, but reads back as another SAE than {first.source}: do not use it.")
+        raise UserValueError(f"{place} was written, but reads back as another SAE than {first.source}: do not use it.")

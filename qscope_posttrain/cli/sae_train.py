@@ -12,6 +12,7 @@ from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.inputs import load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.stream_config import StreamConfig
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
@@ -49,9 +50,9 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         if (self.texts is None) == (self.dataset is None):
-            raise ValueError("a recipe needs 'texts' (a file or folder) or 'dataset' (a hub id), one of them.")
+            raise UserValueError("a recipe needs 'texts' (a file or folder) or 'dataset' (a hub id), one of them.")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'.")
+            raise UserValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'.")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def check(recipe: SAERecipe) -> Table:
     width = recipe.training.latents(config.hidden_size)
     needed = stream.buffer_bytes(len(layers), config.hidden_size, int(os.environ.get("WORLD_SIZE", "1")))
     if needed > stream.max_buffer_gib * 1024**3:
-        raise ValueError(
+        raise UserValueError(
             f"activations of a block take {in_words(needed)}, above max_buffer_gib={stream.max_buffer_gib}"
         )
     weights = 4 * width * (2 * config.hidden_size + 1)

@@ -13,6 +13,7 @@ from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import load_rows
 from qscope_posttrain.cli.sft_arguments import Recipe, parse_recipe
 from qscope_posttrain.cli.sft_data import pack, without_packing
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -96,7 +97,7 @@ def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLoss
     if recipe.run.method == "sft":
         return None
     if features is None:
-        raise ValueError(f"method {recipe.run.method} needs 'features', which also name the languages of the data.")
+        raise UserValueError(f"method {recipe.run.method} needs 'features', which also name the languages of the data.")
     if recipe.run.method == "sasft":
         return SASFTCallback(features, **{name: getattr(options, name) for name in options.to_dict()})
     return TokenPenaltyCallback(

@@ -17,6 +17,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.cli.recipe import DeviceRule, TrainingRecipe, check_model_named
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.config import SASFTConfig
 
 PREFIX = "sasft_"
@@ -42,7 +43,7 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         if self.method == "sasft" and self.features is None:
-            raise ValueError(
+            raise UserValueError(
                 "method sasft needs 'features', a file written by `qscope features find`; "
                 "give it, or choose method: sft for training without a penalty."
             )
@@ -109,7 +110,7 @@ def _sasft_config(arguments: Any) -> SASFTConfig:
     try:
         return SASFTConfig(**cast("dict[str, Any]", values))
     except ValueError as error:
-        raise ValueError(f"{error} (In recipes these options begin with '{PREFIX}'.)") from error
+        raise UserValueError(f"{error} (In recipes these options begin with '{PREFIX}'.)") from error
 
 
 def field_docstrings(kind: type) -> dict[str, str]:

@@ -23,6 +23,7 @@ from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.cli.sft import build_callback
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.cli.sft_data import data_tokenizer
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.sft.language_ids import SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
@@ -74,7 +75,7 @@ def _tokenizer(recipe: Recipe) -> tuple[Any, str]:
 def _features(recipe: Recipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
     features = load_features(recipe)
     if features is None:
-        raise ValueError(f"method {recipe.run.method} needs 'features'.")
+        raise UserValueError(f"method {recipe.run.method} needs 'features'.")
     features.check_model(model)
     callback: Any = build_callback(recipe, features)
     if recipe.run.method != "sasft":
@@ -88,7 +89,7 @@ def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
     script = target_script(recipe.penalty.target)
     ids = script_token_ids(tokenizer, script)
     if len(ids) == 0:
-        raise ValueError(f"no token of this tokenizer writes {script}.")
+        raise UserValueError(f"no token of this tokenizer writes {script}.")
     return ids, f"{len(ids)} tokens write {script}"
 
 
@@ -99,7 +100,7 @@ def _languages(recipe: Recipe, rows: Rows, features: FeatureSet) -> tuple[Counte
     for language in counts:
         decide.id(language)
     if not set(counts) - {options.target, *options.ignore_languages}:
-        raise ValueError(
+        raise UserValueError(
             f"all of the first {counts.total()} rows are in {', '.join(sorted(counts))}; the penalty acts on rows in "
             f"languages other than the target '{options.target}', so it would do nothing."
         )
@@ -127,7 +128,7 @@ def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
             )
             labels = [label for row in packed["labels"] for label in row]
             if all(label == IGNORED_LABEL for label in labels):
-                raise ValueError(
+                raise UserValueError(
                     f"row {number} has {len(labels)} tokens and none to learn: its answer is empty, or begins beyond "
                     f"max_length ({training.max_length})."
                 )
@@ -150,7 +151,7 @@ def _batch(recipe: Recipe, rows: Rows) -> tuple[int, str]:
         return per_step, f"{words}, rows of {training.max_length} tokens"
     if not hasattr(rows, "__len__"):
         if training.max_steps <= 0:
-            raise ValueError("a streamed data set has no length; set 'max_steps'.")
+            raise UserValueError("a streamed data set has no length; set 'max_steps'.")
         return per_step, f"{words}; {training.max_steps} steps"
     steps = (
         training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(rows) / per_step)

@@ -14,6 +14,7 @@ from trl.chat_template_utils import get_training_chat_template
 from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import Rows
 from qscope_posttrain.cli.sft_arguments import Recipe
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
 
 
@@ -28,12 +29,12 @@ def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
     if training.eos_token is not None:
         if training.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token '{training.eos_token}' is not in the vocabulary of '{recipe.model_name}'.")
+            raise UserValueError(f"eos_token '{training.eos_token}' is not in the vocabulary of '{recipe.model_name}'.")
         tokenizer.eos_token = training.eos_token
     if training.chat_template_path is not None:
         path = Path(training.chat_template_path)
         if not path.is_file():
-            raise ValueError(f"chat_template_path must be a template file here (.jinja), got '{path}'.")
+            raise UserValueError(f"chat_template_path must be a template file here (.jinja), got '{path}'.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if training.assistant_only_loss and tokenizer.chat_template is not None:
         # None where the template marks the assistant's turns already
@@ -51,9 +52,9 @@ def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
     """
     training = recipe.training
     if isinstance(rows, IterableDataset):
-        raise ValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
+        raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
     if training.max_length is None:
-        raise ValueError("packing needs 'max_length', the number of tokens of a packed row.")
+        raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
     return pack_with_languages(
         rows,
         data_tokenizer(recipe),

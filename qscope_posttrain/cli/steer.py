@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.inputs import load_model, read_prompts, sampling_settings, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.cli.steer_curve import add_curve_options, check_curve_options, run_curve
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -45,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
         check_curve_options(options)
     else:
         if options.strength is not None:
-            raise ValueError("--curve has its own strengths; leave --strength out.")
+            raise UserValueError("--curve has its own strengths; leave --strength out.")
         run_curve(options, features, settings, positions)
         return 0
     steering = feature_steering(
@@ -89,12 +90,12 @@ def _positions(options: argparse.Namespace) -> Positions:
 
     windowed = options.window_start is not None or options.window_length is not None
     if windowed and options.positions != "generated":
-        raise ValueError(
+        raise UserValueError(
             f"--window-start and --window-length count generated tokens, not --positions {options.positions}."
         )
     first = options.window_start or 0
     if options.positions == "generated" and first + 2 > options.max_new_tokens:
-        raise ValueError(
+        raise UserValueError(
             f"with --max-new-tokens {options.max_new_tokens} generated token {first} is never read, so that nothing "
             f"would be steered; give at least {first + 2}."
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, read_prompts, read_text_list, template_options
 from qscope_posttrain.cli.options import given_options
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -66,7 +67,9 @@ def _effect(options: argparse.Namespace) -> Effect:
     from qscope_posttrain.evaluation.dose_curve import matches, writes_language
 
     if (options.effect_language is None) == (options.effect_pattern is None):
-        raise ValueError("--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'EXPRESSION'.")
+        raise UserValueError(
+            "--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'EXPRESSION'."
+        )
     if options.effect_language is not None:
         return writes_language(options.effect_language)
     return matches(options.effect_pattern)
@@ -83,7 +86,7 @@ def _random_rows(options: argparse.Namespace, features: FeatureSet) -> Tensor | 
         return None
     layer = options.layer if options.layer is not None else features.settings.get(SETTINGS_KEY, {}).get("layer")
     if layer is None:
-        raise ValueError("--sae needs --layer, since the features name none.")
+        raise UserValueError("--sae needs --layer, since the features name none.")
     sae = SparseAutoencoder.load(options.sae, layer=layer, k=options.k, checksum=False)
     drawn = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(options.seed))
     return sae.select(drawn[: options.random_directions]).decoder.float()
@@ -133,7 +136,7 @@ def check_curve_options(options: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser()
     add_curve_options(parser)
     if given := given_options(options, vars(parser.parse_args([]))):
-        raise ValueError(f"{given}: only a dose curve uses it; give its strengths with --curve.")
+        raise UserValueError(f"{given}: only a dose curve uses it; give its strengths with --curve.")
 
 
 def add_curve_options(parser: argparse.ArgumentParser) -> None:

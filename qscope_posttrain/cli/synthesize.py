@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.endpoint_options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import OptionParser, add_model_options
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     natural = [] if options.natural is None else read_text_list(options.natural, options.max_texts)
     random.Random(options.seed).shuffle(natural)
     if options.measure_layers and len(natural) < 2:
-        raise ValueError(
+        raise UserValueError(
             "--measure-layers counts the features that natural text fires there; give some with --natural."
         )
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
@@ -62,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         _check_explained(made_for, explanations)
         source_layers = {target.layer for target in targets}
         if source_layers & set(others):
-            raise ValueError(
+            raise UserValueError(
                 f"prompts are verified on layers {sorted(source_layers)}; --measure-layers must be others."
             )
         saes = {layer: load_sae(options.sae, layer, options.k, model) for layer in sorted(source_layers | set(others))}
@@ -76,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
             f"{missing} and reaches {len(wanted) - missing} fewer than {settings.enough} times"
         )
         if not wanted:
-            raise ValueError(
+            raise UserValueError(
                 f"the seed data fires every target {settings.enough} times; raise --enough or lower --tau."
             )
         made = pipeline.synthesize(wanted, explanations, session, templates, settings, reader.verify, judge=judge)
@@ -88,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
     _write_prompts(output / PROMPTS, made, drafts or [])
     if not rows:
         reason = made.stopped or f"{output / PROMPTS} holds what was written."
-        raise ValueError(f"no prompt fired its feature and was answered; {reason}")
+        raise UserValueError(f"no prompt fired its feature and was answered; {reason}")
     dataset.save_rows(rows, output / DATA)
     measured = report.measure(
         made,
@@ -167,7 +168,7 @@ def _relevance(
 def _check_explained(targets: Sequence[FeatureId], explanations: Mapping[FeatureId, Explanation]) -> None:
     missing = [str(target) for target in targets if target not in explanations]
     if missing:
-        raise ValueError(
+        raise UserValueError(
             f"{len(missing)} targets of the table have no explanation to write prompts from: {', '.join(missing[:5])}."
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 
 _RECORD = b'{"key": "'
 """How every line begins."""
@@ -33,7 +34,9 @@ class CompletionCache:
         """
         self.path = Path(path)
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"cannot keep answers in '{self.path}': there is no folder '{self.path.parent}'.")
+            raise UserFileNotFoundError(
+                f"cannot keep answers in '{self.path}': there is no folder '{self.path.parent}'."
+            )
         self._lock = threading.Lock()
         self._known: dict[str, Completion] = {}
         self._ways: set[str] = set()
@@ -97,7 +100,7 @@ class CompletionCache:
                 record = json.loads(line)
                 self._keep(record["key"], Completion(**record["completion"]), record.get("way", ""))
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise UserValueError(
                     f"'{self.path}', line {number}, is no record of an answer ({error}); it was not written here, or "
                     "was changed. Move the file away, or take the line out."
                 ) from error
@@ -118,7 +121,7 @@ class CompletionCache:
                 return
             if "completion" in found:  # whole but for its line end
                 return
-        raise ValueError(
+        raise UserValueError(
             f"'{self.path}', line {number}, has no line end and does not begin as a record of an answer does "
             f"({line[:40]!r}); the file was not written here, and nothing of it is changed. Name another file for the "
             "answers."
@@ -134,4 +137,4 @@ def _claim(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"'{path}' is in use by another process; wait for it, or choose another file.") from error
+        raise UserValueError(f"'{path}' is in use by another process; wait for it, or choose another file.") from error

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
+
 ROLES = ("system", "user", "assistant")
 
 
@@ -20,9 +22,9 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"a message's role is one of {', '.join(ROLES)}, got {self.role!r}.")
+            raise UserValueError(f"a message's role is one of {', '.join(ROLES)}, got {self.role!r}.")
         if not isinstance(self.content, str):
-            raise TypeError(f"a message's content is a string, got {type(self.content).__name__}.")
+            raise UserTypeError(f"a message's content is a string, got {type(self.content).__name__}.")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0; got {self.temperature}.")
+            raise UserValueError(f"temperature must be at least 0; got {self.temperature}.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+            raise UserValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1; got {self.max_tokens}.")
+            raise UserValueError(f"max_tokens must be at least 1; got {self.max_tokens}.")
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class ChatRequest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(self.messages))
         if not self.messages:
-            raise ValueError("a request needs at least one message.")
+            raise UserValueError("a request needs at least one message.")
         if self.sample < 0:
-            raise ValueError(f"sample counts from 0; got {self.sample}.")
+            raise UserValueError(f"sample counts from 0; got {self.sample}.")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
+from qscope_posttrain.errors import UserValueError
+
 
 class RequestFailed(OSError):
     """A request that brought no answer. An OSError: the outside world failed, not the program."""
@@ -47,9 +49,9 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
-            raise ValueError(f"attempts must be at least 1; got {self.attempts}.")
+            raise UserValueError(f"attempts must be at least 1; got {self.attempts}.")
         if min(self.first_wait, self.longest_wait, self.longest_retry_after) < 0:
-            raise ValueError("pauses cannot be negative.")
+            raise UserValueError("pauses cannot be negative.")
 
     def wait(self, attempt: int, failure: RequestFailed) -> float | None:
         """Seconds before the next attempt after failed attempt number `attempt` (from 1), or None to give up."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qscope_posttrain.endpoint.failures import BudgetSpent
+from qscope_posttrain.errors import UserValueError
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Limits:
         for name in ("requests_per_minute", "max_requests", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, or None for no limit; got {value}.")
+                raise UserValueError(f"{name} must be positive, or None for no limit; got {value}.")
 
 
 class Pace:

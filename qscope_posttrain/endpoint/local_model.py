@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion, Message, Sampling
 from qscope_posttrain.endpoint.failures import RequestRefused
+from qscope_posttrain.errors import UserValueError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,12 +43,12 @@ class LocalChatModel:
             ValueError: no chat template, no name, or a batch size below 1.
         """
         if tokenizer.chat_template is None:
-            raise ValueError(f"{type(tokenizer).__name__} has no chat template, which a chat model needs.")
+            raise UserValueError(f"{type(tokenizer).__name__} has no chat template, which a chat model needs.")
         self._name = name or str(getattr(model.config, "_name_or_path", ""))
         if not self._name:
-            raise ValueError("the cache knows a model by its name; give name=.")
+            raise UserValueError("the cache knows a model by its name; give name=.")
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+            raise UserValueError(f"batch_size must be at least 1; got {batch_size}.")
         self.batch_size = batch_size
         self._model, self._tokenizer = model, tokenizer
         self._template_options = dict(template_options or {})
@@ -115,7 +116,7 @@ class LocalChatModel:
             )
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)
-            raise ValueError(f"the chat template of {self._name} refuses a chat of {roles}: {error}") from error
+            raise UserValueError(f"the chat template of {self._name} refuses a chat of {roles}: {error}") from error
         return str(text)
 
     def _has_place_for_system(self) -> bool:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion
 from qscope_posttrain.endpoint.failures import RequestFailed, RequestRefused, retry_after_seconds
+from qscope_posttrain.errors import UserValueError
 
 OFFICIAL = "https://api.openai.com/v1"
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
@@ -60,22 +61,22 @@ class OpenAIChatModel:
         try:
             import openai
         except ImportError as error:
-            raise ValueError(
+            raise UserValueError(
                 "a chat model behind an endpoint needs the openai package, which cannot be imported; run "
                 "pip install 'qscope_posttrain[endpoint]'."
             ) from error
         place = urlsplit(base_url)
         if place.scheme not in ("http", "https") or not place.netloc:
-            raise ValueError(f"base_url must begin with http:// or https://; got '{base_url.partition('?')[0]}'.")
+            raise UserValueError(f"base_url must begin with http:// or https://; got '{base_url.partition('?')[0]}'.")
         if "@" in place.netloc or place.query:
-            raise ValueError(f"base_url must hold no key or password; put the key into {api_key_env}.")
+            raise UserValueError(f"base_url must hold no key or password; put the key into {api_key_env}.")
         if max_tokens_name not in ("max_tokens", "max_completion_tokens"):
-            raise ValueError(f"max_tokens_name is max_tokens or max_completion_tokens; got {max_tokens_name!r}.")
+            raise UserValueError(f"max_tokens_name is max_tokens or max_completion_tokens; got {max_tokens_name!r}.")
         if concurrency < 1 or timeout <= 0:
-            raise ValueError(f"concurrency and timeout must be positive; got {concurrency} and {timeout}.")
+            raise UserValueError(f"concurrency and timeout must be positive; got {concurrency} and {timeout}.")
         self._key = os.environ.get(api_key_env, "")
         if not self._key and base_url.rstrip("/") == OFFICIAL:
-            raise ValueError(f"{OFFICIAL} needs a key in the environment variable {api_key_env}.")
+            raise UserValueError(f"{OFFICIAL} needs a key in the environment variable {api_key_env}.")
         self.model, self.concurrency = model, concurrency
         self._send_seed, self._max_tokens_name, self._options = send_seed, max_tokens_name, dict(options or {})
         self._route = {"address": base_url.rstrip("/"), "max_tokens_name": max_tokens_name}

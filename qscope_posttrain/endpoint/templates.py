@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.endpoint.chat import Message
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 
 
 class PromptTemplates:
@@ -28,7 +29,9 @@ class PromptTemplates:
             folders.insert(0, Path(user_folder))
             known = {path.name for path in package_folder.glob("*.jinja")}
             if not folders[0].is_dir() or not known & {path.name for path in folders[0].glob("*.jinja")}:
-                raise FileNotFoundError(f"no templates in '{user_folder}'; they are called {', '.join(sorted(known))}.")
+                raise UserFileNotFoundError(
+                    f"no templates in '{user_folder}'; they are called {', '.join(sorted(known))}."
+                )
         # A recipe's templates come from anywhere: they may only write text.
         self._environment = SandboxedEnvironment(
             loader=FileSystemLoader(folders), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -53,9 +56,9 @@ class PromptTemplates:
                 if role in template.blocks
             ]
         except TemplateError as error:
-            raise ValueError(f"template '{name}.jinja': {type(error).__name__}: {error}") from error
+            raise UserValueError(f"template '{name}.jinja': {type(error).__name__}: {error}") from error
         if not found or found[-1].role != "user":
-            raise ValueError(f"template '{name}.jinja' needs a block 'user'.")
+            raise UserValueError(f"template '{name}.jinja' needs a block 'user'.")
         return tuple(found)
 
 
@@ -72,7 +75,7 @@ def read_json(text: str) -> Any:
                 return decoder.raw_decode(text, position)[0]
             except (json.JSONDecodeError, RecursionError):
                 continue
-    raise ValueError(f"the answer holds no JSON: {text[:200]!r}")
+    raise UserValueError(f"the answer holds no JSON: {text[:200]!r}")
 
 
 def number_field(name: str, low: float, high: float) -> Callable[[str], float]:
@@ -81,7 +84,7 @@ def number_field(name: str, low: float, high: float) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = _field(text, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ValueError(f"'{name}' must be a number from {low:g} to {high:g}, got {value!r}.")
+            raise UserValueError(f"'{name}' must be a number from {low:g} to {high:g}, got {value!r}.")
         return float(value)
 
     return read
@@ -93,7 +96,7 @@ def truth_field(name: str) -> Callable[[str], bool]:
     def read(text: str) -> bool:
         value = _field(text, name)
         if not isinstance(value, bool):
-            raise ValueError(f"'{name}' must be true or false, got {value!r}.")
+            raise UserValueError(f"'{name}' must be true or false, got {value!r}.")
         return value
 
     return read
@@ -105,7 +108,7 @@ def text_field(name: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         value = _field(text, name)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"'{name}' must be a text, got {value!r}.")
+            raise UserValueError(f"'{name}' must be a text, got {value!r}.")
         return value.strip()
 
     return read
@@ -114,5 +117,5 @@ def text_field(name: str) -> Callable[[str], str]:
 def _field(text: str, name: str) -> Any:
     found = read_json(text)
     if not isinstance(found, dict) or name not in found:
-        raise ValueError(f"expected an object with '{name}', got {str(found)[:200]!r}.")
+        raise UserValueError(f"expected an object with '{name}', got {str(found)[:200]!r}.")
     return found[name]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.prompt_groups import group_by_prompt, same_prompts
 from qscope_posttrain.evaluation.switch_detector import (
     ScriptDetector,
@@ -292,9 +293,11 @@ def switching_difference(first: SwitchingResult, second: SwitchingResult) -> Int
         ValueError: the two were not measured on the same prompts for the same target, or not identified in one way.
     """
     if first.target != second.target or not same_prompts(first.samples, second.samples):
-        raise ValueError("A paired difference needs two results for one target on the same prompts in the same order.")
+        raise UserValueError(
+            "A paired difference needs two results for one target on the same prompts in the same order."
+        )
     if first.identification != second.identification:
-        raise ValueError(
+        raise UserValueError(
             "A paired difference needs switches identified by one detector with the same settings; got "
             f"{first.identification} and {second.identification}."
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.response_loss import response_losses, text_losses
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import feature_steering
@@ -48,7 +49,7 @@ def matches(pattern: str) -> Effect:
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise UserValueError(f"{pattern!r} is no regular expression: {error}") from error
     return lambda sample: float(compiled.search(sample.response) is not None)
 
 
@@ -160,9 +161,11 @@ def dose_curve(
         ValueError: no strengths, a zero among them, or what `feature_steering` and `generate_samples` refuse.
     """
     if not strengths or 0 in strengths:
-        raise ValueError(f"strengths must be numbers other than 0 (which is always measured), got {list(strengths)}.")
+        raise UserValueError(
+            f"strengths must be numbers other than 0 (which is always measured), got {list(strengths)}."
+        )
     if steering_options.get("mode", "add") not in ("add", "project_out"):
-        raise ValueError("a dose curve compares directions: mode must be 'add' or 'project_out'.")
+        raise UserValueError("a dose curve compares directions: mode must be 'add' or 'project_out'.")
     settings = settings or SamplingSettings()
     one = feature_steering(features, label=label, strength=1.0, **steering_options)
     directions = {FEATURE: one.direction[None]}
@@ -262,7 +265,7 @@ def _perplexity(loss: Tensor, tokens: Tensor, prompts: Sequence[int]) -> Interva
 
 def _random(direction: Tensor, count: int, seed: int) -> Tensor:
     if count < 1:
-        raise ValueError(f"random_count must be at least 1; got {count}.")
+        raise UserValueError(f"random_count must be at least 1; got {count}.")
     return torch.randn(count, direction.shape[-1], generator=torch.Generator().manual_seed(seed))
 
 

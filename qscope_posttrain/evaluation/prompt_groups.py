@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.residual.sampling import Sample
 
 
@@ -14,13 +15,13 @@ def group_by_prompt(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
         ValueError: no samples, or unequal numbers of them per prompt.
     """
     if not samples:
-        raise ValueError("No samples given.")
+        raise UserValueError("No samples given.")
     order: dict[str, dict[int, list[Sample]]] = {}
     for sample in samples:
         order.setdefault(sample.language, {}).setdefault(sample.prompt_index, []).append(sample)
     counts = {len(group) for by_prompt in order.values() for group in by_prompt.values()}
     if len(counts) > 1:
-        raise ValueError(f"Every prompt needs the same number of samples; got {sorted(counts)}.")
+        raise UserValueError(f"Every prompt needs the same number of samples; got {sorted(counts)}.")
     return {
         language: [sorted(group, key=lambda sample: sample.sample_index) for group in by_prompt.values()]
         for language, by_prompt in order.items()

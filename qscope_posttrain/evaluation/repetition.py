@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.evaluation.prompt_groups import group_by_prompt, same_prompts
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.report.summary import write_text
@@ -191,12 +192,12 @@ def evaluate_repetition(
     settings = settings or DEFAULT_SETTINGS
     repeated_tail((), min_copies=min_copies, min_tokens=min_tokens)  # refuses values out of range
     if settings.max_new_tokens < max(min_copies, min_tokens):
-        raise ValueError(
+        raise UserValueError(
             f"max_new_tokens={settings.max_new_tokens} leaves no room for {min_copies} copies of at least {min_tokens} "
             "tokens together; no response could count as a loop."
         )
     if isinstance(prompts, str):
-        raise TypeError("Expected a list of prompts; got one string.")
+        raise UserTypeError("Expected a list of prompts; got one string.")
     by_source = prompts if isinstance(prompts, Mapping) else {_ALL: prompts}
     samples = generate_samples(
         model,
@@ -259,7 +260,7 @@ def repetition_difference(first: RepetitionResult, second: RepetitionResult) -> 
     """
     definitions = [[result.settings[name] for name in ("min_copies", "min_tokens")] for result in (first, second)]
     if definitions[0] != definitions[1] or not same_prompts(first.samples, second.samples):
-        raise ValueError(
+        raise UserValueError(
             "A paired difference needs two results on the same prompts in the same order, with the same min_copies and "
             "min_tokens."
         )
@@ -268,7 +269,7 @@ def repetition_difference(first: RepetitionResult, second: RepetitionResult) -> 
 
 def _tail(sample: Sample, min_copies: int, min_tokens: int) -> RepeatedTail | None:
     if sample.response and not sample.tokens:
-        raise ValueError(
+        raise UserValueError(
             f"Sample {sample.sample_index} of prompt {sample.prompt_index} has a response but no token ids, in which "
             "loops are found; draw the samples with generate_samples."
         )

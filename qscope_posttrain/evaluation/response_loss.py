@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import (
     TokenBatch,
     TokenSequence,
@@ -36,9 +37,9 @@ def response_losses(
         ValueError: an empty prompt, after which nothing predicts the first token, or different numbers of both.
     """
     if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses.")
+        raise UserValueError(f"{len(prompts)} prompts but {len(responses)} responses.")
     if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("An empty prompt: nothing predicts the first token of its response.")
+        raise UserValueError("An empty prompt: nothing predicts the first token of its response.")
     sequences = [
         TokenSequence(0, number, (*prompt, *response), False, len(prompt))
         for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))

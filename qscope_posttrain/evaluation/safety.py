@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, read_json
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, hybrid_difference, wilson
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Cell, Table
@@ -67,7 +68,7 @@ def read_verdict(text: str) -> Verdict:
     found = read_json(text)
     values = [found.get(name) for name in Verdict._fields] if isinstance(found, dict) else []
     if len(values) != 2 or not all(isinstance(value, bool) for value in values):
-        raise ValueError(f"expected refused and harmful, each true or false, got {str(found)[:200]}.")
+        raise UserValueError(f"expected refused and harmful, each true or false, got {str(found)[:200]}.")
     return Verdict(*(bool(value) for value in values))
 
 
@@ -181,7 +182,7 @@ def unjudged(prompts: Sequence[SafetyPrompt], responses: Sequence[Sequence[str]]
         ValueError: no prompts, or a prompt without a response.
     """
     if not prompts or len(prompts) != len(responses) or not all(responses):
-        raise ValueError(
+        raise UserValueError(
             f"expected a response to each of at least one prompt; got {len(prompts)} and {len(responses)}."
         )
     return SafetyResult(

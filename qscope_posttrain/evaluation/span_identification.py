@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.word_model import WORD, WordModel, WordSettings, fit_word_model, words_of
 from qscope_posttrain.intervals import Interval, wilson
 
@@ -115,7 +116,7 @@ class SpanIdentifier:
         if source is None:
             return max(entry.threshold for entry in self.calibration.values())
         if source not in self.calibration:
-            raise ValueError(
+            raise UserValueError(
                 f"Switches from {source!r} to {self.target!r} cannot be judged: the identifier was calibrated on "
                 f"{', '.join(self.calibration)}. Leave this source language out, or give calibration texts in it."
             )
@@ -188,19 +189,19 @@ def fit_span_identifier(
             or a language written without spaces between words.
     """
     if not 0 < false_positive_rate <= 0.5:
-        raise ValueError(f"false_positive_rate must lie in (0, 0.5], e.g. 0.005; got {false_positive_rate}.")
+        raise UserValueError(f"false_positive_rate must lie in (0, 0.5], e.g. 0.005; got {false_positive_rate}.")
     if least_words < 1:
-        raise ValueError(f"least_words must be at least 1; got {least_words}.")
+        raise UserValueError(f"least_words must be at least 1; got {least_words}.")
     sources = [name for name in texts if name != target]
     if not calibration or not set(calibration) <= set(sources):
-        raise ValueError(
+        raise UserValueError(
             f"calibration needs clean texts of source languages, among {', '.join(sources) or 'none'}; "
             f"got {', '.join(calibration) or 'none'}."
         )
     least = math.ceil(1 / false_positive_rate) - 1
     for source, clean in calibration.items():
         if len(clean) < least:
-            raise ValueError(
+            raise UserValueError(
                 f"{len(clean)} calibration texts in {source!r} cannot show a false positive rate of "
                 f"{false_positive_rate:g}: at least {least} are needed. Give more texts, or allow a higher rate."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.text.scripts import contains_language_script, target_script
 
 
@@ -54,7 +55,7 @@ def describe_detector(detector: SwitchDetector) -> dict[str, Any]:
 def check_detector(detector: SwitchDetector, source: str) -> None:
     """ValueError if the detector cannot judge texts in `source`, or calls a text without a word switched."""
     if detector("", source):
-        raise ValueError(
+        raise UserValueError(
             f"The detector {describe_detector(detector)['by']!r} calls an empty response to a prompt in {source!r} "
             "switched; it must return False where there is no text."
         )

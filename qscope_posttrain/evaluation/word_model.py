@@ -16,6 +16,8 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
+
 WORD = regex.compile(r"\S+")
 """A word is a run of characters without white space."""
 
@@ -53,10 +55,12 @@ class WordSettings:
     def __post_init__(self) -> None:
         shortest, longest = self.ngrams
         if not 1 <= shortest <= longest:
-            raise ValueError(f"ngrams must be (shortest, longest) with 1 <= shortest <= longest; got {self.ngrams}.")
+            raise UserValueError(
+                f"ngrams must be (shortest, longest) with 1 <= shortest <= longest; got {self.ngrams}."
+            )
         for name in ("smoothing", "prior", "unseen_clip", "clip"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+                raise UserValueError(f"{name} must be positive; got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +134,7 @@ def fit_word_model(
 
     settings = settings or WordSettings()
     if target not in texts or len(texts) < 2:
-        raise ValueError(
+        raise UserValueError(
             f"Words of {target!r} are told from other text: give texts in it and in at least one other language; "
             f"got {', '.join(texts) or 'none'}."
         )
@@ -144,7 +148,7 @@ def fit_word_model(
     counts = np.stack(list(known.values())) if known else np.zeros((1, len(languages)))
     totals = counts.sum(axis=0)
     if not totals.all():
-        raise ValueError(f"No words in the texts of {languages[int(totals.argmin())]!r}.")
+        raise UserValueError(f"No words in the texts of {languages[int(totals.argmin())]!r}.")
     # Scaled to the same total, so that a word or n-gram that no language knows favours none of them.
     counts *= totals.max() / totals
     vectorizer = CountVectorizer(analyzer="char_wb", ngram_range=settings.ngrams, lowercase=False)
@@ -167,7 +171,7 @@ def words_of(text: str) -> list[str]:
 def _sample(texts: Sequence[str], seed: int) -> Sequence[str]:
     """All texts, or a random choice of about `_MOST_CHARACTERS` characters."""
     if isinstance(texts, str):
-        raise TypeError("Expected a list of texts for each language; got one string.")
+        raise UserTypeError("Expected a list of texts for each language; got one string.")
     characters = sum(map(len, texts))
     if characters <= _MOST_CHARACTERS:
         return texts
@@ -177,7 +181,7 @@ def _sample(texts: Sequence[str], seed: int) -> Sequence[str]:
 def _check_spaces(language: str, texts: Sequence[str]) -> None:
     letters, unspaced = (sum(len(pattern.findall(text)) for text in texts) for pattern in (_LETTER, _UNSPACED))
     if unspaced > _MOST_UNSPACED * letters:
-        raise ValueError(
+        raise UserValueError(
             f"Text in {language!r} has no spaces between words ({unspaced} of {letters} letters are of a script "
             "written without them), so words cannot be identified. Leave this language out; a target with a script of "
             "its own, such as zh or th, is identified by script."

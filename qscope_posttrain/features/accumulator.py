@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import TokenBatch, TokenSequence, input_device
 from qscope_posttrain.kernels.statistics import feature_statistics_
 from qscope_posttrain.residual.capture import forward_to_layer
@@ -172,7 +173,7 @@ def calibrate(model: nn.Module, layers: Sequence[int], batches: Sequence[TokenBa
         medians = shared.cpu()
     for layer, median in zip(layers, medians.tolist(), strict=True):
         if not math.isfinite(median) or median == 0:
-            raise ValueError(f"The residual stream of layer {layer} has median norm {median}: the model is broken.")
+            raise UserValueError(f"The residual stream of layer {layer} has median norm {median}: the model is broken.")
     return Calibration(dict(zip(layers, medians.tolist(), strict=True)), devices, rows)
 
 
@@ -184,7 +185,7 @@ def check_sums_fit(
     squares = len(widths) * languages * d_model**2 * 8 / gib if second_moments else 0.0
     total = squares + languages * sum(d_model + 2 * width for width in widths.values()) * 8 / gib
     if total > max_sums_gib:
-        raise ValueError(
+        raise UserValueError(
             f"The sums of {len(widths)} layers x {languages} languages need {total:.1f} GiB ({squares:.1f} GiB of it "
             f"second moments), more than max_sums_gib={max_sums_gib:g}. Take fewer layers at a time, set "
             "second_moments=False (no standard deviations, no directions with covariances), or raise max_sums_gib."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.accumulator import process_rank
 from qscope_posttrain.features.batches import input_device
 from qscope_posttrain.features.stream_config import BUFFER_DTYPES, StreamConfig
@@ -71,13 +72,15 @@ class ActivationStream:
         self.updates_per_block = config.block_sequences * config.context_length // batch_tokens
         positions = getattr(text_config(model), "max_position_embeddings", None)
         if positions and config.context_length > positions:
-            raise ValueError(f"context_length={config.context_length}, but the model has only {positions} positions")
+            raise UserValueError(
+                f"context_length={config.context_length}, but the model has only {positions} positions"
+            )
         if self.updates_per_block < 1:
-            raise ValueError(
+            raise UserValueError(
                 f"a block of {config.block_tokens} tokens holds no batch of {batch_tokens}: raise block_tokens"
             )
         if config.block_sequences < self.processes:
-            raise ValueError(
+            raise UserValueError(
                 f"a block of {config.block_sequences} sequences leaves some of {self.processes} processes without one: "
                 "raise block_tokens"
             )
@@ -105,7 +108,7 @@ class ActivationStream:
         config = self.config
         needed = config.buffer_bytes(len(self.layers), self.d_model, self.processes) / _GIB
         if needed > config.max_buffer_gib:
-            raise ValueError(
+            raise UserValueError(
                 f"a block of {config.block_tokens} tokens of {len(self.layers)} layers of width {self.d_model} takes "
                 f"{needed:.1f} GiB in {config.buffer_dtype} on each of {self.processes} process(es), more than "
                 f"max_buffer_gib={config.max_buffer_gib:g}: lower block_tokens, take fewer layers at a time, choose "
@@ -190,10 +193,10 @@ class ActivationStream:
         norms = self._shared_norms(layer)
         chosen = norms[:sample][counts[:sample]]
         if chosen.numel() == 0:
-            raise ValueError("the text has no document of two tokens: the first token of a document never counts")
+            raise UserValueError("the text has no document of two tokens: the first token of a document never counts")
         median = float(chosen.median())
         if not (math.isfinite(median) and median > 0):
-            raise ValueError(f"the residual stream of layer {layer} has median norm {median}: the model is broken")
+            raise UserValueError(f"the residual stream of layer {layer} has median norm {median}: the model is broken")
         return median
 
     def _split(self, layer: int, counts: Tensor) -> list[tuple[Tensor, int]]:
@@ -201,14 +204,14 @@ class ActivationStream:
         norms = self._shared_norms(layer)
         broken = int((~norms[counts].isfinite()).sum())
         if broken:
-            raise ValueError(
+            raise UserValueError(
                 f"layer {layer}: {broken} of {int(counts.sum())} residual vectors hold NaN or infinite values. The "
                 "model is broken, or its dtype overflows: load it in bfloat16 or float32."
             )
         limit = self.config.outlier_factor * self.medians[layer]
         largest = torch.finfo(BUFFER_DTYPES[self.config.buffer_dtype]).max
         if limit > largest:
-            raise ValueError(
+            raise UserValueError(
                 f"layer {layer}: norms up to {limit:g} overflow {self.config.buffer_dtype}: choose bfloat16"
             )
         kept = counts & (norms <= limit)
@@ -241,7 +244,7 @@ def check_isolation(model: nn.Module, layers: Sequence[int], ids: Sequence[int])
         packed = forward_to_layer(model, deepest, input_ids=whole, position_ids=positions)[deepest[0]][:, half:].float()
         joined = forward_to_layer(model, deepest, input_ids=whole)[deepest[0]][:, half:].float()
     if float((packed - alone).norm()) > 0.1 * float((joined - alone).norm()):
-        raise ValueError(
+        raise UserValueError(
             f"{type(model).__name__} lets documents that are packed into one sequence see each other, whatever their "
             "positions are: choose packing: separate (one document a sequence), or joined to accept that."
         )

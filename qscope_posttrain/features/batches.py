@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.residual.layers import text_config
 
 TEXTS_PER_TOKENIZER_CALL = 1000
@@ -31,9 +32,9 @@ class TokenText:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(map(operator.index, self.ids)))
         if any(token < 0 for token in self.ids):
-            raise ValueError(f"Token ids cannot be negative, got {min(self.ids)}.")
+            raise UserValueError(f"Token ids cannot be negative, got {min(self.ids)}.")
         if not 1 <= self.start < max(len(self.ids), 2):
-            raise ValueError(
+            raise UserValueError(
                 f"start must lie between 1 and the last of the {len(self.ids)} tokens, so that at least one counts; "
                 f"got {self.start}."
             )
@@ -100,22 +101,26 @@ def check_texts(texts: Mapping[str, Sequence[Text]]) -> tuple[str, ...]:
     A text is a string, a `TokenText`, or a list of token ids.
     """
     if not isinstance(texts, Mapping):
-        raise TypeError(f'texts must be a mapping such as {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.')
+        raise UserTypeError(
+            f'texts must be a mapping such as {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.'
+        )
     if not texts:
-        raise ValueError("texts is empty: give at least one language with at least one text.")
+        raise UserValueError("texts is empty: give at least one language with at least one text.")
     for language, lines in texts.items():
         if not isinstance(language, str):
-            raise TypeError(f"Languages must be strings, got {language!r}.")
+            raise UserTypeError(f"Languages must be strings, got {language!r}.")
         if isinstance(lines, str) or not isinstance(lines, Sequence):
-            raise TypeError(f"texts[{language!r}] must be a list of strings or token ids, got {type(lines).__name__}.")
+            raise UserTypeError(
+                f"texts[{language!r}] must be a list of strings or token ids, got {type(lines).__name__}."
+            )
         if len(lines) == 0:
-            raise ValueError(f"Language {language!r} has no texts; remove it or give it some.")
+            raise UserValueError(f"Language {language!r} has no texts; remove it or give it some.")
         for line in lines:
             if isinstance(line, bytes) or not isinstance(line, (str, TokenText, Sequence)):
-                raise TypeError(f"texts[{language!r}] must hold strings or lists of token ids, got {_kind(line)}.")
+                raise UserTypeError(f"texts[{language!r}] must hold strings or lists of token ids, got {_kind(line)}.")
             if not isinstance(line, (str, TokenText)) and not all(_is_token_id(token) for token in line):
                 wrong = next(token for token in line if not _is_token_id(token))
-                raise TypeError(f"texts[{language!r}] holds a list with {wrong!r} in it, which is no token id.")
+                raise UserTypeError(f"texts[{language!r}] holds a list with {wrong!r} in it, which is no token id.")
     return tuple(texts)
 
 
@@ -152,9 +157,11 @@ def tokenize_texts(
         ValueError: a language has no text of at least two tokens (the first one never counts).
     """
     if not callable(tokenizer):
-        raise TypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
+        raise UserTypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
     if max_length < 2:
-        raise ValueError(f"max_length must be at least 2 (the first token of a text never counts), got {max_length}.")
+        raise UserValueError(
+            f"max_length must be at least 2 (the first token of a text never counts), got {max_length}."
+        )
     sequences: list[TokenSequence] = []
     left_out = frozenset(ignored)
     for index, language in enumerate(check_texts(texts)):
@@ -166,7 +173,7 @@ def tokenize_texts(
             if len(text.ids) > 0
         ]
         if all(sequence.counted == 0 for sequence in found):
-            raise ValueError(
+            raise UserValueError(
                 f"Language {language!r} has no text of at least two tokens"
                 + (f", or none that counts before token {max_length}." if any(s.truncated for s in found) else ".")
                 + (f" {len(left_out)} token ids are ignored." if left_out else "")
@@ -192,7 +199,7 @@ def _encoded(tokenizer: Any, lines: list[str]) -> Iterator[Sequence[int]]:
     # verbose=False: a text beyond the model's length is cut by us, not worth the tokenizer's warning
     encoded = tokenizer(lines, verbose=False)
     if "input_ids" not in encoded:
-        raise TypeError(f"{type(tokenizer).__name__} returns no input_ids, got {list(encoded)}.")
+        raise UserTypeError(f"{type(tokenizer).__name__} returns no input_ids, got {list(encoded)}.")
     yield from encoded["input_ids"]
 
 
@@ -204,7 +211,7 @@ def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad
     their order. Within a batch the sequences of a language are neighbours.
     """
     if tokens_per_batch < 1:
-        raise ValueError(f"tokens_per_batch must be positive, got {tokens_per_batch}.")
+        raise UserValueError(f"tokens_per_batch must be positive, got {tokens_per_batch}.")
     ordered = sorted(
         sequences, key=lambda sequence: (-len(sequence.ids), sequence.ids, sequence.language, sequence.text)
     )

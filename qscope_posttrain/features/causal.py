@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.contrast import contrast_sample
 from qscope_posttrain.features.directions import random_directions
 from qscope_posttrain.features.effects import effect_gradients, measure_effects
@@ -166,9 +167,9 @@ def causal_check(
     features.check_model(model)
     chosen = features.select(language=target)
     if not strengths or any(not strength > 0 for strength in strengths):
-        raise ValueError(f"strengths must be positive, got {list(strengths)}.")
+        raise UserValueError(f"strengths must be positive, got {list(strengths)}.")
     if random_count < 1:
-        raise ValueError(f"random_count must be at least 1, got {random_count}.")
+        raise UserValueError(f"random_count must be at least 1, got {random_count}.")
     sample = contrast_sample(model, tokenizer, texts, target, texts_per_language=texts_per_language, **options)
     trials = [
         (layer, kind, name, intervention, strength, steering)

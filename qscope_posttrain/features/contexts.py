@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.accumulator import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.features.batches import (
     Text,
@@ -63,9 +64,9 @@ class ContextSettings:
 
     def __post_init__(self) -> None:
         if min(self.top, self.sampled, self.absent) < 1:
-            raise ValueError("top, sampled and absent must be at least 1.")
+            raise UserValueError("top, sampled and absent must be at least 1.")
         if not 0 <= self.before < self.window:
-            raise ValueError(f"before must lie in 0..{self.window - 1}, within the window; got {self.before}.")
+            raise UserValueError(f"before must lie in 0..{self.window - 1}, within the window; got {self.before}.")
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,11 @@ def collect_contexts(
 def _slots(layer: int, saes: Mapping[int, SparseAutoencoder], ids: Sequence[int]) -> Tensor:
     """[d_sae] int64: the place of each feature among `ids`, -1 elsewhere."""
     if layer not in saes:
-        raise ValueError(f"layer {layer} has no SAE; there are SAEs of {', '.join(map(str, sorted(saes)))}.")
+        raise UserValueError(f"layer {layer} has no SAE; there are SAEs of {', '.join(map(str, sorted(saes)))}.")
     width = saes[layer].d_sae
     wrong = [feature for feature in ids if not 0 <= feature < width]
     if wrong or len(set(ids)) != len(ids) or not ids:
-        raise ValueError(f"layer {layer} needs distinct feature ids from 0 to {width - 1}; got {list(ids)[:20]}.")
+        raise UserValueError(f"layer {layer} needs distinct feature ids from 0 to {width - 1}; got {list(ids)[:20]}.")
     slots = torch.full((width,), -1, dtype=torch.long)
     slots[torch.tensor(ids)] = torch.arange(len(ids))
     return slots

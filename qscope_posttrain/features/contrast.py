@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import (
     TokenBatch,
     check_texts,
@@ -66,7 +67,7 @@ def contrast_sample(
     ]
     if not languages:
         unless = f", one that does not write {script}" if script else ""
-        raise ValueError(f"Text in a language other than {target!r} is needed{unless}; got {', '.join(texts)}.")
+        raise UserValueError(f"Text in a language other than {target!r} is needed{unless}; got {', '.join(texts)}.")
     others = {language: _sample(texts[language], texts_per_language) for language in languages}
     sequences = tokenize_texts(tokenizer, others, longest_allowed(model, max_length))
     usable = [sequence for sequence in sequences if len(sequence.ids) > 1]
@@ -79,7 +80,7 @@ def contrast_sample(
 
 def _sample(lines: Sequence[str], count: int | None) -> list[str]:
     if count is not None and count < 1:
-        raise ValueError(f"texts_per_language must be at least 1, got {count}.")
+        raise UserValueError(f"texts_per_language must be at least 1, got {count}.")
     if count is None or len(lines) <= count:
         return list(lines)
     return sorted(lines, key=lambda line: hashlib.sha256(line.encode(errors="surrogatepass")).digest())[:count]
@@ -89,13 +90,13 @@ def _checked_tokens(model: nn.Module, tokenizer: Any, script: str | None, given:
     if script is not None:
         ids = script_token_ids(tokenizer, script)
         if len(ids) == 0:
-            raise ValueError(f"No token of this tokenizer writes {script}: give target_tokens.")
+            raise UserValueError(f"No token of this tokenizer writes {script}: give target_tokens.")
     else:
         ids = torch.as_tensor(given).long().flatten().unique()
     vocabulary = int(text_config(model).vocab_size)
     if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         found = f"ids from {int(ids.min())} to {int(ids.max())}" if len(ids) else "none"
-        raise ValueError(
+        raise UserValueError(
             f"Target tokens must be ids from 0 to {vocabulary - 1} of the model's vocabulary, got {found}."
         )
     return ids

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import Text, TokenText, longest_allowed, tokenize_texts
 from qscope_posttrain.features.build import feature_set_from, features_from_rows
 from qscope_posttrain.features.feature_set import CONTRAST, RESPONSE, FeatureSet
@@ -64,9 +65,9 @@ def find_contrastive_features(
         ValueError: an empty set, an unknown contrast, equal names, an SAE that does not fit, `top` out of range.
     """
     if by not in get_args(Contrast):
-        raise ValueError(f"by must be one of {', '.join(get_args(Contrast))}; got {by!r}.")
+        raise UserValueError(f"by must be one of {', '.join(get_args(Contrast))}; got {by!r}.")
     if names[0] == names[1]:
-        raise ValueError(f"the two sets need different names; both are {names[0]!r}.")
+        raise UserValueError(f"the two sets need different names; both are {names[0]!r}.")
     texts = {names[0]: positive, names[1]: negative}
     ignored = most_common_tokens(model, tokenizer, texts, common_tokens) if common_tokens else ()
     loaded = {layer: load_sae(saes[layer], layer, k, model) for layer in check_layers(model, sorted(saes))}
@@ -97,7 +98,7 @@ def most_common_tokens(
     A token that is frequent in one set alone tells the sets apart, and stays.
     """
     if count < 0:
-        raise ValueError(f"common_tokens must be 0 or more; got {count}.")
+        raise UserValueError(f"common_tokens must be 0 or more; got {count}.")
     shares: list[dict[int, float]] = []
     sequences = tokenize_texts(tokenizer, texts, longest_allowed(model, max_length))
     for index in range(len(texts)):
@@ -143,11 +144,11 @@ def rank_response_features(
         ValueError: an empty response, a rate outside 0..1, fewer than `top` features left.
     """
     if by not in get_args(Strength):
-        raise ValueError(f"by must be one of {', '.join(get_args(Strength))}; got {by!r}.")
+        raise UserValueError(f"by must be one of {', '.join(get_args(Strength))}; got {by!r}.")
     if not 0 < max_reference_rate <= 1:
-        raise ValueError(f"max_reference_rate is a share above 0 and up to 1; got {max_reference_rate}.")
+        raise UserValueError(f"max_reference_rate is a share above 0 and up to 1; got {max_reference_rate}.")
     if max_reference_rate < 1 and not reference:
-        raise ValueError("max_reference_rate needs reference texts, in which the rate is measured.")
+        raise UserValueError("max_reference_rate needs reference texts, in which the rate is measured.")
     text = _response_text(tokenizer, prompt, response)
     texts: dict[str, Sequence[Text]] = {RESPONSE: [text]}
     if reference:
@@ -165,7 +166,7 @@ def rank_response_features(
         best = top_features(scores, top)
         if not float(scores[best[-1]]) > 0:
             left = int((scores > 0).sum())
-            raise ValueError(
+            raise UserValueError(
                 f"Layer {layer}: only {left} features fire on the response"
                 + (f" and on at most {max_reference_rate:g} of the reference's tokens" if reference else "")
                 + f", but top={top} were asked for."
@@ -182,7 +183,7 @@ def _response_text(tokenizer: Any, prompt: str, response: Text) -> Text:
     """Prompt and response as one text whose prompt does not count."""
     if isinstance(response, str):
         if not response.strip():
-            raise ValueError("The response is empty: there is nothing to rank features on.")
+            raise UserValueError("The response is empty: there is nothing to rank features on.")
         if not prompt:
             return response
         ids, before = (tuple(tokenizer(part, verbose=False)["input_ids"]) for part in (prompt + response, prompt))
@@ -190,7 +191,7 @@ def _response_text(tokenizer: Any, prompt: str, response: Text) -> Text:
         start = next((i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), len(before))
         return TokenText(ids, max(1, min(start, len(ids) - 1)))
     if prompt:
-        raise ValueError("Give a prompt as text together with a response as text, or one TokenText with its start.")
+        raise UserValueError("Give a prompt as text together with a response as text, or one TokenText with its start.")
     return response
 
 

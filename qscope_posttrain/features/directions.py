@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.build import feature_set_from, features_from_directions, features_from_rows
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
@@ -27,7 +28,7 @@ def direction_feature_set(
     names = [name] if isinstance(name, str) else list(name)
     width = statistics.model["hidden_size"]
     if rows.dim() != 2 or rows.shape[1] != width or len(rows) != len(names):
-        raise ValueError(
+        raise UserValueError(
             f"Expected directions [{len(names)}, {width}], one per name, got {list(torch.as_tensor(direction).shape)}."
         )
     target = _target_index(statistics, language)
@@ -57,7 +58,7 @@ def random_feature_set(
     built = {}
     for layer, rows in like.layers.items():
         if layer not in saes:
-            raise ValueError(f"random_feature_set needs the SAE of layer {layer}; it was given {sorted(saes)}.")
+            raise UserValueError(f"random_feature_set needs the SAE of layer {layer}; it was given {sorted(saes)}.")
         built[layer] = random_layer_features(_layer(statistics, layer), saes[layer], rows, statistics.languages, seed)
     sources = {layer: saes[layer].source for layer in like.layers}
     return feature_set_from(statistics, built, {"selector": "random features", "seed": seed}, sources)
@@ -90,7 +91,9 @@ def random_direction_set(statistics: PassStatistics, like: FeatureSet, *, seed: 
     for layer, rows in like.layers.items():
         label = rows.labels[0]
         if set(rows.labels) != {label}:
-            raise ValueError("random_direction_set stands in for one language: call like.select(language=...) first.")
+            raise UserValueError(
+                "random_direction_set stands in for one language: call like.select(language=...) first."
+            )
         directions = random_directions(rows.decoder.norm(dim=1), rows.d_model, seed + layer)
         names = [f"random direction {i + 1}" for i in range(len(rows))]
         index = _target_index(statistics, label)
@@ -114,7 +117,7 @@ def combined_set(features: FeatureSet, by: CombineBy = "effect") -> FeatureSet:
     for layer, rows in features.layers.items():
         weights = combination_weights(rows, by)
         if not bool(weights.isfinite().all()) or not bool((weights != 0).any()):
-            raise ValueError(
+            raise UserValueError(
                 f"Layer {layer}: weights by {by} are {weights.tolist()}. Effects have to be measured first (see "
                 "causal.measure_effects), and at least one weight must not be 0."
             )
@@ -130,19 +133,19 @@ def combination_weights(rows: LayerFeatures, by: CombineBy) -> Tensor:
         return rows.effects.relu()
     if by == "uniform":
         return torch.ones(len(rows))
-    raise ValueError(f'Rows are combined by "monolinguality", "effect" or "uniform", got {by!r}.')
+    raise UserValueError(f'Rows are combined by "monolinguality", "effect" or "uniform", got {by!r}.')
 
 
 def _norm_ratio(reference: Tensor, rows: Tensor) -> Tensor:
     norms = rows.float().cpu().norm(dim=1)
     if bool((norms == 0).any()):
-        raise ValueError("A random feature of this SAE has a row of norm 0; take another seed.")
+        raise UserValueError("A random feature of this SAE has a row of norm 0; take another seed.")
     return reference.norm(dim=1) / norms
 
 
 def _layer(statistics: PassStatistics, layer: int) -> LayerStatistics:
     if layer not in statistics.layers:
-        raise ValueError(
+        raise UserValueError(
             f"layer {layer} is not in these statistics; they have {', '.join(map(str, statistics.layers))}."
         )
     return statistics.layers[layer]
@@ -150,7 +153,7 @@ def _layer(statistics: PassStatistics, layer: int) -> LayerStatistics:
 
 def _target_index(statistics: PassStatistics, language: str) -> int:
     if language not in statistics.languages:
-        raise ValueError(
+        raise UserValueError(
             f"language {language!r} is not in these statistics; they have {', '.join(statistics.languages)}."
         )
     return statistics.languages.index(language)

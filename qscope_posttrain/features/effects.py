@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import TokenBatch
 from qscope_posttrain.features.contrast import contrast_sample
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -105,6 +106,6 @@ def measure_effects(
         own = torch.tensor([label == target for label in rows.labels])
         effects = (rows.decoder.double() @ gradients[layer]).float()
         if not bool(effects.isfinite().all()):
-            raise ValueError(f"Layer {layer}: the gradient of log P({target}) is not finite.")
+            raise UserValueError(f"Layer {layer}: the gradient of log P({target}) is not finite.")
         measured[layer] = replace(rows, effects=torch.where(own, effects, rows.effects))
     return replace(features, layers=measured)

@@ -14,6 +14,7 @@ from torch import nn
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, text_field
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import Text
 from qscope_posttrain.features.contexts import Context, ContextSettings, FeatureContexts, collect_contexts
 from qscope_posttrain.features.explanation import Explanation, FeatureId, Prediction
@@ -69,10 +70,10 @@ class ExplainSettings:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown:
-            raise ValueError(f"methods are {', '.join(METHODS)}; got {', '.join(unknown)}.")
+            raise UserValueError(f"methods are {', '.join(METHODS)}; got {', '.join(unknown)}.")
         for name in ("strongest", "tests", "min_texts", "per_request", "max_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+                raise UserValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

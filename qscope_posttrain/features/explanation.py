@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval, rate_difference
 
 
@@ -33,9 +34,9 @@ class Prediction:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if type(value) is not int or value < 0:
-                raise ValueError(f"{name} of a prediction must be a whole number from 0, got {value!r}.")
+                raise UserValueError(f"{name} of a prediction must be a whole number from 0, got {value!r}.")
         if self.hits > self.positives or self.rejections > self.negatives:
-            raise ValueError(f"a prediction cannot be right more often than it was asked: {self}.")
+            raise UserValueError(f"a prediction cannot be right more often than it was asked: {self}.")
 
     @property
     def balanced_accuracy(self) -> float | None:
@@ -72,11 +73,11 @@ class Explanation:
         for name in ("layer", "feature_id"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
-                raise ValueError(f"{name} of an explanation must be a whole number from 0, got {value!r}.")
+                raise UserValueError(f"{name} of an explanation must be a whole number from 0, got {value!r}.")
         if not isinstance(self.text, str) or not self.text.strip():
-            raise ValueError(f"the explanation of {self.feature} must be a text, got {self.text!r}.")
+            raise UserValueError(f"the explanation of {self.feature} must be a text, got {self.text!r}.")
         if not isinstance(self.model, str):
-            raise ValueError(f"the model of the explanation of {self.feature} must be a name, got {self.model!r}.")
+            raise UserValueError(f"the model of the explanation of {self.feature} must be a name, got {self.model!r}.")
 
     @property
     def feature(self) -> FeatureId:
@@ -94,10 +95,10 @@ class Explanation:
             ValueError: keys that are unknown or missing, or a value of another kind.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"an explanation must be an object, got {type(values).__name__}.")
+            raise UserValueError(f"an explanation must be an object, got {type(values).__name__}.")
         needed, scores = {"layer", "feature_id", "text", "model"}, {"detection", "fuzzing"}
         if not needed <= set(values) <= needed | scores:
-            raise ValueError(
+            raise UserValueError(
                 f"an explanation has the keys {sorted(needed)} and may have {sorted(scores)}, got {sorted(values)}."
             )
         read: dict[str, Any] = {name: _prediction(name, values[name]) for name in scores & set(values)}
@@ -107,7 +108,7 @@ class Explanation:
 def _prediction(name: str, value: Any) -> Prediction:
     keys = {"hits", "positives", "rejections", "negatives"}
     if not isinstance(value, Mapping) or set(value) != keys:
-        raise ValueError(f"{name} of an explanation must have the keys {sorted(keys)}, got {value!r:.200}.")
+        raise UserValueError(f"{name} of an explanation must have the keys {sorted(keys)}, got {value!r:.200}.")
     return Prediction(**value)
 
 
@@ -116,5 +117,5 @@ def check_distinct(explanations: Sequence[Explanation]) -> None:
     seen: set[FeatureId] = set()
     for entry in explanations:
         if entry.feature in seen:
-            raise ValueError(f"{entry.feature} is explained twice.")
+            raise UserValueError(f"{entry.feature} is explained twice.")
         seen.add(entry.feature)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.features.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.summary import write_text
@@ -31,11 +32,11 @@ def read_explanations(path: str | os.PathLike[str]) -> tuple[Explanation, ...]:
     if location.suffix == ".safetensors":
         found = FeatureSet.load(location).explanations
     elif not location.is_file():
-        raise FileNotFoundError(f"no explanations at '{location}'; `qscope features explain` writes them.")
+        raise UserFileNotFoundError(f"no explanations at '{location}'; `qscope features explain` writes them.")
     else:
         found = tuple(_read(f"{location}, line {number}", row) for number, row in read_jsonl(location))
     if not found:
-        raise ValueError(f"'{location}' holds no explanations; `qscope features explain` writes them.")
+        raise UserValueError(f"'{location}' holds no explanations; `qscope features explain` writes them.")
     check_distinct(found)
     return found
 
@@ -44,4 +45,4 @@ def _read(place: str, row: Mapping[str, Any]) -> Explanation:
     try:
         return Explanation.from_dict(row)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise UserValueError(f"{place}: {error}") from error

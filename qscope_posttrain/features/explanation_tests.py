@@ -15,6 +15,7 @@ from typing import Any, Literal
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, read_json
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.contexts import Context, FeatureContexts
 from qscope_posttrain.features.explanation import FeatureId, Prediction
 from qscope_posttrain.features.pieces import marked, text_pieces
@@ -140,7 +141,7 @@ def decisions(count: int) -> Callable[[str], list[bool]]:
     def read(text: str) -> list[bool]:
         found = read_json(text)
         if not isinstance(found, list) or len(found) != count or any(value not in (0, 1) for value in found):
-            raise ValueError(f"expected a list of {count} zeros and ones, got {str(found)[:200]}.")
+            raise UserValueError(f"expected a list of {count} zeros and ones, got {str(found)[:200]}.")
         return [bool(value) for value in found]
 
     return read

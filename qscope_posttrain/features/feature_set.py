@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set_file import read_feature_set, write_feature_set
 from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
@@ -51,27 +52,27 @@ class FeatureSet:
     def __post_init__(self) -> None:
         missing = [key for key in IDENTITY_KEYS if key not in self.model]
         if missing:
-            raise ValueError(f"FeatureSet.model needs {', '.join(IDENTITY_KEYS)}; missing: {', '.join(missing)}.")
+            raise UserValueError(f"FeatureSet.model needs {', '.join(IDENTITY_KEYS)}; missing: {', '.join(missing)}.")
         if not self.languages or len(set(self.languages)) != len(self.languages):
-            raise ValueError(f"A FeatureSet needs distinct languages, got {list(self.languages)}.")
+            raise UserValueError(f"A FeatureSet needs distinct languages, got {list(self.languages)}.")
         if not self.layers:
-            raise ValueError("A FeatureSet needs at least one layer.")
+            raise UserValueError("A FeatureSet needs at least one layer.")
         for layer, rows in self.layers.items():
             self._check_layer(layer, rows)
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
         check_distinct(self.explanations)
         unknown = [str(entry.feature) for entry in self.explanations if not _holds(self.layers, entry)]
         if unknown:
-            raise ValueError(f"A FeatureSet cannot explain features that it does not hold: {', '.join(unknown)}.")
+            raise UserValueError(f"A FeatureSet cannot explain features that it does not hold: {', '.join(unknown)}.")
 
     def _check_layer(self, layer: int, rows: LayerFeatures) -> None:
         depth, width = self.model["num_hidden_layers"], self.model["hidden_size"]
         if not isinstance(layer, int) or not 0 <= layer < depth:
-            raise ValueError(f"Layer {layer!r} is outside the model's layers 0..{depth - 1}.")
+            raise UserValueError(f"Layer {layer!r} is outside the model's layers 0..{depth - 1}.")
         if rows.d_model != width:
-            raise ValueError(f"Layer {layer}: rows have width {rows.d_model}, the model's hidden size is {width}.")
+            raise UserValueError(f"Layer {layer}: rows have width {rows.d_model}, the model's hidden size is {width}.")
         if len(rows.tokens) != len(self.languages):
-            raise ValueError(
+            raise UserValueError(
                 f"Layer {layer} has statistics of {len(rows.tokens)} languages, expected {len(self.languages)}: "
                 f"{', '.join(self.languages)}."
             )
@@ -88,7 +89,9 @@ class FeatureSet:
     def language_index(self, language: str) -> int:
         """Position of a language in the statistics; ValueError that lists the known ones."""
         if language not in self.languages:
-            raise ValueError(f"language {language!r} is not in this FeatureSet; it has {', '.join(self.languages)}.")
+            raise UserValueError(
+                f"language {language!r} is not in this FeatureSet; it has {', '.join(self.languages)}."
+            )
         return self.languages.index(language)
 
     def pooled_mean(
@@ -125,7 +128,7 @@ class FeatureSet:
             self._layer(layer)
         wanted_ids = None if feature_ids is None else set(_as_list(feature_ids))
         if top is not None and top < 1:
-            raise ValueError(f"top must be at least 1, got {top}.")
+            raise UserValueError(f"top must be at least 1, got {top}.")
         kept: dict[int, LayerFeatures] = {}
         for layer, rows in self.layers.items():
             if wanted_layers is not None and layer not in wanted_layers:
@@ -134,12 +137,12 @@ class FeatureSet:
             if positions:
                 kept[layer] = rows.take(positions)
             elif wanted_layers is not None:
-                raise ValueError(f"Layer {layer} of this FeatureSet has no row for {_wish(language, wanted_ids)}.")
+                raise UserValueError(f"Layer {layer} of this FeatureSet has no row for {_wish(language, wanted_ids)}.")
         unknown = (wanted_ids or set()) - {i for rows in kept.values() for i in rows.feature_ids.tolist()}
         if unknown:
-            raise ValueError(f"Feature ids {sorted(unknown)} are not among the selected rows of this FeatureSet.")
+            raise UserValueError(f"Feature ids {sorted(unknown)} are not among the selected rows of this FeatureSet.")
         if not kept:
-            raise ValueError(f"This FeatureSet has no row for {_wish(language, wanted_ids)}.")
+            raise UserValueError(f"This FeatureSet has no row for {_wish(language, wanted_ids)}.")
         explained = tuple(entry for entry in self.explanations if _holds(kept, entry))
         return replace(self, layers=kept, explanations=explained)
 
@@ -161,7 +164,7 @@ class FeatureSet:
             details = "; ".join(
                 f"{key} {self.model[key]} in the features, {found[key]} in the model" for key in different
             )
-            raise ValueError(
+            raise UserValueError(
                 f"This FeatureSet was found on {self.model.get('name_or_path') or 'another model'} and does not fit "
                 f"{found.get('name_or_path') or 'this model'}: {details}. Find the features on this model."
             )
@@ -213,7 +216,7 @@ class FeatureSet:
 
     def _layer(self, layer: int) -> LayerFeatures:
         if layer not in self.layers:
-            raise ValueError(f"layer {layer} is not in this FeatureSet; it has {', '.join(map(str, self.layers))}.")
+            raise UserValueError(f"layer {layer} is not in this FeatureSet; it has {', '.join(map(str, self.layers))}.")
         return self.layers[layer]
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from qscope_posttrain.atomic import replacing
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.features.explanation import Explanation
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
 
@@ -62,7 +63,7 @@ def write_feature_set(
     try:
         text = json.dumps(document, ensure_ascii=False, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"FeatureSet.model, .settings and .provenance must be JSON values: {error}.") from error
+        raise UserValueError(f"FeatureSet.model, .settings and .provenance must be JSON values: {error}.") from error
     tensors = {
         f"layers.{layer}.{name}": getattr(rows, name).contiguous()
         for layer, rows in layers.items()
@@ -77,17 +78,17 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
     """The parts of a FeatureSet, as keyword arguments of its constructor; every field is validated."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"No FeatureSet file at {path}.")
+        raise UserFileNotFoundError(f"No FeatureSet file at {path}.")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes; a FeatureSet has at most {MAX_BYTES}. It is something else.")
+        raise UserValueError(f"{path} has {size} bytes; a FeatureSet has at most {MAX_BYTES}. It is something else.")
     try:
         with safe_open(str(path), framework="pt") as file:
             document = _parse_document(path, (file.metadata() or {}).get(FORMAT))
             _check_tensor_names(path, set(file.keys()), document["layers"])
             layers = {int(layer): _read_layer(path, file, layer, facts) for layer, facts in document["layers"].items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+        raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
     return {
         "model": document["model"],
         "languages": tuple(document["languages"]),
@@ -100,25 +101,25 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
 
 def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
     if text is None:
-        raise ValueError(f"{path} is not a FeatureSet: its metadata has no {FORMAT!r}.")
+        raise UserValueError(f"{path} is not a FeatureSet: its metadata has no {FORMAT!r}.")
     try:
         document = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: the FeatureSet document is not valid JSON: {error}.") from error
+        raise UserValueError(f"{path}: the FeatureSet document is not valid JSON: {error}.") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: the FeatureSet document must be an object, got {type(document).__name__}.")
+        raise UserValueError(f"{path}: the FeatureSet document must be an object, got {type(document).__name__}.")
     if document.get("version") != VERSION:
-        raise ValueError(
+        raise UserValueError(
             f"{path} has FeatureSet version {document.get('version')!r}; this package reads version {VERSION}."
         )
     _check_keys(path, "the FeatureSet document", document, DOCUMENT_KEYS | ({EXPLANATIONS} & set(document)))
     for key in ("model", "settings", "provenance", "layers"):
         if not isinstance(document[key], dict):
-            raise ValueError(f"{path}: {key} must be an object, got {type(document[key]).__name__}.")
+            raise UserValueError(f"{path}: {key} must be an object, got {type(document[key]).__name__}.")
     for key in ("hidden_size", "num_hidden_layers"):
         value = document["model"].get(key)
         if type(value) is not int or value < 1:
-            raise ValueError(f"{path}: model.{key} must be a positive integer, got {value!r}.")
+            raise UserValueError(f"{path}: model.{key} must be a positive integer, got {value!r}.")
     _check_strings(path, "languages", document["languages"])
     for layer, facts in document["layers"].items():
         _check_layer_facts(path, layer, facts)
@@ -127,30 +128,30 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
 
 def _check_layer_facts(path: Path, layer: str, facts: Any) -> None:
     if not layer.isascii() or not layer.isdecimal() or str(int(layer)) != layer:
-        raise ValueError(f"{path}: {layer!r} is not a layer number.")
+        raise UserValueError(f"{path}: {layer!r} is not a layer number.")
     if not isinstance(facts, dict):
-        raise ValueError(f"{path}: layer {layer} must be an object, got {type(facts).__name__}.")
+        raise UserValueError(f"{path}: layer {layer} must be an object, got {type(facts).__name__}.")
     _check_keys(path, f"layer {layer}", facts, LAYER_KEYS)
     _check_strings(path, f"labels of layer {layer}", facts["labels"])
     _check_strings(path, f"names of layer {layer}", facts["names"])
     norm = facts["residual_median_norm"]
     if norm is not None and type(norm) not in (int, float):
-        raise ValueError(f"{path}: residual_median_norm of layer {layer} must be a number, got {norm!r}.")
+        raise UserValueError(f"{path}: residual_median_norm of layer {layer} must be a number, got {norm!r}.")
 
 
 def _read_explanations(path: Path, found: Any) -> tuple[Explanation, ...]:
     if not isinstance(found, list):
-        raise ValueError(f"{path}: {EXPLANATIONS} must be a list, got {type(found).__name__}.")
+        raise UserValueError(f"{path}: {EXPLANATIONS} must be a list, got {type(found).__name__}.")
     try:
         return tuple(Explanation.from_dict(entry) for entry in found)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserValueError(f"{path}: {error}") from error
 
 
 def _check_tensor_names(path: Path, found: set[str], layers: Mapping[str, Any]) -> None:
     expected = {f"layers.{layer}.{name}" for layer in layers for name in TENSOR_FIELDS}
     if found != expected:
-        raise ValueError(
+        raise UserValueError(
             f"{path}: the tensors do not match the document; missing {sorted(expected - found)}, "
             f"unexpected {sorted(found - expected)}."
         )
@@ -167,12 +168,12 @@ def _read_layer(path: Path, file: Any, layer: str, facts: Mapping[str, Any]) -> 
             residual_median_norm=math.nan if norm is None else float(norm),
         )
     except ValueError as error:
-        raise ValueError(f"{path}, layer {layer}: {error}") from error
+        raise UserValueError(f"{path}, layer {layer}: {error}") from error
 
 
 def _check_keys(path: Path, what: str, value: Mapping[str, Any], expected: set[str]) -> None:
     if set(value) != expected:
-        raise ValueError(
+        raise UserValueError(
             f"{path}: {what} must have the keys {sorted(expected)}; missing {sorted(expected - set(value))}, "
             f"unexpected {sorted(set(value) - expected)}."
         )
@@ -180,4 +181,4 @@ def _check_keys(path: Path, what: str, value: Mapping[str, Any], expected: set[s
 
 def _check_strings(path: Path, what: str, value: Any) -> None:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"{path}: {what} must be a list of strings, got {value!r:.200}.")
+        raise UserValueError(f"{path}: {what} must be a list of strings, got {value!r:.200}.")

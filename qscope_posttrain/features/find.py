@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import check_texts, input_device
 from qscope_posttrain.features.build import feature_set_from, features_from_rows
 from qscope_posttrain.features.causal import causal_check, measure_effects
@@ -76,16 +77,18 @@ def find_language_features(
     """
     languages = check_texts(texts)
     if len(languages) < 2:
-        raise ValueError(f"Language features need at least two languages to compare, got {', '.join(languages)}.")
+        raise UserValueError(f"Language features need at least two languages to compare, got {', '.join(languages)}.")
     if target is not None and target not in languages:
-        raise ValueError(f"target {target!r} is not among the languages of texts: {', '.join(languages)}.")
+        raise UserValueError(f"target {target!r} is not among the languages of texts: {', '.join(languages)}.")
     layers = check_layers(model, sorted(saes))
     if causal_layers is not None and not set(causal_layers) <= set(layers):
-        raise ValueError(f"causal_layers {list(causal_layers)} must be among the layers with an SAE: {list(layers)}.")
+        raise UserValueError(
+            f"causal_layers {list(causal_layers)} must be among the layers with an SAE: {list(layers)}."
+        )
     if saes_at_once is not None and saes_at_once < 1:
-        raise ValueError(f"saes_at_once must be at least 1, got {saes_at_once}.")
+        raise UserValueError(f"saes_at_once must be at least 1, got {saes_at_once}.")
     if controls < 1:
-        raise ValueError(f"controls must be at least 1, got {controls}; causal=False leaves the check out.")
+        raise UserValueError(f"controls must be at least 1, got {controls}; causal=False leaves the check out.")
     if target is not None:
         # Everything that can be wrong with the target is found out before the pass, not after it.
         contrast_sample(model, tokenizer, texts, target, target_tokens=target_tokens)
@@ -171,7 +174,7 @@ def _find_group(
 ) -> _Group:
     for layer, sae in saes.items():
         if not 1 <= top <= sae.d_sae:
-            raise ValueError(f"top must lie between 1 and the {sae.d_sae} features of layer {layer}, got {top}.")
+            raise UserValueError(f"top must lie between 1 and the {sae.d_sae} features of layer {layer}, got {top}.")
     passed = collect_statistics(model, tokenizer, texts, saes, **statistics_options)
     languages, rows, drawn = passed.languages, {}, {}
     for layer, sae in saes.items():

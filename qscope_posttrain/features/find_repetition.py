@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import Text
 from qscope_posttrain.features.build import feature_set_from, features_from_rows
 from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
@@ -96,9 +97,11 @@ def find_repetition_features(
     """
     layers = check_layers(model, sorted(saes))
     if saes_at_once is not None and saes_at_once < 1:
-        raise ValueError(f"saes_at_once must be at least 1, got {saes_at_once}.")
+        raise UserValueError(f"saes_at_once must be at least 1, got {saes_at_once}.")
     if prompts is None and (loops is None or curve is not None):
-        raise ValueError("Prompts are needed: to sample loops on, where none are given, and for the steering curve.")
+        raise UserValueError(
+            "Prompts are needed: to sample loops on, where none are given, and for the steering curve."
+        )
     templated: dict[str, Any] = {"chat": chat, "chat_template_options": chat_template_options}
     prompt_ids = encode_prompts(tokenizer, prompts, **templated) if prompts is not None else []
     if loops is None:
@@ -106,7 +109,7 @@ def find_repetition_features(
         options |= {**templated, "show_progress": show_progress, **(collect or {})}
         loops = collect_loops(model, tokenizer, prompts or [], **options)
     if not loops.loops or not loops.normal:
-        raise ValueError(
+        raise UserValueError(
             f"Both loops and ordinary completions are needed; there are {len(loops.loops)} and {len(loops.normal)}. "
             "Ordinary ones end by themselves: raise max_new_tokens, or give some."
         )

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
+
 ReadoutKind = Literal["encoder", "decoder"]
 
 FREE_DIRECTION = -1
@@ -84,24 +86,26 @@ class LayerFeatures:
 
     def __post_init__(self) -> None:
         if self.encoder.dim() != 2 or self.mean_activation.dim() != 2:
-            raise ValueError(
+            raise UserValueError(
                 "LayerFeatures expects encoder [F, d_model] and mean_activation [L, F], "
                 f"got {list(self.encoder.shape)} and {list(self.mean_activation.shape)}."
             )
         if len(self) == 0:
-            raise ValueError("LayerFeatures needs at least one row.")
+            raise UserValueError("LayerFeatures needs at least one row.")
         for name, shape in self.expected_shapes(len(self), len(self.mean_activation), self.d_model).items():
             _check_tensor(name, getattr(self, name), shape)
         if len(self.labels) != len(self) or len(self.names) != len(self):
-            raise ValueError(
+            raise UserValueError(
                 f"{len(self)} rows need as many labels and names, got {len(self.labels)} and {len(self.names)}."
             )
         if int(self.feature_ids.min()) < FREE_DIRECTION:
-            raise ValueError(f"Feature ids start at 0 (or -1 for a free direction), got {self.feature_ids.tolist()}.")
+            raise UserValueError(
+                f"Feature ids start at 0 (or -1 for a free direction), got {self.feature_ids.tolist()}."
+            )
         if int(self.tokens.min()) < 0:
-            raise ValueError(f"Token counts cannot be negative, got {self.tokens.tolist()}.")
+            raise UserValueError(f"Token counts cannot be negative, got {self.tokens.tolist()}.")
         if math.isinf(self.residual_median_norm) or self.residual_median_norm <= 0:
-            raise ValueError(f"residual_median_norm must be a positive number, got {self.residual_median_norm}.")
+            raise UserValueError(f"residual_median_norm must be a positive number, got {self.residual_median_norm}.")
 
     def __len__(self) -> int:
         return len(self.encoder)
@@ -134,7 +138,7 @@ class LayerFeatures:
             return Readout(
                 self.decoder, torch.zeros_like(self.encoder_bias), self.decoder_mean, self.decoder_covariance
             )
-        raise ValueError(f'A readout is "encoder" or "decoder", got {kind!r}.')
+        raise UserValueError(f'A readout is "encoder" or "decoder", got {kind!r}.')
 
     def pooled_mean(self, kind: ReadoutKind, languages: Sequence[int], weights: Tensor | None = None) -> Tensor:
         """Mean of a readout over all tokens of the given languages (indices), token weighted.
@@ -153,7 +157,7 @@ class LayerFeatures:
         """
         mean, variance, share = self._pool(kind, languages, weights)
         if bool(variance.isnan().any()):
-            raise ValueError(
+            raise UserValueError(
                 "These features hold no covariances, so standard deviations are unknown. "
                 'Find them again with second_moments=True, or use scale="raw".'
             )
@@ -168,7 +172,7 @@ class LayerFeatures:
         index = torch.as_tensor(list(languages), dtype=torch.long)
         tokens = self.tokens[index].double()
         if index.numel() == 0 or float(tokens.sum()) == 0:
-            raise ValueError(f"No tokens to pool over: languages {list(languages)} of {len(self.tokens)}.")
+            raise UserValueError(f"No tokens to pool over: languages {list(languages)} of {len(self.tokens)}.")
         mean, covariance = readout.mean[index].double(), readout.covariance[index].double()
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         if weights is not None:
@@ -196,7 +200,7 @@ class LayerFeatures:
         weights = _check_weights(weights, len(self))
         if label is None:
             if len(set(self.labels)) > 1:
-                raise ValueError(
+                raise UserValueError(
                     f"Rows of several languages ({', '.join(sorted(set(self.labels)))}) need a label for their sum: "
                     "pass label=, or select(language=...) first."
                 )
@@ -220,17 +224,17 @@ def _check_tensor(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     dtype = torch.int64 if name in ("feature_ids", "tokens") else torch.float32
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
         found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"LayerFeatures.{name} must be {dtype} {list(shape)}, got {found}.")
+        raise UserValueError(f"LayerFeatures.{name} must be {dtype} {list(shape)}, got {found}.")
     if value.device.type != "cpu":
-        raise ValueError(f"LayerFeatures.{name} must be on the CPU, got {value.device}.")
+        raise UserValueError(f"LayerFeatures.{name} must be on the CPU, got {value.device}.")
     if dtype == torch.float32:
         bad = value.isinf() if name in MAY_BE_UNMEASURED else ~value.isfinite()
         if bool(bad.any()):
-            raise ValueError(f"LayerFeatures.{name} holds {int(bad.sum())} values that are not finite numbers.")
+            raise UserValueError(f"LayerFeatures.{name} holds {int(bad.sum())} values that are not finite numbers.")
 
 
 def _check_weights(weights: Tensor, rows: int) -> Tensor:
     weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if tuple(weights.shape) != (rows,) or not bool(weights.isfinite().all()):
-        raise ValueError(f"Expected {rows} finite weights, one per row, got {weights.tolist()}.")
+        raise UserValueError(f"Expected {rows} finite weights, one per row, got {weights.tolist()}.")
     return weights

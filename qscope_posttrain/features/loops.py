@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.batches import TokenText
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.report.progress import progress, status
@@ -141,9 +142,9 @@ def collect_loops(
     settings = settings or SamplingSettings(top_p=1.0, batch_size=64)
     normal = NORMAL_PER_LOOP * wanted if normal is None else normal
     if not prompts:
-        raise ValueError("No prompts to sample loops from; give at least one.")
+        raise UserValueError("No prompts to sample loops from; give at least one.")
     if wanted < 1 or max_samples < 1 or normal < 1:
-        raise ValueError(
+        raise UserValueError(
             f"wanted, max_samples and normal must be at least 1; got {wanted}, {max_samples} and {normal}."
         )
     ids = encode_prompts(tokenizer, prompts, chat=chat, chat_template_options=chat_template_options)
@@ -172,7 +173,7 @@ def collect_loops(
     drawn = {**settings.to_dict(), "min_copies": min_copies, "min_tokens": min_tokens, "prompts": len(prompts)}
     collection = LoopCollection(tuple(loops), tuple(ordinary), samples, settings=drawn)
     if not loops:
-        raise ValueError(
+        raise UserValueError(
             f"{collection.summary()}. Raise max_samples or max_new_tokens (a loop must be cut off to be one), take "
             "prompts on which the model repeats itself, or give loops that were seen elsewhere (loops_from_texts)."
         )
@@ -211,7 +212,7 @@ def loops_from_texts(
     settings = {"min_copies": min_copies, "min_tokens": min_tokens}
     collection = LoopCollection(tuple(loops), tuple(ordinary), count, sampled=False, settings=settings)
     if not loops:
-        raise ValueError(
+        raise UserValueError(
             f"{collection.summary()}: a loop ends in at least {min_copies} copies of something, {min_tokens} tokens in "
             "all, and was not ended by the model."
         )
@@ -233,7 +234,7 @@ def _completion(tokenizer: Any, text: str | Mapping[str, Any], number: int) -> C
     if isinstance(text, str):
         text = {"text": text}
     if not isinstance(text, Mapping):
-        raise TypeError(f"Text {number} must be a string or a mapping, got {type(text).__name__}.")
+        raise UserTypeError(f"Text {number} must be a string or a mapping, got {type(text).__name__}.")
     if "completion_ids" in text:
         prompt, completion = text.get("prompt_ids", ()), text["completion_ids"]
     elif isinstance(text.get("completion"), str) and isinstance(text.get("prompt"), str):
@@ -242,11 +243,11 @@ def _completion(tokenizer: Any, text: str | Mapping[str, Any], number: int) -> C
     elif isinstance(text.get("text"), str):
         prompt, completion = (), tokenizer(text["text"], verbose=False)["input_ids"]
     else:
-        raise ValueError(
+        raise UserValueError(
             f"Text {number} must have 'text', 'prompt' and 'completion', or 'prompt_ids' and 'completion_ids'; it has "
             f"{', '.join(map(str, islice(text, 8))) or 'nothing'}."
         )
     for name, ids in (("prompt_ids", prompt), ("completion_ids", completion)):
         if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise TypeError(f"{name} of text {number} must be a list of token ids, got {ids!r:.60}.")
+            raise UserTypeError(f"{name} of text {number} must be a list of token ids, got {ids!r:.60}.")
     return Completion(tuple(prompt), tuple(completion))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from qscope_posttrain.atomic import replacing
+from qscope_posttrain.errors import UserFileNotFoundError
 from qscope_posttrain.features.accumulator import LayerSums
 from qscope_posttrain.features.batches import TokenSequence
 from qscope_posttrain.report.progress import status
@@ -32,7 +33,7 @@ class PassCheckpoint:
     ) -> None:
         self.path = None if path is None else Path(path)
         if self.path is not None and not self.path.parent.is_dir():
-            raise FileNotFoundError(f"No checkpoint at {self.path}: the folder {self.path.parent} does not exist.")
+            raise UserFileNotFoundError(f"No checkpoint at {self.path}: the folder {self.path.parent} does not exist.")
         if self.path is not None and processes > 1:
             self.path = self.path.with_name(f"{self.path.name}.rank{rank}")
         self.key = json.dumps({**key, "rank": rank}, sort_keys=True)

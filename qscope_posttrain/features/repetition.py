@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.accumulator import tokens_at_a_time
 from qscope_posttrain.features.batches import (
     TokenBatch,
@@ -107,7 +108,7 @@ def repetition_differences(
                 sums[layer] += _encoded_sum(saes[layer], after, weights) - _encoded_sum(saes[layer], before, weights)
     empty = [str(layer) for layer in layers if counted[layer] == 0]
     if empty:
-        raise ValueError(
+        raise UserValueError(
             f"Layer(s) {', '.join(empty)}: no token of {len(loops)} loops could be compared with its first occurrence."
         )
     return {layer: sums[layer] / counted[layer] for layer in layers}
@@ -140,7 +141,7 @@ def repetition_gradients(
     layers = check_layers(model, layers)
     needed = copies + 1
     if copies < 1 or any(loop.tail.copies < needed for loop in loops):
-        raise ValueError(f"{copies} repeats (at least 1) need loops of {needed} whole copies or more.")
+        raise UserValueError(f"{copies} repeats (at least 1) need loops of {needed} whole copies or more.")
     cut = [loop.ids[: len(loop.prompt_ids) + loop.tail.second_copy + copies * loop.tail.period] for loop in loops]
     starts = [len(loop.prompt_ids) + loop.tail.second_copy for loop in loops]
     total = {layer: torch.zeros(0) for layer in layers}
@@ -173,10 +174,10 @@ def rank_features(
         ValueError: an unknown ranking, or fewer than `top` features that fire.
     """
     if rank_by not in ("difference", "attribution", "both"):
-        raise ValueError(f'rank_by must be "difference", "attribution" or "both", got {rank_by!r}.')
+        raise UserValueError(f'rank_by must be "difference", "attribution" or "both", got {rank_by!r}.')
     alive = int(fires.sum())
     if not 1 <= top <= alive:
-        raise ValueError(f"top must lie between 1 and the {alive} features that fire within the loops, got {top}.")
+        raise UserValueError(f"top must lie between 1 and the {alive} features that fire within the loops, got {top}.")
     lists = [
         top_features(torch.where(fires, scores, -torch.inf), top).tolist()
         for name, scores in (("difference", difference), ("attribution", attribution))
@@ -190,10 +191,10 @@ def _sequences(
     model: nn.Module, ids: Sequence[tuple[int, ...]], starts: Sequence[int] | None = None
 ) -> list[TokenSequence]:
     if not ids:
-        raise ValueError("No loops given; see features.loops.collect_loops.")
+        raise UserValueError("No loops given; see features.loops.collect_loops.")
     longest = max(map(len, ids))
     if longest_allowed(model, longest) < longest:
-        raise ValueError(f"A loop has {longest} tokens, prompt included: more than the model's positions.")
+        raise UserValueError(f"A loop has {longest} tokens, prompt included: more than the model's positions.")
     return [
         TokenSequence(0, number, tokens, False, 1 if starts is None else starts[number])
         for number, tokens in enumerate(ids)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.repetition_curve import (
     FEATURE,
     MEANS,
@@ -30,7 +31,7 @@ def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95)
     """
     control = _control(points, RANDOM, point)
     if control is None:
-        raise ValueError(f"No random directions were measured at layer, strength and window {point.setting}.")
+        raise UserValueError(f"No random directions were measured at layer, strength and window {point.setting}.")
     return rate_difference((point.own, point.samples), (control.own, control.samples), level)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import TokenBatch, TokenSequence, token_batches
 from qscope_posttrain.features.loops import MIN_COPIES, MIN_TOKENS, Completion
 from qscope_posttrain.features.scoring import LOGITS_AT_A_TIME, model_logits
@@ -73,23 +74,25 @@ class CurveSettings:
         if not self.window_lengths:
             object.__setattr__(self, "window_lengths", (max(1, self.sampling.max_new_tokens // 4),))
         if not self.strengths or any(not strength > 0 for strength in self.strengths):
-            raise ValueError(f"strengths must be positive, got {list(self.strengths)}.")
+            raise UserValueError(f"strengths must be positive, got {list(self.strengths)}.")
         if len(self.window_start) != 2 or not 0 <= self.window_start[0] <= self.window_start[1]:
-            raise ValueError(f"window_start must be [lowest, highest] with 0 <= lowest, got {list(self.window_start)}.")
+            raise UserValueError(
+                f"window_start must be [lowest, highest] with 0 <= lowest, got {list(self.window_start)}."
+            )
         if self.window_start[1] >= self.sampling.max_new_tokens:
-            raise ValueError(
+            raise UserValueError(
                 f"window_start {list(self.window_start)} lies beyond the {self.sampling.max_new_tokens} tokens of a "
                 "completion; lower it or raise max_new_tokens."
             )
         if any(length < 0 for length in self.window_lengths):
-            raise ValueError(f"window_lengths cannot be negative (0: to the end), got {list(self.window_lengths)}.")
+            raise UserValueError(f"window_lengths cannot be negative (0: to the end), got {list(self.window_lengths)}.")
         for name in ("samples", "fresh_samples", "random_directions", "single_rows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.probability_floor < 1:
-            raise ValueError(f"probability_floor must lie between 0 and 1, got {self.probability_floor}.")
+            raise UserValueError(f"probability_floor must lie between 0 and 1, got {self.probability_floor}.")
         if not 0 <= self.max_unlikely_share <= 1:
-            raise ValueError(f"max_unlikely_share is a share in [0, 1], got {self.max_unlikely_share}.")
+            raise UserValueError(f"max_unlikely_share is a share in [0, 1], got {self.max_unlikely_share}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.directions import random_directions
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
@@ -69,7 +70,7 @@ def steering_curve(
         ValueError: no prompts, or a difference of means of zero.
     """
     if not prompt_ids:
-        raise ValueError("No prompts for the steering curve; give at least one.")
+        raise UserValueError("No prompts for the steering curve; give at least one.")
     features.check_model(model)
     seed = settings.sampling.seed
     shuffled = random.Random(seed).sample(list(prompt_ids), len(prompt_ids))
@@ -118,7 +119,7 @@ def controls(layer: int, rows: LayerFeatures, contrast: Contrast, settings: Curv
     yield Push(RANDOM, f"random ({len(drawn)} directions)", layer, drawn, rows.residual_median_norm)
     difference = rows.mean_residual[contrast.inside] - rows.mean_residual[contrast.outside]
     if not bool(difference.any()):
-        raise ValueError(
+        raise UserValueError(
             f"Layer {layer}: both classes have the same mean residual, so there is no difference of means."
         )
     yield Push(MEANS, MEANS, layer, unit(difference)[None], rows.residual_median_norm)
@@ -128,7 +129,7 @@ def _final_trials(chosen: CurvePoint, features: FeatureSet, contrast: Contrast, 
     trial = chosen.trial
     layer = trial.push.layer
     if layer is None:
-        raise ValueError("The unsteered model cannot be chosen.")
+        raise UserValueError("The unsteered model cannot be chosen.")
     seed = settings.sampling.seed + _FRESH_SEED
     pushes = [trial.push, *controls(layer, features.layers[layer], contrast, settings, seed)]
     return [

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.text_stream import StreamPosition
 from qscope_posttrain.sae.training.config import SAETrainingConfig
 from qscope_posttrain.sae.training.update import LayerTraining
@@ -96,7 +97,9 @@ def read_checkpoint(
             seconds=float(content["seconds"]),
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{place} is no checkpoint of a training of SAEs, or damaged ({error}): delete it") from error
+        raise UserValueError(
+            f"{place} is no checkpoint of a training of SAEs, or damaged ({error}): delete it"
+        ) from error
     _check_settings(place, written, json.loads(json.dumps(dict(settings))))
     trainings = {}
     for layer, device in devices.items():
@@ -104,7 +107,7 @@ def read_checkpoint(
             tensors = load_file(str(place / f"layer{layer}.safetensors"))
             trainings[layer] = LayerTraining.resumed(layer, tensors, config, device)
         except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(
+            raise UserValueError(
                 f"{place}: layer {layer} is missing or damaged ({error}): delete the checkpoint"
             ) from error
     return state, trainings
@@ -121,7 +124,7 @@ def _check_settings(place: Path, written: Mapping[str, Any], asked: Mapping[str,
         if written.get(name) != asked.get(name)
     ]
     if different:
-        raise ValueError(
+        raise UserValueError(
             f"{place} belongs to another training: {'; '.join(different)}. Go on with the same settings, choose "
             "another output folder, or start anew with resume: false."
         )

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.accumulator import Calibration, calibrate, calibration_sample
 from qscope_posttrain.features.batches import (
     Text,
@@ -94,7 +95,7 @@ def measure_sae(
     languages = texts if isinstance(texts, Mapping) else {"all": list(texts)}
     names = check_texts(languages)
     if scan < 0:
-        raise ValueError(f"scan is a number of layers on either side, 0 or more; got {scan}")
+        raise UserValueError(f"scan is a number of layers on either side, 0 or more; got {scan}")
     layer = _checked_layer(model, sae, layer)
     near = [n for n in range(layer - scan, layer + scan + 1) if 0 <= n < len(decoder_layers(model))]
     sequences = tokenize_texts(tokenizer, languages, longest_allowed(model, max_length))
@@ -188,13 +189,13 @@ def _sample_rows(calibration: Calibration, outlier_factor: float) -> dict[int, T
 
 def _checked_layer(model: nn.Module, sae: SparseAutoencoder, layer: int | None) -> int:
     if layer is None and sae.layer is None:
-        raise ValueError(f"the SAE {sae.source} does not say which layer it reads: give layer=...")
+        raise UserValueError(f"the SAE {sae.source} does not say which layer it reads: give layer=...")
     if layer is not None and sae.layer is not None and layer != sae.layer:
-        raise ValueError(f"layer {layer} was asked for, but the SAE {sae.source} was trained on layer {sae.layer}")
+        raise UserValueError(f"layer {layer} was asked for, but the SAE {sae.source} was trained on layer {sae.layer}")
     (number,) = check_layers(model, [sae.layer if layer is None else layer])  # type: ignore[list-item]
     d_model = int(text_config(model).hidden_size)
     if sae.d_model != d_model:
-        raise ValueError(
+        raise UserValueError(
             f"the SAE {sae.source} is for a residual stream of width {sae.d_model}, the model has {d_model}: it "
             "belongs to another model"
         )
@@ -211,7 +212,7 @@ def _finished(
     seed: int,
 ) -> SAEQuality:
     if sums.l0.sum() == 0:
-        raise ValueError("every token was left out as a first token or a norm outlier: give longer texts")
+        raise UserValueError("every token was left out as a first token or a norm outlier: give longer texts")
     return figures(
         sums,
         fit,

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.accumulator import process_rank
 from qscope_posttrain.features.activation_stream import ActivationStream
 from qscope_posttrain.features.sae_checkpoint import (
@@ -76,9 +77,9 @@ class RunConfig:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer from {least}, got {value!r}")
+                raise UserValueError(f"{name} must be an integer from {least}, got {value!r}")
         if self.evaluate_every and not self.held_out_documents:
-            raise ValueError("evaluate_every needs held_out_documents to measure on")
+            raise UserValueError("evaluate_every needs held_out_documents to measure on")
 
 
 @dataclass(frozen=True, eq=False)

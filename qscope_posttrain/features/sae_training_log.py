@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import is_main_process
 from qscope_posttrain.report.summary import to_json, write_text
 from qscope_posttrain.sae.training.update import UpdateMetrics
@@ -59,7 +60,7 @@ class TrainingLog:
         self._sums, self._counts = {}, {}
         diverged = [layer for layer, means in layers.items() if not math.isfinite(means["fvu"] or 0.0)]
         if diverged:
-            raise ValueError(
+            raise UserValueError(
                 f"the training of layer {', '.join(diverged)} has diverged by update {step}: lower learning_rate, or "
                 "lengthen warmup_steps. The last checkpoint is from before."
             )

@@ -7,6 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
+
 
 def monolinguality(mean_activation: Tensor) -> Tensor:
     """nu_s^L = mu_s^L - mean over the other languages I of mu_s^I, for all features s and languages L at once.
@@ -21,7 +23,7 @@ def monolinguality(mean_activation: Tensor) -> Tensor:
         [L, features]
     """
     if mean_activation.dim() != 2 or len(mean_activation) < 2:
-        raise ValueError(
+        raise UserValueError(
             "Monolinguality compares languages: expected mean activations [languages, features] of at least two "
             f"languages, got {list(mean_activation.shape)}."
         )
@@ -32,7 +34,7 @@ def monolinguality(mean_activation: Tensor) -> Tensor:
 def top_features(scores: Tensor, top: int) -> Tensor:
     """Ids of the `top` highest of `scores` [features], best first; equal scores in the order of their ids."""
     if not 1 <= top <= len(scores):
-        raise ValueError(f"top must lie between 1 and the {len(scores)} features of the SAE, got {top}.")
+        raise UserValueError(f"top must lie between 1 and the {len(scores)} features of the SAE, got {top}.")
     return scores.sort(descending=True, stable=True).indices[:top]
 
 
@@ -63,7 +65,7 @@ def random_features(
     eligible[list(exclude)] = False
     ids = eligible.nonzero().squeeze(1)
     if len(ids) < count:
-        raise ValueError(
+        raise UserValueError(
             f"Only {len(ids)} features fire on more than {min_firing_rate:g} of the tokens with a score below "
             f"{max_relative_score:g} of the best; {count} random features were asked for. Ask for fewer, or relax "
             "min_firing_rate or max_relative_score."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.accumulator import (
     LayerSums,
     calibrate,
@@ -194,9 +195,9 @@ def collect_statistics(
     for layer in layers:
         _check_sae(layer, saes[layer], d_model)
     if not outlier_factor > 1:
-        raise ValueError(f"outlier_factor must exceed 1, got {outlier_factor}.")
+        raise UserValueError(f"outlier_factor must exceed 1, got {outlier_factor}.")
     if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
+        raise UserValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
     widths = {layer: (sae.d_sae if sae is not None else 0) for layer, sae in saes.items()}
     check_sums_fit(len(languages), d_model, widths, second_moments, max_sums_gib)
 
@@ -259,19 +260,19 @@ def _check_sae(layer: int, sae: SparseAutoencoder | None, d_model: int) -> None:
     if sae is None:
         return
     if sae.d_model != d_model:
-        raise ValueError(
+        raise UserValueError(
             f"The SAE for layer {layer} has d_model {sae.d_model}, the model's hidden size is {d_model}: "
             "it belongs to another model."
         )
     if sae.layer is not None and sae.layer != layer:
-        raise ValueError(f"The SAE given for layer {layer} was trained on layer {sae.layer}.")
+        raise UserValueError(f"The SAE given for layer {layer} was trained on layer {sae.layer}.")
 
 
 def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequence[str]) -> LayerStatistics:
     counted = sums.tokens.cpu()
     for language, tokens in zip(languages, counted.tolist(), strict=True):
         if tokens == 0:
-            raise ValueError(
+            raise UserValueError(
                 f"Layer {layer}: every token of language {language!r} was left out as a norm outlier. Give more text, "
                 "or raise outlier_factor."
             )
@@ -299,5 +300,5 @@ def _count(sequences: Sequence[TokenSequence], languages: int, each: Sequence[in
 
 def _require_sae(value: Tensor | None) -> Tensor:
     if value is None:
-        raise ValueError("No SAE was given for this layer, so there are no activations of features.")
+        raise UserValueError("No SAE was given for this layer, so there are no activations of features.")
     return value

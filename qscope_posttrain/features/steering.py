@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import FREE_DIRECTION, LayerFeatures
 from qscope_posttrain.residual.formulas import unit as unit_vectors
@@ -53,11 +54,13 @@ def feature_steering(
     label = _label(features, chosen, label)
     layer = _required("layer", chosen.get("layer") if layer is None else layer)
     if layer not in features.layers:
-        raise ValueError(f"layer {layer} is not in this FeatureSet; it has {', '.join(map(str, features.layers))}.")
+        raise UserValueError(f"layer {layer} is not in this FeatureSet; it has {', '.join(map(str, features.layers))}.")
     found = features.layers[layer]
     of_label = [row for row, name in enumerate(found.labels) if name == label]
     if not of_label:
-        raise ValueError(f"Layer {layer} has no row labelled {label!r}; it has {', '.join(sorted(set(found.labels)))}.")
+        raise UserValueError(
+            f"Layer {layer} has no row labelled {label!r}; it has {', '.join(sorted(set(found.labels)))}."
+        )
     if unit is None:
         unit = "raw" if mode == "clamp" else chosen.get("unit", "relative")
     if strength is None:
@@ -83,7 +86,7 @@ def feature_steering(
 def _chosen(features: FeatureSet) -> Mapping[str, Any]:
     chosen = features.settings.get(SETTINGS_KEY, {})
     if not isinstance(chosen, Mapping):
-        raise ValueError(
+        raise UserValueError(
             f"settings[{SETTINGS_KEY!r}] of this FeatureSet must be an object with layer and strength; got {chosen!r}."
         )
     return chosen
@@ -97,13 +100,13 @@ def _label(features: FeatureSet, chosen: Mapping[str, Any], label: str | None) -
         return label
     labels = sorted({name for rows in features.layers.values() for name in rows.labels})
     if len(labels) > 1:
-        raise ValueError(f"This FeatureSet has rows of {', '.join(labels)}; give label=, the one to steer along.")
+        raise UserValueError(f"This FeatureSet has rows of {', '.join(labels)}; give label=, the one to steer along.")
     return labels[0]
 
 
 def _required(name: str, value: Any) -> Any:
     if value is None:
-        raise ValueError(
+        raise UserValueError(
             f"No {name} given, and this FeatureSet has none chosen in settings[{SETTINGS_KEY!r}]; give {name}=, or use "
             "features from `qscope features find-repetition`."
         )
@@ -117,17 +120,19 @@ def _chosen_strength(chosen: Mapping[str, Any], used: Mapping[str, Any]) -> floa
     different = [name for name, value in used.items() if made_with.get(name, value) != value]
     if different:
         details = ", ".join(f"{name} {made_with[name]!r}, not {used[name]!r}" for name in different)
-        raise ValueError(f"Strength {strength} of this FeatureSet was chosen for {details}; give strength=.")
+        raise UserValueError(f"Strength {strength} of this FeatureSet was chosen for {details}; give strength=.")
     return strength
 
 
 def _single_feature(found: LayerFeatures, of_label: list[int], mode: Mode) -> int:
     if len(of_label) > 1:
         names = ", ".join(found.names[row] for row in of_label)
-        raise ValueError(f"mode {mode!r} is about one feature, but there are {len(of_label)}: {names}; select() one.")
+        raise UserValueError(
+            f"mode {mode!r} is about one feature, but there are {len(of_label)}: {names}; select() one."
+        )
     row = of_label[0]
     if int(found.feature_ids[row]) == FREE_DIRECTION:
-        raise ValueError(
+        raise UserValueError(
             f"mode {mode!r} needs a feature of an SAE; {found.names[row]} is a free direction: mode 'project_out' "
             "removes it."
         )

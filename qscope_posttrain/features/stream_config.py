@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.text_stream import PACKINGS
 
 BUFFER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,18 +44,18 @@ class StreamConfig:
         for name in ("context_length", "block_tokens", "forward_tokens", "calibration_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-                raise ValueError(f"{name} must be an integer from 2, got {value!r}")
+                raise UserValueError(f"{name} must be an integer from 2, got {value!r}")
         if self.packing not in PACKINGS:
-            raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {self.packing!r}")
+            raise UserValueError(f"packing must be one of {', '.join(PACKINGS)}, got {self.packing!r}")
         if self.buffer_dtype not in BUFFER_DTYPES:
-            raise ValueError(f"buffer_dtype must be one of {', '.join(BUFFER_DTYPES)}, got {self.buffer_dtype!r}")
+            raise UserValueError(f"buffer_dtype must be one of {', '.join(BUFFER_DTYPES)}, got {self.buffer_dtype!r}")
         if self.buffer_device not in ("cpu", "model"):
-            raise ValueError(f"buffer_device must be cpu or model, got {self.buffer_device!r}")
+            raise UserValueError(f"buffer_device must be cpu or model, got {self.buffer_device!r}")
         for name in ("max_buffer_gib", "outlier_factor"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+                raise UserValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
         if self.block_tokens < self.context_length:
-            raise ValueError(
+            raise UserValueError(
                 f"block_tokens={self.block_tokens} is less than a sequence of context_length={self.context_length}"
             )
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.accumulator import calibrate, calibration_sample, layer_rows, process_rank
 from qscope_posttrain.features.batches import (
     Text,
@@ -111,11 +112,11 @@ def collect_text_features(
         TypeError, ValueError: no texts, an unknown pooling, a layer out of range, an SAE of another width.
     """
     if pooling not in get_args(Pooling):
-        raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}.")
+        raise UserValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}.")
     check_texts({"texts": texts})
     layers = check_layers(model, sorted(saes))
     if median_norms is not None and not set(layers) <= set(median_norms):
-        raise ValueError(f"median_norms must have the layers {list(layers)}, got {sorted(median_norms)}.")
+        raise UserValueError(f"median_norms must have the layers {list(layers)}, got {sorted(median_norms)}.")
     sequences = tokenize_texts(tokenizer, {"texts": texts}, longest_allowed(model, max_length))
     pad_id = pad_token(tokenizer)
     sample = token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)

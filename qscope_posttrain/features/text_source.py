@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
 from qscope_posttrain.text.jsonl import parse_object
 
 
@@ -25,7 +26,7 @@ class ListSource:
 
     def __init__(self, texts: Sequence[str]) -> None:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError("texts must be a list of strings, one a document")
+            raise UserTypeError("texts must be a list of strings, one a document")
         self.texts = list(texts)
 
     def documents(self, skip: int = 0) -> Iterator[str]:
@@ -46,11 +47,11 @@ class FileSource:
         self.path, self.column = location, column
         self.files = sorted(f for f in location.rglob("*") if _readable(f)) if location.is_dir() else [location]
         if not self.files:
-            raise FileNotFoundError(f"no .txt and no .jsonl file below '{location}'.")
+            raise UserFileNotFoundError(f"no .txt and no .jsonl file below '{location}'.")
         if not location.exists():
-            raise FileNotFoundError(f"no text at '{location}'.")
+            raise UserFileNotFoundError(f"no text at '{location}'.")
         if not _readable(self.files[0]):
-            raise ValueError(
+            raise UserValueError(
                 f"'{location}' must be a .txt file (a document a line), a .jsonl file, or a folder of them."
             )
 
@@ -72,7 +73,7 @@ class FileSource:
         row = parse_object(line, place)
         text = row.get(self.column)
         if not isinstance(text, str):
-            raise ValueError(f"{place}: expected an object with the string '{self.column}', got {sorted(row)}.")
+            raise UserValueError(f"{place}: expected an object with the string '{self.column}', got {sorted(row)}.")
         return text
 
 
@@ -82,10 +83,12 @@ class DatasetSource:
     def __init__(self, dataset: Any, column: str = "text", name: str = "") -> None:
         for method in ("skip", "select_columns"):
             if not hasattr(dataset, method):
-                raise TypeError(f"expected a Dataset or IterableDataset of `datasets`, got {type(dataset).__name__}")
+                raise UserTypeError(
+                    f"expected a Dataset or IterableDataset of `datasets`, got {type(dataset).__name__}"
+                )
         names = dataset.column_names
         if names is not None and column not in names:
-            raise ValueError(
+            raise UserValueError(
                 f"the data set has no column '{column}', but {', '.join(names)}: name one with text_column."
             )
         self.dataset, self.column, self.name = dataset.select_columns([column]) if names else dataset, column, name
@@ -96,7 +99,7 @@ class DatasetSource:
         for row in self.dataset.skip(skip) if skip else self.dataset:
             text = row[self.column]
             if not isinstance(text, str):
-                raise ValueError(f"column '{self.column}' must hold strings, got {type(text).__name__}.")
+                raise UserValueError(f"column '{self.column}' must hold strings, got {type(text).__name__}.")
             yield text
 
     def describe(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import pad_token
 from qscope_posttrain.features.text_source import TextSource
 
@@ -99,7 +100,7 @@ def packed_sequences(
                     ids, starts = [], []
             at = at.after(text)
         if from_the_start and not found:
-            raise ValueError(
+            raise UserValueError(
                 f"the text has no document with a token after the first {first_document}, which are held out."
             )
         at = StreamPosition(at.epoch + 1, first_document, 0, at.digest)

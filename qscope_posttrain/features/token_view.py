@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.batches import input_device
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import FREE_DIRECTION
@@ -44,7 +45,7 @@ def token_view(
         for text in texts:
             encoded = list(tokenizer(text)["input_ids"])[:max_length]
             if not encoded:
-                raise ValueError(f"a text without a token: {text!r}.")
+                raise UserValueError(f"a text without a token: {text!r}.")
             ids.append(encoded)
             hidden = forward_to_layer(model, layers, input_ids=torch.tensor([encoded], device=input_device(model)))
             for layer in layers:

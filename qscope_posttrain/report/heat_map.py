@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.plots import COLOURS
 from qscope_posttrain.report.svg import INK, draw_svg
 
@@ -29,7 +30,7 @@ def heat_map(
         ValueError: no values, or names of another number.
     """
     if not rows or len(values) != len(rows) or any(len(row) != len(columns) for row in values):
-        raise ValueError(f"expected {len(rows)} rows of {len(columns)} values, at least one.")
+        raise UserValueError(f"expected {len(rows)} rows of {len(columns)} values, at least one.")
     known = [value for row in values for value in row if math.isfinite(value)]
     full = max(known, default=1.0) if peak is None else peak
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.summary import writable_folder, write_text
 from qscope_posttrain.report.tables import Table
 
@@ -27,7 +28,7 @@ class Figure:
 
     def __post_init__(self) -> None:
         if not self.svg.startswith("<svg"):
-            raise ValueError(f"a figure is an <svg> element as a string, got '{self.svg[:40]}'.")
+            raise UserValueError(f"a figure is an <svg> element as a string, got '{self.svg[:40]}'.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ShadedText:
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.values):
-            raise ValueError(f"{len(self.tokens)} tokens but {len(self.values)} values.")
+            raise UserValueError(f"{len(self.tokens)} tokens but {len(self.values)} values.")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def script_runs(text: str, script: str) -> list[tuple[str, bool]]:
     try:
         pattern = regex.compile(rf"\p{{Script={script}}}+")
     except regex.error as error:
-        raise ValueError(f"'{script}' is no Unicode script name; examples are Han, Hangul, Cyrillic.") from error
+        raise UserValueError(f"'{script}' is no Unicode script name; examples are Han, Hangul, Cyrillic.") from error
     runs: list[tuple[str, bool]] = []
     end = 0
     for match in pattern.finditer(text):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.svg import INK, draw_svg
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ class Curve:
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
-            raise ValueError(f"curve '{self.name}' has one edge of a band; give both `low` and `high`, or neither.")
+            raise UserValueError(f"curve '{self.name}' has one edge of a band; give both `low` and `high`, or neither.")
         lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
         if len(lengths) != 1:
-            raise ValueError(f"curve '{self.name}' has series of different lengths: {sorted(lengths)}.")
+            raise UserValueError(f"curve '{self.name}' has series of different lengths: {sorted(lengths)}.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class CostCurve:
 
     def __post_init__(self) -> None:
         if not self.marks:
-            raise ValueError(f"curve '{self.name}' has no points.")
+            raise UserValueError(f"curve '{self.name}' has no points.")
 
 
 def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, reference: str | None = None) -> str:
@@ -87,10 +88,10 @@ def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, refere
         ValueError: no bars, or no bar of the name `reference`.
     """
     if not bars:
-        raise ValueError("interval_bars needs at least one bar.")
+        raise UserValueError("interval_bars needs at least one bar.")
     names = [bar.name for bar in bars]
     if reference is not None and reference not in names:
-        raise ValueError(f"no bar is called '{reference}'; the bars are {names}.")
+        raise UserValueError(f"no bar is called '{reference}'; the bars are {names}.")
 
     def draw(axes: Axes) -> None:
         for row, bar in enumerate(bars):
@@ -137,7 +138,7 @@ def line_curves(
         ValueError: no curves.
     """
     if not curves:
-        raise ValueError("line_curves needs at least one curve.")
+        raise UserValueError("line_curves needs at least one curve.")
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     def draw(axes: Axes) -> None:
@@ -176,7 +177,7 @@ def scatter_with_intervals(
         ValueError: no points.
     """
     if not marks:
-        raise ValueError("scatter_with_intervals needs at least one point.")
+        raise UserValueError("scatter_with_intervals needs at least one point.")
 
     def draw(axes: Axes) -> None:
         for index, mark in enumerate(marks):
@@ -215,7 +216,7 @@ def cost_curves(
         ValueError: no curves.
     """
     if not curves:
-        raise ValueError("cost_curves needs at least one curve.")
+        raise UserValueError("cost_curves needs at least one curve.")
 
     def draw(axes: Axes) -> None:
         for index, curve in enumerate(curves):

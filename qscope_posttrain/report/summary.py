@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.atomic import replacing
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 
@@ -72,7 +73,9 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"cannot write to the output folder '{folder}' ({reason}); choose another folder.") from error
+        raise UserValueError(
+            f"cannot write to the output folder '{folder}' ({reason}); choose another folder."
+        ) from error
     return folder
 
 
@@ -87,7 +90,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         with replacing(target) as unfinished:
             unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise ValueError(f"cannot write '{target}' ({error.strerror or error}).") from error
+        raise UserValueError(f"cannot write '{target}' ({error.strerror or error}).") from error
 
 
 def to_json(value: Any) -> Any:
@@ -114,4 +117,4 @@ def to_json(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "tolist"):  # tensors and numpy arrays and scalars
         return to_json(value.tolist())
-    raise TypeError(f"cannot write a {type(value).__name__} to JSON: {value!r}.")
+    raise UserTypeError(f"cannot write a {type(value).__name__} to JSON: {value!r}.")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qscope_posttrain.errors import UserValueError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,7 +35,7 @@ class Table:
         object.__setattr__(self, "caption", caption)
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(
+                raise UserValueError(
                     f"row {number} of table '{title}' has {len(row)} cells for {len(self.columns)} columns: {row}."
                 )
 

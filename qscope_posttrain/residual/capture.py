@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qscope_posttrain.errors import UserTypeError
 from qscope_posttrain.residual.layers import check_layers, decoder_layers, unwrapped
 
 ForwardHook = Callable[[nn.Module, Any, Any], None]
@@ -19,7 +20,7 @@ def hidden_states(output: Any) -> Tensor:
     """The hidden states `[..., d_model]` in a module's output: the output itself, or the first entry of a tuple."""
     hidden = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(hidden, Tensor):
-        raise TypeError(
+        raise UserTypeError(
             f"Expected a layer to return a tensor, or a tuple that starts with one; got {type(output).__name__}."
         )
     return hidden

@@ -16,13 +16,15 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
+
 
 def pretrained_model(model: nn.Module) -> PreTrainedModel:
     """The outermost `PreTrainedModel` in `model`: the model itself, or what PEFT, DDP or `torch.compile` wrap."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
-    raise ValueError(
+    raise UserValueError(
         f"{type(model).__name__} holds no transformers model; give a causal language model of transformers, "
         "plain or wrapped (PEFT, DDP, torch.compile)."
     )
@@ -73,7 +75,9 @@ def final_norm(model: nn.Module) -> nn.Module:
     norms = [child for child in behind if any("norm" in type(part).__name__.lower() for part in child.modules())]
     if len(norms) != 1:
         found = ", ".join(type(child).__name__ for child in behind) or "nothing"
-        raise ValueError(f"Expected one norm behind the decoder layers of {type(backbone).__name__}, found: {found}.")
+        raise UserValueError(
+            f"Expected one norm behind the decoder layers of {type(backbone).__name__}, found: {found}."
+        )
     return norms[0]
 
 
@@ -86,7 +90,7 @@ def output_embedding(model: nn.Module) -> nn.Module:
     causal_lm = pretrained_model(model)
     head = causal_lm.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(causal_lm).__name__} has no output embedding; load the model with its LM head.")
+        raise UserValueError(f"{type(causal_lm).__name__} has no output embedding; load the model with its LM head.")
     return head
 
 
@@ -100,15 +104,15 @@ def check_layers(model: nn.Module, layers: Iterable[SupportsIndex]) -> tuple[int
     try:
         numbers = tuple(operator.index(layer) for layer in layers)
     except TypeError as error:
-        raise TypeError(f"layers must be integers, e.g. [26, 27]; got {layers!r}.") from error
+        raise UserTypeError(f"layers must be integers, e.g. [26, 27]; got {layers!r}.") from error
     count = len(decoder_layers(model))
     if not numbers:
-        raise ValueError(f"No layer given; choose among the layers 0 to {count - 1} of this model.")
+        raise UserValueError(f"No layer given; choose among the layers 0 to {count - 1} of this model.")
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"Layers {list(numbers)} contain a layer twice.")
+        raise UserValueError(f"Layers {list(numbers)} contain a layer twice.")
     outside = [number for number in numbers if not 0 <= number < count]
     if outside:
-        raise ValueError(
+        raise UserValueError(
             f"Layers {outside} do not exist: this model has {count} layers, valid numbers are 0 to {count - 1}."
         )
     return numbers
@@ -119,11 +123,13 @@ def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     causal_lm = pretrained_model(model)
     name = type(causal_lm).__name__
     if causal_lm.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder; only decoder-only models have one residual stream to read.")
+        raise UserValueError(
+            f"{name} is an encoder-decoder; only decoder-only models have one residual stream to read."
+        )
     try:
         embedding = causal_lm.get_input_embeddings()
     except NotImplementedError as error:
-        raise ValueError(
+        raise UserValueError(
             f"{name} does not say where its token embedding is, so its decoder cannot be found."
         ) from error
     expected = text_config(causal_lm).num_hidden_layers
@@ -144,7 +150,7 @@ def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
         if isinstance(child, nn.ModuleList)
     ]
     listed = ", ".join(f"{type(owner).__name__}.{child_name} ({len(child)})" for owner, child_name, child in found)
-    raise ValueError(
+    raise UserValueError(
         f"Expected one list of {expected} decoder layers (config.num_hidden_layers) beside the token embedding of "
         f"{name}; found {listed or 'no module list'}."
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.residual.layers import text_backbone
 
 ENDLESS = torch.iinfo(torch.int64).max // 4
@@ -36,9 +37,9 @@ class Window:
         if self.length is None:
             return
         if isinstance(self.length, bool) or not isinstance(self.length, int):
-            raise TypeError(f"Window.length must be a whole number or None; got {self.length!r}.")
+            raise UserTypeError(f"Window.length must be a whole number or None; got {self.length!r}.")
         if self.length < 1:
-            raise ValueError(f"Window.length must be at least 1, or None for no end; got {self.length}.")
+            raise UserValueError(f"Window.length must be at least 1, or None for no end; got {self.length}.")
 
 
 Positions = Literal["all", "prompt", "generated"] | Window
@@ -53,17 +54,17 @@ def whole_numbers(name: str, value: int | Tensor) -> int | Tensor:
     """
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers; got a tensor of {value.dtype}.")
+            raise UserTypeError(f"{name} must hold integers; got a tensor of {value.dtype}.")
         if value.dim() != 1 or value.numel() == 0:
-            raise ValueError(f"{name} must be a whole number or have the shape [rows]; got {list(value.shape)}.")
+            raise UserValueError(f"{name} must be a whole number or have the shape [rows]; got {list(value.shape)}.")
         value = value.detach().to("cpu", torch.int64)
         lowest = int(value.min())
     elif isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, or a tensor of them; got {value!r}.")
+        raise UserTypeError(f"{name} must be a whole number, or a tensor of them; got {value!r}.")
     else:
         lowest = value
     if lowest < 0:
-        raise ValueError(f"{name} cannot be negative; got {lowest}.")
+        raise UserValueError(f"{name} cannot be negative; got {lowest}.")
     return value
 
 
@@ -181,7 +182,7 @@ class ColumnTracker:
         if self._given is None:
             self._infer(first, width)
         elif isinstance(self._given, Tensor) and self._given.numel() != batch:
-            raise ValueError(f"prompt_length has {self._given.numel()} rows, but the batch has {batch}.")
+            raise UserValueError(f"prompt_length has {self._given.numel()} rows, but the batch has {batch}.")
         self.first, self.width = first, width
         self.prompt_seen |= first < self._bounds[1]
         self.generated_seen |= first + width > self._bounds[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.layers import pretrained_model, text_config, unwrapped
@@ -45,13 +46,13 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         for name in ("samples_per_prompt", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+                raise UserValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0; got {self.temperature}.")
+            raise UserValueError(f"temperature must be at least 0; got {self.temperature}.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+            raise UserValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
         if self.temperature == 0 and self.samples_per_prompt > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"temperature=0 gives the same response every time, but samples_per_prompt={self.samples_per_prompt}; "
                 "set samples_per_prompt=1 or a positive temperature."
             )
@@ -182,7 +183,7 @@ def sample_batch(
         ValueError: no prompts, an empty one, or one too long for the model.
     """
     if not prompt_ids:
-        raise ValueError("No prompts given.")
+        raise UserValueError("No prompts given.")
     _check_lengths(model, [("", index, "") for index in range(len(prompt_ids))], prompt_ids, settings.max_new_tokens)
     with _sampling(model, tokenizer, settings) as end_ids:
         return list(_until_end(_generate(model, tokenizer, prompt_ids), end_ids))
@@ -219,21 +220,21 @@ def _prompt_texts(
 ) -> list[tuple[str, int, str]]:
     """Language, index within the language, and the text that the model will read, for every prompt."""
     if not prompts:
-        raise ValueError("No prompts given; expected a list of prompts for at least one source language.")
+        raise UserValueError("No prompts given; expected a list of prompts for at least one source language.")
     texts = []
     for language, group in prompts.items():
         if isinstance(group, str):
-            raise TypeError(f"Prompts of {language!r} must be a list of prompts; got one string.")
+            raise UserTypeError(f"Prompts of {language!r} must be a list of prompts; got one string.")
         if len(group) == 0:
-            raise ValueError(f"No prompts for the source language {language!r}; give some or leave it out.")
+            raise UserValueError(f"No prompts for the source language {language!r}; give some or leave it out.")
         for index, prompt in enumerate(group):
             if not prompt:
-                raise ValueError(f"Prompt {index} of {language!r} is empty.")
+                raise UserValueError(f"Prompt {index} of {language!r} is empty.")
             if isinstance(prompt, str) and not chat:
                 texts.append((language, index, prompt))
                 continue
             if tokenizer.chat_template is None:
-                raise ValueError("The tokenizer has no chat template; give plain strings and chat=False.")
+                raise UserValueError("The tokenizer has no chat template; give plain strings and chat=False.")
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **template_options
@@ -249,9 +250,9 @@ def _check_lengths(
     longest = getattr(text_config(model), "max_position_embeddings", None)
     for (language, index, _), tokens in zip(texts, ids, strict=True):
         if len(tokens) == 0:
-            raise ValueError(f"Prompt {index} of {language!r} has no tokens.")
+            raise UserValueError(f"Prompt {index} of {language!r} has no tokens.")
         if longest is not None and len(tokens) + max_new_tokens > longest:
-            raise ValueError(
+            raise UserValueError(
                 f"Prompt {index} of {language!r} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that "
                 f"exceeds the {longest} positions of the model. Shorten the prompt or the response."
             )

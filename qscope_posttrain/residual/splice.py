@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.residual.capture import hidden_states
 from qscope_posttrain.residual.layers import check_layers, decoder_layers
 
@@ -30,7 +31,7 @@ def spliced(model: nn.Module, layer: int, states: Tensor) -> Iterator[None]:
         calls += 1
         hidden = hidden_states(output)
         if hidden.shape != states.shape:
-            raise ValueError(
+            raise UserValueError(
                 f"Layer {number} returns {list(hidden.shape)}, the states to put there {list(states.shape)}."
             )
         inside = states.to(hidden.device, hidden.dtype)

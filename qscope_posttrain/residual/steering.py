@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.residual.capture import hidden_states
 from qscope_posttrain.residual.formulas import Change
 from qscope_posttrain.residual.layers import check_layers, decoder_layers, text_config
@@ -65,13 +66,13 @@ def steer(
             steering waits for; in a forward, if where generated tokens begin cannot be told.
     """
     if not steerings:
-        raise ValueError("No steering given; pass at least one Steering.")
+        raise UserValueError("No steering given; pass at least one Steering.")
     width = text_config(model).hidden_size
     for steering in steerings:
         check_layers(model, steering.layers)
         found = steering.direction.shape[-1]
         if found != width:
-            raise ValueError(f"direction has {found} entries, but the model's residual stream has {width}.")
+            raise UserValueError(f"direction has {found} entries, but the model's residual stream has {width}.")
     layers = decoder_layers(model)
     columns = ColumnTracker(prompt_length)
     calls = {layer: 0 for steering in steerings for layer in steering.layers}
@@ -124,7 +125,7 @@ def _hook(steering: Steering, layer: int, calls: dict[int, int], columns: Column
         # A graph is compiled for the values of Python counters: one that grows would mean a new graph at every call.
         calls[layer] = 1 if torch.compiler.is_compiling() else calls[layer] + 1
         if batch_rows is not None and hidden.shape[0] != batch_rows:
-            raise ValueError(f"Steering is given for {batch_rows} rows, but the batch has {hidden.shape[0]}.")
+            raise UserValueError(f"Steering is given for {batch_rows} rows, but the batch has {hidden.shape[0]}.")
         inside = True if selection is None else selection.mask(hidden)
         if inside is False:
             return None

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.residual.formulas import Change, spread, unit
 from qscope_posttrain.residual.positions import Positions, Window
 
@@ -81,21 +82,21 @@ class Steering:
     def __post_init__(self) -> None:
         for name, words in (("mode", get_args(Mode)), ("unit", get_args(Unit))):
             if getattr(self, name) not in words:
-                raise ValueError(f"{name} must be one of {', '.join(words)}; got {getattr(self, name)!r}.")
+                raise UserValueError(f"{name} must be one of {', '.join(words)}; got {getattr(self, name)!r}.")
         if not isinstance(self.positions, Window) and self.positions not in NAMED_POSITIONS:
-            raise ValueError(f"positions must be {', '.join(NAMED_POSITIONS)} or a Window; got {self.positions!r}.")
+            raise UserValueError(f"positions must be {', '.join(NAMED_POSITIONS)} or a Window; got {self.positions!r}.")
         _check_number("strength", self.strength)
         _check_number("encoder_bias", self.encoder_bias)
         try:
             layers = tuple(self.layers)
         except TypeError as error:
-            raise TypeError(f"layers must be numbers of layers, e.g. (20,); got {self.layers!r}.") from error
+            raise UserTypeError(f"layers must be numbers of layers, e.g. (20,); got {self.layers!r}.") from error
         object.__setattr__(self, "layers", layers)
         _check_vectors("direction", self.direction)
         self._check_rows()
         steered = self.direction[self.rows] if self.rows is not None and self.direction.dim() == 2 else self.direction
         if not steered.any(dim=-1).all():
-            raise ValueError("direction must be finite and not zero.")
+            raise UserValueError("direction must be finite and not zero.")
         object.__setattr__(self, "direction", self.direction.detach())
         self._check_encoder()
         self._check_residual_norms()
@@ -119,7 +120,7 @@ class Steering:
         if self.mode == "project_out":
             return Change(None, along.unsqueeze(-1), spread(self.strength * along))
         if self.encoder is None:
-            raise ValueError(f"mode {self.mode!r} needs an encoder.")
+            raise UserValueError(f"mode {self.mode!r} needs an encoder.")
         read = self.encoder.to(direction.device, torch.float32).unsqueeze(-1)
         if self.mode == "ablate":
             return Change(None, read, spread(self.strength * direction), self.encoder_bias, rectified=True)
@@ -141,31 +142,31 @@ class Steering:
         if rows is not None:
             if not isinstance(rows, Tensor) or rows.dtype != torch.bool:
                 found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-                raise TypeError(f"rows must be a bool tensor [rows] or None; got {found}.")
+                raise UserTypeError(f"rows must be a bool tensor [rows] or None; got {found}.")
             if rows.dim() != 1 or rows.numel() == 0:
-                raise ValueError(f"rows must have the shape [rows]; got {list(rows.shape)}.")
+                raise UserValueError(f"rows must have the shape [rows]; got {list(rows.shape)}.")
             # Compared on the host with where each row's tokens begin; moved to the model once a block.
             object.__setattr__(self, "rows", rows.detach().to("cpu"))
         counts = self._row_counts()
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
-            raise ValueError(f"Everything that is given per row must have as many rows as the batch; {listed}.")
+            raise UserValueError(f"Everything that is given per row must have as many rows as the batch; {listed}.")
 
     def _check_encoder(self) -> None:
         if self.mode not in READS_A_FEATURE:
             if self.encoder is not None:
-                raise ValueError(
+                raise UserValueError(
                     f"encoder is for the modes {' and '.join(READS_A_FEATURE)}; mode {self.mode!r} has no use for it."
                 )
             return
         if self.encoder is None:
-            raise ValueError(
+            raise UserValueError(
                 f"mode {self.mode!r} needs encoder, what the feature reads [d_model], and its encoder_bias."
             )
         _check_vectors("encoder", self.encoder)
         allowed = (self.direction.shape, self.direction.shape[-1:])
         if self.encoder.shape not in allowed:
-            raise ValueError(
+            raise UserValueError(
                 f"encoder must have the shape of direction {list(self.direction.shape)} or "
                 f"{list(self.direction.shape[-1:])}; got {list(self.encoder.shape)}."
             )
@@ -177,29 +178,29 @@ class Steering:
         norms = self.residual_norms or {}
         missing = [str(layer) for layer in self.layers if layer not in norms]
         if missing:
-            raise ValueError(
+            raise UserValueError(
                 f"unit 'relative' needs residual_norms, the median length of the hidden states, of layer(s) "
                 f"{', '.join(missing)}."
             )
         for layer in self.layers:
             _check_number(f"residual_norms[{layer}]", norms[layer])
             if norms[layer] <= 0:
-                raise ValueError(f"residual_norms[{layer}] must be positive; got {norms[layer]}.")
+                raise UserValueError(f"residual_norms[{layer}] must be positive; got {norms[layer]}.")
         object.__setattr__(self, "residual_norms", dict(norms))
 
 
 def _check_vectors(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor [d_model]; got {found}.")
+        raise UserTypeError(f"{name} must be a floating-point tensor [d_model]; got {found}.")
     if value.dim() not in (1, 2) or value.numel() == 0:
-        raise ValueError(f"{name} must have the shape [d_model], or [rows, d_model]; got {list(value.shape)}.")
+        raise UserValueError(f"{name} must have the shape [d_model], or [rows, d_model]; got {list(value.shape)}.")
     if not torch.isfinite(value).all():
-        raise ValueError(f"{name} must be finite.")
+        raise UserValueError(f"{name} must be finite.")
 
 
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r}.")
+        raise UserTypeError(f"{name} must be a number; got {value!r}.")
     if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}.")
+        raise UserValueError(f"{name} must be finite; got {value}.")

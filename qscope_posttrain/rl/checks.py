@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qscope_posttrain.errors import UserValueError
+
 if TYPE_CHECKING:
     from qscope_posttrain.rl.config import SteeredGRPOConfig
 
@@ -15,7 +17,7 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
     Nothing is refused when there are no negatives: then the trainer is TRL's.
     """
     if config.loss_type == "cispo" and config.epsilon_high is not None and config.epsilon_high < 1:
-        raise ValueError(
+        raise UserValueError(
             f"loss_type='cispo' takes epsilon_high as the largest weight of a token, not as the width of a clip: "
             f"{config.epsilon_high} would shrink every token. Set epsilon_high to 5 or so, as TRL suggests."
         )
@@ -24,38 +26,38 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
             _check_dynamic_sampling(config)
         return
     if config.use_transformers_continuous_batching:
-        raise ValueError(
+        raise UserValueError(
             "use_transformers_continuous_batching=True mixes the rows of a batch at every step, so that a negative "
             "cannot be told from an ordinary row while it is generated. Set it to False."
         )
     if config.use_vllm:
-        raise ValueError(
+        raise UserValueError(
             "use_vllm=True generates outside of the torch model, where steering does not reach. Set use_vllm=False, or "
             "negatives_per_group=0 for plain DAPO."
         )
     if config.off_policy_mask_threshold is not None:
-        raise ValueError(
+        raise UserValueError(
             "off_policy_mask_threshold drops rows of negative advantage as soon as the policy has moved away from "
             "them, which is what a negative is there to achieve. Leave it at None."
         )
     if config.importance_sampling_level == "sequence" and config.old_logps == "behaviour":
-        raise ValueError(
+        raise UserValueError(
             "importance_sampling_level='sequence' with old_logps='behaviour' weighs a whole negative by the ratio of "
             "the policy to the steered distribution, which is near 0: it would be clipped away. Use old_logps='policy' "
             "or importance_sampling_level='token'."
         )
     if config.loss_type == "vespo":
-        raise ValueError(
+        raise UserValueError(
             "loss_type='vespo' reshapes the weight of a whole row by its ratio and erases rows far from the policy. "
             "Use 'dapo' (or grpo, bnpo, dr_grpo, cispo, sapo)."
         )
     if config.top_entropy_quantile < 1.0:
-        raise ValueError(
+        raise UserValueError(
             f"top_entropy_quantile={config.top_entropy_quantile} keeps only uncertain tokens in the loss, and the "
             "tokens of an endless repetition are certain. Set it to 1.0."
         )
     if config.cache_implementation is not None:
-        raise ValueError(
+        raise UserValueError(
             f"cache_implementation={config.cache_implementation!r} compiles the decoding step without the steering "
             "hooks' row positions. Leave it at None."
         )
@@ -65,7 +67,7 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
 
 def _check_dynamic_sampling(config: SteeredGRPOConfig) -> None:
     if config.multi_objective_aggregation != "sum_then_normalize" or config.scale_rewards == "batch":
-        raise ValueError(
+        raise UserValueError(
             "dynamic_sampling replaces single groups, so advantages must be formed within each group: use "
             "multi_objective_aggregation='sum_then_normalize' and scale_rewards 'group' or 'none'."
         )
@@ -77,7 +79,7 @@ def check_trainer_arguments(has_negatives: bool, dynamic_sampling: bool, argumen
         return
     for name in ("tools", "rollout_func", "environment_factory"):
         if arguments.get(name) is not None:
-            raise ValueError(
+            raise UserValueError(
                 f"{name} generates rows in an order or number of its own, so that negatives cannot be told from "
                 "ordinary rows. Leave it out, or set negatives_per_group=0 and dynamic_sampling=False."
             )

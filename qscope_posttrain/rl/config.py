@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from trl import GRPOConfig
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.rl.checks import check_compatible
 
 Mode = Literal["default", "paper"]
@@ -201,7 +202,7 @@ class SteeredGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode not in PRESETS:
-            raise ValueError(f"mode must be one of {', '.join(PRESETS)}; got {self.mode!r}.")
+            raise UserValueError(f"mode must be one of {', '.join(PRESETS)}; got {self.mode!r}.")
         if self.mode == "paper":
             self._check_paper()
             self.negative = "feature"
@@ -230,14 +231,16 @@ class SteeredGRPOConfig(GRPOConfig):
     def generations(self) -> int:
         """Rows in a group."""
         if self.num_generations is None:
-            raise ValueError("num_generations must be a number.")
+            raise UserValueError("num_generations must be a number.")
         return self.num_generations
 
     @property
     def completion_limit(self) -> int:
         """Tokens of a completion at most."""
         if self.max_completion_length is None:
-            raise ValueError("max_completion_length must be a number: an endless repetition has to be cut somewhere.")
+            raise UserValueError(
+                "max_completion_length must be a number: an endless repetition has to be cut somewhere."
+            )
         return self.max_completion_length
 
     @property
@@ -260,7 +263,7 @@ class SteeredGRPOConfig(GRPOConfig):
     def check_window(self, start: Sequence[int]) -> None:
         """ValueError if a window may start where nothing is left to be said."""
         if start[1] >= self.completion_limit - 1 and start[1] > 0:
-            raise ValueError(
+            raise UserValueError(
                 f"window_start={list(start)} reaches to the last of max_completion_length="
                 f"{self.max_completion_length} tokens, so that a negative could be an ordinary row. Start earlier."
             )
@@ -270,7 +273,7 @@ class SteeredGRPOConfig(GRPOConfig):
         for name, value in {**PRESETS["paper"], **_ONLY_IN_PAPER}.items():
             given = getattr(self, name)
             if given is not None and given != value:
-                raise ValueError(
+                raise UserValueError(
                     f"mode='paper' is the report's method as written, with {name}={value!r}; got {given!r}. Leave it "
                     "out, or use mode='default' and set every field that you want."
                 )
@@ -279,30 +282,32 @@ class SteeredGRPOConfig(GRPOConfig):
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+                raise UserValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} must lie between {low} and {high}; got {value}.")
+                raise UserValueError(f"{name} must lie between {low} and {high}; got {value}.")
         window = self.window_start
         if window is not None and (len(window) != 2 or not 0 <= window[0] <= window[1]):
-            raise ValueError(f"window_start is two numbers, the first and the last token to start at; got {window}.")
+            raise UserValueError(
+                f"window_start is two numbers, the first and the last token to start at; got {window}."
+            )
         if self.soft_overlong_cache is not None and self.soft_overlong_cache > self.completion_limit:
-            raise ValueError(
+            raise UserValueError(
                 f"soft_overlong_cache={self.soft_overlong_cache} is more than "
                 f"max_completion_length={self.max_completion_length}, the tokens that it is a part of."
             )
         if not self.has_negatives:
             return
         if self.generations - self.negatives_per_group < 2:
-            raise ValueError(
+            raise UserValueError(
                 f"negatives_per_group={self.negatives_per_group} of num_generations={self.num_generations} leaves "
                 "fewer than 2 ordinary rows in a group, and their rewards could not be compared. Take more generations."
             )
         # A repeated piece has at least one token.
         shortest = max(self.loop_min_tokens, self.loop_min_copies)
         if self.gate == "drop" and shortest > self.completion_limit:
-            raise ValueError(
+            raise UserValueError(
                 f"loop_min_tokens={self.loop_min_tokens} or loop_min_copies={self.loop_min_copies} is more than "
                 f"max_completion_length={self.max_completion_length}: no completion could be an endless repetition, "
                 "and gate='drop' would drop all negatives."

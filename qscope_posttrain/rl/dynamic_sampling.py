@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
+
 BatchDict = dict[str, Any]
 
 _LEFT = {"prompt_ids", "prompt_mask"}
@@ -24,13 +26,13 @@ class DynamicSampling:
 
     def __init__(self, dataset: Any) -> None:
         if not isinstance(dataset, Dataset):
-            raise ValueError(
+            raise UserValueError(
                 f"dynamic_sampling draws further prompts by their number, which a {type(dataset).__name__} does not "
                 "allow. Load the data set without streaming, or set dynamic_sampling=False."
             )
         images = sorted({"image", "images"} & set(dataset.column_names))
         if images:
-            raise ValueError(
+            raise UserValueError(
                 f"dynamic_sampling replaces rows of text, and the data set has the column {images[0]!r}. Set "
                 "dynamic_sampling=False."
             )
@@ -85,7 +87,7 @@ def replace_rows(batch: BatchDict, rows: Tensor, other: BatchDict, other_rows: T
         elif isinstance(value, Tensor) and value.dim() == 0:
             merged[key] = value
         else:
-            raise ValueError(f"dynamic_sampling replaces rows of text; it does not know what to do with {key!r}.")
+            raise UserValueError(f"dynamic_sampling replaces rows of text; it does not know what to do with {key!r}.")
     return merged
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.text.repetition import RepeatedTail
 
 
@@ -41,7 +42,7 @@ def negative_loss_mask(
         part = column >= first[:, None]
     elif tokens == "likely":
         if policy_logps is None:
-            raise ValueError("negative_tokens='likely' needs the log-probabilities of the policy.")
+            raise UserValueError("negative_tokens='likely' needs the log-probabilities of the policy.")
         part = policy_logps.exp() >= floor
     else:
         part = torch.ones_like(mask, dtype=torch.bool)

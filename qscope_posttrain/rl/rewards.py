@@ -17,6 +17,7 @@ from typing import Any
 
 import regex
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.text.repetition import repeated_tail
 from qscope_posttrain.text.scripts import language_scripts, script_pattern
 
@@ -53,7 +54,7 @@ class RepetitionPenalty:
 
     def __init__(self, min_copies: int = 4, min_tokens: int = 12, max_penalty: float = -1.0) -> None:
         if max_penalty > 0:
-            raise ValueError(f"max_penalty must be at most 0; got {max_penalty}.")
+            raise UserValueError(f"max_penalty must be at most 0; got {max_penalty}.")
         repeated_tail((), min_copies=min_copies, min_tokens=min_tokens)  # refuses values out of range
         self.min_copies = min_copies
         self.min_tokens = min_tokens
@@ -98,7 +99,7 @@ class LanguageConsistency:
         if self.language is not None:
             return [script_share(completion_text(completion), self.language) for completion in completions]
         if self.column not in kwargs:
-            raise ValueError(
+            raise UserValueError(
                 f"LanguageConsistency() needs each row's language in a column '{self.column}' of the data set; the "
                 f"columns are {', '.join(sorted(kwargs)) or 'none'}. Name one with column=..., or fix language=..."
             )
@@ -166,7 +167,7 @@ def reward_function(spec: str | Mapping[str, Any]) -> RewardFunction:
         return _imported(name, options)
     known = reward_names()
     close = difflib.get_close_matches(name, known, n=1)
-    raise ValueError(
+    raise UserValueError(
         f"No reward function '{name}'.{f' Did you mean {close[0]!r}?' if close else ''} The known ones are "
         f"{', '.join(known)}; name any other by its path, such as my_rewards.brevity."
     )
@@ -182,7 +183,7 @@ def _name_and_options(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any
         return spec, {}
     if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
         return spec["name"], {option: value for option, value in spec.items() if option != "name"}
-    raise TypeError(f"A reward function is a name, or a mapping with a name and options; got {spec!r}.")
+    raise UserTypeError(f"A reward function is a name, or a mapping with a name and options; got {spec!r}.")
 
 
 def _own() -> dict[str, Callable[..., RewardFunction]]:
@@ -204,12 +205,12 @@ def _imported(path: str, options: dict[str, Any]) -> RewardFunction:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not
-        raise ValueError(
+        raise UserValueError(
             f"Reward function '{path}': there is no module '{error.name}'. Put the folder that holds it on PYTHONPATH."
         ) from error
     if not hasattr(module, attribute):
         offered = [name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")]
-        raise ValueError(f"Reward function '{path}': the module has no '{attribute}', but {', '.join(offered)}.")
+        raise UserValueError(f"Reward function '{path}': the module has no '{attribute}', but {', '.join(offered)}.")
     found = getattr(module, attribute)
     _check_is_reward(found, path)
     return _make(found, path, options) if inspect.isclass(found) else _with_options(found, path, options)
@@ -224,7 +225,7 @@ def _check_is_reward(found: Any, path: str) -> None:
     except ValueError:  # a function written in C, without a signature
         parameters = []
     if not {"completions", "completion_ids"} & set(parameters):
-        raise ValueError(
+        raise UserValueError(
             f"'{path}' is no reward function: expected one with a parameter 'completions' or 'completion_ids', or a "
             f"class of such objects; got a {type(found).__name__} with the parameters ({', '.join(parameters)})."
         )
@@ -235,7 +236,7 @@ def _make(factory: Callable[..., Any], name: str, options: dict[str, Any]) -> Re
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
-        raise ValueError(f"Reward function '{name}': {error}. Its options are {_options_of(factory)}.") from error
+        raise UserValueError(f"Reward function '{name}': {error}. Its options are {_options_of(factory)}.") from error
     made: RewardFunction = factory(**options)
     return made
 
@@ -247,7 +248,7 @@ def _with_options(function: RewardFunction, name: str, options: dict[str, Any]) 
     """
     unknown = sorted(set(options) - set(inspect.signature(function).parameters))
     if unknown:
-        raise ValueError(f"Reward function '{name}' has no option '{unknown[0]}'; it has {_options_of(function)}.")
+        raise UserValueError(f"Reward function '{name}' has no option '{unknown[0]}'; it has {_options_of(function)}.")
     return functools.partial(function, **options) if options else function
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.baseline import excluded_advantages
 from qscope_posttrain.rl.checkpoints import SaveBetweenGenerations, generation_window
@@ -73,7 +74,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         **arguments: Any,
     ) -> None:
         if not isinstance(args, SteeredGRPOConfig):
-            raise TypeError(f"args must be a SteeredGRPOConfig; got {type(args).__name__}.")
+            raise UserTypeError(f"args must be a SteeredGRPOConfig; got {type(args).__name__}.")
         args.settle_negative(features is not None)
         check_trainer_arguments(args.has_negatives, args.dynamic_sampling, arguments)
         self._negatives = args.negative_settings
@@ -338,7 +339,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         evaluated = self.eval_dataset
         for dataset in (self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
             if STEERED in (getattr(dataset, "column_names", None) or []):
-                raise ValueError(
+                raise UserValueError(
                     f"The data set has a column {STEERED!r}, the name of the flag of negatives; rename it."
                 )
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.kernels import CertifiedWeights, threshold_encode, topk_encode
 from qscope_posttrain.kernels.checks import check_choice, check_tiles
 from qscope_posttrain.kernels.encode import VARIANTS
@@ -75,11 +76,11 @@ class TopK(Activation):
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int):
-            raise TypeError(f"k must be an integer, got {self.k!r} ({type(self.k).__name__})")
+            raise UserTypeError(f"k must be an integer, got {self.k!r} ({type(self.k).__name__})")
         if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
+            raise UserValueError(f"k must be at least 1, got {self.k}")
         if self.variant not in TOP_K_VARIANTS:
-            raise ValueError(f"unknown TopK variant {self.variant!r}; choose one of {', '.join(TOP_K_VARIANTS)}")
+            raise UserValueError(f"unknown TopK variant {self.variant!r}; choose one of {', '.join(TOP_K_VARIANTS)}")
 
     def encode(
         self,
@@ -96,7 +97,7 @@ class TopK(Activation):
 
     def check(self, d_sae: int) -> None:
         if self.k > d_sae:
-            raise ValueError(f"TopK keeps k={self.k} latents, but the dictionary has only {d_sae}")
+            raise UserValueError(f"TopK keeps k={self.k} latents, but the dictionary has only {d_sae}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class BatchTopK(Thresholded):
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.threshold):
-            raise ValueError(f"the BatchTopK threshold must be finite, got {self.threshold}")
+            raise UserValueError(f"the BatchTopK threshold must be finite, got {self.threshold}")
 
     def limit(self) -> Tensor | float:
         return self.threshold
@@ -163,7 +164,9 @@ class JumpReLU(Thresholded):
 
     def check(self, d_sae: int) -> None:
         if self.threshold.shape[0] != d_sae:
-            raise ValueError(f"JumpReLU has {self.threshold.shape[0]} thresholds for a dictionary of {d_sae} latents")
+            raise UserValueError(
+                f"JumpReLU has {self.threshold.shape[0]} thresholds for a dictionary of {d_sae} latents"
+            )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> JumpReLU:
         return JumpReLU(self.threshold.to(device=device, dtype=dtype))
@@ -225,7 +228,7 @@ class GroupMax(Activation):
 
     def check(self, d_sae: int) -> None:
         if d_sae % self.k:
-            raise ValueError(f"GroupMax divides the latents into k={self.k} equal groups, which {d_sae} cannot be")
+            raise UserValueError(f"GroupMax divides the latents into k={self.k} equal groups, which {d_sae} cannot be")
 
 
 AnyActivation = TopK | ReLU | BatchTopK | JumpReLU | AbsTopK | GroupMax
@@ -269,7 +272,7 @@ def _by_tiles(
 
 def _refuse_certified(precision: str, weights: CertifiedWeights | None) -> None:
     if weights is not None or precision == "certified":
-        raise ValueError("precision='certified' is for TopK; this activation has no certified encoding")
+        raise UserValueError("precision='certified' is for TopK; this activation has no certified encoding")
 
 
 def activation_to_spec(activation: Activation) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -283,9 +286,9 @@ def activation_from_spec(settings: Any, tensors: dict[str, Tensor]) -> Activatio
     """The activation that `activation_to_spec` described. ValueError for anything it would not have written."""
     name = settings.get("name") if isinstance(settings, dict) else None
     if not isinstance(name, str) or name not in _BY_NAME:
-        raise ValueError(f"unknown activation {settings!r}; known are {', '.join(_BY_NAME)}")
+        raise UserValueError(f"unknown activation {settings!r}; known are {', '.join(_BY_NAME)}")
     arguments = {key: value for key, value in settings.items() if key != "name"} | tensors
     try:
         return _BY_NAME[name](**arguments)
     except TypeError as error:
-        raise ValueError(f"invalid settings for activation {name}: {error}") from error
+        raise UserValueError(f"invalid settings for activation {name}: {error}") from error

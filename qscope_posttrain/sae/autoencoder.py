@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.kernels import CertifiedWeights, certified_weights, feature_preactivations, sparse_decode
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae.activations import Activation, TopK
@@ -61,11 +62,11 @@ class SparseAutoencoder:
         check_tensor("W_dec", self.W_dec, (self.d_sae, self.d_model))
         kinds = {(tensor.dtype, tensor.device) for tensor in self._tensors().values()}
         if len(kinds) > 1:
-            raise ValueError(f"the tensors of an SAE must share one dtype and device, got {kinds}")
+            raise UserValueError(f"the tensors of an SAE must share one dtype and device, got {kinds}")
         for name, tensor in self._tensors().items():
             check_finite(name, tensor)
         if not isinstance(self.activation, Activation):
-            raise TypeError(f"activation must be TopK, ReLU, JumpReLU or BatchTopK, got {self.activation!r}")
+            raise UserTypeError(f"activation must be TopK, ReLU, JumpReLU or BatchTopK, got {self.activation!r}")
         self.activation.check(self.d_sae)
 
     @property
@@ -215,7 +216,7 @@ class SparseAutoencoder:
                 source=located.describe(stored.format, sha256, stored.origin),
             )
         except ValueError as error:
-            raise ValueError(f"{stored.path}: {error}") from error
+            raise UserValueError(f"{stored.path}: {error}") from error
 
     @classmethod
     def rows(
@@ -245,9 +246,9 @@ class SparseAutoencoder:
 
     def _checked_input(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.d_model:
-            raise ValueError(f"x must be [tokens, {self.d_model}] for this SAE, got {list(x.shape)}")
+            raise UserValueError(f"x must be [tokens, {self.d_model}] for this SAE, got {list(x.shape)}")
         if not x.is_floating_point():
-            raise TypeError(f"x must be floating point, got {x.dtype}")
+            raise UserTypeError(f"x must be floating point, got {x.dtype}")
         if x.device != self.device:
-            raise ValueError(f"x is on {x.device}, the SAE on {self.device}: move one with .to(device=...)")
+            raise UserValueError(f"x is on {x.device}, the SAE on {self.device}: move one with .to(device=...)")
         return x.to(torch.promote_types(self.dtype, torch.float32)) if x.dtype == torch.float64 else x

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from functools import cache
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae import releases
 from qscope_posttrain.sae.catalog_entry import CatalogEntry
 
@@ -41,7 +42,7 @@ def find(name: str) -> CatalogEntry | None:
         return entry.at(l0)
     inside = [e for e in entries() if wanted in (e.repository.casefold(), e.repository.partition("/")[2].casefold())]
     if len(inside) > 1:
-        raise ValueError(f"{name} holds {len(inside)} releases: choose one of {', '.join(e.name for e in inside)}.")
+        raise UserValueError(f"{name} holds {len(inside)} releases: choose one of {', '.join(e.name for e in inside)}.")
     return inside[0] if inside else None
 
 

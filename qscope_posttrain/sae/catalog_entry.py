@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from qscope_posttrain.errors import UserValueError
+
 MODEL_CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -86,14 +88,14 @@ class CatalogEntry:
     def l0_of(self, layer: int) -> str | None:
         """The L0 that `file_of` takes for a layer, as the repository writes it; None where there is no choice."""
         if layer not in self.layers:
-            raise ValueError(f"{self.name} has no layer {layer}; it has the layers {_in_words(self.layers)}.")
+            raise UserValueError(f"{self.name} has no layer {layer}; it has the layers {_in_words(self.layers)}.")
         offered = self.choices.get(layer)
         if offered is None:
             return None
         if self.l0 is None:
             return _typical(offered)
         if self.l0 not in offered:
-            raise ValueError(f"{self.name} has no L0 {self.l0} at layer {layer}; it has {', '.join(offered)}.")
+            raise UserValueError(f"{self.name} has no L0 {self.l0} at layer {layer}; it has {', '.join(offered)}.")
         return self.l0
 
     def expected_l0(self, layer: int) -> float | None:
@@ -112,7 +114,9 @@ class CatalogEntry:
         label = str(l0)
         if not any(label in offered for offered in self.choices.values()):
             known = sorted({name for offered in self.choices.values() for name in offered}, key=_l0_key)
-            raise ValueError(f"{self.name} has no L0 {label}; its layers have {', '.join(known) or 'no choice of L0'}.")
+            raise UserValueError(
+                f"{self.name} has no L0 {label}; its layers have {', '.join(known) or 'no choice of L0'}."
+            )
         return replace(self, l0=label)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _ELEMENTS_PER_CHUNK = 1 << 24
@@ -16,18 +18,18 @@ _ELEMENTS_PER_CHUNK = 1 << 24
 def check_tensor(name: str, tensor: object, shape: Sequence[int | None]) -> None:
     """Raise TypeError or ValueError unless `tensor` is a dense float tensor of `shape` (None: any length above 0)."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise UserTypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ValueError(f"{name} must be a dense tensor with data, got layout {tensor.layout} on {tensor.device}")
+        raise UserValueError(f"{name} must be a dense tensor with data, got layout {tensor.layout} on {tensor.device}")
     if tensor.dtype not in FLOAT_DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise ValueError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; accepted are {accepted}")
+        raise UserValueError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; accepted are {accepted}")
     matches = tensor.ndim == len(shape) and all(
         have == want if want is not None else have > 0 for have, want in zip(tensor.shape, shape, strict=True)
     )
     if not matches:
         wanted = ", ".join("any" if length is None else str(length) for length in shape)
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
+        raise UserValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -38,4 +40,4 @@ def check_finite(name: str, tensor: Tensor) -> None:
         chunk = rows[start : start + step]
         if chunk.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(chunk)):
             bad = (~chunk.isfinite()).any(dim=1).nonzero()[0]
-            raise ValueError(f"{name} holds NaN or infinite values, first in row {start + int(bad)}")
+            raise UserValueError(f"{name} holds NaN or infinite values, first in row {start + int(bad)}")

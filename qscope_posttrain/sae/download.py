@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.tables import Table
@@ -75,7 +76,7 @@ def fetch(
         remote = describe(repository, files, revision)
     except _NotReachable as error:
         if cached is None:
-            raise FileNotFoundError(str(error)) from error
+            raise UserFileNotFoundError(str(error)) from error
         commit = cached[0].relative_to(_cache()).parts[2]  # models--owner--name/snapshots/<commit>/...
         status(f"{error.reason}: taking {repository} as it is in the cache, commit {commit[:12]}")
         return cached
@@ -128,7 +129,9 @@ def _ask(repository: str, name: str, revision: str | None) -> RemoteFile:
     etag, commit = answer.etag or "", answer.commit_hash or ""
     # Both become names of files in the cache.
     if not _ETAG.fullmatch(etag) or not _COMMIT.fullmatch(commit):
-        raise ValueError(f"the hub describes {repository}/{name} with etag {etag!r} and commit {commit!r}: not a hub?")
+        raise UserValueError(
+            f"the hub describes {repository}/{name} with etag {etag!r} and commit {commit!r}: not a hub?"
+        )
     blob = _blob(repository, etag)
     if blob.exists():
         return RemoteFile(name, blob.stat().st_size, etag, commit, blob.stat().st_size, is_cached=True)
@@ -183,7 +186,7 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
         ) from error
     if _SHA256.fullmatch(file.etag) and (found := file_sha256(part)) != file.etag:
         part.unlink()
-        raise ValueError(
+        raise UserValueError(
             f"{repository}/{file.name} arrived with sha256 {found[:16]}..., but the hub promised {file.etag[:16]}...: "
             "it was thrown away; download it again."
         )
@@ -195,7 +198,7 @@ def _check_space(files: Sequence[RemoteFile]) -> None:
         folder = folder.parent
     needed, free = sum(file.missing for file in files), shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
+        raise UserValueError(
             f"{in_words(needed)} are to be downloaded, but the disk of {_cache()} has {in_words(free)} left: take "
             "fewer layers at a time, make room, or set HF_HUB_CACHE to a folder on another disk."
         )

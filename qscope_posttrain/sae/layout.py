@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+
 LAYER_FILE = re.compile(r"layer(?P<layer>\d{1,6})\.sae\.(?:pt|safetensors)")
 """Name of one layer's file: `layer{n}.sae.pt` in Qwen-Scope, `layer{n}.sae.safetensors` in the package's own format."""
 
@@ -69,7 +71,7 @@ def weights_in(folder: Path) -> list[str]:
         for entry in sorted(place.iterdir()):
             seen += 1
             if seen > _MAX_FILES:
-                raise ValueError(f"{folder} holds more than {_MAX_FILES} files: give a folder nearer to the SAE")
+                raise UserValueError(f"{folder} holds more than {_MAX_FILES} files: give a folder nearer to the SAE")
             name = prefix + entry.name
             if entry.is_dir() and not entry.is_symlink() and depth < _MAX_DEPTH:
                 queue.append((f"{name}/", entry, depth + 1))
@@ -89,7 +91,7 @@ def choose(names: Iterable[str], layer: int | None, where: str, above: str = "")
     """
     weights = [name for name in sorted(set(names)) if is_weights(name) and is_safe(name)]
     if not weights:
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{where} holds no file named layer<n>.sae.pt or layer<n>.sae.safetensors, nor the weights of another "
             "known layout (params.npz, params.safetensors, sae_weights.safetensors, sae.safetensors, ae.pt)"
         )
@@ -99,13 +101,13 @@ def choose(names: Iterable[str], layer: int | None, where: str, above: str = "")
         by_layer.setdefault(layer_in_path(f"{above}/{name}"), []).append(name)
     known = [number for number in by_layer if number is not None]
     if layer is None and len(by_layer) > 1:
-        raise ValueError(f"{where} holds layers {ranges(known)}: say which one with layer=...")
+        raise UserValueError(f"{where} holds layers {ranges(known)}: say which one with layer=...")
     wanted = next(iter(by_layer)) if layer is None else layer if layer in by_layer else None
     if wanted not in by_layer:
-        raise ValueError(f"{where} has no layer {layer}; it holds layers {ranges(known)} (counted from 0)")
+        raise UserValueError(f"{where} has no layer {layer}; it holds layers {ranges(known)} (counted from 0)")
     if len(by_layer[wanted]) > 1:
         what = "several SAEs" if wanted is None else f"layer {wanted} more than once"
-        raise ValueError(f"{where} holds {what} ({listed(by_layer[wanted])}): give the file, or its folder")
+        raise UserValueError(f"{where} holds {what} ({listed(by_layer[wanted])}): give the file, or its folder")
     return by_layer[wanted][0]
 
 

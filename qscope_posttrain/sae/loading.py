@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import AbsTopK, Activation, GroupMax, TopK
 from qscope_posttrain.sae.folding import Rows, compute_dtype, fold_b_dec, fold_rows
 from qscope_posttrain.sae.formats import open_stored
@@ -33,7 +34,7 @@ def open_source(
     located = locate(source, layer, revision)
     stored = open_stored(located, input_scale)
     if d_model is not None and stored.b_dec.shape[0] != d_model:
-        raise ValueError(
+        raise UserValueError(
             f"{stored.path} is for a residual stream of width {stored.b_dec.shape[0]}, but the model has {d_model}: "
             "this SAE belongs to another model"
         )
@@ -83,7 +84,7 @@ def read_rows(located: LocatedFile, stored: StoredSAE, feature_ids: Sequence[int
             layer=layer_of(located, stored),
         )
     except ValueError as error:
-        raise ValueError(f"{stored.path}: {error}") from error
+        raise UserValueError(f"{stored.path}: {error}") from error
 
 
 def layer_of(located: LocatedFile, stored: StoredSAE) -> int | None:
@@ -101,14 +102,16 @@ def activation_of(located: LocatedFile, stored: StoredSAE, k: int | None) -> Act
     if k is not None:
         known["the caller"] = k
     if stored.activation is not None and not isinstance(stored.activation, WITH_K) and k is not None:
-        raise ValueError(f"{stored.path} has a {type(stored.activation).__name__} activation, so k={k} means nothing")
+        raise UserValueError(
+            f"{stored.path} has a {type(stored.activation).__name__} activation, so k={k} means nothing"
+        )
     if len(set(known.values())) > 1:
         told = ", ".join(f"{who} says k={value}" for who, value in known.items())
-        raise ValueError(f"{stored.path}: contradicting k: {told}")
+        raise UserValueError(f"{stored.path}: contradicting k: {told}")
     if stored.activation is not None:
         return stored.activation
     if not known:
-        raise ValueError(
+        raise UserValueError(
             f"{stored.path}: k is not in the file, and no folder above it is named like a release "
             "(SAE-Res-<model>-W<N>K-L0_<k>): give it with k=..., for Qwen-Scope 50 or 100"
         )
@@ -116,5 +119,5 @@ def activation_of(located: LocatedFile, stored: StoredSAE, k: int | None) -> Act
     try:
         activation.check(stored.b_enc.shape[0])
     except ValueError as error:
-        raise ValueError(f"{stored.path}: {error}") from error
+        raise UserValueError(f"{stored.path}: {error}") from error
     return activation

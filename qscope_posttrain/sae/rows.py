@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 from qscope_posttrain.sae.source import SAESource
 
@@ -43,11 +44,11 @@ def feature_id_tensor(feature_ids: Sequence[int] | Tensor, d_sae: int) -> Tensor
     """`feature_ids` as int64 [F] on the CPU. TypeError if they are not integers, ValueError if out of range or none."""
     ids = torch.as_tensor(feature_ids)
     if ids.ndim != 1 or ids.numel() == 0:
-        raise ValueError(f"feature_ids must be a non-empty list of integers, got {feature_ids!r}")
+        raise UserValueError(f"feature_ids must be a non-empty list of integers, got {feature_ids!r}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"feature_ids must be integers, got {ids.dtype}")
+        raise UserTypeError(f"feature_ids must be integers, got {ids.dtype}")
     ids = ids.to(device="cpu", dtype=torch.int64)
     if int(ids.min()) < 0 or int(ids.max()) >= d_sae:
         bad = [number for number in ids.tolist() if not 0 <= number < d_sae]
-        raise ValueError(f"feature ids {bad} are out of range: the dictionary has features 0..{d_sae - 1}")
+        raise UserValueError(f"feature ids {bad} are out of range: the dictionary has features 0..{d_sae - 1}")
     return ids

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qscope_posttrain.atomic import replacing
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.formats import native
 from qscope_posttrain.sae.source import Release
@@ -35,12 +36,12 @@ def save(sae: SparseAutoencoder, path: Path, format: str) -> Path:
         return _save_sae_lens(sae, path)
     if format == "qwen_scope":
         return _save_qwen_scope(sae, path)
-    raise ValueError(f"unknown format {format!r}; an SAE can be saved as {', '.join(FORMATS)}")
+    raise UserValueError(f"unknown format {format!r}; an SAE can be saved as {', '.join(FORMATS)}")
 
 
 def _save_native(sae: SparseAutoencoder, path: Path) -> Path:
     if path.suffix != ".safetensors":
-        raise ValueError(f"an SAE is saved as safetensors: end the file name in .safetensors, got {path.name!r}")
+        raise UserValueError(f"an SAE is saved as safetensors: end the file name in .safetensors, got {path.name!r}")
     tensors = {name: getattr(sae, name) for name in native.KEYS}
     native.write_file(path, tensors, sae.activation, sae.layer, sae.source.origin or sae.source)
     return path
@@ -48,7 +49,9 @@ def _save_native(sae: SparseAutoencoder, path: Path) -> Path:
 
 def _save_sae_lens(sae: SparseAutoencoder, path: Path) -> Path:
     if path.suffix in (".safetensors", ".json", ".pt"):
-        raise ValueError(f"SAELens has a folder with cfg.json and sae_weights.safetensors: give a folder, got {path}")
+        raise UserValueError(
+            f"SAELens has a folder with cfg.json and sae_weights.safetensors: give a folder, got {path}"
+        )
     tensors = {"W_enc": sae.W_enc.t(), "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     settings: dict[str, Any] = {
         "d_in": sae.d_model,
@@ -74,7 +77,7 @@ def _save_sae_lens(sae: SparseAutoencoder, path: Path) -> Path:
         settings["architecture"] = "jumprelu"
         tensors["threshold"] = _uniform_threshold(activation.threshold, sae.b_enc)
     else:
-        raise ValueError(f"SAELens has no architecture for {activation}; save it as native")
+        raise UserValueError(f"SAELens has no architecture for {activation}; save it as native")
     path.mkdir(parents=True, exist_ok=True)
     with replacing(path / "sae_weights.safetensors") as unfinished:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
@@ -94,7 +97,7 @@ def _sae_lens_metadata(sae: SparseAutoencoder) -> dict[str, Any]:
 def _uniform_threshold(threshold: float, like: Tensor) -> Tensor:
     tensor = torch.full_like(like, threshold)
     if float(tensor[0]) != threshold and like.dtype != torch.float32:
-        raise ValueError(f"the threshold {threshold} cannot be written in {like.dtype}: convert with to(dtype=...)")
+        raise UserValueError(f"the threshold {threshold} cannot be written in {like.dtype}: convert with to(dtype=...)")
     return tensor
 
 
@@ -102,21 +105,23 @@ def _save_qwen_scope(sae: SparseAutoencoder, path: Path) -> Path:
     """`path` is the file, or its folder; the folder must be named after width and k, since the file holds neither."""
     activation = sae.activation
     if not isinstance(activation, TopK) or activation.variant == "signed":
-        raise ValueError(f"a Qwen-Scope file is read as relu(topk(...)), it cannot express {activation}")
+        raise UserValueError(f"a Qwen-Scope file is read as relu(topk(...)), it cannot express {activation}")
     if sae.layer is None:
-        raise ValueError("a Qwen-Scope file is named after its layer, and this SAE knows none: set it with replace()")
+        raise UserValueError(
+            "a Qwen-Scope file is named after its layer, and this SAE knows none: set it with replace()"
+        )
     if sae.d_sae == sae.d_model:
-        raise ValueError(f"a Qwen-Scope file of {sae.d_sae} x {sae.d_sae} would not tell its orientation")
+        raise UserValueError(f"a Qwen-Scope file of {sae.d_sae} x {sae.d_sae} would not tell its orientation")
     name = f"layer{sae.layer}.sae.pt"
     file = path if path.suffix == ".pt" else path / name
     if file.name != name:
-        raise ValueError(f"this SAE is of layer {sae.layer}: its Qwen-Scope file is named {name}, got {file.name}")
+        raise UserValueError(f"this SAE is of layer {sae.layer}: its Qwen-Scope file is named {name}, got {file.name}")
     release = Release.parse(file.absolute().parent.name)
     thousands, rest = divmod(sae.d_sae, 1024)
     if rest:
-        raise ValueError(f"Qwen-Scope states the width in units of 1024, which {sae.d_sae} latents are not")
+        raise UserValueError(f"Qwen-Scope states the width in units of 1024, which {sae.d_sae} latents are not")
     if release is None or (release.d_sae, release.k) != (sae.d_sae, activation.k):
-        raise ValueError(
+        raise UserValueError(
             f"the folder's name states width and k, and must be SAE-Res-<model>-W{thousands}K-L0_{activation.k}, "
             f"got {file.absolute().parent.name!r}"
         )

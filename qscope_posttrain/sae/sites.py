@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from qscope_posttrain.errors import UserValueError
+
 _STREAM = re.compile(
     r"(?:[\w.]*\.)?(?:blocks|layers|h)[._](?P<layer>\d{1,6})"
     r"(?:\.(?P<port>hook_resid_post|hook_resid_pre|hook_out|hook_in|output|output\.0|input))?"
@@ -33,13 +35,15 @@ def layer_of_site(site: str) -> int:
     if match is not None:
         layer = int(match["layer"]) - (match["port"] in _BEFORE)
         if layer < 0:
-            raise ValueError(f"it reads {site!r}, the embedding, before any layer: there is no layer to read it from")
+            raise UserValueError(
+                f"it reads {site!r}, the embedding, before any layer: there is no layer to read it from"
+            )
         return layer
     named = _NAMED.fullmatch(site)
     if named is not None:
         return int(named["layer"])
     reason = next((words for pattern, words in _REASONS if re.search(pattern, site)), "a site of unknown meaning")
-    raise ValueError(
+    raise UserValueError(
         f"it reads {site[:200]!r}, {reason}: not the residual stream after a decoder layer, which is all that this "
         "package reads and steers"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae import catalog
 from qscope_posttrain.sae.catalog_entry import CatalogEntry
@@ -46,10 +47,10 @@ class SAESource:
     def from_dict(cls, values: Any) -> SAESource:
         """Inverse of `dataclasses.asdict`. ValueError for anything else."""
         if not isinstance(values, dict) or not values.keys() <= {field.name for field in fields(cls)}:
-            raise ValueError(f"not a description of an SAE source: {values!r}")
+            raise UserValueError(f"not a description of an SAE source: {values!r}")
         texts = {key: value for key, value in values.items() if key != "origin"}
         if not isinstance(texts.get("location"), str) or any(not isinstance(v, str | None) for v in texts.values()):
-            raise ValueError(f"not a description of an SAE source: {values!r}")
+            raise UserValueError(f"not a description of an SAE source: {values!r}")
         origin = values.get("origin")
         return cls(**texts, origin=None if origin is None else cls.from_dict(origin))
 
@@ -110,11 +111,11 @@ def locate(source: str | Path, layer: int | None = None, revision: str | None = 
         ValueError: the layer is missing or contradicts the path, or there are several candidates, which are listed.
     """
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
-        raise ValueError(f"layer must be an integer from 0, got {layer!r}")
+        raise UserValueError(f"layer must be an integer from 0, got {layer!r}")
     path = Path(source).expanduser()
     if path.exists():
         if revision is not None:
-            raise ValueError(f"revision {revision!r} is only for hub repositories, but {path} is on this machine")
+            raise UserValueError(f"revision {revision!r} is only for hub repositories, but {path} is on this machine")
         return _local(path.absolute(), layer)
     entry = catalog.find(str(source))
     if entry is not None:
@@ -123,7 +124,7 @@ def locate(source: str | Path, layer: int | None = None, revision: str | None = 
     if match is None or is_weights(match["repository"]) or not is_safe(match["inside"] or "x"):
         close = catalog.suggestions(str(source))
         hint = f". Did you mean {' or '.join(close)}?" if close else ""
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"no SAE at {source}: no such file or folder, no name of the catalogue, and not a hub repository id "
             f"(owner/name){hint}"
         )
@@ -138,7 +139,7 @@ def with_sha256(source: SAESource) -> SAESource:
     if source.sha256 is not None:
         return source
     if source.file is None:
-        raise ValueError(f"the SAE source {source} is not a file, so it has no sha256")
+        raise UserValueError(f"the SAE source {source} is not a file, so it has no sha256")
     path = Path(source.location) / source.file
     if source.revision is not None:
         path = _fetch(source.location, [source.file], source.revision)
@@ -150,7 +151,7 @@ def _local(path: Path, layer: int | None) -> LocatedFile:
         path = path / choose(weights_in(path), layer, str(path), path.as_posix())
     named = layer_in_path(path.as_posix())
     if None not in (named, layer) and named != layer:
-        raise ValueError(f"layer {layer} was asked for, but by its name {path} holds layer {named}")
+        raise UserValueError(f"layer {layer} was asked for, but by its name {path} holds layer {named}")
     releases = (Release.parse(folder.name) for folder in path.parents)
     release = next((release for release in releases if release), None)
     return LocatedFile(path, str(path.parent), layer if named is None else named, release)
@@ -159,7 +160,7 @@ def _local(path: Path, layer: int | None) -> LocatedFile:
 def _from_catalogue(entry: CatalogEntry, layer: int | None, revision: str | None) -> LocatedFile:
     if layer is None:
         if len(entry.layers) > 1:
-            raise ValueError(f"{entry.name} has {len(entry.layers)} layers: say which one with layer=...")
+            raise UserValueError(f"{entry.name} has {len(entry.layers)} layers: say which one with layer=...")
         layer = entry.layers[0]
     files = entry.files_of(layer)
     path = _fetch(entry.repository, files, revision)
@@ -187,7 +188,7 @@ def _from_hub(repository: str, inside: str, layer: int | None, revision: str | N
         name = below + choose(names, layer, where, f"{repository}/{inside}")
     named = layer_in_path(f"{repository}/{name}")
     if None not in (named, layer) and named != layer:
-        raise ValueError(f"layer {layer} was asked for, but by its name {repository}/{name} holds layer {named}")
+        raise UserValueError(f"layer {layer} was asked for, but by its name {repository}/{name} holds layer {named}")
     path = _fetch(repository, [name, *_settings_of(name, every)], revision)
     layer = layer if named is None else named
     return LocatedFile(path, repository, layer, release, _commit(path) or revision, name)
@@ -220,7 +221,7 @@ def _listing(repository: str, revision: str | None) -> set[str]:
         names = HfApi().list_repo_files(repository, revision=revision)
     except Exception as error:  # the HTTP library under huggingface_hub, and so its errors, differ by version
         reason = str(error).strip().splitlines()
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"{repository} is not a path on this machine, and the list of its files could not be had from the Hugging "
             f"Face hub ({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the name, the "
             "revision, the network and your access, or give a local file or folder."

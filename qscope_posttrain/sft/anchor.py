@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.residual.layers import pretrained_model, text_config
 from qscope_posttrain.sft.checks import is_sharded
 from qscope_posttrain.sft.logits import LogitHead, check_head, divergence_from
@@ -40,7 +41,7 @@ class Anchor:
         model: Any = trainer.model
         scheme = is_sharded(trainer)
         if scheme is not None:
-            raise ValueError(
+            raise UserValueError(
                 f"anchor_weight needs whole logits of the starting and the trained model; under {scheme} no rank "
                 "holds the whole output embedding outside of the model's forward. Use DDP or ZeRO-1/2, or "
                 "anchor_weight=0."
@@ -116,13 +117,13 @@ def _check_given(given: nn.Module, model: nn.Module) -> None:
     trained = {id(parameter) for parameter in model.parameters()}
     memory = {parameter.data_ptr() for parameter in model.parameters()} - {0}  # 0: nothing is allocated
     if any(id(parameter) in trained or parameter.data_ptr() in memory for parameter in given.parameters()):
-        raise ValueError(
+        raise UserValueError(
             "anchor_model shares parameters with the model that is trained, so it would train along. Leave it out "
             "(then a frozen copy is made; with PEFT the adapter is disabled), or load the starting model once more."
         )
     expected, found = text_config(model).vocab_size, text_config(given).vocab_size
     if expected != found:
-        raise ValueError(f"anchor_model has a vocabulary of {found} tokens, the trained model of {expected}.")
+        raise UserValueError(f"anchor_model has a vocabulary of {found} tokens, the trained model of {expected}.")
     check_head(given)
 
 

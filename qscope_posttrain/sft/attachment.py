@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.residual.capture import LayerCapture
 from qscope_posttrain.sft.checks import check_resumed, check_trainer
 from qscope_posttrain.sft.language_ids import LanguageRule
@@ -185,7 +186,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     def _check_name(self, trainer: Trainer) -> None:
         for other in trainer.callback_handler.callbacks:
             if isinstance(other, AuxiliaryLossCallback) and other.attached and other.name == self.name:
-                raise ValueError(
+                raise UserValueError(
                     f"A callback named {self.name!r} is already attached to this trainer; give one of the two another "
                     f"name, for example name='{self.name}_2', so that their metrics stay apart."
                 )
@@ -310,7 +311,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
 
     def _token_batch(self, inputs: Mapping[str, Any]) -> TokenBatch:
         if self._batch_key not in inputs:
-            raise ValueError(
+            raise UserValueError(
                 f"The batch has no {self._batch_key!r} (its keys: {', '.join(inputs)}): it does not come from the "
                 f"trainer's get_train_dataloader() with {type(self).__name__} attached."
             )

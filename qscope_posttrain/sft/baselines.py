@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.residual.capture import LayerCapture
 from qscope_posttrain.residual.layers import decoder_layers, final_norm
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
@@ -62,11 +63,11 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
             ValueError: an unknown target, weight or normalization.
         """
         if normalization not in ("token_mean", "paper"):
-            raise ValueError(f'The token penalty is normalised by "token_mean" or "paper", got {normalization!r}.')
+            raise UserValueError(f'The token penalty is normalised by "token_mean" or "paper", got {normalization!r}.')
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be a finite number of at least 0; got {weight!r}.")
+            raise UserValueError(f"weight must be a finite number of at least 0; got {weight!r}.")
         if target not in languages:
-            raise ValueError(f"The target {target!r} is not among the languages {', '.join(languages)}.")
+            raise UserValueError(f"The target {target!r} is not among the languages {', '.join(languages)}.")
         self.target = target
         self.target_token_ids = target_token_ids
         self.skip_target_labels = skip_target_labels
@@ -83,7 +84,7 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
     def prepare(self, trainer: Trainer) -> LayerCapture:
         scheme = is_sharded(trainer)
         if scheme is not None:
-            raise ValueError(
+            raise UserValueError(
                 f"The token penalty needs the whole output embedding with gradient, which no rank holds under {scheme} "
                 "outside of the model's forward. Use DDP or ZeRO-1/2."
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.residual.capture import LayerCapture
 from qscope_posttrain.residual.layers import final_norm
@@ -108,7 +109,7 @@ class SASFTCallback(AuxiliaryLossCallback):
         scheme = is_sharded(trainer)
         # The others keep DTensors, which `LogitHead` gathers.
         if self.config.position_weight == "risk" and scheme in (ZERO_3, TENSOR_PARALLEL):
-            raise ValueError(
+            raise UserValueError(
                 f'position_weight="risk" reads the output embedding, which under {scheme} is not whole outside of the '
                 "model's forward. Use ZeRO-1/2, DDP or FSDP2, or uniform weights."
             )

@@ -8,6 +8,8 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerState
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
+
 ZERO_3 = "DeepSpeed ZeRO-3"
 TENSOR_PARALLEL = "tensor parallelism"
 
@@ -22,16 +24,18 @@ def check_trainer(trainer: Trainer, callback_name: str) -> None:
     from trl import SFTTrainer
 
     if not isinstance(trainer, SFTTrainer):
-        raise TypeError(f"{callback_name} attaches to trl.SFTTrainer (or a subclass), got {type(trainer).__name__}.")
+        raise UserTypeError(
+            f"{callback_name} attaches to trl.SFTTrainer (or a subclass), got {type(trainer).__name__}."
+        )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_size > 1 or parallelism.sp_size > 1):
-        raise ValueError(
+        raise UserValueError(
             f"{callback_name} does not work with context or sequence parallelism (cp_size={parallelism.cp_size}, "
             f"sp_size={parallelism.sp_size}): they split a sequence over ranks inside the training step, so labels and "
             "languages no longer match the captured tokens. Use data parallelism, FSDP2 or ZeRO instead."
         )
     if trainer.args.n_gpu > 1:
-        raise ValueError(
+        raise UserValueError(
             f"{callback_name} does not work with nn.DataParallel, whose replicas run in threads of one process. "
             "Launch with `accelerate launch` or torchrun, or make one GPU visible."
         )
@@ -73,14 +77,14 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
     stored = records.get(key)
     if state.global_step > 0:
         if stored is None:
-            raise ValueError(
+            raise UserValueError(
                 f"The checkpoint at step {state.global_step} was trained without {key}. A resumed run must have the "
                 "same losses: start a new run from the checkpoint's weights instead, or resume without the callback."
             )
         found = stored["attributes"]
         different = _differences(found, identity)
         if different:
-            raise ValueError(
+            raise UserValueError(
                 f"The checkpoint at step {state.global_step} was trained with other settings of {key}: "
                 f"{'; '.join(different)}. Resume with the same settings and features, or start a new run."
             )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.layer_features import ReadoutKind
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import Positions
@@ -78,20 +79,20 @@ class SASFTConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 listed = ", ".join(map(repr, choices))
-                raise ValueError(f"SASFTConfig.{name} must be one of {listed}; got {getattr(self, name)!r}.")
+                raise UserValueError(f"SASFTConfig.{name} must be one of {listed}; got {getattr(self, name)!r}.")
         for name in ("weight", "anchor_weight"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"SASFTConfig.{name} must be a finite number of at least 0; got {value!r}.")
+                raise UserValueError(f"SASFTConfig.{name} must be a finite number of at least 0; got {value!r}.")
         self._check_numbers()
         if self.normalization == "official" and (self.needs_logits or self.positions != "response"):
-            raise ValueError(
+            raise UserValueError(
                 'normalization="official" is the published code, which has no risk weights, no anchor and unshifted '
                 'positions="response"; use "token_mean" or "paper" with them, or the options in sft.config.PAPER.'
             )
         object.__setattr__(self, "ignore_languages", tuple(self.ignore_languages))
         if self.target in self.ignore_languages:
-            raise ValueError(f"The target language {self.target!r} cannot be in ignore_languages.")
+            raise UserValueError(f"The target language {self.target!r} cannot be in ignore_languages.")
 
     def _check_numbers(self) -> None:
         """Layers and top as Python integers: YAML and command lines give lists, and numpy integers are no JSON."""
@@ -99,12 +100,12 @@ class SASFTConfig:
             layers = None if self.layers is None else tuple(operator.index(layer) for layer in self.layers)
             top = None if self.top is None else operator.index(self.top)
         except TypeError as error:
-            raise TypeError(
+            raise UserTypeError(
                 "SASFTConfig.layers must be integers, e.g. [26, 27], and top an integer, or None; got "
                 f"layers={self.layers!r}, top={self.top!r}."
             ) from error
         if top is not None and top < 1:
-            raise ValueError(f"SASFTConfig.top must be at least 1 or None; got {top}.")
+            raise UserValueError(f"SASFTConfig.top must be at least 1 or None; got {top}.")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "top", top)
 

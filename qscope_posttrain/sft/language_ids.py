@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.masks import PADDING_ID
 from qscope_posttrain.text.language import language_by_script
 
@@ -67,13 +68,15 @@ class SampleLanguage:
             language = self._by_script(example)
         else:
             if self.rule not in example:
-                raise ValueError(
+                raise UserValueError(
                     f"A training sample has no column {self.rule!r} (its columns: {', '.join(example)}). Add it to "
                     'the data set, or pass language="script" or a function of the example.'
                 )
             language = example[self.rule]
         if not isinstance(language, str):
-            raise ValueError(f"The language of a sample must be a name such as 'en'; {self.rule!r} gave {language!r}.")
+            raise UserValueError(
+                f"The language of a sample must be a name such as 'en'; {self.rule!r} gave {language!r}."
+            )
         return language
 
     def id(self, language: str) -> int:
@@ -83,7 +86,7 @@ class SampleLanguage:
             ValueError: an unknown language; the message lists the known ones.
         """
         if language not in self._ids:
-            raise ValueError(
+            raise UserValueError(
                 f"A training sample is in language {language!r}, of which the FeatureSet has no statistics; it has "
                 f"{', '.join(self.languages)}. Find features with texts of {language!r} too, or pass "
                 f"ignore_languages=({language!r},) to leave such samples without penalty."
@@ -94,11 +97,11 @@ class SampleLanguage:
         text = example_text(example)
         if text is None:
             if self.decode is None:
-                raise ValueError(f"No text to decide the language by, among the columns {', '.join(example)}.")
+                raise UserValueError(f"No text to decide the language by, among the columns {', '.join(example)}.")
             text = self.decode(list(example["input_ids"]))
         language = language_by_script(text, [*self.languages, *sorted(self.ignore)])
         if language is None:
-            raise ValueError(
+            raise UserValueError(
                 f"The script of {text[:60]!r} does not decide between {', '.join(self.languages)}. Give the language "
                 "in a column, or by a function of the example."
             )
@@ -140,7 +143,7 @@ class LanguageCollator:
     def _token_ids(self, example: Mapping[str, Any]) -> Tensor:
         """[tokens] language ids of one row of the data set."""
         if "input_ids" not in example:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected tokenised samples with 'input_ids', got the columns {', '.join(example)}. "
                 "Vision data sets, which TRL tokenises in the collator, are not supported."
             )
@@ -149,12 +152,12 @@ class LanguageCollator:
             return torch.full((length,), self.language.id(self.language(example)))
         local = torch.as_tensor(example[TOKEN_LANGUAGES], dtype=torch.long)
         if len(local) != length:
-            raise ValueError(
+            raise UserValueError(
                 f"A row has {length} tokens but {len(local)} language ids. Truncate with "
                 "pack_with_languages(max_length=...); the trainer's max_length does not shorten extra columns."
             )
         if LANGUAGE_NAMES not in example:
-            raise ValueError(
+            raise UserValueError(
                 f"A row has {TOKEN_LANGUAGES!r} but no {LANGUAGE_NAMES!r}; make such data with pack_with_languages."
             )
         ids = torch.tensor([self.language.id(name) for name in example[LANGUAGE_NAMES]])
@@ -171,7 +174,7 @@ def _place(rows: list[Tensor], batch: Mapping[str, Any]) -> Tensor:
         real = attention_mask.bool()
         counts = real.sum(1).tolist()
         if counts != [len(row) for row in rows]:
-            raise ValueError(
+            raise UserValueError(
                 f"The collator made rows of {counts} tokens out of samples of {[len(row) for row in rows]}; "
                 "truncate before collating."
             )
@@ -179,7 +182,7 @@ def _place(rows: list[Tensor], batch: Mapping[str, Any]) -> Tensor:
     elif input_ids.shape[0] == 1 and len(flat) <= input_ids.shape[1]:
         ids[0, : len(flat)] = flat
     else:
-        raise ValueError(
+        raise UserValueError(
             f"Cannot tell where a batch of shape {list(input_ids.shape)} without attention mask holds the tokens of "
             f"samples of {[len(row) for row in rows]} tokens; use the trainer's own collator."
         )

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.residual.layers import output_embedding, text_config
 
 CHUNK_TOKENS = 256
@@ -73,7 +74,7 @@ def check_head(model: nn.Module) -> None:
     here = {name for names in head.adapter_layer_names for name in getattr(head, names)}
     active = sorted(here.intersection(head.active_adapters))
     if active:
-        raise ValueError(
+        raise UserValueError(
             f"The output embedding carries the adapter {', '.join(active)} ({type(head).__module__}), so its weight "
             "does not give the model's logits, which risk weights, the anchor and the token penalty need. Take the "
             'head out of target_modules, train it whole (modules_to_save=["lm_head"]), or leave these options out.'

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.kernels.penalty import masked_excess
 
 Normalization = Literal["token_mean", "paper", "official"]
@@ -53,7 +54,7 @@ def sasft_loss(
         ValueError: an unknown normalization, or shapes that do not fit.
     """
     if mask.shape != pre_activations.shape[:-1]:
-        raise ValueError(
+        raise UserValueError(
             f"mask must have one entry per token, {list(pre_activations.shape[:-1])}, got {list(mask.shape)}."
         )
     excess = masked_excess(_at_least_fp32(pre_activations), thresholds, mask)
@@ -76,7 +77,7 @@ def normalise(total: Tensor, *, features: int, num_tokens: Tensor | int, normali
         return total / count.clamp(min=1)
     if normalization == "official":
         return total / (features * count + 1)
-    raise ValueError(f"normalization must be one of {', '.join(get_args(Normalization))}, got {normalization!r}.")
+    raise UserValueError(f"normalization must be one of {', '.join(get_args(Normalization))}, got {normalization!r}.")
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qscope_posttrain.errors import UserValueError
+
 Positions = Literal["response", "predicting"]
 
 IGNORED_LABEL = -100
@@ -37,12 +39,12 @@ class TokenBatch:
         """
         labels = inputs.get("labels")
         if labels is None:
-            raise ValueError(
+            raise UserValueError(
                 f"The batch has no 'labels' (its keys: {', '.join(inputs)}), so response tokens are unknown. "
                 "Give the trainer a data set that it can make labels from, or a collator that returns them."
             )
         if language_ids.shape != labels.shape:
-            raise ValueError(
+            raise UserValueError(
                 f"Language ids {list(language_ids.shape)} and labels {list(labels.shape)} of a batch differ in shape."
             )
         positions = inputs.get("position_ids")

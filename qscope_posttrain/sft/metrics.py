@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -27,7 +29,7 @@ class MetricWindow:
         """Add one micro-batch: scalars and vectors on one device that, in this order, cover `names`."""
         flat = torch.cat([value.detach().reshape(-1).float() for value in values])
         if flat.numel() != len(self.names):
-            raise ValueError(f"Expected {len(self.names)} values for {', '.join(self.names)}; got {flat.numel()}.")
+            raise UserValueError(f"Expected {len(self.names)} values for {', '.join(self.names)}; got {flat.numel()}.")
         # Token counts of a long window pass 2**24, where fp32 stops counting.
         flat = flat.to(_sum_dtype(flat.device))
         self._sums = flat if self._sums is None else self._sums + flat

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.language_ids import LANGUAGE_NAMES, TOKEN_LANGUAGES, LanguageRule, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 
@@ -62,9 +63,9 @@ def pack_with_languages(
     from trl import pack_dataset
 
     if len(dataset) == 0:
-        raise ValueError("The data set to pack is empty.")
+        raise UserValueError("The data set to pack is empty.")
     if language == "script" and not languages:
-        raise ValueError('language="script" needs languages=(...), the ones to decide between.')
+        raise UserValueError('language="script" needs languages=(...), the ones to decide between.')
     tokenise = _Tokeniser(tokenizer, completion_only_loss, assistant_only_loss, dataset_text_field)
     decide = SampleLanguage(language, tuple(languages), decode=lambda ids: str(tokenizer.decode(ids)))
     of_sample = [decide(example) for example in dataset]
@@ -109,7 +110,7 @@ class _Tokeniser:
         if isinstance(example.get(self.text_field), str):
             input_ids = self._plain(self._with_eos(example[self.text_field]))
             return input_ids, list(input_ids)
-        raise ValueError(
+        raise UserValueError(
             f"Cannot tokenise a sample with the columns {', '.join(example)}; expected {self.text_field!r}, "
             "'messages', 'prompt' and 'completion', or 'input_ids'."
         )
@@ -137,7 +138,7 @@ class _Tokeniser:
         encoded = self._template(messages, return_assistant_tokens_mask=True)
         input_ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
         if 1 not in mask:
-            raise ValueError(
+            raise UserValueError(
                 "assistant_only_loss=True found no assistant token. The chat template needs {% generation %} markers "
                 "around assistant turns; trl.get_training_chat_template adds them for known templates."
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.kernels.penalty import FeaturePenalty, feature_penalty
@@ -65,7 +66,7 @@ def penalty_layers(features: FeatureSet, config: SASFTConfig) -> tuple[PenaltyLa
     selected = features.select(language=config.target, layers=config.layers, top=config.top)
     others = [i for i, name in enumerate(selected.languages) if name != config.target]
     if not others:
-        raise ValueError(f"This FeatureSet knows only the target language {config.target!r}; it needs another one.")
+        raise UserValueError(f"This FeatureSet knows only the target language {config.target!r}; it needs another one.")
     return tuple(_penalty_layer(layer, rows, others, config) for layer, rows in selected.layers.items())
 
 
@@ -81,7 +82,7 @@ def _penalty_layer(layer: int, features: LayerFeatures, others: list[int], confi
         sigma = features.pooled_std(config.readout, others).float()
         if bool((sigma <= 0).any()):
             flat = [features.names[i] for i in (sigma <= 0).nonzero().flatten().tolist()]
-            raise ValueError(f'Layer {layer}: {", ".join(flat)} never varies, so scale="std" is undefined for it.')
+            raise UserValueError(f'Layer {layer}: {", ".join(flat)} never varies, so scale="std" is undefined for it.')
     return PenaltyLayer(
         layer=layer,
         names=tuple(f"layer {layer} {name}" for name in features.names),
@@ -104,11 +105,11 @@ def combination_weights(features: LayerFeatures, combine: Combine, layer: int) -
         if bool(raw.isnan().any()):
             missing = "scores" if combine == "monolinguality" else "effects"
             remedy = "" if combine == "monolinguality" else " Measure them with features.causal.measure_effects."
-            raise ValueError(f"combine={combine!r} needs the rows' {missing}, unknown for layer {layer}.{remedy}")
+            raise UserValueError(f"combine={combine!r} needs the rows' {missing}, unknown for layer {layer}.{remedy}")
     weights = raw.double().clamp(min=0)
     total = float(weights.sum())
     if not math.isfinite(total) or total <= 0:
-        raise ValueError(
+        raise UserValueError(
             f"combine={combine!r}: no row of layer {layer} has a positive weight ({raw.tolist()}), so there is "
             'nothing to penalise. Select other rows, or use combine="none".'
         )

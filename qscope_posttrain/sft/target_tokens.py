@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.residual.layers import text_config
 from qscope_posttrain.text.scripts import target_script
 from qscope_posttrain.text.tokens import script_token_ids
@@ -39,15 +40,19 @@ def find_target_tokens(trainer: Trainer, target: str, given: Tensor | None, requ
         except ValueError as error:
             if not required:
                 return None
-            raise ValueError(f"{error} Pass target_token_ids=... to name the tokens of {target!r} yourself.") from error
+            raise UserValueError(
+                f"{error} Pass target_token_ids=... to name the tokens of {target!r} yourself."
+            ) from error
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"The trainer has no tokenizer ({type(tokenizer).__name__}); pass target_token_ids=....")
+            raise UserTypeError(
+                f"The trainer has no tokenizer ({type(tokenizer).__name__}); pass target_token_ids=...."
+            )
         ids = script_token_ids(tokenizer, script)
     ids = torch.as_tensor(ids, dtype=torch.long).flatten().unique()
     model: Any = trainer.model
     vocabulary = text_config(model).vocab_size
     if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         found = "none" if ids.numel() == 0 else f"ids {int(ids.min())} to {int(ids.max())}"
-        raise ValueError(f"Expected tokens of {target!r} among the model's {vocabulary} tokens, got {found}.")
+        raise UserValueError(f"Expected tokens of {target!r} among the model's {vocabulary} tokens, got {found}.")
     return ids

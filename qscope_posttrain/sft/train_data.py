@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.language_ids import (
     LANGUAGE_NAMES,
     TOKEN_LANGUAGES,
@@ -29,14 +30,14 @@ def language_columns(trainer: Trainer, rule: LanguageRule) -> tuple[str, ...]:
     if columns is not None and TOKEN_LANGUAGES in columns:
         return TOKEN_LANGUAGES, LANGUAGE_NAMES
     if args.packing:
-        raise ValueError(
+        raise UserValueError(
             "SFTTrainer(packing=True) keeps only token ids and labels, so a packed row no longer tells the language of "
             "its documents. Pack with qscope_posttrain.pack_with_languages(dataset, tokenizer, max_length=...) and "
             "train with packing=False, padding_free=True, max_length=None, "
             'dataset_kwargs={"skip_prepare_dataset": True}.'
         )
     if callable(rule) and columns is None and args.remove_unused_columns:
-        raise ValueError(
+        raise UserValueError(
             "The training data does not say which columns it has, so the trainer would remove all that a function of "
             "the example may read. Set remove_unused_columns=False, or name a column."
         )
@@ -44,7 +45,7 @@ def language_columns(trainer: Trainer, rule: LanguageRule) -> tuple[str, ...]:
         # Which columns a function reads is unknown: it gets them all.
         return tuple(columns or ())
     if columns is not None and rule not in columns:
-        raise ValueError(
+        raise UserValueError(
             f"The training data has no column {rule!r} to tell a sample's language by; it has {', '.join(columns)}. "
             'Name another column, or pass language="script" or a function of the example.'
         )

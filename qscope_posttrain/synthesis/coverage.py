@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import FeatureId
 from qscope_posttrain.features.text_features import TextFeatures
 from qscope_posttrain.intervals import Interval, wilson
@@ -30,7 +31,7 @@ def activations(features: Mapping[int, TextFeatures], targets: Sequence[FeatureI
     """[texts, targets]: the largest activation of each feature on each text, 0 where it does not fire."""
     missing = sorted({target.layer for target in targets} - set(features))
     if missing:
-        raise ValueError(f"targets lie in layers {missing}, which were not read; read were {sorted(features)}.")
+        raise UserValueError(f"targets lie in layers {missing}, which were not read; read were {sorted(features)}.")
     count = len(next(iter(features.values()))) if features else 0
     found = np.zeros((count, len(targets)), dtype=np.float32)
     for layer, read in features.items():
@@ -38,7 +39,9 @@ def activations(features: Mapping[int, TextFeatures], targets: Sequence[FeatureI
         if places:
             columns = [targets[place].feature_id for place in places]
             if max(columns) >= read.d_sae:
-                raise ValueError(f"layer {layer} has the features 0 to {read.d_sae - 1}; a target is #{max(columns)}.")
+                raise UserValueError(
+                    f"layer {layer} has the features 0 to {read.d_sae - 1}; a target is #{max(columns)}."
+                )
             found[:, places] = read.matrix()[:, columns].toarray()
     return found
 
@@ -51,11 +54,11 @@ def target_features(relevance: Mapping[FeatureId, float], tau: float) -> tuple[F
     """
     wrong = [f"{feature}: {score}" for feature, score in relevance.items() if not 0 <= score <= 1]
     if wrong:
-        raise ValueError(f"relevance lies in [0, 1]; got {', '.join(wrong[:5])}.")
+        raise UserValueError(f"relevance lies in [0, 1]; got {', '.join(wrong[:5])}.")
     found = tuple(sorted(feature for feature, score in relevance.items() if score >= tau))
     if not found:
         highest = max(relevance.values(), default=float("nan"))
-        raise ValueError(f"no feature has a relevance of at least {tau:g}; the highest is {highest:.3g}.")
+        raise UserValueError(f"no feature has a relevance of at least {tau:g}; the highest is {highest:.3g}.")
     return found
 
 
@@ -73,7 +76,7 @@ def missing_first(targets: Sequence[FeatureId], counts: Sequence[int], enough: i
 def coverage(hits: Hits) -> float:
     """Cov(D), the share of targets that at least one example of D fires (equation 23). `hits` [texts, targets]."""
     if hits.shape[1] == 0:
-        raise ValueError("coverage of no targets is not defined.")
+        raise UserValueError("coverage of no targets is not defined.")
     return float(hits.any(axis=0).mean()) if len(hits) else 0.0
 
 
@@ -92,7 +95,7 @@ def coverage_of_subsets(hits: Hits, size: int, draws: int = 200, seed: int = 0) 
         ValueError: there are fewer examples, or no draws.
     """
     if not 0 < size <= len(hits) or draws < 1:
-        raise ValueError(f"expected 1 to {len(hits)} examples and at least one draw; got {size} and {draws}.")
+        raise UserValueError(f"expected 1 to {len(hits)} examples and at least one draw; got {size} and {draws}.")
     generator = np.random.default_rng(seed)
     found = [coverage(hits[generator.choice(len(hits), size, replace=False)]) for _ in range(draws)]
     low, high = np.quantile(found, [0.025, 0.975])
@@ -102,7 +105,7 @@ def coverage_of_subsets(hits: Hits, size: int, draws: int = 200, seed: int = 0) 
 def growth(hits: Hits) -> list[float]:
     """Coverage after the first, the first two, ... examples."""
     if hits.shape[1] == 0:
-        raise ValueError("coverage of no targets is not defined.")
+        raise UserValueError("coverage of no targets is not defined.")
     return [float(share) for share in np.logical_or.accumulate(hits, axis=0).mean(axis=1)]
 
 
@@ -115,10 +118,10 @@ def split_targets(
         ValueError: a share outside [0, 1), or so few targets that none is left to make data for.
     """
     if not 0 <= share < 1:
-        raise ValueError(f"the share held out must lie in [0, 1); got {share}.")
+        raise UserValueError(f"the share held out must lie in [0, 1); got {share}.")
     held = round(share * len(targets))
     if held >= len(targets):
-        raise ValueError(f"holding out {held} of {len(targets)} targets leaves none to make data for.")
+        raise UserValueError(f"holding out {held} of {len(targets)} targets leaves none to make data for.")
     chosen = np.random.default_rng(seed).permutation(len(targets))[:held].tolist()
     apart = set(chosen)
     kept = tuple(target for place, target in enumerate(targets) if place not in apart)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import FeatureId
 from qscope_posttrain.synthesis.pipeline import Example
 
@@ -23,7 +24,7 @@ def example_row(example: Example, relevance: Mapping[FeatureId, float]) -> dict[
     """One row: `prompt` and `completion` in TRL's conversational form, and its provenance."""
     draft, response = example.draft, example.response
     if draft.explanation is None:
-        raise ValueError("only prompts that were written for a feature become rows.")
+        raise UserValueError("only prompts that were written for a feature become rows.")
     feature = draft.explanation.feature
     return {
         "prompt": [{"role": "user", "content": draft.text}],
@@ -75,7 +76,7 @@ def save_rows(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str])
     from datasets import Dataset
 
     if not rows:
-        raise ValueError("there are no rows to save: no prompt was kept and answered.")
+        raise UserValueError("there are no rows to save: no prompt was kept and answered.")
     target = Path(folder)
     made = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     found = Dataset.from_list([dict(row) for row in rows])
@@ -83,7 +84,7 @@ def save_rows(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str])
         found.save_to_disk(str(made))
         if target.exists():
             if not (target / "state.json").is_file():
-                raise ValueError(f"'{target}' is no data set and is in the way; move it, or choose another output.")
+                raise UserValueError(f"'{target}' is no data set and is in the way; move it, or choose another output.")
             shutil.rmtree(target)
         made.rename(target)
     finally:

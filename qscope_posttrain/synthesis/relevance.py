@@ -11,6 +11,7 @@ from pathlib import Path
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, number_field
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.features.explanation import Explanation, FeatureId
 from qscope_posttrain.report.summary import write_text
 
@@ -47,7 +48,7 @@ def judge_relevance(
     if pairs and not relevance:
         last = answers[-1].completion
         said = f"was refused: {last.refusal}" if last.refusal else f"was {last.text[:300]!r}"
-        raise ValueError(
+        raise UserValueError(
             f"the judge rated none of {len(pairs)} features readably; expected answers such as "
             f'{{"relevance": 0.7}}, the last {said}. Ask another judge, change relevance.jinja (--templates), or give '
             "a table (--relevance)."
@@ -64,19 +65,19 @@ def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:
     """
     location = Path(path)
     if not location.is_file():
-        raise FileNotFoundError(f"no table of relevance at '{location}'.")
+        raise UserFileNotFoundError(f"no table of relevance at '{location}'.")
     found: dict[FeatureId, float] = {}
     with location.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         if not set(COLUMNS) <= set(reader.fieldnames or ()):
-            raise ValueError(f"'{location}' needs the columns {', '.join(COLUMNS)}; it has {reader.fieldnames}.")
+            raise UserValueError(f"'{location}' needs the columns {', '.join(COLUMNS)}; it has {reader.fieldnames}.")
         for number, row in enumerate(reader, start=2):
             try:
                 feature, score = FeatureId(int(row["layer"]), int(row["feature"])), float(row["relevance"])
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{location}, line {number}: {error}.") from error
+                raise UserValueError(f"{location}, line {number}: {error}.") from error
             if feature in found or not 0 <= score <= 1:
-                raise ValueError(
+                raise UserValueError(
                     f"{location}, line {number}: {feature} comes twice, or its relevance is not in [0, 1]."
                 )
             found[feature] = score

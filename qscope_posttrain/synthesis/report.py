@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import FeatureId
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.tables import Cell, Table
@@ -57,9 +58,9 @@ def measure(
         ValueError: nothing was written, or other layers without natural texts.
     """
     if not run.drafts:
-        raise ValueError("no prompt was written, so there is nothing to measure.")
+        raise UserValueError("no prompt was written, so there is nothing to measure.")
     if other_layers and len(natural) < 2:
-        raise ValueError("features of other layers are found on natural texts; give some.")
+        raise UserValueError("features of other layers are found on natural texts; give some.")
     reference, pool = list(natural[::2]), list(natural[1::2])
     groups: dict[str, Sequence[FeatureId]] = {MADE_FOR: made_for, HELD_OUT: held_out}
     if other_layers:

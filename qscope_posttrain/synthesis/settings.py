@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qscope_posttrain.errors import UserValueError
+
 Kind = Literal["harmful", "benign"]
 KINDS: tuple[Kind, ...] = ("harmful", "benign")
 STYLES = (
@@ -43,11 +45,11 @@ class SynthesisSettings:
 
     def __post_init__(self) -> None:
         if not self.topic.strip():
-            raise ValueError("a synthesis needs a topic.")
+            raise UserValueError("a synthesis needs a topic.")
         if not self.kinds or set(self.kinds) - set(KINDS) or len(set(self.kinds)) != len(self.kinds):
-            raise ValueError(f"kinds are {', '.join(KINDS)}; got {list(self.kinds)}.")
+            raise UserValueError(f"kinds are {', '.join(KINDS)}; got {list(self.kinds)}.")
         for name in ("prompts_per_kind", "rounds", "enough", "features_at_once", "max_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+                raise UserValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0; got {self.temperature}.")
+            raise UserValueError(f"temperature must be at least 0; got {self.temperature}.")

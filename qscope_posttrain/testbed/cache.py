@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import qscope_posttrain
+from qscope_posttrain.errors import UserFileNotFoundError
 from qscope_posttrain.provenance import package_versions
 from qscope_posttrain.report.progress import status
 
@@ -42,7 +43,7 @@ def source_fingerprint(*packages: str) -> str:
         path = root / package
         files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         if not files:
-            raise FileNotFoundError(f"no source under {path}")
+            raise UserFileNotFoundError(f"no source under {path}")
         for file in files:
             digest.update(file.relative_to(root).as_posix().encode())
             digest.update(file.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.arms import ARMS, DEMO_ARMS
 from qscope_posttrain.testbed.cores import resolve_device
 
@@ -109,30 +110,30 @@ class TestbedConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
-                raise ValueError(f"testbed setting {name} must be at least 1, got {getattr(self, name)}")
+                raise UserValueError(f"testbed setting {name} must be at least 1, got {getattr(self, name)}")
         for name in ("switch", "sft_switch"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"testbed setting {name} is a share in [0, 1), got {getattr(self, name)}")
+                raise UserValueError(f"testbed setting {name} is a share in [0, 1), got {getattr(self, name)}")
         for name in ("corpus_scale", "pretraining_learning_rate", "sft_learning_rate", "temperature", "tune_budget"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"testbed setting {name} must be above 0, got {getattr(self, name)}")
+                raise UserValueError(f"testbed setting {name} must be above 0, got {getattr(self, name)}")
         unknown = sorted(set(self.arms) - set(ARMS))
         if unknown:
-            raise ValueError(f"unknown methods {unknown}; the testbed has {', '.join(ARMS)}")
+            raise UserValueError(f"unknown methods {unknown}; the testbed has {', '.join(ARMS)}")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-            raise ValueError(f"seeds must be different numbers, at least one; got {self.seeds}")
+            raise UserValueError(f"seeds must be different numbers, at least one; got {self.seeds}")
         if self.pretraining_batch_size % 2:
-            raise ValueError(f"pretraining_batch_size must be even, got {self.pretraining_batch_size}")
+            raise UserValueError(f"pretraining_batch_size must be even, got {self.pretraining_batch_size}")
         if self.sae_layers > self.model_layers:
-            raise ValueError(f"sae_layers={self.sae_layers} exceeds the model's {self.model_layers} layers")
+            raise UserValueError(f"sae_layers={self.sae_layers} exceeds the model's {self.model_layers} layers")
         if self.prior_windows < 0:
-            raise ValueError(f"prior_windows must be at least 0, got {self.prior_windows}")
+            raise UserValueError(f"prior_windows must be at least 0, got {self.prior_windows}")
         if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+            raise UserValueError(f"workers must be at least 1, got {self.workers}")
         if self.identify not in ("script", "words"):
-            raise ValueError(f'identify is "script" or "words", got {self.identify!r}')
+            raise UserValueError(f'identify is "script" or "words", got {self.identify!r}')
         if self.corpus is not None and self.texts is not None:
-            raise ValueError("give a folder (corpus) or single files (texts), not both")
+            raise UserValueError("give a folder (corpus) or single files (texts), not both")
         self.text_files()
 
     @property
@@ -151,7 +152,7 @@ class TestbedConfig:
         pairs = [entry.partition("=") for entry in self.texts]
         files = {name: place for name, _, place in pairs}
         if len(files) != len(pairs) or not all(name and place for name, place in files.items()):
-            raise ValueError(f"texts are NAME=FILE with different names, got {self.texts}")
+            raise UserValueError(f"texts are NAME=FILE with different names, got {self.texts}")
         return files
 
     def torch_device(self) -> str:

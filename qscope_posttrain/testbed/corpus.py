@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.provenance import text_fingerprint
 from qscope_posttrain.testbed.grammar import LANGUAGES, write_paragraphs
 from qscope_posttrain.text.jsonl import read_jsonl
@@ -94,20 +95,24 @@ def load_corpus(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"corpus folder {folder} does not exist; it should hold one <language>.txt per language"
         )
     found = sorted(path.stem for path in folder.glob("*.txt"))
     languages = found if languages is None else list(languages)
     if target not in languages:
-        raise ValueError(f"the corpus needs text in the target language: no {target}.txt in {folder} (found: {found})")
+        raise UserValueError(
+            f"the corpus needs text in the target language: no {target}.txt in {folder} (found: {found})"
+        )
     if len(set(languages)) < 2:
-        raise ValueError(f"a corpus needs the target {target!r} and at least one other language; {folder} has {found}")
+        raise UserValueError(
+            f"a corpus needs the target {target!r} and at least one other language; {folder} has {found}"
+        )
     paragraphs = {}
     for language in languages:
         path = folder / f"{language}.txt"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; found in that folder: {found}")
+            raise UserFileNotFoundError(f"{path} does not exist; found in that folder: {found}")
         paragraphs[language] = path.read_text(encoding="utf-8").splitlines()
     return split_corpus(paragraphs, target, seed, by_script)
 
@@ -120,7 +125,7 @@ def load_files(files: Mapping[str, str | Path], target: str, seed: int = 7, by_s
         ValueError: no target, a line without the field, or too little text left.
     """
     if target not in files or len(files) < 2:
-        raise ValueError(f"the corpus needs the target {target!r} and at least one other text, got {sorted(files)}")
+        raise UserValueError(f"the corpus needs the target {target!r} and at least one other text, got {sorted(files)}")
     return split_corpus({name: _read_paragraphs(place) for name, place in files.items()}, target, seed, by_script)
 
 
@@ -134,7 +139,7 @@ def split_corpus(paragraphs: Mapping[str, Sequence[str]], target: str, seed: int
         kept = _filter(lines, script, is_target=language == target)
         dropped[language] = len(lines) - len(kept)
         if len(kept) < _BLOCKS:
-            raise ValueError(
+            raise UserValueError(
                 f"{language!r} leaves {len(kept)} of {len(lines)} paragraphs after filtering; at least {_BLOCKS} are "
                 "needed. Paragraphs are lines"
                 + (f"; those of other languages may hold no {script} character." if script else ".")
@@ -150,14 +155,14 @@ def _read_paragraphs(place: str | Path) -> list[str]:
     name, _, field = str(place).partition(".jsonl:")
     path = Path(f"{name}.jsonl" if field else name)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a text file or FILE.jsonl:FIELD")
+        raise UserFileNotFoundError(f"{path} does not exist; give a text file or FILE.jsonl:FIELD")
     if not field:
         return path.read_text(encoding="utf-8").splitlines()
     paragraphs = []
     for number, row in read_jsonl(path):
         text = row.get(field)
         if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: no text in the field {field!r}")
+            raise UserValueError(f"{path}, line {number}: no text in the field {field!r}")
         paragraphs.append(" ".join(text.split()))
     return paragraphs
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.html import write_html
 from qscope_posttrain.report.progress import status
@@ -40,7 +41,7 @@ def run_demo(switching: TestbedConfig | None, output: str | Path, repetition: Ar
         FileNotFoundError: a corpus that is not there.
     """
     if switching is None and repetition is None:
-        raise ValueError("Nothing to run: give the settings of at least one half of the demo.")
+        raise UserValueError("Nothing to run: give the settings of at least one half of the demo.")
     folder = writable_folder(output)
     started = time.monotonic()
     parts: list[DemoPart] = []

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
+
 RATIO = 20.0
 """How many times more frequent in the target than in any other text a token must be."""
 _LEAST_COUNT = 5
@@ -28,12 +30,12 @@ def distinctive_tokens(tokens: Mapping[str, np.ndarray], target: str, ratio: flo
     """
     others = [name for name in tokens if name != target]
     if target not in tokens or not others:
-        raise ValueError(f"distinctive tokens of {target!r} need its text and another, got {sorted(tokens)}")
+        raise UserValueError(f"distinctive tokens of {target!r} need its text and another, got {sorted(tokens)}")
     size = 1 + max(int(ids.max()) for ids in tokens.values())
     counts = {name: np.bincount(ids, minlength=size) for name, ids in tokens.items()}
     frequency = {name: (count + 0.5) / (count.sum() + 0.5 * size) for name, count in counts.items()}
     rival = np.max([frequency[name] for name in others], axis=0)
     found = np.flatnonzero((frequency[target] >= ratio * rival) & (counts[target] >= _LEAST_COUNT))
     if not found.size:
-        raise ValueError(f"no token is {ratio:g} times as frequent in {target!r} as in {', '.join(others)}")
+        raise UserValueError(f"no token is {ratio:g} times as frequent in {target!r} as in {', '.join(others)}")
     return torch.from_numpy(found).long()

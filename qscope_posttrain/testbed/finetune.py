@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, TrainerCallback
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
@@ -137,7 +138,7 @@ def _penalties(
         )
     if arm.uses_features:
         if features is None:
-            raise ValueError(f"method {arm.name!r} penalises features, so it needs a FeatureSet")
+            raise UserValueError(f"method {arm.name!r} penalises features, so it needs a FeatureSet")
         callbacks.append(
             SASFTCallback(
                 features,

@@ -16,6 +16,8 @@ import random
 from collections.abc import Iterator
 from itertools import accumulate
 
+from qscope_posttrain.errors import UserValueError
+
 LANGUAGES = ("en", "fr", "ru", "ko", "zh")
 """Languages that the generator can write."""
 
@@ -31,7 +33,7 @@ class Grammar:
 
     def __init__(self, language: str) -> None:
         if language not in LANGUAGES:
-            raise ValueError(f"no grammar for language {language!r}; the generator writes {', '.join(LANGUAGES)}")
+            raise UserValueError(f"no grammar for language {language!r}; the generator writes {', '.join(LANGUAGES)}")
         module = importlib.import_module(f"qscope_posttrain.testbed.lexicon.{language}")
         self.language = language
         self.joiner: str = module.JOINER

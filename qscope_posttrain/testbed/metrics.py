@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.windows import Windows
 
 _BATCH = 32
@@ -54,10 +55,12 @@ def teacher_forced_metrics(
             of `switching` switches.
     """
     if windows.prompt_length < 1:
-        raise ValueError("teacher-forced metrics need windows in the dialogue layout (a prompt and a response)")
+        raise UserValueError("teacher-forced metrics need windows in the dialogue layout (a prompt and a response)")
     others = [language for language in dict.fromkeys(windows.languages) if language != target]
     if not others or target not in windows.languages:
-        raise ValueError(f"the windows must hold {target!r} and another language, got {sorted(set(windows.languages))}")
+        raise UserValueError(
+            f"the windows must hold {target!r} and another language, got {sorted(set(windows.languages))}"
+        )
     clean = windows.of_language(*others)
     nll, mass = _nll_and_mass(model, clean, target_tokens)
     target_nll, _ = _nll_and_mass(model, windows.of_language(target), target_tokens)
@@ -81,7 +84,7 @@ def _entry(model: PreTrainedModel, switching: Windows, target_tokens: Tensor) ->
     """Mean log-probability of the first target token of the windows that switch."""
     rows = switching.select(switching.switched.nonzero().flatten().tolist())
     if not len(rows):
-        raise ValueError("no window switches: draw them with switch=1")
+        raise UserValueError("no window switches: draw them with switch=1")
     nll, _ = _nll_and_mass(model, rows, target_tokens)
     places = (rows.cuts - rows.prompt_length).unsqueeze(1)
     return -nll.gather(1, places).mean().item()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from qscope_posttrain.errors import UserValueError
+
 INTERMEDIATE_RATIO = 2.5
 """MLP width over hidden size."""
 
@@ -18,7 +20,9 @@ def build_model(
         ValueError: sizes that do not divide.
     """
     if num_heads % 2 or hidden_size % num_heads:
-        raise ValueError(f"hidden_size {hidden_size} needs an even number of heads that divides it, got {num_heads}")
+        raise UserValueError(
+            f"hidden_size {hidden_size} needs an even number of heads that divides it, got {num_heads}"
+        )
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from qscope_posttrain.errors import UserFileNotFoundError
+
 ROLES = {"pretraining": 0.3, "discovery": 0.42, "test": 0.28}
 """Share of the text of each register. No sentence has two roles."""
 _BLOCKS = 50
@@ -154,5 +156,5 @@ def _deal(lines: Sequence[str], generator: random.Random) -> dict[str, tuple[str
 
 def _read(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"no text at '{path}'; it should hold one sentence or paragraph a line.")
+        raise UserFileNotFoundError(f"no text at '{path}'; it should hold one sentence or paragraph a line.")
     return list(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.shared_training import SHARDS, sum_over_processes, train_shared, warm_cosine
@@ -31,9 +32,9 @@ def pretrain(model: PreTrainedModel, windows: Windows, config: TestbedConfig, pr
     size = config.pretraining_batch_size
     needed = config.pretraining_steps * size
     if len(windows) < needed:
-        raise ValueError(f"{config.pretraining_steps} steps of {size} windows need {needed}, got {len(windows)}")
+        raise UserValueError(f"{config.pretraining_steps} steps of {size} windows need {needed}, got {len(windows)}")
     if size % SHARDS or not 1 <= processes <= SHARDS:
-        raise ValueError(f"pretraining cuts a batch in {SHARDS}: got batches of {size} and {processes} processes")
+        raise UserValueError(f"pretraining cuts a batch in {SHARDS}: got batches of {size} and {processes} processes")
     batches = windows.input_ids[:needed].view(config.pretraining_steps, size, -1)
     return train_shared(model, functools.partial(_train, batches=batches, config=config), processes)
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qscope_posttrain.errors import UserValueError
+
 _BATCH = 128
 
 
@@ -29,9 +31,9 @@ def sample_responses(
         ValueError: a temperature that is not positive, or no prompt.
     """
     if not temperature > 0:
-        raise ValueError(f"sampling needs a temperature above 0, got {temperature}")
+        raise UserValueError(f"sampling needs a temperature above 0, got {temperature}")
     if prompts.dim() != 2 or not len(prompts):
-        raise ValueError(f"prompts must be [prompts, length] with at least one row, got {list(prompts.shape)}")
+        raise UserValueError(f"prompts must be [prompts, length] with at least one row, got {list(prompts.shape)}")
     was_training = model.training
     model.eval()
     generator = torch.Generator(device=model.device).manual_seed(seed)

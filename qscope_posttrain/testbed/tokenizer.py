@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.corpus import Corpus
 
 SEPARATOR = "<sep>"
@@ -53,5 +54,5 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     index = tokenizer.get_vocab().get(SEPARATOR)
     if index is None:
-        raise ValueError(f"the tokenizer has no {SEPARATOR}; the testbed needs one from train_tokenizer")
+        raise UserValueError(f"the tokenizer has no {SEPARATOR}; the testbed needs one from train_tokenizer")
     return index

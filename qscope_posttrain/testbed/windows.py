@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.corpus import SPLITS, Corpus
 from qscope_posttrain.testbed.tokenizer import separator_id
 
@@ -133,12 +134,12 @@ class WindowMaker:
             ValueError: the window does not hold prompt, `<sep>` and a response, or a split is shorter than a window.
         """
         if not 0 < prompt < length - 2 * _SWITCH_MARGIN - 1:
-            raise ValueError(f"a window of {length} tokens leaves too little response after a prompt of {prompt}")
+            raise UserValueError(f"a window of {length} tokens leaves too little response after a prompt of {prompt}")
         encoded = encode_corpus(corpus, tokenizer)
         for split, part in encoded.items():
             for language, text in part.items():
                 if len(text.boundaries) == 0 or len(text.tokens) < 2 * length:
-                    raise ValueError(
+                    raise UserValueError(
                         f"{language!r} has {len(text.tokens)} tokens in split {split!r}, under 2 x {length}"
                     )
         return cls(encoded, separator_id(tokenizer), corpus.target, length, prompt)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+
 
 def read_lines(path: str | Path) -> Iterator[str]:
     r"""The lines of a UTF-8 file as a stream, split at `\n` alone: JSON allows U+2028, at which `str.splitlines` also
@@ -18,12 +20,12 @@ def read_lines(path: str | Path) -> Iterator[str]:
     """
     location = Path(path)
     if not location.is_file():
-        raise FileNotFoundError(f"no file at '{location}'.")
+        raise UserFileNotFoundError(f"no file at '{location}'.")
     with location.open(encoding="utf-8", newline="\n") as stream:
         try:
             yield from stream
         except UnicodeDecodeError as error:
-            raise ValueError(f"'{location}' is not UTF-8 text ({error.reason}).") from error
+            raise UserValueError(f"'{location}' is not UTF-8 text ({error.reason}).") from error
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -52,9 +54,9 @@ def parse_object(line: str, place: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg}).") from error
+        raise UserValueError(f"{place}: not JSON ({error.msg}).") from error
     except RecursionError:
-        raise ValueError(f"{place}: not JSON that can be read (nested too deeply).") from None
+        raise UserValueError(f"{place}: not JSON that can be read (nested too deeply).") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(found).__name__}.")
+        raise UserValueError(f"{place}: expected a JSON object, got {type(found).__name__}.")
     return found

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
+
 
 @dataclass(frozen=True)
 class RepeatedTail:
@@ -58,7 +60,7 @@ def repeated_tail(
         ValueError: `min_copies` < 2, `min_tokens` < 1 or `max_period` < 1.
     """
     if min_copies < 2 or min_tokens < 1 or (max_period is not None and max_period < 1):
-        raise ValueError(
+        raise UserValueError(
             "Expected min_copies >= 2, min_tokens >= 1 and max_period >= 1 or None; "
             f"got min_copies={min_copies}, min_tokens={min_tokens}, max_period={max_period}."
         )
@@ -95,7 +97,7 @@ def ngram_repetition_rate(tokens: Sequence[Any], n: int = 3) -> float:
         ValueError: `n` < 1.
     """
     if n < 1:
-        raise ValueError(f"n must be at least 1; got {n}.")
+        raise UserValueError(f"n must be at least 1; got {n}.")
     elements = _elements(tokens)
     total = len(elements) - n + 1
     if total < 1:

@@ -12,6 +12,8 @@ from functools import cache
 
 import regex
 
+from qscope_posttrain.errors import UserValueError
+
 _WRITTEN_IN = {
     "Arabic": "ar fa ps ur",
     "Armenian": "hy",
@@ -66,7 +68,7 @@ def script_pattern(script: str) -> regex.Pattern[str]:
     except regex.error:
         pattern = None
     if pattern is None:
-        raise ValueError(f"{script!r} is not a Unicode script; expected a name such as Han, Hangul or Cyrillic.")
+        raise UserValueError(f"{script!r} is not a Unicode script; expected a name such as Han, Hangul or Cyrillic.")
     return pattern
 
 
@@ -97,7 +99,7 @@ def language_scripts(language: str) -> tuple[str, ...]:
         return SCRIPTS_OF_LANGUAGE[language]
     except KeyError:
         known = ", ".join(sorted(SCRIPTS_OF_LANGUAGE))
-        raise ValueError(f"Unknown language {language!r}; expected one of: {known}.") from None
+        raise UserValueError(f"Unknown language {language!r}; expected one of: {known}.") from None
 
 
 def target_script(language: str) -> str:
@@ -111,7 +113,7 @@ def target_script(language: str) -> str:
     """
     scripts = language_scripts(language)
     if len(scripts) > 1 or scripts == ("Latin",):
-        raise ValueError(
+        raise UserValueError(
             f"{language!r} has no script of its own ({', '.join(scripts)}), so a switch to it cannot be seen in the "
             "characters; choose a target such as zh, ko, ru, th or ar."
         )
@@ -122,7 +124,7 @@ def check_source(target: str, source: str) -> None:
     """ValueError if text in `source` may rightly contain the script of `target`."""
     script = target_script(target)
     if script in language_scripts(source):
-        raise ValueError(
+        raise UserValueError(
             f"Text in {source!r} is itself written with {script}, so a switch to {target!r} cannot be told from it "
             "by script; leave this source language out."
         )

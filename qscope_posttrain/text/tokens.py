@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.text.scripts import contains_script, script_pattern
 
 # Unicode blocks are mostly named after their script; these are not.
@@ -119,6 +120,6 @@ def _beginnings(script: str) -> frozenset[bytes]:
     try:
         block = regex.compile(rf"\p{{Block={_MAIN_BLOCK.get(script, script)}}}")
     except regex.error as error:
-        raise ValueError(f"No main Unicode block is known for the script {script!r}.") from error
+        raise UserValueError(f"No main Unicode block is known for the script {script!r}.") from error
     leads = {letter[0] for letter in letters if block.match(letter.decode())}
     return frozenset(letter[:end] for letter in letters if letter[0] in leads for end in range(1, len(letter)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.benchmarks.correlation import (
     FEWEST_BENCHMARKS,
     Correlation,
@@ -46,7 +47,7 @@ def redundancy_agreement(
     """
     both = [found for found in features if found.name in performance]
     if len(both) < FEWEST_BENCHMARKS:
-        raise ValueError(f"R and R-hat need {FEWEST_BENCHMARKS} benchmarks with both, got {len(both)}.")
+        raise UserValueError(f"R and R-hat need {FEWEST_BENCHMARKS} benchmarks with both, got {len(both)}.")
     r = [performance[found.name].r for found in both]
     r_hat = [found.r_hat.estimate for found in both]
     items = [float(found.items) for found in both]
@@ -81,7 +82,7 @@ def similarity_agreement(
     for partialled in [None] if control is None else [None, control]:
         names = [name for name in overlap.names if name in scores.benchmarks and name != partialled]
         if len(names) < FEWEST_BENCHMARKS:
-            raise ValueError(f"similarity needs {FEWEST_BENCHMARKS} benchmarks with scores, got {len(names)}.")
+            raise UserValueError(f"similarity needs {FEWEST_BENCHMARKS} benchmarks with scores, got {len(names)}.")
         chosen = np.ix_(*[[overlap.names.index(name) for name in names]] * 2)
         performance = scores.similarity(names, partialled)
         target = "performance" if partialled is None else f"performance given {partialled}"

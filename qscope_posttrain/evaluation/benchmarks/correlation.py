@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 
 Kind = Literal["pearson", "spearman"]
@@ -158,9 +159,9 @@ def fisher_interval(r: float, observations: int, level: float = 0.95) -> Interva
 def _check(a: Vector, b: Vector, dimensions: int) -> None:
     shape = (len(a),) * dimensions
     if a.shape != shape or b.shape != shape:
-        raise ValueError(f"expected two arrays of one {dimensions}-dimensional shape, got {a.shape} and {b.shape}.")
+        raise UserValueError(f"expected two arrays of one {dimensions}-dimensional shape, got {a.shape} and {b.shape}.")
     if len(a) < FEWEST_BENCHMARKS:
-        raise ValueError(f"a correlation over benchmarks needs at least {FEWEST_BENCHMARKS} of them, got {len(a)}.")
+        raise UserValueError(f"a correlation over benchmarks needs at least {FEWEST_BENCHMARKS} of them, got {len(a)}.")
     checked = (a[np.triu_indices(len(a), 1)], b[np.triu_indices(len(b), 1)]) if dimensions == 2 else (a, b)
     if not all(np.isfinite(side).all() for side in checked):
-        raise ValueError("correlations need finite numbers for every benchmark.")
+        raise UserValueError("correlations need finite numbers for every benchmark.")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.benchmarks.items import BenchmarkItems
 from qscope_posttrain.features.batches import longest_allowed
 from qscope_posttrain.features.text_features import Pooling, collect_text_features
@@ -66,13 +67,13 @@ class ItemFeatures:
         distinct = [np.unique(np.asarray(list(entry), dtype=np.int64)) for entry in sets]
         indices = np.concatenate([*distinct, np.zeros(0, dtype=np.int64)])
         if not distinct:
-            raise ValueError(f"benchmark '{name}' has no items.")
+            raise UserValueError(f"benchmark '{name}' has no items.")
         if indices.size and not 0 <= indices.min() <= indices.max() < width:
-            raise ValueError(f"features are 0 to {width - 1}, got {indices.min()} to {indices.max()} in '{name}'.")
+            raise UserValueError(f"features are 0 to {width - 1}, got {indices.min()} to {indices.max()} in '{name}'.")
         said = np.asarray(fingerprints([f"{name}/{n}" for n in range(len(distinct))]) if texts is None else texts)
         unit = said if units is None else np.asarray(units)
         if not len(said) == len(unit) == len(distinct):
-            raise ValueError(f"'{name}' has {len(distinct)} items, but {len(said)} texts and {len(unit)} units.")
+            raise UserValueError(f"'{name}' has {len(distinct)} items, but {len(said)} texts and {len(unit)} units.")
         offsets = np.concatenate([[0], np.cumsum([len(entry) for entry in distinct])])
         return cls(name, offsets.astype(np.int64), indices.astype(np.int32), width, said, unit)
 
@@ -151,7 +152,7 @@ def collect_item_features(
     """
     names = [benchmark.name for benchmark in benchmarks]
     if len(set(names)) != len(names):
-        raise ValueError(f"benchmarks need different names, got {', '.join(names)}.")
+        raise UserValueError(f"benchmarks need different names, got {', '.join(names)}.")
     longest = longest_allowed(model, max_length)
     found: dict[int, list[ItemFeatures]] = {layer: [] for layer in sorted(saes)}
     norms: dict[int, float] | None = None

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import regex
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.text.jsonl import parse_jsonl
 
 TEXT = "text"
@@ -67,9 +68,9 @@ class ItemSource:
 
     def __post_init__(self) -> None:
         if (self.field is None) == (self.template is None):
-            raise ValueError(f"benchmark '{self.name}': give either a field or a template.")
+            raise UserValueError(f"benchmark '{self.name}': give either a field or a template.")
         if self.first < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"benchmark '{self.name}': first must be 0 or more, and limit 1 or more.")
+            raise UserValueError(f"benchmark '{self.name}': first must be 0 or more, and limit 1 or more.")
 
     def limited(self, limit: int) -> ItemSource:
         """The same with at most so many rows."""
@@ -87,7 +88,9 @@ class ItemSource:
         colon = rest.rfind(":", 0, brace if brace >= 0 else len(rest))
         source, what = rest[:colon], rest[colon + 1 :]
         if not name or colon < 1 or not what:
-            raise ValueError(f"expected NAME=SOURCE:FIELD, for example gsm8k=gsm8k_test.jsonl:question; got '{word}'.")
+            raise UserValueError(
+                f"expected NAME=SOURCE:FIELD, for example gsm8k=gsm8k_test.jsonl:question; got '{word}'."
+            )
         if brace >= 0:
             return cls(name, source, template=what.replace("\\n", "\n"))
         return cls(name, source, field=what)
@@ -105,18 +108,18 @@ def read_items(source: ItemSource, prompt: str = "{text}") -> BenchmarkItems:
         ValueError: a column that is not there, an item without text, a prompt without `{text}`.
     """
     if TEXT not in _fields(prompt):
-        raise ValueError(f"a prompt holds {{text}}, where the item goes; got {prompt!r}.")
+        raise UserValueError(f"a prompt holds {{text}}, where the item goes; got {prompt!r}.")
     texts, units = [], []
     rows = enumerate(read_rows(source))
     stop = None if source.limit is None else source.first + source.limit
     for number, row in islice(rows, source.first, stop):
         text = _text(source, row, number)
         if not text.strip():
-            raise ValueError(f"benchmark '{source.name}', row {number}: no text.")
+            raise UserValueError(f"benchmark '{source.name}', row {number}: no text.")
         texts.append(fill(prompt, {TEXT: text}))
         units.append(_unit(source, row, number, text))
     if not texts:
-        raise ValueError(f"benchmark '{source.name}' has no items in '{source.source}'.")
+        raise UserValueError(f"benchmark '{source.name}' has no items in '{source.source}'.")
     return BenchmarkItems(source.name, tuple(texts), tuple(units), source.source, prompt)
 
 
@@ -126,7 +129,7 @@ def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix == ".jsonl" or suffix in _SEPARATORS:
         if not path.is_file():
-            raise FileNotFoundError(f"benchmark '{source.name}': no file at '{path}'.")
+            raise UserFileNotFoundError(f"benchmark '{source.name}': no file at '{path}'.")
         opener: Any = gzip.open if path.suffix == ".gz" else open
         try:
             with opener(path, "rt", encoding="utf-8", newline="") as stream:
@@ -135,7 +138,7 @@ def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
                 else:
                     yield from _table(stream, _SEPARATORS[suffix], source)
         except (EOFError, zlib.error) as error:
-            raise ValueError(f"benchmark '{source.name}': '{path}' is cut off or damaged ({error}).") from error
+            raise UserValueError(f"benchmark '{source.name}': '{path}' is cut off or damaged ({error}).") from error
     else:
         yield from _data_set(source, path)
 
@@ -152,9 +155,9 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
         parts.append(literal)
         if name is not None:
             if form or conversion:
-                raise ValueError(f"{{{name}}} takes no format; write the column alone in braces.")
+                raise UserValueError(f"{{{name}}} takes no format; write the column alone in braces.")
             if name not in values:
-                raise ValueError(f"no column '{name}'; there are {', '.join(map(str, values))}.")
+                raise UserValueError(f"no column '{name}'; there are {', '.join(map(str, values))}.")
             parts.append(_as_text(values[name]))
     return "".join(parts)
 
@@ -168,7 +171,7 @@ def _text(source: ItemSource, row: Mapping[str, Any], number: int) -> str:
     try:
         return fill(source.template if source.template is not None else f"{{{source.field}}}", row)
     except ValueError as error:
-        raise ValueError(f"benchmark '{source.name}', row {number}: {error}") from error
+        raise UserValueError(f"benchmark '{source.name}', row {number}: {error}") from error
 
 
 def _unit(source: ItemSource, row: Mapping[str, Any], number: int, text: str) -> str:
@@ -177,7 +180,7 @@ def _unit(source: ItemSource, row: Mapping[str, Any], number: int, text: str) ->
     if source.unit == "#":
         return f"{source.unit_prefix}#{number}"
     if source.unit not in row:
-        raise ValueError(f"benchmark '{source.name}', row {number}: no column '{source.unit}' for the unit.")
+        raise UserValueError(f"benchmark '{source.name}', row {number}: no column '{source.unit}' for the unit.")
     return f"{source.unit_prefix}{row[source.unit]}"
 
 
@@ -185,7 +188,7 @@ def _fields(template: str) -> list[str]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}; a brace of the text itself is written twice.") from error
+        raise UserValueError(f"template {template!r}: {error}; a brace of the text itself is written twice.") from error
     return [name for _, name, _, _ in parsed if name is not None]
 
 
@@ -208,7 +211,9 @@ def _table(lines: TextIO, separator: str, source: ItemSource) -> Iterator[dict[s
             continue
         names = header if header is not None else [str(column) for column in range(len(cells))]
         if len(cells) != len(names):
-            raise ValueError(f"benchmark '{source.name}', row {number}: {len(cells)} cells for {len(names)} columns.")
+            raise UserValueError(
+                f"benchmark '{source.name}', row {number}: {len(cells)} cells for {len(names)} columns."
+            )
         yield dict(zip(names, cells, strict=True))
 
 
@@ -220,6 +225,6 @@ def _data_set(source: ItemSource, path: Path) -> Iterator[Mapping[str, Any]]:
     if isinstance(found, DatasetDict | IterableDatasetDict):
         if source.split not in found:
             wanted = f"no split '{source.split}'" if source.split else "several splits"
-            raise ValueError(f"benchmark '{source.name}': {wanted}; choose one of {', '.join(map(str, found))}.")
+            raise UserValueError(f"benchmark '{source.name}': {wanted}; choose one of {', '.join(map(str, found))}.")
         found = found[source.split]
     yield from found

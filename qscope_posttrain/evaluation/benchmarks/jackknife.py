@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 
 LeftOut = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -34,7 +35,7 @@ def standard_error(parts: Sequence[LeftOut]) -> tuple[float, int]:
     benchmarks share, a translation), are one observation: their deviations are added before they are squared.
     """
     if not parts or any(len(values) == 0 for values, _ in parts):
-        raise ValueError("an interval needs at least one item in every benchmark.")
+        raise UserValueError("an interval needs at least one item in every benchmark.")
     deviations = np.concatenate([values - values.mean() for values, _ in parts])
     units, place = np.unique(np.concatenate([unit for _, unit in parts]), return_inverse=True)
     together = np.bincount(place, weights=deviations, minlength=len(units))
@@ -53,7 +54,7 @@ def jackknife_interval(
     uncertain. Where a single unit decides whether there is a value at all, the limits are the bounds.
     """
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, e.g. 0.95; got {level}.")
+        raise UserValueError(f"level must lie between 0 and 1, e.g. 0.95; got {level}.")
     error, units = standard_error(parts)
     if units < 2 or not np.isfinite(error):
         return Interval(estimate, *bounds)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.benchmarks.feature_sets import ItemFeatures
 from qscope_posttrain.evaluation.benchmarks.jackknife import LeftOut, divide, jackknife_interval
 from qscope_posttrain.evaluation.benchmarks.rarefaction import presence
@@ -79,7 +80,7 @@ def matched_pair(first: ItemFeatures, second: ItemFeatures, size: int) -> Pair:
     for features in (first, second):
         needed = (2 * size if first is second else size) + 1
         if not 1 <= size < len(features) or len(features) < needed:
-            raise ValueError(
+            raise UserValueError(
                 f"parts of {size} items need at least {needed} here; '{features.name}' has {len(features)}."
             )
     return _with_itself(first, size) if first is second else _pair(first, second, size, size)
@@ -94,7 +95,7 @@ def _pair(first: ItemFeatures, second: ItemFeatures, first_size: int, second_siz
     one, other = _Presence.of(first, first_size), _Presence.of(second, second_size)
     shared = Shared(one.full.sum(), other.full.sum(), one.full @ other.full)
     if shared.first == 0 or shared.second == 0:
-        raise ValueError(f"no feature fires on any item of '{(first if shared.first == 0 else second).name}'.")
+        raise UserValueError(f"no feature fires on any item of '{(first if shared.first == 0 else second).name}'.")
     without_first = Shared(one.without_each(), shared.second, one.without_each(other.full))
     without_second = Shared(shared.first, other.without_each(), other.without_each(one.full))
     left_out = {first.name: (without_first, first.units), second.name: (without_second, second.units)}
@@ -139,12 +140,12 @@ class _Presence:
 
 def _check(first: ItemFeatures, second: ItemFeatures) -> None:
     if first.width != second.width:
-        raise ValueError(
+        raise UserValueError(
             f"'{first.name}' has {first.width} features and '{second.name}' {second.width}: not one dictionary."
         )
     for features in (first, second):
         if len(features) < 2:
-            raise ValueError(f"'{features.name}' has {len(features)} items; at least 2 are needed.")
+            raise UserValueError(f"'{features.name}' has {len(features)} items; at least 2 are needed.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,9 +253,11 @@ def measure_overlap(
     """
     names = tuple(features.name for features in benchmarks)
     if len(names) < 2 or len(set(names)) != len(names):
-        raise ValueError(f"overlap needs at least two benchmarks of different names, got {', '.join(names) or 'none'}.")
+        raise UserValueError(
+            f"overlap needs at least two benchmarks of different names, got {', '.join(names) or 'none'}."
+        )
     if min(map(len, benchmarks)) < _FEWEST:
-        raise ValueError(f"overlap needs at least {_FEWEST} items in every benchmark.")
+        raise UserValueError(f"overlap needs at least {_FEWEST} items in every benchmark.")
     matched_size = largest_matched_size(benchmarks) if size is None else size
     raw, matched, shared = {}, {}, {}
     for first in benchmarks:

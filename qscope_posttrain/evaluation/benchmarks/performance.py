@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.evaluation.benchmarks.correlation import partial_correlation
 from qscope_posttrain.evaluation.benchmarks.redundancy import curve_sizes
 
@@ -28,17 +29,17 @@ class ScoreTable:
 
     def __post_init__(self) -> None:
         if self.scores.shape != (len(self.models), len(self.benchmarks)):
-            raise ValueError(f"scores of {len(self.models)} models on {len(self.benchmarks)} benchmarks, got "
+            raise UserValueError(f"scores of {len(self.models)} models on {len(self.benchmarks)} benchmarks, got "
                              f"{self.scores.shape}.")  # fmt: skip
         if len(self.models) < FEWEST_MODELS:
-            raise ValueError(f"at least {FEWEST_MODELS} models are needed, got {len(self.models)}.")
+            raise UserValueError(f"at least {FEWEST_MODELS} models are needed, got {len(self.models)}.")
         if not np.isfinite(self.scores).all():
-            raise ValueError("every model needs a score on every benchmark.")
+            raise UserValueError("every model needs a score on every benchmark.")
 
     def column(self, benchmark: str) -> NDArray[np.float64]:
         """[M] scores on one benchmark."""
         if benchmark not in self.benchmarks:
-            raise ValueError(f"no scores for '{benchmark}'; the table has {', '.join(self.benchmarks)}.")
+            raise UserValueError(f"no scores for '{benchmark}'; the table has {', '.join(self.benchmarks)}.")
         return self.scores[:, self.benchmarks.index(benchmark)]
 
     def similarity(self, names: Sequence[str], control: str | None = None) -> NDArray[np.float64]:
@@ -52,7 +53,7 @@ class ScoreTable:
         columns = np.stack([self.column(name) for name in every])
         flat = [name for name, column in zip(every, columns, strict=True) if np.ptp(column) == 0]
         if flat:
-            raise ValueError(f"all models have the same score on {', '.join(flat)}: no correlation.")
+            raise UserValueError(f"all models have the same score on {', '.join(flat)}: no correlation.")
         r = np.clip(np.corrcoef(columns), -1.0, 1.0)
         if control is None:
             return r
@@ -97,7 +98,7 @@ def read_correctness(folder: str | Path, names: Sequence[str]) -> dict[str, tupl
     files = {name: Path(folder) / f"{name}.csv" for name in names}
     there = {name: path for name, path in files.items() if path.is_file()}
     if not there:
-        raise FileNotFoundError(f"no <benchmark>.csv in '{folder}' for any of {', '.join(names)}.")
+        raise UserFileNotFoundError(f"no <benchmark>.csv in '{folder}' for any of {', '.join(names)}.")
     found = {}
     for name, path in there.items():
         header, rows = _read_csv(path)
@@ -109,7 +110,7 @@ def scores_of(correctness: Mapping[str, tuple[tuple[str, ...], NDArray]]) -> Sco
     """The table of mean correctness; all files must have the same models in the same order."""
     models = {found[0] for found in correctness.values()}
     if len(models) != 1:
-        raise ValueError("the files of per-item correctness have different models or orders of them.")
+        raise UserValueError("the files of per-item correctness have different models or orders of them.")
     means = np.stack([correct.mean(axis=0) for _, correct in correctness.values()], axis=1)
     return ScoreTable(next(iter(models)), tuple(correctness), means)
 
@@ -130,10 +131,12 @@ def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, 
     """
     outcomes = np.asarray(correct, dtype=np.float64)
     if outcomes.ndim != 2 or outcomes.shape[1] < FEWEST_MODELS or len(outcomes) < 2:
-        raise ValueError(f"'{name}': expected correctness as [items, models >= {FEWEST_MODELS}], got {outcomes.shape}.")
+        raise UserValueError(
+            f"'{name}': expected correctness as [items, models >= {FEWEST_MODELS}], got {outcomes.shape}."
+        )
     full = outcomes.mean(axis=0)
     if np.ptp(full) == 0:
-        raise ValueError(f"'{name}': all models have the same accuracy, so that there is no order to keep.")
+        raise UserValueError(f"'{name}': all models have the same accuracy, so that there is no order to keep.")
     items = len(outcomes)
     generator = np.random.default_rng(seed)
     sizes, every = curve_sizes(items), np.arange(1, items + 1)
@@ -164,11 +167,11 @@ def _signs(differences: NDArray[np.float64]) -> NDArray[np.float64]:
 def _read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
     location = Path(path)
     if not location.is_file():
-        raise FileNotFoundError(f"no table at '{location}'.")
+        raise UserFileNotFoundError(f"no table at '{location}'.")
     with location.open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.reader(stream) if row]
     if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError(f"{location}: expected a header and rows of as many cells.")
+        raise UserValueError(f"{location}: expected a header and rows of as many cells.")
     return rows[0], rows[1:]
 
 
@@ -176,4 +179,4 @@ def _numbers(rows: Sequence[Sequence[str]], path: str | Path) -> NDArray[np.floa
     try:
         return np.array([[float(cell) for cell in row] for row in rows], dtype=np.float64)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}.") from error
+        raise UserValueError(f"{path}: {error}.") from error

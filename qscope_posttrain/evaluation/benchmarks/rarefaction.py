@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
+from qscope_posttrain.errors import UserValueError
+
 Counts = NDArray[np.int64]
 """[features] number of items that fire each feature"""
 
@@ -27,7 +29,7 @@ def presence(counts: ArrayLike, items: int, size: int) -> NDArray[np.float64]:
     """
     fired = _checked(counts, items)
     if not 0 <= size <= items:
-        raise ValueError(f"a subset of {items} items has 0 to {items} of them, got {size}.")
+        raise UserValueError(f"a subset of {items} items has 0 to {items} of them, got {size}.")
     return 1.0 - _choose_ratio(items - fired, size, items, size)
 
 
@@ -45,7 +47,7 @@ def presence_over_sizes(counts: ArrayLike, items: int, size: int | None = None) 
     fired = _checked(counts, items)
     last = items if size is None else size
     if not 0 <= last <= items:
-        raise ValueError(f"a subset of {items} items has 0 to {items} of them, got {last}.")
+        raise UserValueError(f"a subset of {items} items has 0 to {items} of them, got {last}.")
     missed = (items + 1) / (fired + 1) * (1.0 - _choose_ratio(items - fired, last + 1, items + 1, last + 1))
     return last + 1 - missed
 
@@ -61,5 +63,5 @@ def _choose_ratio(top: NDArray[np.int64], chosen: int, bottom: int, chosen_below
 def _checked(counts: ArrayLike, items: int) -> NDArray[np.int64]:
     fired = np.asarray(counts, dtype=np.int64)
     if fired.size and (fired.min() < 0 or fired.max() > items):
-        raise ValueError(f"a feature fires on 0 to {items} items, got counts from {fired.min()} to {fired.max()}.")
+        raise UserValueError(f"a feature fires on 0 to {items} items, got counts from {fired.min()} to {fired.max()}.")
     return fired

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.benchmarks.correlation import fisher_interval
 from qscope_posttrain.evaluation.benchmarks.overlap import OverlapMatrix
 from qscope_posttrain.evaluation.benchmarks.performance import ScoreTable
@@ -55,7 +56,7 @@ def recommend(
         ValueError: a threshold outside (0, 1].
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"the threshold is a share above 0 and up to 1, got {threshold}.")
+        raise UserValueError(f"the threshold is a share above 0 and up to 1, got {threshold}.")
     level = 1 - (1 - overlap.level) / (len(overlap.names) - 1)
     return [_line(name, overlap, level, redundancy or {}, scores, threshold) for name in overlap.names]
 

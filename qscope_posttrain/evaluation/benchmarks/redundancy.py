@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.benchmarks.feature_sets import ItemFeatures
 from qscope_posttrain.evaluation.benchmarks.jackknife import divide, jackknife_interval
 from qscope_posttrain.evaluation.benchmarks.rarefaction import expected_features, presence, presence_over_sizes
@@ -92,12 +93,12 @@ def measure_redundancy(
     """
     items, counts = len(features), features.counts
     if items < 3:
-        raise ValueError(f"'{features.name}' has {items} items; at least 3 are needed.")
+        raise UserValueError(f"'{features.name}' has {items} items; at least 3 are needed.")
     if features.features == 0:
-        raise ValueError(f"no feature fires on any item of '{features.name}'.")
+        raise UserValueError(f"no feature fires on any item of '{features.name}'.")
     matched = items // 2 if matched_size is None else matched_size
     if not 1 <= matched < items:
-        raise ValueError(f"matched_size must lie between 1 and {items - 1} for '{features.name}', got {matched}.")
+        raise UserValueError(f"matched_size must lie between 1 and {items - 1} for '{features.name}', got {matched}.")
     sizes = curve_sizes(items)
     coverage = expected_features(counts, items, sizes) / features.features
     return Redundancy(

@@ -9,6 +9,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.classifier.columns import LayerColumns
 
 
@@ -29,7 +30,7 @@ class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) != 2:
             kind = "1 class" if len(self.classes_) == 1 else f"{len(self.classes_)} classes"
-            raise ValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
+            raise UserValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
         means = [X[codes == code].mean(axis=0) for code in (0, 1)]
         self.coef_ = means[1] - means[0]
         self.intercept_ = -float((means[0] + means[1]) @ self.coef_) / 2

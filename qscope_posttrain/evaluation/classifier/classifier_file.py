@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from qscope_posttrain.atomic import replacing
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.evaluation.classifier.columns import LayerColumns
 from qscope_posttrain.provenance import package_versions
 
@@ -59,7 +60,7 @@ def write_classifier(path: str | Path, classifier: FeatureClassifier) -> Path:
     try:
         text = json.dumps(document, ensure_ascii=False, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"classes and parameters must be JSON values: {error}.") from error
+        raise UserValueError(f"classes and parameters must be JSON values: {error}.") from error
     tensors = {name: np.ascontiguousarray(getattr(classifier, name), dtype) for name, dtype in TENSORS.items()}
     with replacing(path) as unfinished:
         unfinished.write_bytes(save(tensors, metadata={FORMAT: text}))
@@ -78,7 +79,7 @@ def read_classifier(path: str | Path, featurizer: TextFeaturizer | None) -> Feat
     try:
         classifier._check_parameters()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserValueError(f"{path}: {error}") from error
     for name, tensor in tensors.items():
         setattr(classifier, name, tensor)
     classifier.classes_ = np.array(document["classes"])
@@ -100,50 +101,50 @@ def read_classifier(path: str | Path, featurizer: TextFeaturizer | None) -> Feat
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not path.is_file():
-        raise FileNotFoundError(f"No classifier file at {path}.")
+        raise UserFileNotFoundError(f"No classifier file at {path}.")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes; a classifier has at most {MAX_BYTES}. It is something else.")
+        raise UserValueError(f"{path} has {size} bytes; a classifier has at most {MAX_BYTES}. It is something else.")
     try:
         with safe_open(str(path), framework="numpy") as file:
             document = _parse(path, (file.metadata() or {}).get(FORMAT))
             found = set(file.keys())
             if found != set(TENSORS):
-                raise ValueError(f"{path} must hold the tensors {sorted(TENSORS)}, it holds {sorted(found)[:20]}.")
+                raise UserValueError(f"{path} must hold the tensors {sorted(TENSORS)}, it holds {sorted(found)[:20]}.")
             tensors = {name: file.get_tensor(name) for name in TENSORS}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+        raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
     return document, tensors
 
 
 def _parse(path: Path, text: str | None) -> dict[str, Any]:
     if text is None:
-        raise ValueError(f"{path} is not a classifier: its metadata has no {FORMAT!r}.")
+        raise UserValueError(f"{path} is not a classifier: its metadata has no {FORMAT!r}.")
     try:
         document = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: the classifier document is not valid JSON: {error}.") from error
+        raise UserValueError(f"{path}: the classifier document is not valid JSON: {error}.") from error
     if not isinstance(document, dict) or set(document) != KEYS:
         found = sorted(document) if isinstance(document, dict) else type(document).__name__
-        raise ValueError(f"{path}: the classifier document must have the keys {sorted(KEYS)}, got {found!s:.300}.")
+        raise UserValueError(f"{path}: the classifier document must have the keys {sorted(KEYS)}, got {found!s:.300}.")
     if document["version"] != VERSION:
-        raise ValueError(f"{path} has classifier version {document['version']!r}; this package reads {VERSION}.")
+        raise UserValueError(f"{path} has classifier version {document['version']!r}; this package reads {VERSION}.")
     parameters, classes = document["parameters"], document["classes"]
     if not isinstance(parameters, dict) or set(parameters) != set(PARAMETERS):
-        raise ValueError(f"{path}: parameters must be {', '.join(PARAMETERS)}, got {parameters!s:.300}.")
+        raise UserValueError(f"{path}: parameters must be {', '.join(PARAMETERS)}, got {parameters!s:.300}.")
     for name in ("layer", "random_state"):
         if parameters[name] is not None and type(parameters[name]) is not int:
-            raise ValueError(f"{path}: {name} must be a whole number or null, got {parameters[name]!r:.100}.")
+            raise UserValueError(f"{path}: {name} must be a whole number or null, got {parameters[name]!r:.100}.")
     alike = isinstance(classes, list) and len(classes) == 2 and type(classes[0]) is type(classes[1])
     if not alike or type(classes[0]) not in (str, int, bool, float) or not classes[0] < classes[1]:
-        raise ValueError(f"{path}: classes must be two plain values of one type, ascending, got {classes!r:.200}.")
+        raise UserValueError(f"{path}: classes must be two plain values of one type, ascending, got {classes!r:.200}.")
     if not _is_number(document["intercept"]):
-        raise ValueError(f"{path}: intercept must be a finite number, got {document['intercept']!r:.100}.")
+        raise UserValueError(f"{path}: intercept must be a finite number, got {document['intercept']!r:.100}.")
     widths, top = document["layer_widths"], document["top1_differences"]
     if not _by_layer(widths, lambda width: type(width) is int and 1 <= width < 2**31) or not widths:
-        raise ValueError(f"{path}: layer_widths must give each layer a width, got {widths!r:.200}.")
+        raise UserValueError(f"{path}: layer_widths must give each layer a width, got {widths!r:.200}.")
     if not _by_layer(top, lambda value: _is_number(value) and -1 <= value <= 1) or not set(top) <= set(widths):
-        raise ValueError(f"{path}: top1_differences must give layers a number in [-1, 1], got {top!r:.200}.")
+        raise UserValueError(f"{path}: top1_differences must give layers a number in [-1, 1], got {top!r:.200}.")
     return document
 
 
@@ -151,22 +152,22 @@ def _check_tensors(path: Path, tensors: Mapping[str, np.ndarray], columns: Layer
     rows = tensors["weights_"].size
     for name, tensor in tensors.items():
         if tensor.dtype != TENSORS[name] or tensor.shape != (rows,) or rows == 0:
-            raise ValueError(
+            raise UserValueError(
                 f"{path}: {name} must be {np.dtype(TENSORS[name])} [S], one a feature, "
                 f"got {tensor.dtype} {list(tensor.shape)}."
             )
         if not np.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds values that are not finite numbers.")
+            raise UserValueError(f"{path}: {name} holds values that are not finite numbers.")
     for name in ("positive_rates_", "negative_rates_"):
         if not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
-            raise ValueError(f"{path}: {name} must lie in [0, 1].")
+            raise UserValueError(f"{path}: {name} must lie in [0, 1].")
     if (tensors["thresholds_"] < 0).any():
-        raise ValueError(f"{path}: thresholds must not be below 0.")
+        raise UserValueError(f"{path}: thresholds must not be below 0.")
     width = dict(zip(columns.layers, columns.widths, strict=True))
     pairs = list(zip(tensors["feature_layers_"].tolist(), tensors["feature_ids_"].tolist(), strict=True))
     wrong = [(layer, feature) for layer, feature in pairs if not 0 <= feature < width.get(layer, 0)]
     if wrong or len(set(pairs)) != rows:
-        raise ValueError(
+        raise UserValueError(
             f"{path}: (layer, feature) pairs must be distinct and within {width}; got {wrong[:5] or pairs}."
         )
 
@@ -176,16 +177,18 @@ def _settings(path: Path, settings: Any) -> dict[str, Any] | None:
         return None
     ok = isinstance(settings, dict) and set(settings) == set(SETTINGS)
     if not ok or any(not isinstance(settings[name], kind) for name, kind in SETTINGS.items()):
-        raise ValueError(f"{path}: settings must be {', '.join(SETTINGS)}, got {settings!s:.300}.")
+        raise UserValueError(f"{path}: settings must be {', '.join(SETTINGS)}, got {settings!s:.300}.")
     if not _by_layer(settings["median_norms"], lambda norm: _is_number(norm) and norm > 0):
-        raise ValueError(f"{path}: median_norms must give each layer a number above 0.")
+        raise UserValueError(f"{path}: median_norms must give each layer a number above 0.")
     return {**settings, "median_norms": {int(layer): float(n) for layer, n in settings["median_norms"].items()}}
 
 
 def _check_origin(path: Path, stored: Any, found: Mapping[str, Any], layers: set[int]) -> None:
     """The model's kind and shape, and the hashes of the SAEs that are used, must be those of the training."""
     if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in ("model", "saes")):
-        raise ValueError(f"{path} does not say which model and SAEs it was made with: it can classify features only.")
+        raise UserValueError(
+            f"{path} does not say which model and SAEs it was made with: it can classify features only."
+        )
     differences = [
         f"{key}: {stored['model'].get(key)!r} in the file, {found['model'][key]!r} here"
         for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -200,7 +203,7 @@ def _check_origin(path: Path, stored: Any, found: Mapping[str, Any], layers: set
                 f"SAE of layer {layer}: sha256 {source.get('sha256')} in the file, {here['sha256']} here"
             )
     if differences:
-        raise ValueError(f"{path} was made with another model or other SAEs: {'; '.join(differences)}.")
+        raise UserValueError(f"{path} was made with another model or other SAEs: {'; '.join(differences)}.")
 
 
 def _by_layer(value: Any, allowed: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array, hstack
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.text_features import TextFeatures
 
 
@@ -30,7 +31,7 @@ class LayerColumns:
         """
         pairs = sorted((_whole(layer, 0, "a layer"), _whole(width, 1, "a width")) for layer, width in widths.items())
         if not pairs:
-            raise ValueError("layer_widths must name at least one layer.")
+            raise UserValueError("layer_widths must name at least one layer.")
         return cls(tuple(layer for layer, _ in pairs), tuple(width for _, width in pairs))
 
     @property
@@ -44,7 +45,7 @@ class LayerColumns:
             ValueError: no such layer.
         """
         if layer not in self.layers:
-            raise ValueError(
+            raise UserValueError(
                 f"there are no features of layer {layer}; there are of {', '.join(map(str, self.layers))}."
             )
         place = self.layers.index(layer)
@@ -57,7 +58,7 @@ class LayerColumns:
             part = self.slice(layer)
             if column < part.stop:
                 return layer, column - part.start
-        raise ValueError(f"column {column} is beyond the {self.total} columns.")
+        raise UserValueError(f"column {column} is beyond the {self.total} columns.")
 
 
 def stack(features: Mapping[int, Any]) -> tuple[csr_array, LayerColumns]:
@@ -73,7 +74,7 @@ def stack(features: Mapping[int, Any]) -> tuple[csr_array, LayerColumns]:
     columns = LayerColumns.from_widths({layer: matrix.shape[1] for layer, matrix in matrices.items()})
     counts = {layer: matrix.shape[0] for layer, matrix in matrices.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"layers must have the features of the same texts; they have {counts}.")
+        raise UserValueError(f"layers must have the features of the same texts; they have {counts}.")
     return csr_array(hstack(list(matrices.values()), format="csr")), columns
 
 
@@ -97,5 +98,5 @@ def take_texts(features: TextFeatures, rows: Sequence[int]) -> TextFeatures:
 
 def _whole(value: Any, least: int, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{what} must be a whole number from {least} on, got {value!r}.")
+        raise UserValueError(f"{what} must be a whole number from {least} on, got {value!r}.")
     return int(value)

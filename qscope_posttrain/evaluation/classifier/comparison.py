@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
 from qscope_posttrain.evaluation.classifier.examples import Examples
 from qscope_posttrain.evaluation.classifier.methods import COUNTS, Method, choice_of
@@ -134,7 +135,7 @@ def draw_rows(labels: Any, share: float, seed: int) -> list[int]:
         ValueError: a share outside (0, 1].
     """
     if not 0 < share <= 1:
-        raise ValueError(f"a part must be a share in (0, 1], got {share}.")
+        raise UserValueError(f"a part must be a share in (0, 1], got {share}.")
     generator = np.random.default_rng(seed)
     rows: list[int] = []
     for kind in (False, True):

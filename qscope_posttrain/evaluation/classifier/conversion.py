@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
 from qscope_posttrain.features.build import feature_set_from, features_from_rows
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -31,11 +32,13 @@ def to_feature_set(
     """
     negative, positive = (str(kind) for kind in classifier.classes_.tolist())
     if not {negative, positive} <= set(statistics.languages):
-        raise ValueError(f"The statistics are of {', '.join(statistics.languages)}, not of {negative} and {positive}.")
+        raise UserValueError(
+            f"The statistics are of {', '.join(statistics.languages)}, not of {negative} and {positive}."
+        )
     layers = {}
     for layer in dict.fromkeys(classifier.feature_layers_.tolist()):
         if layer not in saes or layer not in statistics.layers:
-            raise ValueError(f"Layer {layer} of the classifier needs its SAE and its statistics.")
+            raise UserValueError(f"Layer {layer} of the classifier needs its SAE and its statistics.")
         mine = classifier.feature_layers_ == layer
         ids = torch.from_numpy(classifier.feature_ids_[mine].copy())
         layers[layer] = features_from_rows(

@@ -16,6 +16,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.classifier.columns import LayerColumns, stack
 from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer, are_texts
 from qscope_posttrain.evaluation.classifier.rates import (
@@ -118,7 +119,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) != 2:
             kind = "1 class" if len(self.classes_) == 1 else f"{len(self.classes_)} classes"
-            raise ValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
+            raise UserValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
         positive = codes == 1
         activations = self._choose(matrix, positive)
         self.weights_, self.intercept_ = self._learn(self._indicators(activations), positive)
@@ -197,24 +198,24 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         for name, kinds in (("rule", Rule), ("thresholds", Thresholds), ("selection", Selection)):
             if getattr(self, name) not in get_args(kinds):
                 allowed = ", ".join(repr(kind) for kind in get_args(kinds))
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+                raise UserValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("k", "n_layers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}.")
+                raise UserValueError(f"{name} must be a whole number from 1 on, got {value!r}.")
         for name, least in (("epsilon", 0.0), ("C", np.nextafter(0.0, 1.0))):
             value = getattr(self, name)
             if not isinstance(value, Real) or not least <= float(value) < np.inf:
-                raise ValueError(f"{name} must be a number from {least:g} on, got {value!r}.")
+                raise UserValueError(f"{name} must be a number from {least:g} on, got {value!r}.")
         if self.layer is not None and self.n_layers != 1:
-            raise ValueError(f"layer={self.layer!r} names one layer, n_layers={self.n_layers} asks for several.")
+            raise UserValueError(f"layer={self.layer!r} names one layer, n_layers={self.n_layers} asks for several.")
 
     def _training_matrix(self, X: Any, y: Any) -> tuple[csr_array, Any]:
         """Checks X and y, and keeps what prediction must find again."""
         self.featurizer_ = self.settings_ = self.origin_ = None
         if are_texts(X):
             if self.featurizer is None:
-                raise ValueError("X holds texts; give the classifier a featurizer, or pass their features.")
+                raise UserValueError("X holds texts; give the classifier a featurizer, or pass their features.")
             X = self.featurizer.features(list(X))
             self.adopt(self.featurizer.with_norms(X))
         matrix, columns = stack(X) if isinstance(X, Mapping) else (X, None)
@@ -223,7 +224,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.layer_columns_ = columns or LayerColumns.from_widths(self.layer_widths or {0: matrix.shape[1]})
         width = self.layer_columns_.total
         if width != matrix.shape[1]:
-            raise ValueError(f"X has {matrix.shape[1]} columns, but layer_widths adds up to {width}.")
+            raise UserValueError(f"X has {matrix.shape[1]} columns, but layer_widths adds up to {width}.")
         return csr_array(matrix), y
 
     def _chosen_columns(self, X: Any) -> csr_array:
@@ -231,13 +232,13 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         used = list(dict.fromkeys(self.feature_layers_.tolist()))
         if are_texts(X):
             if self.featurizer_ is None:
-                raise ValueError("X holds texts, but this classifier was not fitted or loaded with a featurizer.")
+                raise UserValueError("X holds texts, but this classifier was not fitted or loaded with a featurizer.")
             X = self.featurizer_.features(list(X), layers=used)
         if isinstance(X, Mapping):
             matrix, columns = stack({layer: X[layer] for layer in used if layer in X})
             expected = LayerColumns.from_widths({layer: self._width(layer) for layer in used})
             if columns != expected:
-                raise ValueError(f"The classifier needs the features of {expected}, X has {columns}.")
+                raise UserValueError(f"The classifier needs the features of {expected}, X has {columns}.")
             check_array(matrix, accept_sparse="csr")
         else:
             matrix = csr_array(validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64))
@@ -254,7 +255,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         columns = self.layer_columns_
         searched = columns.layers if self.layer is None else (self.layer,)
         if self.n_layers > len(searched):
-            raise ValueError(f"n_layers={self.n_layers} exceeds the {len(searched)} layers of X.")
+            raise UserValueError(f"n_layers={self.n_layers} exceeds the {len(searched)} layers of X.")
         measure = best_thresholds if self.thresholds == "best" else firing_rates
         parts = {layer: csr_array(matrix[:, columns.slice(layer)]) for layer in searched}
         rates = {layer: measure(part, positive, self.epsilon) for layer, part in parts.items()}
@@ -265,7 +266,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.feature_layers_: Integers = np.repeat(np.array(ranked, dtype=np.int64), [len(p) for p in picked.values()])
         self.feature_ids_: Integers = np.concatenate(list(picked.values()))
         if not len(self.feature_ids_):
-            raise ValueError("No feature fires on any training text, so there is nothing to draw from.")
+            raise UserValueError("No feature fires on any training text, so there is nothing to draw from.")
         kept = Rates(
             *(np.concatenate(values) for values in zip(*(_take(rates[n], picked[n]) for n in ranked), strict=True))
         )

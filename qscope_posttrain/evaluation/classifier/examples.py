@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.classifier.columns import LayerColumns, stack
 from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
 from qscope_posttrain.features.text_features import TextFeatures
@@ -59,12 +60,14 @@ def examples_from(features: Mapping[int, TextFeatures], tokens: csr_array, label
     flags = np.asarray(labels, dtype=bool)
     matrix, columns = stack(features)
     if not matrix.shape[0] == tokens.shape[0] == len(flags):
-        raise ValueError(f"{matrix.shape[0]} texts with features, {tokens.shape[0]} with tokens, {len(flags)} labels.")
+        raise UserValueError(
+            f"{matrix.shape[0]} texts with features, {tokens.shape[0]} with tokens, {len(flags)} labels."
+        )
     if flags.all() or not flags.any():
-        raise ValueError(f"{int(flags.sum())} of {len(flags)} texts are positive; both classes are needed.")
+        raise UserValueError(f"{int(flags.sum())} of {len(flags)} texts are positive; both classes are needed.")
     states = {layer: found.residual for layer, found in sorted(features.items())}
     if any(state is None for state in states.values()):
-        raise ValueError("These features have no residual; collect them with residual=True.")
+        raise UserValueError("These features have no residual; collect them with residual=True.")
     residual = np.concatenate([state.numpy() for state in states.values()], axis=1)  # type: ignore[union-attr]
     widths = {layer: state.shape[1] for layer, state in states.items()}  # type: ignore[union-attr]
     inputs = {

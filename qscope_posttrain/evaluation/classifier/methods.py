@@ -17,6 +17,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.classifier.baselines import LayerSlice, MeanDifferenceProbe
 from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
 from qscope_posttrain.evaluation.classifier.examples import Examples
@@ -101,7 +102,7 @@ def methods_named(names: Sequence[str]) -> tuple[Method, ...]:
     known = {method.name: method for method in all_methods()}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"unknown methods {unknown}; there are {', '.join(known)}.")
+        raise UserValueError(f"unknown methods {unknown}; there are {', '.join(known)}.")
     return tuple(method for name, method in known.items() if name in names)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 
 METRICS = ("f1", "precision", "recall", "tpr_at_1", "tpr_at_5", "auroc")
@@ -39,7 +40,7 @@ class Evaluation:
             ValueError: they were not resampled alike.
         """
         if len(self.replicates[name]) != len(other.replicates[name]):
-            raise ValueError("A paired difference needs evaluations with the same resamples.")
+            raise UserValueError("A paired difference needs evaluations with the same resamples.")
         replicates = self.replicates[name] - other.replicates[name]
         return _interval(self.values[name] - other.values[name], replicates, self.level)
 
@@ -72,13 +73,15 @@ def evaluate(
     truth, guess = np.asarray(labels, dtype=bool), np.asarray(predicted, dtype=bool)
     ranks = None if scores is None else np.asarray(scores, dtype=np.float64)
     if truth.ndim != 1 or truth.shape != guess.shape or (ranks is not None and ranks.shape != truth.shape):
-        raise ValueError(f"labels, predictions and scores must be [texts], got {truth.shape} and {guess.shape}.")
+        raise UserValueError(f"labels, predictions and scores must be [texts], got {truth.shape} and {guess.shape}.")
     if truth.all() or not truth.any():
-        raise ValueError(f"An evaluation needs texts of both classes, got {int(truth.sum())} of {len(truth)} positive.")
+        raise UserValueError(
+            f"An evaluation needs texts of both classes, got {int(truth.sum())} of {len(truth)} positive."
+        )
     if ranks is not None and not np.isfinite(ranks).all():
-        raise ValueError("scores must be finite numbers.")
+        raise UserValueError("scores must be finite numbers.")
     if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"resamples must be at least 1 and level within (0, 1); got {resamples}, {level}.")
+        raise UserValueError(f"resamples must be at least 1 and level within (0, 1); got {resamples}, {level}.")
     once = np.ones((1, len(truth)))
     weights = _resamples(truth, resamples, seed)
     values = {name: float(found[0]) for name, found in _measure(truth, guess, ranks, once).items()}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.classifier.comparison import (
     FRACTIONS,
     JACCARD_TOP,
@@ -200,7 +201,7 @@ def make_report(
         ValueError: other groups in the one than in the other, or none.
     """
     if not discovery or list(discovery) != list(test):
-        raise ValueError(f"discovery and test need the same groups, got {list(discovery)} and {list(test)}.")
+        raise UserValueError(f"discovery and test need the same groups, got {list(discovery)} and {list(test)}.")
     evaluations: dict[str, dict[str, dict[str, Evaluation]]] = {method.name: {} for method in methods}
     choices: dict[str, dict[str, str]] = {method.name: {} for method in methods}
     layers, chosen, curves = {}, {}, {}

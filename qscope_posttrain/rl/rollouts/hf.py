@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import SETTINGS_KEY, feature_steering
 from qscope_posttrain.residual.layers import check_layers, text_config, unwrapped
@@ -75,7 +76,7 @@ def negative_source(
     length = config.window_length if config.window_length is not None else recorded.get("window_length")
     if start is None or length is None:
         missing = "window_start" if start is None else "window_length"
-        raise ValueError(
+        raise UserValueError(
             f"{missing} is neither set nor recorded with the features. Set it (window_start=[4, 9] and "
             "window_length=30 steer some thirty tokens), or find the features with "
             "`qscope features find-repetition`, which chooses it."
@@ -99,12 +100,12 @@ def _steering(config: SteeredGRPOConfig, features: FeatureSet | None, model: nn.
             features, layer=config.steering_layer, strength=config.steering_strength, unit=config.steering_unit
         )
     if config.negative == "feature":
-        raise ValueError(
+        raise UserValueError(
             "negative='feature' needs features: pass features=FeatureSet (see `qscope features find-repetition`), or "
             "choose negative='seeded', which needs none."
         )
     if config.steering_layer is None or config.steering_strength is None or config.steering_unit in (None, "relative"):
-        raise ValueError(
+        raise UserValueError(
             "negative='random' without features needs steering_layer, steering_strength and steering_unit='norm' (or "
             "'raw'); with features it takes theirs."
         )
@@ -149,7 +150,7 @@ def negative_rollout(
 
 def _copy_rule(source: NegativeSource, start: Tensor, model: nn.Module) -> CopyRule:
     if source.is_boundary is None:
-        raise ValueError("A source without steering needs the boundaries at which a piece of text ends.")
+        raise UserValueError("A source without steering needs the boundaries at which a piece of text ends.")
     device = next(model.parameters()).device
     return CopyRule(source.is_boundary.to(device), start.to(device), source.copies, source.copy_length)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
+
 MAX_BYTES = 1 << 20
 """No published SAE has settings above a few kilobytes."""
 
@@ -30,7 +32,7 @@ class Settings:
         if value is default:
             return default
         if type(value) is not int or value < least:
-            raise ValueError(f"{key} in {self.name} must be an integer from {least}, got {_shown(value)}")
+            raise UserValueError(f"{key} in {self.name} must be an integer from {least}, got {_shown(value)}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -38,13 +40,13 @@ class Settings:
         if value is default:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_as_float(value)):
-            raise ValueError(f"{key} in {self.name} must be a finite number, got {_shown(value)}")
+            raise UserValueError(f"{key} in {self.name} must be a finite number, got {_shown(value)}")
         return float(value)
 
     def positive(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.number(key, default)
         if value is not default and value <= 0:
-            raise ValueError(f"{key} in {self.name} must be above 0, got {_shown(value)}")
+            raise UserValueError(f"{key} in {self.name} must be above 0, got {_shown(value)}")
         return value
 
     def flag(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -61,13 +63,13 @@ class Settings:
     def _of_type(self, key: str, default: Any, kind: type, words: str) -> Any:
         value = self._get(key, default)
         if value is not default and type(value) is not kind:
-            raise ValueError(f"{key} in {self.name} must be {words}, got {_shown(value)}")
+            raise UserValueError(f"{key} in {self.name} must be {words}, got {_shown(value)}")
         return value
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
         if value is None and default is _REQUIRED:
-            raise ValueError(f"{self.name} lacks {key}")
+            raise UserValueError(f"{self.name} lacks {key}")
         return default if value is None else value
 
 
@@ -77,7 +79,7 @@ def read(path: Path) -> Settings | None:
         return None
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes; settings of an SAE have a few thousand, at most {MAX_BYTES}")
+        raise UserValueError(f"{path} has {size} bytes; settings of an SAE have a few thousand, at most {MAX_BYTES}")
     return Settings(path.name, parse(path.read_bytes(), str(path)))
 
 
@@ -87,9 +89,9 @@ def parse(content: bytes | str, what: str) -> dict[str, Any]:
         text = content if isinstance(content, str) else content.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {str(error)[:200]}") from error
+        raise UserValueError(f"{what} is not JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object, got {type(value).__name__}")
+        raise UserValueError(f"{what} must be a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -97,7 +99,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice")
+        raise UserValueError(f"the key {next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice")
     return values
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
+
 _MAX_MEMBERS = 64
 _MAX_HEADER_BYTES = 10_000
 _MAX_EXPANSION = 4
@@ -34,7 +36,7 @@ def read(path: Path, size: int) -> dict[str, Tensor]:
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
         reason = str(error).strip().splitlines()
-        raise ValueError(
+        raise UserValueError(
             f"{path} is not a valid .npz archive, it may be truncated "
             f"({type(error).__name__}: {reason[0] if reason else ''})"
         ) from error
@@ -43,13 +45,15 @@ def read(path: Path, size: int) -> dict[str, Tensor]:
 def _check_members(path: Path, members: list[zipfile.ZipInfo], size: int) -> None:
     names = [member.filename for member in members]
     if not names or len(names) > _MAX_MEMBERS or len(set(names)) < len(names):
-        raise ValueError(f"{path} is not a valid .npz archive of an SAE: it has {len(names)} members, or some twice")
+        raise UserValueError(
+            f"{path} is not a valid .npz archive of an SAE: it has {len(names)} members, or some twice"
+        )
     if not all(name.endswith(".npy") for name in names):
-        raise ValueError(f"{path} is not a valid .npz archive: not all of {', '.join(names[:9])} are .npy")
+        raise UserValueError(f"{path} is not a valid .npz archive: not all of {', '.join(names[:9])} are .npy")
     stored = sum(m.file_size for m in members if m.compress_type == zipfile.ZIP_STORED)
     unpacked = sum(m.file_size for m in members if m.compress_type != zipfile.ZIP_STORED)
     if stored > size or unpacked > _MAX_EXPANSION * size + _EXPANSION_SLACK:
-        raise ValueError(
+        raise UserValueError(
             f"{path} has {size} bytes and claims to hold {stored} stored and {unpacked} compressed ones: "
             "weights do not compress like that"
         )
@@ -61,7 +65,7 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Te
         begin = stream.tell()
         count = math.prod(shape)
         if begin + count * dtype.itemsize != member.file_size:
-            raise ValueError(
+            raise UserValueError(
                 f"{path}: {member.filename} claims the shape {list(shape)} of {dtype.name}, which is not what its "
                 f"{member.file_size} bytes hold"
             )
@@ -69,7 +73,7 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Te
         if member.compress_type == zipfile.ZIP_STORED:
             offset = _data_offset(path, member) + begin
             if offset + count * dtype.itemsize > path.stat().st_size:
-                raise ValueError(f"{path}: {member.filename} lies beyond the end of the file")
+                raise UserValueError(f"{path}: {member.filename} lies beyond the end of the file")
             # Copy-on-write: torch has no read-only tensors, and nothing is ever written.
             array = np.memmap(path, dtype, mode="c", offset=offset, shape=shape, order=order) if count else np.empty(0)
         else:
@@ -83,16 +87,18 @@ def _header(path: Path, name: str, stream: IO[bytes]) -> tuple[tuple[int, ...], 
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise ValueError(f"{path}: {name} is a .npy of version {version}; known are 1.0 and 2.0")
+        raise UserValueError(f"{path}: {name} is a .npy of version {version}; known are 1.0 and 2.0")
     shape, fortran, dtype = readers[version](stream, max_header_size=_MAX_HEADER_BYTES)
     if dtype.hasobject:
-        raise ValueError(f"{path}: {name} holds pickled objects, which could run code when loaded; refused")
+        raise UserValueError(f"{path}: {name} holds pickled objects, which could run code when loaded; refused")
     if not dtype.isnative:
-        raise ValueError(f"{path}: {name} is of the other byte order ({dtype.str}), and cannot be memory-mapped here")
+        raise UserValueError(
+            f"{path}: {name} is of the other byte order ({dtype.str}), and cannot be memory-mapped here"
+        )
     if dtype.kind not in "fiu" or dtype.itemsize > 8:
-        raise ValueError(f"{path}: {name} has the dtype {dtype}; the tensors of an SAE are numbers")
+        raise UserValueError(f"{path}: {name} has the dtype {dtype}; the tensors of an SAE are numbers")
     if any(type(length) is not int or length < 0 for length in shape):
-        raise ValueError(f"{path}: {name} claims the shape {shape}")
+        raise UserValueError(f"{path}: {name} claims the shape {shape}")
     return shape, fortran, dtype
 
 
@@ -102,6 +108,6 @@ def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
         file.seek(member.header_offset)
         local = file.read(30)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
-        raise ValueError(f"{path} is not a valid .npz archive: {member.filename} has no header where it should be")
+        raise UserValueError(f"{path} is not a valid .npz archive: {member.filename} has no header where it should be")
     name_length, extra_length = struct.unpack("<HH", local[26:30])
     return member.header_offset + 30 + name_length + extra_length

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.containers import json_file
 
 _MAX_HEADER_BYTES = 1 << 20
@@ -23,7 +24,7 @@ def read(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # SafetensorError, but also what torch and the binding raise for absurd shapes
         reason = str(error).strip().splitlines()
         kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
-        raise ValueError(
+        raise UserValueError(
             f"{path} is not a valid safetensors file, it may be truncated: {kind}{reason[0] if reason else ''}"
         ) from error
 
@@ -33,10 +34,12 @@ def _check_header(path: Path, size: int) -> None:
     with path.open("rb") as file:
         claimed = int.from_bytes(file.read(8), "little")
         if size < 8 or claimed > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(
+            raise UserValueError(
                 f"{path} is not a valid SAE file: its header claims {claimed} bytes, the file has {size} and "
                 f"at most {_MAX_HEADER_BYTES} are accepted"
             )
         header = json_file.parse(file.read(claimed), f"{path} is not a valid safetensors file: its header")
     if len(header) > _MAX_TENSORS:
-        raise ValueError(f"{path} is not a valid SAE file: it has {len(header)} tensors, at most {_MAX_TENSORS} are")
+        raise UserValueError(
+            f"{path} is not a valid SAE file: it has {len(header)} tensors, at most {_MAX_TENSORS} are"
+        )

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
+
 _SAFE_TORCH = "2.10"
 _MAX_PICKLE_BYTES = 1 << 20
 _MAX_RECORDS = 64
@@ -23,7 +25,7 @@ def read(path: Path, size: int) -> dict[str, object]:
     record_sizes = _check_archive(path, size)
     content = _unpickle(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+        raise UserValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     entries = {str(name): value for name, value in content.items()}
     for name, value in entries.items():
         inner = value.items() if isinstance(value, dict) else [(name, value)]
@@ -38,13 +40,17 @@ def _check_archive(path: Path, size: int) -> set[int]:
     records, byte_order = _read_directory(path)
     pickles = [record for record in records if record.filename.endswith("data.pkl")]
     if len(pickles) != 1 or len(records) > _MAX_RECORDS:
-        raise ValueError(f"{path} is not a torch.save archive of a few tensors: it has {len(records)} records")
+        raise UserValueError(f"{path} is not a torch.save archive of a few tensors: it has {len(records)} records")
     if pickles[0].file_size > _MAX_PICKLE_BYTES:
-        raise ValueError(f"{path} holds a pickle of {pickles[0].file_size} bytes; a few tensors need a few hundred")
+        raise UserValueError(f"{path} holds a pickle of {pickles[0].file_size} bytes; a few tensors need a few hundred")
     if any(record.compress_type != zipfile.ZIP_STORED or record.file_size > size for record in records):
-        raise ValueError(f"{path} holds compressed records or claims more data than it has; torch.save writes neither")
+        raise UserValueError(
+            f"{path} holds compressed records or claims more data than it has; torch.save writes neither"
+        )
     if byte_order not in (b"", sys.byteorder.encode()):
-        raise ValueError(f"{path} was written on a machine of the other byte order, and cannot be memory-mapped here")
+        raise UserValueError(
+            f"{path} was written on a machine of the other byte order, and cannot be memory-mapped here"
+        )
     return {record.file_size for record in records}
 
 
@@ -56,7 +62,7 @@ def _read_directory(path: Path) -> tuple[list[zipfile.ZipInfo], bytes]:
             byte_order = (archive.open(record).read(8) for record in records if _is_byte_order(record))
             return records, next(byte_order, b"")
     except Exception as error:  # for damaged archives zipfile raises a dozen kinds, OSError among them
-        raise ValueError(
+        raise UserValueError(
             f"{path} is not a torch.save archive: it is truncated, in the format of torch before 1.6, "
             f"or something else ({type(error).__name__}: {error})"
         ) from error
@@ -68,7 +74,7 @@ def _is_byte_order(record: zipfile.ZipInfo) -> bool:
 
 def _unpickle(path: Path) -> object:
     if torch.__version__ < _SAFE_TORCH:
-        raise ValueError(
+        raise UserValueError(
             f"{path}: torch {torch.__version__} can be attacked through .pt files even with weights_only=True "
             "(CVE-2026-24747); use torch 2.10 or newer"
         )
@@ -76,7 +82,7 @@ def _unpickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged or hostile pickle can fail anywhere in the unpickler
         reason = str(error).strip().splitlines()
-        raise ValueError(
+        raise UserValueError(
             f"{path} was refused: it is damaged, or holds something other than tensors, which could run code when "
             f"loaded. torch.load(weights_only=True) says {type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
@@ -85,12 +91,12 @@ def _unpickle(path: Path) -> object:
 def _check_storage(path: Path, name: str, tensor: Tensor, record_sizes: set[int]) -> None:
     """A pickle may claim more than its record holds; and with strides of 0, a few bytes describe terabytes."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ValueError(
+        raise UserValueError(
             f"{path}: {name} must be a dense tensor with data, got layout {tensor.layout} on {tensor.device}"
         )
     held = tensor.untyped_storage().nbytes()
     if held not in record_sizes or tensor.nbytes > held:
-        raise ValueError(
+        raise UserValueError(
             f"{path}: {name} claims the shape {list(tensor.shape)}, {tensor.nbytes} bytes, "
             "which no record of the file holds"
         )

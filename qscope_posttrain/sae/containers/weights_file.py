@@ -10,6 +10,7 @@ from typing import cast
 
 from torch import Tensor
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.sae.checks import check_tensor
 from qscope_posttrain.sae.containers import json_file, numpy_archive, safetensors_file, torch_archive
 from qscope_posttrain.sae.containers.json_file import Settings
@@ -50,7 +51,7 @@ class WeightsFile:
     def required_settings(self, name: str) -> Settings:
         found = self.settings(name)
         if found is None:
-            raise ValueError(f"its settings are missing: there is no {name} beside it")
+            raise UserValueError(f"its settings are missing: there is no {name} beside it")
         return found
 
     def vector(self, name: str, length: int | None = None) -> Tensor:
@@ -61,7 +62,7 @@ class WeightsFile:
         """A tensor of one number."""
         tensor = self._present(name)
         if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_complex():
-            raise ValueError(f"{name} must be a tensor of one number")
+            raise UserValueError(f"{name} must be a tensor of one number")
         return float(tensor)
 
     def any_matrix(self, name: str) -> Tensor:
@@ -73,7 +74,7 @@ class WeightsFile:
         on_disk = (d_sae, d_model) if features == "rows" else (d_model, d_sae)
         tensor = self._present(name)
         if isinstance(tensor, Tensor) and tuple(tensor.shape) == on_disk[::-1] != on_disk:
-            raise ValueError(f"{name} is transposed: it has shape {list(tensor.shape)}, expected {list(on_disk)}")
+            raise UserValueError(f"{name} is transposed: it has shape {list(tensor.shape)}, expected {list(on_disk)}")
         tensor = self._tensor(name, on_disk)
         return tensor if features == "rows" else tensor.t()
 
@@ -83,7 +84,7 @@ class WeightsFile:
         if missing or extra:
             faults = [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
             faults += [f"has extra {_listed(extra)}"] * bool(extra)
-            raise ValueError(f"it {' and '.join(faults)}; expected are {', '.join(sorted(required))}")
+            raise UserValueError(f"it {' and '.join(faults)}; expected are {', '.join(sorted(required))}")
 
     def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Tensor:
         tensor = self._present(name)
@@ -92,7 +93,7 @@ class WeightsFile:
 
     def _present(self, name: str) -> object:
         if name not in self.entries:
-            raise ValueError(f"it lacks the tensor {name}; it holds {_listed(self.names)}")
+            raise UserValueError(f"it lacks the tensor {name}; it holds {_listed(self.names)}")
         return self.entries[name]
 
 
@@ -117,13 +118,13 @@ def open_weights(path: Path) -> WeightsFile:
 def check_is_file_with_data(path: Path) -> int:
     """Size of the file in bytes. Errors for what is often found in place of the weights."""
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise UserFileNotFoundError(f"no such file: {path}")
     size = path.stat().st_size
     if size == 0:
-        raise ValueError(f"{path} is empty (0 bytes): the download or copy failed, fetch it again")
+        raise UserValueError(f"{path} is empty (0 bytes): the download or copy failed, fetch it again")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+            raise UserValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
     return size
 
 
@@ -147,7 +148,7 @@ def _kind(path: Path) -> str:
     if by_suffix is None and head[8:9] == b"{":
         return "safetensors"
     if by_suffix is None:
-        raise ValueError(
+        raise UserValueError(
             f"{path}: no SAE format has the suffix {path.suffix!r}, nor do its first bytes tell what it is; "
             f"known are {', '.join(WEIGHTS_SUFFIXES)}"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.containers.weights_file import WeightsFile, open_weights
 from qscope_posttrain.sae.formats import (
     dictionary_learning,
@@ -46,17 +47,17 @@ def open_stored(located: LocatedFile, input_scale: float | None = None) -> Store
     try:
         reader = _reader(weights)
         if input_scale is not None and reader is not sae_lens.open_file:
-            raise ValueError(f"input_scale={input_scale} was given, but only SAELens files can need one")
+            raise UserValueError(f"input_scale={input_scale} was given, but only SAELens files can need one")
         stored = reader(weights, located, input_scale)
         _check_entry(stored, located)
         if stored.activation is not None:
             stored.activation.check(stored.b_enc.shape[0])
     except (TypeError, ValueError) as error:
-        raise ValueError(_naming(located.path, error)) from error
+        raise UserValueError(_naming(located.path, error)) from error
     if None not in (stored.layer, located.layer) and stored.layer != located.layer:
         by_path = layer_in_path(located.path.as_posix()) is not None
         said = f"by its path it is of layer {located.layer}" if by_path else f"layer {located.layer} was asked for"
-        raise ValueError(f"{said}, but {located.path} holds layer {stored.layer}")
+        raise UserValueError(f"{said}, but {located.path} holds layer {stored.layer}")
     return stored
 
 
@@ -69,8 +70,8 @@ def _reader(weights: WeightsFile) -> Callable[[WeightsFile, LocatedFile, float |
     holds += f" with {' and '.join(beside) or 'no settings'} beside it"
     if found:
         names = " and ".join(module.FORMAT for module in found)
-        raise ValueError(f"it could be {names}: it holds {holds}")
-    raise ValueError(
+        raise UserValueError(f"it could be {names}: it holds {holds}")
+    raise UserValueError(
         f"it is of no known SAE format: it holds {holds}. A file of this package has "
         f"the metadata entry {native.METADATA_KEY!r}; SAELens and sparsify need their cfg.json, "
         "Llama Scope its hyperparams.json, lm-saes and dictionary_learning their config.json"
@@ -80,7 +81,7 @@ def _reader(weights: WeightsFile) -> Callable[[WeightsFile, LocatedFile, float |
 def _check_entry(stored: StoredSAE, located: LocatedFile) -> None:
     entry, found = located.entry, tuple(stored.W_enc.shape)
     if entry is not None and (entry.d_sae, entry.d_model) != found:
-        raise ValueError(
+        raise UserValueError(
             f"it has {found[0]} latents for width {found[1]}, but by the catalogue {entry.name} has {entry.d_sae} for "
             f"width {entry.d_model}: the file is another one, or the catalogue is wrong"
         )

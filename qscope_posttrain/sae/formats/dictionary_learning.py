@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
@@ -77,7 +78,9 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     if trainer is not None:
         stated = trainer.integer("dict_size", d_sae), trainer.integer("activation_dim", d_model)
         if stated != (d_sae, d_model):
-            raise ValueError(f"config.json states dict_size and activation_dim {stated}, it holds {(d_sae, d_model)}")
+            raise UserValueError(
+                f"config.json states dict_size and activation_dim {stated}, it holds {(d_sae, d_model)}"
+            )
     rows, columns = ("columns", "rows") if kind.encoder == "W_enc" else ("rows", "columns")
     fold, activation = _activation(weights, name, trainer, b_enc, kind.subtracts)
     return StoredSAE(
@@ -98,13 +101,13 @@ def _class_name(weights: WeightsFile, trainer: Settings | None) -> str:
     if trainer is not None:
         name: str = trainer.text("dict_class")
         if name not in _CLASSES:
-            raise ValueError(f"dict_class is {name!r}; known are {', '.join(_CLASSES)}")
+            raise UserValueError(f"dict_class is {name!r}; known are {', '.join(_CLASSES)}")
         return name
     fitting = [name for name, kind in _CLASSES.items() if kind.keys <= weights.names <= kind.keys | set(kind.optional)]
     if len(fitting) == 1:
         return fitting[0]
     words = f"it could be {' or '.join(fitting)}" if fitting else "its tensors are those of no class"
-    raise ValueError(f"its config.json is missing, without which {words} of dictionary_learning")
+    raise UserValueError(f"its config.json is missing, without which {words} of dictionary_learning")
 
 
 def _activation(
@@ -122,7 +125,7 @@ def _activation(
         return fold, ReLU()
     k = int(weights.scalar("k"))
     if trainer is not None and trainer.integer("k", k) != k:
-        raise ValueError(f"contradicting k: config.json says {trainer.integer('k')}, the weights {k}")
+        raise UserValueError(f"contradicting k: config.json says {trainer.integer('k')}, the weights {k}")
     if name == "AutoEncoderTopK":
         return fold, TopK(k, "relu_before")
     return fold, BatchTopK(weights.scalar("threshold"))
@@ -136,5 +139,5 @@ def _layer(trainer: Settings) -> int | None:
         return layer
     named = layer_of_site(site)
     if layer is not None and layer != named:
-        raise ValueError(f"config.json says layer {layer} and submodule_name {site!r}")
+        raise UserValueError(f"config.json says layer {layer} and submodule_name {site!r}")
     return named

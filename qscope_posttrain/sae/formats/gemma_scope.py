@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import JumpReLU
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import StoredSAE
@@ -49,7 +50,7 @@ def refuse_other_sites(path: Path, located: LocatedFile) -> None:
     named = [located.location.rpartition("/")[2], *path.parts[-5:-1]]
     other = next((part for part in named for mark in _OTHER_SITES if mark in part.lower()), None)
     if other is not None:
-        raise ValueError(
+        raise UserValueError(
             f"by {other!r} in its path it does not read the residual stream after a decoder layer, which is all that "
             "this package reads and steers"
         )

@@ -8,6 +8,7 @@ Transcoders of the same layout may add an affine skip connection; they are refus
 
 from __future__ import annotations
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import JumpReLU
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
@@ -27,7 +28,7 @@ def recognises(weights: WeightsFile) -> bool:
 def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
     refuse_other_sites(weights.path, located)
     if any("affine" in name for name in weights.names):
-        raise ValueError("it has an affine skip connection: a transcoder, which does not reconstruct what it reads")
+        raise UserValueError("it has an affine skip connection: a transcoder, which does not reconstruct what it reads")
     weights.only(set(KEYS))
     b_enc, b_dec = weights.vector("b_enc"), weights.vector("b_dec")
     d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
@@ -48,10 +49,10 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
 def _layer(settings: Settings) -> int | None:
     architecture = settings.text("architecture", "jump_relu")
     if architecture != "jump_relu" or settings.flag("affine_connection", False):
-        raise ValueError(f"it is {architecture!r}, or has an affine connection; known is 'jump_relu' without one")
+        raise UserValueError(f"it is {architecture!r}, or has an affine connection; known is 'jump_relu' without one")
     site = settings.text("hf_hook_point_in", None)
     if site is None:
         return None
     if settings.text("hf_hook_point_out", site) != site:
-        raise ValueError(f"it is a transcoder: it reads {site!r} and writes {settings.text('hf_hook_point_out')!r}")
+        raise UserValueError(f"it is a transcoder: it reads {site!r} and writes {settings.text('hf_hook_point_out')!r}")
     return layer_of_site(site)

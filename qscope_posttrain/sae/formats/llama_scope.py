@@ -16,6 +16,7 @@ import math
 
 import torch
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
@@ -49,7 +50,7 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     outer = inner if average is None else average.positive("out", inner)
     s = normalisation(settings, d_model, inner)
     if inner is not None and outer is not None and not math.isclose(outer, inner, rel_tol=1e-3):
-        raise ValueError(f"dataset_average_activation_norm is {inner} in and {outer} out: a transcoder, not an SAE")
+        raise UserValueError(f"dataset_average_activation_norm is {inner} in and {outer} out: a transcoder, not an SAE")
     return StoredSAE(
         weights.path,
         FORMAT,
@@ -68,10 +69,10 @@ def check_settings(settings: Settings) -> int:
     """The layer by the settings of an SAE of the OpenMOSS libraries. ValueError for what is not one of the stream."""
     kind = settings.text("sae_type", "sae")
     if kind != "sae" or settings.flag("use_glu_encoder", False):
-        raise ValueError(f"it is of the type {kind!r}, or has a gated linear encoder: not a sparse autoencoder")
+        raise UserValueError(f"it is of the type {kind!r}, or has a gated linear encoder: not a sparse autoencoder")
     site = settings.text("hook_point_in")
     if settings.text("hook_point_out", site) != site:
-        raise ValueError(f"it is a transcoder: it reads {site!r} and writes {settings.text('hook_point_out')!r}")
+        raise UserValueError(f"it is a transcoder: it reads {site!r} and writes {settings.text('hook_point_out')!r}")
     return layer_of_site(site)
 
 
@@ -81,11 +82,13 @@ def normalisation(settings: Settings, d_model: int, average_norm: float | None) 
     if kind == "inference":
         return 1.0
     if kind != "dataset-wise":
-        raise ValueError(f"norm_activation {kind!r} depends on the token or batch, and cannot be folded into weights")
+        raise UserValueError(
+            f"norm_activation {kind!r} depends on the token or batch, and cannot be folded into weights"
+        )
     if average_norm is None:
-        raise ValueError("norm_activation is 'dataset-wise', but dataset_average_activation_norm is missing")
+        raise UserValueError("norm_activation is 'dataset-wise', but dataset_average_activation_norm is missing")
     if not 0 < average_norm < math.inf:
-        raise ValueError(f"dataset_average_activation_norm is {average_norm}, expected a number above 0")
+        raise UserValueError(f"dataset_average_activation_norm is {average_norm}, expected a number above 0")
     return math.sqrt(d_model) / average_norm
 
 
@@ -102,4 +105,4 @@ def _activation(settings: Settings, d_sae: int) -> Activation:
         return TopK(settings.integer("top_k"), "relu_before")
     if name == "relu":
         return ReLU()
-    raise ValueError(f"act_fn is {name!r}; known are jumprelu, topk and relu")
+    raise UserValueError(f"act_fn is {name!r}; known are jumprelu, topk and relu")

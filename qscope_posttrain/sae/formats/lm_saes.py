@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
@@ -79,12 +80,12 @@ def _activation(settings: Settings, thresholds: torch.Tensor | None) -> Activati
     name = settings.text("act_fn").lower()
     if name == "jumprelu":
         if thresholds is None:
-            raise ValueError("act_fn is 'jumprelu', but the thresholds are missing")
+            raise UserValueError("act_fn is 'jumprelu', but the thresholds are missing")
         return JumpReLU(thresholds)
     if name == "topk":
         return TopK(settings.integer("top_k"), "relu_before")
     if name == "relu":
         return ReLU()
     if name == "batchtopk":
-        raise ValueError("act_fn 'batchtopk' depends on the batch; convert it to jumprelu with lm-saes first")
-    raise ValueError(f"act_fn is {name!r}; known are jumprelu, topk and relu")
+        raise UserValueError("act_fn 'batchtopk' depends on the batch; convert it to jumprelu with lm-saes first")
+    raise UserValueError(f"act_fn is {name!r}; known are jumprelu, topk and relu")

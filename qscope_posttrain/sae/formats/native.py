@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qscope_posttrain.atomic import replacing
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, activation_from_spec, activation_to_spec
 from qscope_posttrain.sae.containers import json_file
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
@@ -78,10 +79,10 @@ def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
     described = json_file.parse(metadata[METADATA_KEY], "its metadata")
     version = described.get("version")
     if version != VERSION:
-        raise ValueError(f"format version {version!r}, but this version of the package reads {VERSION}")
+        raise UserValueError(f"format version {version!r}, but this version of the package reads {VERSION}")
     if described.keys() != {"version", "activation", "layer", "source"}:
-        raise ValueError(f"its metadata has the entries {sorted(described)}")
+        raise UserValueError(f"its metadata has the entries {sorted(described)}")
     layer = described["layer"]
     if layer is not None and (type(layer) is not int or layer < 0):
-        raise ValueError(f"its layer is {layer!r}, not an integer from 0")
+        raise UserValueError(f"its layer is {layer!r}, not an integer from 0")
     return described

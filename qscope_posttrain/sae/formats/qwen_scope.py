@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import StoredSAE
 from qscope_posttrain.sae.source import LocatedFile
@@ -33,7 +34,7 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     b_enc, b_dec = (weights.vector(name) for name in ("b_enc", "b_dec"))
     d_sae = _check_shapes(W_enc, b_enc, W_dec, b_dec)
     if located.release is not None and located.release.d_sae != d_sae:
-        raise ValueError(
+        raise UserValueError(
             f"it holds {d_sae} latents, but its release {located.release.name} has {located.release.d_sae}"
         )
     return StoredSAE(weights.path, FORMAT, W_enc, b_enc, W_dec.t(), b_dec, weights.memory_mapped, layer=located.layer)
@@ -45,7 +46,7 @@ def _check_shapes(encoder: Tensor, b_enc: Tensor, decoder: Tensor, b_dec: Tensor
     upright, transposed = (d_sae, d_model), (d_model, d_sae)
     W_enc, W_dec = tuple(encoder.shape), tuple(decoder.shape)
     if d_sae == d_model and W_enc == W_dec == upright:
-        raise ValueError(
+        raise UserValueError(
             f"all matrices are {d_sae} x {d_sae}, so that their orientation cannot be told from the shapes and "
             "a swapped file would pass unnoticed. No Qwen-Scope release is square; if you know the orientation, build "
             "SparseAutoencoder(...) yourself and save() it"
@@ -62,4 +63,4 @@ def _check_shapes(encoder: Tensor, b_enc: Tensor, decoder: Tensor, b_dec: Tensor
         fault = "W_enc is transposed"
     else:
         fault = "the shapes do not belong together"
-    raise ValueError(f"{fault}: {found}. {expected}")
+    raise UserValueError(f"{fault}: {found}. {expected}")

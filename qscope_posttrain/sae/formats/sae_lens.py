@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import AbsTopK, Activation, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
@@ -77,14 +78,14 @@ def _activation(weights: WeightsFile, settings: SAELensSettings, b_enc: Tensor) 
 def _input_scale(settings: SAELensSettings, scaler: Settings | None, given: float | None) -> float:
     if not settings.scales_input:
         if given is not None:
-            raise ValueError(f"input_scale={given} was given, but the file needs none")
+            raise UserValueError(f"input_scale={given} was given, but the file needs none")
         return 1.0
     stored: float | None = None if scaler is None else scaler.positive("scaling_factor", None)
     if stored is not None and given is not None and stored != given:
-        raise ValueError(f"input_scale={given} was given, but activation_scaler.json says {stored}")
+        raise UserValueError(f"input_scale={given} was given, but activation_scaler.json says {stored}")
     scale = given if stored is None else stored
     if scale is None:
-        raise ValueError(
+        raise UserValueError(
             "normalize_activations is 'expected_average_only_in', whose factor is not in the file: give it with "
             "input_scale=... (sqrt(d_in) / mean norm of the activations it was trained on)"
         )
@@ -100,7 +101,7 @@ def _finetuning(weights: WeightsFile, settings: SAELensSettings) -> Tensor | Non
     if bool((factors == 1).all()):
         return None
     if not settings.finetuning_scaling_factor:
-        raise ValueError(f"it holds a {name} other than 1, but its settings do not say that it is to be used")
+        raise UserValueError(f"it holds a {name} other than 1, but its settings do not say that it is to be used")
     if settings.rescale_acts_by_decoder_norm:
-        raise ValueError(f"it has both {name} and rescale_acts_by_decoder_norm, which no version of SAELens writes")
+        raise UserValueError(f"it has both {name} and rescale_acts_by_decoder_norm, which no version of SAELens writes")
     return factors.float()

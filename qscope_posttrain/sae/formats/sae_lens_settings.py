@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.sites import layer_of_site
 
@@ -42,19 +43,21 @@ def parse_settings(settings: Settings) -> SAELensSettings:
     k = _k(settings)
     named = settings.text("architecture", "standard")
     if named in _NO_SAE:
-        raise ValueError(f"it is a {named}, which does not reconstruct what it reads")
+        raise UserValueError(f"it is a {named}, which does not reconstruct what it reads")
     architecture = ARCHITECTURES.get(named)
     if architecture is None:
-        raise ValueError(f"its architecture is {named!r}; known are {', '.join(ARCHITECTURES)}")
+        raise UserValueError(f"its architecture is {named!r}; known are {', '.join(ARCHITECTURES)}")
     if architecture == "standard" and k is not None:
         architecture = "topk"
     keeps_k = architecture in ("topk", "abstopk")
     if keeps_k and k is None:
-        raise ValueError(f"its architecture is {architecture!r}, but cfg.json lacks k")
+        raise UserValueError(f"its architecture is {architecture!r}, but cfg.json lacks k")
     site = metadata.text("hook_name", None) or settings.text("hook_point", None)
     head = metadata.integer("hook_head_index", None, least=0)
     if settings.text("reshape_activations", "none") != "none" or head is not None:
-        raise ValueError(f"it reads the heads of an attention layer ({site!r}), not the residual stream after a layer")
+        raise UserValueError(
+            f"it reads the heads of an attention layer ({site!r}), not the residual stream after a layer"
+        )
     return SAELensSettings(
         d_in=settings.integer("d_in"),
         d_sae=settings.integer("d_sae"),
@@ -72,7 +75,7 @@ def _k(settings: Settings) -> int | None:
     """k of TopK; before version 6 it stood in `activation_fn_kwargs`, with the activation function beside it."""
     function = settings.text("activation_fn", None) or settings.text("activation_fn_str", None) or "relu"
     if function not in ("relu", "topk"):
-        raise ValueError(f"its activation function is {function!r}; known are relu and topk")
+        raise UserValueError(f"its activation function is {function!r}; known are relu and topk")
     arguments = settings.section("activation_fn_kwargs", None)
     inner = None if arguments is None or function != "topk" else arguments.integer("k", None)
     return settings.integer("k", inner) if settings.text("architecture", "standard") != "batchtopk" else None
@@ -85,12 +88,12 @@ def _scales_input(settings: Settings) -> bool:
     if kind in (True, "expected_average_only_in"):
         return True
     if kind in ("layer_norm", "constant_norm_rescale"):
-        raise ValueError(
+        raise UserValueError(
             f"normalize_activations {kind!r} divides by a norm of each token, which cannot be folded into weights"
         )
     if kind == "covariance_whitening":
-        raise ValueError(
+        raise UserValueError(
             "normalize_activations 'covariance_whitening' is folded by SAELens when training ends: this is a training "
             "checkpoint, save its inference model"
         )
-    raise ValueError(f"normalize_activations is {kind!r}; known are 'none' and 'expected_average_only_in'")
+    raise UserValueError(f"normalize_activations is {kind!r}; known are 'none' and 'expected_average_only_in'")

@@ -9,6 +9,7 @@ The site is the name of the folder ("layers.10").
 
 from __future__ import annotations
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, GroupMax, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
@@ -30,9 +31,9 @@ def recognises(weights: WeightsFile) -> bool:
 def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
     settings = weights.required_settings("cfg.json")
     if settings.flag("transcode", False) or settings.flag("skip_connection", False) or "W_skip" in weights:
-        raise ValueError("it is a transcoder, or has a skip connection: it does not reconstruct what it reads")
+        raise UserValueError("it is a transcoder, or has a skip connection: it does not reconstruct what it reads")
     if "W_dec" not in weights:
-        raise ValueError("it lacks W_dec: it was saved without its decoder")
+        raise UserValueError("it lacks W_dec: it was saved without its decoder")
     weights.only(set(KEYS))
     d_model = settings.integer("d_in")
     d_sae = settings.integer("num_latents", 0, least=0) or d_model * settings.integer("expansion_factor", 32)
@@ -56,5 +57,5 @@ def _activation(settings: Settings) -> Activation:
     if name == "groupmax":
         return GroupMax(settings.integer("k", 32))
     if name != "topk":
-        raise ValueError(f"its activation is {name!r}; known are topk and groupmax")
+        raise UserValueError(f"its activation is {name!r}; known are topk and groupmax")
     return TopK(settings.integer("k", 32), "signed" if settings.flag("signed", False) else "relu_before")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.training.processes import Reduce, alone
 
 _TILE_TOKENS = 4096
@@ -73,7 +74,7 @@ def calibrate(layer: int, x: Tensor, reduce: Reduce = alone) -> Units:
     mean, square = reduce(sums) / tokens, reduce(squares).mean() / tokens
     variance = square - mean.square().mean()
     if not float(variance) > 1e-12 * float(reduce(power).mean() / tokens):
-        raise ValueError(f"the activations of layer {layer} are all equal ({int(tokens)} tokens): nothing to learn")
+        raise UserValueError(f"the activations of layer {layer} are all equal ({int(tokens)} tokens): nothing to learn")
     return Units(centre.float(), square.sqrt().float(), (variance / square).float())
 
 

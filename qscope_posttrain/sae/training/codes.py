@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.kernels import batch_topk_encode, sparse_decode, threshold_encode, topk_encode
 from qscope_posttrain.sae.training.parameters import Parameters
 from qscope_posttrain.sae.training.processes import Reduce, alone, gathered
@@ -66,7 +67,7 @@ def jumprelu_code(z: Tensor, parameters: Parameters, bandwidth: float) -> Code:
     [tokens, d_sae] matrix is made. A pre-activation of 0 or below counts as outside the window.
     """
     if parameters.log_threshold is None:
-        raise ValueError("these parameters have no thresholds: they are not those of a JumpReLU dictionary")
+        raise UserValueError("these parameters have no thresholds: they are not those of a JumpReLU dictionary")
     threshold = parameters.log_threshold.exp()
     lowest = (threshold.detach() - bandwidth / 2).clamp_min(0.0)
     values, indices = threshold_encode(z, parameters.W_enc, parameters.b_enc, lowest)

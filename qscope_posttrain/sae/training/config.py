@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from qscope_posttrain.errors import UserValueError
+
 ARCHITECTURES = ("topk", "batch_topk", "jumprelu")
 
 
@@ -67,7 +69,7 @@ class SAETrainingConfig:
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+            raise UserValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
         for name in ("expansion", "k", "steps", "batch_tokens", "auxk_every", "dead_after"):
             self._require(_whole(getattr(self, name), 1), name, "an integer from 1")
         for name in ("width", "k_start", "auxk_k"):
@@ -84,11 +86,11 @@ class SAETrainingConfig:
         for name in ("beta1", "beta2", "threshold_decay"):
             self._require(0 <= getattr(self, name) < 1, name, "from 0 to below 1")
         if (self.k_start is None) != (self.k_anneal_steps == 0):
-            raise ValueError(
+            raise UserValueError(
                 f"k_start={self.k_start} and k_anneal_steps={self.k_anneal_steps}: give both to anneal k, or neither"
             )
         if self.k_anneal_steps >= self.steps:
-            raise ValueError(
+            raise UserValueError(
                 f"k_anneal_steps={self.k_anneal_steps} must be below steps={self.steps}: k would never be reached"
             )
 
@@ -97,7 +99,7 @@ class SAETrainingConfig:
         width = self.expansion * d_model if self.width is None else self.width
         most = max(self.k, self.k_start or 0)
         if most > width:
-            raise ValueError(f"k={most} latents are to fire, but the dictionary would have only {width}")
+            raise UserValueError(f"k={most} latents are to fire, but the dictionary would have only {width}")
         return width
 
     def rate(self, step: int) -> float:
@@ -115,7 +117,7 @@ class SAETrainingConfig:
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+            raise UserValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
 
 def _whole(value: object, least: int) -> bool:

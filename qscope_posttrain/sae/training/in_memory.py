@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress as shown
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.checks import check_finite, check_tensor
@@ -47,7 +48,7 @@ def train_saes(
 def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
     """1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2 over tokens [tokens, d_model]; 1 is perfect, sums in float64."""
     if x.shape[0] < 2:
-        raise ValueError(f"explained variance needs at least 2 tokens, got {x.shape[0]}")
+        raise UserValueError(f"explained variance needs at least 2 tokens, got {x.shape[0]}")
     mean = x.mean(dim=0, dtype=torch.float64)
     left = x.new_zeros((), dtype=torch.float64)
     total = torch.zeros_like(left)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.kernels import sparse_decode, topk_encode
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.training.calibration import Units
@@ -119,7 +120,7 @@ class LayerTraining:
         with torch.no_grad():
             for number, (name, value) in enumerate(training.parameters.named().items()):
                 if name not in tensors or tensors[name].shape != value.shape:
-                    raise ValueError(f"layer {layer}: the checkpoint does not hold {name} {list(value.shape)}")
+                    raise UserValueError(f"layer {layer}: the checkpoint does not hold {name} {list(value.shape)}")
                 value.copy_(tensors[name])
                 start = f"adam.{name}."
                 of_this = {key.removeprefix(start): t.clone() for key, t in tensors.items() if key.startswith(start)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.documents import DocumentSettings
 from qscope_posttrain.testbed.cores import resolve_device
@@ -96,10 +97,10 @@ class ArithmeticConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
-                raise ValueError(f"arithmetic setting {name} must be at least 1, got {getattr(self, name)}")
+                raise UserValueError(f"arithmetic setting {name} must be at least 1, got {getattr(self, name)}")
         for name in ("noise", "habit_loops", "rare_loops", "sae_loops"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"arithmetic setting {name} is a share in [0, 1), got {getattr(self, name)}")
+                raise UserValueError(f"arithmetic setting {name} is a share in [0, 1), got {getattr(self, name)}")
         for name in (
             "habit_learning_rate",
             "rare_learning_rate",
@@ -109,28 +110,30 @@ class ArithmeticConfig:
             "temperature",
         ):
             if not getattr(self, name) > 0:
-                raise ValueError(f"arithmetic setting {name} must be above 0, got {getattr(self, name)}")
+                raise UserValueError(f"arithmetic setting {name} must be above 0, got {getattr(self, name)}")
         unknown = sorted(set(self.arms) - set(ARMS))
         if unknown:
-            raise ValueError(f"unknown methods {unknown}; the arithmetic testbed has {', '.join(ARMS)}")
+            raise UserValueError(f"unknown methods {unknown}; the arithmetic testbed has {', '.join(ARMS)}")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-            raise ValueError(f"seeds must be different numbers, at least one; got {self.seeds}")
+            raise UserValueError(f"seeds must be different numbers, at least one; got {self.seeds}")
         if self.rows_per_prompt < 3:
-            raise ValueError(f"rows_per_prompt must be at least 3, a negative among them; got {self.rows_per_prompt}")
+            raise UserValueError(
+                f"rows_per_prompt must be at least 3, a negative among them; got {self.rows_per_prompt}"
+            )
         if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+            raise UserValueError(f"workers must be at least 1, got {self.workers}")
         if self.device not in ("cpu", "cuda", "auto"):
-            raise ValueError(f"arithmetic setting device is cpu, cuda or auto, got {self.device!r}")
+            raise UserValueError(f"arithmetic setting device is cpu, cuda or auto, got {self.device!r}")
         if self.start not in ("rare", "frequent"):
-            raise ValueError(f'arithmetic setting start is "rare" or "frequent", got {self.start!r}')
+            raise UserValueError(f'arithmetic setting start is "rare" or "frequent", got {self.start!r}')
         if self.fewest_operations > self.most_operations:
-            raise ValueError(
+            raise UserValueError(
                 f"fewest_operations={self.fewest_operations} exceeds most_operations={self.most_operations}"
             )
         if self.pretraining_batch_size % 2:
-            raise ValueError(f"pretraining_batch_size must be even, got {self.pretraining_batch_size}")
+            raise UserValueError(f"pretraining_batch_size must be even, got {self.pretraining_batch_size}")
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} needs heads of an even width, got {self.heads} heads")
+            raise UserValueError(f"hidden_size {self.hidden_size} needs heads of an even width, got {self.heads} heads")
 
     @property
     def operations(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.loops import MIN_COPIES, MIN_TOKENS, Completion, Loop, LoopCollection
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
@@ -59,7 +60,7 @@ def load_loops(folder: Path, key: str) -> OwnLoops:
     for entry in content["loops"]:
         tail = repeated_tail(entry["completion"], min_copies=MIN_COPIES, min_tokens=MIN_TOKENS)
         if tail is None:
-            raise ValueError(f"{folder / _FILE} holds a completion that is no loop; delete the folder")
+            raise UserValueError(f"{folder / _FILE} holds a completion that is no loop; delete the folder")
         loops.append(Loop(tuple(entry["prompt"]), tuple(entry["completion"]), tail))
     ordinary = tuple(Completion(tuple(entry["prompt"]), tuple(entry["completion"])) for entry in content["normal"])
     collection = LoopCollection(tuple(loops), ordinary, content["samples"], settings=content["settings"])
@@ -83,7 +84,7 @@ def _sample(config: ArithmeticConfig, language_model: ArithmeticModel, folder: P
         elif tail is None and completion.ended and completion.tokens and len(ordinary) < _ORDINARY:
             ordinary.append(entry)
     if not loops:
-        raise ValueError(
+        raise UserValueError(
             f"the model did not loop once in {count} samples: raise loop_samples, or rare_loops in pretraining"
         )
     settings = {"max_new_tokens": config.answer_tokens, "temperature": 1.0, "seed": seed}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.testbed.shared_training import SHARDS, sum_over_processes, train_shared, warm_cosine
 
@@ -63,7 +64,7 @@ def pretrain(
         ValueError: a batch with less than two documents, or more than two processes.
     """
     if not 1 <= processes <= SHARDS or any(len(batch) < SHARDS for batch in batches):
-        raise ValueError(f"pretraining cuts every batch in {SHARDS}: got {processes} processes, or a smaller batch")
+        raise UserValueError(f"pretraining cuts every batch in {SHARDS}: got {processes} processes, or a smaller batch")
     training = functools.partial(_train, batches=batches, learning_rate=learning_rate, pad=pad, description=description)
     return train_shared(model, training, processes)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.arithmetic.documents import write_steps
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
 from qscope_posttrain.testbed.arithmetic.task import draw_problems
@@ -86,7 +87,7 @@ def own_cases(
     for prompt, completion in zip(prompts, completions, strict=True):
         tail = repeated_tail(completion)
         if tail is None:
-            raise ValueError("a probe of own loops needs completions that end in at least three copies of a period")
+            raise UserValueError("a probe of own loops needs completions that end in at least three copies of a period")
         start = tail.second_copy
         body = tuple(completion[start : start + tail.period])
         cases.append(Case((*prompt, *completion[:start]), body, _copies(start, body, answer_tokens)))
@@ -120,7 +121,7 @@ def measure_probes(model: PreTrainedModel, probes: ProbeSet) -> Probes:
         ValueError: no own loop or no clean case.
     """
     if not probes.own or not probes.clean:
-        raise ValueError(f"probes need own loops and clean cases, got {len(probes.own)} and {len(probes.clean)}")
+        raise UserValueError(f"probes need own loops and clean cases, got {len(probes.own)} and {len(probes.clean)}")
     own, clean = copy_log_probabilities(model, probes.own), copy_log_probabilities(model, probes.clean)
     ends = [q[: case.copies].sum().exp() for q, case in zip(clean, probes.clean, strict=True)]
     steps = [end * case.weight for end, case in zip(ends, probes.clean, strict=True)]

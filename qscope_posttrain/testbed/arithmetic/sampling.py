@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress
 
 _BATCH = 512
@@ -59,9 +60,9 @@ def sample_completions(
     """
     end = model.config.eos_token_id
     if not isinstance(end, int):
-        raise ValueError(f"sampling needs a model with one end token, got eos_token_id={end!r}")
+        raise UserValueError(f"sampling needs a model with one end token, got eos_token_id={end!r}")
     if temperature < 0 or max_new_tokens < 1 or batch_size < 1 or not all(len(prompt) for prompt in prompts):
-        raise ValueError(
+        raise UserValueError(
             f"sampling needs a temperature from 0 (got {temperature}), at least one new token (got {max_new_tokens}), "
             f"a batch of at least one (got {batch_size}) and no empty prompt"
         )

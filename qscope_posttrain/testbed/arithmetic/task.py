@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qscope_posttrain.errors import UserValueError
+
 BEGIN, END, SEPARATOR, PAD = "<bos>", "<eos>", "<sep>", "<pad>"
 ANSWER = "ans"
 """The word before the final digit."""
@@ -59,7 +61,7 @@ def apply(value: int, operator: str, digit: int) -> int:
         return (value - digit) % MODULUS
     if operator == "*":
         return (value * digit) % MODULUS
-    raise ValueError(f"an operator is one of {' '.join(OPERATORS)}, got {operator!r}")
+    raise UserValueError(f"an operator is one of {' '.join(OPERATORS)}, got {operator!r}")
 
 
 def draw_problem(rng: random.Random, operations: tuple[int, int], held_out: bool | None = None) -> Problem:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.experiment import SFT
@@ -111,14 +112,16 @@ def cell_results(rows: Sequence[SwitchingRow], budgets: Sequence[float] = BUDGET
         ValueError: a run without its SFT, a cell whose rows differ in target or in how switches are seen, or no budget.
     """
     if not budgets:
-        raise ValueError("give at least one budget of perplexity, for example 1 per cent.")
+        raise UserValueError("give at least one budget of perplexity, for example 1 per cent.")
     return [_cell_result(cell, own, budgets) for cell, own in by_cell(rows).items()]
 
 
 def _cell_result(cell: str, rows: Sequence[SwitchingRow], budgets: Sequence[float]) -> CellResult:
     kinds = {(row.target, row.identify, row.penalised) for row in rows}
     if len(kinds) > 1:
-        raise ValueError(f"cell '{cell}' mixes targets, ways to see a switch or penalised languages: {sorted(kinds)}.")
+        raise UserValueError(
+            f"cell '{cell}' mixes targets, ways to see a switch or penalised languages: {sorted(kinds)}."
+        )
     target, identify, penalised = next(iter(kinds))
     pairs = compared_with_sft(rows)
     arms = by_arm(pairs)
@@ -207,7 +210,7 @@ def _sampled_change(pairs: Sequence[Compared]) -> ClusteredInterval | None:
     def change(pair: Compared) -> float:
         own, reference = pair.run.sampled, pair.reference.sampled
         if own is None or reference is None:
-            raise ValueError("a change of sampled switching needs samples of both runs.")
+            raise UserValueError("a change of sampled switching needs samples of both runs.")
         return 100 * (own.target * reference.prompts / (own.prompts * reference.target) - 1)
 
     counts = [pair.reference.sampled for pair in pairs]

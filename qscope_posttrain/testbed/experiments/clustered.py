@@ -10,6 +10,7 @@ from typing import Literal
 
 from scipy import stats
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval, wilson
 
 FEWEST_BASES = 3
@@ -51,12 +52,12 @@ def clustered_interval(values: Mapping[int, Sequence[float]], level: float = 0.9
         ValueError: no base, a base without runs, values that are not finite, or `level` outside (0, 1).
     """
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, e.g. 0.95; got {level}.")
+        raise UserValueError(f"level must lie between 0 and 1, e.g. 0.95; got {level}.")
     if not values:
-        raise ValueError("an interval over bases needs the runs of at least one base; got none.")
+        raise UserValueError("an interval over bases needs the runs of at least one base; got none.")
     for base, runs in values.items():
         if not len(runs) or not all(math.isfinite(run) for run in runs):
-            raise ValueError(f"base {base} needs at least one run and finite values; got {list(runs)}.")
+            raise UserValueError(f"base {base} needs at least one run and finite values; got {list(runs)}.")
     means = [fmean(runs) for runs in values.values()]
     pooled = [run for runs in values.values() for run in runs]
     unit: Literal["bases", "runs"] = "bases" if len(means) >= FEWEST_BASES else "runs"

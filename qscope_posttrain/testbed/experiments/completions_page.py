@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Example, Section, write_html
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
@@ -61,7 +62,7 @@ class RunFile:
             text = self.path.read_text(encoding="utf-8")
             return _of_switching(json.loads(text)) if self.path.suffix == ".json" else _of_repetition(text)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"'{self.path}' does not hold the completions of a run: {error!r}.") from error
+            raise UserValueError(f"'{self.path}' does not hold the completions of a run: {error!r}.") from error
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def write_completions_pages(
             different prompts, or two arms need a file of the same name.
     """
     if per_page < 1:
-        raise ValueError(f"per_page must be at least 1, got {per_page}.")
+        raise UserValueError(f"per_page must be at least 1, got {per_page}.")
     place = writable_folder(folder)
     listed = list(rows)
     paths: list[Path] = []
@@ -108,7 +109,9 @@ def write_completions_pages(
     for group in [*_switching_groups(listed), *_repetition_groups(listed)]:
         path = place / f"{_slug(group.cell)}-{_slug(group.arm)}.html"
         if path in paths:
-            raise ValueError(f"two arms would be written to '{path}'; give them names that differ in more than signs.")
+            raise UserValueError(
+                f"two arms would be written to '{path}'; give them names that differ in more than signs."
+            )
         paths.append(_write_page(path, group, per_page, seed, cached))
     return paths
 
@@ -137,7 +140,7 @@ def _write_page(
             continue
         for prompt in own.keys() & other.keys():
             if own[prompt].prompt != other[prompt].prompt:
-                raise ValueError(
+                raise UserValueError(
                     f"cell '{group.cell}', arm '{group.arm}', base {run.base}, seed {run.seed}: prompt {prompt} is not "
                     f"the prompt of '{group.reference_title}'; the two runs cannot be shown side by side."
                 )

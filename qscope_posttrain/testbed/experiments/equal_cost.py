@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval, clustered_interval
 from qscope_posttrain.testbed.experiments.grouping import by_base
 from qscope_posttrain.testbed.experiments.switching_rows import Compared, Measure, Split
@@ -93,7 +94,9 @@ def read_off(points: Sequence[tuple[float, float]], budget: float) -> tuple[floa
         ValueError: no point, or a budget that is not positive.
     """
     if not points or not budget > 0:
-        raise ValueError(f"expected at least one point and a budget above 0; got {len(points)} points and {budget}.")
+        raise UserValueError(
+            f"expected at least one point and a budget above 0; got {len(points)} points and {budget}."
+        )
     cost, value = 0.0, 0.0
     for next_cost, next_value in points:
         if next_cost >= budget:
@@ -141,7 +144,7 @@ def paired_difference(first: ArmAtCost, second: ArmAtCost, level: float = 0.95) 
     """
     shared = [key for key in first.runs if key in second.runs]
     if not shared:
-        raise ValueError("a paired difference needs runs of the same base and seed; the arms share none.")
+        raise UserValueError("a paired difference needs runs of the same base and seed; the arms share none.")
     return clustered_interval(
         _by_base({key: first.runs[key].effect - second.runs[key].effect for key in shared}), level
     )

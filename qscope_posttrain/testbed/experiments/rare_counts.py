@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.testbed.experiments.clustered import FEWEST_BASES
 
@@ -34,7 +35,7 @@ def pooled(counts: Sequence[Count]) -> tuple[int, int]:
         ValueError: no runs, or a run without samples.
     """
     if not counts or any(count.samples < 1 or not 0 <= count.events <= count.samples for count in counts):
-        raise ValueError(f"expected at least one run, each with 0 <= events <= samples; got {list(counts)}.")
+        raise UserValueError(f"expected at least one run, each with 0 <= events <= samples; got {list(counts)}.")
     return sum(count.events for count in counts), sum(count.samples for count in counts)
 
 
@@ -69,7 +70,7 @@ def rate_ratio(counts: Sequence[Count], references: Sequence[Count], level: floa
         ValueError: runs that are not in pairs of one base, or see `pooled`.
     """
     if [count.base for count in counts] != [reference.base for reference in references]:
-        raise ValueError("a ratio needs runs in pairs: the same bases in the same order on both sides.")
+        raise UserValueError("a ratio needs runs in pairs: the same bases in the same order on both sides.")
     (k1, n1), (k2, n2) = pooled(counts), pooled(references)
     low, high = _exact_limits(k1, n1, k2, n2, level)
     if len(counts) > 1 and k1 + k2 > 0:

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.testbed.arithmetic.arms import ARMS as REPETITION_ARMS
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
@@ -92,7 +93,7 @@ class ExperimentRecipe:
         known = [cell.name for cell in self.cells]
         unknown = sorted(set(names) - set(known))
         if unknown:
-            raise ValueError(f"no cell named {', '.join(unknown)}; the recipe has {', '.join(known)}")
+            raise UserValueError(f"no cell named {', '.join(unknown)}; the recipe has {', '.join(known)}")
         return replace(self, cells=tuple(cell for cell in self.cells if cell.name in names))
 
 
@@ -114,7 +115,7 @@ def load_recipe(
     try:
         return build_recipe(content, variant, settings)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserValueError(f"{path}: {error}") from error
 
 
 def build_recipe(
@@ -124,14 +125,14 @@ def build_recipe(
     _check_keys(content, _KEYS, "the recipe")
     variants = content.get("variants") or {}
     if variant is not None and variant not in variants:
-        raise ValueError(f"no variant named {variant!r}; there are {', '.join(variants) or 'none'}")
+        raise UserValueError(f"no variant named {variant!r}; there are {', '.join(variants) or 'none'}")
     merged = {key: value for key, value in content.items() if key != "variants"}
     if variant is not None:
         _check_keys(variants[variant], _KEYS[1:-1], f"variant {variant!r}")
         merged = _merge(merged, variants[variant])
     kind = merged.get("kind")
     if kind not in (SWITCHING, REPETITION):
-        raise ValueError(f'kind must be "{SWITCHING}" or "{REPETITION}", got {kind!r}')
+        raise UserValueError(f'kind must be "{SWITCHING}" or "{REPETITION}", got {kind!r}')
     cells = merged.get("cells") or {"all": {}}
     build = _switching_cell if kind == SWITCHING else _repetition_cell
     built = tuple(
@@ -156,10 +157,10 @@ def _cell_values(
     for key in ("bases", "seeds"):
         numbers = values.get(key)
         if not isinstance(numbers, list) or not numbers or len(set(numbers)) != len(numbers):
-            raise ValueError(f"cell {name!r}: {key} must be a list of different whole numbers, got {numbers!r}")
+            raise UserValueError(f"cell {name!r}: {key} must be a list of different whole numbers, got {numbers!r}")
     misplaced = sorted(set(values["settings"]) & set(_GIVEN_BY_THE_RECIPE))
     if misplaced:
-        raise ValueError(f"cell {name!r}: {', '.join(misplaced)} are no settings; use bases, seeds and arms")
+        raise UserValueError(f"cell {name!r}: {', '.join(misplaced)} are no settings; use bases, seeds and arms")
     return values
 
 
@@ -176,7 +177,9 @@ def _repetition_cell(name: str, values: Mapping[str, Any]) -> RepetitionCell:
     arms = list(values.get("arms") or [])
     unknown = sorted(set(arms) - set(REPETITION_ARMS))
     if unknown:
-        raise ValueError(f"cell {name!r}: unknown arms {', '.join(unknown)}; there are {', '.join(REPETITION_ARMS)}")
+        raise UserValueError(
+            f"cell {name!r}: unknown arms {', '.join(unknown)}; there are {', '.join(REPETITION_ARMS)}"
+        )
     settings = _settings(ArithmeticConfig, values["settings"], name)
     return RepetitionCell(name, values["title"], settings, tuple(values["bases"]), tuple(values["seeds"]), tuple(arms))
 
@@ -188,11 +191,11 @@ def _weighted_arm(name: str, spec: Any) -> WeightedArm:
     if not isinstance(spec, dict):
         weights = spec
     if like not in SWITCHING_ARMS:
-        raise ValueError(f"unknown arm {like!r}; there are {', '.join(SWITCHING_ARMS)}")
+        raise UserValueError(f"unknown arm {like!r}; there are {', '.join(SWITCHING_ARMS)}")
     known = {field.name for field in fields(Arm)} - {"name", "weight", "grid"}
     unknown = sorted(set(changes) - known)
     if unknown:
-        raise ValueError(
+        raise UserValueError(
             f"arm {name!r}: no field {', '.join(unknown)}; there are like, weights, {', '.join(sorted(known))}"
         )
     base = SWITCHING_ARMS[like]
@@ -203,7 +206,7 @@ def _weighted_arm(name: str, spec: Any) -> WeightedArm:
     arm = replace(base, name=name, **changes)
     chosen = [arm.weight] if weights is None else weights if isinstance(weights, list) else [weights]
     if not chosen or not all(isinstance(weight, int | float) and weight >= 0 for weight in chosen):
-        raise ValueError(f"arm {name!r}: weights must be numbers of at least 0, got {weights!r}")
+        raise UserValueError(f"arm {name!r}: weights must be numbers of at least 0, got {weights!r}")
     return WeightedArm(arm, tuple(float(weight) for weight in chosen))
 
 
@@ -211,16 +214,16 @@ def _settings(kind: type[Any], values: Mapping[str, Any], cell: str) -> Any:
     known = [field.name for field in fields(kind)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"cell {cell!r}: no setting {', '.join(unknown)}; there are {', '.join(known)}")
+        raise UserValueError(f"cell {cell!r}: no setting {', '.join(unknown)}; there are {', '.join(known)}")
     return kind(**values)
 
 
 def _check_keys(values: Any, known: Sequence[str], place: str) -> None:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{place} must map keys to values, got {values!r}")
+        raise UserValueError(f"{place} must map keys to values, got {values!r}")
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"unknown key {', '.join(map(str, unknown))} in {place}; there are {', '.join(known)}")
+        raise UserValueError(f"unknown key {', '.join(map(str, unknown))} in {place}; there are {', '.join(known)}")
 
 
 def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Bar, Curve, Mark, interval_bars, line_curves, scatter_with_intervals
 from qscope_posttrain.report.tables import Cell, Table
@@ -55,7 +56,7 @@ def repetition_report(
     """
     parsed = repetition_rows(rows)
     if not parsed:
-        raise ValueError(f'there are no rows of kind "{KIND}" to report on.')
+        raise UserValueError(f'there are no rows of kind "{KIND}" to report on.')
     check_references(parsed)
     sections: list[Section] = []
     tables: dict[str, Table] = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
 from qscope_posttrain.testbed.arithmetic.probes import Probes
@@ -77,7 +78,7 @@ def repetition_rows(rows: Iterable[Mapping[str, Any]]) -> list[RepetitionRow]:
     for row in parsed:
         key = (row.cell, row.base, row.arm, row.seed)
         if key in seen:
-            raise ValueError(f"two rows of {_name(row)}; keep one.")
+            raise UserValueError(f"two rows of {_name(row)}; keep one.")
         seen.add(key)
     return parsed
 
@@ -117,7 +118,7 @@ def check_references(rows: Sequence[RepetitionRow]) -> None:
     plain = {(row.cell, *row.key) for row in rows if row.arm == PLAIN}
     for row in rows:
         if (row.cell, *row.key) not in plain:
-            raise ValueError(f"{_name(row)} has no row of arm '{PLAIN}' with its base and seed; run that too.")
+            raise UserValueError(f"{_name(row)} has no row of arm '{PLAIN}' with its base and seed; run that too.")
 
 
 def _right(quality: Quality) -> float:
@@ -149,7 +150,7 @@ def _parse(row: Mapping[str, Any]) -> RepetitionRow:
         )
     except KeyError as error:
         place = {name: row.get(name) for name in ("cell", "base", "arm", "seed")}
-        raise ValueError(f"the repetition row {place} has no {error}.") from error
+        raise UserValueError(f"the repetition row {place} has no {error}.") from error
     _check(parsed)
     return parsed
 
@@ -166,13 +167,13 @@ def _check(row: RepetitionRow) -> None:
     for quality in (row.quality, row.benign):
         counts = (quality.loops, quality.unended, quality.right)
         if quality.samples < 1 or not all(0 <= count <= quality.samples for count in counts):
-            raise ValueError(f"{_name(row)}: counts must lie between 0 and the samples, got {quality}.")
+            raise UserValueError(f"{_name(row)}: counts must lie between 0 and the samples, got {quality}.")
     if not 0 <= row.looped <= row.negatives:
-        raise ValueError(f"{_name(row)}: {row.looped} of {row.negatives} negatives looped.")
+        raise UserValueError(f"{_name(row)}: {row.looped} of {row.negatives} negatives looped.")
     if not row.probes:
-        raise ValueError(f"{_name(row)} has no probes.")
+        raise UserValueError(f"{_name(row)} has no probes.")
     if row.gradient_norm is not None and not math.isfinite(row.gradient_norm):
-        raise ValueError(f"{_name(row)}: the gradient norm must be finite, got {row.gradient_norm}.")
+        raise UserValueError(f"{_name(row)}: the gradient norm must be finite, got {row.gradient_norm}.")
 
 
 def _name(row: RepetitionRow) -> str:

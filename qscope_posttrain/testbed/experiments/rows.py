@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qscope_posttrain.errors import UserFileNotFoundError
 from qscope_posttrain.report.summary import to_json, write_text
 from qscope_posttrain.text.jsonl import read_jsonl
 
@@ -36,5 +37,5 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     place = Path(path)
     place = place / FILE_NAME if place.is_dir() else place
     if not place.is_file():
-        raise FileNotFoundError(f"no runs at '{place}'; `qscope experiment` writes them")
+        raise UserFileNotFoundError(f"no runs at '{place}'; `qscope experiment` writes them")
     return [row for _, row in read_jsonl(place)]

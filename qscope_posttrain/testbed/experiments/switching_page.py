@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import CostCurve, Mark, cost_curves
 from qscope_posttrain.report.tables import Table
@@ -47,7 +48,7 @@ def switching_report(
     """
     parsed = switching_rows(rows)
     if not parsed:
-        raise ValueError('there are no rows of kind "switching" to report on.')
+        raise UserValueError('there are no rows of kind "switching" to report on.')
     results = cell_results(parsed, budgets)
     names = {result.cell: (titles or {}).get(result.cell, result.cell) for result in results}
     verdicts = {result.cell: cell_verdict(result).lines for result in results}

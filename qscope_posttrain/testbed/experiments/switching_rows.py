@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.experiment import SFT
 from qscope_posttrain.testbed.metrics import Metrics
@@ -106,7 +107,7 @@ class Compared:
         if measure == "target_ppl":
             return math.log(own.target_ppl / reference.target_ppl)
         if split != "test" or self.run.sampled is None or self.reference.sampled is None:
-            raise ValueError(f"{_name(self.run)} or its SFT has no samples on {split} prompts.")
+            raise UserValueError(f"{_name(self.run)} or its SFT has no samples on {split} prompts.")
         return math.log(_half_rate(self.run.sampled) / _half_rate(self.reference.sampled))
 
     def effect(self, measure: Measure, split: Split = "test") -> float:
@@ -131,7 +132,7 @@ def switching_rows(rows: Iterable[Mapping[str, Any]]) -> list[SwitchingRow]:
     for row in parsed:
         key = (row.cell, row.base, row.arm, row.weight, row.seed)
         if key in seen:
-            raise ValueError(f"two rows of {_name(row)}; keep one.")
+            raise UserValueError(f"two rows of {_name(row)}; keep one.")
         seen.add(key)
     return parsed
 
@@ -151,7 +152,7 @@ def compared_with_sft(rows: Sequence[SwitchingRow]) -> list[Compared]:
         if row.arm == SFT or (row.arm == BASE and reference is None):
             continue
         if reference is None:
-            raise ValueError(
+            raise UserValueError(
                 f"{_name(row)} has no row of arm '{SFT}' with cell '{row.cell}', base {row.base} and seed {row.seed} "
                 "to be compared with; run it too."
             )
@@ -192,7 +193,7 @@ def _parse(row: Mapping[str, Any]) -> SwitchingRow:
         )
     except KeyError as error:
         place = {name: row.get(name) for name in ("cell", "base", "arm", "weight", "seed")}
-        raise ValueError(f"the switching row {place} has no {error}.") from error
+        raise UserValueError(f"the switching row {place} has no {error}.") from error
     _check(parsed)
     return parsed
 
@@ -203,21 +204,21 @@ def _metrics(values: Mapping[str, Any]) -> Metrics:
 
 def _check(row: SwitchingRow) -> None:
     if row.identify not in ("script", "words"):
-        raise ValueError(f'{_name(row)}: identify is "script" or "words", got {row.identify!r}.')
+        raise UserValueError(f'{_name(row)}: identify is "script" or "words", got {row.identify!r}.')
     for metrics in (row.val, row.test):
         for name in _POSITIVE:
             value = getattr(metrics, name)
             if not (value is not None and math.isfinite(value) and value > 0):
-                raise ValueError(f"{_name(row)}: {name} must be a number above 0, got {value}.")
+                raise UserValueError(f"{_name(row)}: {name} must be a number above 0, got {value}.")
         if not all(math.isfinite(value) and value > 0 for value in metrics.hz_by_language.values()):
-            raise ValueError(f"{_name(row)}: hz_by_language must be above 0, got {dict(metrics.hz_by_language)}.")
+            raise UserValueError(f"{_name(row)}: hz_by_language must be above 0, got {dict(metrics.hz_by_language)}.")
         if metrics.entry is None or not math.isfinite(metrics.entry):
-            raise ValueError(f"{_name(row)}: entry must be a finite number of nats, got {metrics.entry}.")
+            raise UserValueError(f"{_name(row)}: entry must be a finite number of nats, got {metrics.entry}.")
     counts = row.sampled
     if counts is not None and not all(0 <= k <= counts.prompts for k in (counts.target, counts.any, counts.endless)):
-        raise ValueError(f"{_name(row)}: counts must lie between 0 and the number of prompts, got {counts}.")
+        raise UserValueError(f"{_name(row)}: counts must lie between 0 and the number of prompts, got {counts}.")
     if counts is not None and counts.prompts < 1:
-        raise ValueError(f"{_name(row)}: sampled, but of no prompt.")
+        raise UserValueError(f"{_name(row)}: sampled, but of no prompt.")
 
 
 def _half_rate(counts: Sampled) -> float:
