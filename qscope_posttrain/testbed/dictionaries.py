@@ -24,8 +24,7 @@ from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.language_model import LanguageModel
 from qscope_posttrain.testbed.sae import collect_activations, save_qwen_scope
 
-_SAE_SOURCES = ("testbed/sae.py", "testbed/dictionaries.py", "sae", "residual/capture.py")
-_FEATURE_SOURCES = ("testbed/dictionaries.py", "features", "residual", "sae", "text")
+_SOURCES = ("testbed/dictionaries.py",)
 _HELD_OUT_WINDOWS = 150
 RANDOM_DRAWS = 8
 """How many different sets of random features there are; a run with seed s takes number s modulo this."""
@@ -67,7 +66,7 @@ class FeatureSets:
 def make_dictionaries(config: TestbedConfig, cache: Cache, language_model: LanguageModel) -> Dictionaries:
     """Train the SAEs on windows with the habit, or take them from the cache; both ways they come from their files."""
     settings = config.subset("sae_layers", "sae_expansion", "sae_k", "sae_steps", "sae_windows", "switch", "model_seed")
-    key = cache.key(settings, _SAE_SOURCES, [language_model.key])
+    key = cache.key(settings, _SOURCES, [language_model.key])
     folder = cache.folder("saes", key, lambda place: _train(config, language_model, place))
     saes = {
         layer: SparseAutoencoder.load(folder, layer=layer, k=config.sae_k, d_model=config.hidden_size)
@@ -85,7 +84,7 @@ def make_feature_sets(
     Thresholds and features never see validation or test text.
     """
     settings = config.subset("feature_windows", "top")
-    key = cache.key(settings, _FEATURE_SOURCES, [language_model.key, dictionaries.key])
+    key = cache.key(settings, _SOURCES, [language_model.key, dictionaries.key])
     folder = cache.folder("features", key, lambda place: _find(config, language_model, dictionaries, place))
     return FeatureSets(folder, key)
 

@@ -29,10 +29,7 @@ from qscope_posttrain.testbed.tokenizer import decode
 BASE = "base"
 """Name of the run without fine-tuning."""
 
-_SOURCES = (
-    "testbed/finetune.py", "testbed/metrics.py", "testbed/runs.py", "testbed/sampling.py", "testbed/windows.py",
-    "features", "residual", "sft", "text",
-)  # fmt: skip
+_SOURCES = ("testbed/runs.py",)
 _SETTINGS = (
     "sft_windows", "sft_batch_size", "sft_learning_rate", "sft_switch", "prior_windows", "penalised",
     "evaluation_windows", "sampled_prompts", "sampled_tokens", "temperature", "window", "prompt",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qscope_posttrain.testbed import cache as cache_module
 from qscope_posttrain.testbed.cache import Cache, default_cache_folder, source_fingerprint
 
 
@@ -76,6 +77,55 @@ def test_source_fingerprint_covers_a_folder() -> None:
     assert source_fingerprint("text") != source_fingerprint("text/scripts.py")
     with pytest.raises(FileNotFoundError):
         source_fingerprint("testbed/no_such_file.py")
+
+
+def test_source_fingerprint_follows_imports_and_ignores_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "made_package"
+    (package / "low").mkdir(parents=True)
+    sources = {
+        "top.py": "def run():\n    from made_package.middle import go\n    return go()\n",
+        "middle.py": "from made_package.low import kernel\ndef go():\n    return kernel.add(1)\n",
+        "low/__init__.py": "",
+        "low/kernel.py": "def add(x):\n    return x + 1\n",
+        "low/fast.c": "int one = 1;\n",
+        "unrelated.py": "x = 1\n",
+    }
+    for name, text in sources.items():
+        (package / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(cache_module, "_ROOT", package)
+
+    def fingerprint() -> str:
+        for cached in (cache_module._tree, cache_module._imported, cache_module._code_hash):
+            cached.cache_clear()
+        return source_fingerprint("top.py")
+
+    before = fingerprint()
+    changes = {
+        "unrelated.py": ("x = 2\n", False),
+        "low/kernel.py": ('def add(x):\n    """Adds."""\n    # one more\n    return (x + 1)\n', False),
+        "middle.py": ("from made_package.low import kernel\ndef go():\n    return kernel.add(2)\n", True),
+        "low/fast.c": ("int one = 2;\n", True),
+    }
+    for name, (text, matters) in changes.items():
+        (package / name).write_text(text, encoding="utf-8")
+        after = fingerprint()
+        assert (after != before) is matters, name
+        before = after
+    for cached in (cache_module._tree, cache_module._imported, cache_module._code_hash):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("made_by", ["testbed/runs.py", "testbed/arithmetic/runs.py", "testbed/dictionaries.py"])
+def test_what_is_trained_depends_on_the_kernels(made_by: str) -> None:
+    reached, waiting = set[str](), [made_by]
+    while waiting:
+        file = waiting.pop()
+        if file not in reached:
+            reached.add(file)
+            waiting += cache_module._imported(file)
+    assert {"kernels/encode.py", "kernels/native/select.c"} <= reached
 
 
 def test_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

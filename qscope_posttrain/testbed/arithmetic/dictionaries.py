@@ -26,7 +26,7 @@ from qscope_posttrain.testbed.arithmetic.task import draw_benign_problems, draw_
 from qscope_posttrain.testbed.arithmetic.tokenizer import encode_words
 from qscope_posttrain.testbed.cache import Cache
 
-_SOURCES = ("testbed/arithmetic/dictionaries.py", "testbed/arithmetic/task.py", "features", "residual", "sae", "text")
+_SOURCES = ("testbed/arithmetic/dictionaries.py",)
 _SETTINGS = (
     "fewest_operations", "most_operations", "answer_tokens", "temperature", "model_seed", "top", "scan_samples",
     "scan_fresh_samples", "scan_random_directions", "strengths", "weak_strengths", "window_start",

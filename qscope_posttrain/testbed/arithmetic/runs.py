@@ -36,15 +36,12 @@ from qscope_posttrain.testbed.language_model import save_model
 START = "start"
 """Name of the run without training."""
 
-_TRAINING_SOURCES = (
-    "testbed/arithmetic/training.py", "testbed/arithmetic/probes.py", "testbed/arithmetic/task.py",
-    "features/steering.py", "residual", "rl", "text",
-)  # fmt: skip
+_TRAINING_SOURCES = ("testbed/arithmetic/training.py", "testbed/arithmetic/probes.py")
 _TRAINING_SETTINGS = (
     "fewest_operations", "most_operations", "answer_tokens", "updates", "prompts_per_update", "rows_per_prompt",
     "learning_rate", "temperature", "probe_every", "probe_solutions", "model_seed",
 )  # fmt: skip
-_SAMPLING_SOURCES = tuple(f"testbed/arithmetic/{name}.py" for name in ("quality", "sampling", "task", "runs"))
+_SAMPLING_SOURCES = ("testbed/arithmetic/runs.py",)
 _SAMPLING_SETTINGS = (
     "fewest_operations", "most_operations", "answer_tokens", "temperature", "sampled_problems", "benign_problems",
 )  # fmt: skip

@@ -21,13 +21,7 @@ from qscope_posttrain.testbed.arithmetic.pretrain import Row
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.sae import save_qwen_scope
 
-_SOURCES = (
-    "testbed/arithmetic/sae.py",
-    "testbed/arithmetic/documents.py",
-    "testbed/sae.py",
-    "sae",
-    "residual/capture.py",
-)
+_SOURCES = ("testbed/arithmetic/sae.py",)
 _SETTINGS = (
     "fewest_operations", "most_operations", "noise", "answer_tokens", "model_seed",
     "sae_latents", "sae_k", "sae_steps", "sae_learning_rate", "sae_documents", "sae_loops",
