@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from qscope_posttrain.cli.recipe import TrainingRecipe
+from qscope_posttrain.cli.recipe_keys import code_requests
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.provenance import file_sha256, package_versions
 from qscope_posttrain.report.progress import is_main_process, status
@@ -40,5 +41,8 @@ def resolved_yaml(recipe: TrainingRecipe, features: FeatureSet | None) -> str:
     """The whole configuration as a recipe that `--config` reads, below versions and hashes as comments."""
     origins = {"versions": package_versions(), "features": feature_origins(recipe, features)}
     comments = yaml.safe_dump(origins, sort_keys=False, allow_unicode=True, width=1000)
-    keys = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    values = recipe.to_dict()
+    if asked := code_requests(values):
+        comments = f"To be read back with --allow-code, for it names code: {'; '.join(asked)}\n{comments}"
+    keys = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}\n" for line in comments.splitlines()) + "\n" + keys

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.inputs import load_model, parse_layers
 from qscope_posttrain.cli.options import did_you_mean
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, library_refusals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -185,12 +185,13 @@ def write_table(table: Dataset, path: Path) -> None:
     """
     if path.suffix and path.suffix not in WRITERS:
         raise UserValueError(f"'{path}': write {', '.join(WRITERS)}, or a name without an ending for a folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        table.to_json(path, force_ascii=False)
-    elif path.suffix == ".csv":
-        table.to_csv(path)
-    elif path.suffix == ".parquet":
-        table.to_parquet(path)
-    else:
-        table.save_to_disk(path)
+    with library_refusals(f"cannot write '{path}'", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            table.to_json(path, force_ascii=False)
+        elif path.suffix == ".csv":
+            table.to_csv(path)
+        elif path.suffix == ".parquet":
+            table.to_parquet(path)
+        else:
+            table.save_to_disk(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import DTYPES
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.text.jsonl import read_jsonl, read_lines
 
@@ -199,8 +199,9 @@ def load_model(
     status(f"loading {name} in {dtype} on {place}")
     tokenizer = load_tokenizer(name, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=kind)
-    return model.to(place).eval(), tokenizer
+    with library_refusals(f"cannot load the model '{name}'"):
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=kind)
+        return model.to(place).eval(), tokenizer
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -208,16 +209,35 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
     Raises:
         FileNotFoundError: neither holds a model of this name; the hub's own message does not always name it.
+        ValueError: what is there is no tokenizer that can be read.
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserFileNotFoundError(
-            f"no model '{name}', neither a folder with a tokenizer nor on the hub: {reason}"
-        ) from error
+    with library_refusals(f"cannot load the tokenizer of '{name}'"):
+        try:
+            return AutoTokenizer.from_pretrained(name, revision=revision)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise UserFileNotFoundError(
+                f"no model '{name}', neither a folder with a tokenizer nor on the hub: {reason}"
+            ) from error
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """A model's configuration, from a folder or the hub.
+
+    Raises:
+        FileNotFoundError: neither holds a model of this name.
+        ValueError: what is there is no configuration of a known kind.
+    """
+    from transformers import AutoConfig
+
+    with library_refusals(f"cannot read the configuration of '{name}'"):
+        try:
+            return AutoConfig.from_pretrained(name, revision=revision)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise UserFileNotFoundError(f"no model '{name}', neither a folder nor on the hub: {reason}") from error
 
 
 def choose_device(device: str | None) -> Any:

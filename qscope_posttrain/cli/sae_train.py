@@ -9,7 +9,7 @@ from typing import Any
 
 from qscope_posttrain.cli.config_arguments import arguments_of, config_from
 from qscope_posttrain.cli.dataset_loading import read_dataset
-from qscope_posttrain.cli.inputs import load_model, parse_layers
+from qscope_posttrain.cli.inputs import load_config, load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.errors import UserValueError
@@ -125,10 +125,8 @@ def check(recipe: SAERecipe) -> Table:
     Raises:
         ValueError: layers that the model does not have, or blocks that do not fit the memory that is allowed.
     """
-    from transformers import AutoConfig
-
     own, stream = recipe.arguments, recipe.stream
-    config = AutoConfig.from_pretrained(own.model, revision=own.revision).get_text_config(decoder=True)
+    config = load_config(own.model, own.revision).get_text_config(decoder=True)
     layers = parse_layers(own.layers, config.num_hidden_layers)
     width = recipe.training.latents(config.hidden_size)
     needed = stream.buffer_bytes(len(layers), config.hidden_size, int(os.environ.get("WORLD_SIZE", "1")))
