@@ -134,7 +134,11 @@ def _join_processes(options: argparse.Namespace) -> None:
 def _parser() -> OptionParser:
     parser = OptionParser(prog="qscope features")
     actions = parser.add_subparsers(dest="action", required=True)
-    new = actions.add_parser("find", help="find the features of each language in one pass over texts")
+    new = actions.add_parser(
+        "find",
+        help="find the features of each language in one pass over texts",
+        description="One pass over texts. A launcher (accelerate launch, torchrun) may share it among processes.",
+    )
     add_model_options(new)
     new.add_argument("--texts", required=True, help="folder of <language>.txt, or JSONL with text and language")
     new.add_argument("--sae", required=True, help="folder of layer files, file of one layer, or hub id of a release")
@@ -155,7 +159,13 @@ def _parser() -> OptionParser:
     new.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens in one forward pass")
     new.add_argument("--resumable", action="store_true", help="keep a checkpoint, so that a killed pass goes on")
     new.add_argument("--seed", type=int, default=0, help="of the random controls")
-    add_options(actions.add_parser("find-repetition", help="find the features of endless repetition, and try them"))
+    add_options(
+        actions.add_parser(
+            "find-repetition",
+            help="find the features of endless repetition, and try them",
+            description="Runs in one process, which samples in turn: not under a launcher.",
+        )
+    )
     add_contrast_options(actions.add_parser("contrast", help="find the features that tell two sets of texts apart"))
     add_rank_options(actions.add_parser("rank", help="rank features by their activation on one response"))
     add_explain_options(actions.add_parser("explain", help="let a chat model explain features, and test what it says"))

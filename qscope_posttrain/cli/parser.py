@@ -9,7 +9,6 @@ from typing import Any, NoReturn, get_type_hints
 from trl import TrlParser
 
 from qscope_posttrain.cli import recipe_keys
-from qscope_posttrain.cli.recipe_keys import RecipeFile
 from qscope_posttrain.cli.recipe_values import checked, kinds_of
 from qscope_posttrain.errors import UserValueError, did_you_mean, library_refusals
 
@@ -60,7 +59,10 @@ class RecipeParser(TrlParser):
         recipe = None if path is None else recipe_keys.read_recipe(path)
         self.set_defaults_with_config(**(defaults or {}))
         if recipe is not None:
-            values = self._values(recipe)
+            names = self._names()
+            if unknown := [key for key in recipe.values if key not in names]:
+                raise recipe_keys.unknown_keys(recipe, unknown, names, self.prog)
+            values = self.checked(recipe.values, recipe.words, str(recipe.path))
             self.set_defaults_with_config(**values)
             given = recipe_keys.given_names(tokens, self._option_string_actions)
             recipe_keys.check_code(recipe, {key: values[key] for key in values if key not in given}, allowed)
@@ -86,14 +88,12 @@ class RecipeParser(TrlParser):
         """argparse would print the usage of some two hundred options and exit; the reason alone is the message."""
         raise UserValueError(message)
 
-    def _values(self, recipe: RecipeFile) -> dict[str, Any]:
+    def checked(self, values: Mapping[str, Any], written: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """Values of known keys, converted as the command line would; `written` is how a file writes them."""
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of a pair: not `--no_x`
-        names = self._names()
-        if unknown := [key for key in recipe.values if key not in names]:
-            raise recipe_keys.unknown_keys(recipe, unknown, names, self.prog)
         return {
-            key: checked(value, recipe.words[key], actions[key], self._kinds[key], f"{recipe.path}: {key}")
-            for key, value in recipe.values.items()
+            key: checked(value, written.get(key), actions[key], self._kinds[key], f"{place}: {key}")
+            for key, value in values.items()
         }
 
     def _names(self) -> list[str]:

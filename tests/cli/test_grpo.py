@@ -227,7 +227,7 @@ def test_a_mistake_is_one_clear_line(inputs, recipe, tmp_path, capsys, monkeypat
     names = {"unsteered": inputs["unsteered"], "texts": texts}
     filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
     path = recipe(tmp_path, **filled)
-    assert main(["grpo", "--config", path]) == 2
+    assert main(["grpo", "--config", path, "--allow-code"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message.format(recipe=path) in lines[0]
