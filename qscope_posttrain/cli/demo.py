@@ -45,9 +45,7 @@ class DemoArguments:
     )
     repetition: str = field(
         default="{}",
-        metadata={
-            "help": 'JSON with several --repetition_... options, over which it wins: {"seeds": [0, 1]}.'
-        },
+        metadata={"help": 'JSON with several --repetition_... options, over which it wins: {"seeds": [0, 1]}.'},
     )
 
 

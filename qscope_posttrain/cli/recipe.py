@@ -99,10 +99,13 @@ class DeviceRule:
 
     def __call__(self, values: argparse.Namespace) -> None:
         """Raises:
-        ValueError: a recipe for a GPU, or an option that needs one, on a machine without.
+        ValueError: a recipe for a GPU, or an option that needs one, on a machine without; or an empty batch.
         """
         import torch
 
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(values, name) < 1:
+                raise UserValueError(f"{name} must be at least 1; got {getattr(values, name)}.")
         here = torch.accelerator.is_available()
         if values.dry_run:
             self.assumed_cpu = bool(not here and not values.use_cpu)

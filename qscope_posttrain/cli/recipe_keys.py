@@ -147,7 +147,7 @@ def unknown_keys(recipe: RecipeFile, unknown: Sequence[str], names: Iterable[str
     known = sorted(names)
     words = [f"unknown key '{key}' in {recipe.path}.{did_you_mean(key, known)}" for key in unknown]
     for other, signs in _SIGNS.items():
-        if command != f"qscope {other}" and any(key.startswith(signs) for key in unknown):
+        if command != f"qscope {other}" and any(key.lstrip("-").replace("-", "_").startswith(signs) for key in unknown):
             words.append(f"It looks like a recipe for `qscope {other}`.")
     return UserValueError(" ".join(words))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -77,6 +78,11 @@ def _item(value: Any, written: Any, action: argparse.Action, kinds: Collection[A
         if str not in kinds and not any(inspect.isclass(kind) and issubclass(kind, str) for kind in kinds):
             raise UserValueError(f"{place} must be {_wanted(kinds)}; got {value!r}.")
         value = written if isinstance(written, str) else as_text(value)
+    if dict in kinds and value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise UserValueError(f"{place} must be a mapping or JSON; got {value!r} ({error}).") from error
     try:
         converted = action.type(value) if callable(action.type) else value
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
