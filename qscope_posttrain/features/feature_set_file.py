@@ -20,15 +20,24 @@ from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.features.explanation import Explanation
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
+from qscope_posttrain.text.files import check_is_file
 
 FORMAT = "qscope_posttrain.feature_set"
 VERSION = 1
+FILE_NAME = "features.safetensors"
+"""What commands call it"""
 MAX_BYTES = 2 * 1024**3
 """A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated."""
 DOCUMENT_KEYS = {"version", "model", "languages", "settings", "provenance", "layers"}
 EXPLANATIONS = "explanations"
 """The one key that may be absent: files from before there were explanations are read, and stay as they were."""
 LAYER_KEYS = {"labels", "names", "residual_median_norm"}
+
+
+def feature_set_path(path: str | Path) -> Path:
+    """The file that `path` means: itself, or FILE_NAME in the folder that it is."""
+    place = Path(path)
+    return place / FILE_NAME if place.is_dir() else place
 
 
 def write_feature_set(
@@ -41,8 +50,8 @@ def write_feature_set(
     provenance: Mapping[str, Any],
     explanations: Sequence[Explanation] = (),
 ) -> Path:
-    """Write the parts of a FeatureSet to `path`; the folder must exist. Returns the path."""
-    path = Path(path)
+    """Write the parts of a FeatureSet to `path`; the folder must exist. Returns the path of the file."""
+    path = feature_set_path(path)
     document: dict[str, Any] = {
         "version": VERSION,
         "model": dict(model),
@@ -65,7 +74,7 @@ def write_feature_set(
     except (TypeError, ValueError) as error:
         raise UserValueError(f"FeatureSet.model, .settings and .provenance must be JSON values: {error}.") from error
     tensors = {
-        f"layers.{layer}.{name}": getattr(rows, name).contiguous()
+        f"layers.{layer}.{name}": getattr(rows, name).contiguous().clone()  # the format shares no memory
         for layer, rows in layers.items()
         for name in TENSOR_FIELDS
     }
@@ -75,10 +84,12 @@ def write_feature_set(
 
 
 def read_feature_set(path: str | Path) -> dict[str, Any]:
-    """The parts of a FeatureSet, as keyword arguments of its constructor; every field is validated."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserFileNotFoundError(f"No FeatureSet file at {path}.")
+    """The parts of a FeatureSet, as keyword arguments of its constructor; every field is validated. `path` is the file,
+    or the folder that holds it as FILE_NAME."""
+    path = feature_set_path(path)
+    if not path.exists():
+        raise UserFileNotFoundError(f"No FeatureSet file at {path}: give {FILE_NAME}, or the folder that holds it.")
+    check_is_file(path)
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UserValueError(f"{path} has {size} bytes; a FeatureSet has at most {MAX_BYTES}. It is something else.")
@@ -87,7 +98,7 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
             document = _parse_document(path, (file.metadata() or {}).get(FORMAT))
             _check_tensor_names(path, set(file.keys()), document["layers"])
             layers = {int(layer): _read_layer(path, file, layer, facts) for layer, facts in document["layers"].items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
     return {
         "model": document["model"],

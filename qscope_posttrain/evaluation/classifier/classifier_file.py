@@ -16,6 +16,7 @@ from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.evaluation.classifier.columns import LayerColumns
 from qscope_posttrain.provenance import package_versions
+from qscope_posttrain.text.files import check_is_file
 
 if TYPE_CHECKING:
     from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
@@ -100,9 +101,9 @@ def read_classifier(path: str | Path, featurizer: TextFeaturizer | None) -> Feat
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    if not path.is_file():
+    if not path.exists():
         raise UserFileNotFoundError(f"No classifier file at {path}.")
-    size = path.stat().st_size
+    size = check_is_file(path).stat().st_size
     if size > MAX_BYTES:
         raise UserValueError(f"{path} has {size} bytes; a classifier has at most {MAX_BYTES}. It is something else.")
     try:
@@ -112,7 +113,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             if found != set(TENSORS):
                 raise UserValueError(f"{path} must hold the tensors {sorted(TENSORS)}, it holds {sorted(found)[:20]}.")
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
     return document, tensors
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.text.files import check_is_file, read_text
 
 MAX_BYTES = 1 << 20
 """No published SAE has settings above a few kilobytes."""
@@ -75,12 +76,12 @@ class Settings:
 
 def read(path: Path) -> Settings | None:
     """The object in a JSON file; None if there is no such file. ValueError for anything that is not one."""
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
-    size = path.stat().st_size
+    size = check_is_file(path).stat().st_size
     if size > MAX_BYTES:
         raise UserValueError(f"{path} has {size} bytes; settings of an SAE have a few thousand, at most {MAX_BYTES}")
-    return Settings(path.name, parse(path.read_bytes(), str(path)))
+    return Settings(path.name, parse(read_text(path), str(path)))
 
 
 def parse(content: bytes | str, what: str) -> dict[str, Any]:
