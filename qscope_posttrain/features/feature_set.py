@@ -190,7 +190,7 @@ class FeatureSet:
             f"languages {', '.join(self.languages)}",
             columns=["layer", "language", "feature", "score", "fires inside", "fires outside", "alpha", "effect"],
             rows=lines,
-            caption=f"score: {SCORES.get(self.settings.get('selector', ''), 'monolinguality')}. fires: share of tokens "
+            caption=f"score: {SCORES.get(str(self.settings.get('selector')), 'monolinguality')}. fires: share of tokens "
             "of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: on the "
             "language's log-probability, per unit.",
         )
@@ -221,7 +221,11 @@ class FeatureSet:
             FileNotFoundError: no such file.
             ValueError: not a FeatureSet, another version, or damaged; the message says what was found.
         """
-        return cls(**read_feature_set(path))
+        parts = read_feature_set(path)
+        try:
+            return cls(**parts)
+        except UserValueError as error:
+            raise UserValueError(f"{path}: {error}") from error
 
     def _layer(self, layer: int) -> LayerFeatures:
         if layer not in self.layers:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ MAX_BYTES = 2 * 1024**3
 DOCUMENT_KEYS = {"version", "model", "languages", "settings", "provenance", "layers"}
 EXPLANATIONS = "explanations"
 """The one key that may be absent: files from before there were explanations are read, and stay as they were."""
+_LAYER = re.compile("0|[1-9][0-9]{0,5}")
 LAYER_KEYS = {"labels", "names", "residual_median_norm"}
 
 
@@ -115,7 +118,7 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
         raise UserValueError(f"{path} is not a FeatureSet: its metadata has no {FORMAT!r}.")
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserValueError(f"{path}: the FeatureSet document is not valid JSON: {error}.") from error
     if not isinstance(document, dict):
         raise UserValueError(f"{path}: the FeatureSet document must be an object, got {type(document).__name__}.")
@@ -130,7 +133,7 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
     for key in ("hidden_size", "num_hidden_layers"):
         value = document["model"].get(key)
         if type(value) is not int or value < 1:
-            raise UserValueError(f"{path}: model.{key} must be a positive integer, got {value!r}.")
+            raise UserValueError(f"{path}: model.{key} must be a positive integer, got {value!r:.80}.")
     _check_strings(path, "languages", document["languages"])
     for layer, facts in document["layers"].items():
         _check_layer_facts(path, layer, facts)
@@ -138,16 +141,16 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
 
 
 def _check_layer_facts(path: Path, layer: str, facts: Any) -> None:
-    if not layer.isascii() or not layer.isdecimal() or str(int(layer)) != layer:
-        raise UserValueError(f"{path}: {layer!r} is not a layer number.")
+    if not _LAYER.fullmatch(layer):
+        raise UserValueError(f"{path}: {layer[:80]!r} is not a layer number.")
     if not isinstance(facts, dict):
         raise UserValueError(f"{path}: layer {layer} must be an object, got {type(facts).__name__}.")
     _check_keys(path, f"layer {layer}", facts, LAYER_KEYS)
     _check_strings(path, f"labels of layer {layer}", facts["labels"])
     _check_strings(path, f"names of layer {layer}", facts["names"])
     norm = facts["residual_median_norm"]
-    if norm is not None and type(norm) not in (int, float):
-        raise UserValueError(f"{path}: residual_median_norm of layer {layer} must be a number, got {norm!r}.")
+    if norm is not None and (type(norm) not in (int, float) or not abs(norm) <= sys.float_info.max):
+        raise UserValueError(f"{path}: residual_median_norm of layer {layer} must be a number, got {norm!r:.80}.")
 
 
 def _read_explanations(path: Path, found: Any) -> tuple[Explanation, ...]:

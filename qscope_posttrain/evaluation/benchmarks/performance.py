@@ -83,7 +83,11 @@ def read_scores(path: str | Path) -> ScoreTable:
     """
     header, rows = _read_csv(path)
     models = tuple(row[0] for row in rows)
-    return ScoreTable(models, tuple(header[1:]), _numbers([row[1:] for row in rows], path))
+    scores = _numbers([row[1:] for row in rows], path)
+    try:
+        return ScoreTable(models, tuple(header[1:]), scores)
+    except UserValueError as error:
+        raise UserValueError(f"{path}: {error}") from error
 
 
 def read_correctness(folder: str | Path, names: Sequence[str]) -> dict[str, tuple[tuple[str, ...], NDArray]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,7 @@ def _parse(path: Path, text: str | None) -> dict[str, Any]:
         raise UserValueError(f"{path} is not a classifier: its metadata has no {FORMAT!r}.")
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserValueError(f"{path}: the classifier document is not valid JSON: {error}.") from error
     if not isinstance(document, dict) or set(document) != KEYS:
         found = sorted(document) if isinstance(document, dict) else type(document).__name__
@@ -217,7 +217,7 @@ def _by_layer(value: Any, allowed: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _plain(value: Any) -> Any:
