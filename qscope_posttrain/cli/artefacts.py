@@ -10,6 +10,7 @@ import yaml
 from qscope_posttrain.cli.recipe import TrainingRecipe
 from qscope_posttrain.cli.recipe_keys import code_requests
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.feature_set_file import feature_set_path
 from qscope_posttrain.provenance import file_sha256, package_versions
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import write_text
@@ -26,7 +27,7 @@ def feature_origins(recipe: TrainingRecipe, features: FeatureSet | None) -> dict
     """The feature file, its sha256, and where its rows came from, with the sha256 of the SAE files."""
     if features is None or recipe.run.features is None:
         return {}
-    path = Path(recipe.run.features)
+    path = feature_set_path(recipe.run.features)
     return {"file": str(path), "sha256": file_sha256(path), "provenance": dict(features.provenance)}
 
 

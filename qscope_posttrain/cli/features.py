@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.cli.features_contrast import add_contrast_options, add_rank_options, contrast, rank
@@ -17,8 +16,6 @@ from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
 
-FILE_NAME = "features.safetensors"
-
 
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
@@ -26,15 +23,15 @@ def run(arguments: Sequence[str]) -> int:
     if options.action == "show":
         show(options)
     elif options.action == "find-repetition":
-        find_repetition(options, FILE_NAME)
+        find_repetition(options)
     elif options.action == "contrast":
-        contrast(options, FILE_NAME)
+        contrast(options)
     elif options.action == "rank":
-        rank(options, FILE_NAME)
+        rank(options)
     elif options.action == "explain":
-        explain(options, FILE_NAME)
+        explain(options)
     elif options.action == "tokens":
-        tokens(options, FILE_NAME)
+        tokens(options)
     else:
         find(options)
     return 0
@@ -72,7 +69,7 @@ def find(options: argparse.Namespace) -> None:
     causal = features.provenance.get("causal_check")
     if causal is not None:
         Table(**causal).print()
-    path = features.save(output / FILE_NAME)
+    path = features.save(output)
     results = {
         "features": path,
         "table": features.to_table(),
@@ -88,8 +85,7 @@ def show(options: argparse.Namespace) -> None:
     from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
     from qscope_posttrain.features.find_repetition import repetition_table
 
-    path = Path(options.path)
-    features = FeatureSet.load(path / FILE_NAME if path.is_dir() else path)
+    features = FeatureSet.load(options.path)
     shown = features.select(options.language, options.layer, options.top)
     table = repetition_table(shown) if features.settings.get("selector") == REPETITION else shown.to_table()
     if options.markdown:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qscope_posttrain.cli.config_arguments import arguments_of, config_from
-from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.inputs import load_config, load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
@@ -19,6 +18,7 @@ from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.sae.training.config import SAETrainingConfig
+from qscope_posttrain.text.data_sets import read_data_set
 
 
 @dataclass
@@ -150,7 +150,7 @@ def check(recipe: SAERecipe) -> Table:
 def _dataset(own: TrainArguments) -> Any:
     from qscope_posttrain.features.text_source import DatasetSource
 
-    data = read_dataset(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
+    data = read_data_set(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)
     return DatasetSource(data, own.text_column, name)
 
