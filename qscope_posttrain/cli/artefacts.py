@@ -40,10 +40,10 @@ def write_resolved(recipe: TrainingRecipe, features: FeatureSet | None, output: 
 
 def resolved_yaml(recipe: TrainingRecipe, features: FeatureSet | None) -> str:
     """The whole configuration as a recipe that `--config` reads, below versions and hashes as comments."""
-    origins = {"versions": package_versions(), "features": feature_origins(recipe, features)}
-    comments = yaml.safe_dump(origins, sort_keys=False, allow_unicode=True, width=1000)
+    origins: dict[str, Any] = {"versions": package_versions(), "features": feature_origins(recipe, features)}
     values = recipe.to_dict()
     if asked := code_requests(values):
-        comments = f"To be read back with --allow-code, for it names code: {'; '.join(asked)}\n{comments}"
+        origins = {"read back with": f"--allow-code, for it names code: {'; '.join(asked)}"} | origins
+    comments = yaml.safe_dump(origins, sort_keys=False, allow_unicode=True, width=1000)
     keys = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}\n" for line in comments.splitlines()) + "\n" + keys

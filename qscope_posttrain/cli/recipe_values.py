@@ -82,7 +82,7 @@ def _item(value: Any, written: Any, action: argparse.Action, kinds: Collection[A
         try:
             return json.loads(value)
         except ValueError as error:
-            raise UserValueError(f"{place} must be a mapping or JSON; got {value!r} ({error}).") from error
+            raise UserValueError(f"{place}: not JSON ({error}): {value!r}.") from error
     try:
         converted = action.type(value) if callable(action.type) else value
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:

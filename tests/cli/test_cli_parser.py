@@ -86,7 +86,7 @@ def test_values_from_a_file(tmp_path, text, field_name, value):
         ("words: [null]", "words must be text; got None"),
         ("rate: null", "rate must be a number; got null"),
         ("zzzz: null", "unknown key 'zzzz'"),
-        ("options: '{a'", "options must be a mapping or JSON"),
+        ("options: '{a'", "options: not JSON"),
         ("steps: 1.0", "steps must be a whole number; got 1.0"),
         ("steps: 2026-01-01", "steps: invalid literal"),
         ("rate: 1:30", "rate: could not convert"),
