@@ -48,6 +48,7 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             raise UserValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(parser._option_string_actions))}")
+        _check_numbers(options)
         with recipe_keys.environment_of(recipe):
             return options
 
@@ -103,6 +104,15 @@ def given_options(options: argparse.Namespace, defaults: Mapping[str, Any]) -> s
     """The options that differ from their defaults, as they are written: `--top-p, --seed`; empty without any."""
     given = (name for name, default in defaults.items() if getattr(options, name) != default)
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """ValueError for a limit (`--max-...`) below 1, or a seed that not every generator takes."""
+    for name, value in vars(options).items():
+        if name.startswith("max_") and isinstance(value, int) and value < 1:
+            raise UserValueError(f"{name} must be at least 1; got {value}.")
+        if name == "seed" and not 0 <= value < 1 << 32:
+            raise UserValueError(f"seed must be a whole number from 0 to {(1 << 32) - 1}; got {value}.")
 
 
 def _check_number_of_values(action: argparse.Action, value: Any, place: str) -> None:

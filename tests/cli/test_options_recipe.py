@@ -79,6 +79,20 @@ def test_options_of_a_list_do_not_swallow_a_position(parser, tmp_path):
     assert (options.path, options.layer) == ("some/path", [1, 2])
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("--max-texts", 0, "max_texts must be at least 1"), ("--max-texts", -1, "at least 1; got -1"),
+     ("--seed", -1, "seed must be"), ("--seed", 2**70, "seed must be")],
+)  # fmt: skip
+def test_limits_and_seeds_are_checked_before_anything_runs(option, value, says):
+    parser = OptionParser()
+    parser.add_argument("--max-texts", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    assert vars(parser.parse([])) == {"max_texts": None, "seed": 0}
+    with pytest.raises(ValueError, match=says):
+        parser.parse([f"{option}={value}"])
+
+
 def test_environment_of_a_recipe(parser, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     recipe = tmp_path / "recipe.yaml"
