@@ -22,9 +22,9 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers cases lint types format benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers cases fuzz lint types format benchmarks clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | test-peers | cases | lint | types | format | benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | cases | fuzz | lint | types | format | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -43,6 +43,20 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Random search through everything that reads files, in rounds of FUZZ_EXAMPLES a test until FUZZ_SECONDS are over. A round
+# repeats with the seed that it prints. What it finds becomes an @example of its test, which `make test` then runs.
+FUZZ_SECONDS ?= 600
+FUZZ_EXAMPLES ?= 1000
+fuzz: $(VENV)/.installed
+	@seed=$${FUZZ_SEED:-$$(date +%s)}; end=$$(($$(date +%s) + $(FUZZ_SECONDS))); \
+	while [ $$(date +%s) -lt $$end ]; do \
+	    echo "Seed $$seed (once more: make fuzz FUZZ_SEED=$$seed FUZZ_EXAMPLES=$(FUZZ_EXAMPLES))"; \
+	    FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -x tests/attacks/test_fuzzed_headers.py \
+	        tests/attacks/test_fuzzed_files.py tests/text/test_jsonl.py \
+	        --hypothesis-profile=fuzz --hypothesis-seed=$$seed || exit 1; \
+	    seed=$$((seed + 1)); \
+	done
 
 # The lowest versions that pyproject.toml promises, all at once. The oldest torch has no CPU build on PyPI: 3 GB.
 $(OLDEST)/.installed: pyproject.toml .ci/floors.py

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qscope_posttrain.errors import UserFileNotFoundError
+from safetensors import SafetensorError
+
+from qscope_posttrain.errors import UserFileNotFoundError, UserOSError
 
 
 @contextmanager
@@ -19,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: the file cannot be written, with the reason.
     """
     if not path.parent.is_dir():
         raise UserFileNotFoundError(f"Cannot write {path}: the folder {path.parent} does not exist.")
@@ -28,5 +31,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with unfinished.open("rb") as written:
             os.fsync(written.fileno())
         unfinished.replace(path)
+    except OSError as error:
+        raise UserOSError(f"cannot write '{path}' ({error.strerror or error}).") from error
+    except SafetensorError as error:  # also what is wrong with the tensors
+        if "I/O error" not in str(error):
+            raise
+        raise UserOSError(f"cannot write '{path}' ({error}).") from error
     finally:
         unfinished.unlink(missing_ok=True)

@@ -6,6 +6,13 @@ line prints them as one line; anything else keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
 
 class UserError(Exception):
     """Something that the user gave cannot work; the message says what came, what was expected and what to do."""
@@ -19,5 +26,70 @@ class UserTypeError(UserError, TypeError):
     """An object of the wrong type."""
 
 
+class UserOSError(UserError, OSError):
+    """A place that cannot be read or written: rights, a full disk, a hub that does not answer."""
+
+
 class UserFileNotFoundError(UserError, FileNotFoundError):
     """A file, folder, model or data set that is not there."""
+
+
+_BUGS = (AttributeError, NameError, AssertionError, RecursionError, StopIteration)
+"""Never a library's way to refuse what it was given"""
+_PLAIN = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+"""Errors whose message says enough without their name"""
+_HERE = str(Path(__file__).parent)
+
+
+@contextmanager
+def library_refusals(what: str = "", kind: type[Exception] = Exception) -> Iterator[None]:
+    """Turn what a library raises in this block into a UserError, with its cause: for blocks that do nothing but hand
+    over what the user gave, such as a configuration, a model or a data set.
+
+    Errors that this package raises itself stay as they are. So do those of code that is in no library: a reward
+    function of the user, for example. Only errors of the file system are the user's wherever they are raised.
+
+    Args:
+        what: What could not be done, put before the library's words: "cannot load the model 'x'".
+        kind: The errors that are meant: OSError where results are written, and anything else is a bug.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kind as error:
+        if isinstance(error, _BUGS) or not (isinstance(error, OSError) or _in_library(error.__traceback__)):
+            raise
+        reason = str(error) if isinstance(error, _PLAIN) and str(error) else f"{type(error).__name__}: {error}"
+        message = f"{what}: {reason}" if what else reason
+        if isinstance(error, FileNotFoundError):
+            raise UserFileNotFoundError(message) from error
+        if isinstance(error, OSError):
+            raise UserOSError(message) from error
+        raise (UserTypeError if isinstance(error, TypeError) else UserValueError)(message) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without its line breaks."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """A sentence that suggests the nearest name, or nothing."""
+    close = difflib.get_close_matches(word, list(names), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _in_library(traceback: TracebackType | None) -> bool:
+    """Whether an error was raised by an installed package or the standard library, and not by this one."""
+    place = ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_filename
+        if Path(name).is_absolute():  # not code that was made, such as the __init__ of a dataclass, or compiled
+            place = name
+        traceback = traceback.tb_next
+    if place.startswith(_HERE):
+        return False
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(place).parts) or place.startswith(
+        sysconfig.get_path("stdlib")
+    )

@@ -12,10 +12,10 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError
+from qscope_posttrain.errors import UserTypeError
+from qscope_posttrain.text.files import check_is_file
 
 RECORDED_PACKAGES = (
     "qscope-posttrain",
@@ -80,9 +80,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: there is no file at `path`.
     """
-    location = Path(path)
-    if not location.is_file():
-        raise UserFileNotFoundError(f"no file to fingerprint at '{location}'.")
+    location = check_is_file(path, "file to fingerprint")
     digest = hashlib.sha256()
     with location.open("rb") as stream:
         while block := stream.read(_READ_BLOCK):

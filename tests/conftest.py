@@ -22,9 +22,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
-# No test has a time limit: the first call of an operator imports a compiler, and CI's cores are shared.
-settings.register_profile("no time limit", deadline=None)
-settings.load_profile("no time limit")
+# No test has a time limit: the first call of an operator imports a compiler, and CI's cores are shared. Nor does its
+# verdict depend on luck: the same examples are drawn in every run. `make fuzz` draws others.
+settings.register_profile("same examples", deadline=None, derandomize=True)
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "1000")), print_blob=True
+)
+settings.load_profile("same examples")
 if not torch.cuda.is_available():
     # Read when triton is first imported, which any test may do, for example by compiling something.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, parse_layers
-from qscope_posttrain.cli.options import add_model_options, did_you_mean
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.cli.recipe_keys import as_text
+from qscope_posttrain.errors import UserValueError, did_you_mean
 from qscope_posttrain.recipe_file import read_yaml
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[It
     from qscope_posttrain.evaluation.benchmarks.items import ItemSource
 
     if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml"):
-        sources = [_source(str(name), entry, words[0]) for name, entry in read_yaml(words[0]).items()]
+        entries, written = read_yaml(words[0]), read_yaml(words[0], as_written=True)
+        sources = [_source(str(name), entry, written.get(str(name)), words[0]) for name, entry in entries.items()]
     else:
         sources = [ItemSource.parse(word) for word in words]
     names = [source.name for source in sources]
@@ -145,7 +147,7 @@ def collect(
     return found, facts
 
 
-def _source(name: str, entry: Any, path: str) -> ItemSource:
+def _source(name: str, entry: Any, written: Any, path: str) -> ItemSource:
     from qscope_posttrain.evaluation.benchmarks.items import ItemSource
 
     if not isinstance(entry, dict):
@@ -156,5 +158,14 @@ def _source(name: str, entry: Any, path: str) -> ItemSource:
             raise UserValueError(f"{path}: unknown key '{key}' of '{name}'.{did_you_mean(str(key), known)}")
     if "source" not in entry:
         raise UserValueError(f"{path}: '{name}' has no source.")
-    values: dict[str, Any] = {key: value if key in ("first", "limit") else str(value) for key, value in entry.items()}
+    values: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key in ("first", "limit"):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UserValueError(f"{path}: {key} of '{name}' must be a whole number, got {value!r}.")
+            values[key] = value
+        elif not isinstance(value, str | int | float):
+            raise UserValueError(f"{path}: {key} of '{name}' must be text, got {value!r}.")
+        else:
+            values[key] = written.get(key, as_text(value)) if isinstance(written, dict) else as_text(value)
     return ItemSource(name=name, **values)

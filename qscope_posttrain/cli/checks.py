@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
+from qscope_posttrain.cli.inputs import load_config
 from qscope_posttrain.cli.recipe import TrainingRecipe
 from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 
@@ -35,14 +36,16 @@ class Checks:
     def check(self, what: str, look: Callable[..., tuple[T, str]], *needed: Any) -> T | None:
         """Call `look(*needed)`, which returns a value and a sentence, or raises what is wrong.
 
+        What is wrong is a UserError or what a library says; a bug passes through.
         Where an earlier check gave None for something that this one needs, it is skipped: one mistake, one finding.
         """
         if any(value is None for value in needed):
             self.findings.append((what, "skipped", "needs what failed above"))
             return None
         try:
-            value, detail = look(*needed)
-        except (ValueError, TypeError, OSError, ImportError) as error:
+            with library_refusals():
+                value, detail = look(*needed)
+        except UserError as error:
             self.findings.append((what, "failed", " ".join(str(error).split())))
             return None
         self.findings.append((what, "ok", detail))
@@ -76,8 +79,8 @@ def check_device(checks: Checks, recipe: TrainingRecipe) -> None:
 
 def build_model(recipe: TrainingRecipe) -> tuple[torch.nn.Module, str]:
     """The architecture without memory for its weights."""
-    config = AutoConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
-    with torch.device("meta"):
+    config = load_config(recipe.model_name, recipe.model.model_revision)
+    with torch.device("meta"), library_refusals(f"cannot build '{recipe.model_name}'"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config(decoder=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())

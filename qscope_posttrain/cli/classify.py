@@ -22,7 +22,7 @@ from qscope_posttrain.cli.classify_data import (
 )
 from qscope_posttrain.cli.classify_data import column as column_of
 from qscope_posttrain.cli.options import OptionParser, add_model_options
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, library_refusals
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -60,9 +60,11 @@ def fit(options: argparse.Namespace) -> None:
     if max(map(len, grid.values())) > 1:
         from qscope_posttrain.evaluation.classifier.columns import stack
 
-        folds = StratifiedKFold(options.folds, shuffle=True, random_state=options.seed)
+        with library_refusals(f"--folds {options.folds}"):
+            folds = StratifiedKFold(options.folds, shuffle=True, random_state=options.seed)
+            splits = list(folds.split(labels, labels))
         classifier.set_params(layer_widths=featurizer.layer_widths)
-        search = GridSearchCV(classifier, grid, scoring="f1", cv=folds, error_score="raise")
+        search = GridSearchCV(classifier, grid, scoring="f1", cv=splits, error_score="raise")
         classifier.set_params(**search.fit(stack(features)[0], labels).best_params_)
         status(f"chosen by cross-validation: {search.best_params_}, F1 {search.best_score_:.3f}")
     classifier.fit(features, labels)
@@ -124,6 +126,8 @@ def report(options: argparse.Namespace) -> None:
     from qscope_posttrain.report.html import write_html
 
     output = writable_folder(options.output)
+    if options.folds < 2:
+        raise UserValueError(f"--folds must be at least 2; got {options.folds}.")
     methods = all_methods() if options.methods is None else methods_named(options.methods)
     texts, labels, groups = _grouped(options, options.data, options.split)
     if options.test_data is not None:

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.inputs import load_model, parse_layers
 from qscope_posttrain.cli.options import did_you_mean
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserValueError, library_refusals
+from qscope_posttrain.text.data_sets import READERS, read_data_set, read_file, saved_data_set
+from qscope_posttrain.text.files import text_suffix
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 WRITERS = (".jsonl", ".csv", ".parquet")
 _TRUTHS = {"1": True, "true": True, "0": False, "false": False}
 
@@ -49,18 +49,11 @@ def read_table(source: str, split: str = "train", limit: int | None = None) -> D
         FileNotFoundError: a file that is not there.
         ValueError: no such split, or no rows.
     """
-    from datasets import load_from_disk
-
-    path = Path(source)
-    if path.suffix in READERS:
-        if not path.is_file():
-            raise UserFileNotFoundError(f"no file at '{path}'.")
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        found = read_dataset(READERS[path.suffix], data_files={split: str(path)}, **options)
-    elif path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
-        found = load_from_disk(source)
+    if text_suffix(source) in READERS:
+        found: Any = read_file(source, split)
     else:
-        found = read_dataset(source)
+        found = saved_data_set(source)
+        found = read_data_set(source) if found is None else found
     if isinstance(found, Mapping):
         if split not in found:
             raise UserValueError(f"'{source}' has no split '{split}'; it has {', '.join(map(str, found))}.")
@@ -185,12 +178,13 @@ def write_table(table: Dataset, path: Path) -> None:
     """
     if path.suffix and path.suffix not in WRITERS:
         raise UserValueError(f"'{path}': write {', '.join(WRITERS)}, or a name without an ending for a folder.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        table.to_json(path, force_ascii=False)
-    elif path.suffix == ".csv":
-        table.to_csv(path)
-    elif path.suffix == ".parquet":
-        table.to_parquet(path)
-    else:
-        table.save_to_disk(path)
+    with library_refusals(f"cannot write '{path}'", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            table.to_json(path, force_ascii=False)
+        elif path.suffix == ".csv":
+            table.to_csv(path)
+        elif path.suffix == ".parquet":
+            table.to_parquet(path)
+        else:
+            table.save_to_disk(path)

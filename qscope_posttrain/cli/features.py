@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.cli.features_contrast import add_contrast_options, add_rank_options, contrast, rank
@@ -17,8 +16,6 @@ from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
 
-FILE_NAME = "features.safetensors"
-
 
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
@@ -26,15 +23,15 @@ def run(arguments: Sequence[str]) -> int:
     if options.action == "show":
         show(options)
     elif options.action == "find-repetition":
-        find_repetition(options, FILE_NAME)
+        find_repetition(options)
     elif options.action == "contrast":
-        contrast(options, FILE_NAME)
+        contrast(options)
     elif options.action == "rank":
-        rank(options, FILE_NAME)
+        rank(options)
     elif options.action == "explain":
-        explain(options, FILE_NAME)
+        explain(options)
     elif options.action == "tokens":
-        tokens(options, FILE_NAME)
+        tokens(options)
     else:
         find(options)
     return 0
@@ -72,7 +69,7 @@ def find(options: argparse.Namespace) -> None:
     causal = features.provenance.get("causal_check")
     if causal is not None:
         Table(**causal).print()
-    path = features.save(output / FILE_NAME)
+    path = features.save(output)
     results = {
         "features": path,
         "table": features.to_table(),
@@ -88,8 +85,7 @@ def show(options: argparse.Namespace) -> None:
     from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
     from qscope_posttrain.features.find_repetition import repetition_table
 
-    path = Path(options.path)
-    features = FeatureSet.load(path / FILE_NAME if path.is_dir() else path)
+    features = FeatureSet.load(options.path)
     shown = features.select(options.language, options.layer, options.top)
     table = repetition_table(shown) if features.settings.get("selector") == REPETITION else shown.to_table()
     if options.markdown:
@@ -134,7 +130,11 @@ def _join_processes(options: argparse.Namespace) -> None:
 def _parser() -> OptionParser:
     parser = OptionParser(prog="qscope features")
     actions = parser.add_subparsers(dest="action", required=True)
-    new = actions.add_parser("find", help="find the features of each language in one pass over texts")
+    new = actions.add_parser(
+        "find",
+        help="find the features of each language in one pass over texts",
+        description="One pass over texts. A launcher (accelerate launch, torchrun) may share it among processes.",
+    )
     add_model_options(new)
     new.add_argument("--texts", required=True, help="folder of <language>.txt, or JSONL with text and language")
     new.add_argument("--sae", required=True, help="folder of layer files, file of one layer, or hub id of a release")
@@ -155,7 +155,13 @@ def _parser() -> OptionParser:
     new.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens in one forward pass")
     new.add_argument("--resumable", action="store_true", help="keep a checkpoint, so that a killed pass goes on")
     new.add_argument("--seed", type=int, default=0, help="of the random controls")
-    add_options(actions.add_parser("find-repetition", help="find the features of endless repetition, and try them"))
+    add_options(
+        actions.add_parser(
+            "find-repetition",
+            help="find the features of endless repetition, and try them",
+            description="Runs in one process, which samples in turn: not under a launcher.",
+        )
+    )
     add_contrast_options(actions.add_parser("contrast", help="find the features that tell two sets of texts apart"))
     add_rank_options(actions.add_parser("rank", help="rank features by their activation on one response"))
     add_explain_options(actions.add_parser("explain", help="let a chat model explain features, and test what it says"))

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import add_model_options
-from qscope_posttrain.errors import UserFileNotFoundError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.text.files import read_text
 
 if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet
 
 
-def contrast(options: argparse.Namespace, file_name: str) -> None:
+def contrast(options: argparse.Namespace) -> None:
     """Find the features, print them, and write the FeatureSet and `summary.json`."""
     from qscope_posttrain.features.contrastive import find_contrastive_features
     from qscope_posttrain.residual.layers import decoder_layers
@@ -40,10 +40,10 @@ def contrast(options: argparse.Namespace, file_name: str) -> None:
         k=options.k,
         max_length=options.max_length,
     )
-    _finish(features, output / file_name, "features contrast", options)
+    _finish(features, output, "features contrast", options)
 
 
-def rank(options: argparse.Namespace, file_name: str) -> None:
+def rank(options: argparse.Namespace) -> None:
     """Rank the features, print them, and write the FeatureSet and `summary.json`."""
     from qscope_posttrain.features.contrastive import rank_response_features
     from qscope_posttrain.residual.layers import decoder_layers
@@ -66,25 +66,22 @@ def rank(options: argparse.Namespace, file_name: str) -> None:
         k=options.k,
         max_length=options.max_length,
     )
-    _finish(features, output / file_name, "features rank", options)
+    _finish(features, output, "features rank", options)
 
 
-def _finish(features: FeatureSet, path: Path, command: str, options: argparse.Namespace) -> None:
+def _finish(features: FeatureSet, output: Path, command: str, options: argparse.Namespace) -> None:
     table = features.to_table()
     table.print()
-    features.save(path)
+    path = features.save(output)
     results = {"features": path, "table": table, "provenance": features.provenance}
-    write_summary(path.parent, command, vars(options), results)
+    write_summary(output, command, vars(options), results)
     status(f"features written to {path}")
 
 
 def _text(given: str | None, file: str | None, name: str) -> str:
     if given is not None:
         return given
-    location = Path(str(file))
-    if not location.is_file():
-        raise UserFileNotFoundError(f"no file at '{location}', given as --{name}-file.")
-    return location.read_text(encoding="utf-8")
+    return read_text(str(file), f"--{name}-file")
 
 
 def add_contrast_options(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ EXPLANATIONS = "explanations.jsonl"
 PAGE = "explanations.html"
 
 
-def explain(options: argparse.Namespace, file_name: str) -> None:
+def explain(options: argparse.Namespace) -> None:
     """Explain, test, print; write the explanations, a page of contexts, the FeatureSet if there is one, a summary."""
     from qscope_posttrain.features.contexts import ContextSettings
     from qscope_posttrain.features.explain import ExplainSettings, explain_features, explain_templates
@@ -33,7 +33,7 @@ def explain(options: argparse.Namespace, file_name: str) -> None:
     output = writable_folder(options.output)
     templates = explain_templates(options.templates)
     texts = read_text_list(options.texts, options.max_texts)
-    features = None if options.features is None else _feature_set(options.features, file_name)
+    features = None if options.features is None else _feature_set(options.features)
     settings = ExplainSettings(
         contexts=ContextSettings(absent=2 * options.tests, seed=options.seed),
         tests=options.tests,
@@ -65,7 +65,7 @@ def explain(options: argparse.Namespace, file_name: str) -> None:
         status(f"{feature} is not explained: {reason}")
     written = write_explanations(output / EXPLANATIONS, found.explanations)
     if features is not None:
-        features.explained(found.explanations).save(output / file_name)
+        features.explained(found.explanations).save(output)
     page = _write_page(found, tokenizer, output / PAGE)
     results = {
         "explanations": written,
@@ -78,7 +78,7 @@ def explain(options: argparse.Namespace, file_name: str) -> None:
     status(f"explanations written to {written}, their contexts to {page}")
 
 
-def tokens(options: argparse.Namespace, file_name: str) -> None:
+def tokens(options: argparse.Namespace) -> None:
     """Show on the terminal, and if asked on a page, where the features of a FeatureSet fire in some texts."""
     from qscope_posttrain.features.find import load_sae
     from qscope_posttrain.features.token_view import token_view
@@ -88,7 +88,7 @@ def tokens(options: argparse.Namespace, file_name: str) -> None:
     if (options.text is None) == (options.texts is None):
         raise UserValueError("give --text, words on the command line, or --texts, a file.")
     texts = options.text or read_text_list(options.texts, options.max_texts)
-    features = _feature_set(options.features, file_name).select(options.language, options.layer, options.top)
+    features = _feature_set(options.features).select(options.language, options.layer, options.top)
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     saes = {layer: load_sae(options.sae, layer, options.k, model) for layer in features.layers} if options.sae else None
     groups = token_view(model, tokenizer, texts, features, saes, max_length=options.max_length)
@@ -100,11 +100,10 @@ def tokens(options: argparse.Namespace, file_name: str) -> None:
         status(f"page written to {write_html(options.html, 'Where features fire', sections)}")
 
 
-def _feature_set(path: str, file_name: str) -> FeatureSet:
+def _feature_set(path: str) -> FeatureSet:
     from qscope_posttrain.features.feature_set import FeatureSet
 
-    location = Path(path)
-    return FeatureSet.load(location / file_name if location.is_dir() else location)
+    return FeatureSet.load(path)
 
 
 def _chosen(options: argparse.Namespace, features: FeatureSet | None, depth: int) -> dict[int, list[int]]:

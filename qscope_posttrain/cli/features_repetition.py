@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LOOPS_FILE = "loops.jsonl"
 
 
-def find_repetition(options: argparse.Namespace, file_name: str) -> None:
+def find_repetition(options: argparse.Namespace) -> None:
     """Find the features, print both tables, and write features, loops, curves as SVG, and `summary.json`."""
     from qscope_posttrain.features.find_repetition import find_repetition_features, repetition_table
     from qscope_posttrain.features.loops import collect_loops, loops_from_texts
@@ -93,7 +93,7 @@ def find_repetition(options: argparse.Namespace, file_name: str) -> None:
         tokens_per_batch=options.tokens_per_batch,
         **chat,
     )
-    path = features.save(output / file_name)
+    path = features.save(output)
     Table(**features.provenance["ranking"]).print()
     print_steering(features)
     figures = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import set_seed
 from trl import get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.artefacts import feature_origins, write_resolved
@@ -12,6 +11,7 @@ from qscope_posttrain.cli.grpo_arguments import GRPORecipe, parse_recipe
 from qscope_posttrain.cli.grpo_checks import check_recipe, prepare
 from qscope_posttrain.cli.grpo_data import needed_features
 from qscope_posttrain.cli.grpo_results import final_metrics, results_table
+from qscope_posttrain.cli.training import make_trainer, push, run_training
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
@@ -31,25 +31,24 @@ def run(arguments: Sequence[str]) -> int:
 def train(recipe: GRPORecipe) -> None:
     """Train, save the model, and write `resolved.yaml` and `summary.json` beside it."""
     output = writable_folder(recipe.output)
-    set_seed(recipe.training.seed)
     features = needed_features(recipe)
     write_resolved(recipe, features, output)
-    training, model = recipe.training, recipe.model
     inputs = prepare(recipe, features)
-    training.model_init_kwargs = recipe.model_init_kwargs()
-    trainer = SteeredGRPOTrainer(
-        recipe.model_name,
-        inputs.rewards,
-        training,
-        features=features,
-        train_dataset=inputs.rows,
-        eval_dataset=inputs.evaluation,
-        processing_class=inputs.tokenizer,
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
+    trainer = make_trainer(
+        recipe,
+        lambda: SteeredGRPOTrainer(
+            recipe.model_name,
+            inputs.rewards,
+            recipe.trainer_arguments(),
+            features=features,
+            train_dataset=inputs.rows,
+            eval_dataset=inputs.evaluation,
+            processing_class=inputs.tokenizer,
+            peft_config=get_peft_config(recipe.model),
+            quantization_config=get_quantization_config(recipe.model),
+        ),
     )
-    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(str(output))
+    result = run_training(recipe, trainer)
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
         table = results_table(log)
@@ -65,5 +64,4 @@ def train(recipe: GRPORecipe) -> None:
         write_summary(output, "grpo", recipe.to_dict(), results)
         table.print()
         status(f"model and summary.json written to {output}")
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+    push(recipe, trainer)

@@ -74,7 +74,7 @@ def parse_recipe(arguments: Sequence[str]) -> GRPORecipe:
     """
     device = DeviceRule()
     kinds = (GRPORunArguments, ScriptArguments, DatasetMixtureConfig, SteeredGRPOConfig, ModelConfig)
-    parser = RecipeParser(kinds, before_build=device, prog="qscope grpo")
+    parser = RecipeParser(kinds, before_build=device, mappings=["rewards"], prog="qscope grpo")
     run, script, mixture, training, model = parser.parse(arguments)
     check_model_named(model)
     training.settle_negative(run.features is not None)

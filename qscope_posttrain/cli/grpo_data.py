@@ -13,7 +13,7 @@ from trl.import_utils import is_math_verify_available
 from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.rewards import RewardFunction, reward_function
 
@@ -106,9 +106,10 @@ def _templated(
             "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has one "
             "(a base model gets it in supervised fine-tuning), or give prompts as text."
         )
-    read: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options
-    )
+    with library_refusals("the chat template cannot write a prompt"):
+        read: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options
+        )
     return list(read["input_ids"])
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import DTYPES
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.text.jsonl import read_jsonl, read_lines
+from qscope_posttrain.text.files import bare_name, check_is_file, read_lines, text_suffix
+from qscope_posttrain.text.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,11 +33,15 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
     """
     location = Path(path)
     if location.is_dir():
-        files = sorted(location.glob("*.txt"))
+        files = sorted(file for file in location.iterdir() if text_suffix(file) == ".txt" and file.name[0] != ".")
         if not files:
             raise UserFileNotFoundError(f"no <language>.txt in '{location}', for example en.txt, with one text a line.")
-        texts = {file.stem: _take(_lines(file), limit) for file in files}
-    elif location.is_file():
+        texts = {bare_name(file): _take(_lines(file), limit) for file in files}
+        if len(texts) < len(files):
+            raise UserValueError(f"'{location}' has a language twice: {', '.join(file.name for file in files)}.")
+    elif not location.exists() and not location.is_symlink():
+        raise UserFileNotFoundError(f"no texts at '{location}': expected a folder of <language>.txt, or a JSONL file.")
+    else:
         texts = {}
         for number, row in read_jsonl(location):
             text, language = row.get("text"), row.get("language")
@@ -47,8 +52,6 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
             kept = texts.setdefault(language, [])
             if text.strip() and (limit is None or len(kept) < limit):
                 kept.append(text)
-    else:
-        raise UserFileNotFoundError(f"no texts at '{location}': expected a folder of <language>.txt, or a JSONL file.")
     empty = sorted(language for language, entries in texts.items() if not entries)
     if empty or not texts:
         raise UserValueError(f"'{location}' has no text in {', '.join(empty) or 'any language'}.")
@@ -62,10 +65,8 @@ def read_text_list(path: str | Path, limit: int | None = None) -> list[str]:
         FileNotFoundError: no such file.
         ValueError: a line of another form, or no text at all.
     """
-    location = Path(path)
-    if not location.is_file():
-        raise UserFileNotFoundError(f"no file at '{location}': expected one text a line, or JSONL with 'text'.")
-    if location.suffix != ".jsonl":
+    location = check_is_file(path)
+    if text_suffix(location) != ".jsonl":
         texts = _take(_lines(location), limit)
     else:
         texts = []
@@ -96,7 +97,7 @@ def read_prompts(path: str | Path, limit: int | None = None, language: str | Non
     if location.is_dir():
         return {language: list(lines) for language, lines in read_texts(location, limit).items()}
     prompts: dict[str, list[Any]] = {}
-    for number, row in read_jsonl(location):
+    for number, row in read_jsonl(location, packed=False):
         prompt, own = row.get("prompt"), row.get("language", language)
         if not isinstance(prompt, str | list) or not isinstance(own, str):
             raise UserValueError(
@@ -199,8 +200,9 @@ def load_model(
     status(f"loading {name} in {dtype} on {place}")
     tokenizer = load_tokenizer(name, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=kind)
-    return model.to(place).eval(), tokenizer
+    with library_refusals(f"cannot load the model '{name}'"):
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=kind)
+        return model.to(place).eval(), tokenizer
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -208,16 +210,35 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
     Raises:
         FileNotFoundError: neither holds a model of this name; the hub's own message does not always name it.
+        ValueError: what is there is no tokenizer that can be read.
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserFileNotFoundError(
-            f"no model '{name}', neither a folder with a tokenizer nor on the hub: {reason}"
-        ) from error
+    with library_refusals(f"cannot load the tokenizer of '{name}'"):
+        try:
+            return AutoTokenizer.from_pretrained(name, revision=revision)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise UserFileNotFoundError(
+                f"no model '{name}', neither a folder with a tokenizer nor on the hub: {reason}"
+            ) from error
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """A model's configuration, from a folder or the hub.
+
+    Raises:
+        FileNotFoundError: neither holds a model of this name.
+        ValueError: what is there is no configuration of a known kind.
+    """
+    from transformers import AutoConfig
+
+    with library_refusals(f"cannot read the configuration of '{name}'"):
+        try:
+            return AutoConfig.from_pretrained(name, revision=revision)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise UserFileNotFoundError(f"no model '{name}', neither a folder nor on the hub: {reason}") from error
 
 
 def choose_device(device: str | None) -> Any:

@@ -10,9 +10,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
-from qscope_posttrain.cli.options import did_you_mean
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserError, UserValueError, did_you_mean, one_line
 
 COMMANDS = {
     "features": (
@@ -41,12 +41,15 @@ COMMANDS = {
 }
 USER_MISTAKE = 2
 INTERRUPTED = 130
+READER_GONE = 141
+"""What a shell reports for a program that writes to a pipe which `head` has closed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a mistake in the input.
+    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a mistake of the user.
 
-    `--debug`, anywhere, shows the traceback of a mistake instead of one line.
+    A mistake is a UserError, and one line on stderr; `--debug`, anywhere, shows its traceback instead. Any other error
+    is a bug or a failure of the machine, and passes through with its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -68,24 +71,42 @@ def usage() -> str:
     """The help text of `qscope` itself."""
     lines = ["usage: qscope COMMAND ... [--debug]", "", "commands:"]
     lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
-    lines += ["", "qscope COMMAND --help lists the options; --debug shows the traceback of an error."]
+    lines += ["", "qscope COMMAND --help lists the options; --debug shows the traceback of a mistake."]
     return "\n".join(lines)
 
 
 def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
-        status: int = _module(arguments[0]).run(arguments[1:])
+        with _recipe_environment(arguments):
+            status: int = _module(arguments[0]).run(arguments[1:])
+        sys.stdout.flush()  # a reader that is gone shows here, not after the last handler
         return status
-    except (ValueError, TypeError, OSError) as error:
+    except UserError as error:
         if debug:
             raise
         rank = os.environ.get("RANK", "0")
         place = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{place}: {error}", file=sys.stderr)
+        print(f"error{place}: {one_line(error)}", file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at its very end
+            return READER_GONE
+        raise  # another pipe, such as one to a worker
+
+
+def _recipe_environment(arguments: Sequence[str]) -> AbstractContextManager[None]:
+    """The `env` of the recipe, while the command runs: before the command is imported, because some libraries read
+    their variables when they are."""
+    from qscope_posttrain.cli.recipe_keys import environment_of, read_recipe, split_arguments
+
+    path = None if arguments[0] == "experiment" else split_arguments(arguments)[1]
+    return environment_of(None if path is None else read_recipe(path))
 
 
 def _leave_process_group() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from qscope_posttrain.cli import recipe_keys
+from qscope_posttrain.cli.recipe_keys import RecipeFile
+from qscope_posttrain.cli.recipe_values import checked, kinds_of_option
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.recipe_file import read_yaml
+from qscope_posttrain.errors import did_you_mean as did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -18,30 +20,76 @@ class OptionParser(argparse.ArgumentParser):
 
     Options may be written with dashes or underscores (`--top-p`, `--top_p`), never abbreviated, and kept in a recipe:
     `--config FILE` stands for the options in a YAML file (`top_p: 0.9`, lists for several values, true and false for
-    switches); what comes after it on the command line goes before what it says.
+    switches). What the command line says wins, wherever `--config` stands: an option given there, or one that excludes
+    it, replaces what the file says.
     """
 
     def __init__(self, **settings: Any) -> None:
+        settings.setdefault("epilog", recipe_keys.HELP)
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The options.
 
         Raises:
-            ValueError: an unknown, missing or malformed option.
+            FileNotFoundError: no such recipe.
+            ValueError: an unknown, missing or malformed option or key.
         """
-        given = [_with_dashes(argument) for argument in arguments]
-        names = _option_names(self)
-        if "--config" not in names:
-            given = _with_recipes(given, names)
-        values, unknown = self.parse_known_args(given)
+        tokens, recipe = list(arguments), None
+        if "--config" not in self._option_string_actions:
+            tokens, path, allowed = recipe_keys.split_arguments(arguments)
+            recipe = None if path is None else recipe_keys.read_recipe(path)
+        tokens = [_with_dashes(token) for token in tokens]
+        parser = self._chosen(tokens)
+        if recipe is not None:
+            values = parser._set_from_file(recipe, tokens)
+            recipe_keys.check_code(recipe, values, allowed)
+        options, unknown = self.parse_known_args(tokens)
         if unknown:
             name = unknown[0].partition("=")[0]
-            raise UserValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(names))}")
-        return values
+            raise UserValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(parser._option_string_actions))}")
+        _check_numbers(options)
+        with recipe_keys.environment_of(recipe):
+            return options
 
     def error(self, message: str) -> NoReturn:
         raise UserValueError(f"{message} (see `{self.prog} --help`)")
+
+    def _chosen(self, tokens: Sequence[str]) -> OptionParser:
+        """The parser of the sub-command that the tokens begin with, or this one."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and tokens:
+                chosen: OptionParser = action.choices.get(tokens[0], self)
+                return chosen
+        return self
+
+    def _set_from_file(self, recipe: RecipeFile, tokens: Sequence[str]) -> dict[str, Any]:
+        """Make the file's values defaults, and return those that the command line does not replace."""
+        actions = {action.dest: action for action in self._actions if action.option_strings and action.dest != "help"}
+        names = {f"--{name.replace('_', '-')}": name for name in actions}
+        if unknown := [name for key in recipe.values if (name := f"--{key.replace('_', '-')}") not in names]:
+            raise recipe_keys.unknown_keys(recipe, unknown, names, self.prog)
+        values = {
+            key: checked(value, recipe.words[key], actions[key], kinds_of_option(actions[key]), f"{recipe.path}: {key}")
+            for key, value in recipe.values.items()
+        }
+        for key, value in values.items():
+            _check_number_of_values(actions[key], value, f"{recipe.path}: {key}")
+        replaced = recipe_keys.given_names(tokens, self._option_string_actions)
+        for group in self._mutually_exclusive_groups:
+            members = [action.dest for action in group._group_actions]
+            here = [key for key in members if values.get(key) is not None]
+            if len(here) > 1:
+                raise UserValueError(f"{recipe.path}: give one of {', '.join(here)}; they exclude each other.")
+            if replaced.intersection(members):
+                replaced.update(members)
+            elif here:
+                group.required = False
+        taken = {key: value for key, value in values.items() if key not in replaced}
+        for key, value in taken.items():
+            actions[key].default = value
+            actions[key].required = actions[key].required and value is None
+        return taken
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -58,44 +106,20 @@ def given_options(options: argparse.Namespace, defaults: Mapping[str, Any]) -> s
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
-def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """A sentence that suggests the nearest name, or nothing."""
-    close = difflib.get_close_matches(word, list(names), n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
+def _check_numbers(options: argparse.Namespace) -> None:
+    """ValueError for a limit (`--max-...`) below 1, or a seed that not every generator takes."""
+    for name, value in vars(options).items():
+        if name.startswith("max_") and isinstance(value, int) and value < 1:
+            raise UserValueError(f"{name} must be at least 1; got {value}.")
+        if name == "seed" and not 0 <= value < 1 << 32:
+            raise UserValueError(f"seed must be a whole number from 0 to {(1 << 32) - 1}; got {value}.")
 
 
-def _with_recipes(arguments: Sequence[str], names: Collection[str]) -> list[str]:
-    """The arguments with every `--config FILE` replaced by the options in that file."""
-    expanded: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name != "--config":
-            expanded.append(argument)
-            continue
-        path = value if equals else next(rest, None)
-        if not path:
-            raise UserValueError("--config needs a YAML file with options.")
-        for key, content in read_yaml(path).items():
-            expanded += _as_arguments(path, key, content, names)
-    return expanded
-
-
-def _as_arguments(path: str, key: Any, content: Any, names: Collection[str]) -> list[str]:
-    name = _with_dashes(f"--{key}")
-    if content is None:
-        return []
-    if isinstance(content, bool):
-        if content or name not in names:
-            return [name]
-        off = f"--no-{name[2:]}"
-        return [off] if off in names else []  # a switch without that form is off unless it is named
-    values = content if isinstance(content, list) else [content]
-    if any(not isinstance(value, (str, int, float)) or isinstance(value, bool) for value in values):
-        raise UserValueError(f"{path}: {key!r} must be text, a number, true, false or a list of texts and numbers.")
-    if len(values) == 1:
-        return [f"{name}={values[0]}"]
-    return [name, *map(str, values)]
+def _check_number_of_values(action: argparse.Action, value: Any, place: str) -> None:
+    if action.nargs == "+" and value == []:
+        raise UserValueError(f"{place} must hold at least one value; got an empty list.")
+    if isinstance(action.nargs, int) and action.nargs and value is not None and len(value) != action.nargs:
+        raise UserValueError(f"{place} must be a list of {action.nargs} values; got {value!r}.")
 
 
 def _with_dashes(argument: str) -> str:
@@ -103,11 +127,3 @@ def _with_dashes(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def _option_names(parser: argparse.ArgumentParser) -> set[str]:
-    names = {name for action in parser._actions for name in action.option_strings}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            names.update(*(_option_names(choice) for choice in action.choices.values()))
-    return names

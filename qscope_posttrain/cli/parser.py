@@ -3,65 +3,82 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
-from qscope_posttrain.cli.options import did_you_mean
-from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.recipe_file import read_yaml
-
-_WORDS: dict[Any, str] = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
+from qscope_posttrain.cli import recipe_keys
+from qscope_posttrain.cli.recipe_values import checked, kinds_of
+from qscope_posttrain.errors import UserValueError, did_you_mean, library_refusals
 
 
 class RecipeParser(TrlParser):
     """`TrlParser` for recipes: every key of the YAML file is a dataclass field, and every field is an option.
 
-    The command line overrides the file. Three things are stricter than in TRL:
+    The command line overrides the file, wherever `--config FILE` stands. Stricter than in TRL are:
 
     - unknown keys, in the file and on the command line, raise a ValueError that suggests the nearest field;
     - values from the file are checked like values from the command line (type, choices, list or single value), where
       argparse takes a default as it is;
+    - the file's `env` sets few variables, and code that the file names needs `--allow-code`: see `recipe_keys`;
     - no abbreviation: `--learn 1e-5` is an error, not a learning rate.
 
-    `--config FILE` and `--config=FILE` both work. Mistakes raise ValueError instead of ending the process.
+    Names may be written with dashes or underscores. Mistakes raise ValueError instead of ending the process.
     """
 
     def __init__(
         self,
         dataclass_types: Sequence[Any],
         before_build: Callable[[argparse.Namespace], None] | None = None,
+        mappings: Collection[str] = (),
         **options: Any,
     ) -> None:
-        """`before_build` sees all values before the dataclasses are made of them, and may change them or raise."""
-        self._hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-        super().__init__(dataclass_types, allow_abbrev=False, **options)
+        """`before_build` sees all values before the dataclasses are made of them, and may change them or raise.
+
+        `mappings` are fields that take mappings in a file, where their type is the text of the command line.
+        """
+        self._kinds = {name: kinds_of(hint) for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name in mappings:
+            self._kinds[name].add(dict)
+        super().__init__(dataclass_types, allow_abbrev=False, epilog=recipe_keys.HELP, **options)
         self._before_build = before_build
 
-    def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+    def parse(self, arguments: Sequence[str], defaults: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         """Instances of the dataclasses, in their order.
+
+        Args:
+            defaults: Values that go before the dataclasses' own, and behind the file and the command line.
 
         Raises:
             FileNotFoundError: the recipe does not exist.
-            ValueError: unknown key, wrong type, or a value that a dataclass refuses.
+            ValueError: unknown key, wrong type, code without `--allow-code`, or a value that a dataclass refuses.
         """
-        tokens, path = _split_config(arguments)
-        if path is not None:
-            self._set_from_file(path)
-        return tuple(self.parse_args_into_dataclasses(args=tokens, look_for_args_file=False))
+        tokens, path, allowed = recipe_keys.split_arguments(arguments)
+        tokens = [_with_underscores(token) for token in tokens]
+        recipe = None if path is None else recipe_keys.read_recipe(path)
+        self.set_defaults_with_config(**(defaults or {}))
+        if recipe is not None:
+            names = self._names()
+            if unknown := [key for key in recipe.values if key not in names]:
+                raise recipe_keys.unknown_keys(recipe, unknown, names, self.prog)
+            values = self.checked(recipe.values, recipe.words, str(recipe.path))
+            self.set_defaults_with_config(**values)
+            given = recipe_keys.given_names(tokens, self._option_string_actions)
+            recipe_keys.check_code(recipe, {key: values[key] for key in values if key not in given}, allowed)
+        with recipe_keys.environment_of(recipe), library_refusals():
+            return tuple(self.parse_args_into_dataclasses(args=tokens, look_for_args_file=False))
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As in argparse, but what is unknown raises here, with a suggestion."""
         values, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            options = [token for token in unknown if token.startswith("--")]
+            options = [token[2:].partition("=")[0] for token in unknown if token.startswith("--")]
             if not options:
                 raise UserValueError(f"unexpected words on the command line: {' '.join(unknown)}.")
+            names = self._names()
             raise UserValueError(
-                " ".join(self._unknown(token[2:].split("=")[0], "the command line") for token in options)
+                " ".join(f"unknown key '{key}' in the command line.{did_you_mean(key, names)}" for key in options)
             )
         if self._before_build is not None:
             self._before_build(values)
@@ -71,97 +88,20 @@ class RecipeParser(TrlParser):
         """argparse would print the usage of some two hundred options and exit; the reason alone is the message."""
         raise UserValueError(message)
 
-    def _set_from_file(self, path: Path) -> None:
-        recipe = read_yaml(path)
-        environment = recipe.pop("env", None) or {}
-        if not isinstance(environment, dict):
-            raise UserValueError(f"{path}: 'env' must map variable names to values, got {environment!r}.")
-        os.environ.update({str(name): str(value) for name, value in environment.items()})
+    def checked(self, values: Mapping[str, Any], written: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """Values of known keys, converted as the command line would; `written` is how a file writes them."""
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of a pair: not `--no_x`
-        complaints = [self._unknown(str(key), str(path)) for key in recipe if key not in actions]
-        if complaints:
-            raise UserValueError(" ".join(complaints))
-        self.set_defaults_with_config(
-            **{key: _checked(value, actions[key], self._hints[key], f"{path}: {key}") for key, value in recipe.items()}
-        )
+        return {
+            key: checked(value, written.get(key), actions[key], self._kinds[key], f"{place}: {key}")
+            for key, value in values.items()
+        }
 
-    def _unknown(self, key: str, place: str) -> str:
-        names = sorted({action.dest for action in self._actions if action.dest != "help"})
-        return f"unknown key '{key}' in {place}.{did_you_mean(key.replace('-', '_'), names)}"
+    def _names(self) -> list[str]:
+        return sorted({action.dest for action in self._actions if action.dest != "help"})
 
 
-def _split_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """The other tokens, and the file named by `--config FILE` or `--config=FILE`."""
-    rest: list[str] = []
-    found: list[str] = []
-    tokens = iter(arguments)
-    for token in tokens:
-        if token == "--config":
-            value = next(tokens, "")
-            if not value or value.startswith("--"):
-                raise UserValueError("--config needs a file, for example --config recipes/testbed/sasft.yaml.")
-            found.append(value)
-        elif token.startswith("--config="):
-            found.append(token.partition("=")[2])
-        else:
-            rest.append(token)
-    if len(found) > 1:
-        raise UserValueError(f"--config was given {len(found)} times: {', '.join(found)}. Give one recipe.")
-    return rest, Path(found[0]) if found else None
-
-
-def _checked(value: Any, action: argparse.Action, hint: Any, place: str) -> Any:
-    """A value from the file as the command line would have read it; null stays null.
-
-    `hint` is the declared type: some fields of TrainingArguments take a list or a truth value beside the one type that
-    argparse knows.
-    """
-    if value is None:
-        return None
-    kinds = _kinds(hint)
-    if isinstance(value, list):
-        if list not in kinds:
-            raise UserValueError(f"{place} must be a single value; got {value!r}.")
-        return [_checked_item(item, action, kinds, place) for item in value]
-    item = _checked_item(value, action, kinds, place)
-    return [item] if action.nargs in ("+", "*") else item
-
-
-def _checked_item(value: Any, action: argparse.Action, kinds: set[Any], place: str) -> Any:
-    if isinstance(value, dict | list):  # a structured field: its dataclass converts and checks it
-        return value
-    if value is False and action.choices is not None and "no" in action.choices:
-        return "no"  # YAML reads a bare `no` as false
-    if isinstance(value, bool | int | float):
-        suits = [kind for kind in (bool, int, float, str) if kind in kinds and _suits(value, kind)]
-        if suits:
-            return float(value) if suits[0] is float else value
-        wanted = " or ".join(_WORDS[kind] for kind in (bool, int, float, str) if kind in kinds) or "another type"
-        raise UserValueError(f"{place} must be {wanted}; got {value!r}.")
-    try:
-        converted = action.type(value) if callable(action.type) else value
-    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        raise UserValueError(f"{place}: {str(error).rstrip('.')}.") from error
-    if action.choices is not None and converted not in action.choices:
-        names = [str(choice) for choice in action.choices]
-        raise UserValueError(
-            f"{place} must be one of {', '.join(names)}; got {value!r}.{did_you_mean(str(value), names)}"
-        )
-    return converted
-
-
-def _suits(value: bool | int | float, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return kind is float or kind is str or (kind is int and isinstance(value, int))
-
-
-def _kinds(hint: Any) -> set[Any]:
-    """The plain types that a declared type admits, at any depth; `list` among them where it admits a list."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        return {type(value) for value in get_args(hint)}
-    if origin is None:
-        return {hint}
-    inner = set().union(*(_kinds(argument) for argument in get_args(hint)))
-    return inner | {list} if origin is list else inner
+def _with_underscores(token: str) -> str:
+    if not token.startswith("--") or token == "--":
+        return token
+    name, equals, value = token.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,11 +61,20 @@ class TrainingRecipe:
         training |= {key: getattr(self.training, key) for key in training if key.endswith("_token")}
         return without_secrets(training) | dict.fromkeys(_SECRETS.intersection(training))
 
-    def model_init_kwargs(self) -> dict[str, Any]:
-        """What the trainer passes to `from_pretrained`: `model_init_kwargs`, and ModelConfig's fields below them."""
+    def trainer_arguments(self) -> Any:
+        """The training arguments for the trainer, which may change them; the recipe stays what was asked for.
+
+        What the trainer passes to `from_pretrained` is `model_init_kwargs`, and ModelConfig's fields below them.
+        """
         model, given = self.model, self.training.model_init_kwargs or {}
         own = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
-        return own | given
+        # Not `replace`: the checks of training arguments refuse some of the values that they set themselves.
+        arguments = copy.copy(self.training)
+        for name, value in vars(arguments).items():
+            if isinstance(value, dict | list):
+                setattr(arguments, name, copy.deepcopy(value))
+        arguments.model_init_kwargs = own | copy.deepcopy(given)
+        return arguments
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,10 +99,13 @@ class DeviceRule:
 
     def __call__(self, values: argparse.Namespace) -> None:
         """Raises:
-        ValueError: a recipe for a GPU, or an option that needs one, on a machine without.
+        ValueError: a recipe for a GPU, or an option that needs one, on a machine without; or an empty batch.
         """
         import torch
 
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(values, name) < 1:
+                raise UserValueError(f"{name} must be at least 1; got {getattr(values, name)}.")
         here = torch.accelerator.is_available()
         if values.dry_run:
             self.assumed_cpu = bool(not here and not values.use_cpu)

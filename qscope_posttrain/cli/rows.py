@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import trl
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset
 
-from qscope_posttrain.cli.dataset_loading import read_dataset
 from qscope_posttrain.cli.recipe import TrainingRecipe
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.text.data_sets import READERS, check_data_file, read_data_set, read_file, reading, saved_data_set
+from qscope_posttrain.text.files import text_suffix
 
 Rows: TypeAlias = Dataset | IterableDataset
 
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+TRAINING_DATA = "training data"
 
 
 def load_rows(recipe: TrainingRecipe, split: str) -> Rows:
@@ -33,8 +33,9 @@ def load_rows(recipe: TrainingRecipe, split: str) -> Rows:
     if name:
         splits = _load_named(recipe, name)
     else:
-        local = [_local(entry) for entry in mixture.datasets]
-        splits = trl.get_dataset(dataclasses.replace(mixture, datasets=local))
+        local = [_local(entry, mixture.streaming) for entry in mixture.datasets]
+        with reading(", ".join(str(entry.path) for entry in mixture.datasets)):
+            splits = trl.get_dataset(dataclasses.replace(mixture, datasets=local))
     if split not in splits:
         raise UserValueError(f"the data has no split '{split}'; it has {', '.join(map(str, splits))}.")
     return splits[split]
@@ -46,26 +47,18 @@ def first_rows(rows: Rows, count: int) -> list[dict[str, Any]]:
 
 
 def _load_named(recipe: TrainingRecipe, name: str) -> Any:
-    path = Path(name)
-    if (path / "dataset_dict.json").is_file():
-        return load_from_disk(name)
-    if (path / "state.json").is_file():
-        return {recipe.script.dataset_train_split: load_from_disk(name)}
+    saved = saved_data_set(name)
+    if saved is not None:
+        return saved if isinstance(saved, DatasetDict) else {recipe.script.dataset_train_split: saved}
     streaming = recipe.script.dataset_streaming
-    if path.suffix in _READERS:
-        return read_dataset(_READERS[path.suffix], data_files=str(_existing(path)), streaming=streaming)
-    return read_dataset(name, name=recipe.script.dataset_config, streaming=streaming)
+    if text_suffix(name) in READERS:
+        return read_file(name, streaming=streaming, what=TRAINING_DATA)
+    return read_data_set(name, name=recipe.script.dataset_config, streaming=streaming)
 
 
-def _local(entry: Any) -> Any:
+def _local(entry: Any, streaming: bool) -> Any:
     """An entry of `datasets` whose path is a data file, as the reader and its file."""
-    path = Path(entry.path)
-    if path.suffix not in _READERS:
+    if text_suffix(entry.path) not in READERS or text_suffix(entry.path) == ".tsv":
         return entry
-    return dataclasses.replace(entry, path=_READERS[path.suffix], data_files=str(_existing(path)))
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserFileNotFoundError(f"no training data at '{path}'.")
-    return path
+    place = check_data_file(entry.path, streaming, TRAINING_DATA)
+    return dataclasses.replace(entry, path=READERS[text_suffix(place)], data_files=str(place))

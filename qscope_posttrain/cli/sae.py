@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qscope_posttrain.cli import sae_check, sae_convert
 from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.cli.recipe_keys import split_arguments
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae import catalog
@@ -18,8 +19,10 @@ from qscope_posttrain.sae.download import in_words
 
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
-    if arguments and arguments[0] == "train":
-        status: int = importlib.import_module("qscope_posttrain.cli.sae_train").run(arguments[1:])
+    if split_arguments(arguments)[0][:1] == ["train"]:
+        rest = list(arguments)
+        rest.remove("train")
+        status: int = importlib.import_module("qscope_posttrain.cli.sae_train").run(rest)
         return status
     options = _parser().parse(arguments)
     if options.action == "check":

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.inputs import choose_device, load_model, parse_layers, read_texts
+from qscope_posttrain.cli.inputs import choose_device, load_config, load_model, parse_layers, read_texts
 from qscope_posttrain.cli.options import add_model_options
-from qscope_posttrain.errors import UserFileNotFoundError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -82,13 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _shape(name: str, revision: str | None) -> tuple[int, int]:
     """(width, decoder layers) of a model, from its configuration alone."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision).get_text_config(decoder=True)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserFileNotFoundError(f"no model '{name}', neither a folder nor on the hub: {reason}") from error
+    config = load_config(name, revision).get_text_config(decoder=True)
     return int(config.hidden_size), int(config.num_hidden_layers)
 
 

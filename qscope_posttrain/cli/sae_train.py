@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qscope_posttrain.cli.config_arguments import arguments_of, config_from
-from qscope_posttrain.cli.dataset_loading import read_dataset
-from qscope_posttrain.cli.inputs import load_model, parse_layers
+from qscope_posttrain.cli.inputs import load_config, load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.errors import UserValueError
@@ -19,6 +18,7 @@ from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.sae.training.config import SAETrainingConfig
+from qscope_posttrain.text.data_sets import read_data_set
 
 
 @dataclass
@@ -125,10 +125,8 @@ def check(recipe: SAERecipe) -> Table:
     Raises:
         ValueError: layers that the model does not have, or blocks that do not fit the memory that is allowed.
     """
-    from transformers import AutoConfig
-
     own, stream = recipe.arguments, recipe.stream
-    config = AutoConfig.from_pretrained(own.model, revision=own.revision).get_text_config(decoder=True)
+    config = load_config(own.model, own.revision).get_text_config(decoder=True)
     layers = parse_layers(own.layers, config.num_hidden_layers)
     width = recipe.training.latents(config.hidden_size)
     needed = stream.buffer_bytes(len(layers), config.hidden_size, int(os.environ.get("WORLD_SIZE", "1")))
@@ -152,7 +150,7 @@ def check(recipe: SAERecipe) -> Table:
 def _dataset(own: TrainArguments) -> Any:
     from qscope_posttrain.features.text_source import DatasetSource
 
-    data = read_dataset(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
+    data = read_data_set(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)
     return DatasetSource(data, own.text_column, name)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from transformers import set_seed
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.artefacts import feature_origins, load_features, write_resolved
@@ -13,6 +12,7 @@ from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import load_rows
 from qscope_posttrain.cli.sft_arguments import Recipe, parse_recipe
 from qscope_posttrain.cli.sft_data import pack, without_packing
+from qscope_posttrain.cli.training import make_trainer, push, run_training
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.progress import status
@@ -40,12 +40,10 @@ def run(arguments: Sequence[str]) -> int:
 def train(recipe: Recipe) -> None:
     """Train, save the model, and write `resolved.yaml` and `summary.json` beside it."""
     output = writable_folder(recipe.output)
-    set_seed(recipe.training.seed)
     features = load_features(recipe)
     write_resolved(recipe, features, output)
     trainer = build_trainer(recipe, features)
-    result = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    trainer.save_model(str(output))
+    result = run_training(recipe, trainer)
     if trainer.accelerator.is_main_process:
         results = {
             "model": str(output),
@@ -56,13 +54,12 @@ def train(recipe: Recipe) -> None:
         }
         write_summary(output, "sft", recipe.to_dict(), results)
         status(f"model and summary.json written to {output}")
-    if recipe.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+    push(recipe, trainer)
 
 
 def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     """A stock SFTTrainer with the method's callback in its list of callbacks."""
-    training, model = recipe.training, recipe.model
+    training, model = recipe.trainer_arguments(), recipe.model
     tokenizer = load_tokenizer(recipe.model_name, model.model_revision)
     train_rows = load_rows(recipe, recipe.script.dataset_train_split)
     evaluation = None
@@ -74,16 +71,18 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         if evaluation is not None:
             evaluation = pack(recipe, evaluation, callback.languages)
         training = without_packing(training)
-    training.model_init_kwargs = recipe.model_init_kwargs()
-    return SFTTrainer(
-        model=recipe.model_name,
-        args=training,
-        train_dataset=train_rows,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-        callbacks=[] if callback is None else [callback],
+    return make_trainer(
+        recipe,
+        lambda: SFTTrainer(
+            model=recipe.model_name,
+            args=training,
+            train_dataset=train_rows,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model),
+            quantization_config=get_quantization_config(model),
+            callbacks=[] if callback is None else [callback],
+        ),
     )
 
 

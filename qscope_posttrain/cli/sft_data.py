@@ -16,6 +16,7 @@ from qscope_posttrain.cli.rows import Rows
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
+from qscope_posttrain.text.files import read_text
 
 
 def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -35,7 +36,7 @@ def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         path = Path(training.chat_template_path)
         if not path.is_file():
             raise UserValueError(f"chat_template_path must be a template file here (.jinja), got '{path}'.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(path)
     if training.assistant_only_loss and tokenizer.chat_template is not None:
         # None where the template marks the assistant's turns already
         tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template

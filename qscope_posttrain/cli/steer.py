@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, read_prompts, sampling_settings, template_options
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 MODES = ("add", "project_out", "ablate", "clamp")
 UNITS = ("raw", "norm", "relative")
 POSITIONS = ("all", "prompt", "generated")
-FEATURES_FILE = "features.safetensors"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -38,8 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     chat_options = template_options(options.chat_template_options)
     settings = sampling_settings(options)
     positions = _positions(options)
-    path = Path(options.features)
-    features = FeatureSet.load(path / FEATURES_FILE if path.is_dir() else path)
+    features = FeatureSet.load(options.features)
     if options.feature is not None:
         features = features.select(feature_ids=options.feature)
     if options.curve is None:

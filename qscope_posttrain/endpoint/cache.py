@@ -40,7 +40,10 @@ class CompletionCache:
         self._lock = threading.Lock()
         self._known: dict[str, Completion] = {}
         self._ways: set[str] = set()
-        self._file: BinaryIO = self.path.open("a+b")
+        try:
+            self._file: BinaryIO = self.path.open("a+b")
+        except OSError as error:
+            raise UserValueError(f"cannot keep answers in '{self.path}' ({error.strerror or error}).") from error
         try:
             _claim(self._file, self.path)
             self._read()
@@ -99,7 +102,7 @@ class CompletionCache:
             try:
                 record = json.loads(line)
                 self._keep(record["key"], Completion(**record["completion"]), record.get("way", ""))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserValueError(
                     f"'{self.path}', line {number}, is no record of an answer ({error}); it was not written here, or "
                     "was changed. Move the file away, or take the line out."

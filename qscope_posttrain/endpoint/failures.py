@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserOSError, UserValueError
 
 
-class RequestFailed(OSError):
+class RequestFailed(UserOSError):
     """A request that brought no answer. An OSError: the outside world failed, not the program."""
 
     def __init__(self, message: str, *, retry: bool, retry_after: float | None = None) -> None:
@@ -30,7 +30,7 @@ class RequestRefused(RequestFailed):
         """Whether its words are known to be the reason, rather than the way in which it was sent"""
 
 
-class BudgetSpent(ValueError):
+class BudgetSpent(UserValueError):
     """The requests or tokens that a run may use are used; every answer so far is in the cache."""
 
 

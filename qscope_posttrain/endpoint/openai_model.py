@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion
 from qscope_posttrain.endpoint.failures import RequestFailed, RequestRefused, retry_after_seconds
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, library_refusals
 
 OFFICIAL = "https://api.openai.com/v1"
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
@@ -65,7 +65,8 @@ class OpenAIChatModel:
                 "a chat model behind an endpoint needs the openai package, which cannot be imported; run "
                 "pip install 'qscope_posttrain[endpoint]'."
             ) from error
-        place = urlsplit(base_url)
+        with library_refusals("base_url"):
+            place = urlsplit(base_url)
         if place.scheme not in ("http", "https") or not place.netloc:
             raise UserValueError(f"base_url must begin with http:// or https://; got '{base_url.partition('?')[0]}'.")
         if "@" in place.netloc or place.query:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.endpoint.chat import Message
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
+from qscope_posttrain.text.files import read_text
 
 
 class PromptTemplates:
@@ -21,7 +22,8 @@ class PromptTemplates:
 
     def __init__(self, package_folder: Path, user_folder: str | os.PathLike[str] | None = None) -> None:
         """Raises a FileNotFoundError where a user's folder does not exist, or holds no template that is known."""
-        from jinja2 import FileSystemLoader, StrictUndefined
+        from jinja2 import FunctionLoader, StrictUndefined
+        from jinja2.loaders import split_template_path
         from jinja2.sandbox import SandboxedEnvironment
 
         folders = [package_folder]
@@ -32,9 +34,14 @@ class PromptTemplates:
                 raise UserFileNotFoundError(
                     f"no templates in '{user_folder}'; they are called {', '.join(sorted(known))}."
                 )
+
+        def load(name: str) -> str | None:
+            places = [folder.joinpath(*split_template_path(name)) for folder in folders]
+            return next((read_text(place) for place in places if place.exists()), None)
+
         # A recipe's templates come from anywhere: they may only write text.
         self._environment = SandboxedEnvironment(
-            loader=FileSystemLoader(folders), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+            loader=FunctionLoader(load), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
         # jinja2's own `tojson` writes < and > as escapes, for HTML, and would hide the marks around tokens.
         self._environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
@@ -55,7 +62,9 @@ class PromptTemplates:
                 for role in ("system", "user")
                 if role in template.blocks
             ]
-        except TemplateError as error:
+        except UserError:
+            raise
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise UserValueError(f"template '{name}.jinja': {type(error).__name__}: {error}") from error
         if not found or found[-1].role != "user":
             raise UserValueError(f"template '{name}.jinja' needs a block 'user'.")

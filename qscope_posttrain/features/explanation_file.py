@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.summary import write_text
@@ -31,8 +31,6 @@ def read_explanations(path: str | os.PathLike[str]) -> tuple[Explanation, ...]:
     location = Path(path)
     if location.suffix == ".safetensors":
         found = FeatureSet.load(location).explanations
-    elif not location.is_file():
-        raise UserFileNotFoundError(f"no explanations at '{location}'; `qscope features explain` writes them.")
     else:
         found = tuple(_read(f"{location}, line {number}", row) for number, row in read_jsonl(location))
     if not found:

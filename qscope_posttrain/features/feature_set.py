@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import Explanation, check_distinct
-from qscope_posttrain.features.feature_set_file import read_feature_set, write_feature_set
+from qscope_posttrain.features.feature_set_file import FILE_NAME, read_feature_set, write_feature_set
 from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
 from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.tables import Cell, Table
@@ -35,6 +35,9 @@ SCORES = {
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
     """Chosen directions per layer, with everything that training and steering need to know about them."""
+
+    FILE_NAME: ClassVar[str] = FILE_NAME
+    """What the file is called in the folder that a command writes"""
 
     model: Mapping[str, Any]
     """Identity of the model they were found on (see `provenance.model_identity`)"""
@@ -187,13 +190,17 @@ class FeatureSet:
             f"languages {', '.join(self.languages)}",
             columns=["layer", "language", "feature", "score", "fires inside", "fires outside", "alpha", "effect"],
             rows=lines,
-            caption=f"score: {SCORES.get(self.settings.get('selector', ''), 'monolinguality')}. fires: share of tokens "
+            caption=f"score: {SCORES.get(str(self.settings.get('selector')), 'monolinguality')}. fires: share of tokens "
             "of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: on the "
             "language's log-probability, per unit.",
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with JSON metadata, atomically (a reader sees the old file or the new one)."""
+        """Write one safetensors file with JSON metadata, atomically (a reader sees the old file or the new one).
+
+        Args:
+            path: The file, or an existing folder, in which it will be FILE_NAME.
+        """
         return write_feature_set(
             path,
             model=self.model,
@@ -206,13 +213,19 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureSet:
-        """Read and validate a file written by `save`. It holds tensors and JSON only, so it cannot run code.
+        """Read and validate what `save` has written: the file, or the folder that holds it as FILE_NAME.
+
+        It holds tensors and JSON only, so it cannot run code.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: not a FeatureSet, another version, or damaged; the message says what was found.
         """
-        return cls(**read_feature_set(path))
+        parts = read_feature_set(path)
+        try:
+            return cls(**parts)
+        except UserValueError as error:
+            raise UserValueError(f"{path}: {error}") from error
 
     def _layer(self, layer: int) -> LayerFeatures:
         if layer not in self.layers:

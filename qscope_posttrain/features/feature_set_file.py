@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,25 @@ from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.features.explanation import Explanation
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
+from qscope_posttrain.text.files import check_is_file
 
 FORMAT = "qscope_posttrain.feature_set"
 VERSION = 1
+FILE_NAME = "features.safetensors"
+"""What commands call it"""
 MAX_BYTES = 2 * 1024**3
 """A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated."""
 DOCUMENT_KEYS = {"version", "model", "languages", "settings", "provenance", "layers"}
 EXPLANATIONS = "explanations"
 """The one key that may be absent: files from before there were explanations are read, and stay as they were."""
+_LAYER = re.compile("0|[1-9][0-9]{0,5}")
 LAYER_KEYS = {"labels", "names", "residual_median_norm"}
+
+
+def feature_set_path(path: str | Path) -> Path:
+    """The file that `path` means: itself, or FILE_NAME in the folder that it is."""
+    place = Path(path)
+    return place / FILE_NAME if place.is_dir() else place
 
 
 def write_feature_set(
@@ -41,8 +53,8 @@ def write_feature_set(
     provenance: Mapping[str, Any],
     explanations: Sequence[Explanation] = (),
 ) -> Path:
-    """Write the parts of a FeatureSet to `path`; the folder must exist. Returns the path."""
-    path = Path(path)
+    """Write the parts of a FeatureSet to `path`; the folder must exist. Returns the path of the file."""
+    path = feature_set_path(path)
     document: dict[str, Any] = {
         "version": VERSION,
         "model": dict(model),
@@ -65,7 +77,7 @@ def write_feature_set(
     except (TypeError, ValueError) as error:
         raise UserValueError(f"FeatureSet.model, .settings and .provenance must be JSON values: {error}.") from error
     tensors = {
-        f"layers.{layer}.{name}": getattr(rows, name).contiguous()
+        f"layers.{layer}.{name}": getattr(rows, name).contiguous().clone()  # the format shares no memory
         for layer, rows in layers.items()
         for name in TENSOR_FIELDS
     }
@@ -75,10 +87,12 @@ def write_feature_set(
 
 
 def read_feature_set(path: str | Path) -> dict[str, Any]:
-    """The parts of a FeatureSet, as keyword arguments of its constructor; every field is validated."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserFileNotFoundError(f"No FeatureSet file at {path}.")
+    """The parts of a FeatureSet, as keyword arguments of its constructor; every field is validated. `path` is the file,
+    or the folder that holds it as FILE_NAME."""
+    path = feature_set_path(path)
+    if not path.exists():
+        raise UserFileNotFoundError(f"No FeatureSet file at {path}: give {FILE_NAME}, or the folder that holds it.")
+    check_is_file(path)
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UserValueError(f"{path} has {size} bytes; a FeatureSet has at most {MAX_BYTES}. It is something else.")
@@ -87,7 +101,7 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
             document = _parse_document(path, (file.metadata() or {}).get(FORMAT))
             _check_tensor_names(path, set(file.keys()), document["layers"])
             layers = {int(layer): _read_layer(path, file, layer, facts) for layer, facts in document["layers"].items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
     return {
         "model": document["model"],
@@ -104,7 +118,7 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
         raise UserValueError(f"{path} is not a FeatureSet: its metadata has no {FORMAT!r}.")
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserValueError(f"{path}: the FeatureSet document is not valid JSON: {error}.") from error
     if not isinstance(document, dict):
         raise UserValueError(f"{path}: the FeatureSet document must be an object, got {type(document).__name__}.")
@@ -119,7 +133,7 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
     for key in ("hidden_size", "num_hidden_layers"):
         value = document["model"].get(key)
         if type(value) is not int or value < 1:
-            raise UserValueError(f"{path}: model.{key} must be a positive integer, got {value!r}.")
+            raise UserValueError(f"{path}: model.{key} must be a positive integer, got {value!r:.80}.")
     _check_strings(path, "languages", document["languages"])
     for layer, facts in document["layers"].items():
         _check_layer_facts(path, layer, facts)
@@ -127,16 +141,16 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
 
 
 def _check_layer_facts(path: Path, layer: str, facts: Any) -> None:
-    if not layer.isascii() or not layer.isdecimal() or str(int(layer)) != layer:
-        raise UserValueError(f"{path}: {layer!r} is not a layer number.")
+    if not _LAYER.fullmatch(layer):
+        raise UserValueError(f"{path}: {layer[:80]!r} is not a layer number.")
     if not isinstance(facts, dict):
         raise UserValueError(f"{path}: layer {layer} must be an object, got {type(facts).__name__}.")
     _check_keys(path, f"layer {layer}", facts, LAYER_KEYS)
     _check_strings(path, f"labels of layer {layer}", facts["labels"])
     _check_strings(path, f"names of layer {layer}", facts["names"])
     norm = facts["residual_median_norm"]
-    if norm is not None and type(norm) not in (int, float):
-        raise UserValueError(f"{path}: residual_median_norm of layer {layer} must be a number, got {norm!r}.")
+    if norm is not None and (type(norm) not in (int, float) or not abs(norm) <= sys.float_info.max):
+        raise UserValueError(f"{path}: residual_median_norm of layer {layer} must be a number, got {norm!r:.80}.")
 
 
 def _read_explanations(path: Path, found: Any) -> tuple[Explanation, ...]:

@@ -15,6 +15,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import is_main_process
 from qscope_posttrain.report.summary import to_json, write_text
 from qscope_posttrain.sae.training.update import UpdateMetrics
+from qscope_posttrain.text.files import read_lines
 
 FILE_NAME = "metrics.jsonl"
 
@@ -116,7 +117,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(path):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
+from qscope_posttrain.text.files import check_is_file, read_lines, text_suffix
 from qscope_posttrain.text.jsonl import parse_object
 
 
@@ -48,8 +49,8 @@ class FileSource:
         self.files = sorted(f for f in location.rglob("*") if _readable(f)) if location.is_dir() else [location]
         if not self.files:
             raise UserFileNotFoundError(f"no .txt and no .jsonl file below '{location}'.")
-        if not location.exists():
-            raise UserFileNotFoundError(f"no text at '{location}'.")
+        for file in self.files:
+            check_is_file(file, "text")
         if not _readable(self.files[0]):
             raise UserValueError(
                 f"'{location}' must be a .txt file (a document a line), a .jsonl file, or a folder of them."
@@ -63,11 +64,9 @@ class FileSource:
 
     def _all(self) -> Iterator[str]:
         for file in self.files:
-            # Split at \n alone: other separators of lines may stand inside a JSON string.
-            with file.open(encoding="utf-8", newline="\n") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield line.strip() if file.suffix == ".txt" else self._field(line, f"{file}, line {number}")
+            for number, line in enumerate(read_lines(file), start=1):
+                if line.strip():
+                    yield line.strip() if text_suffix(file) == ".txt" else self._field(line, f"{file}, line {number}")
 
     def _field(self, line: str, place: str) -> str:
         row = parse_object(line, place)
@@ -117,4 +116,4 @@ def open_source(texts: Any, column: str = "text") -> TextSource:
 
 
 def _readable(file: Path) -> bool:
-    return file.suffix in (".txt", ".jsonl")
+    return text_suffix(file) in (".txt", ".jsonl") and file.name[0] != "."

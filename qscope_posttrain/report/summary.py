@@ -90,7 +90,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         with replacing(target) as unfinished:
             unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise UserValueError(f"cannot write '{target}' ({error.strerror or error}).") from error
+        raise UserValueError(str(error)) from error
 
 
 def to_json(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError, library_refusals
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.layers import pretrained_model, text_config, unwrapped
@@ -236,9 +236,10 @@ def _prompt_texts(
             if tokenizer.chat_template is None:
                 raise UserValueError("The tokenizer has no chat template; give plain strings and chat=False.")
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **template_options
-            )
+            with library_refusals(f"The chat template cannot write prompt {index} of {language!r}"):
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **template_options
+                )
             texts.append((language, index, str(text)))
     return texts
 

@@ -7,7 +7,6 @@ row of which all rewards are None leaves its group, and a negative would go unno
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -17,7 +16,7 @@ from typing import Any
 
 import regex
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError, did_you_mean
 from qscope_posttrain.text.repetition import repeated_tail
 from qscope_posttrain.text.scripts import language_scripts, script_pattern
 
@@ -143,8 +142,9 @@ def reward_function(spec: str | Mapping[str, Any]) -> RewardFunction:
     an object, or a class, of which an instance is made. A mapping gives options beside the `name`: arguments of the
     class, or keyword arguments of the function.
 
-    A recipe may come from anybody. So a path must lead to what looks like a reward function, one with a parameter
-    `completions` or `completion_ids`, before anything is called; but the module is imported.
+    A path imports its module, and so runs any code: it is for the caller to trust. The command line takes a path from a
+    recipe only with `--allow-code`. What the path leads to must look like a reward function, one with a parameter
+    `completions` or `completion_ids`, before it is called.
 
     Args:
         spec: e.g. "accuracy_reward", "my_rewards.brevity", or
@@ -155,7 +155,7 @@ def reward_function(spec: str | Mapping[str, Any]) -> RewardFunction:
         TypeError: neither a string nor a mapping with a name.
     """
     name, options = _name_and_options(spec)
-    if name.startswith("trl.rewards."):
+    if name.count(".") == 2:  # `trl.rewards.NAME` alone: what is deeper is a path like any other
         name = name.removeprefix("trl.rewards.")
     if name in _own():
         return _make(_own()[name], name, options)
@@ -166,10 +166,9 @@ def reward_function(spec: str | Mapping[str, Any]) -> RewardFunction:
     if "." in name:
         return _imported(name, options)
     known = reward_names()
-    close = difflib.get_close_matches(name, known, n=1)
     raise UserValueError(
-        f"No reward function '{name}'.{f' Did you mean {close[0]!r}?' if close else ''} The known ones are "
-        f"{', '.join(known)}; name any other by its path, such as my_rewards.brevity."
+        f"No reward function '{name}'.{did_you_mean(name, known)} The known ones are {', '.join(known)}; name any "
+        "other by its path, such as my_rewards.brevity."
     )
 
 

@@ -7,7 +7,6 @@ value is above zero; entries of value zero only fill the rectangle, and add noth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -21,7 +20,7 @@ from qscope_posttrain.kernels import CertifiedWeights, threshold_encode, topk_en
 from qscope_posttrain.kernels.checks import check_choice, check_tiles
 from qscope_posttrain.kernels.encode import VARIANTS
 from qscope_posttrain.kernels.tiles import product_dtype, result_dtype
-from qscope_posttrain.sae.checks import check_finite, check_tensor
+from qscope_posttrain.sae.checks import as_number, check_finite, check_tensor
 
 TOP_K_VARIANTS = VARIANTS
 
@@ -139,8 +138,7 @@ class BatchTopK(Thresholded):
     threshold: float
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.threshold):
-            raise UserValueError(f"the BatchTopK threshold must be finite, got {self.threshold}")
+        as_number("the BatchTopK threshold", self.threshold)
 
     def limit(self) -> Tensor | float:
         return self.threshold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,6 +14,44 @@ from qscope_posttrain.errors import UserTypeError, UserValueError
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _ELEMENTS_PER_CHUNK = 1 << 24
+
+
+FLOAT32 = torch.finfo(torch.float32)
+_LARGEST_INTEGER = 2**63 - 1
+
+
+def as_number(name: str, value: object) -> float:
+    """`value` as a float that float32, in which dictionaries are computed with, can hold.
+
+    Raises:
+        ValueError: not a number (truth values and texts are none), not finite, or too large for float32.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not -FLOAT32.max <= value <= FLOAT32.max:
+        raise UserValueError(f"{name} must be a finite number of at most {FLOAT32.max!r}, got {shown(value)}")
+    return float(value)
+
+
+def as_positive(name: str, value: object) -> float:
+    """`as_number` above 0, and far enough from it that its inverse is a number, too."""
+    number = as_number(name, value)
+    if number < FLOAT32.tiny:
+        raise UserValueError(f"{name} must be above 0, and at least {FLOAT32.tiny!r}, got {shown(value)}")
+    return number
+
+
+def as_integer(name: str, value: object, least: int = 1) -> int:
+    """`value` if it is an integer that int64 can hold. ValueError for anything else, 8.0, True and "8" among it."""
+    if type(value) is not int or not least <= value <= _LARGEST_INTEGER:
+        raise UserValueError(f"{name} must be an integer from {least}, got {shown(value)}")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value of a file for a message, not too long."""
+    try:
+        return repr(value)[:80]
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        return f"a {type(value).__name__}"
 
 
 def check_tensor(name: str, tensor: object, shape: Sequence[int | None]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.tables import Table
@@ -23,7 +23,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ETAG = re.compile(r"[\w-][\w.-]{0,127}")
 
 
-class NotInRepository(FileNotFoundError):
+class Unreachable(UserError, ConnectionError):
+    """The connection to the hub broke."""
+
+
+class NotInRepository(UserFileNotFoundError):
     """The hub answered, and the repository does not hold the file at this revision."""
 
 
@@ -113,7 +117,7 @@ def in_words(size: int | None) -> str:
     return f"{size} B"
 
 
-class _NotReachable(FileNotFoundError):
+class _NotReachable(UserFileNotFoundError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
@@ -180,7 +184,7 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
             )
     except Exception as error:
         arrived = part.stat().st_size if part.exists() else 0
-        raise ConnectionError(
+        raise Unreachable(
             f"the download of {repository}/{file.name} stopped after {in_words(arrived)} of {in_words(file.size)} "
             f"({_first_line(error)}). Run the same command again: it goes on from there."
         ) from error

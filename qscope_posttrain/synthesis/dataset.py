@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, library_refusals
 from qscope_posttrain.features.explanation import FeatureId
 from qscope_posttrain.synthesis.pipeline import Example
 
@@ -81,7 +81,8 @@ def save_rows(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str])
     made = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     found = Dataset.from_list([dict(row) for row in rows])
     try:
-        found.save_to_disk(str(made))
+        with library_refusals(f"cannot write '{target}'", OSError):
+            found.save_to_disk(str(made))
         if target.exists():
             if not (target / "state.json").is_file():
                 raise UserValueError(f"'{target}' is no data set and is in the way; move it, or choose another output.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from pathlib import Path
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, number_field
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import Explanation, FeatureId
 from qscope_posttrain.report.summary import write_text
+from qscope_posttrain.text.files import read_csv
 
 COLUMNS = ("layer", "feature", "relevance")
 
@@ -63,24 +63,22 @@ def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:
         FileNotFoundError: no such file.
         ValueError: a column is missing, a cell is no number, or a feature comes twice.
     """
-    location = Path(path)
-    if not location.is_file():
-        raise UserFileNotFoundError(f"no table of relevance at '{location}'.")
+    rows = read_csv(path, "table of relevance")
+    header = next(rows, (0, []))[1]
+    if not set(COLUMNS) <= set(header):
+        raise UserValueError(f"'{path}' needs the columns {', '.join(COLUMNS)}; it has {', '.join(header) or 'none'}.")
     found: dict[FeatureId, float] = {}
-    with location.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if not set(COLUMNS) <= set(reader.fieldnames or ()):
-            raise UserValueError(f"'{location}' needs the columns {', '.join(COLUMNS)}; it has {reader.fieldnames}.")
-        for number, row in enumerate(reader, start=2):
-            try:
-                feature, score = FeatureId(int(row["layer"]), int(row["feature"])), float(row["relevance"])
-            except (TypeError, ValueError) as error:
-                raise UserValueError(f"{location}, line {number}: {error}.") from error
-            if feature in found or not 0 <= score <= 1:
-                raise UserValueError(
-                    f"{location}, line {number}: {feature} comes twice, or its relevance is not in [0, 1]."
-                )
-            found[feature] = score
+    for number, cells in rows:
+        row = dict(zip(header, cells, strict=False))
+        try:
+            feature, score = FeatureId(int(row["layer"]), int(row["feature"])), float(row["relevance"])
+        except (KeyError, ValueError) as error:
+            raise UserValueError(
+                f"{path}, line {number}: expected numbers for {', '.join(COLUMNS)}, got {cells} ({error})."
+            ) from error
+        if feature in found or not 0 <= score <= 1:
+            raise UserValueError(f"{path}, line {number}: {feature} comes twice, or its relevance is not in [0, 1].")
+        found[feature] = score
     return found
 
 

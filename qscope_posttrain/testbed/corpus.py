@@ -14,6 +14,7 @@ from pathlib import Path
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.provenance import text_fingerprint
 from qscope_posttrain.testbed.grammar import LANGUAGES, write_paragraphs
+from qscope_posttrain.text.files import read_lines
 from qscope_posttrain.text.jsonl import read_jsonl
 from qscope_posttrain.text.scripts import contains_script, script_counts, target_script
 
@@ -113,7 +114,7 @@ def load_corpus(
         path = folder / f"{language}.txt"
         if not path.is_file():
             raise UserFileNotFoundError(f"{path} does not exist; found in that folder: {found}")
-        paragraphs[language] = path.read_text(encoding="utf-8").splitlines()
+        paragraphs[language] = _lines(path)
     return split_corpus(paragraphs, target, seed, by_script)
 
 
@@ -157,7 +158,7 @@ def _read_paragraphs(place: str | Path) -> list[str]:
     if not path.is_file():
         raise UserFileNotFoundError(f"{path} does not exist; give a text file or FILE.jsonl:FIELD")
     if not field:
-        return path.read_text(encoding="utf-8").splitlines()
+        return _lines(path)
     paragraphs = []
     for number, row in read_jsonl(path):
         text = row.get(field)
@@ -165,6 +166,10 @@ def _read_paragraphs(place: str | Path) -> list[str]:
             raise UserValueError(f"{path}, line {number}: no text in the field {field!r}")
         paragraphs.append(" ".join(text.split()))
     return paragraphs
+
+
+def _lines(path: Path) -> list[str]:
+    return "".join(read_lines(path)).splitlines()
 
 
 def _filter(lines: Sequence[str], script: str | None, is_target: bool) -> list[str]:

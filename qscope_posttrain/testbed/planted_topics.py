@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from qscope_posttrain.errors import UserFileNotFoundError
+from qscope_posttrain.text.files import read_lines
 
 ROLES = {"pretraining": 0.3, "discovery": 0.42, "test": 0.28}
 """Share of the text of each register. No sentence has two roles."""
@@ -155,6 +155,4 @@ def _deal(lines: Sequence[str], generator: random.Random) -> dict[str, tuple[str
 
 
 def _read(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserFileNotFoundError(f"no text at '{path}'; it should hold one sentence or paragraph a line.")
-    return list(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()))
+    return list(dict.fromkeys(line.strip() for line in read_lines(path, "text") if line.strip()))

@@ -3,60 +3,69 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.text.files import read_lines, read_text
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_lines(path: str | Path) -> Iterator[str]:
-    r"""The lines of a UTF-8 file as a stream, split at `\n` alone: JSON allows U+2028, at which `str.splitlines` also
-    splits, inside a string.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not UTF-8.
-    """
-    location = Path(path)
-    if not location.is_file():
-        raise UserFileNotFoundError(f"no file at '{location}'.")
-    with location.open(encoding="utf-8", newline="\n") as stream:
-        try:
-            yield from stream
-        except UnicodeDecodeError as error:
-            raise UserValueError(f"'{location}' is not UTF-8 text ({error.reason}).") from error
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and object of every line that is not blank.
+def read_jsonl(path: str | os.PathLike[str], packed: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of every line that is not blank; see `files.read_lines`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not a JSON object, with its number.
+        ValueError: not text, or a line that is not a JSON object, with its number.
     """
-    return parse_jsonl(read_lines(path), path)
+    return parse_jsonl(read_lines(path, packed=packed), path)
 
 
-def parse_jsonl(lines: Iterable[str], path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def parse_jsonl(lines: Iterable[str], path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """As `read_jsonl`, of lines that are read already; `path` is what an error calls them."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, parse_object(line, f"{path}, line {number}")
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The JSON value that a file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not text, or not JSON, with the line.
+    """
+    return _parse(read_text(path), str(path), by_line=True)
+
+
 def parse_object(line: str, place: str) -> dict[str, Any]:
     """The JSON object that a line holds.
 
     Raises:
-        ValueError: anything else, or nested too deeply, with its place.
+        ValueError: anything else, nested too deeply, or with half of a surrogate pair in a string, with its place.
     """
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserValueError(f"{place}: not JSON ({error.msg}).") from error
-    except RecursionError:
-        raise UserValueError(f"{place}: not JSON that can be read (nested too deeply).") from None
+    found = _parse(line, place)
     if not isinstance(found, dict):
         raise UserValueError(f"{place}: expected a JSON object, got {type(found).__name__}.")
+    return found
+
+
+def _parse(text: str, place: str, by_line: bool = False) -> Any:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{place}, line {error.lineno}" if by_line else place
+        raise UserValueError(f"{where}: not JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserValueError(f"{place}: not JSON that can be read ({reason}).") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            raise UserValueError(f"{place}: half of a surrogate pair ({half}): the text is damaged.") from None
     return found

@@ -1,13 +1,26 @@
 from __future__ import annotations
 
+import fractions
+import importlib
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from qscope_posttrain import __version__
 from qscope_posttrain.cli import main as module
 from qscope_posttrain.cli.main import COMMANDS, main
+from qscope_posttrain.errors import (
+    UserError,
+    UserFileNotFoundError,
+    UserTypeError,
+    UserValueError,
+    library_refusals,
+)
 
 
 @pytest.mark.parametrize("name", ["qscope_posttrain", "qscope_posttrain.cli"])
@@ -47,7 +60,7 @@ class _Failing:
         raise self.error
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), TypeError("bad"), FileNotFoundError("bad")])
+@pytest.mark.parametrize("error", [UserValueError("bad"), UserTypeError("bad"), UserFileNotFoundError("bad")])
 def test_mistakes_are_one_line_and_debug_shows_more(monkeypatch, capsys, error):
     monkeypatch.setattr(module, "_module", lambda name: _Failing(error))
     assert main(["sft"]) == 2
@@ -57,16 +70,79 @@ def test_mistakes_are_one_line_and_debug_shows_more(monkeypatch, capsys, error):
 
 
 def test_other_ranks_say_who_they_are(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(ValueError("bad")))
+    monkeypatch.setattr(module, "_module", lambda name: _Failing(UserValueError("bad")))
     monkeypatch.setenv("RANK", "3")
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error (rank 3): bad\n"
 
 
-def test_faults_of_the_program_are_not_hidden(monkeypatch):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
+@pytest.mark.parametrize(
+    "error", [RuntimeError, ValueError, TypeError, OSError, ImportError, KeyError, BrokenPipeError]
+)
+def test_faults_of_the_program_are_not_hidden(monkeypatch, error):
+    monkeypatch.setattr(module, "_module", lambda name: _Failing(error("a bug")))
+    with pytest.raises(error, match="a bug"):
         main(["sft"])
+
+
+def test_a_message_of_several_lines_is_one(monkeypatch, capsys):
+    monkeypatch.setattr(module, "_module", lambda name: _Failing(UserValueError("first\n\n  second\n")))
+    assert main(["sft"]) == 2
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def _bug_in_the_package():
+    return int("x")
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda: json.loads("{"), UserValueError),
+        (lambda: Path("/nowhere/at/all").read_text(), UserFileNotFoundError),
+        (lambda: importlib.import_module("no.such.library"), UserValueError),
+        (lambda: os.listdir("/nowhere/at/all"), UserFileNotFoundError),  # of the file system, wherever it is raised
+        (lambda: torch.nn.Linear(2, 2)(torch.zeros(3)), UserValueError),  # RuntimeError
+        (lambda: fractions.Fraction(None, "x"), UserTypeError),
+    ],
+)
+def test_what_a_library_refuses_is_a_users_mistake(call, kind):
+    with pytest.raises(kind, match="cannot do it: ") as caught, library_refusals("cannot do it"):
+        call()
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (_bug_in_the_package, ValueError),
+        (lambda: len(None), TypeError),
+        (lambda: {}["x"], KeyError),
+        (lambda: object().x, AttributeError),
+        (lambda: pathlib_without_name(), NameError),  # noqa: F821
+    ],
+)
+def test_a_bug_stays_one_where_a_library_may_refuse(call, kind):
+    with pytest.raises(kind) as caught, library_refusals("cannot do it"):
+        call()
+    assert not isinstance(caught.value, UserError)
+
+
+def test_a_reader_that_is_gone_ends_the_command_quietly(monkeypatch, capfd):
+    class Talking:
+        def run(self, arguments):
+            for _ in range(1000):
+                print("x" * 1000)
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(module, "_module", lambda name: Talking())
+    with open(writing, "w", closefd=False) as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["sae"]) == 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # what is left in the buffer goes nowhere
+    os.close(writing)
+    assert capfd.readouterr().err == ""
 
 
 def test_interruption(monkeypatch, capsys):

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from qscope_posttrain.cli.inputs import parse_layers, read_prompts, read_texts
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.cli.sft_arguments import field_docstrings, sasft_arguments
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.config import SASFTConfig
 
 
@@ -20,10 +21,11 @@ class Arguments:
     layers: list[int] | None = None
     words: list[str] = field(default_factory=lambda: ["a"])
     mode: Literal["fast", "slow"] = "fast"
-    save: Literal["no", "steps"] = "steps"
+    save: Literal["no", "steps", "yes"] = "steps"
     first: bool = False
     second: bool = True
     either: list[str] | str | None = None
+    options: dict[str, Any] | str | None = None
 
 
 def _parse(tmp_path, text: str, *arguments: str) -> Arguments:
@@ -47,7 +49,18 @@ def _parse(tmp_path, text: str, *arguments: str) -> Arguments:
         ("second: false", "second", False),
         ("either: [a, b]", "either", ["a", "b"]),
         ("either: a", "either", "a"),
-        ("name: 7", "name", 7),
+        ("name: 7", "name", "7"),
+        ("name: 007", "name", "007"),
+        ("name: no", "name", "no"),
+        ("name: 1e5", "name", "1e5"),
+        ("name: 12:30:45", "name", "12:30:45"),
+        ("name: 2026-01-01", "name", "2026-01-01"),
+        ("words: [1, yes, 1.50, a]", "words", ["1", "yes", "1.50", "a"]),
+        ("steps: 010", "steps", 10),
+        ("rate: 1_000", "rate", 1000.0),
+        ("options: {rate: 1e-5, on: 1:30}", "options", {"rate": 1e-5, True: "1:30"}),
+        ("layers: null", "layers", None),
+        ("save: yes", "save", "yes"),
     ],
 )
 def test_values_from_a_file(tmp_path, text, field_name, value):
@@ -66,7 +79,28 @@ def test_values_from_a_file(tmp_path, text, field_name, value):
         ("steps: [1]", "steps must be a single value"),
         ("rate: true", "rate must be a number; got True"),
         ("rate: fast", "rate: could not convert"),
-        ("name: no", "name must be text; got False"),
+        ("mode: 7", r"mode must be one of fast, slow; got '7'"),
+        ("name: {a: 1}", "name must be text, a number, true, false or a list of them"),
+        ("name: [a]", "name must be a single value"),
+        ("words: [[a]]", "words must be text; got"),
+        ("words: [null]", "words must be text; got None"),
+        ("rate: null", "rate must be a number; got null"),
+        ("zzzz: null", "unknown key 'zzzz'"),
+        ("options: '{a'", "options: not JSON"),
+        ("steps: 1.0", "steps must be a whole number; got 1.0"),
+        ("steps: 2026-01-01", "steps: invalid literal"),
+        ("rate: 1:30", "rate: could not convert"),
+        ("steps: 1\nsteps: 2", "line 2.*'steps' is given twice"),
+        ("either: a\nEither: b", "unknown key 'Either'"),
+        ("mode: fast\nmo-de: slow", "unknown key 'mo_de'"),
+        ("save: no\n'save': steps", "line 2.*'save' is given twice"),
+        ("1: 2", "keys are names of options; got 1"),
+        ("no: 2", "keys are names of options; got False"),
+        ("{}", "has no keys"),
+        ("", "must map keys to values"),
+        ("config: other.yaml", "stands on the command line"),
+        ("rewards: [a]", "It looks like a recipe for `qscope grpo`"),
+        ("sasft_weight: 1\nmethod: sft", "It looks like a recipe for `qscope sft`"),
         ("layers: [a]", "layers: invalid literal"),
         ("layers: [1.5]", "layers must be a whole number; got 1.5"),
         ("mode: slwo", r"mode must be one of fast, slow; got 'slwo'. Did you mean 'slow'\?"),
@@ -105,10 +139,46 @@ def test_command_line_overrides_and_is_as_strict(tmp_path):
         RecipeParser([Arguments]).parse(["--config", "nowhere.yaml"])
 
 
-def test_environment_block(tmp_path, monkeypatch):
-    monkeypatch.setenv("QSCOPE_TEST_VARIABLE", "before")
-    _parse(tmp_path, "env:\n  QSCOPE_TEST_VARIABLE: 3\nrate: 1")
-    assert os.environ["QSCOPE_TEST_VARIABLE"] == "3"
+def test_environment_block_gives_way_to_the_shell(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "WARN"})
+    _parse(tmp_path, "env:\n  NCCL_DEBUG: INFO\n  OMP_NUM_THREADS: 03\nrate: 1")
+    assert os.environ == {"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "03"}
+
+
+@pytest.mark.parametrize("rest", ["raet: 1", "rate: x", "mode: slow"])
+def test_a_recipe_that_is_refused_sets_nothing(tmp_path, monkeypatch, rest):
+    def refuse(values):
+        if values.mode == "slow":
+            raise UserValueError("no")
+
+    monkeypatch.setattr(os, "environ", {})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"env: {{OMP_NUM_THREADS: 1}}\n{rest}")
+    with pytest.raises(ValueError, match=r"raet|rate|no"):
+        RecipeParser([Arguments], before_build=refuse).parse(["--config", str(path)])
+    assert os.environ == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "{}", "--steps", "4", "--words", "b", "c", "--no-second", "--first"],
+        ["--steps", "4", "--words", "b", "c", "--no_second", "--first", "--config={}"],
+        ["--steps=4", "--config", "{}", "--words", "b", "c", "--second", "false", "--first=true"],
+    ],
+)
+def test_the_command_line_wins_wherever_the_recipe_stands(tmp_path, arguments):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 3\nwords: [x, y, z]\nsecond: true\nfirst: false\nrate: 0.5\n")
+    found = RecipeParser([Arguments]).parse([argument.format(path) for argument in arguments])[0]
+    assert (found.steps, found.words, found.second, found.first, found.rate) == (4, ["b", "c"], False, True, 0.5)
+
+
+def test_defaults_of_the_caller_give_way_to_file_and_command_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 3\n")
+    found = RecipeParser([Arguments]).parse([f"--config={path}", "--name", "n"], {"steps": 1, "name": "d", "rate": 2.0})
+    assert (found[0].steps, found[0].name, found[0].rate) == (3, "n", 2.0)
 
 
 def test_every_option_of_sasft_is_a_documented_key():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.cli.sft_arguments import parse_recipe
+from qscope_posttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +52,8 @@ def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
     assert comments["features"]["provenance"]["saes"]["2"]["sha256"]
     again = parse_recipe(["--config", str(trained / "resolved.yaml")])
     assert yaml.safe_load(text) == again.to_dict()
+    assert yaml.safe_load(text) == json.loads((trained / "summary.json").read_text())["settings"]
+    assert yaml.safe_load(text) == parse_recipe(["--config", str(trained.parent / "recipe.yaml")]).to_dict()
     assert (again.penalty.target, again.training.max_steps, again.model_name) == ("zh", 2, world.model)
 
 
@@ -122,6 +127,67 @@ def test_a_mistake_is_one_clear_line(world, tmp_path, capsys, changes, message):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert (message or "packing needs 'max_length'").format(recipe=recipe) in lines[0]
+
+
+def _shorten(path: str) -> None:
+    file = Path(path)
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_peft": True, "lora_target_modules": ["nothing"]}, "the trainer cannot be made: "),
+        ({"load_in_4bit": True}, "the trainer cannot be made: "),
+        ({"model_init_kwargs": {"no_such_option": 1}}, "no_such_option"),
+        ({"model_init_kwargs": {"attn_implementation": "no_such"}}, "the trainer cannot be made: "),
+        ({"optim": "adamw_bnb_8bit"}, "the training cannot begin: "),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "the training cannot begin: "),
+        ({"resume_from_checkpoint": "nowhere"}, "'nowhere' is no checkpoint"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0"),
+        ({"eval_strategy": "steps", "load_best_model_at_end": True, "save_strategy": "epoch"}, "strategy"),
+        ({"weights": _shorten}, "the trainer cannot be made: SafetensorError: "),
+        ({"config.json": lambda path: Path(path).write_text("{")}, "JSON"),
+        ({"tokenizer.json": lambda path: Path(path).write_text('{"model": 1}')}, "cannot load the tokenizer of "),
+    ],
+)
+def test_what_a_library_refuses_is_one_clear_line(world, tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr("transformers.trainer.is_bitsandbytes_available", lambda: False, raising=False)
+    damage = {name: spoil for name, spoil in changes.items() if callable(spoil)}
+    changes = {name: value for name, value in changes.items() if name not in damage}
+    if damage:
+        changes["model_name_or_path"] = str(shutil.copytree(world.model, tmp_path / "damaged"))
+    for name, spoil in damage.items():
+        spoil(str(tmp_path / "damaged" / ("model.safetensors" if name == "weights" else name)))
+    recipe = world.recipe(tmp_path / "recipe.yaml", method="sft", features=None, **changes)
+    assert main(["sft", "--config", recipe]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError])
+def test_a_bug_in_the_second_step_keeps_its_traceback(world, tmp_path, monkeypatch, error):
+    steps = []
+
+    def fails(trainer, *arguments, **options):
+        steps.append(trainer.state.global_step)
+        if len(steps) == 2:
+            raise error("a bug")
+        return SFTTrainer.__mro__[1].training_step(trainer, *arguments, **options)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", fails)
+    with pytest.raises(error, match="a bug") as caught:
+        main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml")])
+    assert not isinstance(caught.value, UserError)
+    assert steps == [0, 1]
+
+
+def test_a_bug_in_a_dry_run_keeps_its_traceback(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("qscope_posttrain.cli.sft_checks._batch", lambda *_: int("x"))
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml"), "--dry_run"])
+    assert not isinstance(caught.value, UserError)
 
 
 def test_without_a_gpu_a_recipe_for_one_is_refused_with_what_to_do(world, tmp_path, capsys, monkeypatch):

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from qscope_posttrain.cli.grpo_arguments import parse_recipe
 from qscope_posttrain.cli.grpo_results import final_metrics, results_table
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +137,7 @@ def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
     assert len(comments["features"]["sha256"]) == 64
     again = parse_recipe(["--config", str(trained / "resolved.yaml")])
     assert yaml.safe_load(text) == again.to_dict()
+    assert yaml.safe_load(text) == json.loads((trained / "summary.json").read_text())["settings"]
     assert (again.training.max_steps, again.training.gate, again.model_name) == (3, "keep", world.model)
     assert again.rewards[1] == {"name": "language_consistency", "column": "language"}
 
@@ -227,10 +229,22 @@ def test_a_mistake_is_one_clear_line(inputs, recipe, tmp_path, capsys, monkeypat
     names = {"unsteered": inputs["unsteered"], "texts": texts}
     filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
     path = recipe(tmp_path, **filled)
-    assert main(["grpo", "--config", path]) == 2
+    assert main(["grpo", "--config", path, "--allow-code"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message.format(recipe=path) in lines[0]
+
+
+def test_a_reward_that_fails_in_a_later_step_keeps_its_traceback(recipe, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reward_that_breaks.py").write_text(
+        "calls = []\n\ndef reward(completions, **_):\n    calls.append(1)\n    if len(calls) > 1:\n"
+        "        raise ValueError('a bug of the reward')\n    return [0.0] * len(completions)\n"
+    )
+    path = recipe(tmp_path, rewards=["reward_that_breaks.reward"], negatives_per_group=0)
+    with pytest.raises(ValueError, match="a bug of the reward") as caught:
+        main(["grpo", "--config", path, "--allow-code"])
+    assert not isinstance(caught.value, UserError)
 
 
 def test_dry_run_says_what_would_happen_and_trains_nothing(recipe, tmp_path, capsys):

@@ -215,7 +215,19 @@ def test_quick_demo_is_smaller_and_gives_way_to_options(monkeypatch):
     assert repetition.updates == 5
 
 
-@pytest.mark.parametrize("text", ["{seeds: 1}", '{"sedes": [1]}', "[1]"])
+def test_demo_takes_the_second_half_as_options_and_from_a_file(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
+    recipe = tmp_path / "demo.yaml"
+    recipe.write_text("quick: true\nsae_steps: 55\nrepetition_updates: 6\nrepetition_seeds: [4, 5]\nworkers: 2\n")
+    demo.run(["--config", str(recipe), "--repetition-seeds", "7", "--repetition", '{"top": 3}'])
+    config, _, repetition = calls[0]
+    assert (config.sae_steps, config.sae_windows) == (55, demo.QUICK["sae_windows"])  # the file over --quick
+    assert (repetition.updates, repetition.seeds, repetition.top, repetition.workers) == (6, [7], 3, 2)
+    assert repetition.habit_steps == demo.QUICK_REPETITION["habit_steps"]
+
+
+@pytest.mark.parametrize("text", ["{seeds: 1}", '{"sedes": [1]}', "[1]", '{"updates": "x"}', '{"seeds": 1.5}'])
 def test_demo_refuses_settings_it_does_not_know(text):
     with pytest.raises(ValueError, match="--repetition"):
         demo.run(["--repetition", text])

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import string
-import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import regex
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.text.jsonl import parse_jsonl
+from qscope_posttrain.text.data_sets import read_data_set, saved_data_set
+from qscope_posttrain.text.files import check_is_file, read_csv, text_suffix
+from qscope_posttrain.text.jsonl import read_jsonl
 
 TEXT = "text"
 """The place of an item in a prompt template."""
@@ -125,22 +122,18 @@ def read_items(source: ItemSource, prompt: str = "{text}") -> BenchmarkItems:
 
 def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
     """The rows of a source as mappings; a table without a header has columns "0", "1", ..."""
-    path = Path(source.source)
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = text_suffix(source.source)
     if suffix == ".jsonl" or suffix in _SEPARATORS:
-        if not path.is_file():
-            raise UserFileNotFoundError(f"benchmark '{source.name}': no file at '{path}'.")
-        opener: Any = gzip.open if path.suffix == ".gz" else open
         try:
-            with opener(path, "rt", encoding="utf-8", newline="") as stream:
-                if suffix == ".jsonl":
-                    yield from (row for _, row in parse_jsonl(stream, path))
-                else:
-                    yield from _table(stream, _SEPARATORS[suffix], source)
-        except (EOFError, zlib.error) as error:
-            raise UserValueError(f"benchmark '{source.name}': '{path}' is cut off or damaged ({error}).") from error
+            check_is_file(source.source)
+        except UserFileNotFoundError as error:
+            raise UserFileNotFoundError(f"benchmark '{source.name}': {error}") from error
+    if suffix == ".jsonl":
+        yield from (row for _, row in read_jsonl(source.source))
+    elif suffix in _SEPARATORS:
+        yield from _table(source, _SEPARATORS[suffix])
     else:
-        yield from _data_set(source, path)
+        yield from _data_set(source)
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
@@ -200,28 +193,26 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
-def _table(lines: TextIO, separator: str, source: ItemSource) -> Iterator[dict[str, str]]:
-    """With numbers for columns there is no header; TSV has no quotes, as in most published sets."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if separator == "\t" else csv.reader(lines)
+def _table(source: ItemSource, separator: str) -> Iterator[dict[str, str]]:
+    """With numbers for columns there is no header."""
+    rows = read_csv(source.source, separator=separator)
     named = [source.field] if source.field is not None else _fields(source.template or "")
-    header = None if all(str(name).isdecimal() for name in named) else next(rows, [])
-    for number, cells in enumerate(rows):
-        if not cells:
-            continue
+    header = None if all(str(name).isdecimal() for name in named) else next(rows, (0, []))[1]
+    for number, cells in rows:
         names = header if header is not None else [str(column) for column in range(len(cells))]
         if len(cells) != len(names):
             raise UserValueError(
-                f"benchmark '{source.name}', row {number}: {len(cells)} cells for {len(names)} columns."
+                f"benchmark '{source.name}', line {number}: {len(cells)} cells for {len(names)} columns."
             )
         yield dict(zip(names, cells, strict=True))
 
 
-def _data_set(source: ItemSource, path: Path) -> Iterator[Mapping[str, Any]]:
-    from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+def _data_set(source: ItemSource) -> Iterator[Mapping[str, Any]]:
+    from datasets import DatasetDict, IterableDatasetDict
 
-    on_disk = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    found: Any = load_from_disk(str(path)) if on_disk else load_dataset(source.source, name=source.config)
+    found = saved_data_set(source.source)
+    if found is None:
+        found = read_data_set(source.source, name=source.config)
     if isinstance(found, DatasetDict | IterableDatasetDict):
         if source.split not in found:
             wanted = f"no split '{source.split}'" if source.split else "several splits"

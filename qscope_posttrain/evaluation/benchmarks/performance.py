@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.evaluation.benchmarks.correlation import partial_correlation
 from qscope_posttrain.evaluation.benchmarks.redundancy import curve_sizes
+from qscope_posttrain.text.files import read_csv
 
 FEWEST_MODELS = 3
 
@@ -83,7 +83,11 @@ def read_scores(path: str | Path) -> ScoreTable:
     """
     header, rows = _read_csv(path)
     models = tuple(row[0] for row in rows)
-    return ScoreTable(models, tuple(header[1:]), _numbers([row[1:] for row in rows], path))
+    scores = _numbers([row[1:] for row in rows], path)
+    try:
+        return ScoreTable(models, tuple(header[1:]), scores)
+    except UserValueError as error:
+        raise UserValueError(f"{path}: {error}") from error
 
 
 def read_correctness(folder: str | Path, names: Sequence[str]) -> dict[str, tuple[tuple[str, ...], NDArray]]:
@@ -165,14 +169,16 @@ def _signs(differences: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
-    location = Path(path)
-    if not location.is_file():
-        raise UserFileNotFoundError(f"no table at '{location}'.")
-    with location.open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.reader(stream) if row]
-    if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
-        raise UserValueError(f"{location}: expected a header and rows of as many cells.")
-    return rows[0], rows[1:]
+    rows = list(read_csv(path))
+    if len(rows) < 2:
+        raise UserValueError(f"{path}: expected a header and rows of as many cells; it has {len(rows)} rows.")
+    header = rows[0][1]
+    for number, cells in rows:
+        if len(cells) != len(header):
+            raise UserValueError(
+                f"{path}, line {number}: expected a header and rows of as many cells; {len(cells)} for {len(header)}."
+            )
+    return header, [cells for _, cells in rows[1:]]
 
 
 def _numbers(rows: Sequence[Sequence[str]], path: str | Path) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.evaluation.classifier.columns import LayerColumns
 from qscope_posttrain.provenance import package_versions
+from qscope_posttrain.text.files import check_is_file
 
 if TYPE_CHECKING:
     from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
@@ -100,9 +101,9 @@ def read_classifier(path: str | Path, featurizer: TextFeaturizer | None) -> Feat
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    if not path.is_file():
+    if not path.exists():
         raise UserFileNotFoundError(f"No classifier file at {path}.")
-    size = path.stat().st_size
+    size = check_is_file(path).stat().st_size
     if size > MAX_BYTES:
         raise UserValueError(f"{path} has {size} bytes; a classifier has at most {MAX_BYTES}. It is something else.")
     try:
@@ -112,7 +113,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             if found != set(TENSORS):
                 raise UserValueError(f"{path} must hold the tensors {sorted(TENSORS)}, it holds {sorted(found)[:20]}.")
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
     return document, tensors
 
@@ -122,7 +123,7 @@ def _parse(path: Path, text: str | None) -> dict[str, Any]:
         raise UserValueError(f"{path} is not a classifier: its metadata has no {FORMAT!r}.")
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserValueError(f"{path}: the classifier document is not valid JSON: {error}.") from error
     if not isinstance(document, dict) or set(document) != KEYS:
         found = sorted(document) if isinstance(document, dict) else type(document).__name__
@@ -216,7 +217,7 @@ def _by_layer(value: Any, allowed: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _plain(value: Any) -> Any:

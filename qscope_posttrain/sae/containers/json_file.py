@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.sae.checks import as_integer, as_number, as_positive, shown
+from qscope_posttrain.text.files import check_is_file, read_text
 
 MAX_BYTES = 1 << 20
 """No published SAE has settings above a few kilobytes."""
@@ -31,23 +32,17 @@ class Settings:
         value = self._get(key, default)
         if value is default:
             return default
-        if type(value) is not int or value < least:
-            raise UserValueError(f"{key} in {self.name} must be an integer from {least}, got {_shown(value)}")
-        return value
+        return as_integer(f"{key} in {self.name}", value, least)
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._get(key, default)
         if value is default:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_as_float(value)):
-            raise UserValueError(f"{key} in {self.name} must be a finite number, got {_shown(value)}")
-        return float(value)
+        return as_number(f"{key} in {self.name}", value)
 
     def positive(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self.number(key, default)
-        if value is not default and value <= 0:
-            raise UserValueError(f"{key} in {self.name} must be above 0, got {_shown(value)}")
-        return value
+        value = self._get(key, default)
+        return default if value is default else as_positive(f"{key} in {self.name}", value)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> Any:
         return self._of_type(key, default, bool, "true or false")
@@ -63,7 +58,7 @@ class Settings:
     def _of_type(self, key: str, default: Any, kind: type, words: str) -> Any:
         value = self._get(key, default)
         if value is not default and type(value) is not kind:
-            raise UserValueError(f"{key} in {self.name} must be {words}, got {_shown(value)}")
+            raise UserValueError(f"{key} in {self.name} must be {words}, got {shown(value)}")
         return value
 
     def _get(self, key: str, default: Any) -> Any:
@@ -75,12 +70,12 @@ class Settings:
 
 def read(path: Path) -> Settings | None:
     """The object in a JSON file; None if there is no such file. ValueError for anything that is not one."""
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
-    size = path.stat().st_size
+    size = check_is_file(path).stat().st_size
     if size > MAX_BYTES:
         raise UserValueError(f"{path} has {size} bytes; settings of an SAE have a few thousand, at most {MAX_BYTES}")
-    return Settings(path.name, parse(path.read_bytes(), str(path)))
+    return Settings(path.name, parse(read_text(path), str(path)))
 
 
 def parse(content: bytes | str, what: str) -> dict[str, Any]:
@@ -101,17 +96,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise UserValueError(f"the key {next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice")
     return values
-
-
-def _as_float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)[:80]
-    except ValueError:  # an integer of more digits than Python prints
-        return f"a {type(value).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import cast
 from torch import Tensor
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.sae.checks import check_tensor
+from qscope_posttrain.sae.checks import as_number, check_tensor
 from qscope_posttrain.sae.containers import json_file, numpy_archive, safetensors_file, torch_archive
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.mapped import lies_in_a_file
@@ -59,11 +60,18 @@ class WeightsFile:
         return self._tensor(name, (length,))
 
     def scalar(self, name: str) -> float:
-        """A tensor of one number."""
-        tensor = self._present(name)
-        if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_complex():
-            raise UserValueError(f"{name} must be a tensor of one number")
-        return float(tensor)
+        """A tensor of one number that float32 can hold."""
+        return as_number(name, self._item(name))
+
+    def integer(self, name: str) -> int:
+        """A tensor of one whole number, of whatever dtype."""
+        value = self._item(name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserValueError(f"{name} is NaN or infinite, and must be an integer")
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        if type(whole) is not int:
+            raise UserValueError(f"{name} must be an integer, got {whole}")
+        return whole
 
     def any_matrix(self, name: str) -> Tensor:
         """A float matrix of any shape, as it lies in the file."""
@@ -90,6 +98,12 @@ class WeightsFile:
         tensor = self._present(name)
         check_tensor(name, tensor, shape)
         return cast(Tensor, tensor).detach()
+
+    def _item(self, name: str) -> bool | int | float:
+        tensor = self._present(name)
+        if not isinstance(tensor, Tensor) or tensor.numel() != 1 or tensor.is_complex():
+            raise UserValueError(f"{name} must be a tensor of one number")
+        return tensor.item()
 
     def _present(self, name: str) -> object:
         if name not in self.entries:

@@ -52,7 +52,7 @@ def open_stored(located: LocatedFile, input_scale: float | None = None) -> Store
         _check_entry(stored, located)
         if stored.activation is not None:
             stored.activation.check(stored.b_enc.shape[0])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserValueError(_naming(located.path, error)) from error
     if None not in (stored.layer, located.layer) and stored.layer != located.layer:
         by_path = layer_in_path(located.path.as_posix()) is not None

@@ -123,7 +123,7 @@ def _activation(
         return fold, JumpReLU(weights.vector("threshold", d_sae).clone())
     if name in ("AutoEncoder", "AutoEncoderNew"):
         return fold, ReLU()
-    k = int(weights.scalar("k"))
+    k = weights.integer("k")
     if trainer is not None and trainer.integer("k", k) != k:
         raise UserValueError(f"contradicting k: config.json says {trainer.integer('k')}, the weights {k}")
     if name == "AutoEncoderTopK":

@@ -18,6 +18,7 @@ import torch
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.checks import as_positive
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.folding import Fold
@@ -87,9 +88,8 @@ def normalisation(settings: Settings, d_model: int, average_norm: float | None) 
         )
     if average_norm is None:
         raise UserValueError("norm_activation is 'dataset-wise', but dataset_average_activation_norm is missing")
-    if not 0 < average_norm < math.inf:
-        raise UserValueError(f"dataset_average_activation_norm is {average_norm}, expected a number above 0")
-    return math.sqrt(d_model) / average_norm
+    s = math.sqrt(d_model) / as_positive("dataset_average_activation_norm", average_norm)
+    return as_positive(f"sqrt({d_model}) / dataset_average_activation_norm", s)
 
 
 def subtracts_b_dec(settings: Settings) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, activation_from_spec, activation_to_spec
+from qscope_posttrain.sae.checks import as_integer, shown
 from qscope_posttrain.sae.containers import json_file
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import StoredSAE
@@ -82,7 +83,6 @@ def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise UserValueError(f"format version {version!r}, but this version of the package reads {VERSION}")
     if described.keys() != {"version", "activation", "layer", "source"}:
         raise UserValueError(f"its metadata has the entries {sorted(described)}")
-    layer = described["layer"]
-    if layer is not None and (type(layer) is not int or layer < 0):
-        raise UserValueError(f"its layer is {layer!r}, not an integer from 0")
+    if described["layer"] is not None:
+        as_integer(f"its layer is {shown(described['layer'])}, which", described["layer"], least=0)
     return described

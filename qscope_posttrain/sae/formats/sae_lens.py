@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import AbsTopK, Activation, JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.checks import as_positive
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.folding import Fold
@@ -89,7 +90,7 @@ def _input_scale(settings: SAELensSettings, scaler: Settings | None, given: floa
             "normalize_activations is 'expected_average_only_in', whose factor is not in the file: give it with "
             "input_scale=... (sqrt(d_in) / mean norm of the activations it was trained on)"
         )
-    return scale
+    return as_positive("input_scale", scale)
 
 
 def _finetuning(weights: WeightsFile, settings: SAELensSettings) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -20,7 +19,7 @@ from qscope_posttrain.testbed.experiments import repetition_rows as repetition
 from qscope_posttrain.testbed.experiments import switching_rows as switching
 from qscope_posttrain.testbed.experiments.choice import choose_weights
 from qscope_posttrain.testbed.experiments.grouping import by_cell
-from qscope_posttrain.text.jsonl import parse_jsonl
+from qscope_posttrain.text.jsonl import read_json, read_jsonl
 from qscope_posttrain.text.scripts import target_script
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
@@ -59,9 +58,10 @@ class RunFile:
         if not self.path.is_file():
             return None
         try:
-            text = self.path.read_text(encoding="utf-8")
-            return _of_switching(json.loads(text)) if self.path.suffix == ".json" else _of_repetition(text)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if self.path.suffix == ".json":
+                return _of_switching(read_json(self.path))
+            return _of_repetition([sample for _, sample in read_jsonl(self.path)])
+        except (ValueError, KeyError, TypeError) as error:
             raise UserValueError(f"'{self.path}' does not hold the completions of a run: {error!r}.") from error
 
 
@@ -222,9 +222,8 @@ def _of_switching(content: Mapping[str, Any]) -> dict[Prompt, Completion]:
     }
 
 
-def _of_repetition(text: str) -> dict[Prompt, Completion]:
+def _of_repetition(samples: Sequence[Mapping[str, Any]]) -> dict[Prompt, Completion]:
     """Each line is a held-out problem; whether it loops and is right stands beside the arm's title."""
-    samples = [sample for _, sample in parse_jsonl(text.split("\n"), "samples")]
     return {
         ("problem", sample["problem"]): Completion(
             sample["prompt"],

@@ -21,9 +21,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserError, UserValueError, did_you_mean
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.testbed.arithmetic.arms import ARMS as REPETITION_ARMS
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
@@ -114,7 +115,7 @@ def load_recipe(
     content = read_yaml(path)
     try:
         return build_recipe(content, variant, settings)
-    except (ValueError, TypeError) as error:
+    except UserError as error:
         raise UserValueError(f"{path}: {error}") from error
 
 
@@ -123,9 +124,12 @@ def build_recipe(
 ) -> ExperimentRecipe:
     """A recipe from what its file holds; see `load_recipe`."""
     _check_keys(content, _KEYS, "the recipe")
-    variants = content.get("variants") or {}
+    variants = _mapping(content.get("variants"), "variants")
     if variant is not None and variant not in variants:
-        raise UserValueError(f"no variant named {variant!r}; there are {', '.join(variants) or 'none'}")
+        known = [str(name) for name in variants]
+        raise UserValueError(
+            f"no variant named {variant!r}; there are {', '.join(known) or 'none'}.{did_you_mean(variant, known)}"
+        )
     merged = {key: value for key, value in content.items() if key != "variants"}
     if variant is not None:
         _check_keys(variants[variant], _KEYS[1:-1], f"variant {variant!r}")
@@ -133,7 +137,7 @@ def build_recipe(
     kind = merged.get("kind")
     if kind not in (SWITCHING, REPETITION):
         raise UserValueError(f'kind must be "{SWITCHING}" or "{REPETITION}", got {kind!r}')
-    cells = merged.get("cells") or {"all": {}}
+    cells = _mapping(merged.get("cells"), "cells") or {"all": {}}
     build = _switching_cell if kind == SWITCHING else _repetition_cell
     built = tuple(
         build(str(name), _cell_values(merged, name, cell or {}, settings or {})) for name, cell in cells.items()
@@ -153,10 +157,11 @@ def _cell_values(
     """The recipe's values with those of one cell; arms of a cell replace the recipe's, settings are merged."""
     _check_keys(cell, _CELL_KEYS, f"cell {name!r}")
     values = {"title": str(name), **{key: content[key] for key in _CELL_KEYS[1:] if key in content}, **cell}
-    values["settings"] = {**(content.get("settings") or {}), **(cell.get("settings") or {}), **settings}
+    own, place = cell.get("settings"), f"settings of cell {name!r}"
+    values["settings"] = {**_mapping(content.get("settings"), "settings"), **_mapping(own, place), **settings}
     for key in ("bases", "seeds"):
         numbers = values.get(key)
-        if not isinstance(numbers, list) or not numbers or len(set(numbers)) != len(numbers):
+        if not numbers or not _fits(numbers, list[int]) or len(set(numbers)) != len(numbers):
             raise UserValueError(f"cell {name!r}: {key} must be a list of different whole numbers, got {numbers!r}")
     misplaced = sorted(set(values["settings"]) & set(_GIVEN_BY_THE_RECIPE))
     if misplaced:
@@ -166,15 +171,16 @@ def _cell_values(
 
 def _switching_cell(name: str, values: Mapping[str, Any]) -> SwitchingCell:
     arms = values.get("arms") or {}
-    if isinstance(arms, list):
-        arms = dict.fromkeys(arms)
+    arms = dict.fromkeys(arms) if _fits(arms, list[str]) else _mapping(arms, f"arms of cell {name!r}")
     weighted = tuple(_weighted_arm(str(key), spec) for key, spec in arms.items() if key != "sft")
     settings = _settings(TestbedConfig, values["settings"], name)
     return SwitchingCell(name, values["title"], settings, tuple(values["bases"]), tuple(values["seeds"]), weighted)
 
 
 def _repetition_cell(name: str, values: Mapping[str, Any]) -> RepetitionCell:
-    arms = list(values.get("arms") or [])
+    arms = values.get("arms") or []
+    if not _fits(arms, list[str]):
+        raise UserValueError(f"cell {name!r}: arms must be a list of names, got {arms!r}")
     unknown = sorted(set(arms) - set(REPETITION_ARMS))
     if unknown:
         raise UserValueError(
@@ -192,12 +198,13 @@ def _weighted_arm(name: str, spec: Any) -> WeightedArm:
         weights = spec
     if like not in SWITCHING_ARMS:
         raise UserValueError(f"unknown arm {like!r}; there are {', '.join(SWITCHING_ARMS)}")
+    hints = get_type_hints(Arm)
     known = {field.name for field in fields(Arm)} - {"name", "weight", "grid"}
-    unknown = sorted(set(changes) - known)
+    unknown = sorted(set(changes) - known, key=str)
     if unknown:
-        raise UserValueError(
-            f"arm {name!r}: no field {', '.join(unknown)}; there are like, weights, {', '.join(sorted(known))}"
-        )
+        fields_of_arm = ", ".join(["like", "weights", *sorted(known)])
+        raise UserValueError(f"arm {name!r}: no field {', '.join(map(str, unknown))}; there are {fields_of_arm}")
+    _check_types(changes, hints, f"arm {name!r}")
     base = SWITCHING_ARMS[like]
     if changes and "title" not in changes:
         changes["title"] = name
@@ -205,25 +212,57 @@ def _weighted_arm(name: str, spec: Any) -> WeightedArm:
         changes["options"] = {**base.options, **changes["options"]}
     arm = replace(base, name=name, **changes)
     chosen = [arm.weight] if weights is None else weights if isinstance(weights, list) else [weights]
-    if not chosen or not all(isinstance(weight, int | float) and weight >= 0 for weight in chosen):
+    if not chosen or not _fits(chosen, list[float]) or not all(weight >= 0 for weight in chosen):
         raise UserValueError(f"arm {name!r}: weights must be numbers of at least 0, got {weights!r}")
     return WeightedArm(arm, tuple(float(weight) for weight in chosen))
 
 
 def _settings(kind: type[Any], values: Mapping[str, Any], cell: str) -> Any:
     known = [field.name for field in fields(kind)]
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
-        raise UserValueError(f"cell {cell!r}: no setting {', '.join(unknown)}; there are {', '.join(known)}")
+        hint = did_you_mean(unknown[0], known)
+        raise UserValueError(f"cell {cell!r}: no setting {', '.join(unknown)}; there are {', '.join(known)}.{hint}")
+    _check_types(values, get_type_hints(kind), f"cell {cell!r}")
     return kind(**values)
+
+
+def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], place: str) -> None:
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise UserValueError(
+                f"{place}: {name} must be {getattr(hints[name], '__name__', hints[name])}, got {value!r}"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a file has a declared type: a whole number is a number, a truth value is none."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_fits(entry, inner[0]) for entry in value)
+    if (origin is not None and not isinstance(origin, type)) or origin is UnionType:
+        return any(_fits(value, kind) for kind in inner)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else origin or hint)
+
+
+def _mapping(value: Any, place: str) -> Mapping[Any, Any]:
+    """A part of the recipe that maps names to values; null is an empty one."""
+    if value is not None and not isinstance(value, Mapping):
+        raise UserValueError(f"{place} must map names to values, got {value!r}")
+    return value or {}
 
 
 def _check_keys(values: Any, known: Sequence[str], place: str) -> None:
     if not isinstance(values, Mapping):
         raise UserValueError(f"{place} must map keys to values, got {values!r}")
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
-        raise UserValueError(f"unknown key {', '.join(map(str, unknown))} in {place}; there are {', '.join(known)}")
+        hint = did_you_mean(unknown[0], known)
+        raise UserValueError(f"unknown key {', '.join(unknown)} in {place}; there are {', '.join(known)}.{hint}")
 
 
 def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,9 +270,9 @@ def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     merged = dict(values)
     for key, change in changes.items():
         if key == "settings":
-            merged[key] = {**(values.get(key) or {}), **change}
+            merged[key] = {**_mapping(values.get(key), key), **_mapping(change, key)}
         elif key == "cells":
-            cells = {**(values.get(key) or {}), **change}
+            cells = {**_mapping(values.get(key), key), **_mapping(change, key)}
             merged[key] = {name: cell for name, cell in cells.items() if cell is not None}
         else:
             merged[key] = change

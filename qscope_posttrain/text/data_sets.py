@@ -1,0 +1,121 @@
+"""Data sets that `datasets` reads, with its own errors in words that a user can act on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
+from qscope_posttrain.text.files import check_is_file, check_plain, read_csv, text_suffix
+from qscope_posttrain.text.jsonl import read_json, read_jsonl
+
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+"""Suffix of a local file (see `files.text_suffix`) -> the reader of `datasets`."""
+_HEAD = 1000
+"""Lines of a stream that are looked at beforehand."""
+
+
+def read_data_set(*arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`.
+
+    Raises:
+        ValueError: what is there cannot be read as a data set, with the reason that was found deepest, or has no rows.
+        FileNotFoundError: no such data set.
+    """
+    from datasets import load_dataset
+
+    with reading(str(arguments[0])):
+        return load_dataset(*arguments, **options)
+
+
+def read_file(path: str | os.PathLike[str], split: str = "train", streaming: bool = False, what: str = "file") -> Any:
+    """A local file in one of the formats of READERS, as the data set {split: rows}.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read as what it is called, with the line, or has no rows.
+    """
+    from datasets import load_dataset
+
+    place = check_data_file(path, streaming, what)
+    options: dict[str, Any] = {"sep": "\t"} if text_suffix(place) == ".tsv" else {}
+    with reading(str(place), place):
+        kind = READERS[text_suffix(place)]
+        found = load_dataset(kind, data_files={split: str(place)}, streaming=streaming, **options)
+        next(iter(found[split]))
+    return found
+
+
+def saved_data_set(folder: str | os.PathLike[str]) -> Any:
+    """What `save_to_disk` has written into `folder`: rows, or rows by split; None where it has written nothing.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    from datasets import load_from_disk
+
+    place = Path(folder)
+    if not any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
+    with reading(str(place)):
+        return load_from_disk(str(place))
+
+
+def check_data_file(path: str | os.PathLike[str], streaming: bool = False, what: str = "file") -> Path:
+    """`path`, if `datasets` reads it as we would. Of text that it misreads without a word, or refuses without saying
+    where, the line is named; of a stream only the beginning is looked at.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another encoding, damaged text, no text at all.
+    """
+    place = check_is_file(path, what)
+    if text_suffix(place) == ".parquet":
+        return place
+    first = check_plain(place, head=_HEAD if streaming else None)
+    if not first:
+        raise UserValueError(f"no rows in '{place}'.")
+    if READERS[text_suffix(place)] == "json" and first.startswith("["):
+        read_json(place)  # `datasets` would leave out half of a surrogate pair without a word
+    return place
+
+
+@contextmanager
+def reading(name: str, place: Path | None = None) -> Iterator[None]:
+    """Turn what `datasets` raises while it reads `name` into errors for users; `place` is the file, if it is one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserFileNotFoundError(f"no data set '{name}': {_words(error)}") from error
+    except Exception as error:  # whatever pyarrow, pandas and the builders of `datasets` raise for a file
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise UserValueError(f"no rows in '{name}'.") from error
+        where = "" if place is None else _faulty_line(place)
+        raise UserValueError(f"{name} cannot be read: {_words(error)}{where}") from error
+
+
+def _faulty_line(place: Path) -> str:
+    """What our own readers, which name the line, say of a file that `datasets` has refused; "" if they take it."""
+    suffix = text_suffix(place)
+    rows: Iterator[Any] = iter(())
+    if READERS[suffix] == "json":
+        rows = read_jsonl(place)
+    elif READERS[suffix] == "csv":
+        rows = read_csv(place, separator="\t" if suffix == ".tsv" else ",")
+    try:
+        for _ in rows:
+            pass
+    except UserValueError as error:
+        return f" ({error})"
+    return ""
+
+
+def _words(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,215 @@
+"""Text files that other programs wrote: the one place where the package opens a user's text.
+
+What can be told is read: UTF-8, UTF-16 and UTF-32 with a byte order mark, line ends of every system, and large texts
+packed with gzip, bzip2 or xz, by their first bytes and whatever the file is called. Anything else is an error that
+names the file, and the line where there is one.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import lzma
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+"""Beginning -> encoding; the longer ones first, for one begins as another does. UTF-8 needs no telling."""
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open}
+_COMPRESSED |= {b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)}
+_NO_TEXT = {
+    b"PK\x03\x04": "a zip archive (or an office document), not text: unpack it, or export it as text",
+    b"(\xb5/\xfd": "compressed with zstd: unpack it first (zstd -d)",
+    b"PAR1\x15": "a Parquet file, not text",
+    b"ARROW1\0": "an Arrow file, not text",
+    b"%PDF-": "a PDF, not text: export its text",
+}
+_SUFFIXES = (".gz", ".bz2", ".xz")
+
+
+def text_suffix(path: str | os.PathLike[str]) -> str:
+    """What kind of text a file name says it is: `.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
+    place = Path(path)
+    return Path(place.stem).suffix if place.suffix in _SUFFIXES else place.suffix
+
+
+def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
+    """`path` as a Path, if there is a regular file; `what` is the word for it in an error.
+
+    Raises:
+        FileNotFoundError: there is none, with what is there instead: nothing, a folder, a link that leads nowhere.
+        ValueError: a pipe or a device.
+    """
+    place = Path(path)
+    try:
+        mode = place.stat().st_mode
+    except FileNotFoundError:
+        leads = f"; it is a link to '{place.readlink()}', which does not exist" if place.is_symlink() else ""
+        raise UserFileNotFoundError(f"no {what} at '{place}'{leads}.") from None
+    except (OSError, ValueError) as error:  # a file where a folder should be, a name too long, a zero byte in it
+        raise UserFileNotFoundError(f"no {what} at {str(place)!r} ({_reason(error)}).") from error
+    if stat.S_ISDIR(mode):
+        raise UserFileNotFoundError(f"no {what} at '{place}': it is a folder.")
+    if not stat.S_ISREG(mode):
+        raise UserValueError(f"'{place}' is a pipe or a device, which cannot be read twice: write it to a file first.")
+    return place
+
+
+def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | None = None) -> str:
+    """The first line that is not blank, of a file that is to be read by another library: UTF-8 throughout, with at most
+    one byte order mark. "" where every line is blank.
+
+    Args:
+        head: Look at so many lines alone, of a file that will be read as a stream, which must not be compressed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: other or damaged text, with the line.
+    """
+    place = check_is_file(path, what)
+    first = ""
+    with _opened(place, packed=head is None) as stream:
+        if stream.encoding != "utf-8":
+            raise UserValueError(
+                f"'{place}' is {stream.encoding.upper()}; this data must be UTF-8: "
+                f"convert it with iconv -f {stream.encoding} -t utf-8."
+            )
+        for number, line in enumerate(islice(stream, head), start=1):
+            plain = _checked(line, place, number)
+            if len(line) - len(plain) > (number == 1):
+                raise UserValueError(
+                    f"{place}, line {number}: a second byte order mark; the file was put together from several. Take "
+                    "the mark out (sed -i 's/\\xEF\\xBB\\xBF//g')."
+                )
+            first = first or plain.strip()
+    return first
+
+
+def bare_name(path: str | os.PathLike[str]) -> str:
+    """The name of a file without what `text_suffix` gives and what follows it."""
+    name = Path(path).name
+    return name[: name.rindex(text_suffix(path))]
+
+
+def read_lines(path: str | os.PathLike[str], what: str = "file", packed: bool = True) -> Iterator[str]:
+    r"""The lines of a text file as a stream, each ending in `\n` (but perhaps the last).
+
+    Split at the line ends of Unix, Windows and old Macs alone: U+2028, at which `str.splitlines` also splits, may stand
+    inside a JSON string. Byte order marks are left out, also where files were joined.
+
+    Args:
+        what: What an error calls it.
+        packed: Whether it may be compressed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not text, or damaged.
+    """
+    place = check_is_file(path, what)
+    with _opened(place, packed) as stream:
+        for number, line in enumerate(stream, start=1):
+            yield _checked(line, place, number)
+
+
+def read_text(path: str | os.PathLike[str], what: str = "file") -> str:
+    """A text file as one string, as `read_lines` reads it; it must not be compressed."""
+    return "".join(read_lines(path, what, packed=False))
+
+
+def read_csv(
+    path: str | os.PathLike[str], what: str = "table", separator: str = ","
+) -> Iterator[tuple[int, list[str]]]:
+    """Line number (from 1, of the last line of a row) and cells of every row that is not blank. With tabs between the
+    cells there are no quotes, as in most published sets.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not text, or not CSV.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # csv has no limit by reader
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    rows = csv.reader(read_lines(path, what), delimiter=separator, quoting=quoting)
+    try:
+        for cells in rows:
+            if cells:
+                yield rows.line_num, cells
+    except csv.Error as error:
+        raise UserValueError(f"{path}, line {rows.line_num}: not CSV ({error}).") from error
+
+
+@contextmanager
+def _opened(place: Path, packed: bool) -> Iterator[io.TextIOWrapper]:
+    r"""A stream of text with `\n` for every line end; bytes that are no UTF-8 are single surrogates in it."""
+    try:
+        with place.open("rb") as file:
+            head = _head(file)
+            unpack = next((opener for mark, opener in _COMPRESSED.items() if head.startswith(mark)), None)
+            if unpack is not None and not packed:
+                raise UserValueError(f"'{place}' is compressed, and is not read so: unpack it first (gunzip, xz -d).")
+            content: IO[bytes] = file if unpack is None else unpack(file, "rb")  # type: ignore[assignment]
+            with content:
+                head = head if unpack is None else _head(content)
+                told = next((words for mark, words in _NO_TEXT.items() if head.startswith(mark)), None)
+                if told is not None:
+                    raise UserValueError(f"'{place}' is {told}.")
+                encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
+                errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+                with io.TextIOWrapper(content, encoding=encoding, errors=errors, newline=None) as stream:
+                    yield stream
+    except UnicodeDecodeError as error:
+        kind = f"not UTF-8 text, but {error.encoding.upper()} by its first bytes"
+        raise UserValueError(f"'{place}' is {kind}, and damaged ({error.reason}).") from error
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserValueError(f"'{place}' is compressed, and is cut off or damaged ({error}).") from error
+    except OSError as error:
+        raise UserValueError(f"'{place}' cannot be read ({_reason(error)}).") from error
+
+
+def _head(file: IO[bytes]) -> bytes:
+    head = file.read(10)
+    file.seek(0)
+    return head
+
+
+def _checked(line: str, place: Path, number: int) -> str:
+    line = line.lstrip("\ufeff")
+    if "\0" in line:
+        raise UserValueError(
+            f"{place}, line {number}: a zero byte, which no text holds. The file is UTF-16 without a byte order mark "
+            "(save it as UTF-8), or no text at all."
+        )
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise UserValueError(f"{place}, line {number}: {_fault(line[error.start :])}") from None
+    return line
+
+
+def _fault(rest: str) -> str:
+    """What the surrogate is that a line goes on with: a byte that is no UTF-8, or half of a character."""
+    code = ord(rest[0])
+    with suppress(UnicodeError):  # three bytes that would be a character if it were a whole one
+        code = ord(rest[:3].encode("utf-8", "surrogateescape").decode("utf-8", "surrogatepass"))
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"not UTF-8 text (byte 0x{code - 0xDC00:02x}); save the file as UTF-8."
+    return f"half of a surrogate pair (U+{code:04X}): the text is damaged."
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
