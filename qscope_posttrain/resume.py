@@ -17,7 +17,7 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
     `ExportableState`: transformers would rebuild such a callback from JSON, unattached.
 
     Raises:
-        ValueError: the checkpoint was trained with other settings or features, or without this callback.
+        ValueError: the checkpoint was trained with other settings or features, or without them.
     """
     records: Any = state.stateful_callbacks
     stored = records.get(key)
@@ -25,7 +25,7 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
         if stored is None:
             raise UserValueError(
                 f"The checkpoint at step {state.global_step} was trained without {key}. A resumed run must have the "
-                "same losses: start a new run from the checkpoint's weights instead, or resume without the callback."
+                "same losses: start a new run from the checkpoint's weights instead, or resume without it."
             )
         found = stored["attributes"]
         different = _differences(found, identity)

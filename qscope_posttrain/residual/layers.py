@@ -102,14 +102,13 @@ def final_norm(model: nn.Module) -> nn.Module:
     if isinstance(read, int) and read != width:
         raise UserValueError(
             f"The output embedding of {type(pretrained_model(model)).__name__} reads {read} numbers, but its decoder "
-            f"layers write {width}: a projection lies between the final norm and the output embedding, which the logits "
-            "of single layers would miss."
+            f"layers write {width}: a projection lies between the final norm and the output embedding."
         )
     return norms[0]
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """Tokens that a PEFT adapter (prompt tuning, p-tuning, prefix tuning) puts in front of every text; 0 without one."""
+    """Tokens that a PEFT adapter (prompt tuning, p-tuning, prefix tuning) puts in front of a text; 0 without one."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             break

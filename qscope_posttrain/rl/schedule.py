@@ -23,7 +23,11 @@ class NegativeSchedule(TrainerCallback, ExportableState):
         self.decay_steps = decay_steps
         self.stop_below = stop_below
         self.stop_window = stop_window
-        self.recent: deque[bool] = deque(maxlen=stop_window)
+        self.start()
+
+    def start(self) -> None:
+        """Forget what earlier trainings have seen."""
+        self.recent: deque[bool] = deque(maxlen=self.stop_window)
         self.stopped_at: int | None = None
 
     def share_at(self, step: int) -> float:
