@@ -56,6 +56,8 @@ class NegativeSchedule(TrainerCallback, ExportableState):
             attributes = saved[name]["attributes"]
             self.recent = deque(attributes["recent"], maxlen=self.stop_window)
             self.stopped_at = attributes["stopped_at"]
+        elif isinstance(saved, dict):  # a checkpoint of GRPOTrainer; transformers wants a record to write to
+            saved[name] = self.state()
 
     def state(self) -> dict[str, Any]:
         """JSON values that `transformers` writes into a checkpoint."""

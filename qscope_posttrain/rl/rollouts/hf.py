@@ -51,6 +51,7 @@ def negative_source(
         ValueError: features are missing or belong to another model, or neither they nor the config say where, how
             strongly or when to steer.
     """
+    config = config.settled(features is not None)
     if not config.is_steered:
         first, last = config.window_start or [0, 0]
         vocabulary = text_config(model).vocab_size

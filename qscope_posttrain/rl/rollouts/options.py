@@ -111,7 +111,7 @@ def check_effective(
     options |= {name: value for name, value in given.items() if name not in own}
 
     def source(name: str) -> str:
-        if name in given:
+        if given.get(name) is not None or name not in own:
             return "generation_kwargs"
         return "the model's generation_config" if own[name] is None else "generation_config"
 
