@@ -80,15 +80,14 @@ def run_identity(
         source: of the negatives, if there are any.
         rewards: name and weight of each reward function.
     """
+    if source is None:  # all else is TRL's, which does not ask
+        return {"negatives_per_group": 0, "dynamic_sampling": args.dynamic_sampling}
     names = {field.name for field in fields(SteeredGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
-    if source is None:
-        names = {"negatives_per_group", "soft_overlong_cache", "dynamic_sampling", "dynamic_sampling_attempts"}
     identity: dict[str, Any] = {name: getattr(args, name) for name in sorted({*names, "seed"})}
     identity["rewards"] = list(rewards)
-    if source is not None:
-        identity["window"] = [*source.window_start, source.window_length]
-        if source.steering is not None:
-            identity["steering_sha256"] = _fingerprint(source.steering)
+    identity["window"] = [*source.window_start, source.window_length]
+    if source.steering is not None:
+        identity["steering_sha256"] = _fingerprint(source.steering)
     return dict(json.loads(json.dumps(identity)))
 
 

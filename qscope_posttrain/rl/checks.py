@@ -93,10 +93,8 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
             f"cache_implementation={config.cache_implementation!r} compiles the decoding step without the steering "
             "hooks' row positions. Leave it at None."
         )
-    if config.generation_kwargs:
-        check_options(
-            config.generation_kwargs, {"temperature": config.temperature, "max_new_tokens": config.completion_limit}
-        )
+    given: Any = config.generation_kwargs
+    check_options(given or {}, {"temperature": config.temperature, "max_new_tokens": config.completion_limit})
     if config.dynamic_sampling:
         _check_dynamic_sampling(config)
 

@@ -94,10 +94,10 @@ def check_batch(prompts: Iterable[Any], *, empty_allowed: bool = False, name: st
         wrong = _wrong(prompt, empty_allowed)
         if wrong:
             raise UserValueError(f"row {row} of the {name}: '{PROMPT}' must be text or a list of messages; {wrong}.")
-        kind = str if isinstance(prompt, str) else list
+        kind: type = str if isinstance(prompt, str) else list
         first = first or kind
         if kind is not first:
-            words = {str: "text", list: "messages"}
+            words: dict[type, str] = {str: "text", list: "messages"}
             raise UserValueError(
                 f"row {row} of the {name}: '{PROMPT}' is {words[kind]}, and row 0 has {words[first]}. TRL reads a "
                 "batch by its first row: make all of them one kind."
