@@ -97,7 +97,8 @@ def check_recipe(recipe: GRPORecipe) -> Checks:
     rows = checks.check("data", check_data, recipe, recipe.script.dataset_train_split)
     checks.check("prompts", _prompts, recipe, rows, tokenizer, model)
     if recipe.training.eval_strategy != "no":
-        checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
+        evaluated = checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
+        checks.check("evaluation prompts", _prompts, recipe, evaluated, tokenizer, model)
     checks.check("rewards", _rewards, recipe, rows, tokenizer)
     checks.check("batch", _batch, recipe, rows)
     if recipe.training.resume_from_checkpoint:

@@ -229,7 +229,7 @@ def check_counted(model: nn.Module) -> None:
 
 def _uncounted(backbone: nn.Module) -> str:
     return (
-        f"{type(backbone).__name__} remembers what it has read in a state instead of a cache of keys and values, and a "
-        "state does not count tokens. So generated tokens cannot be told from the prompt: steer positions 'all', or "
-        "run one forward over the whole text with steer(..., prompt_length=...)."
+        f"{type(backbone).__name__} has no cache of keys and values, which would tell how many tokens it has read; a "
+        "state, such as Mamba's, does not count them. So generated tokens cannot be told from the prompt: steer "
+        "positions 'all', or run one forward over the whole text with steer(..., prompt_length=...)."
     )

@@ -373,7 +373,7 @@ def test_a_model_that_keeps_a_state_says_so(name):
     ids = torch.arange(3, 17).view(2, 7)
     for length in (None, 7):
         with (
-            pytest.raises(ValueError, match="in a state instead of a cache"),
+            pytest.raises(ValueError, match=f"{name}Model has no cache of keys and values"),
             steer(model, steering, prompt_length=length),
         ):
             model.generate(ids, max_new_tokens=3, do_sample=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from rl.cases import PROMPTS, make_args, make_trainer, small_model
 
 from qscope_posttrain.cli.grpo_arguments import parse_recipe
+from qscope_posttrain.cli.grpo_checks import check_recipe
 from qscope_posttrain.cli.grpo_data import check_prompts
 from qscope_posttrain.rl.prompts import check_batch, check_dataset
 
@@ -125,3 +126,18 @@ def test_the_command_line_looks_at_every_row(tiny_tokenizer, tmp_path, dry_run):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": ""}]))
     with pytest.raises(ValueError, match="row 0 of the data: 'prompt'"):
         check_prompts(recipe, stream, tiny_tokenizer)
+
+
+def test_a_dry_run_looks_at_the_evaluation_data_too(model, tiny_tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    rows = {"train": Dataset.from_dict({"prompt": TEXTS}), "test": Dataset.from_dict({"prompt": [*TEXTS, ""]})}
+    DatasetDict(rows).save_to_disk(tmp_path / "rows")
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows"), "--rewards",
+             "repetition_penalty", "--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--eval_strategy", "steps",
+             "--max_completion_length", "16", "--num_generations", "4", "--dry_run"]  # fmt: skip
+    found = {what: (result, detail) for what, result, detail in check_recipe(parse_recipe(words)).findings}
+    assert found["prompts"][0] == "ok"
+    assert found["evaluation prompts"] == (
+        "failed", "row 200 of the data: 'prompt' must be text or a list of messages; it is an empty text.",
+    )  # fmt: skip
