@@ -151,7 +151,7 @@ class Bench:
             model,
             first_token,
             arguments,
-            features=build_features(model),
+            features=None if options.get("negative") == "seeded" else build_features(model),
             train_dataset=build_prompts(settings),
             processing_class=build_tokenizer(settings.vocabulary),
         )

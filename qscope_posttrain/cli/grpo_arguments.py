@@ -32,13 +32,17 @@ class GRPORunArguments:
     )
     features: str | None = field(
         default=None,
-        metadata={"help": "FeatureSet file written by `qscope features find-repetition`; needed by negative: feature."},
+        metadata={
+            "help": "FeatureSet file written by `qscope features find-repetition`; needed by negative: feature. ''"
+            " takes away that of the recipe."
+        },
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything that can be checked without training, print it, and stop."}
     )
 
     def __post_init__(self) -> None:
+        self.features = self.features or None
         specs: list[Any] = [_reward_spec(entry) for entry in self.rewards]
         if not specs:
             raise UserValueError(
@@ -77,7 +81,7 @@ def parse_recipe(arguments: Sequence[str]) -> GRPORecipe:
     parser = RecipeParser(kinds, before_build=device, mappings=["rewards"], prog="qscope grpo")
     run, script, mixture, training, model = parser.parse(arguments)
     check_model_named(model)
-    training.settle_negative(run.features is not None)
+    training = training.settled(run.features is not None)
     if training.has_negatives and training.negative == "feature" and run.features is None:
         raise UserValueError(
             "negative: feature needs 'features', a file written by `qscope features find-repetition`; give it, or "

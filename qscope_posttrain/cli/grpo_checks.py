@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.checks import (
@@ -40,6 +40,7 @@ from qscope_posttrain.residual.layers import text_config
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.rewards import RewardFunction
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_source
+from qscope_posttrain.rl.rollouts.options import check_effective
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,7 @@ def prepare(recipe: GRPORecipe, features: FeatureSet | None) -> GRPOInputs:
     if recipe.training.has_negatives:
         model, _ = build_model(recipe)
         negative_source(recipe.training, features, model, tokenizer)
+        _check_generation(recipe)
     rows = load_rows(recipe, recipe.script.dataset_train_split)
     check_prompts(recipe, rows, tokenizer)
     check_reward_columns(rewards, rows)
@@ -95,7 +97,8 @@ def check_recipe(recipe: GRPORecipe) -> Checks:
     rows = checks.check("data", check_data, recipe, recipe.script.dataset_train_split)
     checks.check("prompts", _prompts, recipe, rows, tokenizer, model)
     if recipe.training.eval_strategy != "no":
-        checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
+        evaluated = checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
+        checks.check("evaluation prompts", _prompts, recipe, evaluated, tokenizer, model)
     checks.check("rewards", _rewards, recipe, rows, tokenizer)
     checks.check("batch", _batch, recipe, rows)
     if recipe.training.resume_from_checkpoint:
@@ -123,9 +126,20 @@ def _negatives(
 ) -> tuple[NegativeSource, str]:
     config = recipe.training
     source = negative_source(config, needed_features(recipe), model, tokenizer)
+    _check_generation(recipe)
     count = config.negatives_per_group
     which = "the last row" if count == 1 else f"the last {count} rows"
     return source, f"{which} of a group of {config.generations}, {describe_negatives(config, source)}"
+
+
+def _check_generation(recipe: GRPORecipe) -> None:
+    """ValueError for an option of the model's own generation_config that would erase negatives."""
+    try:
+        own = GenerationConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
+    except OSError:  # the model has none
+        own = GenerationConfig()
+    given: Any = recipe.training.generation_kwargs or {}
+    check_effective(GenerationConfig(**given), own, given, {}, steered=recipe.training.is_steered)
 
 
 def describe_negatives(config: SteeredGRPOConfig, source: NegativeSource) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
 from trl.import_utils import is_math_verify_available
 
 from qscope_posttrain.cli.artefacts import load_features
@@ -15,11 +15,12 @@ from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.errors import UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.report.progress import progress
+from qscope_posttrain.rl.prompts import MANY_ROWS, PROMPT, check_batch, check_dataset
 from qscope_posttrain.rl.rewards import RewardFunction, reward_function
 
-PROMPT = "prompt"
 SAMPLED_ROWS = 64
-"""Rows whose prompts are looked at"""
+"""Rows whose prompts are tokenised, unless in a dry run of data in memory"""
 
 _VERIFIED_BY_MATH = "trl.rewards.accuracy_rewards"
 """The module of rewards that compare mathematical answers, and fail at their first call without its dependency"""
@@ -70,31 +71,27 @@ def check_reward_columns(rewards: Sequence[RewardFunction], rows: Rows) -> None:
 
 
 def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Lengths in tokens of the first prompts, as the trainer will read them.
+    """Lengths in tokens of the first prompts, as the trainer will read them; of all in memory for a dry run.
 
     Raises:
-        ValueError: no rows, no column `prompt`, a prompt that is neither text nor messages, or messages for a
-            tokenizer without a chat template.
+        ValueError: no rows, no column `prompt`, a prompt that is neither text nor messages, in any row of a data set
+            in memory, or messages for a tokenizer without a chat template.
     """
-    examples = first_rows(rows, SAMPLED_ROWS)
-    if not examples:
-        raise UserValueError("the training data has no rows.")
+    in_memory = isinstance(rows, Dataset)
+    empty_allowed = bool(tokenizer(text="")["input_ids"])
+    check_dataset(rows, empty_allowed=empty_allowed, name="data")
+    examples: Iterable[dict[str, Any]] = rows if in_memory and recipe.run.dry_run else first_rows(rows, SAMPLED_ROWS)
+    if not in_memory:
+        check_batch([row.get(PROMPT) for row in examples], empty_allowed=empty_allowed, name="data")
     options: Any = recipe.training.chat_template_kwargs or {}
+    many = isinstance(examples, Dataset) and len(examples) > MANY_ROWS
     lengths = []
-    for number, row in enumerate(examples):
-        prompt = row.get(PROMPT)
-        if PROMPT not in row:
-            raise UserValueError(
-                f"GRPO needs a column '{PROMPT}', text or a list of messages; the data has {', '.join(sorted(row))}."
-            )
-        if isinstance(prompt, str) and prompt:
+    for row in progress(examples, description="reading prompts", enabled=None if many else False):
+        prompt = row[PROMPT]
+        if isinstance(prompt, str):
             lengths.append(len(tokenizer(text=prompt)["input_ids"]))
-        elif isinstance(prompt, list) and is_conversational(row):
-            lengths.append(len(_templated(prompt, tokenizer, options)))
         else:
-            raise UserValueError(
-                f"row {number}: '{PROMPT}' must be text or a list of messages, got {str(prompt)[:80]!r}."
-            )
+            lengths.append(len(_templated(prompt, tokenizer, options)))
     return lengths
 
 

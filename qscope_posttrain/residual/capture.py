@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qscope_posttrain.errors import UserTypeError
-from qscope_posttrain.residual.layers import check_layers, decoder_layers, unwrapped
+from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.residual.layers import check_layers, decoder_layers, text_config, unwrapped
 
 ForwardHook = Callable[[nn.Module, Any, Any], None]
 
@@ -22,6 +22,23 @@ def hidden_states(output: Any) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise UserTypeError(
             f"Expected a layer to return a tensor, or a tuple that starts with one; got {type(output).__name__}."
+        )
+    return hidden
+
+
+def residual_stream(output: Any, width: int) -> Tensor:
+    """The hidden states `[batch, tokens, d_model]` in a decoder layer's output, for a model of `hidden_size` `width`.
+
+    Raises:
+        TypeError: no tensor in the output.
+        ValueError: another shape: a model with several residual streams, which a hook cannot take for one.
+    """
+    hidden = hidden_states(output)
+    if hidden.dim() != 3 or hidden.shape[-1] != width:
+        raise UserValueError(
+            f"A decoder layer returned {list(hidden.shape)}, where [batch, tokens, {width}] was expected: either the "
+            "model has several residual streams, or its layers put their dimensions in another order. Only models with "
+            "one residual stream can be read and steered."
         )
     return hidden
 
@@ -74,6 +91,7 @@ class LayerCapture:
         self.layers = check_layers(model, layers)
         blocks = decoder_layers(model)
         self._blocks = {layer: blocks[layer] for layer in self.layers}
+        self._width = text_config(model).hidden_size
         self._modules = dict(modules or {})
         self._handles: list[RemovableHandle] = []
         self.active = True
@@ -141,7 +159,7 @@ class LayerCapture:
             if self.active:
                 self.calls[layer] += 1
                 if layer not in self.tensors:
-                    self.tensors[layer] = hidden_states(output)
+                    self.tensors[layer] = residual_stream(output, self._width)
 
         return hook
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -17,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
+
+_STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+"""Entries of a configuration that say how many residual streams a model has (AltUp, hyper-connections)"""
 
 
 def pretrained_model(model: nn.Module) -> PreTrainedModel:
@@ -47,17 +50,30 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers in order: the output of element n is the residual stream after block n, counted from 0.
 
     Raises:
-        ValueError: the model is an encoder-decoder, or no single list of `num_hidden_layers` blocks lies beside its
-            token embedding; the message names the lists that were found.
+        ValueError: the model is an encoder-decoder, has several residual streams, or no single list of
+            `num_hidden_layers` blocks lies beside its token embedding; the message names the lists that were found.
     """
-    return _text_backbone(model)[1]
+    layers = _text_backbone(model)[1]
+    config = text_config(model)
+    if config.model_type == "xlnet":
+        raise UserValueError(
+            "XLNet's layers return [tokens, batch, d_model], and only [batch, tokens, d_model] is read."
+        )
+    for name in _STREAMS:
+        count = getattr(config, name, None)
+        if isinstance(count, int) and count > 1:
+            raise UserValueError(
+                f"{type(pretrained_model(model)).__name__} has several residual streams ({name}={count}), and its "
+                "layers return all of them. Only models with one residual stream can be read and steered."
+            )
+    return layers
 
 
 def text_backbone(model: nn.Module) -> nn.Module:
     """The module that holds the token embedding and the decoder layers, and runs whenever they run.
 
     Raises:
-        ValueError: as `decoder_layers`.
+        ValueError: the model is an encoder-decoder, or its decoder layers were not found.
     """
     return _text_backbone(model)[0]
 
@@ -66,19 +82,40 @@ def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output embedding.
 
     Raises:
-        ValueError: the backbone has none, or several, behind its layers.
+        ValueError: there is none, or there are several, or a projection lies between the norm and the output embedding.
     """
     backbone, layers = _text_backbone(model)
-    children = list(backbone.children())
-    behind = children[children.index(layers) + 1 :]
-    # A norm may itself be wrapped, e.g. by PEFT's `modules_to_save`: look inside each child.
-    norms = [child for child in behind if any("norm" in type(part).__name__.lower() for part in child.modules())]
+    children = list(backbone.named_children())
+    place = [child for _, child in children].index(layers)
+    behind = children[place + 1 :]
+    # A norm in front of the layers is the embedding's, unless its name says otherwise (OPT).
+    norms = [child for _, child in behind if _is_norm(child)] or [
+        child for name, child in children[:place] if "final" in name and _is_norm(child)
+    ]
     if len(norms) != 1:
-        found = ", ".join(type(child).__name__ for child in behind) or "nothing"
+        found = ", ".join(type(child).__name__ for _, child in behind) or "nothing"
         raise UserValueError(
             f"Expected one norm behind the decoder layers of {type(backbone).__name__}, found: {found}."
         )
+    head: Any = pretrained_model(model).get_output_embeddings()
+    read, width = getattr(head, "in_features", None), text_config(model).hidden_size
+    if isinstance(read, int) and read != width:
+        raise UserValueError(
+            f"The output embedding of {type(pretrained_model(model)).__name__} reads {read} numbers, but its decoder "
+            f"layers write {width}: a projection lies between the final norm and the output embedding."
+        )
     return norms[0]
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Tokens that a PEFT adapter (prompt tuning, p-tuning, prefix tuning) puts in front of a text; 0 without one."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            break
+        adapter: Any = getattr(module, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            return int(adapter.num_virtual_tokens)
+    return 0
 
 
 def output_embedding(model: nn.Module) -> nn.Module:
@@ -173,3 +210,8 @@ def _owners(root: nn.Module, embedding: nn.Module) -> list[nn.Module]:
         waiting += [child for child in children if child not in seen]
         seen.update(children)
     return owners
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm, or a wrapper around one, e.g. PEFT's `modules_to_save`."""
+    return any("norm" in type(part).__name__.lower() for part in module.modules())

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.residual.layers import text_backbone
+from qscope_posttrain.residual.layers import text_backbone, virtual_tokens
 
 ENDLESS = torch.iinfo(torch.int64).max // 4
 """Stands for a column behind every sequence; far from the end of int64, so that sums with it do not wrap."""
+
+_CACHE = "past_key_values"
+_STATES = ("cache_params", "state", "mems")
+"""What models without such a cache are given from their last forward"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +131,7 @@ class ColumnTracker:
 
     A hook on the text backbone looks, before each forward, at the width of the input and the length of the cache.
     Without `prompt_length`, a forward that starts with an empty cache reads the prompt, and one-token forwards on a
-    cache read generated tokens.
+    cache read generated tokens. The virtual tokens of a prompt-learning adapter are columns in front of the prompt.
     """
 
     prompt_length: int | Tensor | None
@@ -151,32 +155,45 @@ class ColumnTracker:
             TypeError, ValueError: `prompt_length` is neither None nor a whole number nor `[rows]` of them.
         """
         self._given = None if prompt_length is None else whole_numbers("prompt_length", prompt_length)
-        self.prompt_length = self._given
+        self.prompt_length = None
         self.first = self.width = 0
         self.prompt_seen = self.generated_seen = False
         self._bounds = (0, 0)
-        if self._given is not None:
-            lengths = torch.as_tensor(self._given)
-            self._bounds = int(lengths.min()), int(lengths.max())
+        self._virtual = 0
+        self._counted = True
 
     def attach(self, model: nn.Module) -> RemovableHandle:
-        """Look before every forward of `model` until the handle is removed."""
+        """Look before every forward of `model` until the handle is removed.
+
+        Raises:
+            ValueError: see `check_counted`.
+        """
         backbone = text_backbone(model)
         names = list(inspect.signature(backbone.forward).parameters)
+        self._virtual = virtual_tokens(model)
+        self._counted = _CACHE in names
+        if self._given is None:
+            check_counted(model)
+        else:
+            self.prompt_length = self._given + self._virtual
+            lengths = torch.as_tensor(self.prompt_length)
+            self._bounds = int(lengths.min()), int(lengths.max())
 
         # A compiled graph would hold on to the numbers of one forward.
         @torch.compiler.disable
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._look({**dict(zip(names, args, strict=False)), **kwargs})
+            self._look(module, {**dict(zip(names, args, strict=False)), **kwargs})
 
         return backbone.register_forward_pre_hook(look, with_kwargs=True)
 
-    def _look(self, inputs: dict[str, Any]) -> None:
+    def _look(self, module: nn.Module, inputs: dict[str, Any]) -> None:
         tokens = inputs.get("input_ids")
         if tokens is None:
             tokens = inputs["inputs_embeds"]
         batch, width = tokens.shape[:2]
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(_CACHE)
+        if not self._counted and any(inputs.get(name) is not None for name in _STATES):
+            raise UserValueError(_uncounted(module))
         # An int; of a StaticCache a tensor, whose reading waits for the device.
         first = 0 if cache is None else int(cache.get_seq_length())
         if self._given is None:
@@ -188,8 +205,8 @@ class ColumnTracker:
         self.generated_seen |= first + width > self._bounds[0]
 
     def _infer(self, first: int, width: int) -> None:
-        if first == 0:
-            self.prompt_length, self._bounds = width, (width, width)
+        if first in (0, self._virtual):  # prefix tuning puts its virtual tokens into the cache
+            self.prompt_length, self._bounds = first + width, (first + width, first + width)
         elif self.prompt_length is None:
             raise RuntimeError(
                 f"The first forward inside the block starts with a cache of {first} tokens, so that where generated "
@@ -201,3 +218,18 @@ class ColumnTracker:
                 "further turn) or speculative decoding. Where generated tokens begin cannot be told from the forwards "
                 "then; pass steer(..., prompt_length=...)."
             )
+
+
+def check_counted(model: nn.Module) -> None:
+    """ValueError for a model whose forwards do not say how many tokens they have read before (Mamba, RWKV)."""
+    backbone = text_backbone(model)
+    if _CACHE not in inspect.signature(backbone.forward).parameters:
+        raise UserValueError(_uncounted(backbone))
+
+
+def _uncounted(backbone: nn.Module) -> str:
+    return (
+        f"{type(backbone).__name__} has no cache of keys and values, which would tell how many tokens it has read; a "
+        "state, such as Mamba's, does not count them. So generated tokens cannot be told from the prompt: steer "
+        "positions 'all', or run one forward over the whole text with steer(..., prompt_length=...)."
+    )

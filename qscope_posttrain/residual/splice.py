@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.capture import hidden_states
-from qscope_posttrain.residual.layers import check_layers, decoder_layers
+from qscope_posttrain.residual.capture import residual_stream
+from qscope_posttrain.residual.layers import check_layers, decoder_layers, text_config
 
 
 @contextmanager
@@ -24,12 +24,13 @@ def spliced(model: nn.Module, layer: int, states: Tensor) -> Iterator[None]:
         RuntimeError: no forward inside the block reached the layer.
     """
     (number,) = check_layers(model, [layer])
+    width = text_config(model).hidden_size
     calls = 0
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         nonlocal calls
         calls += 1
-        hidden = hidden_states(output)
+        hidden = residual_stream(output, width)
         if hidden.shape != states.shape:
             raise UserValueError(
                 f"Layer {number} returns {list(hidden.shape)}, the states to put there {list(states.shape)}."

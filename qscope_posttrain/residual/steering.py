@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.capture import hidden_states
+from qscope_posttrain.residual.capture import residual_stream
 from qscope_posttrain.residual.formulas import Change
 from qscope_posttrain.residual.layers import check_layers, decoder_layers, text_config
 from qscope_posttrain.residual.positions import ColumnTracker, Positions, Span, Window
@@ -82,7 +82,7 @@ def steer(
             handles.append(columns.attach(model))
         for steering in steerings:
             for layer in steering.layers:
-                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, calls, columns)))
+                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, width, calls, columns)))
         yield calls
     finally:
         for handle in handles:
@@ -113,7 +113,7 @@ def _check_effect(
             )
 
 
-def _hook(steering: Steering, layer: int, calls: dict[int, int], columns: ColumnTracker) -> LayerHook:
+def _hook(steering: Steering, layer: int, width: int, calls: dict[int, int], columns: ColumnTracker) -> LayerHook:
     """Forward hook that steers one layer, for an output that is a tensor or a tuple."""
     # Cast and moved once per device and dtype, not at every token of a generation.
     prepared: dict[tuple[torch.device, torch.dtype], tuple[Change, Tensor | None]] = {}
@@ -121,11 +121,11 @@ def _hook(steering: Steering, layer: int, calls: dict[int, int], columns: Column
     selection = None if steering.positions == "all" else _Selection(steering, columns)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = hidden_states(output)
+        hidden = residual_stream(output, width)
         # A graph is compiled for the values of Python counters: one that grows would mean a new graph at every call.
         calls[layer] = 1 if torch.compiler.is_compiling() else calls[layer] + 1
         if batch_rows is not None and hidden.shape[0] != batch_rows:
-            raise UserValueError(f"Steering is given for {batch_rows} rows, but the batch has {hidden.shape[0]}.")
+            raise UserValueError(other_rows("Steering is given", batch_rows, hidden.shape[0]))
         inside = True if selection is None else selection.mask(hidden)
         if inside is False:
             return None
@@ -140,6 +140,15 @@ def _hook(steering: Steering, layer: int, calls: dict[int, int], columns: Column
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     return hook if selection is None else torch.compiler.disable(hook)
+
+
+def other_rows(what: str, expected: int, found: int) -> str:
+    """The message for a forward over another number of rows than those that `what` is about."""
+    return (
+        f"{what} for {expected} rows, but the batch has {found}. Beams (num_beams), num_return_sequences and "
+        "guidance_scale make several rows of the model of one row of the batch, and a batch may be split or its last "
+        "one shorter: give as many rows as the model reads."
+    )
 
 
 class _Selection:

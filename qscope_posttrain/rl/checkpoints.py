@@ -1,14 +1,27 @@
-"""Checkpoints that lie between two generation batches, so that a resumed run equals one that was not interrupted."""
+"""Checkpoints from which a resumed run equals one that was not interrupted."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+from trl import GRPOConfig
+
+from qscope_posttrain.residual.steering import Steering
+from qscope_posttrain.resume import check_resumed
+from qscope_posttrain.rl.config import SteeredGRPOConfig
+from qscope_posttrain.rl.rollouts.hf import NegativeSource
 
 logger = logging.get_logger(__name__)
+
+_RECORD = "SteeredGRPOTrainer"
+"""Name of the record in checkpoints"""
 
 
 def generation_window(args: Any) -> int:
@@ -35,6 +48,7 @@ class SaveBetweenGenerations(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._due = False
         if state.global_step % self.window and state.is_world_process_zero:
             logger.warning(
                 f"the checkpoint of step {state.global_step} lies inside a generation batch of {self.window} steps: "
@@ -54,3 +68,55 @@ class SaveBetweenGenerations(TrainerCallback):
         control.should_save = wanted and not inside
         self._due = wanted and inside
         return control
+
+
+def run_identity(
+    args: SteeredGRPOConfig, source: NegativeSource | None, rewards: Sequence[tuple[str, float]]
+) -> dict[str, Any]:
+    """JSON values in which a resumed run must agree with the one before.
+
+    Args:
+        args: settled.
+        source: of the negatives, if there are any.
+        rewards: name and weight of each reward function.
+    """
+    if source is None:  # all else is TRL's, which does not ask
+        return {"negatives_per_group": 0, "dynamic_sampling": args.dynamic_sampling}
+    names = {field.name for field in fields(SteeredGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
+    identity: dict[str, Any] = {name: getattr(args, name) for name in sorted({*names, "seed"})}
+    identity["rewards"] = list(rewards)
+    identity["window"] = [*source.window_start, source.window_length]
+    if source.steering is not None:
+        identity["steering_sha256"] = _fingerprint(source.steering)
+    return dict(json.loads(json.dumps(identity)))
+
+
+def _fingerprint(steering: Steering) -> str:
+    """Hash of what is added to the residual stream, and where."""
+    digest = hashlib.sha256()
+    for layer in steering.layers:
+        shift = steering.change(layer).shift
+        digest.update(str(layer).encode())
+        if shift is not None:
+            digest.update(shift.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class SameRun(TrainerCallback):
+    """Refuses a checkpoint of a run with other negatives, rewards or seed, and leaves its own record in checkpoints."""
+
+    def __init__(self, identity: dict[str, Any], required: bool) -> None:
+        """
+        Args:
+            identity: JSON values that a resumed run must have in common with the run that it goes on with.
+            required: whether a checkpoint without a record is refused, too.
+        """
+        self._identity, self._required = identity, required
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """ValueError for a checkpoint of another run."""
+        records: Any = state.stateful_callbacks
+        if self._required or _RECORD in records or state.global_step == 0:
+            check_resumed(state, _RECORD, self._identity)

@@ -6,9 +6,28 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.rl.rollouts.options import check_options
 
 if TYPE_CHECKING:
     from qscope_posttrain.rl.config import SteeredGRPOConfig
+
+
+_LARGE = 10**9
+_RANGES: dict[str, tuple[float, float]] = {
+    "negatives_per_group": (0, _LARGE), "steering_layer": (0, _LARGE), "window_length": (0, _LARGE),
+    "probability_floor": (0.0, 1.0), "negative_weight": (0.0, 1e6), "negative_share": (0.0, 1.0),
+    "negative_decay_steps": (0, _LARGE), "stop_below": (0.0, 1.0), "stop_window": (1, _LARGE),
+    "loop_min_copies": (2, _LARGE), "loop_min_tokens": (1, _LARGE), "copies": (1, _LARGE), "copy_length": (1, _LARGE),
+    "soft_overlong_cache": (0, _LARGE), "dynamic_sampling_attempts": (1, 100),
+}  # fmt: skip
+
+
+def check_ranges(config: SteeredGRPOConfig) -> None:
+    """ValueError for a number out of its range."""
+    for name, (low, high) in _RANGES.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise UserValueError(f"{name} must lie between {low} and {high}; got {value}.")
 
 
 def check_compatible(config: SteeredGRPOConfig) -> None:
@@ -25,6 +44,19 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
         if config.dynamic_sampling:
             _check_dynamic_sampling(config)
         return
+    if config.generations - config.negatives_per_group < 2:
+        raise UserValueError(
+            f"negatives_per_group={config.negatives_per_group} of num_generations={config.num_generations} leaves "
+            "fewer than 2 ordinary rows in a group, and their rewards could not be compared. Take more generations."
+        )
+    # A repeated piece has at least one token.
+    shortest = max(config.loop_min_tokens, config.loop_min_copies)
+    if config.gate == "drop" and shortest > config.completion_limit:
+        raise UserValueError(
+            f"loop_min_tokens={config.loop_min_tokens} or loop_min_copies={config.loop_min_copies} is more than "
+            f"max_completion_length={config.max_completion_length}: no completion could be an endless repetition, "
+            "and gate='drop' would drop all negatives."
+        )
     if config.use_transformers_continuous_batching:
         raise UserValueError(
             "use_transformers_continuous_batching=True mixes the rows of a batch at every step, so that a negative "
@@ -61,6 +93,8 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
             f"cache_implementation={config.cache_implementation!r} compiles the decoding step without the steering "
             "hooks' row positions. Leave it at None."
         )
+    given: Any = config.generation_kwargs
+    check_options(given or {}, {"temperature": config.temperature, "max_new_tokens": config.completion_limit})
     if config.dynamic_sampling:
         _check_dynamic_sampling(config)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import GRPOConfig
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.rl.checks import check_compatible
+from qscope_posttrain.rl.checks import check_compatible, check_ranges
 
 Mode = Literal["default", "paper"]
 Negative = Literal["feature", "random", "seeded", "copied"]
+COPYING = ("seeded", "copied")
+"""Negatives that need no features"""
 Gate = Literal["drop", "keep"]
 NegativeTokens = Literal["all", "tail", "likely"]
 OldLogps = Literal["policy", "behaviour"]
@@ -216,11 +220,29 @@ class SteeredGRPOConfig(GRPOConfig):
             self._fill_window()
         check_compatible(self)
 
-    def settle_negative(self, has_features: bool) -> None:
-        """Decide how negatives are made, where `negative` was left open; the trainer calls this."""
-        if self.negative is None:
-            self.negative = "feature" if has_features else "seeded"
-            self._fill_window()
+    def settled(self, has_features: bool) -> SteeredGRPOConfig:
+        """A copy that says how negatives are made, where `negative` was left open; this config stays as it is.
+
+        The copy shares no list or dictionary with this one: the trainer works on it, and trainers write into their
+        settings.
+
+        Raises:
+            ValueError: features that the negatives make no use of.
+        """
+        if has_features and self.has_negatives and self.negative in COPYING:
+            raise UserValueError(
+                f"negative={self.negative!r} makes negatives without features, and features were given. Leave the "
+                "features out, or leave negative open to steer by them."
+            )
+        settled = copy.copy(self)
+        vars(settled).update({name: _unshared(value) for name, value in vars(self).items()})
+        if settled.negative is None:
+            settled.negative = "feature" if has_features else "seeded"
+        # A field may have been set since the config was made.
+        settled._check_values()
+        settled._fill_window()
+        check_compatible(settled)
+        return settled
 
     @property
     def has_negatives(self) -> bool:
@@ -245,7 +267,7 @@ class SteeredGRPOConfig(GRPOConfig):
 
     @property
     def is_steered(self) -> bool:
-        """Whether negatives come from steering, as opposed to copying; see `settle_negative`."""
+        """Whether negatives come from steering, as opposed to copying; see `settled`."""
         return self.has_negatives and self.negative in ("feature", "random")
 
     @property
@@ -283,10 +305,7 @@ class SteeredGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise UserValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserValueError(f"{name} must lie between {low} and {high}; got {value}.")
+        check_ranges(self)
         window = self.window_start
         if window is not None and (len(window) != 2 or not 0 <= window[0] <= window[1]):
             raise UserValueError(
@@ -297,40 +316,26 @@ class SteeredGRPOConfig(GRPOConfig):
                 f"soft_overlong_cache={self.soft_overlong_cache} is more than "
                 f"max_completion_length={self.max_completion_length}, the tokens that it is a part of."
             )
-        if not self.has_negatives:
-            return
-        if self.generations - self.negatives_per_group < 2:
-            raise UserValueError(
-                f"negatives_per_group={self.negatives_per_group} of num_generations={self.num_generations} leaves "
-                "fewer than 2 ordinary rows in a group, and their rewards could not be compared. Take more generations."
-            )
-        # A repeated piece has at least one token.
-        shortest = max(self.loop_min_tokens, self.loop_min_copies)
-        if self.gate == "drop" and shortest > self.completion_limit:
-            raise UserValueError(
-                f"loop_min_tokens={self.loop_min_tokens} or loop_min_copies={self.loop_min_copies} is more than "
-                f"max_completion_length={self.max_completion_length}: no completion could be an endless repetition, "
-                "and gate='drop' would drop all negatives."
-            )
-        if self.window_start is not None:
+        if self.has_negatives and self.window_start is not None:
             self.check_window(self.window_start)
 
     def _fill_window(self) -> None:
         """A copied piece needs no features that say where it may begin."""
-        if self.has_negatives and self.negative in ("seeded", "copied") and self.window_start is None:
+        if self.has_negatives and self.negative in COPYING and self.window_start is None:
             self.window_start = [0, self.completion_limit // 8]
             self.check_window(self.window_start)
+
+
+def _unshared(value: Any) -> Any:
+    """The same settings in containers of their own; what they hold is shared."""
+    if type(value) is dict:
+        return {key: _unshared(entry) for key, entry in value.items()}
+    if type(value) is list:
+        return [_unshared(entry) for entry in value]
+    return copy.copy(value) if isinstance(value, AcceleratorConfig) else value
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "negative": get_args(Negative), "gate": get_args(Gate), "negative_tokens": get_args(NegativeTokens),
     "old_logps": get_args(OldLogps), "baseline": get_args(Baseline), "steering_unit": ("raw", "norm", "relative"),
-}  # fmt: skip
-_LARGE = 10**9
-_RANGES: dict[str, tuple[float, float]] = {
-    "negatives_per_group": (0, _LARGE), "steering_layer": (0, _LARGE), "window_length": (0, _LARGE),
-    "probability_floor": (0.0, 1.0), "negative_weight": (0.0, 1e6), "negative_share": (0.0, 1.0),
-    "negative_decay_steps": (0, _LARGE), "stop_below": (0.0, 1.0), "stop_window": (1, _LARGE),
-    "loop_min_copies": (2, _LARGE), "loop_min_tokens": (1, _LARGE), "copies": (1, _LARGE), "copy_length": (1, _LARGE),
-    "soft_overlong_cache": (0, _LARGE), "dynamic_sampling_attempts": (1, 100),
 }  # fmt: skip

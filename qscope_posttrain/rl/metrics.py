@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -88,3 +90,10 @@ def token_metrics(sums: Tensor) -> dict[str, float]:
         "negative/log_ratio": log_ratio / tokens,
         "negative/gradient_share": own_pull / pull if pull > 0 else 0.0,
     }
+
+
+def overwrite_last(logged: Any, values: Tensor) -> None:
+    """Replace the last entries of a column of the completions table, a deque that may be shorter than `values`."""
+    for row, value in enumerate(values.tolist(), start=len(logged) - len(values)):
+        if row >= 0:
+            logged[row] = value

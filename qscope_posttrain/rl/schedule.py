@@ -23,7 +23,11 @@ class NegativeSchedule(TrainerCallback, ExportableState):
         self.decay_steps = decay_steps
         self.stop_below = stop_below
         self.stop_window = stop_window
-        self.recent: deque[bool] = deque(maxlen=stop_window)
+        self.start()
+
+    def start(self) -> None:
+        """Forget what earlier trainings have seen."""
+        self.recent: deque[bool] = deque(maxlen=self.stop_window)
         self.stopped_at: int | None = None
 
     def share_at(self, step: int) -> float:
@@ -52,6 +56,8 @@ class NegativeSchedule(TrainerCallback, ExportableState):
             attributes = saved[name]["attributes"]
             self.recent = deque(attributes["recent"], maxlen=self.stop_window)
             self.stopped_at = attributes["stopped_at"]
+        elif isinstance(saved, dict):  # a checkpoint of GRPOTrainer; transformers wants a record to write to
+            saved[name] = self.state()
 
     def state(self) -> dict[str, Any]:
         """JSON values that `transformers` writes into a checkpoint."""

@@ -25,6 +25,23 @@ class RowFacts:
     truncated: Tensor
     """[rows] bool: the completion was cut at the length limit"""
 
+    @classmethod
+    def of(
+        cls,
+        completions: Sequence[Sequence[int]],
+        tails: Sequence[RepeatedTail | None],
+        negative: Tensor,
+        end_tokens: Collection[int],
+    ) -> RowFacts:
+        """The facts of completions with these repeated tails, on the device of `negative` [rows]."""
+        device = negative.device
+        return cls(
+            negative=negative,
+            looped=torch.tensor([tail is not None for tail in tails], device=device),
+            length=torch.tensor([len(ids) for ids in completions], device=device),
+            truncated=torch.tensor([ids[-1] not in end_tokens for ids in completions], device=device),
+        )
+
     def kept(self, gate: str) -> Tensor:
         """[rows] bool: ordinary rows, and the negatives that pass the gate."""
         return ~self.negative | self.looped if gate == "drop" else torch.ones_like(self.negative)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,17 +13,19 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserTypeError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.baseline import excluded_advantages
-from qscope_posttrain.rl.checkpoints import SaveBetweenGenerations, generation_window
+from qscope_posttrain.rl.checkpoints import SameRun, SaveBetweenGenerations, generation_window, run_identity
 from qscope_posttrain.rl.checks import check_trainer_arguments
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, replace_rows, rows_to_redraw
 from qscope_posttrain.rl.loss_mask import negative_loss_mask
-from qscope_posttrain.rl.metrics import row_metrics, token_metrics, token_sums
+from qscope_posttrain.rl.metrics import overwrite_last, row_metrics, token_metrics, token_sums
+from qscope_posttrain.rl.prompts import check_data, check_inputs
 from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_rollout, negative_source
+from qscope_posttrain.rl.rollouts.options import check_trainer_generation
 from qscope_posttrain.rl.rows import RowPlan, ordinary_plan, plan_rows
 from qscope_posttrain.rl.schedule import NegativeSchedule
 from qscope_posttrain.rl.scored import RowFacts, ScoredRows, dead_groups, find_tails, total_rewards
@@ -38,30 +39,32 @@ class SteeredGRPOTrainer(GRPOTrainer):
 
     The negative is scored by the same reward functions and, unless configured otherwise, weighted by the unsteered
     policy (Qwen-Scope report, Eq. 28). All else is TRL's: with `negatives_per_group=0` the trajectory is bit-identical
-    to that of `GRPOTrainer` with the same rewards, and in evaluation no row is ever steered.
+    to that of `GRPOTrainer` with the same values, DAPO's `epsilon_high` and soft overlong punishment among them. In
+    evaluation no row is ever steered.
 
     Reward functions get a keyword `steered`, one flag a row. TRL's reward metrics then describe the rows that
     are part of the group statistics, its `completions/...` all rows; `ordinary/...` and `negative/...` describe the two
     kinds apart.
 
     Args:
-        model: as for `GRPOTrainer`.
-        reward_funcs: as for `GRPOTrainer`. DAPO's soft overlong punishment joins them unless `soft_overlong_cache` is
-            0; with `reward_weights` given it has weight 1.
-        args: the settings; required, since its values decide what the negatives are.
+        reward_funcs: DAPO's soft overlong punishment joins them unless `soft_overlong_cache` is 0; with
+            `reward_weights` given it has weight 1.
+        args: the settings; required, since its values decide what the negatives are. The trainer works on a copy
+            (`trainer.args`), so that one config serves several trainers.
         features: where to steer, as `qscope features find-repetition` writes it; a FeatureSet or its path. Without
             them, and where `args.negative` is left open, negatives are seeded: no SAE is needed.
-        callbacks: as for `GRPOTrainer`.
-        **arguments: everything else that `GRPOTrainer` takes.
+        model, callbacks, arguments: as for `GRPOTrainer`.
 
     Raises:
         TypeError: `args` is no `SteeredGRPOConfig`.
-        ValueError: features that are missing, incomplete or another model's; arguments under which rows cannot be
-            told apart.
+        ValueError: features that are missing, incomplete, another model's or of no use; arguments or options of
+            `generate` under which rows cannot be told apart; prompts that cannot be read.
     """
 
     args: SteeredGRPOConfig
     model: torch.nn.Module
+    _logps: Tensor | None
+    _token_sums: Tensor | None
 
     def __init__(
         self,
@@ -75,34 +78,53 @@ class SteeredGRPOTrainer(GRPOTrainer):
     ) -> None:
         if not isinstance(args, SteeredGRPOConfig):
             raise UserTypeError(f"args must be a SteeredGRPOConfig; got {type(args).__name__}.")
-        args.settle_negative(features is not None)
+        args = args.settled(features is not None)
         check_trainer_arguments(args.has_negatives, args.dynamic_sampling, arguments)
         self._negatives = args.negative_settings
-        schedule = NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
-        if args.soft_overlong_cache:
-            reward_funcs, args, arguments = _with_soft_overlong(reward_funcs, args, arguments)
-        own: list[TrainerCallback] = [schedule]
+        own: list[TrainerCallback] = [
+            NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
+        ]
         if args.has_negatives:
             own.append(SaveBetweenGenerations(generation_window(args)))
-        super().__init__(model, reward_funcs, args, callbacks=[*(callbacks or []), *own], **arguments)
+        # TRL writes into the lists that it is given.
+        rewards = [function for function in _as_list(reward_funcs) if function is not None]
+        classes, weights = arguments.pop("reward_processing_classes", None), args.reward_weights
+        classes = None if classes is None else _as_list(classes)
+        if args.soft_overlong_cache:
+            rewards.append(get_soft_overlong_punishment(args.completion_limit, args.soft_overlong_cache))
+            args.reward_weights = None if weights is None else [*weights, 1.0]
+            classes = None if classes is None else [*classes, None]
+        super().__init__(
+            model, rewards, args, callbacks=[*(callbacks or []), *own], reward_processing_classes=classes, **arguments
+        )
+        args.reward_weights = weights
         if isinstance(features, (str, PathLike)):
             features = FeatureSet.load(Path(features))
         self._source: NegativeSource | None = None
         if args.has_negatives:
             self._source = negative_source(args, features, self.model, self._tokenizer)
-        self._dynamic: DynamicSampling | None = None
-        if args.dynamic_sampling:
-            self._dynamic = DynamicSampling(self.train_dataset)
-        self._check_columns()
+            check_trainer_generation(self, steered=args.is_steered)
+        self._dynamic = DynamicSampling(self.train_dataset) if args.dynamic_sampling else None
+        check_data(self, STEERED)
+        weighted = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
+        self.add_callback(SameRun(run_identity(args, self._source, weighted), required=args.has_negatives))
         self._plan = ordinary_plan(0)
         self._tap: GenerationTap | None = None
         self._rows: ScoredRows | None = None
-        self._logps: Tensor | None = None
-        self._token_sums: Tensor | None = None
+        self._logps = self._token_sums = None
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As `GRPOTrainer.train`. A second call starts anew: with negatives again, from a fresh generation batch."""
+        if self.args.has_negatives:
+            self._schedule.start()
+            self._step, self._buffered_inputs = 0, None
+        self._token_sums = None
+        return super().train(*arguments, **options)
 
     # ---- Generation and scoring
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> BatchDict:
+        check_inputs(self, inputs)
         if not self.model.training:
             self._plan = ordinary_plan(len(inputs))
             return super()._generate_and_score_completions([{**row, STEERED: False} for row in inputs])
@@ -181,21 +203,13 @@ class SteeredGRPOTrainer(GRPOTrainer):
         return rewards.masked_fill(outside[:, None], torch.nan)
 
     def _score_rows(self, completions: Sequence[Sequence[int]], rewards: Tensor) -> ScoredRows:
-        device = rewards.device
         tails = find_tails(
-            completions,
-            self.args.completion_limit,
-            self.eos_token_ids,
-            min_copies=self.args.loop_min_copies,
+            completions, self.args.completion_limit, self.eos_token_ids, min_copies=self.args.loop_min_copies,
             min_tokens=self.args.loop_min_tokens,
-        )
-        mine = RowFacts(
-            negative=self._plan.negative.to(device),
-            looped=torch.tensor([tail is not None for tail in tails], device=device),
-            length=torch.tensor([len(ids) for ids in completions], device=device),
-            truncated=torch.tensor([ids[-1] not in self._end_tokens for ids in completions], device=device),
-        )
-        total = total_rewards(rewards, self.reward_weights.to(device))
+        )  # fmt: skip
+        end_tokens = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        mine = RowFacts.of(completions, tails, self._plan.negative.to(rewards.device), end_tokens)
+        total = total_rewards(rewards, self.reward_weights.to(rewards.device))
         return ScoredRows(tails, mine, mine.gathered(), total, rewards)
 
     @property
@@ -207,10 +221,6 @@ class SteeredGRPOTrainer(GRPOTrainer):
     def _group_size(self) -> int:
         return self.args.generations
 
-    @property
-    def _end_tokens(self) -> set[int]:
-        return {*self.eos_token_ids, self._tokenizer.pad_token_id}
-
     def _enter_negatives(self, output: BatchDict, rows: ScoredRows, plan: RowPlan, mask_truncated: bool) -> None:
         """Write into TRL's batch which rows are negatives, what they weigh, and what of them is in the loss."""
         settings, negative = self._negatives, rows.mine.negative
@@ -220,6 +230,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
             output["completion_mask"] = output["completion_mask"] * (~hidden).unsqueeze(1).int()
         behaviour = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
         if self._tap is not None:
+            self._tap.check_tokens(output["completion_ids"][negative], output["completion_mask"][negative])
             drawn = self._tap.log_probabilities(output["completion_ids"][negative])
             # What follows the end of a row was not drawn: where it should have copied, log 0 would turn sums to nan.
             behaviour[negative] = drawn.masked_fill(output["completion_mask"][negative] == 0, 0.0)
@@ -331,39 +342,10 @@ class SteeredGRPOTrainer(GRPOTrainer):
             self._metrics["train"][name].append(value)
         self._schedule.record(rows.everyone.looped[rows.everyone.negative].tolist(), self.state.global_step)
         logs: Any = self._logs
-        _overwrite_last(logs["advantages"], advantages)
+        overwrite_last(logs["advantages"], advantages)
         for name, column in zip(self.reward_func_names, rows.by_function.unbind(dim=1), strict=True):
-            _overwrite_last(logs["rewards"][name], column)
-
-    def _check_columns(self) -> None:
-        evaluated = self.eval_dataset
-        for dataset in (self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
-            if STEERED in (getattr(dataset, "column_names", None) or []):
-                raise UserValueError(
-                    f"The data set has a column {STEERED!r}, the name of the flag of negatives; rename it."
-                )
+            overwrite_last(logs["rewards"][name], column)
 
 
-def _overwrite_last(logged: Any, values: Tensor) -> None:
-    """Replace the last entries of a column of the completions table, a deque that may be shorter than `values`."""
-    for row, value in enumerate(values.tolist(), start=len(logged) - len(values)):
-        if row >= 0:
-            logged[row] = value
-
-
-def _with_soft_overlong(
-    reward_funcs: Any, args: SteeredGRPOConfig, arguments: dict[str, Any]
-) -> tuple[list[Any], SteeredGRPOConfig, dict[str, Any]]:
-    """The same with DAPO's soft overlong punishment as a further reward of weight 1; `args` itself is not changed."""
-    functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    functions = [function for function in functions if function is not None]
-    punishment = get_soft_overlong_punishment(args.completion_limit, args.soft_overlong_cache or 0)
-    weights: Any = args.reward_weights
-    if weights is not None:
-        args = copy.copy(args)
-        args.reward_weights = [*weights, 1.0]
-    classes = arguments.get("reward_processing_classes")
-    if classes is not None:
-        own = list(classes) if isinstance(classes, (list, tuple)) else [classes]
-        arguments = {**arguments, "reward_processing_classes": [*own, None]}
-    return [*functions, punishment], args, arguments
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.resume import check_resumed as check_resumed
 
 ZERO_3 = "DeepSpeed ZeRO-3"
 TENSOR_PARALLEL = "tensor parallelism"
@@ -62,41 +62,3 @@ def tensor_parallel_size(trainer: Trainer) -> int:
         return int(ask())
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     return 1 if parallelism is None else int(parallelism.tp_size)
-
-
-def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> None:
-    """Compare with what a resumed checkpoint was trained with, and record it for the checkpoints to come.
-
-    The record lies in `TrainerState.stateful_callbacks`, hence in each checkpoint's trainer_state.json, but not as an
-    `ExportableState`: transformers would rebuild such a callback from JSON, unattached.
-
-    Raises:
-        ValueError: the checkpoint was trained with other settings or features, or without this callback.
-    """
-    records: Any = state.stateful_callbacks
-    stored = records.get(key)
-    if state.global_step > 0:
-        if stored is None:
-            raise UserValueError(
-                f"The checkpoint at step {state.global_step} was trained without {key}. A resumed run must have the "
-                "same losses: start a new run from the checkpoint's weights instead, or resume without the callback."
-            )
-        found = stored["attributes"]
-        different = _differences(found, identity)
-        if different:
-            raise UserValueError(
-                f"The checkpoint at step {state.global_step} was trained with other settings of {key}: "
-                f"{'; '.join(different)}. Resume with the same settings and features, or start a new run."
-            )
-    records[key] = {"args": {}, "attributes": identity}
-
-
-def _differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
-    lines: list[str] = []
-    for name in sorted({*stored, *current}):
-        before, now = stored.get(name), current.get(name)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            lines += _differences(before, now, f"{prefix}{name}.")
-        elif before != now:
-            lines.append(f"{prefix}{name} was {before!r}, is {now!r}")
-    return lines

@@ -111,6 +111,16 @@ def test_no_negatives_is_bit_identical(model, tiny_tokenizer, name):
     assert "ordinary/reward" in ours.state.log_history[0]
 
 
+def test_the_only_values_of_trl_that_are_not_trls(tmp_path):
+    """What a GRPOConfig needs to be the same run: this, and the soft overlong punishment."""
+    shared = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    ours, plain = SteeredGRPOConfig(**shared), GRPOConfig(**shared)
+    names = set(GRPOConfig.__dataclass_fields__) - {"logging_dir"}
+    different = {name: getattr(ours, name) for name in names if str(getattr(ours, name)) != str(getattr(plain, name))}
+    assert different == {"epsilon_high": 0.28}
+    assert ours.soft_overlong_cache == ours.max_completion_length // 5
+
+
 def test_lora_with_kl_is_bit_identical(model, tiny_tokenizer):
     adapted, kl = with_lora(copy.deepcopy(model)), {"beta": 0.05}
     plain = train(GRPOTrainer, plain_config(**kl), adapted, tiny_tokenizer, [reward, short])

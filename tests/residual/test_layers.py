@@ -16,7 +16,10 @@ from qscope_posttrain.residual.layers import (
     output_embedding,
     text_config,
     unwrapped,
+    virtual_tokens,
 )
+from qscope_posttrain.residual.splice import spliced
+from qscope_posttrain.residual.steering import Steering, steer
 
 ARCHITECTURES = ["qwen3", "qwen3_moe", "qwen3_5_text", "llama", "mistral", "gemma2", "gemma3_text"]
 WRAPPERS = ["qwen3_5_vl", "qwen3_5_moe_vl", "qwen3_vl", "gemma3_vl", "llava"]
@@ -124,6 +127,130 @@ def test_other_names_for_the_same_parts():
     assert decoder_layers(model) is model.transformer.h
     assert final_norm(model) is model.transformer.ln_f
     assert output_embedding(model) is model.lm_head
+
+
+_SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}  # fmt: skip
+_OPT = {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}
+
+
+def build(name, **sizes):
+    """A tiny random model by the name of its class."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**{**_SMALL, **sizes})
+        return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "path"),
+    [
+        ("OPT", _OPT, "model.decoder.final_layer_norm"),
+        ("Bloom", {"n_layer": 2, "n_head": 2}, "transformer.ln_f"),  # with a norm of the embedding in front
+        ("GPTNeoX", {}, "gpt_neox.final_layer_norm"),
+        ("XGLM", {"d_model": 32, "num_layers": 2, "attention_heads": 2, "ffn_dim": 48}, "model.layer_norm"),
+        ("BioGpt", {}, "biogpt.layer_norm"),
+        ("GPTNeo", {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]}, "transformer.ln_f"),
+        ("Mamba", {}, "backbone.norm_f"),
+    ],
+)
+def test_the_final_norm_wherever_it_is_named(name, sizes, path):
+    model = build(name, **sizes)
+    assert final_norm(model) is model.get_submodule(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("OPT", {**_OPT, "do_layer_norm_before": False}, "one norm behind the decoder layers of OPTDecoder"),
+        ("OPT", {**_OPT, "word_embed_proj_dim": 16}, "a projection lies between the final norm and the output"),
+        ("OpenAIGPT", {"n_embd": 32, "n_layer": 2, "n_head": 2}, None),
+    ],
+)
+def test_a_model_without_a_norm_in_front_of_its_head(name, sizes, message):
+    if name == "OpenAIGPT":
+        config = transformers.OpenAIGPTConfig(vocab_size=64, **sizes)
+        model, message = transformers.OpenAIGPTLMHeadModel(config), "one norm behind the decoder layers"
+    else:
+        model = build(name, **sizes)
+    with pytest.raises(ValueError, match=message):
+        final_norm(model)
+
+
+# ---- Several residual streams
+
+
+def test_several_residual_streams_are_refused_where_layers_are_found():
+    model = build(
+        "Gemma3nText", num_hidden_layers=4, laurel_rank=4, vocab_size_per_layer_input=64, altup_num_inputs=2,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["full_attention"] * 4, intermediate_size=[48] * 4,
+    )  # fmt: skip
+    for use in (decoder_layers, lambda m: check_layers(m, [1])):
+        with pytest.raises(ValueError, match=r"several residual streams \(altup_num_inputs=2\)"):
+            use(model)
+
+
+@pytest.mark.parametrize("name", ["altup_num_inputs", "hc_mult", "hc_count"])
+def test_every_name_for_several_streams(make_model, name):
+    model = make_model()
+    setattr(model.config, name, 1)
+    assert len(decoder_layers(model)) == 4
+    setattr(model.config, name, 4)
+    with pytest.raises(ValueError, match=f"several residual streams.*{name}=4"):
+        decoder_layers(model)
+    delattr(model.config, name)
+
+
+def _stacked(module, args, output):
+    return torch.stack([output, output])
+
+
+def _widened(module, args, output):
+    return torch.cat([output, output], dim=-1)
+
+
+def _flattened(module, args, output):
+    return output.flatten(0, 1)
+
+
+@pytest.mark.parametrize("change", [_stacked, _widened, _flattened])
+def test_another_shape_than_one_residual_stream_is_refused_by_whoever_reads_it(make_model, change):
+    """Where no name in the configuration tells."""
+    model, ids = make_model(), torch.arange(3, 15).view(2, 6)
+    decoder_layers(model)[1].register_forward_hook(change)
+    message = r"A decoder layer returned \[.*where \[batch, tokens, 64\] was expected"
+    with pytest.raises(ValueError, match=message):
+        forward_to_layer(model, [1], input_ids=ids)
+    steering = Steering(torch.ones(64), (1,))
+    with pytest.raises(ValueError, match=message), steer(model, steering):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match=message), spliced(model, 1, torch.zeros(2, 6, 64)):
+        model(input_ids=ids)
+
+
+def test_layers_that_put_tokens_first_are_refused():
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=2, d_inner=48)
+    with pytest.raises(ValueError, match=r"XLNet.*\[tokens, batch, d_model\]"):
+        decoder_layers(transformers.XLNetLMHeadModel(config))
+
+
+# ---- Virtual tokens
+
+_VIRTUAL = {
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("kind", _VIRTUAL)
+def test_virtual_tokens(make_model, kind):
+    model = peft.get_peft_model(make_model(), _VIRTUAL[kind])
+    assert virtual_tokens(model) == 3
+    assert virtual_tokens(torch.compile(model, backend="eager")) == 3
+    assert virtual_tokens(model.get_base_model()) == 0
+    assert virtual_tokens(peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))) == 0
 
 
 def test_backbone_without_head(make_model):

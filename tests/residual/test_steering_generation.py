@@ -328,3 +328,57 @@ def test_compiled_model_breaks_the_graph_and_is_right(make_model, direction):
         for ids, expected in zip((PROMPTS, PROMPTS[:, :4]), eager, strict=True):
             torch.testing.assert_close(compiled(ids).logits, expected)
     assert calls == {1: 2}
+
+
+# ---- Models whose forwards count otherwise
+
+
+VIRTUAL = {
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+@pytest.mark.parametrize("positions", ["generated", Window(start=STARTS, length=2)])
+def test_virtual_tokens_are_no_tokens_of_the_prompt(make_model, direction, kind, positions):
+    """Cached generation and one forward over the whole text steer the same tokens."""
+    model = peft.get_peft_model(make_model(), VIRTUAL[kind]()).eval()
+    prompts = PROMPTS + 3 * (PROMPTS == 0)  # PEFT gives padded rows other positions in a forward than in a generation
+    mask = torch.ones_like(prompts)
+    steering = Steering(direction, (1,), strength=4.0, positions=positions)
+    with steer(model, steering):
+        output = generate(model, prompts, mask)
+    plain = generate(model, prompts, mask)
+    assert torch.equal(output.logits[0], plain.logits[0]), "the first token is chosen at the prompt"
+    assert not torch.allclose(output.logits[2], plain.logits[2])
+    with torch.no_grad(), steer(model, steering, prompt_length=WIDTH):
+        whole = model(input_ids=output.sequences, attention_mask=torch.ones_like(output.sequences), use_cache=False)
+    assert torch.allclose(whole.logits[:, -NEW - 1 : -1], torch.stack(output.logits, dim=1), atol=1e-4)
+
+
+def _state_model(name):
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Rwkv"])
+def test_a_model_that_keeps_a_state_says_so(name):
+    model, steering = _state_model(name), Steering(torch.ones(32), (1,), strength=4.0, positions="generated")
+    ids = torch.arange(3, 17).view(2, 7)
+    for length in (None, 7):
+        with (
+            pytest.raises(ValueError, match=f"{name}Model has no cache of keys and values"),
+            steer(model, steering, prompt_length=length),
+        ):
+            model.generate(ids, max_new_tokens=3, do_sample=False)
+    plain = model(input_ids=ids, use_cache=False).logits
+    with steer(model, steering, prompt_length=5):
+        steered = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(steered[:, :5], plain[:, :5])
+    assert not torch.allclose(steered[:, 5:], plain[:, 5:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 from rl.cases import END, LAYER, Formula, Row, ended, loop_features, make_args, prescribed, run_prescribed, small_model
@@ -152,3 +153,23 @@ def test_a_row_that_ended_before_it_was_to_copy(model, tiny_tokenizer):
     assert Formula().temperature == outcome.trainer.temperature
     for name in ("loss", "grad_norm", "negative/log_ratio"):
         assert torch.isfinite(torch.tensor(logged[name])), name
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("steered", [False, True])
+def test_virtual_tokens_in_front_of_the_prompt(model, tiny_tokenizer, kind, steered):
+    """The same rows are negatives, and the others say what they would have said."""
+    makers = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
+    tuned = peft.get_peft_model(copy.deepcopy(model), makers[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    options = {"negative": "seeded", "copies": 2, "copy_length": 4, "window_start": [0, 0]}
+    features = loop_features(model, norm=6.0) if steered else None
+    _, said, _ = rollout(tuned, tiny_tokenizer, [0] * len(NEGATIVE), features, **({} if steered else options))
+    _, plain = generate(tuned, tiny_tokenizer)
+    negative = torch.tensor(NEGATIVE)
+    assert torch.equal(said[~negative][:, : plain.shape[1]], plain[~negative][:, : said.shape[1]])
+    if steered:
+        assert any(a != b for a, b in zip(said[negative].tolist(), plain[negative].tolist(), strict=True))
+        return
+    copied = [ids for ids in said[negative].tolist() if END not in ids[:12]]
+    assert copied
+    assert all(ids[:4] == ids[4:8] == ids[8:12] for ids in copied)

@@ -266,11 +266,11 @@ def test_the_name_of_the_flag_is_taken(model, tiny_tokenizer, where):
 
 def test_generation_without_a_cache_would_not_be_steered(model, tiny_tokenizer):
     """It would read the whole text at every token, all of it as a prompt."""
-    args = make_args(generation_kwargs={"use_cache": False})
     trainer = build(
-        model, tiny_tokenizer, args, features=loop_features(model),
+        model, tiny_tokenizer, features=loop_features(model),
         reward=lambda completions, **_: [0.0] * len(completions),
     )  # fmt: skip
+    trainer.generation_config.use_cache = False  # after the checks
     with pytest.raises(RuntimeError, match="without a cache"):
         trainer.train()
     assert not trainer.model._forward_hooks

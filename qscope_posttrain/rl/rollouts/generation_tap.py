@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.residual.layers import pretrained_model
+from qscope_posttrain.residual.steering import other_rows
 
 
 class LogitsRule(Protocol):
@@ -52,6 +54,23 @@ class GenerationTap:
         """Take note of the distribution `[rows, vocabulary]` of the next token."""
         self._next = torch.log_softmax(logits.float() / self._temperature, dim=-1)
 
+    def check_tokens(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
+        """Compare what the tapped rows said with what came out of the generation, both [rows, length].
+
+        Raises:
+            RuntimeError: the rows that were tapped are not these.
+        """
+        width = min(len(self._tokens), completion_ids.shape[1])
+        if width == 0:
+            return
+        said = torch.stack(self._tokens[:width], dim=1).to(completion_ids.device)
+        other = (said != completion_ids[:, :width]) & completion_mask[:, :width].bool()
+        if bool(other.any()):
+            raise RuntimeError(
+                "Negatives came out as other rows than those that were made negatives: the generation has put the rows "
+                "of the batch in another order, or wrote into them. Negatives need the model's own `generate`."
+            )
+
     def log_probabilities(self, completion_ids: Tensor) -> Tensor:
         """[rows, length] of the tokens `completion_ids` [rows, length] under the distribution they were drawn from.
 
@@ -72,13 +91,21 @@ class GenerationTap:
 
 @contextmanager
 def generation_tap(
-    model: nn.Module, rows: Tensor, temperature: float, rule: LogitsRule | None = None
+    model: nn.Module,
+    rows: Tensor,
+    temperature: float,
+    rule: LogitsRule | None = None,
+    batch_rows: int | None = None,
 ) -> Iterator[GenerationTap]:
     """Tap rows `rows` (their numbers in the batch) of what `model.generate` does inside the block.
 
     With a `rule`, the logits of these rows are replaced by what it returns; the other rows stay bit-identical.
 
+    Args:
+        batch_rows: rows of the batch; None takes any number.
+
     Raises:
+        ValueError: in a forward over another number of rows.
         RuntimeError: on exit without another exception, if the model never ran.
     """
     causal_lm = pretrained_model(model)
@@ -98,6 +125,8 @@ def generation_tap(
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         nonlocal forwards
         forwards += 1
+        if batch_rows is not None and output.logits.shape[0] != batch_rows:
+            raise UserValueError(other_rows("Negatives are chosen", batch_rows, output.logits.shape[0]))
         logits = output.logits[index, -1]
         if rule is not None:
             logits = rule(tap.steps, logits)

@@ -15,6 +15,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import SETTINGS_KEY, feature_steering
 from qscope_posttrain.residual.layers import check_layers, text_config, unwrapped
+from qscope_posttrain.residual.positions import check_counted
 from qscope_posttrain.residual.steering import Steering, Window, steer
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.rollouts.copying import CopyRule, boundary_tokens
@@ -50,6 +51,7 @@ def negative_source(
         ValueError: features are missing or belong to another model, or neither they nor the config say where, how
             strongly or when to steer.
     """
+    config = config.settled(features is not None)
     if not config.is_steered:
         first, last = config.window_start or [0, 0]
         vocabulary = text_config(model).vocab_size
@@ -64,6 +66,7 @@ def negative_source(
         )
     steering = _steering(config, features, model)
     check_layers(model, steering.layers)
+    check_counted(model)
     recorded = dict(features.settings.get(SETTINGS_KEY, {})) if features is not None else {}
     if config.negative == "feature" and recorded.get("specific") is False:
         warnings.warn(
@@ -129,7 +132,7 @@ def negative_rollout(
     rows = plan.negative.nonzero().squeeze(1)
     if source.steering is None:
         rule = _copy_rule(source, plan.start[rows], model)
-        with generation_tap(model, rows, temperature, rule) as tap:
+        with generation_tap(model, rows, temperature, rule, batch_rows=len(plan.negative)) as tap:
             yield tap
         return
     steering = replace(
@@ -139,7 +142,10 @@ def negative_rollout(
         rows=plan.negative,
     )
     # A batch whose rows all end with their first token is rare, but no fault.
-    with steer(model, steering, require_generated=False), generation_tap(model, rows, temperature) as tap:
+    with (
+        steer(model, steering, require_generated=False),
+        generation_tap(model, rows, temperature, batch_rows=len(plan.negative)) as tap,
+    ):
         yield tap
     if tap.reads_everything_again:
         raise RuntimeError(

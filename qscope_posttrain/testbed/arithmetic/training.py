@@ -80,6 +80,7 @@ def train(
         probes: measured before, every `config.probe_every` updates, and after.
         features: for arms that steer; with a choice of layer, strength and window in their settings.
     """
+    from qscope_posttrain.rl.config import COPYING
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
     model = copy.deepcopy(language_model.model)
@@ -91,7 +92,7 @@ def train(
             model,
             [RightAnswer(language_model.tokenizer), *map(reward_function, arm.rewards)],
             grpo_arguments(arm, seed, config, folder),
-            features=features,
+            features=None if arm.overrides.get("negative") in COPYING else features,
             train_dataset=prompt_data(config, seed),
             processing_class=language_model.tokenizer,
             callbacks=[watcher],

@@ -1,0 +1,123 @@
+"""Prompts that GRPO can read: every row of a data set in memory, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.report.progress import progress
+
+PROMPT = "prompt"
+MANY_ROWS = 100_000
+"""Rows from which on a look at all of them shows its progress"""
+_ROWS_AT_A_TIME = 1000
+
+
+def check_data(trainer: Any, flag: str) -> None:
+    """Check the data sets of a `GRPOTrainer`.
+
+    Args:
+        flag: the name of a column that they must not have.
+
+    Raises:
+        ValueError: see `check_dataset`; a column named `flag`.
+    """
+    evaluated = trainer.eval_dataset
+    named = {"training data": trainer.train_dataset}
+    named |= (
+        {f"evaluation data {name!r}": rows for name, rows in evaluated.items()}
+        if isinstance(evaluated, dict)
+        else {"evaluation data": evaluated}
+    )
+    empty_allowed = _reads_nothing(trainer)
+    for name, dataset in named.items():
+        if flag in (getattr(dataset, "column_names", None) or []):
+            raise UserValueError(f"The data set has a column {flag!r}, the name of the flag of negatives; rename it.")
+        if trainer.environment_factories is None:  # they make the prompts
+            check_dataset(dataset, empty_allowed=empty_allowed, name=name)
+
+
+def check_inputs(trainer: Any, inputs: Sequence[Mapping[str, Any]]) -> None:
+    """Check the prompts of a batch of a `GRPOTrainer`: streams and transforms show their rows there.
+
+    Raises:
+        ValueError: see `check_dataset`.
+    """
+    if trainer.environment_factories is None:
+        check_batch([row.get(PROMPT) for row in inputs], empty_allowed=_reads_nothing(trainer))
+
+
+def _reads_nothing(trainer: Any) -> bool:
+    """Whether an empty text is a prompt of at least one token."""
+    return bool(trainer._tokenizer(text="")["input_ids"])
+
+
+def check_dataset(dataset: Any, *, empty_allowed: bool = False, name: str = "data set") -> None:
+    """Check the prompt of every row of a data set in memory; streams and transforms show theirs row by row only.
+
+    Args:
+        dataset: rows with a column `prompt`.
+        empty_allowed: whether an empty text is a prompt: with a tokenizer that puts a token in front of it.
+        name: of the data set, for the messages.
+
+    Raises:
+        ValueError: no such column, or a prompt that is missing, empty, neither text nor messages, or of another kind
+            than the first; the message names the row.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    if PROMPT not in dataset.column_names:
+        raise UserValueError(
+            f"GRPO needs a column '{PROMPT}', text or a list of messages; the {name} has "
+            f"{', '.join(sorted(dataset.column_names)) or 'no columns'}."
+        )
+    if len(dataset) == 0:
+        raise UserValueError(f"the {name} has no rows.")
+    batches = dataset.with_format(None).select_columns([PROMPT]).iter(batch_size=_ROWS_AT_A_TIME)
+    shown = progress(
+        batches, -(-len(dataset) // _ROWS_AT_A_TIME), "looking at prompts", None if len(dataset) > MANY_ROWS else False
+    )
+    check_batch((prompt for batch in shown for prompt in batch[PROMPT]), empty_allowed=empty_allowed, name=name)
+
+
+def check_batch(prompts: Iterable[Any], *, empty_allowed: bool = False, name: str = "batch") -> None:
+    """Check prompts that are trained on together.
+
+    Raises:
+        ValueError: see `check_dataset`.
+    """
+    first: type | None = None
+    for row, prompt in enumerate(prompts):
+        wrong = _wrong(prompt, empty_allowed)
+        if wrong:
+            raise UserValueError(f"row {row} of the {name}: '{PROMPT}' must be text or a list of messages; {wrong}.")
+        kind: type = str if isinstance(prompt, str) else list
+        first = first or kind
+        if kind is not first:
+            words: dict[type, str] = {str: "text", list: "messages"}
+            raise UserValueError(
+                f"row {row} of the {name}: '{PROMPT}' is {words[kind]}, and row 0 has {words[first]}. TRL reads a "
+                "batch by its first row: make all of them one kind."
+            )
+
+
+def _wrong(prompt: Any, empty_allowed: bool) -> str | None:
+    """What is wrong with a prompt, if anything."""
+    if isinstance(prompt, str):
+        return None if prompt or empty_allowed else "it is an empty text"
+    if prompt is None:
+        return "it is missing (None)"
+    if not isinstance(prompt, (list, tuple)):
+        return f"got {str(prompt)[:80]!r}, a {type(prompt).__name__}"
+    if not prompt:
+        return "it is an empty list"
+    for number, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"message {number} has no 'role': {str(message)[:80]!r}"
+        content = message.get("content")
+        if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
+            return f"message {number} has no text in 'content': {str(message)[:80]!r}"
+    return None

@@ -1,0 +1,149 @@
+"""Which options of `generate` leave negatives what they are: a list of those allowed, everything else is refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.residual.layers import pretrained_model
+
+# They reshape a distribution, or do nothing here: beams and an assistant are refused below or never given.
+_ALLOWED = frozenset(
+    {
+        "do_sample", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+        "repetition_penalty", "renormalize_logits", "remove_invalid_values", "min_length", "min_new_tokens",
+        "max_length", "bos_token_id", "decoder_start_token_id", "disable_compile", "length_penalty", "early_stopping",
+        "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "assistant_lookbehind", "target_lookbehind", "transformers_version",
+    }
+)  # fmt: skip
+_NEUTRAL: Mapping[str, Any] = {
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "guidance_scale": 1, "diversity_penalty": 0,
+    "penalty_alpha": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1,
+    "use_cache": True, "cache_implementation": "hybrid",
+}  # fmt: skip
+"""Values that mean the same as none; transformers itself sets the cache "hybrid" aside"""
+
+_SEVERAL_ROWS = "makes several rows of the model of one completion, so that negatives cannot be told from other rows"
+_DRAFTS = "reads several tokens at a time, so that generated tokens cannot be told apart"
+_FORBIDS = "may forbid a token that a negative has to repeat"
+_ENDS = "ends rows that a negative should carry on with to the end"
+_CACHE = "changes the cache, by which generated tokens are told from the prompt"
+_REASONS: Mapping[str, str] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale", "penalty_alpha"),
+                    _SEVERAL_ROWS),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"), _DRAFTS),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias",
+                     "suppress_tokens", "begin_suppress_tokens"), _FORBIDS),
+    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "max_time", "stop_strings"), _ENDS),
+    **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size"), _CACHE),
+    "temperature": "is not the temperature of the trainer, with which it weighs tokens: set its own `temperature`",
+    "max_new_tokens": "is not the limit by which the trainer tells endless repetitions: set `max_completion_length`",
+    "eos_token_id": "names other ends than the trainer knows: set the end tokens in the model's generation_config",
+    "pad_token_id": "is not the padding that the trainer knows: set it in the tokenizer",
+}  # fmt: skip
+
+
+def check_options(
+    options: Mapping[str, Any],
+    equal: Mapping[str, Any],
+    *,
+    steered: bool = False,
+    source: Callable[[str], str] = lambda name: "generation_kwargs",
+) -> None:
+    """Refuse options of `generate` under which a negative would be no negative, or could not be told from other rows.
+
+    An option that is not known to be harmless is refused, also one of a transformers to come.
+
+    Args:
+        options: by name, as for `GenerationConfig`; None is no option.
+        equal: options that must have one value, since the trainer relies on it; those that it leaves out are not
+            looked at.
+        steered: whether negatives are steered, and not copied.
+        source: where an option comes from, in words.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    known = vars(GenerationConfig())
+    for name, value in options.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UserValueError(
+                f"{source(name)}: {name!r} is no option of transformers' GenerationConfig."
+                f"{f' Did you mean {close[0]!r}?' if close else ''}"
+            )
+        if name in _ALLOWED or name.startswith("_") or _is_off(name, value, equal, steered):
+            continue
+        reason = _REASONS.get(name, "is not known to leave negatives what they are")
+        raise UserValueError(
+            f"{source(name)}: {name}={value!r} {reason}. Remove it, or set negatives_per_group=0 for plain DAPO."
+        )
+
+
+def check_effective(
+    config: GenerationConfig,
+    model_config: GenerationConfig,
+    given: Mapping[str, Any],
+    equal: Mapping[str, Any],
+    *,
+    steered: bool,
+) -> None:
+    """`check_options` for what `model.generate(generation_config=config)` will do.
+
+    What `config` leaves open is taken from the model's own configuration.
+
+    Args:
+        config: that of the trainer.
+        model_config: that of the model.
+        given: the user's `generation_kwargs`, for the messages.
+        equal, steered: as for `check_options`.
+
+    Raises:
+        ValueError: the message names the option and where it comes from.
+    """
+    own = {name: getattr(config, name, None) for name in vars(GenerationConfig())}
+    options = {name: getattr(model_config, name, None) if value is None else value for name, value in own.items()}
+    options |= {name: value for name, value in given.items() if name not in own}
+
+    def source(name: str) -> str:
+        if given.get(name) is not None or name not in own:
+            return "generation_kwargs"
+        return "the model's generation_config" if own[name] is None else "generation_config"
+
+    check_options(options, equal, steered=steered, source=source)
+
+
+def check_trainer_generation(trainer: Any, steered: bool) -> None:
+    """`check_effective` for a `GRPOTrainer` that generates with the model's own `generate`."""
+    equal = {
+        "temperature": trainer.temperature,
+        "max_new_tokens": trainer.max_completion_length,
+        "eos_token_id": trainer.eos_token_ids,
+        "pad_token_id": trainer._tokenizer.pad_token_id,
+    }
+    model: Any = pretrained_model(trainer.model)
+    given = trainer.args.generation_kwargs or {}
+    check_effective(trainer.generation_config, model.generation_config, given, equal, steered=steered)
+
+
+def _is_off(name: str, value: Any, equal: Mapping[str, Any], steered: bool) -> bool:
+    """Whether a value of an option that is not allowed as such changes nothing."""
+    if name in ("temperature", "max_new_tokens", "eos_token_id", "pad_token_id"):
+        return name not in equal or _as_set(value) == _as_set(equal[name])
+    if name == "use_cache" and not steered:
+        return True
+    if name == "suppress_tokens":
+        # A token that nobody can say is never repeated; but rows that have ended must still be padded.
+        return not _as_set(value) & _as_set(equal.get("pad_token_id", ()))
+    if value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value):
+        return name != "use_cache" or value is None
+    return name in _NEUTRAL and bool(value == _NEUTRAL[name])
+
+
+def _as_set(value: Any) -> set[Any]:
+    return set(value) if isinstance(value, (list, tuple)) else {value}
