@@ -211,9 +211,9 @@ def test_token_penalty(model, features, tiny_tokenizer, skip, normalization, acc
 
 def test_target_tokens_come_from_the_script(model, features, tiny_tokenizer):
     callback = TokenPenaltyCallback("zh", 0.1, languages=features.languages)
-    one_step(model, callback, tiny_tokenizer)
-    assert tiny_tokenizer("河水")["input_ids"][0] in callback._tokens.tolist()
-    assert not set(tiny_tokenizer("The river")["input_ids"]) & set(callback._tokens.tolist())
+    tokens = callback.prepare(make_trainer(copy.deepcopy(model), ROWS, processing_class=tiny_tokenizer)).tokens.tolist()
+    assert tiny_tokenizer("河水")["input_ids"][0] in tokens
+    assert not set(tiny_tokenizer("The river")["input_ids"]) & set(tokens)
     latin = SASFTCallback(make_features(model, label="en"), target="en", position_weight="risk")
     with pytest.raises(ValueError, match="target_token_ids"):
         one_step(model, latin, tiny_tokenizer)
