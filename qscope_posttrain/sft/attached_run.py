@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.residual.capture import LayerCapture
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, Step
 from qscope_posttrain.sft.masks import TokenBatch
 from qscope_posttrain.sft.metrics import MetricWindow
@@ -161,7 +163,6 @@ class AttachedRun:
             result = original(model, dict(plain), **options)
             loss = result[0] if return_outputs else result
             layers, named = self.loss.captured(batch.labels)
-            capture.active = False
             self.micro_batches += 1
             self.hook_calls += sum(capture.calls.values())
             eligible = self.loss.eligible(batch)
@@ -173,7 +174,9 @@ class AttachedRun:
                 num_items_in_batch,
                 self.eligible_in_window,
             )
-            term, sums = self.loss.value(Step(batch, eligible, layers, named, normaliser, plain))
+            # With PEFT the starting model is the trained one: its forward is no business of any capture.
+            with _paused(self.callback.captures_on(self.trainer)):
+                term, sums = self.loss.value(Step(batch, eligible, layers, named, normaliser, plain))
             self.window.add([value.to(loss.device) for value in sums])
             if not self.callback.measures_only:
                 loss = loss + term.to(loss)
@@ -192,3 +195,16 @@ class AttachedRun:
                 f"get_train_dataloader() with {type(self.callback).__name__} attached."
             )
         return TokenBatch.from_inputs(inputs, inputs[self.key])
+
+
+@contextmanager
+def _paused(captures: Sequence[LayerCapture]) -> Iterator[None]:
+    """None of `captures` active, then each as it was."""
+    active = [capture for capture in captures if capture.active]
+    for capture in active:
+        capture.active = False
+    try:
+        yield
+    finally:
+        for capture in active:
+            capture.active = True

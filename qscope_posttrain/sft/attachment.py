@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.residual.capture import LayerCapture
 from qscope_posttrain.sft.attached_run import AttachedRun
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss
 from qscope_posttrain.sft.checks import check_resumed, check_trainer
@@ -104,7 +105,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             TypeError: not an `SFTTrainer`.
             ValueError: a set-up that cannot work, with what to change.
         """
-        for run in self._runs_on(trainer):
+        for run in self.runs_on(trainer):
             if run.hooked:
                 raise RuntimeError(f"This {type(self).__name__} is already attached to the trainer; detach() it first.")
             run.leave()
@@ -139,8 +140,14 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, runs=WeakSet())
 
-    def _runs_on(self, trainer: Trainer) -> list[AttachedRun]:
+    def runs_on(self, trainer: Trainer) -> list[AttachedRun]:
+        """This callback's run on a trainer, if there is one."""
         return [run for run in self.runs if run.trainer is trainer]
+
+    def captures_on(self, trainer: Trainer) -> list[LayerCapture]:
+        """The captures of all auxiliary losses on a trainer."""
+        callbacks = [other for other in trainer.callback_handler.callbacks if isinstance(other, AuxiliaryLossCallback)]
+        return [run.loss.capture for other in callbacks for run in other.runs_on(trainer)]
 
     def _running(self, state: TrainerState) -> AttachedRun:
         """The run of the trainer that an event comes from, of which transformers tells a callback only the state."""
@@ -161,7 +168,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         for other in callbacks:
             if not isinstance(other, AuxiliaryLossCallback) or other is self or other.name != self.name:
                 continue
-            if other._runs_on(trainer):
+            if other.runs_on(trainer):
                 raise UserValueError(
                     f"A callback named {self.name!r} is already attached to this trainer; give one of the two another "
                     f"name, for example name='{self.name}_2', so that their metrics stay apart."
