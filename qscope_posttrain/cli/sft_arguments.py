@@ -13,6 +13,7 @@ from qscope_posttrain.cli.options import did_you_mean
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.cli.recipe import DeviceRule, TrainingRecipe, check_model_named
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.sft.config import KLAnchorConfig, LossConfig, SASFTConfig, TokenPenaltyConfig
 
 METHODS: dict[str, tuple[type[LossConfig], str]] = {
@@ -102,6 +103,8 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
 def _settings(method: str, given: dict[str, Any]) -> LossConfig | None:
     """The settings of a method from the keys that were given. The control, method sft, passes over all of them."""
     if method == "sft":
+        if given:
+            status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
         return None
     kind, prefix = METHODS[method]
     keys = {prefix + name: name for name in kind.__dataclass_fields__}

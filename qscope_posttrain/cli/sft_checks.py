@@ -80,7 +80,7 @@ def _callback(recipe: Recipe, model: torch.nn.Module) -> tuple[AuxiliaryLossCall
     settings = callback.config
     if features is None:
         terms = f"{recipe.run.method} with weight {settings.weight:g}"
-        return callback, terms + (f", KL anchor with {settings.anchor_weight:g}" if settings.anchor_weight else "")
+        return callback, terms + (f", KL anchor with {settings.anchor:g}" if settings.anchor else "")
     features.check_model(model)
     readouts = ", ".join(f"{len(layer)} on layer {layer.layer}" for layer in callback.layers)
     return callback, f"fit the model; readouts: {readouts}; languages {', '.join(features.languages)}"

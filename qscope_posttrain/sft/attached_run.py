@@ -122,20 +122,20 @@ class AttachedRun:
                 self.leave()
 
     def _get_train_dataloader(self, original: Any) -> Any:
-        callback = self.callback
+        callback, config = self.callback, self.callback.config
         return with_languages(
             original,
             self.trainer,
             self.columns or (),
-            callback.language,
+            config.language,
             callback.languages,
-            callback.ignore_languages,
+            config.ignore_languages,
             self.key,
         )
 
     def _get_batch_samples(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         batches, num_items_in_batch = original(*args, **kwargs)
-        if self.callback.normalization == "paper" and batches:
+        if self.loss.config.normalization == "paper" and batches:
             counts = [self.loss.eligible(self._token_batch(batch)).sum() for batch in batches]
             self.eligible_in_window = count_in_window(self.trainer, torch.stack(counts).sum())
         return batches, num_items_in_batch
@@ -168,7 +168,7 @@ class AttachedRun:
             eligible = self.loss.eligible(batch)
             normaliser = micro_batch_normaliser(
                 self.trainer,
-                self.callback.normalization,
+                self.loss.config.normalization,
                 batch,
                 eligible,
                 num_items_in_batch,

@@ -61,10 +61,6 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         self.languages = languages
         self.target_token_ids = target_token_ids
         self.anchor_model = anchor_model
-        self.weight = config.weight
-        self.normalization = config.normalization
-        self.language = config.language
-        self.ignore_languages = config.ignore_languages
         self.runs: WeakSet[AttachedRun] = WeakSet()
 
     # What a subclass gives
@@ -81,9 +77,14 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         return {"config": self.config.to_dict()}
 
     @property
+    def weight(self) -> float:
+        """The factor of the term."""
+        return self.config.weight
+
+    @property
     def measures_only(self) -> bool:
         """Whether the term is computed for the metrics alone, without gradient, and never added."""
-        return self.config.weight == 0 and self.config.anchor_weight == 0
+        return self.config.weight == 0 and self.config.anchor == 0
 
     @property
     def reads_languages(self) -> bool:
@@ -111,7 +112,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             run.leave()
         check_trainer(trainer, type(self).__name__)
         self._check_name(trainer)
-        columns = language_columns(trainer, self.language) if self.reads_languages else None
+        columns = language_columns(trainer, self.config.language) if self.reads_languages else None
         self.runs.add(AttachedRun(self, trainer, self.prepare(trainer), columns))
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)

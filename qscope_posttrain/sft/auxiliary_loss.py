@@ -107,7 +107,7 @@ class AuxiliaryLoss(ABC):
 
     def value(self, step: Step) -> tuple[Tensor, list[Tensor]]:
         """The scalar to add to the loss, weights included, and the window's values in the order of `window_names`."""
-        weight, anchor_weight = self.config.weight, self.config.anchor_weight
+        weight, anchor_weight = self.config.weight, self.config.anchor
         # A term that only measures must not even contribute a zero gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
             penalty, sums = self.penalty(step)
@@ -126,7 +126,7 @@ class AuxiliaryLoss(ABC):
         return self.anchor.divergence(self.model, step.inputs, step.final, positions, self.tokens)
 
     def window_names(self) -> tuple[str, ...]:
-        return ("penalty", *self.sum_names(), *(("anchor",) if self.config.anchor_weight > 0 else ()))
+        return ("penalty", *self.sum_names(), *(("anchor",) if self.config.anchor > 0 else ()))
 
     def metrics(self, totals: Mapping[str, float], steps: int, ranks: int) -> dict[str, float]:
         """What to log, from sums over a logging window of `steps` optimiser steps and over `ranks` processes."""

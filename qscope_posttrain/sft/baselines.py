@@ -83,7 +83,8 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
                 f"The token penalty needs the whole output embedding with gradient, which no rank holds under {scheme} "
                 "outside of the model's forward. Use DDP or ZeRO-1/2."
             )
-        check_head(trainer.model)
+        model: Any = trainer.model
+        check_head(model)
         tokens = find_target_tokens(trainer, config.target, self.target_token_ids, required=True)
         anchor = Anchor.for_trainer(trainer, self.anchor_model) if config.anchor_weight > 0 else None
         target_id = self.languages.index(config.target)
@@ -136,7 +137,8 @@ class KLAnchorCallback(AuxiliaryLossCallback):
 
     def prepare(self, trainer: Trainer) -> AuxiliaryLoss:
         target, given = self.config.target, self.target_token_ids
-        check_head(trainer.model)
+        model: Any = trainer.model
+        check_head(model)
         tokens = None
         if target is not None or given is not None:
             tokens = find_target_tokens(trainer, target or "the anchor", given, required=False)

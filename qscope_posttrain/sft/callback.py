@@ -80,7 +80,8 @@ class SASFTCallback(AuxiliaryLossCallback):
         )
 
     def prepare(self, trainer: Trainer) -> AuxiliaryLoss:
-        config, model = self.config, trainer.model
+        config = self.config
+        model: Any = trainer.model
         self.features.check_model(model)
         risk, tokens = config.position_weight == "risk", None
         if config.needs_logits:

@@ -62,7 +62,7 @@ class LossConfig:
             if option.endswith("languages"):
                 object.__setattr__(self, option, self._names(option, value))
             if hint is float:
-                if not isinstance(value, Real) or not 0 <= value < float("inf"):
+                if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
                     raise UserValueError(f"{name}.{option} must be a finite number of at least 0; got {value!r}.")
                 object.__setattr__(self, option, float(value))  # a number of numpy is no JSON
         if self.target is not None and self.target in self.ignore_languages:
@@ -72,6 +72,11 @@ class LossConfig:
         if isinstance(value, str) or not all(isinstance(language, str) for language in value):
             raise UserTypeError(f"{type(self).__name__}.{option} must be names such as ('en', 'ko'); got {value!r}.")
         return tuple(value)
+
+    @property
+    def anchor(self) -> float:
+        """The weight of a KL anchor beside the term: `anchor_weight` of the settings that have one, or else 0."""
+        return float(getattr(self, "anchor_weight", 0.0))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; a callable `language` by its qualified name."""
@@ -206,11 +211,6 @@ class KLAnchorConfig(LossConfig):
             )
         if self.target is not None:
             _check_target(self.target, self.languages)
-
-    @property
-    def anchor_weight(self) -> float:
-        """There is no anchor beside the term: the anchor is the term."""
-        return 0.0
 
 
 def known_languages(config: TokenPenaltyConfig | KLAnchorConfig) -> tuple[str, ...]:

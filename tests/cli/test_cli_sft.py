@@ -143,9 +143,12 @@ def test_what_is_written_reads_back_as_the_same_recipe(world, tmp_path, changes)
         assert bool(kept) == (method == recipe.run.method)
 
 
-def test_the_control_of_a_recipe_passes_over_its_penalty(world, tmp_path):
+def test_the_control_of_a_recipe_passes_over_its_penalty_and_says_so(world, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("qscope_posttrain.cli.sft_arguments.status", said.append)
     path = world.recipe(tmp_path / "recipe.yaml", anchor_weight=1.0)
     assert parse_recipe(["--config", path, "--method", "sft"]).penalty is None
+    assert said == ["method sft trains without a penalty: no effect have sasft_target, sasft_weight, anchor_weight"]
 
 
 @pytest.mark.parametrize(
