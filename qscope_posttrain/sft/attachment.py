@@ -163,10 +163,8 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         )
 
     def _check_name(self, trainer: Trainer) -> None:
-        callbacks = trainer.callback_handler.callbacks
-        if sum(other is self for other in callbacks) > 1:
-            raise UserValueError(f"This {type(self).__name__} is in the trainer's callbacks twice; give it once.")
-        for other in callbacks:
+        self._check_once(trainer)
+        for other in trainer.callback_handler.callbacks:
             if not isinstance(other, AuxiliaryLossCallback) or other is self or other.name != self.name:
                 continue
             if other.runs_on(trainer):
@@ -174,6 +172,10 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
                     f"A callback named {self.name!r} is already attached to this trainer; give one of the two another "
                     f"name, for example name='{self.name}_2', so that their metrics stay apart."
                 )
+
+    def _check_once(self, trainer: Trainer) -> None:
+        if sum(other is self for other in trainer.callback_handler.callbacks) > 1:
+            raise UserValueError(f"This {type(self).__name__} is in the trainer's callbacks twice; give it once.")
 
     # Events of the trainer
 
@@ -184,6 +186,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         run = self._running(state)
+        self._check_once(run.trainer)
         run.restart()
         check_resumed(state, f"qscope_posttrain/{self.name}", {**self.identity(), **run.loss.identity()})
 

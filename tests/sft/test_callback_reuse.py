@@ -276,6 +276,10 @@ class TestRefusals:
         callback = make()
         with pytest.raises(ValueError, match="callbacks twice"):
             build([callback, callback])
+        trainer = build([callback])
+        trainer.add_callback(callback)
+        with pytest.raises(ValueError, match="callbacks twice"):
+            trainer.train()
 
     def test_nothing_is_written_into_the_arguments(self, build, make):
         trainer = build()
