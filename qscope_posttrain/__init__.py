@@ -22,6 +22,7 @@ _HOME = {
     "measure_sae": "qscope_posttrain.features.sae_quality",
     "SASFTCallback": "qscope_posttrain.sft.callback",
     "TokenPenaltyCallback": "qscope_posttrain.sft.baselines",
+    "KLAnchorCallback": "qscope_posttrain.sft.baselines",
     "SteeredGRPOConfig": "qscope_posttrain.rl.config",
     "SteeredGRPOTrainer": "qscope_posttrain.rl.trainer",
     "pack_with_languages": "qscope_posttrain.sft.packing",
@@ -35,6 +36,7 @@ _HOME = {
 
 __all__ = [
     "FeatureSet",
+    "KLAnchorCallback",
     "SAETrainingConfig",
     "SASFTCallback",
     "SparseAutoencoder",
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sae.training import SAETrainingConfig, train_saes
-    from qscope_posttrain.sft.baselines import TokenPenaltyCallback
+    from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
     from qscope_posttrain.sft.callback import SASFTCallback
     from qscope_posttrain.sft.loss import sasft_loss
     from qscope_posttrain.sft.packing import pack_with_languages

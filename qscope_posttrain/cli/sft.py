@@ -1,8 +1,9 @@
-"""`qscope sft`: TRL's SFTTrainer with the SASFT penalty, from a recipe."""
+"""`qscope sft`: TRL's SFTTrainer with an auxiliary loss, from a recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from trl import SFTTrainer, get_peft_config, get_quantization_config
@@ -17,7 +18,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
-from qscope_posttrain.sft.baselines import TokenPenaltyCallback
+from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     if training.eval_strategy != "no":
         evaluation = load_rows(recipe, recipe.script.dataset_test_split)
     callback = build_callback(recipe, features)
-    if training.packing and callback is not None:
+    if training.packing and callback is not None and callback.reads_languages:
         train_rows = pack(recipe, train_rows, callback.languages)
         if evaluation is not None:
             evaluation = pack(recipe, evaluation, callback.languages)
@@ -90,20 +91,15 @@ def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLoss
     """The callback of the recipe's method; None for plain SFT.
 
     Raises:
-        ValueError: features and options that do not fit, or a method without the features it needs.
+        ValueError: features and options that do not fit, or method sasft without features.
     """
-    options = recipe.penalty
-    if recipe.run.method == "sft":
+    if recipe.penalty is None:
         return None
+    options = {option.name: getattr(recipe.penalty, option.name) for option in fields(recipe.penalty)}
+    if recipe.run.method == "token_penalty":
+        return TokenPenaltyCallback(**options)
+    if recipe.run.method == "kl_anchor":
+        return KLAnchorCallback(**options)
     if features is None:
-        raise UserValueError(f"method {recipe.run.method} needs 'features', which also name the languages of the data.")
-    if recipe.run.method == "sasft":
-        return SASFTCallback(features, **{name: getattr(options, name) for name in options.to_dict()})
-    return TokenPenaltyCallback(
-        options.target,
-        options.weight,
-        options.language,
-        options.normalization,
-        languages=features.languages,
-        ignore_languages=options.ignore_languages,
-    )
+        raise UserValueError("method sasft needs 'features'.")
+    return SASFTCallback(features, **options)

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import ast
-import collections.abc
-import dataclasses
-import inspect
-import itertools
-import textwrap
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
+from qscope_posttrain.cli.config_arguments import arguments_of
+from qscope_posttrain.cli.options import did_you_mean
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.cli.recipe import DeviceRule, TrainingRecipe, check_model_named
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sft.config import SASFTConfig
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.sft.config import KLAnchorConfig, LossConfig, SASFTConfig, TokenPenaltyConfig
 
-PREFIX = "sasft_"
+METHODS: dict[str, tuple[type[LossConfig], str]] = {
+    "sasft": (SASFTConfig, "sasft_"),
+    "token_penalty": (TokenPenaltyConfig, "token_penalty_"),
+    "kl_anchor": (KLAnchorConfig, "anchor_"),
+}
+"""Method -> its settings, and how their keys begin"""
+ANCHOR_WEIGHT = "anchor_weight"
+"""The key of every method with an anchor; `sasft_anchor_weight` and `token_penalty_anchor_weight` are the same"""
 
 
 @dataclass
 class RunArguments:
     """The keys of `qscope sft` beside those of TRL (ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)."""
 
-    method: Literal["sasft", "token_penalty", "sft"] = field(
+    method: Literal["sasft", "token_penalty", "kl_anchor", "sft"] = field(
         default="sasft",
         metadata={
-            "help": "sasft: the penalty on features. Baselines: token_penalty (on the probability of target-language "
-            "tokens, with sasft_weight and sasft_target), sft (TRL alone)."
+            "help": "sasft: the penalty on features (keys sasft_...). token_penalty: on the probability of tokens of "
+            "the target language, without an SAE (token_penalty_...). kl_anchor: to the starting model alone "
+            "(anchor_...). The first two take anchor_weight as well. sft: TRL alone, as the control of any recipe."
         },
     )
     features: str | None = field(
-        default=None, metadata={"help": "FeatureSet file written by `qscope features find`; needed by method sasft."}
+        default=None, metadata={"help": "FeatureSet file written by `qscope features find`; for method sasft, needed."}
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything that can be checked without training, print it, and stop."}
@@ -44,30 +48,11 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.method == "sasft" and self.features is None:
             raise UserValueError(
-                "method sasft needs 'features', a file written by `qscope features find`; "
-                "give it, or choose method: sft for training without a penalty."
+                "method sasft needs 'features', a file written by `qscope features find`; give it, or choose method: "
+                "token_penalty, which needs none, or method: sft for training without a penalty."
             )
-
-
-def sasft_arguments() -> type:
-    """A dataclass with the fields of `SASFTConfig` under the prefix `sasft_`, in types that an argument parser knows.
-
-    In a recipe all keys lie side by side with two hundred of TRL's, where `weight` or `top` alone would say little.
-    Made from SASFTConfig, so that there is one place where an option is declared, documented and checked.
-    """
-    hints, explanations = get_type_hints(SASFTConfig), field_docstrings(SASFTConfig)
-    fields: list[tuple[str, Any, Any]] = []
-    for option in dataclasses.fields(SASFTConfig):
-        # A percent sign in a help text would be read by argparse as a format.
-        text = explanations.get(option.name, "").replace("%", "%%")
-        default = option.default
-        settings: dict[str, Any] = {"metadata": {"help": text}}
-        if isinstance(default, tuple):
-            settings["default_factory"] = lambda value=default: list(value)
-        else:
-            settings["default"] = default
-        fields.append((PREFIX + option.name, _parsable(hints[option.name]), field(**settings)))
-    return dataclasses.make_dataclass("SASFTArguments", fields)
+        if self.method in ("token_penalty", "kl_anchor") and self.features is not None:
+            raise UserValueError(f"method {self.method} uses no features; leave 'features' out, or use method: sasft.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +60,18 @@ class Recipe(TrainingRecipe):
     """Everything that one run of `qscope sft` was asked for."""
 
     run: RunArguments
-    penalty: SASFTConfig
+    penalty: Any
+    """The settings of the method, a `LossConfig`; None for method sft"""
     training: SFTConfig
 
     def own_keys(self) -> dict[str, Any]:
-        return {PREFIX + name: value for name, value in self.penalty.to_dict().items()}
+        if self.penalty is None:
+            return {}
+        prefix = METHODS[self.run.method][1]
+        # One key for the anchor's weight, whichever it was read from.
+        return {
+            name if name == ANCHOR_WEIGHT else prefix + name: value for name, value in self.penalty.to_dict().items()
+        }
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
@@ -87,16 +79,19 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
 
     Raises:
         FileNotFoundError: no such recipe.
-        ValueError: unknown key, wrong value, options that exclude each other, or a recipe for a GPU without one.
+        ValueError: unknown key, wrong value, options that exclude each other, a key of another method, or a recipe for
+            a GPU without one.
     """
     device = DeviceRule()
-    kinds = (RunArguments, sasft_arguments(), ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)
+    losses = [arguments_of(kind, prefix) for kind, prefix in METHODS.values()]
+    kinds = (RunArguments, *losses, ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)
     parser = RecipeParser(kinds, before_build=device, prog="qscope sft")
-    run, penalty, script, mixture, training, model = parser.parse(arguments)
+    run, *own, script, mixture, training, model = parser.parse(arguments)
     check_model_named(model)
+    given = {key: value for part in own for key, value in vars(part).items() if value is not None}
     return Recipe(
         run=run,
-        penalty=_sasft_config(penalty),
+        penalty=_settings(run.method, given),
         script=script,
         mixture=mixture,
         training=training,
@@ -105,35 +100,35 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     )
 
 
-def _sasft_config(arguments: Any) -> SASFTConfig:
-    values = {name.removeprefix(PREFIX): value for name, value in vars(arguments).items()}
+def _settings(method: str, given: dict[str, Any]) -> LossConfig | None:
+    """The settings of a method from the keys that were given. The control, method sft, passes over all of them."""
+    if method == "sft":
+        if given:
+            status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
+        return None
+    kind, prefix = METHODS[method]
+    keys = {prefix + name: name for name in kind.__dataclass_fields__}
+    if prefix + ANCHOR_WEIGHT in keys:
+        keys[ANCHOR_WEIGHT] = ANCHOR_WEIGHT
+    foreign = [key for key in given if key not in keys]
+    if foreign:
+        raise UserValueError(" ".join(_not_of(method, key, keys) for key in foreign))
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = keys[key]
+        if values.setdefault(name, value) != value:
+            raise UserValueError(
+                f"'{prefix}{name}' and '{name}' are the same option; got {values[name]!r} and {value!r}. Give one."
+            )
     try:
-        return SASFTConfig(**cast("dict[str, Any]", values))
-    except ValueError as error:
-        raise UserValueError(f"{error} (In recipes these options begin with '{PREFIX}'.)") from error
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise UserValueError(f"{error} (In recipes these options begin with '{prefix}'.)") from error
 
 
-def field_docstrings(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass, by field, as one line each."""
-    body = cast("ast.ClassDef", ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]).body
-    found: dict[str, str] = {}
-    for previous, statement in itertools.pairwise(body):
-        if not (isinstance(previous, ast.AnnAssign) and isinstance(previous.target, ast.Name)):
-            continue
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            found[previous.target.id] = " ".join(str(statement.value.value).split())
-    return found
-
-
-def _parsable(hint: Any) -> Any:
-    """A type that an argument parser can read: a list for a tuple, and no callables, which no text can give."""
-    if get_origin(hint) is tuple:
-        return list[get_args(hint)[0]]  # type: ignore[misc]
-    if get_origin(hint) in (Union, types.UnionType):
-        kept = [_parsable(kind) for kind in get_args(hint) if not _is_callable(kind)]
-        return Union[tuple(kept)]  # noqa: UP007 - the members are computed
-    return hint
-
-
-def _is_callable(hint: Any) -> bool:
-    return get_origin(hint) is collections.abc.Callable
+def _not_of(method: str, key: str, keys: dict[str, str]) -> str:
+    """A sentence about a key that another method uses."""
+    owner, prefix = next((name, prefix) for name, (_, prefix) in METHODS.items() if key.startswith(prefix))
+    same = METHODS[method][1] + key.removeprefix(prefix)
+    hint = f" Did you mean '{same}'?" if same in keys else did_you_mean(key, sorted(keys))
+    return f"method {method} does not use '{key}', a key of method {owner}.{hint or ' Leave it out.'}"

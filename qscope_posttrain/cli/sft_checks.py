@@ -24,7 +24,7 @@ from qscope_posttrain.cli.sft import build_callback
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.cli.sft_data import data_tokenizer
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.sft.config import LossConfig, SASFTConfig
 from qscope_posttrain.sft.language_ids import SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.packing import pack_with_languages
@@ -32,7 +32,7 @@ from qscope_posttrain.text.scripts import target_script
 from qscope_posttrain.text.tokens import script_token_ids
 
 if TYPE_CHECKING:
-    from qscope_posttrain.sft.callback import SASFTCallback
+    from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 
 LANGUAGE_ROWS = 2000
 """Rows whose language is looked up"""
@@ -49,16 +49,17 @@ def check_recipe(recipe: Recipe) -> Checks:
     tokenizer = checks.check("tokenizer", _tokenizer, recipe)
     if recipe.model.use_peft:
         checks.check("adapter", check_adapter, recipe, model)
-    features = None
-    if recipe.run.method != "sft":
-        features = checks.check("features", _features, recipe, model)
-        if recipe.run.method == "token_penalty" or recipe.penalty.needs_logits:
+    callback = None
+    if recipe.penalty is not None:
+        what = "features" if recipe.run.method == "sasft" else "method"
+        callback = checks.check(what, _callback, recipe, model)
+        if recipe.penalty.target is not None and _needs_logits(recipe.penalty):
             checks.check("target tokens", _target_tokens, recipe, tokenizer)
     rows = checks.check("data", check_data, recipe, recipe.script.dataset_train_split)
     if recipe.training.eval_strategy != "no":
         checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
-    if recipe.run.method != "sft":
-        checks.check("languages", _languages, recipe, rows, features)
+    if recipe.penalty is not None and recipe.penalty.target is not None:
+        checks.check("languages", _languages, recipe, rows, callback)
     checks.check("labels", _labels, recipe, rows, tokenizer)
     checks.check("batch", _batch, recipe, rows)
     if recipe.training.resume_from_checkpoint:
@@ -72,28 +73,39 @@ def _tokenizer(recipe: Recipe) -> tuple[Any, str]:
     return tokenizer, f"{len(tokenizer)} tokens, ends with {tokenizer.eos_token!r}, {chat}"
 
 
-def _features(recipe: Recipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
+def _callback(recipe: Recipe, model: torch.nn.Module) -> tuple[AuxiliaryLossCallback, str]:
+    """The method's callback, its features checked against the model."""
     features = load_features(recipe)
-    if features is None:
-        raise UserValueError(f"method {recipe.run.method} needs 'features'.")
-    features.check_model(model)
     callback: Any = build_callback(recipe, features)
-    if recipe.run.method != "sasft":
-        return features, f"languages {', '.join(features.languages)}"
-    penalties: SASFTCallback = callback
-    readouts = ", ".join(f"{len(layer)} on layer {layer.layer}" for layer in penalties.layers)
-    return features, f"fit the model; readouts: {readouts}; languages {', '.join(features.languages)}"
+    settings = callback.config
+    if features is None:
+        terms = f"{recipe.run.method} with weight {settings.weight:g}"
+        return callback, terms + (f", KL anchor with {settings.anchor:g}" if settings.anchor else "")
+    features.check_model(model)
+    readouts = ", ".join(f"{len(layer)} on layer {layer.layer}" for layer in callback.layers)
+    return callback, f"fit the model; readouts: {readouts}; languages {', '.join(features.languages)}"
+
+
+def _needs_logits(settings: LossConfig) -> bool:
+    return not isinstance(settings, SASFTConfig) or settings.needs_logits
 
 
 def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
-    script = target_script(recipe.penalty.target)
+    settings: Any = recipe.penalty
+    try:
+        script = target_script(settings.target)
+    except ValueError as error:
+        required = recipe.run.method == "token_penalty" or getattr(settings, "position_weight", "") == "risk"
+        if required:
+            raise UserValueError(f"{error} Only Python can name the tokens of another: target_token_ids=...") from error
+        return (), "none: the anchor holds every token"
     ids = script_token_ids(tokenizer, script)
     if len(ids) == 0:
         raise UserValueError(f"no token of this tokenizer writes {script}.")
     return ids, f"{len(ids)} tokens write {script}"
 
 
-def _languages(recipe: Recipe, rows: Rows, features: FeatureSet) -> tuple[Counter[str], str]:
+def _languages(recipe: Recipe, rows: Rows, features: AuxiliaryLossCallback) -> tuple[Counter[str], str]:
     options = recipe.penalty
     decide = SampleLanguage(options.language, features.languages, options.ignore_languages)
     counts = Counter(decide(row) for row in first_rows(rows, LANGUAGE_ROWS))

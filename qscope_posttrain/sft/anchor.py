@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -91,6 +92,17 @@ class Anchor:
             hidden = backbone(**arguments).last_hidden_state
             head = LogitHead.of(start)
         return hidden, head
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """SHA-256 of the first values of every parameter of the starting model: cheap, and no two trainings share it.
+
+        With PEFT, of the parameters of `model` that are not trained.
+        """
+        digest = hashlib.sha256()
+        for parameter in (model if self.frozen is None else self.frozen).parameters():
+            if self.frozen is not None or not parameter.requires_grad:
+                digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def _placed(self, frozen: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
         """`frozen` on the device of the batch; moved once, since a walk over all parameters costs time."""

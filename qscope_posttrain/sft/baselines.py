@@ -1,7 +1,7 @@
-"""Baselines beside SASFT, with the same interface.
+"""Losses beside SASFT that need no SAE and no FeatureSet, with the same interface: token penalty, KL anchor alone.
 
 The difference of means and random features are FeatureSets, so they run through `SASFTCallback` itself (see
-`features.directions`). What is left is the penalty without an SAE on the tokens of the target language.
+`features.directions`).
 """
 
 from __future__ import annotations
@@ -14,74 +14,69 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.capture import LayerCapture
-from qscope_posttrain.residual.layers import decoder_layers, final_norm
+from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-from qscope_posttrain.sft.callback import FINAL_NORM
+from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, Step
 from qscope_posttrain.sft.checks import is_sharded
-from qscope_posttrain.sft.config import LanguageOf
+from qscope_posttrain.sft.config import (
+    KLAnchorConfig,
+    LanguageOf,
+    TokenNormalization,
+    TokenPenaltyConfig,
+    known_languages,
+)
 from qscope_posttrain.sft.logits import LogitHead, check_head, target_surprise
-from qscope_posttrain.sft.loss import Normalization
-from qscope_posttrain.sft.masks import TokenBatch
-from qscope_posttrain.sft.normalisation import Normaliser
-from qscope_posttrain.sft.target_tokens import find_target_tokens, fingerprint
+from qscope_posttrain.sft.target_tokens import find_target_tokens
 
 
 class TokenPenaltyCallback(AuxiliaryLossCallback):
     """Penalises probability on tokens of the target language, at non-target positions that predict a response token.
 
-        term = weight * sum_t -log(1 - P_t) / N,     P_t = sum over target tokens v of p(v | position t)
+        callback = TokenPenaltyCallback("zh", weight=40.0, anchor_weight=1.0)
+        trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
 
-    N as in `normalisation.Normaliser`: "token_mean" or "paper". Logged: `token_penalty/penalty` (the term as it
-    enters a step's loss, without its weight), `token_penalty/target_probability` (mean of P over the penalised
-    positions), `token_penalty/hook_calls`.
+    The formula is in `TokenPenaltyConfig` (options). Logged, over the steps since the last log and over all ranks:
+
+        token_penalty/penalty             the term as it enters a step's loss, without its weight; mean over steps
+        token_penalty/target_probability  mean of P over the penalised positions
+        token_penalty/anchor              the KL term, like the penalty; only with anchor_weight
+        token_penalty/hook_calls          hook calls per micro-batch and captured module: 1
     """
 
     def __init__(
         self,
-        target: str = "zh",
-        weight: float = 1.0,
-        language: str | LanguageOf = "language",
-        normalization: Normalization = "token_mean",
+        target: str = TokenPenaltyConfig.target,
+        weight: float = TokenPenaltyConfig.weight,
+        language: str | LanguageOf = TokenPenaltyConfig.language,
+        normalization: TokenNormalization = TokenPenaltyConfig.normalization,
         *,
-        languages: tuple[str, ...],
-        ignore_languages: tuple[str, ...] = (),
         target_token_ids: Tensor | None = None,
-        skip_target_labels: bool = True,
+        anchor_model: nn.Module | None = None,
         name: str = "token_penalty",
+        **options: Any,
     ) -> None:
         """
         Args:
-            target, weight, language, normalization, ignore_languages, name: as in `SASFTCallback`.
-            languages: the languages of the training data, e.g. those of the FeatureSet that this is compared with.
-            target_token_ids: `[n]` int64; by default the tokens that write the target's script.
-            skip_target_labels: leave out positions whose label is a target token (they stay in N). There the
-                cross-entropy asks for what the penalty forbids, with an unbounded gradient: on data in which some
-                responses switch, this ruins the target language itself.
+            target, weight, language, normalization, options: the fields of `TokenPenaltyConfig`.
+            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`.
 
         Raises:
-            ValueError: an unknown target, weight or normalization.
+            ValueError, TypeError: an option that cannot work.
         """
-        if normalization not in ("token_mean", "paper"):
-            raise UserValueError(f'The token penalty is normalised by "token_mean" or "paper", got {normalization!r}.')
-        if not 0 <= weight < float("inf"):
-            raise UserValueError(f"weight must be a finite number of at least 0; got {weight!r}.")
-        if target not in languages:
-            raise UserValueError(f"The target {target!r} is not among the languages {', '.join(languages)}.")
-        self.target = target
-        self.target_token_ids = target_token_ids
-        self.skip_target_labels = skip_target_labels
-        self._target_id = languages.index(target)
+        config = TokenPenaltyConfig(
+            target=target, weight=weight, language=language, normalization=normalization, **options
+        )
+        self.config: TokenPenaltyConfig
         super().__init__(
+            config,
             name=name,
-            weight=float(weight),  # a number of numpy could not be written into a checkpoint's JSON
-            normalization=normalization,
-            languages=tuple(languages),
-            language=language,
-            ignore_languages=tuple(ignore_languages),
+            languages=known_languages(config),
+            target_token_ids=target_token_ids,
+            anchor_model=anchor_model,
         )
 
-    def prepare(self, trainer: Trainer) -> LayerCapture:
+    def prepare(self, trainer: Trainer) -> AuxiliaryLoss:
+        config = self.config
         scheme = is_sharded(trainer)
         if scheme is not None:
             raise UserValueError(
@@ -90,48 +85,100 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
             )
         model: Any = trainer.model
         check_head(model)
-        self._model: nn.Module = model
-        tokens = find_target_tokens(trainer, self.target, self.target_token_ids, required=True)
-        self._tokens: Tensor = torch.as_tensor(tokens)
-        # A capture has at least one layer; the last one is free, its output feeds the norm anyway.
-        last = len(decoder_layers(self._model)) - 1
-        return LayerCapture(self._model, [last], {FINAL_NORM: final_norm(self._model)})
+        tokens = find_target_tokens(trainer, config.target, self.target_token_ids, required=True)
+        anchor = Anchor.for_trainer(trainer, self.anchor_model) if config.anchor_weight > 0 else None
+        target_id = self.languages.index(config.target)
+        return _TokenPenalty(trainer, config, target_id=target_id, tokens=tokens, anchor=anchor)
 
-    def eligible(self, batch: TokenBatch) -> Tensor:
-        return batch.eligible(self._target_id, "predicting")
 
-    def term(
+class KLAnchorCallback(AuxiliaryLossCallback):
+    """Holds the model to what it was before training, by the KL divergence at positions that predict a response token.
+
+        callback = KLAnchorCallback(weight=1.0)               # every language; target="zh" leaves Chinese free
+
+    Beside a penalty the same term is `anchor_weight`, an option of `SASFTCallback` and `TokenPenaltyCallback`.
+    The formula is in `KLAnchorConfig` (options). Logged, over the steps since the last log and over all ranks:
+
+        kl_anchor/penalty      the term as it enters a step's loss, without its weight; mean over steps
+        kl_anchor/divergence   mean KL per position, in nats
+        kl_anchor/hook_calls   hook calls per micro-batch and captured module: 1
+    """
+
+    def __init__(
         self,
-        batch: TokenBatch,
-        eligible: Tensor,
-        capture: LayerCapture,
-        normaliser: Normaliser,
-        inputs: Mapping[str, Any],
-    ) -> tuple[Tensor, list[Tensor]]:
-        positions = eligible
-        if self.skip_target_labels:
-            positions = eligible & ~torch.isin(batch.next_labels(), self._tokens.to(eligible.device))
-        hidden = capture.named[FINAL_NORM]
-        surprise = target_surprise(LogitHead.of(self._model), hidden[positions.to(hidden.device)], self._tokens)
-        penalty = normaliser(surprise.sum())
+        weight: float = KLAnchorConfig.weight,
+        target: str | None = KLAnchorConfig.target,
+        language: str | LanguageOf = KLAnchorConfig.language,
+        normalization: TokenNormalization = KLAnchorConfig.normalization,
+        *,
+        target_token_ids: Tensor | None = None,
+        anchor_model: nn.Module | None = None,
+        name: str = "kl_anchor",
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            weight, target, language, normalization, options: the fields of `KLAnchorConfig`.
+            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`. Without a target no token is left out of
+                the distributions unless it is named here.
+
+        Raises:
+            ValueError, TypeError: an option that cannot work.
+        """
+        config = KLAnchorConfig(target=target, weight=weight, language=language, normalization=normalization, **options)
+        self.config: KLAnchorConfig
+        super().__init__(
+            config,
+            name=name,
+            languages=known_languages(config),
+            target_token_ids=target_token_ids,
+            anchor_model=anchor_model,
+        )
+
+    def prepare(self, trainer: Trainer) -> AuxiliaryLoss:
+        target, given = self.config.target, self.target_token_ids
+        model: Any = trainer.model
+        check_head(model)
+        tokens = None
+        if target is not None or given is not None:
+            tokens = find_target_tokens(trainer, target or "the anchor", given, required=False)
+        anchor = Anchor.for_trainer(trainer, self.anchor_model)
+        target_id = None if target is None else self.languages.index(target)
+        return _KLAnchor(trainer, self.config, target_id=target_id, tokens=tokens, anchor=anchor)
+
+
+class _TokenPenalty(AuxiliaryLoss):
+    """The token penalty for one trainer."""
+
+    config: TokenPenaltyConfig
+
+    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+        positions, tokens = step.eligible, torch.as_tensor(self.tokens)
+        if self.config.skip_target_labels:
+            positions = positions & ~torch.isin(step.batch.next_labels(), tokens.to(positions.device))
+        hidden = step.final
+        surprise = target_surprise(LogitHead.of(self.model), hidden[positions.to(hidden.device)], tokens)
         probability = -torch.expm1(-surprise.detach())
-        return self.weight * penalty, [penalty.detach() * normaliser.logged, probability.sum(), positions.sum()]
+        return step.normaliser(surprise.sum()), [probability.sum(), positions.sum()]
 
-    def window_names(self) -> tuple[str, ...]:
-        return ("penalty", "probability", "positions")
+    def sum_names(self) -> tuple[str, ...]:
+        return ("probability", "positions")
 
-    def metrics(self, totals: Mapping[str, float], steps: int) -> dict[str, float]:
-        ranks = self._running().trainer.accelerator.num_processes
-        return {
-            "penalty": totals["penalty"] / (ranks * steps),
-            "target_probability": totals["probability"] / max(totals["positions"], 1),
-        }
+    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {"target_probability": totals["probability"] / max(totals["positions"], 1)}
 
-    def identity(self) -> dict[str, Any]:
-        return {
-            "target": self.target,
-            "weight": self.weight,
-            "normalization": self.normalization,
-            "skip_target_labels": self.skip_target_labels,
-            "target_tokens_sha256": fingerprint(self._tokens),
-        }
+
+class _KLAnchor(AuxiliaryLoss):
+    """The KL anchor alone, for one trainer."""
+
+    config: KLAnchorConfig
+
+    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+        divergence = self.divergence(step, step.eligible)
+        return step.normaliser(divergence.sum()), [divergence.detach().sum(), step.eligible.sum()]
+
+    def sum_names(self) -> tuple[str, ...]:
+        return ("divergence", "positions")
+
+    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
+        return {"divergence": totals["divergence"] / max(totals["positions"], 1)}

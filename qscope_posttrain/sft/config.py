@@ -1,9 +1,9 @@
-"""All settings of SASFT in one validated, frozen dataclass, and the paper's form as one choice of them.
+"""The settings of each auxiliary loss in a validated, frozen dataclass, and the SASFT paper's form as a choice of them.
 
-The defaults are the form that, of those that need an SAE and no list of tokens, switched least at equal perplexity in
-`recipes/experiments/sasft_real_text.yaml` (see the README's table "at 1 % masked perplexity"): one readout per layer,
-the sum of the target's decoder directions weighted by monolinguality, in standard deviations, at the positions that
-predict response tokens. Give it some 32 features of the last layer.
+SASFT's defaults are the form that, of those that need an SAE and no list of tokens, switched least at equal perplexity
+in `recipes/experiments/sasft_real_text.yaml` (see the README's table "at 1 % masked perplexity"): one readout per
+layer, the sum of the target's decoder directions weighted by monolinguality, in standard deviations, at the positions
+that predict response tokens. Give it some 32 features of the last layer.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from numbers import Real
+from types import MappingProxyType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.layer_features import ReadoutKind
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import Positions
+from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE
 
 Threshold = Literal["language_mean", "zero"]
 Scale = Literal["raw", "std"]
 Combine = Literal["none", "monolinguality", "effect", "uniform"]
 PositionWeight = Literal["uniform", "risk"]
+TokenNormalization = Literal["token_mean", "paper"]
 LanguageOf = Callable[[Mapping[str, Any]], str]
 
 PAPER: Mapping[str, Any] = MappingProxyType(
@@ -33,7 +36,59 @@ two features on each of the last two layers; its coefficient for Gemma is in eff
 
 
 @dataclass(frozen=True)
-class SASFTConfig:
+class LossConfig:
+    """What the settings of all auxiliary losses have in common: `loss = CE + weight * term`."""
+
+    target: str | None
+    """The target language; samples in it contribute nothing"""
+    weight: float
+    """Factor of the term. With 0 it is measured and logged, and training is untouched bit for bit"""
+    normalization: Normalization
+    """See `normalisation.Normaliser`"""
+    language: str | LanguageOf = "language"
+    """Name of the column with a sample's language, "script" to decide by its letters, or any callable(example)"""
+    ignore_languages: tuple[str, ...] = ()
+    """Further languages, whose samples contribute nothing"""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for option, hint in get_type_hints(type(self)).items():
+            value = getattr(self, option)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                listed = ", ".join(map(repr, get_args(hint)))
+                raise UserValueError(f"{name}.{option} must be one of {listed}; got {value!r}.")
+            if get_origin(hint) in (Union, UnionType) and value is None:
+                continue
+            if option.endswith("languages"):
+                object.__setattr__(self, option, self._names(option, value))
+            if hint is float:
+                if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+                    raise UserValueError(f"{name}.{option} must be a finite number of at least 0; got {value!r}.")
+                object.__setattr__(self, option, float(value))  # a number of numpy is no JSON
+        if self.target is not None and self.target in self.ignore_languages:
+            raise UserValueError(f"The target language {self.target!r} cannot be in ignore_languages.")
+
+    def _names(self, option: str, value: Any) -> tuple[str, ...]:
+        if isinstance(value, str) or not all(isinstance(language, str) for language in value):
+            raise UserTypeError(f"{type(self).__name__}.{option} must be names such as ('en', 'ko'); got {value!r}.")
+        return tuple(value)
+
+    @property
+    def anchor(self) -> float:
+        """The weight of a KL anchor beside the term: `anchor_weight` of the settings that have one, or else 0."""
+        return float(getattr(self, "anchor_weight", 0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; a callable `language` by its qualified name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if callable(self.language):
+            module = getattr(self.language, "__module__", "")
+            values["language"] = f"{module}.{getattr(self.language, '__qualname__', type(self.language).__qualname__)}"
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class SASFTConfig(LossConfig):
     """Settings of the SASFT penalty: `loss = CE + weight * sum over layers of the penalty` (see `sft.loss`).
 
     Per layer, for a token whose sample is in language j, the excess of readout s is
@@ -70,29 +125,17 @@ class SASFTConfig:
     normalised like the penalty; both distributions without target_token_ids where these are given"""
     normalization: Normalization = "token_mean"
     """token_mean: like TRL's cross-entropy; paper: mean over penalised tokens; official: as published"""
-    language: str | LanguageOf = "language"
-    """Name of the column with a sample's language, "script" to decide by its letters, or any callable(example)"""
     ignore_languages: tuple[str, ...] = ()
     """Languages of samples that are neither target nor in the FeatureSet: they contribute nothing"""
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                listed = ", ".join(map(repr, choices))
-                raise UserValueError(f"SASFTConfig.{name} must be one of {listed}; got {getattr(self, name)!r}.")
-        for name in ("weight", "anchor_weight"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise UserValueError(f"SASFTConfig.{name} must be a finite number of at least 0; got {value!r}.")
+        super().__post_init__()
         self._check_numbers()
         if self.normalization == "official" and (self.needs_logits or self.positions != "response"):
             raise UserValueError(
                 'normalization="official" is the published code, which has no risk weights, no anchor and unshifted '
                 'positions="response"; use "token_mean" or "paper" with them, or the options in sft.config.PAPER.'
             )
-        object.__setattr__(self, "ignore_languages", tuple(self.ignore_languages))
-        if self.target in self.ignore_languages:
-            raise UserValueError(f"The target language {self.target!r} cannot be in ignore_languages.")
 
     def _check_numbers(self) -> None:
         """Layers and top as Python integers: YAML and command lines give lists, and numpy integers are no JSON."""
@@ -113,21 +156,84 @@ class SASFTConfig:
     def needs_logits(self) -> bool:
         return self.position_weight == "risk" or self.anchor_weight > 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; a callable `language` by its qualified name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if callable(self.language):
-            module = getattr(self.language, "__module__", "")
-            values["language"] = f"{module}.{getattr(self.language, '__qualname__', type(self.language).__qualname__)}"
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+@dataclass(frozen=True)
+class TokenPenaltyConfig(LossConfig):
+    """Settings of the token penalty: `loss = CE + weight * sum_t -log(1 - P_t) / N`.
+
+    P_t is the model's probability of a token of the target language after position t, over the positions that predict
+    a response token of a sample in another language; N as in `normalisation.Normaliser`.
+    """
+
+    target: str = "zh"
+    """Language to keep out of responses in other languages; samples of this language contribute nothing"""
+    weight: float = 20.0
+    """In units of its own, not SASFT's: 20 to 25 did best alone, 40 with an anchor (see the README)"""
+    anchor_weight: float = 0.0
+    """b of the term b * sum_t KL(start_t || model_t) over the same positions, normalised like the penalty; both
+    distributions without the target's tokens. 1.0 in the README's tables"""
+    normalization: TokenNormalization = "token_mean"
+    """token_mean: like TRL's cross-entropy; paper: mean over penalised tokens"""
+    skip_target_labels: bool = True
+    """Leave out positions whose label is a target token (they stay in N). There the cross-entropy asks for what the
+    penalty forbids, with an unbounded gradient: on data with responses that switch, this ruins the target language"""
+    languages: tuple[str, ...] | None = None
+    """Languages of the training data, the target among them; None: any known code"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_target(self.target, self.languages)
 
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "readout": get_args(ReadoutKind),
-    "threshold": get_args(Threshold),
-    "scale": get_args(Scale),
-    "combine": get_args(Combine),
-    "positions": get_args(Positions),
-    "position_weight": get_args(PositionWeight),
-    "normalization": get_args(Normalization),
-}
+@dataclass(frozen=True)
+class KLAnchorConfig(LossConfig):
+    """Settings of the KL anchor alone: `loss = CE + weight * sum_t KL(start_t || model_t) / N`.
+
+    Over the positions that predict a response token; N as in `normalisation.Normaliser`.
+    """
+
+    target: str | None = None
+    """Language that is not held: its samples contribute nothing, and its tokens are left out of both distributions.
+    None holds responses in every language, and no sample's language is looked at"""
+    weight: float = 1.0
+    """b; 1.0 in the README's tables"""
+    normalization: TokenNormalization = "token_mean"
+    """token_mean: like TRL's cross-entropy; paper: mean over the positions that are held"""
+    languages: tuple[str, ...] | None = None
+    """With a target: languages of the training data, the target among them; None: any known code"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is None and (self.languages is not None or self.ignore_languages):
+            raise UserValueError(
+                "KLAnchorConfig without a target looks at no sample's language, so languages and ignore_languages "
+                "would do nothing; give a target, or leave them out."
+            )
+        if self.target is not None:
+            _check_target(self.target, self.languages)
+
+
+def known_languages(config: TokenPenaltyConfig | KLAnchorConfig) -> tuple[str, ...]:
+    """The languages that training data may be in, the target first where `config` lists none.
+
+    Without a list any known code is another language than the target. By script alone the languages that share one
+    cannot be told apart, so that one stands for each script, and the target for its own.
+    """
+    if config.target is None or config.languages is not None:
+        return config.languages or ()
+    others = list(SCRIPTS_OF_LANGUAGE)
+    if config.language == "script":
+        named = (config.target, *config.ignore_languages)
+        seen = {script for code in named for script in SCRIPTS_OF_LANGUAGE.get(code, ())}
+        others = ["zh", "ja"]  # they share a script, and kana tell them apart
+        for code in ("en", "ru", "ar", "hi", *SCRIPTS_OF_LANGUAGE):
+            scripts = SCRIPTS_OF_LANGUAGE[code]
+            if len(scripts) == 1 and scripts[0] not in {*seen, "Han"}:
+                others.append(code)
+                seen.update(scripts)
+    return (config.target, *(code for code in others if code not in (config.target, *config.ignore_languages)))
+
+
+def _check_target(target: str, languages: tuple[str, ...] | None) -> None:
+    if languages is not None and target not in languages:
+        raise UserValueError(f"The target {target!r} is not among the languages {', '.join(languages)}.")

@@ -26,13 +26,13 @@ class TokenBatch:
     labels: Tensor
     """Unshifted labels; -100 is no response token"""
     language_ids: Tensor
-    """Index of each token's language in the FeatureSet's languages, or -1"""
+    """Index of each token's language in the known languages, or -1"""
     starts: Tensor
     """bool: first token of a row, and of every document where the batch says where documents start"""
 
     @classmethod
-    def from_inputs(cls, inputs: Mapping[str, Any], language_ids: Tensor) -> TokenBatch:
-        """Read a batch of the trainer's collator: padded, padding-free or packed.
+    def from_inputs(cls, inputs: Mapping[str, Any], language_ids: Tensor | None) -> TokenBatch:
+        """Read a batch of the trainer's collator: padded, padding-free or packed. Without ids all is one language.
 
         Raises:
             ValueError: no labels, or language ids of another shape.
@@ -43,6 +43,8 @@ class TokenBatch:
                 f"The batch has no 'labels' (its keys: {', '.join(inputs)}), so response tokens are unknown. "
                 "Give the trainer a data set that it can make labels from, or a collator that returns them."
             )
+        if language_ids is None:
+            language_ids = torch.zeros_like(labels)
         if language_ids.shape != labels.shape:
             raise UserValueError(
                 f"Language ids {list(language_ids.shape)} and labels {list(labels.shape)} of a batch differ in shape."
@@ -57,12 +59,13 @@ class TokenBatch:
         """Tokens that carry a label, as the published code takes them: `labels != -100`, unshifted."""
         return self.labels != IGNORED_LABEL
 
-    def published(self, target: int) -> Tensor:
+    def published(self, target: int | None) -> Tensor:
         """The published mask, bool: every labelled token of a sample that is not in the target language."""
-        return self.labelled() & (self.language_ids >= 0) & (self.language_ids != target)
+        of_interest = self.labelled() & (self.language_ids >= 0)
+        return of_interest if target is None else of_interest & (self.language_ids != target)
 
-    def eligible(self, target: int, positions: Positions) -> Tensor:
-        """Positions of response tokens that are not in the target language (bool).
+    def eligible(self, target: int | None, positions: Positions) -> Tensor:
+        """Positions of response tokens that are not in the target language (bool); without a target, of all.
 
         "response": the position of the response token itself, as published. The last prompt token, which predicts
         the first response token, is not penalised; the end-of-turn token is.

@@ -32,8 +32,6 @@ class Arm:
     """Options of `SASFTConfig` beside target, weight, layers and top."""
     token_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of `TokenPenaltyCallback` beside target, weight and tokens."""
-    features_scale: float = 1.0
-    """SASFT's coefficient per unit of the arm's weight."""
     token_scale: float = 1.0
     """The token penalty's coefficient per unit of the arm's weight."""
     drop_switched: bool = False
@@ -45,7 +43,7 @@ class Arm:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides how a run comes out, as JSON values: no words, and no weight, which is the run's own."""
-        names = ("name", "penalty", "rows", "layers", "top", "features_scale", "token_scale", "drop_switched")
+        names = ("name", "penalty", "rows", "layers", "top", "token_scale", "drop_switched")
         options = {"options": dict(self.options), "token_options": dict(self.token_options)}
         return {**{name: getattr(self, name) for name in names}, **options}
 
@@ -57,7 +55,7 @@ class Arm:
     @property
     def uses_sae(self) -> bool:
         """Whether these readouts are an SAE's features, chosen and not random."""
-        return self.uses_features and self.rows == "sae" and self.features_scale > 0
+        return self.uses_features and self.rows == "sae"
 
 
 _PAPER: dict[str, Any] = {name: value for name, value in PAPER.items() if name != "weight"}
@@ -161,10 +159,8 @@ _ALL = (
         "token_anchor",
         "token penalty + anchor",
         "The token penalty with a KL anchor of weight 1 to the model before SFT on all but the target's tokens.",
-        "both",
-        top=1,
-        options={**_STANDARD, "anchor_weight": 1.0},
-        features_scale=0.0,
+        "token",
+        token_options={"anchor_weight": 1.0},
         weight=20.0,
         grid=(10.0, 20.0, 40.0),
     ),

@@ -143,7 +143,7 @@ def _penalties(
             SASFTCallback(
                 features,
                 target,
-                arm.features_scale * weight,
+                weight,
                 layers=tuple(sorted(features.layers))[-arm.layers :],
                 top=arm.top,
                 target_token_ids=language_model.target_tokens,

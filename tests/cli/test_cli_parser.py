@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import pytest
 
+from qscope_posttrain.cli.config_arguments import arguments_of, field_docstrings
 from qscope_posttrain.cli.inputs import parse_layers, read_prompts, read_texts
 from qscope_posttrain.cli.parser import RecipeParser
-from qscope_posttrain.cli.sft_arguments import field_docstrings, sasft_arguments
+from qscope_posttrain.cli.sft_arguments import METHODS, parse_recipe
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sft.config import SASFTConfig
 
 
 @dataclass
@@ -181,12 +181,24 @@ def test_defaults_of_the_caller_give_way_to_file_and_command_line(tmp_path):
     assert (found[0].steps, found[0].name, found[0].rate) == (3, "n", 2.0)
 
 
-def test_every_option_of_sasft_is_a_documented_key():
-    documented = field_docstrings(SASFTConfig)
-    keys = sasft_arguments().__dataclass_fields__
-    assert set(keys) == {f"sasft_{name}" for name in SASFTConfig.__dataclass_fields__}
-    assert all(documented[name] for name in SASFTConfig.__dataclass_fields__)
-    assert "lambda" in keys["sasft_weight"].metadata["help"]
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_of_a_method_is_a_documented_key(method):
+    kind, prefix = METHODS[method]
+    documented, keys = field_docstrings(kind), arguments_of(kind, prefix).__dataclass_fields__
+    assert set(keys) == {f"{prefix}{name}" for name in kind.__dataclass_fields__}
+    assert all(documented[name] for name in kind.__dataclass_fields__)
+    assert all(f"(default: {option.default})" in keys[prefix + name].metadata["help"]
+               for name, option in kind.__dataclass_fields__.items())  # fmt: skip
+
+
+def test_the_help_shows_each_default_once(capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "lambda, for readouts in standard deviations." in shown
+    for key, default in (("sasft_weight", "0.1"), ("token_penalty_weight", "20.0"), ("anchor_weight", "1.0")):
+        entry = shown[shown.rindex(f"--{key} ") :]
+        assert entry[entry.index("(default: ") :].startswith(f"(default: {default}) --")
 
 
 @pytest.mark.parametrize(

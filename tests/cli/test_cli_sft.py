@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from qscope_posttrain.cli.sft_arguments import parse_recipe
 from qscope_posttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+NO_SASFT = {"features": None, "sasft_target": None, "sasft_weight": None}
+TOKEN_PENALTY = {**NO_SASFT, "method": "token_penalty", "anchor_weight": 1.0}
+KL_ANCHOR = {**NO_SASFT, "method": "kl_anchor"}
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +87,113 @@ def test_command_line_overrides_the_recipe(world, tmp_path):
         {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
         {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"},
         {"method": "sft", "features": None},
-        {"method": "token_penalty", "sasft_weight": 1.0},
+        TOKEN_PENALTY,
+        {**TOKEN_PENALTY, "packing": True, "max_length": 64, "token_penalty_language": "script"},
+        KL_ANCHOR,
+        {**KL_ANCHOR, "packing": True, "max_length": 64},
         {"sasft_combine": "monolinguality", "sasft_scale": "std", "sasft_position_weight": "risk",
          "sasft_positions": "predicting", "sasft_readout": "decoder", "sasft_language": "script",
          "sasft_ignore_languages": ["en", "fr"]},
     ],
-    ids=["packed", "wrapped", "lora", "plain", "token-penalty", "options"],
+    ids=["packed", "wrapped", "lora", "plain", "token-penalty", "token-penalty-packed", "anchor", "anchor-packed",
+         "options"],
 )  # fmt: skip
 def test_ways_of_training(world, tmp_path, changes):
-    if changes.get("sasft_language") == "script":
+    if "script" in changes.values():
         changes = {**changes, "dataset_name": _only(world, tmp_path, {"zh", "ru", "ko"})}
     assert main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml", **changes)]) == 0
     log = json.loads((tmp_path / "out" / "summary.json").read_text())["results"]["log"]
-    metric = {"sft": None, "token_penalty": "token_penalty/penalty"}.get(changes.get("method"), "sasft/penalty")
-    assert metric is None or metric in log[0]
-    assert not any("sasft/penalty" in entry for entry in log) or metric == "sasft/penalty"
+    method = changes.get("method", "sasft")
+    assert (f"{method}/penalty" in log[0]) == (method != "sft")
+    assert ("token_penalty/anchor" in log[0]) == (method == "token_penalty")
+    assert not any("sasft/penalty" in entry for entry in log) or method == "sasft"
     saved = "adapter_model.safetensors" if "use_peft" in changes else "model.safetensors"
     assert (tmp_path / "out" / saved).is_file()
+
+
+def test_the_recipe_of_the_testbed_trains(world, tmp_path):
+    """The file as it is, on another model and data, for two steps."""
+    command = ["sft", "--config", str(ROOT / "recipes" / "testbed" / "token_penalty.yaml"), "--max_steps", "2"]
+    command += ["--model_name_or_path", world.model, "--dataset_name", world.data, "--output_dir", str(tmp_path)]
+    assert main([*command, "--dry_run"]) == 0
+    assert main([*command, "--logging_steps", "1"]) == 0
+    log = json.loads((tmp_path / "summary.json").read_text())["results"]["log"]
+    assert {"token_penalty/penalty", "token_penalty/anchor", "token_penalty/hook_calls"} <= log[0].keys()
+    again = parse_recipe(["--config", str(tmp_path / "resolved.yaml")])
+    assert (again.penalty.weight, again.penalty.anchor_weight, again.penalty.languages) == (40.0, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sasft_layers": [2, 3], "sasft_anchor_weight": 0.5, "sasft_ignore_languages": ["th"]},
+        {"anchor_weight": 0.5},
+        {"anchor_weight": 0.5, "sasft_anchor_weight": 0.5},
+        {**TOKEN_PENALTY, "token_penalty_skip_target_labels": False, "token_penalty_languages": ["zh", "en"]},
+        {**NO_SASFT, "method": "token_penalty", "token_penalty_anchor_weight": 2},
+        {**KL_ANCHOR, "anchor_target": "zh", "anchor_weight": 3, "anchor_normalization": "paper"},
+        {"method": "sft"},
+    ],
+)
+def test_what_is_written_reads_back_as_the_same_recipe(world, tmp_path, changes):
+    recipe = parse_recipe(["--config", world.recipe(tmp_path / "recipe.yaml", **changes)])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    again = parse_recipe(["--config", str(tmp_path / "again.yaml")])
+    assert again.penalty == recipe.penalty
+    assert again.to_dict() == recipe.to_dict()
+    written = recipe.to_dict().keys()
+    prefixes = {"sasft": "sasft_", "token_penalty": "token_penalty_", "kl_anchor": "anchor_"}
+    for method, prefix in prefixes.items():
+        kept = {key for key in written if key.startswith(prefix) and key != "anchor_weight"}
+        assert bool(kept) == (method == recipe.run.method)
+
+
+def test_the_control_of_a_recipe_passes_over_its_penalty_and_says_so(world, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("qscope_posttrain.cli.sft_arguments.status", said.append)
+    path = world.recipe(tmp_path / "recipe.yaml", anchor_weight=1.0)
+    assert parse_recipe(["--config", path, "--method", "sft"]).penalty is None
+    assert said == ["method sft trains without a penalty: no effect have sasft_target, sasft_weight, anchor_weight"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({**TOKEN_PENALTY, "sasft_layers": [2]}, "does not use 'sasft_layers', a key of method sasft."),
+        ({**TOKEN_PENALTY, "sasft_weight": 0.1}, "Did you mean 'token_penalty_weight'?"),
+        ({"token_penalty_weight": 20.0}, "a key of method token_penalty. Did you mean 'sasft_weight'?"),
+        ({"anchor_target": "zh"}, "method sasft does not use 'anchor_target', a key of method kl_anchor."),
+        ({**KL_ANCHOR, "token_penalty_weight": 1}, "Did you mean 'anchor_weight'?"),
+        ({"anchor_weight": 1, "sasft_anchor_weight": 2}, "'sasft_anchor_weight' and 'anchor_weight' are the same"),
+        ({**TOKEN_PENALTY, "features": "x.safetensors"}, "uses no features"),
+        ({**TOKEN_PENALTY, "anchor_weight": -1}, "finite number of at least 0; got -1.0"),
+        ({**TOKEN_PENALTY, "token_penalty_languages": ["en"]}, "'zh' is not among the languages en."),
+        ({**TOKEN_PENALTY, "token_penalty_normalization": "official"}, "token_mean"),
+        ({**TOKEN_PENALTY, "token_penalty_wieght": 3}, "Did you mean 'token_penalty_weight'?"),
+    ],
+)
+def test_a_key_of_another_method_is_refused_before_any_data_is_read(world, tmp_path, changes, message):
+    path = world.recipe(tmp_path / "recipe.yaml", **{"dataset_name": "nowhere.jsonl", **changes})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_recipe(["--config", path])
+
+
+def test_dry_run_without_features(world, tmp_path, capsys):
+    assert main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml", **TOKEN_PENALTY), "--dry_run"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ("token_penalty with weight 20, KL anchor with 1", "tokens write Han", "zh 4"):
+        assert words in shown, words
+    rows = _rows(tmp_path / "typo.jsonl", [{"prompt": "a", "completion": "b", "language": "eng lish"}])
+    for changes, words in (
+        ({**KL_ANCHOR}, "kl_anchor with weight 1"),
+        ({**KL_ANCHOR, "anchor_target": "fr"}, "none: the anchor holds every token"),
+        ({**TOKEN_PENALTY, "token_penalty_target": "fr"}, "target tokens failed"),
+        ({**TOKEN_PENALTY, "dataset_name": rows}, "languages failed"),
+    ):
+        status = main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml", **changes), "--dry_run"])
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert words in shown
+        assert status == int("failed" in words)
 
 
 @pytest.mark.parametrize(

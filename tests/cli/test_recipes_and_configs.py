@@ -18,7 +18,9 @@ from qscope_posttrain.testbed.experiments.recipe import load_recipe
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(EXPERIMENTS))
-SFT, GRPO = ([path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "steered_dapo"))
+SFT, TOKEN, GRPO = (
+    [path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "token_penalty", "steered_dapo")
+)
 SAE = [path for path in RECIPES if path.stem == "train_sae"]
 ANALYSIS = [path for path in RECIPES if path.parent.name == "analysis"]
 SYNTHESIS = [path for path in RECIPES if path.stem.startswith("synthesis")]
@@ -35,7 +37,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def test_nothing_is_missing():
     assert {path.relative_to(ROOT / "recipes").as_posix() for path in RECIPES} >= {
         "testbed/sasft.yaml",
+        "testbed/token_penalty.yaml",
         "qwen3-1.7b/sasft_zh.yaml",
+        "qwen3-1.7b/token_penalty_zh.yaml",
         "qwen3-8b/sasft_zh.yaml",
         "testbed/steered_dapo.yaml",
         "qwen3-1.7b/steered_dapo.yaml",
@@ -44,7 +48,7 @@ def test_nothing_is_missing():
     }
     studies = [path for path in RECIPES if path.parent.name == "case_studies"]
     assert {path.stem for path in studies} == set(CASE_STUDIES)
-    assert sorted(SFT + GRPO + SAE + SYNTHESIS + ANALYSIS + studies) == RECIPES  # no recipe is left unread
+    assert sorted(SFT + TOKEN + GRPO + SAE + SYNTHESIS + ANALYSIS + studies) == RECIPES  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
@@ -65,6 +69,14 @@ def test_sft_recipe_parses_as_a_dry_run(path):
     recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
     assert recipe.penalty.target == "zh"
     assert recipe.run.features
+    _check_written_is_resolved(path, recipe.to_dict())
+
+
+@pytest.mark.parametrize("path", TOKEN, ids=_name)
+def test_token_penalty_recipe_is_the_combination_that_did_best(path):
+    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    assert (recipe.run.method, recipe.run.features) == ("token_penalty", None)
+    assert (recipe.penalty.target, recipe.penalty.weight, recipe.penalty.anchor_weight) == ("zh", 40.0, 1.0)
     _check_written_is_resolved(path, recipe.to_dict())
 
 

@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
             "gradients": keep.gradients,
             "logs": trainer.state.log_history[0],
             "label_counts": counts,
-            "left_over": sorted({"train", "compute_loss"} & vars(trainer).keys()),
+            "left_over": sorted({"compute_loss", "get_batch_samples", "get_train_dataloader"} & vars(trainer).keys()),
         }
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sft.cases import case_model, make_features, make_rows, make_trainer
 
-from qscope_posttrain.sft.baselines import TokenPenaltyCallback
+from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 
 STEPS = 20
@@ -43,11 +43,13 @@ def plain(model, tiny_tokenizer):
     return train(model, [], tiny_tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["sasft", "sasft risk", "token penalty"])
+@pytest.mark.parametrize("kind", ["sasft", "sasft risk", "token penalty", "anchor"])
 def test_weight_zero_is_bit_identical(model, plain, tiny_tokenizer, kind):
     features = make_features(model)
     if kind == "token penalty":
-        callback = TokenPenaltyCallback("zh", 0.0, languages=features.languages)
+        callback = TokenPenaltyCallback("zh", 0.0)
+    elif kind == "anchor":
+        callback = KLAnchorCallback(0.0)
     else:
         callback = SASFTCallback(
             features, weight=0.0, position_weight="risk" if "risk" in kind else "uniform", normalization="paper"
@@ -84,6 +86,27 @@ def test_resumed_equals_uninterrupted(model, tiny_tokenizer, tmp_path):
         train(model, [callback(weight=0.25)], tiny_tokenizer, resume=checkpoint)
     with pytest.raises(ValueError, match="features_sha256 was"):
         train(model, [callback(seed=5)], tiny_tokenizer, resume=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        (TokenPenaltyCallback, {"weight": 5.0}, "config.weight was 20.0, is 5.0"),
+        (TokenPenaltyCallback, {"anchor_weight": 1.0}, "config.anchor_weight was 0.0, is 1.0"),
+        (TokenPenaltyCallback, {"target_token_ids": torch.tensor([7])}, "target_tokens_sha256 was"),
+        (KLAnchorCallback, {"target": "zh"}, "config.target was None, is 'zh'"),
+        (KLAnchorCallback, {"anchor_model": None}, "start_sha256 was"),
+    ],
+)
+def test_resuming_with_another_loss_is_refused(model, tiny_tokenizer, tmp_path, make, change, message):
+    one = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
+    train(model, [make()], tiny_tokenizer, **one)
+    checkpoint = str(tmp_path / "checkpoint-1")
+    train(model, [make()], tiny_tokenizer, resume=checkpoint, max_steps=2)
+    if "anchor_model" in change:  # the model of the checkpoint is not the one that training began with
+        change = {"anchor_model": type(model).from_pretrained(checkpoint)}
+    with pytest.raises(ValueError, match=message):
+        train(model, [make(**change)], tiny_tokenizer, resume=checkpoint, max_steps=2)
 
 
 def test_resuming_a_plain_checkpoint_with_sasft_is_refused(model, tiny_tokenizer, tmp_path):

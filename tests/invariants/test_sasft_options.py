@@ -17,7 +17,7 @@ from sft.cases import (
 )
 from torch.nn.functional import cross_entropy
 
-from qscope_posttrain.sft.baselines import TokenPenaltyCallback
+from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 
 TARGETS = torch.arange(100, 140)
@@ -27,7 +27,7 @@ ROWS = make_rows(8)
 ROWS[0]["input_ids"][-3:] = ROWS[0]["labels"][-3:] = [100, 101, 139]
 
 
-def gradients_by_hand(model, features, term, normaliser):
+def gradients_by_hand(model, features, term, normaliser, target="zh"):
     """Rows run alone, all graphs kept; `term(list of row records) -> scalar sum`, divided by `normaliser` rows."""
     model = copy.deepcopy(model).train()
     states = {}
@@ -41,7 +41,7 @@ def gradients_by_hand(model, features, term, normaliser):
         ce = ce + cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
         count += int((labels[1:] != -100).sum())
         records.append({"row": row, "logits": logits, "labels": labels, "states": {k: h[0] for k, h in states.items()}})
-    others = [record for record in records if record["row"]["language"] != "zh"]
+    others = [record for record in records if record["row"]["language"] != target]
     penalised = sum(int((record["labels"][1:] != -100).sum()) for record in others)
     divisor = {"token_mean": count, "paper": penalised}[normaliser]
     (ce / count + term(others) / divisor).backward()
@@ -209,11 +209,75 @@ def test_token_penalty(model, features, tiny_tokenizer, skip, normalization, acc
     assert logs["token_penalty/target_probability"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
 
 
+def divergence(record, start, kept):
+    """KL of a row's positions that predict a response token, over the tokens `kept`."""
+    with torch.no_grad():
+        reference = start(input_ids=torch.tensor([record["row"]["input_ids"]])).logits[0]
+    p, q = reference[:, kept].log_softmax(-1), record["logits"][:, kept].log_softmax(-1)
+    return sum((p[t].exp() * (p[t] - q[t])).sum() for t in range(len(p) - 1) if record["labels"][t + 1] != -100)
+
+
+LAYOUTS = [
+    {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "padding_free": True},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "accumulated", "padding-free"])
+@pytest.mark.parametrize("normalization", ["token_mean", "paper"])
+def test_token_penalty_with_an_anchor(model, features, tiny_tokenizer, layout, normalization):
+    """Without a FeatureSet and without a list of languages."""
+    start, given = start_of(model, "given")
+    kept = [i for i in range(512) if i not in TARGETS.tolist()]
+
+    def term(others):
+        total = torch.zeros(())
+        for record in others:
+            p = probability(record)
+            for t in range(len(p) - 1):
+                if record["labels"][t + 1] != -100 and record["labels"][t + 1] not in TARGETS:
+                    total = total - WEIGHT * torch.log(1 - p[t])
+            total = total + WEIGHT * divergence(record, start, kept)
+        return total
+
+    callback = TokenPenaltyCallback(
+        weight=WEIGHT, anchor_weight=WEIGHT, target_token_ids=TARGETS, anchor_model=given, normalization=normalization
+    )
+    found, logs = one_step(model, callback, tiny_tokenizer, **layout)
+    expected = gradients_by_hand(model, features, term, normalization)
+    assert relative_error(found, expected) <= 1e-6
+    assert relative_error(gradients_by_hand(model, features, lambda _: torch.zeros(()), normalization), expected) > 0.01
+    assert logs["token_penalty/anchor"] > 1e-4
+    assert logs["token_penalty/hook_calls"] == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "accumulated", "padding-free"])
+@pytest.mark.parametrize("target", [None, "zh"])
+def test_the_anchor_alone(model, features, tiny_tokenizer, layout, target):
+    """Without a target every response is held, over all tokens, and the language column is not looked at."""
+    start, given = start_of(model, "given")
+    kept = [i for i in range(512) if target is None or i not in TARGETS.tolist()]
+    callback = KLAnchorCallback(
+        weight=WEIGHT, target=target, anchor_model=given, language="language" if target else "no such column",
+        target_token_ids=None if target is None else TARGETS,
+    )  # fmt: skip
+    found, logs = one_step(model, callback, tiny_tokenizer, **layout)
+
+    def term(records):
+        return WEIGHT * sum(divergence(record, start, kept) for record in records)
+
+    expected = gradients_by_hand(model, features, term, "token_mean", target=target)
+    assert relative_error(found, expected) <= 1e-6
+    assert logs["kl_anchor/divergence"] > 1e-4
+    assert logs["kl_anchor/hook_calls"] == 1
+
+
 def test_target_tokens_come_from_the_script(model, features, tiny_tokenizer):
     callback = TokenPenaltyCallback("zh", 0.1, languages=features.languages)
-    one_step(model, callback, tiny_tokenizer)
-    assert tiny_tokenizer("河水")["input_ids"][0] in callback._tokens.tolist()
-    assert not set(tiny_tokenizer("The river")["input_ids"]) & set(callback._tokens.tolist())
+    tokens = callback.prepare(make_trainer(copy.deepcopy(model), ROWS, processing_class=tiny_tokenizer)).tokens.tolist()
+    assert tiny_tokenizer("河水")["input_ids"][0] in tokens
+    assert not set(tiny_tokenizer("The river")["input_ids"]) & set(tokens)
     latin = SASFTCallback(make_features(model, label="en"), target="en", position_weight="risk")
     with pytest.raises(ValueError, match="target_token_ids"):
         one_step(model, latin, tiny_tokenizer)
@@ -228,6 +292,7 @@ def test_sharded_parameters_are_refused(model, features, tiny_tokenizer):
     for callback in (
         SASFTCallback(features, anchor_weight=1.0),
         TokenPenaltyCallback("zh", languages=features.languages),
+        KLAnchorCallback(),
     ):
         with pytest.raises(ValueError, match="under FSDP"):
             callback.attach(trainer)

@@ -11,6 +11,7 @@ from residual.other_device import elsewhere
 from sft.cases import case_model, make_features, make_rows, make_trainer, with_lora
 
 from qscope_posttrain.sft.anchor import Anchor
+from qscope_posttrain.sft.baselines import KLAnchorCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 
 IDS = torch.arange(3, 15).view(2, 6)
@@ -102,3 +103,33 @@ def test_a_copy_has_no_hooks_and_no_gradients(model):
     assert not calls
     assert not any(parameter.requires_grad for parameter in anchor.frozen.parameters())
     assert all(parameter.requires_grad for parameter in trained.parameters())
+
+
+def test_the_anchor_sees_the_batch_as_the_collator_made_it(model, tiny_tokenizer):
+    """TRL's compute_loss writes options of the whole model into its batch, which a backbone may not know."""
+
+    class Spy(KLAnchorCallback):
+        def prepare(self, trainer):
+            loss = super().prepare(trainer)
+            start = loss.anchor.start
+            loss.anchor.start = lambda model, inputs: seen.append(dict(inputs)) or start(model, inputs)
+            return loss
+
+    seen, written = [], []
+    trainer = make_trainer(copy.deepcopy(model), make_rows(8), processing_class=tiny_tokenizer)
+    inner = trainer.compute_loss
+
+    def compute_loss(model, inputs, **options):
+        result = inner(model, inputs, **options)
+        written.append("use_cache" in inputs)
+        inputs["labels"] = inputs["input_ids"] = None
+        inputs["not_an_argument"] = 1
+        return result
+
+    trainer.compute_loss = compute_loss
+    Spy().attach(trainer)
+    trainer.train()
+    assert written == [True] * len(seen)
+    assert len(seen) == 4
+    assert all(batch.keys() == {"input_ids", "attention_mask", "labels"} for batch in seen)
+    assert all(isinstance(value, torch.Tensor) for batch in seen for value in batch.values())

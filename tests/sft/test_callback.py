@@ -49,10 +49,19 @@ def hooks(trainer):
     return sum(len(module._forward_hooks) for module in trainer.model.modules())
 
 
+def ours(trainer):
+    """Which of the methods that an attached callback wraps are not the trainer's own."""
+    return {"train", "compute_loss", "get_batch_samples", "get_train_dataloader"} & vars(trainer).keys()
+
+
 def untouched(trainer):
     """Nothing of ours on the instance or in the model."""
-    ours = {"train", "compute_loss", "get_batch_samples", "get_train_dataloader"} & vars(trainer).keys()
-    return not ours and hooks(trainer) == 0
+    return not ours(trainer) and hooks(trainer) == 0
+
+
+def at_rest(trainer):
+    """Between two trainings: only what makes the next one begin with the penalty."""
+    return ours(trainer) == {"train"} and hooks(trainer) == 0
 
 
 class TestAttaching:
@@ -83,19 +92,9 @@ class TestAttaching:
         collator = trainer.data_collator
         assert not untouched(trainer)
         trainer.train()
-        assert untouched(trainer)
+        assert at_rest(trainer)
         assert trainer.data_collator is collator
         assert trainer._signature_columns == ["input_ids", "labels", "seq_lengths"]
-
-    def test_training_again_needs_attaching_again(self, build, features):
-        callback = SASFTCallback(features)
-        trainer = build(callbacks=[callback])
-        trainer.train()
-        with pytest.raises(RuntimeError, match="no longer attached"):
-            trainer.train()
-        callback.attach(trainer)
-        trainer.train()
-        assert "sasft/penalty" in trainer.state.log_history[0]
 
     def test_detach_leaves_a_plain_trainer(self, build, features):
         trainer = build()
@@ -114,7 +113,7 @@ class TestAttaching:
         trainer = build(callbacks=[SASFTCallback(features), Fail()])
         with pytest.raises(error, match="stop"):
             trainer.train()
-        assert untouched(trainer)
+        assert at_rest(trainer)
 
     def test_two_callbacks_leave_in_any_order(self, build, features):
         for order in (1, -1):
@@ -282,7 +281,7 @@ class TestRefusals:
         trainer = build(rows, [SASFTCallback(features)])
         with pytest.raises(ValueError, match=r"language 'ko'.*it has en, zh, fr"):
             trainer.train()
-        assert untouched(trainer)
+        assert at_rest(trainer)
 
     def test_no_labels(self, build, features):
         trainer = build(callbacks=[SASFTCallback(features)])
@@ -297,7 +296,7 @@ class TestRefusals:
         decoder_layers(trainer.model)[2]._forward_hooks.clear()
         with pytest.raises(RuntimeError, match=r"layer\(s\) 2"):
             trainer.train()
-        assert untouched(trainer)
+        assert at_rest(trainer)
 
     def test_sequence_parallelism(self, build, features):
         class Parallelism:
