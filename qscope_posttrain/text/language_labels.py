@@ -39,8 +39,9 @@ def same_language(label: Any, known: Collection[str]) -> str | None:
 def language_hint(label: Any, known: Collection[str]) -> str:
     """ " Did you mean 'zh'?", to stand in a message after the label that was given, or nothing."""
     meant = same_language(label, known)
-    if meant is None and isinstance(label, str) and langcodes.tag_is_valid(f"und-{label}"):
-        meant = same_language(langcodes.Language.get(f"und-{label}").maximize().language, known)  # a country: cn, jp
+    if meant is None and isinstance(label, str) and len(label) == 2 and label.isalpha() and label.isascii():
+        spoken = langcodes.Language.get(f"und-{label}").maximize().language  # a country, cn or jp; en if it is none
+        meant = None if spoken == "en" else same_language(spoken, known)
     if meant is None and isinstance(label, str):
         bare = {name.casefold(): name for name in known}
         close = difflib.get_close_matches(label.strip().casefold(), bare, n=1, cutoff=0.8)
