@@ -103,8 +103,8 @@ class LanguageConsistency:
             return [script_share(completion_text(completion), self.language) for completion in completions]
         self._check_column(kwargs)
         languages = kwargs[self.column]
-        for language in dict.fromkeys(languages):
-            self._check_label(language, languages.index(language))
+        for row, language in enumerate(languages):
+            self._check_label(language, row)
         pairs = zip(completions, languages, strict=True)
         return [script_share(completion_text(completion), language) for completion, language in pairs]
 

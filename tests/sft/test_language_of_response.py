@@ -22,7 +22,10 @@ RESPONSES = {
     "ru": "Никто не знал.",
     "en": "Nobody knew.",
 }
-REQUESTS = {"zh": "Why did the clock stop at noon, and who noticed it first?", "en": "钟为什么在中午停了下来？是谁先发现的？"}
+REQUESTS = {
+    "zh": "Why did the clock stop at noon, and who noticed it first?",
+    "en": "钟为什么在中午停了下来？是谁先发现的？",
+}
 GENERATION = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
     "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
@@ -190,7 +193,10 @@ def test_labels_that_only_the_collator_makes(marked):
 
     class AnswerOnly(DataCollatorForLanguageModeling):
         def torch_call(self, examples):
-            made = [{"input_ids": e["input_ids"], "labels": [-100] * e["start"] + e["input_ids"][e["start"] :]} for e in examples]  # noqa: E501
+            made = [
+                {"input_ids": e["input_ids"], "labels": [-100] * e["start"] + e["input_ids"][e["start"] :]}
+                for e in examples
+            ]
             return super().torch_call(made)
 
     prompt = marked(SYSTEM)["input_ids"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset
 from sft.cases import LANGUAGES, case_model, make_features, make_rows, make_trainer
 
 from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SampleLanguage
 from qscope_posttrain.sft.packing import pack_with_languages
+from qscope_posttrain.sft.target_tokens import find_target_tokens
 from qscope_posttrain.sft.train_data import count_languages
 
 BAD = {
@@ -18,7 +20,7 @@ BAD = {
     "empty": ("", "gave ''"),
     "blank": ("  ", "gave '  '"),
     "unknown": ("ko", "language 'ko'"),
-    **{label: (label, r"Did you mean 'zh'\?") for label in ("zh-CN", "zh_Hans", "zho_Hans", "ZH", "cmn", "Chinese", "cn")},
+    **{label: (label, r"Did you mean 'zh'\?") for label in ("zh-CN", "zh_Hans", "zho_Hans", "ZH", "cmn", "Chinese")},
     **{label: (label, r"Did you mean 'en'\?") for label in ("en-US", "eng_Latn", "English")},
 }  # fmt: skip
 
@@ -99,15 +101,15 @@ def test_class_labels_are_read_by_their_names(make_model, tiny_tokenizer):
     packed = pack_with_languages(dataset, tiny_tokenizer, max_length=64)
     assert packed[0]["language_names"] == ["en", "fr", "zh"]
     rows = Dataset.from_list(rows_with("ko")).cast_column("language", ClassLabel(names=names))
-    with pytest.raises(ValueError, match="Row 5 .*language 'ko'"):
+    with pytest.raises(ValueError, match=r"Row 5 .*language 'ko'"):
         trained_on(rows, make_model, tiny_tokenizer)
 
 
 def test_packed_rows_are_checked_too(make_model, tiny_tokenizer):
     packed = pack_with_languages(Dataset.from_list(rows_with("zh-CN")), tiny_tokenizer, max_length=32)
-    with pytest.raises(ValueError, match="Row 0 .*Did you mean 'zh'"):
+    with pytest.raises(ValueError, match=r"Row 0 .*Did you mean 'zh'"):
         trained_on(packed, make_model, tiny_tokenizer)
-    with pytest.raises(ValueError, match="Row 5 .*gave None"):
+    with pytest.raises(ValueError, match=r"Row 5 .*gave None"):
         pack_with_languages(Dataset.from_list(rows_with(None)), tiny_tokenizer, max_length=32)
 
 
@@ -132,3 +134,18 @@ def test_a_sample_without_letters_takes_no_part(make_model, tiny_tokenizer):
     assert count_languages(dataset, decide) == {"zh": 2, NO_LANGUAGE: 2}
     trainer = trained_on(dataset, make_model, tiny_tokenizer, "script", steps=1)
     assert trainer.state.global_step == 1
+
+
+def test_tokens_of_a_target_under_the_name_that_the_features_have(make_model, tiny_tokenizer):
+    trainer = make_trainer(case_model(make_model), make_rows(4), processing_class=tiny_tokenizer)
+    han = find_target_tokens(trainer, "zh", None, required=True)
+    assert torch.equal(find_target_tokens(trainer, "zh-CN", None, required=True), han)
+    with pytest.raises(ValueError, match=r"Unknown language 'harmful'.*target_token_ids"):
+        find_target_tokens(trainer, "harmful", None, required=True)
+    with pytest.raises(ValueError, match=r"Expected tokens of 'ja'.*got none"):  # this vocabulary has no kana
+        find_target_tokens(trainer, "ja", None, required=True)
+
+
+def test_a_target_that_the_features_name_otherwise(make_model):
+    with pytest.raises(ValueError, match=r"it has en, zh, fr\. Did you mean 'zh'\?"):
+        SASFTCallback(make_features(case_model(make_model)), target="zh-CN")
