@@ -17,6 +17,7 @@ from qscope_posttrain.features.feature_set_file import FILE_NAME, read_feature_s
 from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
 from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.tables import Cell, Table
+from qscope_posttrain.text.language_labels import language_hint
 
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
 
@@ -94,6 +95,7 @@ class FeatureSet:
         if language not in self.languages:
             raise UserValueError(
                 f"language {language!r} is not in this FeatureSet; it has {', '.join(self.languages)}."
+                f"{language_hint(language, self.languages)}"
             )
         return self.languages.index(language)
 
@@ -190,8 +192,8 @@ class FeatureSet:
             f"languages {', '.join(self.languages)}",
             columns=["layer", "language", "feature", "score", "fires inside", "fires outside", "alpha", "effect"],
             rows=lines,
-            caption=f"score: {SCORES.get(str(self.settings.get('selector')), 'monolinguality')}. fires: share of tokens "
-            "of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: on the "
+            caption=f"score: {SCORES.get(str(self.settings.get('selector')), 'monolinguality')}. fires: share of "
+            "tokens of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: on the "
             "language's log-probability, per unit.",
         )
 

@@ -23,6 +23,7 @@ from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, rep
 from qscope_posttrain.rl.loss_mask import negative_loss_mask
 from qscope_posttrain.rl.metrics import overwrite_last, row_metrics, token_metrics, token_sums
 from qscope_posttrain.rl.prompts import check_data, check_inputs
+from qscope_posttrain.rl.rewards import check_reward_data
 from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_rollout, negative_source
 from qscope_posttrain.rl.rollouts.options import check_trainer_generation
@@ -106,6 +107,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
             check_trainer_generation(self, steered=args.is_steered)
         self._dynamic = DynamicSampling(self.train_dataset) if args.dynamic_sampling else None
         check_data(self, STEERED)
+        check_reward_data(self.reward_funcs, self.train_dataset)
         weighted = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
         self.add_callback(SameRun(run_identity(args, self._source, weighted), required=args.has_negatives))
         self._plan = ordinary_plan(0)

@@ -112,7 +112,10 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             run.leave()
         check_trainer(trainer, type(self).__name__)
         self._check_name(trainer)
-        columns = language_columns(trainer, self.config.language) if self.reads_languages else None
+        columns = None
+        if self.reads_languages:
+            config = self.config
+            columns = language_columns(trainer, config.language, self.languages, config.ignore_languages)
         self.runs.add(AttachedRun(self, trainer, self.prepare(trainer), columns))
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
