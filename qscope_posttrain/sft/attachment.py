@@ -141,7 +141,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             raise RuntimeError(f"This {type(self).__name__} is already attached to a trainer; detach() it first.")
         check_trainer(trainer, type(self).__name__)
         self._check_name(trainer)
-        columns = language_columns(trainer, self.language)
+        columns = language_columns(trainer, self.language, self.languages, self.ignore_languages)
         capture = self.prepare(trainer)
         capture.active = False
         capture.attach()

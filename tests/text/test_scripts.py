@@ -102,7 +102,8 @@ def test_source_that_writes_the_target_script_is_refused(target, source):
 
 def test_target_script():
     assert [target_script(language) for language in ("zh", "ko", "ru", "th")] == ["Han", "Hangul", "Cyrillic", "Thai"]
-    for language in ("en", "vi", "ja", "sr"):
+    assert target_script("ja") == "Katakana_Or_Hiragana"
+    for language in ("en", "vi", "sr"):
         with pytest.raises(ValueError, match="no script of its own"):
             target_script(language)
     with pytest.raises(ValueError, match=r"Unknown language 'xx'.*zh"):
