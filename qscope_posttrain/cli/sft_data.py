@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template
 
 from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import Rows
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
+from qscope_posttrain.sft.packing import Preparation, pack_with_languages, prepare_rows, training_tokenizer
 
 
 def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -23,23 +21,10 @@ def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: an end token outside the vocabulary, or a chat template that needs another model to be loaded.
+        ValueError: an end token outside the vocabulary.
     """
-    training = recipe.training
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
-    if training.eos_token is not None:
-        if training.eos_token not in tokenizer.get_vocab():
-            raise UserValueError(f"eos_token '{training.eos_token}' is not in the vocabulary of '{recipe.model_name}'.")
-        tokenizer.eos_token = training.eos_token
-    if training.chat_template_path is not None:
-        path = Path(training.chat_template_path)
-        if not path.is_file():
-            raise UserValueError(f"chat_template_path must be a template file here (.jinja), got '{path}'.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    if training.assistant_only_loss and tokenizer.chat_template is not None:
-        # None where the template marks the assistant's turns already
-        tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template
-    return tokenizer
+    return training_tokenizer(tokenizer, Preparation.of(recipe.training))
 
 
 def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
@@ -50,23 +35,20 @@ def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
     Raises:
         ValueError: streamed data, no length to pack to, or data that cannot be packed.
     """
-    training = recipe.training
-    if isinstance(rows, IterableDataset):
-        raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
-    if training.max_length is None:
-        raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
+    _check_packing(recipe, rows)
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
     return pack_with_languages(
-        rows,
-        data_tokenizer(recipe),
-        max_length=training.max_length,
-        strategy=cast(PackingStrategy, training.packing_strategy),
-        language=recipe.penalty.language,
-        languages=languages,
-        completion_only_loss=training.completion_only_loss,
-        assistant_only_loss=training.assistant_only_loss,
-        dataset_text_field=training.dataset_text_field,
-        shuffle_seed=training.seed,
+        rows, tokenizer, args=recipe.training, language=recipe.penalty.language, languages=languages
     )
+
+
+def prepare_evaluation(recipe: Recipe, rows: Rows) -> Dataset:
+    """Evaluation data as SFTTrainer prepares them beside packed training data, packed or not (`eval_packing`)."""
+    _check_packing(recipe, rows)
+    training = recipe.training
+    packing = training.packing if training.eval_packing is None else training.eval_packing
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    return prepare_rows(rows, tokenizer, Preparation.of(training), packing=packing)
 
 
 def without_packing(training: Any) -> Any:
@@ -78,7 +60,21 @@ def without_packing(training: Any) -> Any:
     return dataclasses.replace(
         training,
         packing=False,
-        padding_free=training.packing_strategy != "wrapped",
+        eval_packing=None,
+        padding_free=training.padding_free or training.packing_strategy != "wrapped",
+        shuffle_dataset=False,
         max_length=None,
         dataset_kwargs={**(training.dataset_kwargs or {}), "skip_prepare_dataset": True},
     )
+
+
+def _check_packing(recipe: Recipe, rows: Rows) -> None:
+    if isinstance(rows, IterableDataset):
+        raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
+    if recipe.training.max_length is None:
+        raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
+    if (recipe.training.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise UserValueError(
+            "packing prepares the data, and dataset_kwargs: {skip_prepare_dataset: true} says that they are prepared "
+            "already; leave one of the two out."
+        )
