@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.artefacts import feature_origins, load_features, write_resolved
-from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import load_rows
 from qscope_posttrain.cli.sft_arguments import Recipe, parse_recipe
-from qscope_posttrain.cli.sft_data import pack, without_packing
+from qscope_posttrain.cli.sft_data import pack, prepare_evaluation, trainer_tokenizer, without_packing
 from qscope_posttrain.cli.training import make_trainer, push, run_training
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -61,7 +60,7 @@ def train(recipe: Recipe) -> None:
 def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     """A stock SFTTrainer with the method's callback in its list of callbacks."""
     training, model = recipe.trainer_arguments(), recipe.model
-    tokenizer = load_tokenizer(recipe.model_name, model.model_revision)
+    tokenizer = trainer_tokenizer(recipe, training)
     train_rows = load_rows(recipe, recipe.script.dataset_train_split)
     evaluation = None
     if training.eval_strategy != "no":
@@ -70,7 +69,7 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     if training.packing and callback is not None and callback.reads_languages:
         train_rows = pack(recipe, train_rows, callback.languages)
         if evaluation is not None:
-            evaluation = pack(recipe, evaluation, callback.languages)
+            evaluation = prepare_evaluation(recipe, evaluation)
         training = without_packing(training)
     return make_trainer(
         recipe,

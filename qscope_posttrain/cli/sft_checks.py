@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +31,8 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.config import LossConfig, SASFTConfig
 from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
-from qscope_posttrain.sft.packing import pack_with_languages
-from qscope_posttrain.sft.train_data import count_languages
+from qscope_posttrain.sft.packing import Preparation, prepare_rows
+from qscope_posttrain.sft.train_data import PROGRESS_FROM, count_languages
 from qscope_posttrain.text.language_labels import class_names
 from qscope_posttrain.text.scripts import language_code, target_script
 from qscope_posttrain.text.tokens import script_token_ids
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 STREAMED_ROWS = 2000
 """Rows of a stream whose language is looked up; of data in memory all are"""
 LABEL_ROWS = 8
-"""Rows that are tokenised"""
+"""Rows of a stream that are tokenized; of data in memory all are"""
 
 
 def check_recipe(recipe: Recipe) -> Checks:
@@ -130,34 +133,43 @@ def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback) -> t
 
 
 def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
-    """Tokenise a few rows as training will, and count the tokens that are learned."""
-    from datasets import disable_progress_bars, enable_progress_bars
+    """Prepare the rows as training will, all of a data set in memory, and count the tokens that are learned."""
+    training = recipe.training
+    streamed = not isinstance(rows, Dataset)
+    examples = Dataset.from_list(first_rows(rows, LABEL_ROWS)) if streamed else rows
+    settings = Preparation.of(training)
+    whole = replace(settings, max_length=None, eos_token=None, chat_template_path=None, shuffle_dataset=False)
+    with _progress_bars(len(examples) >= PROGRESS_FROM):
+        prepared = prepare_rows(examples, tokenizer, whole).select_columns(["input_ids", "labels"])
+        # Packing keeps to max_length by itself, and cuts only what is longer than a row.
+        limit = None if training.packing and settings.packing_strategy != "bfd" else settings.max_length
+        cut = slice(limit) if settings.truncation_mode == "keep_start" or limit is None else slice(-limit, None)
+        counts = prepared.map(
+            lambda labels: {"learned": sum(label != IGNORED_LABEL for label in labels[cut]), "all": len(labels[cut])},
+            input_columns="labels", remove_columns=prepared.column_names,
+        )  # fmt: skip
+    learned = counts["learned"]
+    without = [row for row, count in enumerate(learned) if not count]
+    reason = f"row {without[0]}: its answer is empty, or begins beyond max_length ({limit})" if without else ""
+    if len(without) == len(learned):
+        raise UserValueError(f"{len(learned)} rows have {sum(counts['all'])} tokens and none to learn ({reason}).")
+    which = f"the first {len(learned)} rows" if streamed else f"{len(learned)} rows"
+    note = f"; {len(without)} rows have none to learn ({reason})" if without else ""
+    return sum(learned), f"{which}: {sum(learned)} of {sum(counts['all'])} tokens are learned{note}"
 
-    training, examples = recipe.training, first_rows(rows, LABEL_ROWS)
-    tokens = learned = 0
-    disable_progress_bars()
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    if not shown:
+        disable_progress_bars()
     try:
-        for number, example in enumerate(examples):
-            packed = pack_with_languages(
-                Dataset.from_list([example]),
-                tokenizer,
-                max_length=training.max_length or 10**9,
-                language=lambda _: "any",
-                completion_only_loss=training.completion_only_loss,
-                assistant_only_loss=training.assistant_only_loss,
-                dataset_text_field=training.dataset_text_field,
-            )
-            labels = [label for row in packed["labels"] for label in row]
-            if all(label == IGNORED_LABEL for label in labels):
-                raise UserValueError(
-                    f"row {number} has {len(labels)} tokens and none to learn: its answer is empty, or begins beyond "
-                    f"max_length ({training.max_length})."
-                )
-            tokens += len(labels)
-            learned += sum(label != IGNORED_LABEL for label in labels)
+        yield
     finally:
-        enable_progress_bars()
-    return learned, f"{len(examples)} rows: {learned} of {tokens} tokens are learned"
+        if not before:
+            enable_progress_bars()
 
 
 def _batch(recipe: Recipe, rows: Rows) -> tuple[int, str]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template
 
 from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import Rows
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
-from qscope_posttrain.text.files import read_text
+from qscope_posttrain.sft.packing import (
+    Preparation,
+    is_template_file,
+    pack_with_languages,
+    prepare_rows,
+    training_tokenizer,
+)
 
 
 def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -24,22 +27,19 @@ def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: an end token outside the vocabulary, or a chat template that needs another model to be loaded.
+        ValueError: an end token outside the vocabulary.
     """
-    training = recipe.training
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
-    if training.eos_token is not None:
-        if training.eos_token not in tokenizer.get_vocab():
-            raise UserValueError(f"eos_token '{training.eos_token}' is not in the vocabulary of '{recipe.model_name}'.")
-        tokenizer.eos_token = training.eos_token
-    if training.chat_template_path is not None:
-        path = Path(training.chat_template_path)
-        if not path.is_file():
-            raise UserValueError(f"chat_template_path must be a template file here (.jinja), got '{path}'.")
-        tokenizer.chat_template = read_text(path)
-    if training.assistant_only_loss and tokenizer.chat_template is not None:
-        # None where the template marks the assistant's turns already
-        tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template
+    return training_tokenizer(tokenizer, Preparation.of(recipe.training))
+
+
+def trainer_tokenizer(recipe: Recipe, training: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer for SFTTrainer. A template file is read here, and `training` does not name it any more."""
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    path = training.chat_template_path
+    if path is not None and is_template_file(path):
+        tokenizer = training_tokenizer(tokenizer, Preparation(chat_template_path=path))
+        training.chat_template_path = None
     return tokenizer
 
 
@@ -51,23 +51,20 @@ def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
     Raises:
         ValueError: streamed data, no length to pack to, or data that cannot be packed.
     """
-    training = recipe.training
-    if isinstance(rows, IterableDataset):
-        raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
-    if training.max_length is None:
-        raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
+    _check_packing(recipe, rows)
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
     return pack_with_languages(
-        rows,
-        data_tokenizer(recipe),
-        max_length=training.max_length,
-        strategy=cast(PackingStrategy, training.packing_strategy),
-        language=recipe.penalty.language,
-        languages=languages,
-        completion_only_loss=training.completion_only_loss,
-        assistant_only_loss=training.assistant_only_loss,
-        dataset_text_field=training.dataset_text_field,
-        shuffle_seed=training.seed,
+        rows, tokenizer, args=recipe.training, language=recipe.penalty.language, languages=languages
     )
+
+
+def prepare_evaluation(recipe: Recipe, rows: Rows) -> Dataset:
+    """Evaluation data as SFTTrainer prepares them beside packed training data, packed or not (`eval_packing`)."""
+    _check_packing(recipe, rows)
+    training = recipe.training
+    packing = training.packing if training.eval_packing is None else training.eval_packing
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    return prepare_rows(rows, tokenizer, Preparation.of(training), packing=packing)
 
 
 def without_packing(training: Any) -> Any:
@@ -76,10 +73,21 @@ def without_packing(training: Any) -> Any:
     Rows packed by "wrapped" are plain rows of one length; the other strategies mark where documents begin, which
     only the padding-free collator passes on.
     """
-    return dataclasses.replace(
-        training,
-        packing=False,
-        padding_free=training.packing_strategy != "wrapped",
-        max_length=None,
-        dataset_kwargs={**(training.dataset_kwargs or {}), "skip_prepare_dataset": True},
-    )
+    arguments = copy.copy(training)  # `replace` would check again what the arguments have set themselves
+    arguments.packing = arguments.shuffle_dataset = False
+    arguments.eval_packing = arguments.max_length = None
+    arguments.padding_free = training.padding_free or training.packing_strategy != "wrapped"
+    arguments.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    return arguments
+
+
+def _check_packing(recipe: Recipe, rows: Rows) -> None:
+    if isinstance(rows, IterableDataset):
+        raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
+    if recipe.training.max_length is None:
+        raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
+    if (recipe.training.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise UserValueError(
+            "packing prepares the data, and dataset_kwargs: {skip_prepare_dataset: true} says that they are prepared "
+            "already; leave one of the two out."
+        )

@@ -193,8 +193,8 @@ class FeatureSet:
             columns=["layer", "language", "feature", "score", "fires inside", "fires outside", "alpha", "effect"],
             rows=lines,
             caption=f"score: {SCORES.get(str(self.settings.get('selector')), 'monolinguality')}. fires: share of "
-            "tokens of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: on the "
-            "language's log-probability, per unit.",
+            "tokens of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: "
+            "on the language's log-probability, per unit.",
         )
 
     def save(self, path: str | Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
 from datasets import Dataset
@@ -81,7 +81,7 @@ def _known(decide: SampleLanguage, language: str) -> str:
 
 
 def _each_row(rows: Dataset | Iterable[Any], look: Callable[[Any], Any]) -> list[Any]:
-    many = isinstance(rows, Dataset) and len(rows) >= PROGRESS_FROM
+    many = isinstance(rows, Sized) and len(rows) >= PROGRESS_FROM
     shown = progress(rows, description="telling the languages of the rows", enabled=None if many else False)
     return [_at(number, look, row) for number, row in enumerate(shown)]
 
