@@ -50,7 +50,7 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
                     f"{location}, line {number}: expected strings 'text' and 'language', "
                     f"{_got(row, 'text', 'language')}."
                 )
-            kept = texts.setdefault(language, [])
+            kept = texts.setdefault(str(language), [])
             if text.strip() and (limit is None or len(kept) < limit):
                 kept.append(text)
     empty = sorted(language for language, entries in texts.items() if not entries)
@@ -103,7 +103,7 @@ def read_prompts(path: str | Path, limit: int | None = None, language: str | Non
                 f"{location}, line {number}: expected 'prompt' (text or a list of messages) and 'language', "
                 f"{_got(row, 'prompt', 'language')}."
             )
-        kept = prompts.setdefault(own, [])
+        kept = prompts.setdefault(str(own), [])
         if limit is None or len(kept) < limit:
             kept.append(prompt)
     if not prompts:

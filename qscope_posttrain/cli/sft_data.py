@@ -86,7 +86,8 @@ def _check_packing(recipe: Recipe, rows: Rows) -> None:
         raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
     if recipe.training.max_length is None:
         raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
-    if (recipe.training.dataset_kwargs or {}).get("skip_prepare_dataset"):
+    given: Any = recipe.training.dataset_kwargs or {}
+    if given.get("skip_prepare_dataset"):
         raise UserValueError(
             "packing prepares the data, and dataset_kwargs: {skip_prepare_dataset: true} says that they are prepared "
             "already; leave one of the two out."

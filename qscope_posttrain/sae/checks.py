@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,17 @@ FLOAT32 = torch.finfo(torch.float32)
 _LARGEST_INTEGER = 2**63 - 1
 
 
+def _fits(value: Any) -> bool:
+    return bool(-FLOAT32.max <= value <= FLOAT32.max)
+
+
 def as_number(name: str, value: object) -> float:
     """`value` as a float that float32, in which dictionaries are computed with, can hold.
 
     Raises:
         ValueError: not a number (truth values and texts are none), not finite, or too large for float32.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not -FLOAT32.max <= value <= FLOAT32.max:
+    if isinstance(value, bool) or not isinstance(value, Real) or not _fits(value):
         raise UserValueError(f"{name} must be a finite number of at most {FLOAT32.max!r}, got {shown(value)}")
     return float(value)
 

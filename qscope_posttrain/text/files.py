@@ -143,8 +143,9 @@ def read_csv(
         ValueError: not text, or not CSV.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # csv has no limit by reader
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(read_lines(path, what), delimiter=separator, quoting=quoting)
+    lines = read_lines(path, what)
+    quoted = {"quoting": csv.QUOTE_NONE} if separator == "\t" else {}
+    rows = csv.reader(lines, delimiter=separator, **quoted)  # type: ignore[arg-type]
     try:
         for cells in rows:
             if cells:
@@ -162,7 +163,7 @@ def _opened(place: Path, packed: bool) -> Iterator[io.TextIOWrapper]:
             unpack = next((opener for mark, opener in _COMPRESSED.items() if head.startswith(mark)), None)
             if unpack is not None and not packed:
                 raise UserValueError(f"'{place}' is compressed, and is not read so: unpack it first (gunzip, xz -d).")
-            content: IO[bytes] = file if unpack is None else unpack(file, "rb")  # type: ignore[assignment]
+            content: IO[bytes] = file if unpack is None else unpack(file, "rb")  # type: ignore[operator]
             with content:
                 head = head if unpack is None else _head(content)
                 told = next((words for mark, words in _NO_TEXT.items() if head.startswith(mark)), None)

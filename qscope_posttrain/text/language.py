@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection
 
 import regex
@@ -49,7 +49,7 @@ def script_evidence(text: str) -> dict[str, float]:
     are mixed, Latin words with a capital within a sentence, mostly names, count a quarter. Han in a sentence with kana
     counts as "Hiragana", which stands for all of Japanese.
     """
-    counts: Counter[str] = Counter()
+    counts: defaultdict[str, float] = defaultdict(float)
     for piece in sentences(text) if has_kana(text) else [text]:
         # One entry stands for all of Japanese, which mixes three scripts in a sentence.
         japanese = has_kana(piece)
@@ -62,7 +62,7 @@ def script_evidence(text: str) -> dict[str, float]:
             for name in _NAME.finditer(text)
             if not _STARTS_SENTENCE.search(text, max(name.start() - _BEFORE_NAME, 0), name.start())
         )
-    return dict(counts.most_common())
+    return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
 
 
 def language_by_script(text: str, languages: Collection[str]) -> str | None:
