@@ -12,6 +12,7 @@ from qscope_posttrain.cli.inputs import load_model, load_tokenizer, read_prompts
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.text.scripts import check_source
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -30,6 +31,9 @@ def code_switching(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts, options.max_prompts)
     if prompts.pop(options.target, None) is not None:
         status(f"prompts in {options.target} are left out: there, {options.target} is no switch")
+    if options.identify == "script":
+        for language in prompts:
+            check_source(options.target, language)
     chat_options = template_options(options.chat_template_options)
     detector = None
     if texts is not None:
@@ -85,7 +89,9 @@ def _parser() -> OptionParser:
     parser = OptionParser(prog="qscope evaluate")
     actions = parser.add_subparsers(dest="action", required=True)
     new = actions.add_parser("code-switching", help="share of responses that switch, unasked, to a language")
-    new.add_argument("--target", default="zh", help="the language switched to; by script, one with its own")
+    new.add_argument(
+        "--target", default="zh", help="the language switched to; by script, one with its own (or ja, by kana)"
+    )
     add_identification_options(new)
     _add_sampling_options(
         new, prompts="JSONL with prompt and language, or folder of <language>.txt", top_p=0.8, longest=256

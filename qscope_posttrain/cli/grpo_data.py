@@ -15,7 +15,7 @@ from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.rl.rewards import RewardFunction, reward_function
+from qscope_posttrain.rl.rewards import RewardFunction, check_reward_data, reward_function
 
 PROMPT = "prompt"
 SAMPLED_ROWS = 64
@@ -57,7 +57,7 @@ def reward_name(reward: RewardFunction) -> str:
 
 
 def check_reward_columns(rewards: Sequence[RewardFunction], rows: Rows) -> None:
-    """ValueError where a reward function needs an argument that is no column of the data."""
+    """ValueError where a reward needs an argument that is no column of the data, or a value in no language."""
     columns = set(first_rows(rows, 1)[0])
     for reward in rewards:
         needed = _required_parameters(reward) - _GIVEN_BY_TRL
@@ -67,6 +67,7 @@ def check_reward_columns(rewards: Sequence[RewardFunction], rows: Rows) -> None:
                 f"the reward '{reward_name(reward)}' needs the column '{missing[0]}' in the data, which has "
                 f"{', '.join(sorted(columns))}. Rename or add it, or choose another reward."
             )
+    check_reward_data(rewards, rows)
 
 
 def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qscope_posttrain.cli.inputs import read_texts
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
+from qscope_posttrain.text.language_labels import language_hint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,10 @@ def identification_texts(identify: str, folder: str | None, target: str) -> dict
         )
     texts = read_texts(folder)
     if target not in texts:
-        raise UserValueError(f"'{folder}' has no {target}.txt, text of the target; it has {', '.join(sorted(texts))}.")
+        raise UserValueError(
+            f"'{folder}' has no {target}.txt, text of the target; it has {', '.join(sorted(texts))}."
+            f"{language_hint(target, texts)}"
+        )
     return texts
 
 
@@ -89,7 +93,7 @@ def word_detector(
     if missing:
         raise UserValueError(
             f"--identify-texts has no text in {', '.join(missing)}, a language of the prompts: it has "
-            f"{', '.join(sorted(texts))}. Add the text, or leave these prompts out."
+            f"{', '.join(sorted(texts))}.{language_hint(missing[0], texts)} Add the text, or leave these prompts out."
         )
     languages = [*sources, target]
     status(f"learning the words of {', '.join(languages)}")

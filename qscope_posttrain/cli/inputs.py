@@ -40,9 +40,10 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
         texts = {}
         for number, row in read_jsonl(location):
             text, language = row.get("text"), row.get("language")
-            if not isinstance(text, str) or not isinstance(language, str):
+            if not isinstance(text, str) or not _is_name(language):
                 raise UserValueError(
-                    f"{location}, line {number}: expected strings 'text' and 'language', got the keys {sorted(row)}."
+                    f"{location}, line {number}: expected strings 'text' and 'language', "
+                    f"{_got(row, 'text', 'language')}."
                 )
             kept = texts.setdefault(language, [])
             if text.strip() and (limit is None or len(kept) < limit):
@@ -71,9 +72,7 @@ def read_text_list(path: str | Path, limit: int | None = None) -> list[str]:
         texts = []
         for number, row in read_jsonl(location):
             if not isinstance(row.get("text"), str):
-                raise UserValueError(
-                    f"{location}, line {number}: expected a string 'text', got the keys {sorted(row)}."
-                )
+                raise UserValueError(f"{location}, line {number}: expected a string 'text', {_got(row, 'text')}.")
             if row["text"].strip() and (limit is None or len(texts) < limit):
                 texts.append(row["text"])
     if not texts:
@@ -98,10 +97,10 @@ def read_prompts(path: str | Path, limit: int | None = None, language: str | Non
     prompts: dict[str, list[Any]] = {}
     for number, row in read_jsonl(location):
         prompt, own = row.get("prompt"), row.get("language", language)
-        if not isinstance(prompt, str | list) or not isinstance(own, str):
+        if not isinstance(prompt, str | list) or not _is_name(own):
             raise UserValueError(
                 f"{location}, line {number}: expected 'prompt' (text or a list of messages) and 'language', "
-                f"got the keys {sorted(row)}."
+                f"{_got(row, 'prompt', 'language')}."
             )
         kept = prompts.setdefault(own, [])
         if limit is None or len(kept) < limit:
@@ -236,6 +235,17 @@ def choose_device(device: str | None) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise UserValueError(f"no device '{device}' on this machine ({str(error).splitlines()[0]}).") from error
     return place
+
+
+def _is_name(language: Any) -> bool:
+    return isinstance(language, str) and bool(language.strip())
+
+
+def _got(row: dict[str, Any], *wanted: str) -> str:
+    """The values behind the wanted keys, or the keys that are there."""
+    if all(key in row for key in wanted):
+        return "got " + " and ".join(f"{key!r}: {row[key]!r:.60}" for key in wanted)
+    return f"got the keys {sorted(row)}"
 
 
 def _lines(file: Path) -> Iterator[str]:

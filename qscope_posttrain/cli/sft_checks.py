@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
 from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.checks import (
@@ -25,17 +26,19 @@ from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.cli.sft_data import data_tokenizer
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.config import LossConfig, SASFTConfig
-from qscope_posttrain.sft.language_ids import SampleLanguage
+from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.packing import pack_with_languages
-from qscope_posttrain.text.scripts import target_script
+from qscope_posttrain.sft.train_data import count_languages
+from qscope_posttrain.text.language_labels import class_names
+from qscope_posttrain.text.scripts import language_code, target_script
 from qscope_posttrain.text.tokens import script_token_ids
 
 if TYPE_CHECKING:
     from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 
-LANGUAGE_ROWS = 2000
-"""Rows whose language is looked up"""
+STREAMED_ROWS = 2000
+"""Rows of a stream whose language is looked up; of data in memory all are"""
 LABEL_ROWS = 8
 """Rows that are tokenised"""
 
@@ -93,7 +96,7 @@ def _needs_logits(settings: LossConfig) -> bool:
 def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
     settings: Any = recipe.penalty
     try:
-        script = target_script(settings.target)
+        script = target_script(language_code(settings.target))
     except ValueError as error:
         required = recipe.run.method == "token_penalty" or getattr(settings, "position_weight", "") == "risk"
         if required:
@@ -105,24 +108,30 @@ def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
     return ids, f"{len(ids)} tokens write {script}"
 
 
-def _languages(recipe: Recipe, rows: Rows, features: AuxiliaryLossCallback) -> tuple[Counter[str], str]:
-    options = recipe.penalty
-    decide = SampleLanguage(options.language, features.languages, options.ignore_languages)
-    counts = Counter(decide(row) for row in first_rows(rows, LANGUAGE_ROWS))
-    for language in counts:
-        decide.id(language)
-    if not set(counts) - {options.target, *options.ignore_languages}:
+def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback) -> tuple[Counter[str], str]:
+    """The languages of all rows of a data set in memory, of the first ones of a stream."""
+    options, field = recipe.penalty, recipe.training.dataset_text_field
+    decide = SampleLanguage(
+        options.language, callback.languages, options.ignore_languages, classes=class_names(rows, options.language)
+    )
+    streamed = not isinstance(rows, Dataset)
+    examples: Any = first_rows(rows, STREAMED_ROWS) if streamed else rows
+    if not streamed and options.language == SCRIPT and field in rows.column_names and "text" not in rows.column_names:
+        examples = rows.rename_column(field, "text")
+    counts = count_languages(examples, decide)
+    which = f"the first {counts.total()} rows" if streamed else f"{counts.total()} rows"
+    if not set(counts) - {options.target, *options.ignore_languages, NO_LANGUAGE}:
         raise UserValueError(
-            f"all of the first {counts.total()} rows are in {', '.join(sorted(counts))}; the penalty acts on rows in "
+            f"all of {which} are in {', '.join(sorted(counts))}; the penalty acts on rows in "
             f"languages other than the target '{options.target}', so it would do nothing."
         )
     listed = ", ".join(f"{language} {count}" for language, count in counts.most_common())
-    return counts, f"of the first {counts.total()} rows: {listed}"
+    return counts, f"of {which}: {listed}"
 
 
 def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
     """Tokenise a few rows as training will, and count the tokens that are learned."""
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    from datasets import disable_progress_bars, enable_progress_bars
 
     training, examples = recipe.training, first_rows(rows, LABEL_ROWS)
     tokens = learned = 0

@@ -20,7 +20,7 @@ from qscope_posttrain.features.batches import (
     tokenize_texts,
 )
 from qscope_posttrain.residual.layers import text_config
-from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, target_script
+from qscope_posttrain.text.scripts import language_code, scripts_of_name, target_script
 from qscope_posttrain.text.tokens import script_token_ids
 
 
@@ -59,11 +59,11 @@ def contrast_sample(
     Raises:
         ValueError: no text in another language, no unique script and no target_tokens, or ids that do not exist.
     """
-    script = target_script(target) if target_tokens is None else None
+    script = target_script(language_code(target)) if target_tokens is None else None
     languages = [
         language
         for language in check_texts(texts)
-        if language != target and (script is None or script not in SCRIPTS_OF_LANGUAGE.get(language, ()))
+        if language != target and (script is None or script not in scripts_of_name(language))
     ]
     if not languages:
         unless = f", one that does not write {script}" if script else ""

@@ -17,6 +17,7 @@ from qscope_posttrain.features.feature_set_file import read_feature_set, write_f
 from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
 from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.tables import Cell, Table
+from qscope_posttrain.text.language_labels import language_hint
 
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
 
@@ -91,6 +92,7 @@ class FeatureSet:
         if language not in self.languages:
             raise UserValueError(
                 f"language {language!r} is not in this FeatureSet; it has {', '.join(self.languages)}."
+                f"{language_hint(language, self.languages)}"
             )
         return self.languages.index(language)
 

@@ -23,6 +23,7 @@ from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.residual.layers import check_layers, text_config
 from qscope_posttrain.sae.autoencoder import SAESource, SparseAutoencoder
+from qscope_posttrain.text.language_labels import language_hint
 
 CHECKED_LAYERS = 2
 """By default the causal check covers the two deepest layers, the ones that SASFT trains on."""
@@ -79,7 +80,8 @@ def find_language_features(
     if len(languages) < 2:
         raise UserValueError(f"Language features need at least two languages to compare, got {', '.join(languages)}.")
     if target is not None and target not in languages:
-        raise UserValueError(f"target {target!r} is not among the languages of texts: {', '.join(languages)}.")
+        hint = language_hint(target, languages)
+        raise UserValueError(f"target {target!r} is not among the languages of texts: {', '.join(languages)}.{hint}")
     layers = check_layers(model, sorted(saes))
     if causal_layers is not None and not set(causal_layers) <= set(layers):
         raise UserValueError(

@@ -11,15 +11,17 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import regex
+from datasets import Dataset
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.text.language_labels import class_names, distinct_labels, language_hint
 from qscope_posttrain.text.repetition import repeated_tail
-from qscope_posttrain.text.scripts import language_scripts, script_pattern
+from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, language_scripts, script_pattern
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Completion = str | Sequence[Mapping[str, Any]]
@@ -85,7 +87,8 @@ class LanguageConsistency:
         column: where a row has its language, if `language` is None.
 
     Raises:
-        ValueError: an unknown language; when called, a data set without the column.
+        ValueError: an unknown language; when called or checked, a data set without the column, or a row of it without
+            a language.
     """
 
     def __init__(self, language: str | None = None, column: str = "language") -> None:
@@ -98,13 +101,54 @@ class LanguageConsistency:
     def __call__(self, completions: Sequence[Completion], **kwargs: Any) -> list[float]:
         if self.language is not None:
             return [script_share(completion_text(completion), self.language) for completion in completions]
-        if self.column not in kwargs:
+        self._check_column(kwargs)
+        languages = kwargs[self.column]
+        for row, language in enumerate(languages):
+            self._check_label(language, row)
+        pairs = zip(completions, languages, strict=True)
+        return [script_share(completion_text(completion), language) for completion, language in pairs]
+
+    def check_data(self, dataset: Any) -> None:
+        """Look at the column of a `datasets.Dataset`, all rows, before training does row by row.
+
+        Raises:
+            ValueError: no such column, or a row whose value is no language, with its number.
+        """
+        if self.language is None:
+            self._check_column(dataset.column_names)
+            classes = class_names(dataset, self.column)
+            for label in distinct_labels(dataset, self.column):
+                self._check_label(label.value, label.row, classes)
+
+    def _check_column(self, columns: Collection[str]) -> None:
+        if self.column not in columns:
             raise UserValueError(
                 f"LanguageConsistency() needs each row's language in a column '{self.column}' of the data set; the "
-                f"columns are {', '.join(sorted(kwargs)) or 'none'}. Name one with column=..., or fix language=..."
+                f"columns are {', '.join(sorted(columns)) or 'none'}. Name one with column=..., or fix language=..."
             )
-        pairs = zip(completions, kwargs[self.column], strict=True)
-        return [script_share(completion_text(completion), language) for completion, language in pairs]
+
+    def _check_label(self, label: Any, row: int, classes: Sequence[str] = ()) -> None:
+        place = f"LanguageConsistency(): row {row} has {label!r} in the column '{self.column}'"
+        if not isinstance(label, str):
+            names = f"; it is a ClassLabel of {', '.join(classes)}" if classes else ""
+            raise UserValueError(
+                f"{place}, where a language such as 'en' must stand{names}. Write the names into the column, or leave "
+                "the row out."
+            )
+        if label not in SCRIPTS_OF_LANGUAGE:
+            hint, known = language_hint(label, SCRIPTS_OF_LANGUAGE), ", ".join(sorted(SCRIPTS_OF_LANGUAGE))
+            raise UserValueError(f"{place}, which is none of the known languages.{hint} Known are {known}.")
+
+
+def check_reward_data(rewards: Iterable[Any], dataset: Any) -> None:
+    """Before training, look at all rows of a `datasets.Dataset` for what a reward of this module needs in them.
+
+    Raises:
+        ValueError: a row whose language is none, with its number.
+    """
+    for reward in rewards:
+        if isinstance(reward, LanguageConsistency) and isinstance(dataset, Dataset):
+            reward.check_data(dataset)
 
 
 def script_share(text: str, language: str) -> float:

@@ -23,6 +23,7 @@ from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, replace_rows, rows_to_redraw
 from qscope_posttrain.rl.loss_mask import negative_loss_mask
 from qscope_posttrain.rl.metrics import row_metrics, token_metrics, token_sums
+from qscope_posttrain.rl.rewards import check_reward_data
 from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_rollout, negative_source
 from qscope_posttrain.rl.rows import RowPlan, ordinary_plan, plan_rows
@@ -94,6 +95,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         if args.dynamic_sampling:
             self._dynamic = DynamicSampling(self.train_dataset)
         self._check_columns()
+        check_reward_data(self.reward_funcs, self.train_dataset)
         self._plan = ordinary_plan(0)
         self._tap: GenerationTap | None = None
         self._rows: ScoredRows | None = None

@@ -10,37 +10,34 @@ from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.masks import PADDING_ID
-from qscope_posttrain.text.language import language_by_script
+from qscope_posttrain.sft.response import response_texts
+from qscope_posttrain.text.language import language_by_script, script_evidence
+from qscope_posttrain.text.language_labels import language_hint, listed, same_language
 
 TOKEN_LANGUAGES = "language_ids"
 """Column of packed data sets: index of each token's language in the row's `LANGUAGE_NAMES`"""
 LANGUAGE_NAMES = "language_names"
 """Column of packed data sets: the names behind `TOKEN_LANGUAGES`"""
+SCRIPT = "script"
+NO_LANGUAGE = "zxx"
+"""ISO 639-2 for "no linguistic content": such a sample takes no part"""
 
 LanguageRule = str | Callable[[Mapping[str, Any]], str]
-
-
-def example_text(example: Mapping[str, Any]) -> str | None:
-    """The text of a sample in any of TRL's data set types (text, messages, prompt and completion), or None."""
-    parts: list[str] = []
-    for column in ("text", "messages", "prompt", "completion"):
-        value = example.get(column)
-        if isinstance(value, str):
-            parts.append(value)
-        elif isinstance(value, list):
-            parts += [turn["content"] for turn in value if isinstance(turn.get("content"), str)]
-    return "\n".join(parts) or None
 
 
 class SampleLanguage:
     """Decides the language of one sample; picklable unless the rule is not.
 
     Args:
-        rule: the name of a column, "script" (decided by the letters of the text, or of the decoded `input_ids` where
-            the text column is gone), or a callable that takes the example and returns the language.
-        languages: known languages; a sample in another one is an error.
-        ignore: further languages, whose samples take no part.
-        decode: from token ids to text, needed by "script" only for samples without text.
+        rule: the name of a column, "script", or a callable that takes the example and returns the language. "script"
+            goes by the letters of the response, the tokens that carry the loss (see `response_texts`), without code
+            and formulas (see `language_by_script`). A response without letters has the language of the whole sample,
+            and a sample without letters takes no part.
+        languages: known languages; a sample in another one is an error, also where it only spells one of them
+            otherwise ("zh-CN").
+        ignore: further languages, whose samples take no part. `NO_LANGUAGE` is always one.
+        decode: from token ids to text, needed by "script" for samples that carry labels or have no text.
+        classes: the names behind the numbers of a ClassLabel column.
     """
 
     def __init__(
@@ -49,35 +46,53 @@ class SampleLanguage:
         languages: Sequence[str],
         ignore: Collection[str] = (),
         decode: Callable[[list[int]], str] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.rule = rule
         self.languages = tuple(languages)
         self.ignore = frozenset(ignore)
         self.decode = decode
-        self._ids = {name: i for i, name in enumerate(self.languages)} | dict.fromkeys(self.ignore, PADDING_ID)
+        self.classes = tuple(classes)
+        self._ids = dict.fromkeys([NO_LANGUAGE, *self.ignore], PADDING_ID)
+        self._ids |= {name: i for i, name in enumerate(self.languages) if name not in self.ignore}
 
     def __call__(self, example: Mapping[str, Any]) -> str:
-        """The language's name.
+        """The language's name, of which `id` is not asked yet.
 
         Raises:
             ValueError: it cannot be told, with the remedy.
         """
         if callable(self.rule):
-            language = self.rule(example)
-        elif self.rule == "script":
-            language = self._by_script(example)
-        else:
-            if self.rule not in example:
-                raise UserValueError(
-                    f"A training sample has no column {self.rule!r} (its columns: {', '.join(example)}). Add it to "
-                    'the data set, or pass language="script" or a function of the example.'
-                )
-            language = example[self.rule]
-        if not isinstance(language, str):
+            return self.name(self.rule(example))
+        if self.rule == SCRIPT:
+            return self._by_script(example)
+        if self.rule not in example:
             raise UserValueError(
-                f"The language of a sample must be a name such as 'en'; {self.rule!r} gave {language!r}."
+                f"A training sample has no column {self.rule!r} (its columns: {', '.join(example)}). Add it to "
+                'the data set, or pass language="script" or a function of the example.'
             )
-        return language
+        return self.name(example[self.rule])
+
+    def name(self, label: Any) -> str:
+        """What a column or a function gave, as a name.
+
+        Raises:
+            ValueError: no name, a number without a name behind it, or nothing.
+        """
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.classes):
+            return self.classes[label]
+        if isinstance(label, str) and label.strip():
+            return label
+        numbered = isinstance(self.rule, str) and isinstance(label, int) and not isinstance(label, bool)
+        remedy = (
+            "For a ClassLabel column of `datasets`, whose names have been lost, give the names: "
+            f'language=lambda example: names[example["{self.rule}"]].'
+            if numbered
+            else f"Fill it in, leave the row out, or call it {NO_LANGUAGE!r} to leave it without penalty."
+        )
+        raise UserValueError(
+            f"The language of a sample must be a name such as 'en'; {self.rule!r} gave {label!r}. {remedy}"
+        )
 
     def id(self, language: str) -> int:
         """Index of a language, or `PADDING_ID` where it is ignored.
@@ -85,27 +100,44 @@ class SampleLanguage:
         Raises:
             ValueError: an unknown language; the message lists the known ones.
         """
-        if language not in self._ids:
-            raise UserValueError(
-                f"A training sample is in language {language!r}, of which the FeatureSet has no statistics; it has "
-                f"{', '.join(self.languages)}. Find features with texts of {language!r} too, or pass "
-                f"ignore_languages=({language!r},) to leave such samples without penalty."
-            )
-        return self._ids[language]
+        if language in self._ids:
+            return self._ids[language]
+        known = [*self.languages, *sorted(self.ignore)]
+        column = self.rule if isinstance(self.rule, str) and self.rule != SCRIPT else "language"
+        meant = same_language(language, known)
+        remedy = (
+            f'Call it so in the data, as by dataset.map(lambda row: {{"{column}": {{{language!r}: {meant!r}}}'
+            f'.get(row["{column}"], row["{column}"])}}), or'
+            if meant is not None
+            else f"Find features with texts of {language!r} too, or"
+        )
+        raise UserValueError(
+            f"A training sample is in language {language!r}, which is not one of the known languages (those of the "
+            f"FeatureSet, or languages=...): it has {listed(self.languages)}.{language_hint(language, known)} {remedy} "
+            f"pass ignore_languages=({language!r},) to leave such samples without penalty."
+        )
 
     def _by_script(self, example: Mapping[str, Any]) -> str:
-        text = example_text(example)
-        if text is None:
-            if self.decode is None:
-                raise UserValueError(f"No text to decide the language by, among the columns {', '.join(example)}.")
-            text = self.decode(list(example["input_ids"]))
-        language = language_by_script(text, [*self.languages, *sorted(self.ignore)])
-        if language is None:
+        if SCRIPT in example:
             raise UserValueError(
-                f"The script of {text[:60]!r} does not decide between {', '.join(self.languages)}. Give the language "
-                "in a column, or by a function of the example."
+                "language=\"script\" decides by the letters of the text, but the data also has a column 'script'. "
+                "Rename or remove the column, or, if it has the language, pass "
+                'language=lambda example: example["script"].'
             )
-        return language
+        known = [*self.languages, *sorted(self.ignore - set(self.languages))]
+        for place, text in enumerate(response_texts(example, self.decode)):
+            most = list(script_evidence(text).items())[:2]
+            if not most or (len(most) == 2 and most[0][1] == most[1][1]):
+                continue  # no letters, or two scripts alike
+            language = language_by_script(text, known)
+            if language is not None:
+                return language
+            if place == 0:
+                raise UserValueError(
+                    f"The script of {text.strip()[:60]!r} ({most[0][0]}) does not decide between {listed(known)}. Give "
+                    "the language in a column, or by a function of the example."
+                )
+        return NO_LANGUAGE
 
 
 class LanguageCollator:
@@ -113,7 +145,7 @@ class LanguageCollator:
 
     Adds `batch[key]`, int64, of the shape of `input_ids`: an index into `SampleLanguage.languages`, or -1 for padding
     and ignored languages. A sample's language holds for all its tokens; rows of `pack_with_languages` bring one per
-    token.
+    token. The rule "script" goes by the labels that `inner` has made.
 
     Args:
         inner: the trainer's own collator, padded or padding-free.
@@ -133,20 +165,30 @@ class LanguageCollator:
         self.language = language
         self.key = key
         self.drop = frozenset(drop)
+        self._read = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        rows = [self._token_ids(example) for example in examples]
+        lengths = [_length(example) for example in examples]
         batch = self.inner([{k: v for k, v in example.items() if k not in self.drop} for example in examples])
-        batch[self.key] = _place(rows, batch)
+        real = _real_tokens(lengths, batch)
+        labels: Any = [None] * len(examples)
+        if self.language.rule == SCRIPT and "labels" in batch:
+            labels = batch["labels"][real].split(lengths)
+        rows = []
+        for place, (example, own) in enumerate(zip(examples, labels, strict=True)):
+            try:
+                rows.append(self._token_ids(example if own is None else {**example, "labels": own.tolist()}))
+            except UserValueError as error:
+                where = f"sample {place} of the batch, number {self._read + place} that this process has read"
+                raise UserValueError(f"{error} (In {where}.)") from error
+        self._read += len(examples)
+        ids = torch.full_like(batch["input_ids"], PADDING_ID)
+        ids[real] = torch.cat(rows)
+        batch[self.key] = ids
         return batch
 
     def _token_ids(self, example: Mapping[str, Any]) -> Tensor:
         """[tokens] language ids of one row of the data set."""
-        if "input_ids" not in example:
-            raise UserValueError(
-                f"Expected tokenised samples with 'input_ids', got the columns {', '.join(example)}. "
-                "Vision data sets, which TRL tokenises in the collator, are not supported."
-            )
         length = len(example["input_ids"])
         if TOKEN_LANGUAGES not in example:
             return torch.full((length,), self.language.id(self.language(example)))
@@ -164,26 +206,33 @@ class LanguageCollator:
         return ids[local]
 
 
-def _place(rows: list[Tensor], batch: Mapping[str, Any]) -> Tensor:
-    """Put per-row ids where the collator put the rows' tokens: beside padding on any side, or one after another."""
-    input_ids = batch["input_ids"]
-    ids = torch.full_like(input_ids, PADDING_ID)
-    attention_mask = batch.get("attention_mask")
-    flat = torch.cat(rows)
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
-        real = attention_mask.bool()
-        counts = real.sum(1).tolist()
-        if counts != [len(row) for row in rows]:
-            raise UserValueError(
-                f"The collator made rows of {counts} tokens out of samples of {[len(row) for row in rows]}; "
-                "truncate before collating."
-            )
-        ids[real] = flat
-    elif input_ids.shape[0] == 1 and len(flat) <= input_ids.shape[1]:
-        ids[0, : len(flat)] = flat
-    else:
+def _length(example: Mapping[str, Any]) -> int:
+    if "input_ids" not in example:
         raise UserValueError(
-            f"Cannot tell where a batch of shape {list(input_ids.shape)} without attention mask holds the tokens of "
-            f"samples of {[len(row) for row in rows]} tokens; use the trainer's own collator."
+            f"Expected tokenised samples with 'input_ids', got the columns {', '.join(example)}. "
+            "Vision data sets, which TRL tokenises in the collator, are not supported."
         )
-    return ids
+    return len(example["input_ids"])
+
+
+def _real_tokens(lengths: list[int], batch: Mapping[str, Any]) -> Tensor:
+    """Where the collator put the rows' tokens, in their order: beside padding on any side, or one after another.
+
+    Bool, of the shape of `input_ids`.
+    """
+    input_ids = batch["input_ids"]
+    attention_mask = batch.get("attention_mask")
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        real: Tensor = attention_mask.bool()
+        counts = real.sum(1).tolist()
+        if counts != lengths:
+            raise UserValueError(
+                f"The collator made rows of {counts} tokens out of samples of {lengths}; truncate before collating."
+            )
+        return real
+    if input_ids.shape[0] == 1 and sum(lengths) <= input_ids.shape[1]:
+        return torch.arange(input_ids.shape[1])[None] < sum(lengths)
+    raise UserValueError(
+        f"Cannot tell where a batch of shape {list(input_ids.shape)} without attention mask holds the tokens of "
+        f"samples of {lengths} tokens; use the trainer's own collator."
+    )

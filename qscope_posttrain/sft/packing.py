@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.language_ids import LANGUAGE_NAMES, TOKEN_LANGUAGES, LanguageRule, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
+from qscope_posttrain.sft.train_data import languages_of
+from qscope_posttrain.text.language_labels import class_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,8 +69,9 @@ def pack_with_languages(
     if language == "script" and not languages:
         raise UserValueError('language="script" needs languages=(...), the ones to decide between.')
     tokenise = _Tokeniser(tokenizer, completion_only_loss, assistant_only_loss, dataset_text_field)
-    decide = SampleLanguage(language, tuple(languages), decode=lambda ids: str(tokenizer.decode(ids)))
-    of_sample = [decide(example) for example in dataset]
+    classes = class_names(dataset, language)
+    decide = SampleLanguage(language, tuple(languages), decode=lambda ids: str(tokenizer.decode(ids)), classes=classes)
+    of_sample = languages_of(dataset, decide)
     names = sorted(set(of_sample))
 
     def convert(example: dict[str, Any], index: int) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.residual.layers import text_config
-from qscope_posttrain.text.scripts import target_script
+from qscope_posttrain.text.scripts import language_code, target_script
 from qscope_posttrain.text.tokens import script_token_ids
 
 
@@ -36,7 +36,7 @@ def find_target_tokens(trainer: Trainer, target: str, given: Tensor | None, requ
     ids = given
     if ids is None:
         try:
-            script = target_script(target)
+            script = target_script(language_code(target))
         except ValueError as error:
             if not required:
                 return None

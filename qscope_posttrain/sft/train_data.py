@@ -2,28 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sft.language_ids import (
     LANGUAGE_NAMES,
+    SCRIPT,
     TOKEN_LANGUAGES,
     LanguageCollator,
     LanguageRule,
     SampleLanguage,
 )
+from qscope_posttrain.text.language_labels import class_names, distinct_labels
+
+PROGRESS_FROM = 100_000
+"""Rows from which on looking at them shows how far it is"""
 
 
-def language_columns(trainer: Trainer, rule: LanguageRule) -> tuple[str, ...]:
-    """The columns of the training data that telling the language needs.
+def language_columns(
+    trainer: Trainer, rule: LanguageRule, languages: Sequence[str] = (), ignore: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The columns of the training data that telling the language needs; with `languages`, all rows are looked at.
 
     Raises:
-        ValueError: they are not there; the message says how to provide them.
+        ValueError: they are not there, or a row is in no known language; the message says how to provide them.
     """
+    columns = _columns(trainer, rule)
+    data: Any = trainer.train_dataset
+    if languages and isinstance(data, Dataset):  # a stream is looked at batch by batch, as it comes
+        decide = _sample_language(trainer, rule, languages, ignore)
+        if rule == SCRIPT and TOKEN_LANGUAGES not in columns and "labels" not in columns:
+            # Only the collator knows which tokens carry the loss.
+            collator = LanguageCollator(trainer.data_collator, decide, SCRIPT, _dropped(trainer, columns))
+            _each_row(data, lambda row: collator([row]))
+        else:
+            count_languages(data, decide)
+    return columns
+
+
+def count_languages(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> Counter[str]:
+    """Rows per language, of all rows.
+
+    Args:
+        rows: a data set in memory, of which a column is read as a whole, or any samples.
+
+    Raises:
+        ValueError: a row in no known language, with its number.
+    """
+    columns = rows.column_names if isinstance(rows, Dataset) and rows.format["type"] != "custom" else ()
+    column = LANGUAGE_NAMES if TOKEN_LANGUAGES in columns else decide.rule
+    if column not in columns or column == SCRIPT:
+        return Counter(languages_of(rows, decide))
+    counts: Counter[str] = Counter()
+    for label in distinct_labels(rows, str(column)):
+        counts[_at(label.row, lambda value: _known(decide, decide.name(value)), label.value)] += label.count
+    return counts
+
+
+def languages_of(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> list[str]:
+    """The language of every row, by name; any name where `decide` knows no languages.
+
+    Raises:
+        ValueError: a row in no known language, with its number.
+    """
+    return _each_row(rows, lambda row: _known(decide, decide(row)))
+
+
+def _known(decide: SampleLanguage, language: str) -> str:
+    if decide.languages:
+        decide.id(language)
+    return language
+
+
+def _each_row(rows: Dataset | Iterable[Any], look: Callable[[Any], Any]) -> list[Any]:
+    many = isinstance(rows, Dataset) and len(rows) >= PROGRESS_FROM
+    shown = progress(rows, description="telling the languages of the rows", enabled=None if many else False)
+    return [_at(number, look, row) for number, row in enumerate(shown)]
+
+
+def _at(number: int, look: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return look(value)
+    except UserValueError as error:
+        raise UserValueError(f"Row {number} of the training data: {error}") from error
+
+
+def _columns(trainer: Trainer, rule: LanguageRule) -> tuple[str, ...]:
     args: Any = trainer.args
     dataset: Any = trainer.train_dataset
     columns = getattr(dataset, "column_names", None)  # None: an iterable data set that does not know them
@@ -41,7 +111,7 @@ def language_columns(trainer: Trainer, rule: LanguageRule) -> tuple[str, ...]:
             "The training data does not say which columns it has, so the trainer would remove all that a function of "
             "the example may read. Set remove_unused_columns=False, or name a column."
         )
-    if callable(rule) or rule == "script":
+    if callable(rule) or rule == SCRIPT:
         # Which columns a function reads is unknown: it gets them all.
         return tuple(columns or ())
     if columns is not None and rule not in columns:
@@ -68,13 +138,25 @@ def with_languages(
     stock: Any = trainer
     stock._set_signature_columns_if_needed()
     collator, signature = stock.data_collator, list(stock._signature_columns)
-    extra = [column for column in columns if column not in signature]
-    decode = partial(stock.processing_class.decode, skip_special_tokens=True)
-    # What the trainer would have removed must not reach its collator.
-    drop = extra if stock.args.remove_unused_columns else []
-    stock.data_collator = LanguageCollator(collator, SampleLanguage(rule, languages, ignore, decode), key, drop)
-    stock._signature_columns = signature + extra
+    drop = _dropped(trainer, columns)
+    decide = _sample_language(trainer, rule, languages, ignore)
+    stock.data_collator = LanguageCollator(collator, decide, key, drop)
+    stock._signature_columns = signature + [column for column in columns if column not in signature]
     try:
         return build()
     finally:
         stock.data_collator, stock._signature_columns = collator, signature
+
+
+def _sample_language(
+    trainer: Trainer, rule: LanguageRule, languages: Sequence[str], ignore: Sequence[str]
+) -> SampleLanguage:
+    tools: Any = trainer.processing_class
+    return SampleLanguage(rule, languages, ignore, tools.decode, class_names(trainer.train_dataset, rule))
+
+
+def _dropped(trainer: Any, columns: Sequence[str]) -> list[str]:
+    """What the trainer would have removed must not reach its collator."""
+    trainer._set_signature_columns_if_needed()
+    extra = [column for column in columns if column not in trainer._signature_columns]
+    return extra if trainer.args.remove_unused_columns else []

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from typing import NoReturn
 
 import regex
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.text.language_labels import language_hint, same_language
 
 _WRITTEN_IN = {
     "Arabic": "ar fa ps ur",
@@ -43,6 +45,8 @@ _WRITTEN_IN = {
     "Thai": "th",
 }
 KANA = ("Hiragana", "Katakana")
+JAPANESE = "Katakana_Or_Hiragana"
+"""Both kana by one name, that of Unicode: the script by which a switch to Japanese is seen"""
 
 SCRIPTS_OF_LANGUAGE: dict[str, tuple[str, ...]] = {
     **{language: (script,) for script, languages in _WRITTEN_IN.items() for language in languages.split()},
@@ -57,14 +61,15 @@ _SENTENCE_END = regex.compile(r"(?<=[。！？｡．])|(?<=[.!?…])\s+|[\r\n]+"
 
 @cache
 def script_pattern(script: str) -> regex.Pattern[str]:
-    """Pattern of one letter of `script`, e.g. "Han".
+    """Pattern of one letter of `script`, e.g. "Han"; "Katakana_Or_Hiragana" is either kana.
 
     ValueError if Unicode has no such script, and for "Common" and "Inherited", the characters of all scripts.
     """
+    members = "".join(rf"\p{{Script={name}}}" for name in (KANA if script == JAPANESE else (script,)))
     try:
         # Letters only: an empty name, or one with a brace, would compile to something else.
         well_formed = script.replace("_", "").isalpha() and script not in ("Common", "Inherited")
-        pattern = regex.compile(rf"[\p{{L}}&&\p{{Script={script}}}]", regex.VERSION1) if well_formed else None
+        pattern = regex.compile(rf"[\p{{L}}&&[{members}]]", regex.VERSION1) if well_formed else None
     except regex.error:
         pattern = None
     if pattern is None:
@@ -79,8 +84,17 @@ def contains_script(text: str, script: str) -> bool:
 
 def script_counts(text: str) -> dict[str, int]:
     """Letters of `text` per script, for the scripts in `SCRIPTS_OF_LANGUAGE` that occur, most frequent first."""
-    counts = Counter({script: len(script_pattern(script).findall(text)) for script in _KNOWN_SCRIPTS})
-    return {script: count for script, count in counts.most_common() if count}
+    counts: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        if script := _script_of(character):
+            counts[script] += count
+    return dict(counts.most_common())
+
+
+@cache
+def _script_of(character: str) -> str | None:
+    """The script in `SCRIPTS_OF_LANGUAGE` whose letter this is."""
+    return next((script for script in _KNOWN_SCRIPTS if script_pattern(script).match(character)), None)
 
 
 def sentences(text: str) -> list[str]:
@@ -93,29 +107,49 @@ def has_kana(text: str) -> bool:
     return any(contains_script(text, script) for script in KANA)
 
 
+def language_code(name: str) -> str:
+    """The code in `SCRIPTS_OF_LANGUAGE` for the language that a FeatureSet or a file calls `name`: "zh" for "zh-CN".
+
+    ValueError, with the known codes, if it names none.
+    """
+    code = name if name in SCRIPTS_OF_LANGUAGE else same_language(name, SCRIPTS_OF_LANGUAGE)
+    return code if code is not None else _unknown(name)
+
+
+def scripts_of_name(name: str) -> tuple[str, ...]:
+    """The scripts of the language that a FeatureSet or a file calls `name`; none for the name of another class."""
+    code = name if name in SCRIPTS_OF_LANGUAGE else same_language(name, SCRIPTS_OF_LANGUAGE)
+    return SCRIPTS_OF_LANGUAGE[code] if code is not None else ()
+
+
 def language_scripts(language: str) -> tuple[str, ...]:
-    """The scripts of `language`. ValueError, with the known codes, if it is not in `SCRIPTS_OF_LANGUAGE`."""
-    try:
-        return SCRIPTS_OF_LANGUAGE[language]
-    except KeyError:
-        known = ", ".join(sorted(SCRIPTS_OF_LANGUAGE))
-        raise UserValueError(f"Unknown language {language!r}; expected one of: {known}.") from None
+    """The scripts of `language`. ValueError, with the code that was meant, if it is not in `SCRIPTS_OF_LANGUAGE`."""
+    return SCRIPTS_OF_LANGUAGE[language if language in SCRIPTS_OF_LANGUAGE else _unknown(language)]
+
+
+def _unknown(language: str) -> NoReturn:
+    known = ", ".join(sorted(SCRIPTS_OF_LANGUAGE))
+    hint = language_hint(language, SCRIPTS_OF_LANGUAGE)
+    raise UserValueError(f"Unknown language {language!r}.{hint} Expected one of: {known}.")
 
 
 def target_script(language: str) -> str:
-    """The one script by which text in `language` is recognised, e.g. "Han" for "zh".
+    """The script by which text in `language` is recognised, e.g. "Han" for "zh", and both kana for "ja".
 
-    Related languages may share it (Cyrillic: Russian and Ukrainian); SASFT detects by script alone, too.
+    Related languages may share it (Cyrillic: Russian and Ukrainian); SASFT detects by script alone, too. Japanese is
+    seen by its kana, not by kanji, which are Chinese characters.
 
     Raises:
-        ValueError: the language is unknown, is written in several scripts, or in Latin letters, which occur in text
-            of every language (names, formulas, code) and say nothing.
+        ValueError: the language is unknown, is written in several scripts of other languages, or in Latin letters,
+            which occur in text of every language (names, formulas, code) and say nothing.
     """
     scripts = language_scripts(language)
+    if set(KANA) <= set(scripts):
+        return JAPANESE
     if len(scripts) > 1 or scripts == ("Latin",):
         raise UserValueError(
             f"{language!r} has no script of its own ({', '.join(scripts)}), so a switch to it cannot be seen in the "
-            "characters; choose a target such as zh, ko, ru, th or ar."
+            "characters; choose a target such as zh, ja, ko, ru, th or ar."
         )
     return scripts[0]
 
@@ -123,7 +157,7 @@ def target_script(language: str) -> str:
 def check_source(target: str, source: str) -> None:
     """ValueError if text in `source` may rightly contain the script of `target`."""
     script = target_script(target)
-    if script in language_scripts(source):
+    if set(KANA if script == JAPANESE else (script,)) & set(language_scripts(source)):
         raise UserValueError(
             f"Text in {source!r} is itself written with {script}, so a switch to {target!r} cannot be told from it "
             "by script; leave this source language out."
@@ -135,11 +169,11 @@ def contains_language_script(text: str, target: str, source: str | None = None) 
 
     SASFT counts a response as switched if any single character is of the target's script (report, Eq. 24). One thing
     is added for Chinese: Han in a sentence that also contains kana is Japanese and does not count. A sentence of
-    kanji alone cannot be told from Chinese and does.
+    kanji alone cannot be told from Chinese and does. A switch to Japanese is any kana, whatever the source.
 
     Args:
         text: the response.
-        target: language code with a script of its own, e.g. "zh".
+        target: language code with a script of its own, e.g. "zh", or "ja".
         source: language that the response should be in, if known.
 
     Raises:

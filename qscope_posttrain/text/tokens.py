@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.text.scripts import contains_script, script_pattern
+from qscope_posttrain.text.scripts import JAPANESE, contains_script, script_pattern
 
 # Unicode blocks are mostly named after their script; these are not.
 _MAIN_BLOCK = {
@@ -19,6 +19,7 @@ _MAIN_BLOCK = {
     "Hangul": "Hangul_Syllables",
     "Greek": "Greek_and_Coptic",
     "Latin": "Basic_Latin",
+    JAPANESE: "Hiragana",
 }
 _BYTE_TOKEN = regex.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -30,7 +31,8 @@ def script_token_ids(tokenizer: PreTrainedTokenizerBase, script: str) -> Tensor:
     the beginning of the UTF-8 encoding of a letter of the script, with a lead byte that occurs in the script's main
     Unicode block. The lead bytes are E4..E9 for Han, D0..D3 for Cyrillic, EA..ED for Hangul. The main block keeps out
     the byte E3, which begins rare ideographs but nearly always means kana or CJK punctuation. Where scripts share a
-    lead byte (E0: Thai and all scripts of India), that byte alone belongs to each of them.
+    lead byte (E0: Thai and all scripts of India), that byte alone belongs to each of them. Only kana ask for two bytes
+    (E3 81 to E3 83): E3 alone begins CJK punctuation as well, which Chinese text is full of.
 
     Bytes that only continue a character (80..BF) are the same for all scripts and never decide: a switch to the
     script shows at its lead byte.
@@ -122,4 +124,5 @@ def _beginnings(script: str) -> frozenset[bytes]:
     except regex.error as error:
         raise UserValueError(f"No main Unicode block is known for the script {script!r}.") from error
     leads = {letter[0] for letter in letters if block.match(letter.decode())}
-    return frozenset(letter[:end] for letter in letters if letter[0] in leads for end in range(1, len(letter)))
+    shortest = 2 if script == JAPANESE else 1
+    return frozenset(letter[:end] for letter in letters if letter[0] in leads for end in range(shortest, len(letter)))

@@ -37,6 +37,7 @@ def test_folder_of_prompts_without_those_in_the_target(world, tmp_path):
     ("extra", "message"),
     [
         (["--target", "fr"], "fr"),
+        (["--target", "zh-CN"], "Unknown language 'zh-CN'. Did you mean 'zh'?"),
         (["--temperature", "-1"], "temperature"),
         (["--chat-template-options", "[1]"], "must be a JSON object"),
         (["--chat-template-options", "{"], "must be JSON"),

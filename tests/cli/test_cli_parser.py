@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -173,6 +175,14 @@ def test_prompts_are_text_or_messages(tmp_path):
     path.write_text('{"prompt": 3, "language": "en"}\n')
     with pytest.raises(ValueError, match="line 1: expected 'prompt'"):
         read_prompts(path)
+    for label in ("null", '""', "3", '["en"]'):
+        path.write_text(f'{{"prompt": "a", "language": "en"}}\n{{"prompt": "a", "language": {label}}}\n')
+        shown = re.escape(repr(json.loads(label)))
+        with pytest.raises(ValueError, match=f"line 2: expected .* got 'prompt': 'a' and 'language': {shown}"):
+            read_prompts(path)
+        path.write_text(path.read_text().replace("prompt", "text"))
+        with pytest.raises(ValueError, match=f"line 2: expected .* got 'text': 'a' and 'language': {shown}"):
+            read_texts(path)
     path.write_text("")
     with pytest.raises(ValueError, match="no prompts"):
         read_prompts(path)

@@ -8,15 +8,18 @@ import sys
 import textwrap
 
 import pytest
+from datasets import ClassLabel, Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import accuracy_reward, get_repetition_penalty_reward, get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name
 
+from qscope_posttrain.cli.grpo_data import check_reward_columns
 from qscope_posttrain.rl.rewards import (
     LanguageConsistency,
     RepetitionPenalty,
+    check_reward_data,
     completion_text,
     reward_function,
     reward_names,
@@ -86,6 +89,42 @@ def test_language_of_all_rows_or_of_each():
         LanguageConsistency()(completions=completions, prompts=[], source=["en"])
     with pytest.raises(ValueError, match="Unknown language 'klingon'"):
         LanguageConsistency("klingon")
+
+
+BAD_LABELS = [
+    (None, "has None in the column 'language'"),
+    (float("nan"), "has nan"),
+    (2, "has 2"),
+    ("", "has ''"),
+    ("zh-CN", "Did you mean 'zh'"),
+    ("eng_Latn", "Did you mean 'en'"),
+    ("klingon", "none of the known languages"),
+]
+
+
+@pytest.mark.parametrize(("label", "message"), BAD_LABELS)
+def test_a_row_without_a_language_is_named(label, message):
+    with pytest.raises(ValueError, match=f"row 1 .*{message}"):
+        LanguageConsistency()(completions=["a", "b"], language=["en", label])
+
+
+@pytest.mark.parametrize(("label", "message"), BAD_LABELS)
+def test_all_rows_are_looked_at_before_training(label, message):
+    labels = [label] * 3 if not isinstance(label, str | None) else ["en", "zh", label]
+    dataset = Dataset.from_dict({"prompt": ["a", "b", "c"], "language": labels})
+    with pytest.raises(ValueError, match=rf"row \d .*{message}"):
+        check_reward_data([LanguageConsistency("en"), LanguageConsistency()], dataset)
+    with pytest.raises(ValueError, match=rf"row \d .*{message}"):
+        check_reward_columns([LanguageConsistency()], dataset)
+    check_reward_data([LanguageConsistency("en"), LanguageConsistency()], dataset.to_iterable_dataset())
+
+
+def test_class_numbers_and_a_missing_column():
+    dataset = Dataset.from_dict({"language": [0, 1]}).cast_column("language", ClassLabel(names=["en", "zh"]))
+    with pytest.raises(ValueError, match="ClassLabel of en, zh"):
+        check_reward_data([LanguageConsistency()], dataset)
+    with pytest.raises(ValueError, match=r"column 'source'.*columns are language"):
+        check_reward_data([LanguageConsistency(column="source")], dataset)
 
 
 def test_text_of_a_conversation():

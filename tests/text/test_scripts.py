@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qscope_posttrain.evaluation.switch_detector import ScriptDetector
 from qscope_posttrain.text.language import language_by_script
 from qscope_posttrain.text.scripts import (
     SCRIPTS_OF_LANGUAGE,
@@ -102,11 +103,37 @@ def test_source_that_writes_the_target_script_is_refused(target, source):
 
 def test_target_script():
     assert [target_script(language) for language in ("zh", "ko", "ru", "th")] == ["Han", "Hangul", "Cyrillic", "Thai"]
-    for language in ("en", "vi", "ja", "sr"):
+    assert target_script("ja") == "Katakana_Or_Hiragana"
+    for language in ("en", "vi", "sr"):
         with pytest.raises(ValueError, match="no script of its own"):
             target_script(language)
     with pytest.raises(ValueError, match=r"Unknown language 'xx'.*zh"):
         language_scripts("xx")
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "switched"),
+    [
+        ("これは港を出た小さな船です。", "zh", True),
+        ("コンピューター", "zh", True),
+        ("我喜欢ラーメン。", "zh", True),
+        ("小船离开了港口。", "zh", False),
+        ("東京都", "zh", False),  # kanji alone cannot be told from Chinese
+        ("长音ー、句号。「」・", "zh", False),
+        ("The boat は left.", "en", True),
+        ("The boat left.", "en", False),
+        ("ㅋㅋ 배는 떠났다", "ko", False),
+    ],
+)
+def test_switch_to_japanese_shows_in_kana(text, source, switched):
+    assert contains_language_script(text, "ja", source) is switched
+    assert ScriptDetector("ja")(text, source) is switched
+
+
+@pytest.mark.parametrize("source", ["ja", "klingon"])
+def test_sources_of_a_switch_to_japanese(source):
+    with pytest.raises(ValueError, match=r"itself written with|Unknown language"):
+        contains_language_script("x", "ja", source)
 
 
 @pytest.mark.parametrize("script", ["Klingon", "Common", "Inherited", "", "Han}", "zh"])

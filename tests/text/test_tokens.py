@@ -46,6 +46,11 @@ def test_byte_alphabet_is_that_of_the_tokenizers_library():
         ("。，".encode(), "Han", False),
         ("。".encode()[:2], "Han", False),
         ("か".encode()[:2], "Hiragana", True),
+        ("か".encode()[:2], "Katakana_Or_Hiragana", True),
+        ("ラ".encode(), "Katakana_Or_Hiragana", True),
+        (b"\xe3", "Katakana_Or_Hiragana", False),  # CJK punctuation as well
+        ("。".encode()[:2], "Katakana_Or_Hiragana", False),
+        ("。中".encode(), "Katakana_Or_Hiragana", False),
         (b"\xea", "Hangul", True),
         (b"\xea\x80", "Hangul", False),  # Yi
         (b"\xed\x9e", "Hangul", True),

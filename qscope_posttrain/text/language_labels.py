@@ -1,0 +1,115 @@
+"""Labels that data give to languages: the known language that a label means, and the distinct labels of a column."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import langcodes
+
+_ROWS_AT_A_TIME = 10_000
+
+
+class Label(NamedTuple):
+    """A distinct value of a column."""
+
+    value: Any
+    row: int
+    """The first row that holds it"""
+    count: int
+
+
+def same_language(label: Any, known: Collection[str]) -> str | None:
+    """The one of `known` that names the language of `label`, or None.
+
+    Read are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639-2 and 639-3 ("zho", "cmn"), retired codes ("iw") and English
+    names ("Chinese"). Of several that do, one of the same script goes first.
+    """
+    if not isinstance(label, str):
+        return None
+    wanted = _tag(label)
+    if wanted is None:
+        return None
+    same = [(name, tag) for name in known if (tag := _tag(name)) is not None and tag.language == wanted.language]
+    script = wanted.maximize().script
+    return next((name for name, tag in same if tag.maximize().script == script), same[0][0] if same else None)
+
+
+def language_hint(label: Any, known: Collection[str]) -> str:
+    """ " Did you mean 'zh'?", to stand in a message after the label that was given, or nothing."""
+    meant = same_language(label, known)
+    if meant is None and isinstance(label, str) and len(label) == 2 and label.isalpha() and label.isascii():
+        spoken = langcodes.Language.get(f"und-{label}").maximize().language  # a country, cn or jp; en if it is none
+        meant = None if spoken == "en" else same_language(spoken, known)
+    if meant is None and isinstance(label, str):
+        bare = {name.casefold(): name for name in known}
+        close = difflib.get_close_matches(label.strip().casefold(), bare, n=1, cutoff=0.8)
+        meant = bare[close[0]] if close else None
+    return "" if meant is None or meant == label else f" Did you mean {meant!r}?"
+
+
+def listed(names: Collection[str], most: int = 12) -> str:
+    """The names with commas, the first `most` of them."""
+    first = ", ".join(list(names)[:most])
+    return f"{first} and {len(names) - most} more" if len(names) > most else first
+
+
+def class_names(dataset: Any, column: Any) -> tuple[str, ...]:
+    """The names behind the numbers of a ClassLabel column of `datasets`; none for any other column or rule."""
+    features = getattr(dataset, "features", None)
+    feature = features.get(column) if features and isinstance(column, str) else None
+    return tuple(getattr(feature, "names", None) or ())
+
+
+def distinct_labels(dataset: Any, column: str) -> list[Label]:
+    """The distinct values of a column of a `datasets.Dataset`, of all its rows, in the order of their first rows.
+
+    Read column-wise, without a Python object per row. Entries of lists count one by one.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+
+    found: dict[str, Label] = {}
+    for start, values in _columns(dataset, column):
+        rows = np.arange(len(values))
+        if hasattr(values.type, "value_type"):
+            rows = pc.list_parent_indices(values).to_numpy()
+            values = pc.list_flatten(values)
+        encoded = values.dictionary_encode(null_encoding="encode")
+        codes, firsts, counts = np.unique(encoded.indices.to_numpy(), return_index=True, return_counts=True)
+        names = encoded.dictionary.to_pylist()
+        for code, first, count in zip(codes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
+            # By its text: NaN differs from itself.
+            known = found.get(repr(names[code]), Label(names[code], start + int(rows[first]), 0))
+            found[repr(names[code])] = known._replace(count=known.count + count)
+    return sorted(found.values(), key=lambda label: label.row)
+
+
+def _columns(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:
+    """First row and Arrow array of each piece of a column."""
+    start = 0
+    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
+        values = table.column(0).combine_chunks()
+        yield start, values
+        start += len(values)
+
+
+def _tag(label: str) -> langcodes.Language | None:
+    """The label as a tag of a registered language, its macrolanguage for languages that have one; else None."""
+    text = label.strip().partition(".")[0]  # en_US.UTF-8
+    text = _english_names().get(text.casefold(), text)
+    try:
+        tag = langcodes.Language.get(langcodes.standardize_tag(text, macro=True)) if text else None
+    except langcodes.LanguageTagError:
+        return None
+    if tag is None or tag.language is None or not tag.is_valid():
+        return None
+    # The two written standards of Norwegian are mostly labelled as one.
+    return tag.update_dict({"language": "no"}) if tag.language in ("nb", "nn") else tag
+
+
+def _english_names() -> dict[str, str]:
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    return TO_LANGUAGE_CODE
