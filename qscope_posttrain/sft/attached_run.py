@@ -44,6 +44,7 @@ class AttachedRun:
         self.trainer = trainer
         self.loss = loss
         self.columns = columns
+        self._data = trainer.train_dataset
         self.key = f"{callback.name}_language_ids"
         self.hooked = self.training = False
         self._entry = InstancePatches(trainer)
@@ -110,6 +111,8 @@ class AttachedRun:
         if self.removed:
             self.leave()
             return original(*args, **kwargs)
+        if self.trainer.train_dataset is not self._data:
+            self.columns, self._data = self.callback.columns_of(self.trainer), self.trainer.train_dataset
         if not self.hooked:
             self.hook()
         self.training = True

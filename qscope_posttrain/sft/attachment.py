@@ -112,10 +112,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             run.leave()
         check_trainer(trainer, type(self).__name__)
         self._check_name(trainer)
-        columns = None
-        if self.reads_languages:
-            config = self.config
-            columns = language_columns(trainer, config.language, self.languages, config.ignore_languages)
+        columns = self.columns_of(trainer)
         self.runs.add(AttachedRun(self, trainer, self.prepare(trainer), columns))
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
@@ -164,6 +161,12 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             f"trainer.add_callback after the trainer had been made, when it can no longer see the training data. "
             "Use callback.attach(trainer) instead, or give it to SFTTrainer(callbacks=[...])."
         )
+
+    def columns_of(self, trainer: Trainer) -> tuple[str, ...] | None:
+        """What the languages of the trainer's data are told by; None if no language is looked at."""
+        if not self.reads_languages:
+            return None
+        return language_columns(trainer, self.config.language, self.languages, self.config.ignore_languages)
 
     def _check_name(self, trainer: Trainer) -> None:
         self._check_once(trainer)

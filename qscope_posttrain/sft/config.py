@@ -19,7 +19,8 @@ from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.layer_features import ReadoutKind
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import Positions
-from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE
+from qscope_posttrain.text.language_labels import same_language
+from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, scripts_of_name
 
 Threshold = Literal["language_mean", "zero"]
 Scale = Literal["raw", "std"]
@@ -221,17 +222,18 @@ def known_languages(config: TokenPenaltyConfig | KLAnchorConfig) -> tuple[str, .
     """
     if config.target is None or config.languages is not None:
         return config.languages or ()
+    named = (config.target, *config.ignore_languages)
+    codes = {*named, *(same_language(name, SCRIPTS_OF_LANGUAGE) for name in named)}
     others = list(SCRIPTS_OF_LANGUAGE)
     if config.language == "script":
-        named = (config.target, *config.ignore_languages)
-        seen = {script for code in named for script in SCRIPTS_OF_LANGUAGE.get(code, ())}
+        seen = {script for name in named for script in scripts_of_name(name)}
         others = ["zh", "ja"]  # they share a script, and kana tell them apart
         for code in ("en", "ru", "ar", "hi", *SCRIPTS_OF_LANGUAGE):
             scripts = SCRIPTS_OF_LANGUAGE[code]
             if len(scripts) == 1 and scripts[0] not in {*seen, "Han"}:
                 others.append(code)
                 seen.update(scripts)
-    return (config.target, *(code for code in others if code not in (config.target, *config.ignore_languages)))
+    return (config.target, *(code for code in others if code not in codes))
 
 
 def _check_target(target: str, languages: tuple[str, ...] | None) -> None:

@@ -118,6 +118,22 @@ def test_a_second_training_of_the_same_trainer(build, make, kind):
     assert [entry["loss"] for entry in again] != [entry["loss"] for entry in plain]
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_other_data_for_the_next_training(build, make, trained):
+    trainer = build([make()], learning_rate=0.0)
+    if trained:
+        trainer.train()
+    trainer.train_dataset = build(seed=1).train_dataset
+    trainer.train()
+    other = build([make()], seed=1, learning_rate=0.0)
+    other.train()
+    assert course(trainer, "sasft") == course(other, "sasft")
+    trainer.train_dataset = trainer.train_dataset.remove_columns("language")
+    with pytest.raises(ValueError, match="no column 'language'"):
+        trainer.train()
+    assert trainer.callback_handler.callbacks
+
+
 def test_the_second_training_is_held_to_the_first_start(build):
     trainer = build([KLAnchorCallback(weight=0.0)], max_steps=1, gradient_accumulation_steps=4)
     trainer.train()
