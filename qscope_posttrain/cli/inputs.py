@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, library_refusals
@@ -258,7 +258,7 @@ def choose_device(device: str | None) -> Any:
     return place
 
 
-def _is_name(language: Any) -> bool:
+def _is_name(language: Any) -> TypeGuard[str]:
     return isinstance(language, str) and bool(language.strip())
 
 

@@ -61,7 +61,7 @@ def count_languages(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> Co
         return Counter(languages_of(rows, decide))
     counts: Counter[str] = Counter()
     for label in distinct_labels(rows, str(column)):
-        counts[_at(label.row, lambda value: _known(decide, decide.name(value)), label.value)] += label.rows
+        counts[_at(label.row, lambda value: _known(decide, decide.name(value)), label.value)] += label.times
     return counts
 
 

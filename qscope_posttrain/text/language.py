@@ -27,18 +27,18 @@ _STARTS_SENTENCE = regex.compile(r"(?:\A|[.!?。！？:：\n])[\p{P}\p{Z}\s]*\Z"
 _BEFORE_NAME = 8  # characters in which a sentence's beginning shows
 
 _NOT_PROSE = regex.compile(
-    r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`"  # code
+    r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`|(?<=\n[ \t]*\n)(?:(?: {4}|\t)[^\n]*\n?)+"  # code
     r"|<tool_call>.*?(?:</tool_call>|\Z)"
     r"|\$\$.*?\$\$|\$[^$\n]+\$|\\\(.*?\\\)|\\\[.*?\\\]|\\\p{L}+"  # formulas
     r"|\bhttps?://[!-~]+"
     r"|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]"  # marks of chat templates
-    r"|(?<![\p{L}\p{M}'’])\p{Latin}(?![\p{L}\p{M}'’])",  # x, A: symbols and choices
+    r"|(?<![\p{L}\p{M}'’])[\p{Latin}\p{Greek}](?![\p{L}\p{M}'’])",  # x, μ, A: symbols and choices
     regex.DOTALL,
 )
 
 
 def prose(text: str) -> str:
-    """`text` without code, formulas, addresses, tags and single Latin letters, which are the same in every language."""
+    """`text` without code, formulas, addresses, tags and single letters, which are the same in every language."""
     return _NOT_PROSE.sub(" ", text)
 
 
@@ -56,7 +56,7 @@ def script_evidence(text: str) -> dict[str, float]:
         for script, count in script_counts(piece).items():
             name = "Hiragana" if japanese and script in (*KANA, "Han") else script
             counts[name] += count * _LETTERS_WORTH.get(script, 1.0)
-    if len(counts) > 1 and counts["Latin"]:
+    if len(counts) > 1 and "Latin" in counts:
         counts["Latin"] -= (1 - _NAME_WORTH) * sum(
             len(name[0])
             for name in _NAME.finditer(text)

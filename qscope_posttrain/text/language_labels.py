@@ -17,7 +17,7 @@ class Label(NamedTuple):
     value: Any
     row: int
     """The first row that holds it"""
-    rows: int
+    times: int
 
 
 def same_language(label: Any, known: Collection[str]) -> str | None:
@@ -82,7 +82,7 @@ def distinct_labels(dataset: Any, column: str) -> list[Label]:
         for code, first, count in zip(codes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
             # By its text: NaN differs from itself.
             known = found.get(repr(names[code]), Label(names[code], start + int(rows[first]), 0))
-            found[repr(names[code])] = known._replace(rows=known.rows + count)
+            found[repr(names[code])] = known._replace(times=known.times + count)
     return sorted(found.values(), key=lambda label: label.row)
 
 

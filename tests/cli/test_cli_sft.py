@@ -316,6 +316,7 @@ def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
         ({"sasft_language": "lang"}, "languages", "no column 'lang'"),
         ({"dataset_name": "{zh}"}, "languages", "would do nothing"),
         ({"dataset_name": "{ja}"}, "languages", "language 'ja'"),
+        ({"dataset_name": "{late}"}, "languages", "Row 2100 of the training data"),
         ({"dataset_name": "{empty}"}, "labels", "none to learn"),
         ({"resume_from_checkpoint": "nowhere"}, "checkpoint", "no checkpoint of a trainer"),
         ({"use_peft": True, "lora_target_modules": ["nothing"]}, "adapter", "nothing"),
@@ -324,6 +325,8 @@ def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
 def test_dry_run_finds(world, tmp_path, capsys, make_model, tiny_tokenizer, changes, what, message):
     paths = {"data": world.data, "other": world.features, "zh": _only(world, tmp_path, {"zh"})}
     paths["ja"] = _rows(tmp_path / "ja.jsonl", [{"prompt": "a", "completion": "b", "language": "ja"}])
+    good = {"prompt": "a", "completion": "b", "language": "en"}
+    paths["late"] = _rows(tmp_path / "late.jsonl", [*[good] * 2100, {**good, "language": "zh-CN"}])
     paths["empty"] = _rows(tmp_path / "empty.jsonl", [{"prompt": "a" * 500, "completion": "b", "language": "en"}])
     if changes.get("features") == "{other}":
         make_model("qwen3", hidden_size=32).save_pretrained(tmp_path / "narrow")

@@ -147,6 +147,8 @@ def turn(content, role="assistant"):
         ({"completion": "运行 `pip install transformers accelerate datasets` 即可。"}, "zh"),
         ({"completion": "代码：\n```python\nprint('never closed'"}, "zh"),
         ({"completion": '好<tool_call>\n{"name": "search", "arguments": {"query": "weather"}}\n</tool_call>'}, "zh"),
+        ({"completion": "这样安装：\n\n    pip install transformers accelerate datasets\n\n然后运行。"}, "zh"),
+        ({"prompt": "μ 是什么？", "completion": "α = 5, β = 3"}, "zh"),
         ({"completion": "def total(values): return values"}, "en"),
         # Without letters of its own the response has the language of the sample
         ({"prompt": "一共有多少个苹果？", "completion": "42"}, "zh"),

@@ -76,7 +76,7 @@ def test_distinct_labels(kind):
 
 def test_distinct_labels_of_many_rows_and_nan():
     found = distinct_labels(Dataset.from_dict({"l": [1.0] * 25_000 + [math.nan, 2.0, math.nan]}), "l")
-    assert [(label.row, label.count) for label in found] == [(0, 25_000), (25_000, 2), (25_001, 1)]
+    assert [(label.row, label.times) for label in found] == [(0, 25_000), (25_000, 2), (25_001, 1)]
     assert math.isnan(found[1].value)
 
 
