@@ -191,8 +191,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         """TRL's rewards [rows of all processes, functions], NaN for rows outside of their group's statistics."""
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         rows = self._score_rows(completion_ids_list, rewards)
-        if self.args.has_negatives:
-            # Of every batch, steered or not: the table of completions needs columns of one length.
+        if self.args.has_negatives:  # of every batch: the table of completions needs columns of one length
             self._log_completion_extra("steered", rows.mine.negative.tolist())
             self._log_completion_extra("looped", rows.mine.looped.tolist())
         if not self.model.training:

@@ -134,9 +134,8 @@ def test_a_dry_run_looks_at_the_evaluation_data_too(model, tiny_tokenizer, tmp_p
     rows = {"train": Dataset.from_dict({"prompt": TEXTS}), "test": Dataset.from_dict({"prompt": [*TEXTS, ""]})}
     DatasetDict(rows).save_to_disk(tmp_path / "rows")
     words = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows"), "--rewards",
-             "repetition_penalty", "--output_dir", str(tmp_path / "out"), "--use_cpu", "True",
-             "--eval_strategy", "steps", "--max_completion_length", "16", "--num_generations", "4",
-             "--dry_run"]  # fmt: skip
+             "repetition_penalty", "--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--eval_strategy",
+             "steps", "--max_completion_length", "16", "--num_generations", "4", "--dry_run"]  # fmt: skip
     found = {what: (result, detail) for what, result, detail in check_recipe(parse_recipe(words)).findings}
     assert found["prompts"][0] == "ok"
     assert found["evaluation prompts"] == (
