@@ -76,13 +76,13 @@ def _features(recipe: Recipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
     features = load_features(recipe)
     if features is None:
         raise UserValueError(f"method {recipe.run.method} needs 'features'.")
-    features.check_model(model)
+    fit = features.check_model(model)
     callback: Any = build_callback(recipe, features)
     if recipe.run.method != "sasft":
         return features, f"languages {', '.join(features.languages)}"
     penalties: SASFTCallback = callback
     readouts = ", ".join(f"{len(layer)} on layer {layer.layer}" for layer in penalties.layers)
-    return features, f"fit the model; readouts: {readouts}; languages {', '.join(features.languages)}"
+    return features, f"{fit}; readouts: {readouts}; languages {', '.join(features.languages)}"
 
 
 def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:

@@ -32,7 +32,7 @@ from qscope_posttrain.features.batches import (
     tokenize_texts,
 )
 from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
-from qscope_posttrain.provenance import model_identity, text_fingerprint
+from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.residual.evaluation_mode import evaluation_mode
@@ -223,7 +223,7 @@ def collect_statistics(
             for layer in layers
         }
         key = {
-            "model": model_identity(model),
+            "model": model_shape(model),
             "sequences": sequence_fingerprint(sequences, languages),
             "saes": {str(layer): describe_sae(saes[layer]) for layer in layers},
             "processes": processes,
