@@ -84,10 +84,10 @@ class LayerStatistics:
         """
         mean = self.mean_residual
         parts = [
-            mean @ sae.W_enc[start : start + ROWS_PER_PRODUCT].double().cpu().T
+            mean @ sae.W_enc[start : start + ROWS_PER_PRODUCT].cpu().double().T
             for start in range(0, sae.d_sae, ROWS_PER_PRODUCT)
         ]
-        return torch.cat(parts, dim=1) + sae.b_enc.double().cpu()
+        return torch.cat(parts, dim=1) + sae.b_enc.cpu().double()
 
     def counts_only(self) -> LayerStatistics:
         """The same without the sums that take memory: second moments and activations."""
@@ -99,14 +99,14 @@ class LayerStatistics:
         mean = R m + b and covariance = R (E[h h'] - m m') R' with m the mean residual. Without second moments the
         covariance is NaN, which means "not measured".
         """
-        rows = rows.double().cpu()
+        rows = rows.cpu().double()
         mean = self.mean_residual @ rows.T
         if self.residual_second_moment is None:
             covariance = torch.full((len(mean), len(rows), len(rows)), math.nan, dtype=torch.float64)
         else:
             second = torch.einsum("fd,lde,ge->lfg", rows, self.residual_second_moment, rows)
             covariance = second / self.tokens[:, None, None] - torch.einsum("lf,lg->lfg", mean, mean)
-        return (mean if bias is None else mean + bias.double().cpu()), covariance
+        return (mean if bias is None else mean + bias.cpu().double()), covariance
 
 
 @dataclass(frozen=True, eq=False)
