@@ -6,15 +6,17 @@ apart and a cache can tell when it is stale. Nothing here imports torch at modul
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from qscope_posttrain.errors import UserTypeError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.text.files import check_is_file
 
 RECORDED_PACKAGES = (
@@ -122,7 +124,20 @@ def _digest_string(digest: Any, text: str) -> None:
 
 
 def model_identity(model: Any) -> dict[str, Any]:
-    """The facts by which a feature set recognises the model that it was made for.
+    """The facts by which a feature set recognises the model that it was made for; JSON values.
+
+    Returns:
+        What `model_shape` gives, and `{"embedding": embedding_sketch(model)}` where the embedding can be read.
+
+    Raises:
+        TypeError: the model has no transformers configuration.
+    """
+    shape, sketch = model_shape(model), embedding_sketch(model)
+    return shape if sketch is None else {**shape, "embedding": sketch}
+
+
+def model_shape(model: Any) -> dict[str, Any]:
+    """Name and shape of a model, whatever its weights.
 
     DDP, `torch.compile` and PEFT wrappers are looked through; for a multimodal model the numbers are those of its
     language model.
@@ -145,6 +160,91 @@ def model_identity(model: Any) -> dict[str, Any]:
         "num_hidden_layers": int(text.num_hidden_layers),
         "vocab_size": int(text.vocab_size),
     }
+
+
+_SKETCH_ROWS, _SKETCH_WIDTH = 64, 8
+
+
+def embedding_sketch(model: Any, rows: int | None = None) -> dict[str, Any] | None:
+    """64 rows of the input embedding, spread over the vocabulary, each as 8 numbers: enough to tell models apart.
+
+    A row is projected on 8 fixed directions of signs, the mean over the rows is taken away, and what is left is brought
+    to length 1. So another dtype, adapters, tokens added at the end and fine-tuning change it little, and another model
+    of the same shape has nothing in common with it.
+
+    Args:
+        rows: Spread over the first so many rows, as an earlier sketch was; by default over all.
+
+    Returns:
+        `{"rows", "sketch"}`, the numbers as bytes in base64. None where the weights are not at hand (on the meta
+        device, sharded over processes, quantised), and where all rows are alike.
+    """
+    weight = _embedding_weight(model)
+    if weight is None:
+        return None
+    import torch
+
+    count = weight.shape[0] if rows is None else rows
+    chosen = [min(row, weight.shape[0] - 1) for row in _sketched(count)]
+    bits = torch.frombuffer(bytearray(hashlib.shake_256(b"embedding").digest(weight.shape[1])), dtype=torch.uint8)
+    signs = torch.stack([(bits >> place & 1).float() * 2 - 1 for place in range(_SKETCH_WIDTH)], dim=1)
+    numbers = weight.detach()[torch.tensor(chosen, device=weight.device)].float().cpu().nan_to_num() @ signs
+    numbers = numbers - numbers.mean(dim=0)
+    lengths = torch.linalg.vector_norm(numbers, dim=1, keepdim=True)
+    if not float(lengths.max()) > 0:
+        return None
+    whole = (127 * numbers / lengths.clamp_min(1e-30)).round().to(torch.int8)
+    return {"rows": count, "sketch": base64.b64encode(whole.numpy().tobytes()).decode("ascii")}
+
+
+def embedding_agreement(sketch: Any, model: Any) -> float | None:
+    """Mean cosine of the rows of a sketch with those of `model`: 1 for equal embeddings, about 0 for another model.
+    None where the model's weights are not at hand.
+
+    Raises:
+        ValueError: not what `embedding_sketch` gives.
+    """
+    stored = _sketch_numbers(sketch)
+    found = embedding_sketch(model, sketch["rows"])
+    if found is None:
+        return None
+    there = [row for row in _sketched(sketch["rows"]) if row < _embedding_weight(model).shape[0]]
+    cosines = list(map(_cosine, stored, _sketch_numbers(found)))[: len(there)]
+    return sum(cosines) / len(cosines)
+
+
+def _sketched(rows: int) -> list[int]:
+    return [i * rows // _SKETCH_ROWS for i in range(_SKETCH_ROWS)]
+
+
+def _sketch_numbers(sketch: Any) -> list[tuple[int, ...]]:
+    try:
+        count, content = sketch["rows"], base64.b64decode(sketch["sketch"], validate=True)
+        if type(count) is not int or not 0 < count < 2**31 or len(content) != _SKETCH_ROWS * _SKETCH_WIDTH:
+            raise ValueError("of another size")
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserValueError(f"the sketch of the embedding is damaged ({error}).") from error
+    numbers = [byte - 256 if byte > 127 else byte for byte in content]
+    return [tuple(numbers[i : i + _SKETCH_WIDTH]) for i in range(0, len(numbers), _SKETCH_WIDTH)]
+
+
+def _cosine(a: Sequence[int], b: Sequence[int]) -> float:
+    length = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / length if length else 0.0
+
+
+def _embedding_weight(model: Any) -> Any:
+    """The weight [vocabulary, hidden size] of the input embedding as one plain tensor; None where there is none."""
+    try:
+        module = _without_wrappers(model).get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    while module is not None and (hasattr(module, "base_layer") or hasattr(module, "original_module")):  # of PEFT
+        module = module.base_layer if hasattr(module, "base_layer") else module.original_module
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point() or weight.is_meta:
+        return None
+    return None if hasattr(weight, "full_tensor") else weight  # a DTensor: sharded
 
 
 def _without_wrappers(model: Any) -> Any:

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qscope_posttrain.provenance import file_sha256, machine, model_identity, package_versions, text_fingerprint
+from qscope_posttrain.provenance import (
+    embedding_sketch,
+    file_sha256,
+    machine,
+    model_identity,
+    model_shape,
+    package_versions,
+    text_fingerprint,
+)
 
 
 def test_versions_and_machine_are_plain_strings():
@@ -48,12 +57,14 @@ def test_identity_looks_through_wrappers(make_model):
     expected = {
         "name_or_path": "", "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 512
     }  # fmt: skip
-    assert model_identity(model) == expected
-    assert model_identity(torch.compile(model)) == expected
+    assert model_shape(model) == expected
+    identity = model_identity(model)
+    assert identity == json.loads(json.dumps(identity)) == {**expected, "embedding": embedding_sketch(model)}
+    assert model_identity(torch.compile(model)) == identity
 
     from peft import LoraConfig, get_peft_model
 
-    assert model_identity(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))) == expected
+    assert model_identity(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))) == identity
     with pytest.raises(TypeError, match="Linear"):
         model_identity(torch.nn.Linear(2, 2))
 
@@ -70,4 +81,5 @@ def test_identity_of_a_multimodal_model_is_that_of_its_language_model():
     )  # fmt: skip
     with torch.device("meta"):
         found = model_identity(Gemma3ForConditionalGeneration(config))
+    assert "embedding" not in found  # there are no weights
     assert (found["hidden_size"], found["num_hidden_layers"], found["vocab_size"]) == (32, 3, 300)

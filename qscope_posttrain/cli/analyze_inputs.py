@@ -106,13 +106,13 @@ def collect(
 ) -> tuple[dict[int | str, list[ItemFeatures]], dict[str, Any]]:
     """Feature sets by layer, with `token_control` also those of token ids; and where all of it came from."""
     from qscope_posttrain.evaluation.benchmarks.feature_sets import collect_item_features, token_sets
-    from qscope_posttrain.provenance import model_identity, text_fingerprint
+    from qscope_posttrain.provenance import model_shape, text_fingerprint
     from qscope_posttrain.residual.layers import decoder_layers
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     layers = parse_layers(options.layers, len(decoder_layers(model)))
-    identity = model_identity(model)
+    identity = model_shape(model)
     saes = {
         layer: SparseAutoencoder.load(options.sae, layer=layer, k=options.k, d_model=identity["hidden_size"]).to(
             device=model.device

@@ -157,12 +157,12 @@ def split_rows(groups: Sequence[str], labels: Sequence[bool], share: float, seed
 def make_featurizer(options: argparse.Namespace, words: Sequence[str], max_length: int = 512) -> TextFeaturizer:
     """Model, tokenizer and the SAEs of the layers."""
     from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
-    from qscope_posttrain.provenance import model_identity
+    from qscope_posttrain.provenance import model_shape
     from qscope_posttrain.residual.layers import decoder_layers
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
-    width = model_identity(model)["hidden_size"]
+    width = model_shape(model)["hidden_size"]
     saes = {
         layer: SparseAutoencoder.load(options.sae, layer=layer, k=options.k, d_model=width, device=model.device)
         for layer in parse_layers(words, len(decoder_layers(model)))

@@ -116,9 +116,9 @@ def _features(recipe: GRPORecipe, model: torch.nn.Module) -> tuple[FeatureSet, s
     features = load_features(recipe)
     if features is None:
         raise UserValueError("the recipe names no 'features'.")
-    features.check_model(model)
+    fit = features.check_model(model)
     rows = ", ".join(f"{len(found)} on layer {layer}" for layer, found in features.layers.items())
-    return features, f"fit the model; rows: {rows}"
+    return features, f"{fit}; rows: {rows}"
 
 
 def _negatives(

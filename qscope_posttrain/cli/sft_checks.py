@@ -87,9 +87,9 @@ def _callback(recipe: Recipe, model: torch.nn.Module) -> tuple[AuxiliaryLossCall
     if features is None:
         terms = f"{recipe.run.method} with weight {settings.weight:g}"
         return callback, terms + (f", KL anchor with {settings.anchor:g}" if settings.anchor else "")
-    features.check_model(model)
+    fit = features.check_model(model)
     readouts = ", ".join(f"{len(layer)} on layer {layer.layer}" for layer in callback.layers)
-    return callback, f"fit the model; readouts: {readouts}; languages {', '.join(features.languages)}"
+    return callback, f"{fit}; readouts: {readouts}; languages {', '.join(features.languages)}"
 
 
 def _needs_logits(settings: LossConfig) -> bool:

@@ -15,11 +15,14 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set_file import FILE_NAME, read_feature_set, write_feature_set
 from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
-from qscope_posttrain.provenance import model_identity
+from qscope_posttrain.provenance import embedding_agreement, model_shape
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.text.language_labels import language_hint
 
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
+SAME_EMBEDDING = 0.5
+"""Agreement of embeddings from which on two models count as one. Those of other models agree to 0 +- 0.05; a training
+from start to end, which small models get, may move those of the same one as far as it is long."""
 
 REPETITION = "repetition"
 """`settings["selector"]` of what `find_repetition.find_repetition_features` makes."""
@@ -161,18 +164,38 @@ class FeatureSet:
         replaced = {entry.feature for entry in new}
         return replace(self, explanations=(*(e for e in self.explanations if e.feature not in replaced), *new))
 
-    def check_model(self, model: nn.Module) -> None:
-        """Raise a ValueError naming both sides when the features were found on a model of another shape or kind."""
-        found = model_identity(model)
-        different = [key for key in IDENTITY_KEYS if found[key] != self.model[key]]
-        if different:
-            details = "; ".join(
-                f"{key} {self.model[key]} in the features, {found[key]} in the model" for key in different
+    def check_model(self, model: nn.Module) -> str:
+        """Compare `model` with the one that the features were found on: kind, shape, and a sketch of the embedding.
+
+        The same model in another dtype, with adapters, further tokens or fine-tuned weights fits.
+
+        Returns:
+            Words for a report: "fit the model", or "fit the model by its shape (weights not compared)" where they are
+            not at hand: a model on the meta device or sharded, features of earlier versions.
+
+        Raises:
+            ValueError: another model; the message names both and what differs.
+        """
+        found = model_shape(model)
+        details = "; ".join(
+            f"{key} {self.model[key]} in the features, {found[key]} in the model"
+            for key in IDENTITY_KEYS
+            if found[key] != self.model[key]
+        )
+        agreement = None
+        if not details and "embedding" in self.model:
+            agreement = embedding_agreement(self.model["embedding"], model)
+        if agreement is not None and agreement < SAME_EMBEDDING:
+            details = (
+                f"the shape is the same, but not the weights: the embeddings of tokens agree to {agreement:.2f} (1 is "
+                f"equal, below {SAME_EMBEDDING} another model)"
             )
+        if details:
             raise UserValueError(
                 f"This FeatureSet was found on {self.model.get('name_or_path') or 'another model'} and does not fit "
                 f"{found.get('name_or_path') or 'this model'}: {details}. Find the features on this model."
             )
+        return "fit the model by its shape (weights not compared)" if agreement is None else "fit the model"
 
     def to_table(self) -> Table:
         """One line per row: layer, language, name, score, firing rate inside and outside the language, effect."""

@@ -33,7 +33,7 @@ from qscope_posttrain.features.sae_training_log import TrainingLog
 from qscope_posttrain.features.stream_config import StreamConfig
 from qscope_posttrain.features.text_source import TextSource, open_source
 from qscope_posttrain.features.text_stream import StreamPosition
-from qscope_posttrain.provenance import model_identity, text_fingerprint
+from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import is_main_process, progress, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.residual.layers import check_layers, decoder_layers
@@ -157,7 +157,7 @@ class _Run:
             **asdict(config),
             **{f"stream.{name}": value for name, value in asdict(stream).items()},
             "layers": list(self.layers),
-            "model": model_identity(model),
+            "model": model_shape(model),
             "data": source.describe(),
             "held_out_documents": run.held_out_documents,
             "held_out": text_fingerprint({"held out": self.held_out}),

@@ -32,7 +32,7 @@ from qscope_posttrain.features.batches import (
     tokenize_texts,
 )
 from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
-from qscope_posttrain.provenance import model_identity, text_fingerprint
+from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.residual.evaluation_mode import evaluation_mode
@@ -84,10 +84,10 @@ class LayerStatistics:
         """
         mean = self.mean_residual
         parts = [
-            mean @ sae.W_enc[start : start + ROWS_PER_PRODUCT].double().cpu().T
+            mean @ sae.W_enc[start : start + ROWS_PER_PRODUCT].cpu().double().T
             for start in range(0, sae.d_sae, ROWS_PER_PRODUCT)
         ]
-        return torch.cat(parts, dim=1) + sae.b_enc.double().cpu()
+        return torch.cat(parts, dim=1) + sae.b_enc.cpu().double()
 
     def counts_only(self) -> LayerStatistics:
         """The same without the sums that take memory: second moments and activations."""
@@ -99,14 +99,14 @@ class LayerStatistics:
         mean = R m + b and covariance = R (E[h h'] - m m') R' with m the mean residual. Without second moments the
         covariance is NaN, which means "not measured".
         """
-        rows = rows.double().cpu()
+        rows = rows.cpu().double()
         mean = self.mean_residual @ rows.T
         if self.residual_second_moment is None:
             covariance = torch.full((len(mean), len(rows), len(rows)), math.nan, dtype=torch.float64)
         else:
             second = torch.einsum("fd,lde,ge->lfg", rows, self.residual_second_moment, rows)
             covariance = second / self.tokens[:, None, None] - torch.einsum("lf,lg->lfg", mean, mean)
-        return (mean if bias is None else mean + bias.double().cpu()), covariance
+        return (mean if bias is None else mean + bias.cpu().double()), covariance
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +223,7 @@ def collect_statistics(
             for layer in layers
         }
         key = {
-            "model": model_identity(model),
+            "model": model_shape(model),
             "sequences": sequence_fingerprint(sequences, languages),
             "saes": {str(layer): describe_sae(saes[layer]) for layer in layers},
             "processes": processes,

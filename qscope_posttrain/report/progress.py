@@ -10,6 +10,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+QUIET = "QSCOPE_QUIET"
+"""Environment variable that, unless it is empty, leaves progress and status lines out"""
 SECONDS_BETWEEN_LINES = 5.0
 """Pause between plain lines: often enough to see that the loop lives, seldom enough for a log file."""
 
@@ -38,7 +40,7 @@ def progress(
         total: Number of items; by default `len(iterable)` where it has one. Without it no share and no remaining time
             are shown.
         description: What the loop does, in a few words.
-        enabled: True or False to insist; by default shown on rank 0, and not under pytest.
+        enabled: True or False to insist; by default shown on rank 0, unless the environment has QSCOPE_QUIET.
         note: Called at each update for a few more words, for example the current loss.
     """
     if total is None and isinstance(iterable, Sized):
@@ -60,7 +62,7 @@ def status(message: str, enabled: bool | None = None) -> None:
 def _shown(enabled: bool | None) -> bool:
     if not is_main_process():
         return False
-    return "PYTEST_CURRENT_TEST" not in os.environ if enabled is None else enabled
+    return not os.environ.get(QUIET) if enabled is None else enabled
 
 
 def _with_bar(

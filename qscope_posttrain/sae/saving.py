@@ -80,7 +80,7 @@ def _save_sae_lens(sae: SparseAutoencoder, path: Path) -> Path:
         raise UserValueError(f"SAELens has no architecture for {activation}; save it as native")
     path.mkdir(parents=True, exist_ok=True)
     with replacing(path / "sae_weights.safetensors") as unfinished:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+        save_file(native.unshared(tensors), unfinished)
     with replacing(path / "cfg.json") as unfinished:
         unfinished.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path

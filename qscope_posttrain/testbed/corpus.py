@@ -112,7 +112,7 @@ def load_corpus(
     paragraphs = {}
     for language in languages:
         path = folder / f"{language}.txt"
-        if not path.is_file():
+        if not path.exists():
             raise UserFileNotFoundError(f"{path} does not exist; found in that folder: {found}")
         paragraphs[language] = _lines(path)
     return split_corpus(paragraphs, target, seed, by_script)
@@ -155,7 +155,7 @@ def _read_paragraphs(place: str | Path) -> list[str]:
     """The lines of a text file, or one field of every row of a JSONL file, line breaks as spaces."""
     name, _, field = str(place).partition(".jsonl:")
     path = Path(f"{name}.jsonl" if field else name)
-    if not path.is_file():
+    if not path.exists():
         raise UserFileNotFoundError(f"{path} does not exist; give a text file or FILE.jsonl:FIELD")
     if not field:
         return _lines(path)

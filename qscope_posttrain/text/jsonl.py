@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.text.files import read_lines, read_text
+from qscope_posttrain.text.files import read_lines
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -38,7 +38,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: no such file.
         ValueError: not text, or not JSON, with the line.
     """
-    return _parse(read_text(path), str(path), by_line=True)
+    return _parse("".join(read_lines(path)), str(path), by_line=True)
 
 
 def parse_object(line: str, place: str) -> dict[str, Any]:

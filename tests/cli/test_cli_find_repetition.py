@@ -83,8 +83,7 @@ def test_show_prints_features_curve_and_origin(found, capsys):
 
 
 def test_given_loops_give_the_same_ranking_without_a_curve(looping, found, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("PYTEST_CURRENT_TEST", "")  # its presence silences the status lines
-    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    monkeypatch.delenv("QSCOPE_QUIET")
     benign = str(looping.folder / "benign.jsonl")
     more = ["--loops", str(found / "loops.jsonl"), "--benign", benign, "--output", str(tmp_path / "again")]
     assert main(looping.arguments(*more)) == 0

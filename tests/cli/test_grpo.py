@@ -301,7 +301,7 @@ def test_two_processes_by_accelerate_launch(recipe, tmp_path):
     path = recipe(tmp_path, per_device_train_batch_size=2)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
     command += ["--main_process_port", "29643", "-m", "qscope_posttrain.cli", "grpo", "--config", path]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_QUIET"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

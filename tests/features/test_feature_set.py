@@ -229,6 +229,23 @@ class TestFile:
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="No FeatureSet file"):
             FeatureSet.load(tmp_path / "a")
+        with pytest.raises(
+            FileNotFoundError, match=r"features\.safetensors: give features\.safetensors, or the folder"
+        ):
+            FeatureSet.load(tmp_path)
+
+    def test_the_folder_stands_for_the_file_in_it(self, tmp_path):
+        assert sample_set().save(tmp_path) == tmp_path / FeatureSet.FILE_NAME
+        assert str(FeatureSet.load(tmp_path)) == str(FeatureSet.load(tmp_path / "features.safetensors"))
+
+    def test_rows_of_one_tensor(self, tmp_path):
+        found = sample_set()
+        layers = {
+            layer: replace(rows, decoder=rows.encoder, decoder_mean=rows.encoder_mean)
+            for layer, rows in found.layers.items()
+        }
+        loaded = FeatureSet.load(replace(found, layers=layers).save(tmp_path))
+        assert torch.equal(loaded.layers[3].decoder, found.layers[3].encoder)
 
     @pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64, pickle.dumps({"a": 1})])
     def test_not_safetensors(self, content, tmp_path):

@@ -6,12 +6,15 @@ from qscope_posttrain.report import progress as module
 from qscope_posttrain.report.progress import progress, status
 
 
-def test_silent_under_pytest_unless_enabled(capsys):
+def test_silent_where_the_environment_asks_for_it_unless_enabled(capsys, monkeypatch):
     assert list(progress(range(3))) == [0, 1, 2]
     status("unseen")
     assert capsys.readouterr().err == ""
     status("seen", enabled=True)
     assert capsys.readouterr().err == "seen\n"
+    monkeypatch.delenv("QSCOPE_QUIET")
+    status("seen by default")
+    assert capsys.readouterr().err == "seen by default\n"
 
 
 def test_lines_say_first_and_last(capsys):

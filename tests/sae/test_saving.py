@@ -114,3 +114,14 @@ def test_paths_that_do_not_fit(make_sae: MakeSAE, tmp_path: Path) -> None:
     square = make_sae(d_sae=1024, d_model=1024)
     with pytest.raises(ValueError, match="would not tell its orientation"):
         square.save(tmp_path / RELEASE, format="qwen_scope")
+
+
+@pytest.mark.parametrize("format", ["native", "sae_lens", "qwen_scope"])
+def test_a_tied_dictionary_is_saved(make_sae: MakeSAE, tmp_path: Path, format: str) -> None:
+    """Tensors of one memory, which safetensors does not take."""
+    plain = make_sae(1024, activation=TopK(4))
+    tied = replace(plain, W_dec=plain.W_enc, layer=3)
+    path = {"native": "a.safetensors", "sae_lens": "a", "qwen_scope": f"{RELEASE}/layer3.sae.pt"}[format]
+    loaded = SparseAutoencoder.load(tied.save(tmp_path / path, format=format))
+    assert torch.equal(loaded.W_dec, tied.W_enc)
+    assert torch.equal(loaded.W_enc, tied.W_enc)

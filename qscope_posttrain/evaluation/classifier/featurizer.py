@@ -14,7 +14,7 @@ from torch import nn
 from qscope_posttrain.evaluation.classifier.columns import stack
 from qscope_posttrain.features.batches import TokenText
 from qscope_posttrain.features.text_features import Pooling, TextFeatures, collect_text_features
-from qscope_posttrain.provenance import model_identity
+from qscope_posttrain.provenance import model_shape
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 
@@ -114,7 +114,7 @@ class TextFeaturizer(TransformerMixin, BaseEstimator):
     def origin(self) -> dict[str, Any]:
         """Identity of the model, and where its SAEs came from; JSON values."""
         saes = {str(layer): asdict(sae.source) for layer, sae in sorted(self.saes.items())}
-        return {"model": model_identity(self.model), "saes": saes}
+        return {"model": model_shape(self.model), "saes": saes}
 
     def _copy(self, **changes: Any) -> TextFeaturizer:
         return type(self)(**{**self.get_params(deep=False), **changes})

@@ -42,11 +42,20 @@ def write_file(
     everything = tensors | {_ACTIVATION_PREFIX + name: tensor for name, tensor in activation_tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()},
-            unfinished,
-            metadata={METADATA_KEY: json.dumps(described, sort_keys=True)},
-        )
+        save_file(unshared(everything), unfinished, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)})
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous, and no two of one memory, as those of a tied
+    dictionary are."""
+    plain: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if place in memory else tensor
+        memory.add(place)
+    return plain
 
 
 def recognises(weights: WeightsFile) -> bool:

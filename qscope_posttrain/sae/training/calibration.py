@@ -65,26 +65,26 @@ def calibrate(layer: int, x: Tensor, reduce: Reduce = alone) -> Units:
     squares = torch.zeros_like(centre)
     power = torch.zeros_like(centre)
     for tile in x.split(_TILE_TOKENS):
-        exact = tile.to(centre.dtype)
+        exact = _exact(tile)
         power += exact.square().sum(dim=0)
         exact = exact - centre
         sums += exact.sum(dim=0)
         squares += exact.square().sum(dim=0)
-    tokens = reduce(torch.tensor(float(x.shape[0]), dtype=centre.dtype, device=x.device))
+    tokens = reduce(torch.tensor(float(x.shape[0]), dtype=centre.dtype, device=centre.device))
     mean, square = reduce(sums) / tokens, reduce(squares).mean() / tokens
     variance = square - mean.square().mean()
     if not float(variance) > 1e-12 * float(reduce(power).mean() / tokens):
         raise UserValueError(f"the activations of layer {layer} are all equal ({int(tokens)} tokens): nothing to learn")
-    return Units(centre.float(), square.sqrt().float(), (variance / square).float())
+    return Units(*(value.float().to(x.device) for value in (centre, square.sqrt(), variance / square)))
 
 
 def _weighted_mean(x: Tensor, around: Tensor | None, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """(mean of the rows, weighted by 1 / distance to `around`; harmonic mean of these distances). Without `around` all
     weights are 1. A row that lies at `around` has the weight of a distance of 1e-12 of its norm."""
-    sums = torch.zeros(x.shape[1] + 2, dtype=torch.float64, device=x.device)
+    sums = _exact(x.new_zeros(x.shape[1] + 2))
     least = None if around is None else 1e-12 * torch.linalg.vector_norm(around).clamp_min(1e-12)
     for tile in x.split(_TILE_TOKENS):
-        exact = tile.double()
+        exact = _exact(tile)
         weights = exact.new_ones(len(exact))
         if around is not None:
             weights = 1 / torch.linalg.vector_norm(exact - around, dim=1).clamp_min(least)
@@ -93,3 +93,8 @@ def _weighted_mean(x: Tensor, around: Tensor | None, reduce: Reduce) -> tuple[Te
         sums[-1] += len(tile)
     sums = reduce(sums)
     return sums[:-2] / sums[-2], sums[-1] / sums[-2]
+
+
+def _exact(x: Tensor) -> Tensor:
+    """x in fp64, on the CPU where its own device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
