@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written, with the reason.
     """
     if not path.parent.is_dir():
-        raise UserFileNotFoundError(f"Cannot write {path}: the folder {path.parent} does not exist.")
+        raise UserFileNotFoundError(f"cannot write '{path}': the folder '{path.parent}' does not exist.")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield unfinished

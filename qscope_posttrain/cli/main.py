@@ -105,8 +105,9 @@ def _recipe_environment(arguments: Sequence[str]) -> AbstractContextManager[None
     their variables when they are."""
     from qscope_posttrain.cli.recipe_keys import environment_of, read_recipe, split_arguments
 
-    path = None if arguments[0] == "experiment" else split_arguments(arguments)[1]
-    return environment_of(None if path is None else read_recipe(path))
+    reads_options = arguments[0] in COMMANDS and arguments[0] != "experiment"
+    path = split_arguments(arguments)[1] if reads_options else None
+    return environment_of(None if path is None else read_recipe(path), say=True)
 
 
 def _leave_process_group() -> None:

@@ -153,13 +153,14 @@ def unknown_keys(recipe: RecipeFile, unknown: Sequence[str], names: Iterable[str
 
 
 @contextmanager
-def environment_of(recipe: RecipeFile | None) -> Iterator[None]:
+def environment_of(recipe: RecipeFile | None, say: bool = False) -> Iterator[None]:
     """Set the recipe's variables that the shell has not set. They stay, unless the block raises: what is wrong with a
-    recipe may be found after the first variable is needed, as CUDA_VISIBLE_DEVICES is by training arguments."""
+    recipe may be found after the first variable is needed, as CUDA_VISIBLE_DEVICES is by training arguments. With
+    `say`, variables of the recipe that give way to the shell are named."""
     wanted = {} if recipe is None else recipe.environment
     kept = {name: os.environ[name] for name in wanted if name in os.environ}
     for name, value in kept.items():
-        if value != wanted[name]:
+        if say and value != wanted[name]:
             status(f"{name}={value} is set in the shell, and wins over the recipe's {wanted[name]}")
     new = {name: value for name, value in wanted.items() if name not in kept}
     os.environ.update(new)

@@ -128,6 +128,26 @@ def test_a_bug_stays_one_where_a_library_may_refuse(call, kind):
     assert not isinstance(caught.value, UserError)
 
 
+def test_variables_of_a_recipe_are_there_before_the_command_is_imported(monkeypatch, tmp_path, capsys):
+    class Looking:
+        def run(self, arguments):
+            if "fail" in arguments:
+                raise UserValueError("bad")
+            return 0
+
+    seen = []
+    monkeypatch.setattr(module, "_module", lambda name: seen.append(dict(os.environ)) or Looking())
+    monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "WARN"})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env: {OMP_NUM_THREADS: 1, NCCL_DEBUG: INFO}\n")
+    wanted = {"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "1"}
+    assert main(["sft", "fail", "--config", str(recipe)]) == 2
+    assert os.environ == {"NCCL_DEBUG": "WARN"}
+    assert main(["sft", f"--config={recipe}"]) == 0
+    assert os.environ == wanted
+    assert seen == [wanted, wanted]
+
+
 def test_a_reader_that_is_gone_ends_the_command_quietly(monkeypatch, capfd):
     class Talking:
         def run(self, arguments):
