@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.import_utils import is_math_verify_available
 
@@ -15,11 +18,14 @@ from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.report.progress import progress
 from qscope_posttrain.rl.rewards import RewardFunction, reward_function
+from qscope_posttrain.sft.preparation import StandIn
 
 PROMPT = "prompt"
 SAMPLED_ROWS = 64
-"""Rows whose prompts are looked at"""
+"""Rows of a stream whose prompts are looked at; of a data set in memory it is all"""
+ROWS_WITHOUT_PROGRESS = 100_000
 
 _VERIFIED_BY_MATH = "trl.rewards.accuracy_rewards"
 """The module of rewards that compare mathematical answers, and fail at their first call without its dependency"""
@@ -70,46 +76,73 @@ def check_reward_columns(rewards: Sequence[RewardFunction], rows: Rows) -> None:
 
 
 def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Lengths in tokens of the first prompts, as the trainer will read them.
+    """Lengths in tokens of all prompts, or of the first ones of a stream, as the trainer's own method reads them.
 
     Raises:
-        ValueError: no rows, no column `prompt`, a prompt that is neither text nor messages, or messages for a
-            tokenizer without a chat template.
+        ValueError: no rows, no column `prompt`, a prompt that is neither text nor messages or of another kind than the
+            first, messages for a tokenizer without a chat template or that it refuses, or a column for the chat
+            template, which TRL does not read here.
     """
-    examples = first_rows(rows, SAMPLED_ROWS)
-    if not examples:
+    whole = isinstance(rows, Dataset)
+    examples = rows if whole else first_rows(rows, SAMPLED_ROWS)
+    if whole and len(rows) == 0 or not examples:
         raise UserValueError("the training data has no rows.")
-    options: Any = recipe.training.chat_template_kwargs or {}
+    if whole and PROMPT in rows.column_names:
+        _check_columns(rows.column_names)
+        examples = rows.select_columns([PROMPT])
+    shown = None if whole and len(rows) > ROWS_WITHOUT_PROGRESS else False
+    prompts = _prompts_of(progress(examples, description="reading prompts", enabled=shown), tokenizer)
+    trainer = StandIn(
+        _is_vlm=False,
+        environment_factories=None,
+        tools=[],
+        chat_template=None,
+        chat_template_kwargs=recipe.training.chat_template_kwargs or {},
+        processing_class=tokenizer,
+    )
+    tokenize: Any = GRPOTrainer._tokenize_prompts
     lengths = []
-    for number, row in enumerate(examples):
+    for number, prompt in prompts:
+        try:
+            lengths.append(len(tokenize(trainer, [prompt])[0][0]))
+        except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
+            raise UserValueError(f"row {number}: the chat template cannot read '{PROMPT}': {error}") from error
+    return lengths
+
+
+def _prompts_of(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Any]]:
+    """Number and prompt of each row, once it is known that all are of one kind."""
+    kind: type | None = None
+    for number, row in enumerate(rows):
         prompt = row.get(PROMPT)
         if PROMPT not in row:
             raise UserValueError(
                 f"GRPO needs a column '{PROMPT}', text or a list of messages; the data has {', '.join(sorted(row))}."
             )
-        if isinstance(prompt, str) and prompt:
-            lengths.append(len(tokenizer(text=prompt)["input_ids"]))
-        elif isinstance(prompt, list) and is_conversational(row):
-            lengths.append(len(_templated(prompt, tokenizer, options)))
-        else:
+        _check_columns(row)
+        is_chat = isinstance(prompt, list) and len(prompt) > 0 and is_conversational({PROMPT: prompt})
+        if not is_chat and not (isinstance(prompt, str) and prompt):
             raise UserValueError(
                 f"row {number}: '{PROMPT}' must be text or a list of messages, got {str(prompt)[:80]!r}."
             )
-    return lengths
+        if is_chat and tokenizer.chat_template is None:
+            raise UserValueError(
+                "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has "
+                "one (a base model gets it in supervised fine-tuning), or give prompts as text."
+            )
+        kind = kind or type(prompt)
+        if not isinstance(prompt, kind):
+            raise UserValueError(f"row {number}: some prompts are text and some are messages; give all in one form.")
+        yield number, prompt
 
 
-def _templated(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
-) -> list[int]:
-    if tokenizer.chat_template is None:
+def _check_columns(columns: Iterable[str]) -> None:
+    unread = sorted({"tools", "chat_template_kwargs"} & set(columns))
+    if unread:
         raise UserValueError(
-            "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has one "
-            "(a base model gets it in supervised fine-tuning), or give prompts as text."
+            f"the data has a column '{unread[0]}', which TRL's GRPO does not put into the prompt. Give "
+            "chat_template_kwargs in the recipe, for all rows, or write the prompts as text; then remove the column."
         )
-    read: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options
-    )
-    return list(read["input_ids"])
 
 
 def _required_parameters(reward: RewardFunction) -> set[str]:

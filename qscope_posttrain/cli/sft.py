@@ -12,7 +12,7 @@ from qscope_posttrain.cli.artefacts import feature_origins, load_features, write
 from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import load_rows
 from qscope_posttrain.cli.sft_arguments import Recipe, parse_recipe
-from qscope_posttrain.cli.sft_data import pack, without_packing
+from qscope_posttrain.cli.sft_data import pack, prepare_evaluation, without_packing
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.progress import status
@@ -70,9 +70,10 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         evaluation = load_rows(recipe, recipe.script.dataset_test_split)
     callback = build_callback(recipe, features)
     if training.packing and callback is not None:
-        train_rows = pack(recipe, train_rows, callback.languages)
+        packed = pack(recipe, train_rows, callback.languages)
         if evaluation is not None:
-            evaluation = pack(recipe, evaluation, callback.languages)
+            evaluation = prepare_evaluation(recipe, evaluation, train_rows)
+        train_rows = packed
         training = without_packing(training)
     training.model_init_kwargs = recipe.model_init_kwargs()
     return SFTTrainer(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
 from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.checks import (
@@ -22,12 +26,13 @@ from qscope_posttrain.cli.checks import (
 from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.cli.sft import build_callback
 from qscope_posttrain.cli.sft_arguments import Recipe
-from qscope_posttrain.cli.sft_data import data_tokenizer
+from qscope_posttrain.cli.sft_data import data_tokenizer, first_row, skips_preparation
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sft.language_ids import SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
-from qscope_posttrain.sft.packing import pack_with_languages
+from qscope_posttrain.sft.preparation import Preparation
 from qscope_posttrain.text.scripts import target_script
 from qscope_posttrain.text.tokens import script_token_ids
 
@@ -36,8 +41,13 @@ if TYPE_CHECKING:
 
 LANGUAGE_ROWS = 2000
 """Rows whose language is looked up"""
-LABEL_ROWS = 8
-"""Rows that are tokenised"""
+STREAMED_ROWS = 256
+"""Rows of a stream that are tokenised; of a data set in memory it is all"""
+ROWS_AT_A_TIME = 1000
+ROWS_WITHOUT_PROGRESS = 100_000
+
+_ROW = "qscope_row"
+"""Column of row numbers, by which it is seen which rows TRL leaves out"""
 
 
 def check_recipe(recipe: Recipe) -> Checks:
@@ -109,34 +119,68 @@ def _languages(recipe: Recipe, rows: Rows, features: FeatureSet) -> tuple[Counte
 
 
 def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
-    """Tokenise a few rows as training will, and count the tokens that are learned."""
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    """Let TRL prepare the rows as training will, and count the tokens that are learned."""
+    training = recipe.training
+    cut = not training.packing or training.packing_strategy == "bfd"
+    # Packing by "bfd" keeps the start of what is too long; the others lose nothing.
+    options = {"packing": False, "shuffle_dataset": False, "dataset_num_proc": None}
+    options |= {"truncation_mode": "keep_start"} if training.packing else {}
+    args = copy.copy(training)
+    vars(args).update(options, max_length=training.max_length if cut else None)
+    sample = first_row(rows)
+    if skips_preparation(training) and "input_ids" not in sample:
+        raise UserValueError(
+            "dataset_kwargs says skip_prepare_dataset, which takes rows of 'input_ids' and 'labels'; the data has "
+            f"{', '.join(sample)}."
+        )
+    prepare = Preparation(tokenizer, args, sample)
+    tokens = learned = count = 0
+    empty: list[int] = []
+    with _without_bars():
+        for start, part in _parts(rows):
+            numbered = part.add_column(_ROW, list(range(start, start + len(part))))
+            done = numbered if skips_preparation(training) else prepare(numbered, first=start)
+            count += len(part)
+            left = set(range(start, start + len(part)))
+            for row in done:
+                labels = row.get("labels", row["input_ids"])
+                ours = sum(label != IGNORED_LABEL for label in labels)
+                tokens, learned = tokens + len(labels), learned + ours
+                left -= {row[_ROW]} if ours else set()
+            empty += sorted(left)
+    if empty:
+        raise UserValueError(
+            f"{len(empty)} of {count} rows have none to learn, the first is row {empty[0]}: its answer is empty, or "
+            f"begins beyond max_length ({training.max_length}). Remove such rows, or raise max_length."
+        )
+    return learned, f"{count} rows: {learned} of {tokens} tokens are learned"
 
-    training, examples = recipe.training, first_rows(rows, LABEL_ROWS)
-    tokens = learned = 0
+
+def _parts(rows: Rows) -> Iterator[tuple[int, Dataset]]:
+    """A data set in memory piece by piece, each with the number of its first row; the first rows of a stream."""
+    if not isinstance(rows, Dataset):
+        yield 0, Dataset.from_list(first_rows(rows, STREAMED_ROWS))
+        return
+    starts = range(0, len(rows), ROWS_AT_A_TIME)
+    shown = None if len(rows) > ROWS_WITHOUT_PROGRESS else False
+    for start in progress(starts, description="looking at labels", enabled=shown):
+        # In memory, so that nothing is left in the cache of the data set
+        piece = rows[start : start + ROWS_AT_A_TIME]
+        yield start, Dataset.from_dict(piece, features=rows.features)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bars of `datasets`, which would show one for every piece."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were_disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        for number, example in enumerate(examples):
-            packed = pack_with_languages(
-                Dataset.from_list([example]),
-                tokenizer,
-                max_length=training.max_length or 10**9,
-                language=lambda _: "any",
-                completion_only_loss=training.completion_only_loss,
-                assistant_only_loss=training.assistant_only_loss,
-                dataset_text_field=training.dataset_text_field,
-            )
-            labels = [label for row in packed["labels"] for label in row]
-            if all(label == IGNORED_LABEL for label in labels):
-                raise UserValueError(
-                    f"row {number} has {len(labels)} tokens and none to learn: its answer is empty, or begins beyond "
-                    f"max_length ({training.max_length})."
-                )
-            tokens += len(labels)
-            learned += sum(label != IGNORED_LABEL for label in labels)
+        yield
     finally:
-        enable_progress_bars()
-    return learned, f"{len(examples)} rows: {learned} of {tokens} tokens are learned"
+        if not were_disabled:
+            enable_progress_bars()
 
 
 def _batch(recipe: Recipe, rows: Rows) -> tuple[int, str]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template
 
 from qscope_posttrain.cli.inputs import load_tokenizer
-from qscope_posttrain.cli.rows import Rows
+from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
+from qscope_posttrain.sft.preparation import Preparation, trained_tokenizer
 
 
 def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -23,23 +22,10 @@ def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: an end token outside the vocabulary, or a chat template that needs another model to be loaded.
+        ValueError: an end token outside the vocabulary, or no such chat template.
     """
-    training = recipe.training
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
-    if training.eos_token is not None:
-        if training.eos_token not in tokenizer.get_vocab():
-            raise UserValueError(f"eos_token '{training.eos_token}' is not in the vocabulary of '{recipe.model_name}'.")
-        tokenizer.eos_token = training.eos_token
-    if training.chat_template_path is not None:
-        path = Path(training.chat_template_path)
-        if not path.is_file():
-            raise UserValueError(f"chat_template_path must be a template file here (.jinja), got '{path}'.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    if training.assistant_only_loss and tokenizer.chat_template is not None:
-        # None where the template marks the assistant's turns already
-        tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template
-    return tokenizer
+    return trained_tokenizer(tokenizer, recipe.training.eos_token, recipe.training.chat_template_path)
 
 
 def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
@@ -55,9 +41,14 @@ def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
         raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
     if training.max_length is None:
         raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
+    if skips_preparation(training):
+        raise UserValueError(
+            "packing and dataset_kwargs: {skip_prepare_dataset: true} exclude each other: rows that are not prepared "
+            "are not packed. Remove one of them."
+        )
     return pack_with_languages(
         rows,
-        data_tokenizer(recipe),
+        load_tokenizer(recipe.model_name, recipe.model.model_revision),
         max_length=training.max_length,
         strategy=cast(PackingStrategy, training.packing_strategy),
         language=recipe.penalty.language,
@@ -65,8 +56,20 @@ def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
         completion_only_loss=training.completion_only_loss,
         assistant_only_loss=training.assistant_only_loss,
         dataset_text_field=training.dataset_text_field,
-        shuffle_seed=training.seed,
+        eos_token=training.eos_token,
+        chat_template_path=training.chat_template_path,
+        dataset_num_proc=training.dataset_num_proc,
+        shuffle_seed=training.seed if training.shuffle_dataset else None,
     )
+
+
+def prepare_evaluation(recipe: Recipe, evaluation: Rows, train_rows: Rows) -> Rows:
+    """The evaluation data as the trainer would prepare it beside `train_rows`; nothing there asks for languages."""
+    training = recipe.training
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    prepare = Preparation(tokenizer, training, first_row(train_rows))
+    packing = training.packing if training.eval_packing is None else training.eval_packing
+    return prepare(evaluation, packing=bool(packing), name="eval")
 
 
 def without_packing(training: Any) -> Any:
@@ -78,7 +81,24 @@ def without_packing(training: Any) -> Any:
     return dataclasses.replace(
         training,
         packing=False,
-        padding_free=training.packing_strategy != "wrapped",
+        padding_free=training.padding_free or training.packing_strategy != "wrapped",
         max_length=None,
         dataset_kwargs={**(training.dataset_kwargs or {}), "skip_prepare_dataset": True},
     )
+
+
+def skips_preparation(training: Any) -> bool:
+    """Whether the rows are said to be prepared already."""
+    return bool((training.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+
+def first_row(rows: Rows) -> Mapping[str, Any]:
+    """The row by which TRL decides what kind of data it is.
+
+    Raises:
+        ValueError: no rows.
+    """
+    rows_found = first_rows(rows, 1)
+    if not rows_found:
+        raise UserValueError("the training data has no rows.")
+    return rows_found[0]

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qscope_posttrain.errors import UserValueError
+from datasets import Dataset
+
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.sft.language_ids import LANGUAGE_NAMES, TOKEN_LANGUAGES, LanguageRule, SampleLanguage
-from qscope_posttrain.sft.masks import IGNORED_LABEL
+from qscope_posttrain.sft.preparation import Preparation, StandIn
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
@@ -30,11 +31,14 @@ def pack_with_languages(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     dataset_text_field: str = "text",
+    eos_token: str | None = None,
+    chat_template_path: str | None = None,
+    dataset_num_proc: int | None = None,
     shuffle_seed: int | None = None,
 ) -> Dataset:
-    """Tokenise a data set as `SFTTrainer` does and pack it with the language of every token.
+    """Prepare a data set as `SFTTrainer(packing=True)` does, and keep the language of every token.
 
-    Train on the result with
+    TRL itself tokenises, labels and packs, so that the rows are the ones it would train on. Train on the result with
 
         SFTConfig(packing=False, padding_free=True, max_length=None,
                   dataset_kwargs={"skip_prepare_dataset": True}, ...)
@@ -43,114 +47,74 @@ def pack_with_languages(
     text without boundaries: use `padding_free=False`, and know that documents attend to each other.
 
     Args:
-        dataset: text, messages, prompt and completion (plain or conversational), or `input_ids` with `labels`.
-        tokenizer: with a chat template where samples are conversations.
+        dataset: any data set of text that `SFTTrainer` takes, with the columns that it reads (`tools`,
+            `chat_template_kwargs`, ...). A `formatting_func` is applied before, with `dataset.map`.
+        tokenizer: with a chat template where samples are conversations. It is not changed.
         max_length: tokens of a packed row.
         strategy: as in `trl.pack_dataset`. "bfd" cuts off what exceeds `max_length`, "bfd_split" packs it too.
         language: a column, "script", or a function of the example; see `SASFTConfig.language`.
         languages: what "script" may decide between; not needed otherwise.
-        completion_only_loss: labels on the completion only. None: if there are prompts and completions, as in TRL.
-        assistant_only_loss: labels on assistant turns only, for a chat template with generation markers.
+        completion_only_loss: as in `SFTConfig`, like the next five. None: if there are prompts and completions.
+        assistant_only_loss: labels on assistant turns only.
         dataset_text_field: the column of plain text.
-        shuffle_seed: shuffle before packing.
+        eos_token: what a text or completion ends with; None is the tokenizer's own.
+        chat_template_path: a template file (.jinja, .j2), or a model that has one.
+        dataset_num_proc: processes; each packs its own share of the rows.
+        shuffle_seed: shuffle the rows before and after packing, as `shuffle_dataset` does with `seed`; None does not.
 
     Returns:
         A data set with `input_ids`, `labels`, `language_ids`, `language_names` and, unless wrapped, `seq_lengths`.
 
     Raises:
-        ValueError: an empty data set, a type of sample that is not supported, or a language that cannot be told.
+        ValueError: an empty data set, a sample that TRL cannot prepare, or a language that cannot be told.
+        TypeError: no `Dataset`.
     """
     from trl import pack_dataset
 
+    if not isinstance(dataset, Dataset):
+        raise UserTypeError(
+            f"Expected a datasets.Dataset, got {type(dataset).__name__}. A stream cannot be packed with languages: load "
+            "the whole data set."
+        )
     if len(dataset) == 0:
         raise UserValueError("The data set to pack is empty.")
     if language == "script" and not languages:
         raise UserValueError('language="script" needs languages=(...), the ones to decide between.')
-    tokenise = _Tokeniser(tokenizer, completion_only_loss, assistant_only_loss, dataset_text_field)
+    if strategy not in get_args(PackingStrategy):
+        raise UserValueError(f"strategy must be one of {', '.join(get_args(PackingStrategy))}; got {strategy!r}.")
+    if max_length < 1:
+        raise UserValueError(f"max_length must be at least 1; got {max_length}.")
+    if TOKEN_LANGUAGES in dataset.column_names:
+        raise UserValueError("The data set is packed already; train on it with packing=False.")
+    args = StandIn(
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+        dataset_text_field=dataset_text_field,
+        eos_token=eos_token,
+        chat_template_path=chat_template_path,
+        dataset_num_proc=dataset_num_proc,
+        max_length=None,
+        shuffle_dataset=False,
+    )
+    prepare = Preparation(tokenizer, args, dataset[0])
+    prepared = prepare(dataset)
     decide = SampleLanguage(language, tuple(languages), decode=lambda ids: str(tokenizer.decode(ids)))
-    of_sample = [decide(example) for example in dataset]
+    # What TRL drops or renames while it prepares may still tell the language.
+    of_sample = [decide({**given, **made}) for given, made in zip(dataset, prepared, strict=True)]
     names = sorted(set(of_sample))
 
     def convert(example: dict[str, Any], index: int) -> dict[str, list[int]]:
-        input_ids, labels = tokenise(example)
-        token_languages = [names.index(of_sample[index])] * len(input_ids)
-        return {"input_ids": input_ids, "labels": labels, TOKEN_LANGUAGES: token_languages}
+        length = len(example["input_ids"])
+        if len(example["labels"]) != length:
+            raise UserValueError(f"Row {index} has {length} tokens but {len(example['labels'])} labels.")
+        return {TOKEN_LANGUAGES: [names.index(of_sample[index])] * length}
 
-    tokens = dataset.map(convert, with_indices=True, remove_columns=dataset.column_names, load_from_cache_file=False)
+    tokens = prepared.select_columns(["input_ids", "labels"])
+    tokens = tokens.map(convert, with_indices=True, load_from_cache_file=False)
     if shuffle_seed is not None:
-        tokens = tokens.shuffle(seed=shuffle_seed).flatten_indices()
-    packed = pack_dataset(tokens, max_length, strategy)
+        tokens = tokens.shuffle(seed=shuffle_seed)
+    packed = pack_dataset(tokens, max_length, strategy, {"num_proc": dataset_num_proc})
+    if shuffle_seed is not None:
+        packed = packed.shuffle(seed=shuffle_seed)
     # Constant over rows: it makes a row self-describing, whatever order of languages a FeatureSet has.
     return packed.map(lambda example: {LANGUAGE_NAMES: names}, load_from_cache_file=False)
-
-
-class _Tokeniser:
-    """From one sample to token ids and labels, by the rules of TRL's data set preparation."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        completion_only_loss: bool | None,
-        assistant_only_loss: bool,
-        dataset_text_field: str,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.completion_only_loss = completion_only_loss
-        self.assistant_only_loss = assistant_only_loss
-        self.text_field = dataset_text_field
-
-    def __call__(self, example: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        if "input_ids" in example:
-            input_ids = list(example["input_ids"])
-            return input_ids, list(example.get("labels", input_ids))
-        if "prompt" in example and "completion" in example:
-            return self._prompt_completion(example)
-        if isinstance(example.get("messages"), list):
-            return self._chat(example["messages"])
-        if isinstance(example.get(self.text_field), str):
-            input_ids = self._plain(self._with_eos(example[self.text_field]))
-            return input_ids, list(input_ids)
-        raise UserValueError(
-            f"Cannot tokenise a sample with the columns {', '.join(example)}; expected {self.text_field!r}, "
-            "'messages', 'prompt' and 'completion', or 'input_ids'."
-        )
-
-    def _prompt_completion(self, example: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        prompt, completion = example["prompt"], example["completion"]
-        if isinstance(prompt, list):
-            prompt_ids = self._template(prompt, add_generation_prompt=True)["input_ids"]
-            input_ids, labels = self._chat(prompt + completion)
-        else:
-            prompt_ids = self._plain(prompt)
-            input_ids = self._plain(prompt + self._with_eos(completion))
-            labels = list(input_ids)
-        if self.completion_only_loss is not False:
-            # Tokens may merge across the boundary: the completion starts where the two tokenisations part.
-            pairs = enumerate(zip(prompt_ids, input_ids, strict=False))
-            start = next((i for i, (a, b) in pairs if a != b), min(len(prompt_ids), len(input_ids)))
-            labels[:start] = [IGNORED_LABEL] * start
-        return input_ids, labels
-
-    def _chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        if not self.assistant_only_loss:
-            input_ids = list(self._template(messages)["input_ids"])
-            return input_ids, list(input_ids)
-        encoded = self._template(messages, return_assistant_tokens_mask=True)
-        input_ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
-        if 1 not in mask:
-            raise UserValueError(
-                "assistant_only_loss=True found no assistant token. The chat template needs {% generation %} markers "
-                "around assistant turns; trl.get_training_chat_template adds them for known templates."
-            )
-        return input_ids, [token if flag else IGNORED_LABEL for token, flag in zip(input_ids, mask, strict=True)]
-
-    def _template(self, messages: list[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
-        encoded: Any = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-        return encoded
-
-    def _plain(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
-
-    def _with_eos(self, text: str) -> str:
-        eos = self.tokenizer.eos_token
-        return text if eos is None or text.endswith(eos) else text + eos
