@@ -85,7 +85,7 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
     """
     whole = isinstance(rows, Dataset)
     examples = rows if whole else first_rows(rows, SAMPLED_ROWS)
-    if whole and len(rows) == 0 or not examples:
+    if (whole and len(rows) == 0) or not examples:
         raise UserValueError("the training data has no rows.")
     if whole and PROMPT in rows.column_names:
         _check_columns(rows.column_names)

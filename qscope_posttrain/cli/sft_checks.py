@@ -123,10 +123,11 @@ def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
     training = recipe.training
     cut = not training.packing or training.packing_strategy == "bfd"
     # Packing by "bfd" keeps the start of what is too long; the others lose nothing.
-    options = {"packing": False, "shuffle_dataset": False, "dataset_num_proc": None}
-    options |= {"truncation_mode": "keep_start"} if training.packing else {}
-    args = copy.copy(training)
-    vars(args).update(options, max_length=training.max_length if cut else None)
+    args: Any = copy.copy(training)
+    args.packing, args.shuffle_dataset, args.dataset_num_proc = False, False, None
+    args.max_length = training.max_length if cut else None
+    if training.packing:
+        args.truncation_mode = "keep_start"
     sample = first_row(rows)
     if skips_preparation(training) and "input_ids" not in sample:
         raise UserValueError(

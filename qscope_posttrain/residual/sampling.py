@@ -255,9 +255,10 @@ def _prompt_texts(
             if tokenizer.chat_template is None:
                 raise UserValueError("The tokenizer has no chat template; give plain strings and chat=False.")
             try:
-                yield language, index, _templated(tokenizer, prompt, row, template_options), True
+                text = _templated(tokenizer, prompt, row, template_options)
             except (ValueError, TypeError, KeyError, TemplateError) as error:
                 raise UserValueError(f"{_named(language, index)}: the chat template refuses it: {error}") from error
+            yield language, index, text, True
 
 
 def _templated(

@@ -73,8 +73,8 @@ def pack_with_languages(
 
     if not isinstance(dataset, Dataset):
         raise UserTypeError(
-            f"Expected a datasets.Dataset, got {type(dataset).__name__}. A stream cannot be packed with languages: load "
-            "the whole data set."
+            f"Expected a datasets.Dataset, got {type(dataset).__name__}. A stream cannot be packed with languages: "
+            "load the whole data set."
         )
     if len(dataset) == 0:
         raise UserValueError("The data set to pack is empty.")

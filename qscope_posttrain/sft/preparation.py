@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -130,10 +130,12 @@ class Preparation:
         except (NotImplementedError, UserError):
             raise
         except _FAULTS as error:
-            row, reason = 0, error
+            row, reason = 0, cast(Exception, error)
             if isinstance(dataset, Dataset):
                 row, reason = self._failing_row(dataset, error)
-            raise UserValueError(f"Row {first + row} of the data cannot be prepared: {_explained(reason, dataset)}") from error
+            raise UserValueError(
+                f"Row {first + row} of the data cannot be prepared: {_explained(reason, dataset)}"
+            ) from error
 
     def _by_trl(self, dataset: Any, packing: bool, name: str) -> Any:
         from trl import SFTTrainer
