@@ -76,6 +76,12 @@ def read_safety_prompts(path: str | Path, limit: int | None = None) -> list[Safe
                 f"{path}, line {number}: expected 'prompt' (text), 'harmful' (true or false), perhaps 'group' (text); "
                 f"got the keys {sorted(row)}."
             )
+        unread = [name for name in ("tools", "chat_template_kwargs") if row.get(name)]
+        if unread:
+            raise UserValueError(
+                f"{path}, line {number}: {unread[0]!r} of a prompt is not read here; remove it, or give "
+                "--chat-template-options for all prompts."
+            )
         if limit is None or counts[harmful] < limit:
             found.append(SafetyPrompt(prompt, harmful, group))
             counts[harmful] += 1

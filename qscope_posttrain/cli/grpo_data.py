@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer
 from trl.import_utils import is_math_verify_available
 
 from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
-from qscope_posttrain.errors import UserValueError, library_refusals
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.rl.prompts import MANY_ROWS, PROMPT, check_batch, check_dataset
 from qscope_posttrain.rl.rewards import RewardFunction, check_reward_data, reward_function
+from qscope_posttrain.sft.preparation import StandIn
 
 SAMPLED_ROWS = 64
 """Rows whose prompts are tokenised, unless in a dry run of data in memory"""
@@ -72,11 +75,12 @@ def check_reward_columns(rewards: Sequence[RewardFunction], rows: Rows) -> None:
 
 
 def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Lengths in tokens of the first prompts, as the trainer will read them; of all in memory for a dry run.
+    """Lengths in tokens of the first prompts, as the trainer's own method reads them; of all in memory for a dry run.
 
     Raises:
         ValueError: no rows, no column `prompt`, a prompt that is neither text nor messages, in any row of a data set
-            in memory, or messages for a tokenizer without a chat template.
+            in memory, messages for a tokenizer without a chat template or that it refuses, or a column for the chat
+            template, which TRL does not read here.
     """
     in_memory = isinstance(rows, Dataset)
     empty_allowed = bool(tokenizer(text="")["input_ids"])
@@ -84,31 +88,38 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
     examples: Iterable[dict[str, Any]] = rows if in_memory and recipe.run.dry_run else first_rows(rows, SAMPLED_ROWS)
     if not in_memory:
         check_batch([row.get(PROMPT) for row in examples], empty_allowed=empty_allowed, name="data")
-    options: Any = recipe.training.chat_template_kwargs or {}
+    trainer = StandIn(
+        _is_vlm=False,
+        environment_factories=None,
+        tools=[],
+        chat_template=None,
+        chat_template_kwargs=recipe.training.chat_template_kwargs or {},
+        processing_class=tokenizer,
+    )
+    tokenize: Any = GRPOTrainer._tokenize_prompts
     many = isinstance(examples, Dataset) and len(examples) > MANY_ROWS
     lengths = []
-    for row in progress(examples, description="reading prompts", enabled=None if many else False):
-        prompt = row[PROMPT]
-        if isinstance(prompt, str):
-            lengths.append(len(tokenizer(text=prompt)["input_ids"]))
-        else:
-            lengths.append(len(_templated(prompt, tokenizer, options)))
+    for number, row in enumerate(progress(examples, description="reading prompts", enabled=None if many else False)):
+        _check_columns(row)
+        if not isinstance(row[PROMPT], str) and tokenizer.chat_template is None:
+            raise UserValueError(
+                "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has "
+                "one (a base model gets it in supervised fine-tuning), or give prompts as text."
+            )
+        try:
+            lengths.append(len(tokenize(trainer, [row[PROMPT]])[0][0]))
+        except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
+            raise UserValueError(f"row {number}: the chat template cannot write '{PROMPT}': {error}") from error
     return lengths
 
 
-def _templated(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
-) -> list[int]:
-    if tokenizer.chat_template is None:
+def _check_columns(columns: Iterable[str]) -> None:
+    unread = sorted({"tools", "chat_template_kwargs"} & set(columns))
+    if unread:
         raise UserValueError(
-            "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has one "
-            "(a base model gets it in supervised fine-tuning), or give prompts as text."
+            f"the data has a column '{unread[0]}', which TRL's GRPO does not put into the prompt. Give "
+            "chat_template_kwargs in the recipe, for all rows, or write the prompts as text; then remove the column."
         )
-    with library_refusals("the chat template cannot write a prompt"):
-        read: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options
-        )
-    return list(read["input_ids"])
 
 
 def _required_parameters(reward: RewardFunction) -> set[str]:

@@ -84,6 +84,8 @@ def read_text_list(path: str | Path, limit: int | None = None) -> list[str]:
 def read_prompts(path: str | Path, limit: int | None = None, language: str | None = None) -> dict[str, list[Any]]:
     """Prompts by source language, from JSONL with `prompt` (text or chat messages) and `language`, or as `read_texts`.
 
+    `tools` and `chat_template_kwargs` beside a prompt stay with it, for the chat template.
+
     Args:
         limit: At most so many prompts of each language, the first ones; None takes all.
         language: What to call the language of a row that names none; None requires that each row names its own.
@@ -105,7 +107,8 @@ def read_prompts(path: str | Path, limit: int | None = None, language: str | Non
             )
         kept = prompts.setdefault(str(own), [])
         if limit is None or len(kept) < limit:
-            kept.append(prompt)
+            columns = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+            kept.append({"prompt": prompt, **columns} if columns else prompt)
     if not prompts:
         raise UserValueError(f"'{location}' has no prompts.")
     return prompts

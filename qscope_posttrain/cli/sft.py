@@ -67,9 +67,10 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         evaluation = load_rows(recipe, recipe.script.dataset_test_split)
     callback = build_callback(recipe, features)
     if training.packing and callback is not None and callback.reads_languages:
-        train_rows = pack(recipe, train_rows, callback.languages)
+        packed = pack(recipe, train_rows, callback.languages)
         if evaluation is not None:
-            evaluation = prepare_evaluation(recipe, evaluation)
+            evaluation = prepare_evaluation(recipe, evaluation, train_rows)
+        train_rows = packed
         training = without_packing(training)
     return make_trainer(
         recipe,

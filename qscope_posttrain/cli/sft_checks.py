@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +26,13 @@ from qscope_posttrain.cli.checks import (
 from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.cli.sft import build_callback
 from qscope_posttrain.cli.sft_arguments import Recipe
-from qscope_posttrain.cli.sft_data import data_tokenizer
+from qscope_posttrain.cli.sft_data import data_tokenizer, first_row, skips_preparation
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sft.config import LossConfig, SASFTConfig
 from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
-from qscope_posttrain.sft.packing import Preparation, prepare_rows
+from qscope_posttrain.sft.preparation import Preparation
 from qscope_posttrain.sft.train_data import PROGRESS_FROM, count_languages
 from qscope_posttrain.text.language_labels import class_names
 from qscope_posttrain.text.scripts import language_code, target_script
@@ -41,9 +42,11 @@ if TYPE_CHECKING:
     from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 
 STREAMED_ROWS = 2000
-"""Rows of a stream whose language is looked up; of data in memory all are"""
-LABEL_ROWS = 8
-"""Rows of a stream that are tokenized; of data in memory all are"""
+"""Rows of a stream that are looked at; of data in memory all are"""
+ROWS_AT_A_TIME = 1000
+
+_ROW = "qscope_row"
+"""Column of row numbers, by which it is seen which rows TRL leaves out"""
 
 
 def check_recipe(recipe: Recipe) -> Checks:
@@ -133,42 +136,72 @@ def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback) -> t
 
 
 def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
-    """Prepare the rows as training will, all of a data set in memory, and count the tokens that are learned."""
+    """Let TRL prepare the rows as training will, and count the tokens that are learned."""
     training = recipe.training
-    streamed = not isinstance(rows, Dataset)
-    examples = Dataset.from_list(first_rows(rows, LABEL_ROWS)) if streamed else rows
-    settings = Preparation.of(training)
-    whole = replace(settings, max_length=None, eos_token=None, chat_template_path=None, shuffle_dataset=False)
-    with _progress_bars(len(examples) >= PROGRESS_FROM):
-        prepared = prepare_rows(examples, tokenizer, whole).select_columns(["input_ids", "labels"])
-        # Packing keeps to max_length by itself, and cuts only what is longer than a row.
-        limit = None if training.packing and settings.packing_strategy != "bfd" else settings.max_length
-        cut = slice(limit) if settings.truncation_mode == "keep_start" or limit is None else slice(-limit, None)
-        counts = prepared.map(
-            lambda labels: {"learned": sum(label != IGNORED_LABEL for label in labels[cut]), "all": len(labels[cut])},
-            input_columns="labels", remove_columns=prepared.column_names,
-        )  # fmt: skip
-    learned = counts["learned"]
-    without = [row for row, count in enumerate(learned) if not count]
-    reason = f"row {without[0]}: its answer is empty, or begins beyond max_length ({limit})" if without else ""
-    if len(without) == len(learned):
-        raise UserValueError(f"{len(learned)} rows have {sum(counts['all'])} tokens and none to learn ({reason}).")
-    which = f"the first {len(learned)} rows" if streamed else f"{len(learned)} rows"
-    note = f"; {len(without)} rows have none to learn ({reason})" if without else ""
-    return sum(learned), f"{which}: {sum(learned)} of {sum(counts['all'])} tokens are learned{note}"
+    cut = not training.packing or training.packing_strategy == "bfd"
+    # Packing by "bfd" keeps the start of what is too long; the others lose nothing.
+    args: Any = copy.copy(training)
+    args.packing, args.shuffle_dataset, args.dataset_num_proc = False, False, None
+    args.max_length = training.max_length if cut else None
+    if training.packing:
+        args.truncation_mode = "keep_start"
+    sample = first_row(rows)
+    if skips_preparation(training) and "input_ids" not in sample:
+        raise UserValueError(
+            "dataset_kwargs says skip_prepare_dataset, which takes rows of 'input_ids' and 'labels'; the data has "
+            f"{', '.join(sample)}."
+        )
+    prepare = Preparation(tokenizer, args, sample)
+    tokens = learned = count = 0
+    empty: list[int] = []
+    with _without_bars():
+        for start, part in _parts(rows):
+            numbered = part.add_column(_ROW, list(range(start, start + len(part))))
+            done = numbered if skips_preparation(training) else prepare(numbered, first=start)
+            count += len(part)
+            left = set(range(start, start + len(part)))
+            for row in done:
+                labels = row.get("labels", row["input_ids"])
+                ours = sum(label != IGNORED_LABEL for label in labels)
+                tokens, learned = tokens + len(labels), learned + ours
+                left -= {row[_ROW]} if ours else set()
+            empty += sorted(left)
+    note = (
+        f"{len(empty)} of {count} rows have none to learn, the first is row {empty[0]}: its answer is empty, or begins "
+        f"beyond max_length ({training.max_length})"
+        if empty
+        else ""
+    )
+    if not learned:
+        raise UserValueError(f"{note}. Remove such rows, or raise max_length.")
+    which = f"{count} rows" if isinstance(rows, Dataset) else f"the first {count} rows"
+    return learned, f"{which}: {learned} of {tokens} tokens are learned" + (f"; {note}" if note else "")
+
+
+def _parts(rows: Rows) -> Iterator[tuple[int, Dataset]]:
+    """A data set in memory piece by piece, each with the number of its first row; the first rows of a stream."""
+    if not isinstance(rows, Dataset):
+        yield 0, Dataset.from_list(first_rows(rows, STREAMED_ROWS))
+        return
+    starts = range(0, len(rows), ROWS_AT_A_TIME)
+    shown = None if len(rows) > PROGRESS_FROM else False
+    for start in progress(starts, description="looking at labels", enabled=shown):
+        # In memory, so that nothing is left in the cache of the data set
+        piece = rows[start : start + ROWS_AT_A_TIME]
+        yield start, Dataset.from_dict(piece, features=rows.features)
 
 
 @contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
+def _without_bars() -> Iterator[None]:
+    """No bars of `datasets`, which would show one for every piece."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    before = are_progress_bars_disabled()
-    if not shown:
-        disable_progress_bars()
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         yield
     finally:
-        if not before:
+        if not were_disabled:
             enable_progress_bars()
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.cli.inputs import load_tokenizer
-from qscope_posttrain.cli.rows import Rows
+from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sft.packing import (
-    Preparation,
-    is_template_file,
-    pack_with_languages,
-    prepare_rows,
-    training_tokenizer,
-)
+from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
+from qscope_posttrain.sft.preparation import Preparation, is_template_file, trained_tokenizer
 
 
 def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -27,10 +22,10 @@ def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: an end token outside the vocabulary.
+        ValueError: an end token outside the vocabulary, or no such chat template.
     """
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
-    return training_tokenizer(tokenizer, Preparation.of(recipe.training))
+    return trained_tokenizer(tokenizer, recipe.training.eos_token, recipe.training.chat_template_path)
 
 
 def trainer_tokenizer(recipe: Recipe, training: Any) -> PreTrainedTokenizerBase:
@@ -38,7 +33,7 @@ def trainer_tokenizer(recipe: Recipe, training: Any) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
     path = training.chat_template_path
     if path is not None and is_template_file(path):
-        tokenizer = training_tokenizer(tokenizer, Preparation(chat_template_path=path))
+        tokenizer = trained_tokenizer(tokenizer, None, path)
         training.chat_template_path = None
     return tokenizer
 
@@ -51,20 +46,40 @@ def pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
     Raises:
         ValueError: streamed data, no length to pack to, or data that cannot be packed.
     """
-    _check_packing(recipe, rows)
-    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    training = recipe.training
+    if isinstance(rows, IterableDataset):
+        raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
+    if training.max_length is None:
+        raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
+    if skips_preparation(training):
+        raise UserValueError(
+            "packing and dataset_kwargs: {skip_prepare_dataset: true} exclude each other: rows that are not prepared "
+            "are not packed. Remove one of them."
+        )
     return pack_with_languages(
-        rows, tokenizer, args=recipe.training, language=recipe.penalty.language, languages=languages
+        rows,
+        load_tokenizer(recipe.model_name, recipe.model.model_revision),
+        max_length=training.max_length,
+        strategy=cast(PackingStrategy, training.packing_strategy),
+        language=recipe.penalty.language,
+        languages=languages,
+        completion_only_loss=training.completion_only_loss,
+        assistant_only_loss=training.assistant_only_loss,
+        dataset_text_field=training.dataset_text_field,
+        eos_token=training.eos_token,
+        chat_template_path=training.chat_template_path,
+        dataset_num_proc=training.dataset_num_proc,
+        shuffle_seed=training.seed if training.shuffle_dataset else None,
     )
 
 
-def prepare_evaluation(recipe: Recipe, rows: Rows) -> Dataset:
-    """Evaluation data as SFTTrainer prepares them beside packed training data, packed or not (`eval_packing`)."""
-    _check_packing(recipe, rows)
+def prepare_evaluation(recipe: Recipe, evaluation: Rows, train_rows: Rows) -> Rows:
+    """The evaluation data as the trainer would prepare it beside `train_rows`; nothing there asks for languages."""
     training = recipe.training
-    packing = training.packing if training.eval_packing is None else training.eval_packing
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
-    return prepare_rows(rows, tokenizer, Preparation.of(training), packing=packing)
+    prepare = Preparation(tokenizer, training, first_row(train_rows))
+    packing = training.packing if training.eval_packing is None else training.eval_packing
+    return prepare(evaluation, packing=bool(packing), name="eval")
 
 
 def without_packing(training: Any) -> Any:
@@ -81,14 +96,18 @@ def without_packing(training: Any) -> Any:
     return arguments
 
 
-def _check_packing(recipe: Recipe, rows: Rows) -> None:
-    if isinstance(rows, IterableDataset):
-        raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
-    if recipe.training.max_length is None:
-        raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
-    given: Any = recipe.training.dataset_kwargs or {}
-    if given.get("skip_prepare_dataset"):
-        raise UserValueError(
-            "packing prepares the data, and dataset_kwargs: {skip_prepare_dataset: true} says that they are prepared "
-            "already; leave one of the two out."
-        )
+def skips_preparation(training: Any) -> bool:
+    """Whether the rows are said to be prepared already."""
+    return bool((training.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+
+def first_row(rows: Rows) -> Mapping[str, Any]:
+    """The row by which TRL decides what kind of data it is.
+
+    Raises:
+        ValueError: no rows.
+    """
+    rows_found = first_rows(rows, 1)
+    if not rows_found:
+        raise UserValueError("the training data has no rows.")
+    return rows_found[0]

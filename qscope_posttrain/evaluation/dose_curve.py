@@ -283,4 +283,6 @@ def _difference_of_means(features: FeatureSet, layer: int, label: str | None) ->
 def _with_instruction(prompt: Prompt, instruction: str) -> Prompt:
     if isinstance(prompt, str):
         return f"{instruction}\n{prompt}"
+    if isinstance(prompt, Mapping):
+        return {**prompt, "prompt": _with_instruction(prompt["prompt"], instruction)}
     return [{"role": "system", "content": instruction}, *prompt]

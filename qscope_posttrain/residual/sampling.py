@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qscope_posttrain.errors import UserTypeError, UserValueError, library_refusals
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.residual.evaluation_mode import evaluation_mode
 from qscope_posttrain.residual.layers import pretrained_model, text_config, unwrapped
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""Text to continue, or the messages of a chat (`{"role": ..., "content": ...}`)."""
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""Text to continue, the messages of a chat (`{"role": ..., "content": ...}`), or a row of TRL's data sets: one of these
+as `prompt`, with `tools` and `chat_template_kwargs` of its own for the chat template. Messages that end with the
+assistant's are continued there."""
+
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""What a row of TRL's data sets may say to the chat template"""
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,8 @@ def generate_samples(
         Samples ordered by language (as in `prompts`), prompt, sample.
 
     Raises:
-        ValueError: no prompts, or an empty one; one too long for the model; a chat without a chat template.
+        ValueError: no prompts, or an empty or damaged one; one too long for the model; a chat without a chat template,
+            or that it refuses.
         TypeError: a string where a list of prompts is expected.
     """
     settings = settings or SamplingSettings()
@@ -203,12 +211,17 @@ def _encoded_prompts(
     template_options: dict[str, Any],
 ) -> tuple[list[tuple[str, int, str]], list[list[int]]]:
     """`_prompt_texts`, and the token ids of each: a chat template writes the special tokens itself."""
-    texts = _prompt_texts(tokenizer, prompts, chat, template_options)
-    is_templated = [chat or not isinstance(prompt, str) for group in prompts.values() for prompt in group]
-    ids = [
-        tokenizer(text, add_special_tokens=not templated)["input_ids"]
-        for (_, _, text), templated in zip(texts, is_templated, strict=True)
-    ]
+    texts, ids = [], []
+    for language, index, text, templated in _prompt_texts(tokenizer, prompts, chat, template_options):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserValueError(
+                f"{_named(language, index)} is damaged: character {error.start} is half of a surrogate pair "
+                f"({text[error.start]!r}), as a cut emoji leaves it. Mend or remove the prompt."
+            ) from error
+        texts.append((language, index, text))
+        ids.append(list(tokenizer(text, add_special_tokens=not templated)["input_ids"]))
     return texts, ids
 
 
@@ -217,31 +230,55 @@ def _prompt_texts(
     prompts: Mapping[str, Sequence[Prompt]],
     chat: bool,
     template_options: dict[str, Any],
-) -> list[tuple[str, int, str]]:
-    """Language, index within the language, and the text that the model will read, for every prompt."""
+) -> Iterator[tuple[str, int, str, bool]]:
+    """Language, index within the language, the text that the model will read, and whether a template wrote it."""
     if not prompts:
         raise UserValueError("No prompts given; expected a list of prompts for at least one source language.")
-    texts = []
     for language, group in prompts.items():
         if isinstance(group, str):
             raise UserTypeError(f"Prompts of {language!r} must be a list of prompts; got one string.")
         if len(group) == 0:
             raise UserValueError(f"No prompts for the source language {language!r}; give some or leave it out.")
-        for index, prompt in enumerate(group):
+        for index, given in enumerate(group):
+            row: Mapping[str, Any] = given if isinstance(given, Mapping) else {"prompt": given}
+            prompt, own = row.get("prompt"), {key for key in TEMPLATE_COLUMNS if row.get(key)}
             if not prompt:
-                raise UserValueError(f"Prompt {index} of {language!r} is empty.")
+                raise UserValueError(f"{_named(language, index)} is empty.")
             if isinstance(prompt, str) and not chat:
-                texts.append((language, index, prompt))
+                if own:
+                    raise UserValueError(
+                        f"{_named(language, index)} is text to continue, which has no use for {min(own)!r}; give "
+                        "messages, or chat=True (--chat)."
+                    )
+                yield language, index, prompt, False
                 continue
             if tokenizer.chat_template is None:
                 raise UserValueError("The tokenizer has no chat template; give plain strings and chat=False.")
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-            with library_refusals(f"The chat template cannot write prompt {index} of {language!r}"):
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **template_options
-                )
-            texts.append((language, index, str(text)))
-    return texts
+            try:
+                text = _templated(tokenizer, prompt, row, template_options)
+            except (ValueError, TypeError, KeyError, TemplateError) as error:
+                raise UserValueError(f"{_named(language, index)}: the chat template refuses it: {error}") from error
+            yield language, index, text, True
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, row: Mapping[str, Any], template_options: dict[str, Any]
+) -> str:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    tools = row.get("tools") or None
+    continues = messages[-1].get("role") == "assistant"
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        "add_generation_prompt": not continues,
+        "continue_final_message": continues,
+        **template_options,
+        **(row.get("chat_template_kwargs") or {}),
+    }
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+def _named(language: str, index: int) -> str:
+    return f"Prompt {index} of {language!r}" if language else f"Prompt {index}"
 
 
 def _check_lengths(
@@ -251,10 +288,10 @@ def _check_lengths(
     longest = getattr(text_config(model), "max_position_embeddings", None)
     for (language, index, _), tokens in zip(texts, ids, strict=True):
         if len(tokens) == 0:
-            raise UserValueError(f"Prompt {index} of {language!r} has no tokens.")
+            raise UserValueError(f"{_named(language, index)} has no tokens.")
         if longest is not None and len(tokens) + max_new_tokens > longest:
             raise UserValueError(
-                f"Prompt {index} of {language!r} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that "
+                f"{_named(language, index)} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that "
                 f"exceeds the {longest} positions of the model. Shorten the prompt or the response."
             )
 

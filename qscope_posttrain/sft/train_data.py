@@ -65,13 +65,16 @@ def count_languages(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> Co
     return counts
 
 
-def languages_of(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> list[str]:
+def languages_of(rows: Iterable[Any], decide: SampleLanguage, total: int | None = None) -> list[str]:
     """The language of every row, by name; any name where `decide` knows no languages.
+
+    Args:
+        total: number of rows, where they have no length.
 
     Raises:
         ValueError: a row in no known language, with its number.
     """
-    return _each_row(rows, lambda row: _known(decide, decide(row)))
+    return _each_row(rows, lambda row: _known(decide, decide(row)), total)
 
 
 def _known(decide: SampleLanguage, language: str) -> str:
@@ -80,9 +83,10 @@ def _known(decide: SampleLanguage, language: str) -> str:
     return language
 
 
-def _each_row(rows: Dataset | Iterable[Any], look: Callable[[Any], Any]) -> list[Any]:
-    many = isinstance(rows, Sized) and len(rows) >= PROGRESS_FROM
-    shown = progress(rows, description="telling the languages of the rows", enabled=None if many else False)
+def _each_row(rows: Iterable[Any], look: Callable[[Any], Any], total: int | None = None) -> list[Any]:
+    total = len(rows) if isinstance(rows, Sized) else total
+    many = total is not None and total >= PROGRESS_FROM
+    shown = progress(rows, total, description="telling the languages of the rows", enabled=None if many else False)
     return [_at(number, look, row) for number, row in enumerate(shown)]
 
 

@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
+from qscope_posttrain.cli import sft_checks
+from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.cli.rows import load_rows
+from qscope_posttrain.cli.sft import build_trainer
 from qscope_posttrain.cli.sft_arguments import parse_recipe
+from qscope_posttrain.cli.sft_data import data_tokenizer
 from qscope_posttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -337,6 +342,84 @@ def test_dry_run_finds(world, tmp_path, capsys, make_model, tiny_tokenizer, chan
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"{what} failed" in shown
     assert message in shown
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"packing_strategy": "wrapped", "shuffle_dataset": True, "seed": 3},
+        {"eval_packing": False, "eos_token": "<|endoftext|>", "max_length": 16, "completion_only_loss": False},
+    ],
+    ids=["plain", "shuffled", "options"],
+)
+def test_packed_rows_are_those_of_trl(world, tmp_path, changes):
+    """Training and evaluation data; the latter without a language."""
+    path = world.recipe(tmp_path / "recipe.yaml", packing=True, max_length=changes.pop("max_length", 64),
+                        eval_strategy="steps", eval_steps=1, dataset_test_split="train", **changes)  # fmt: skip
+    recipe = parse_recipe(["--config", path])
+    ours = build_trainer(recipe, load_features(recipe))
+    rows = load_rows(recipe, "train")
+    stock = SFTTrainer(
+        recipe.model_name, parse_recipe(["--config", path]).training, train_dataset=rows,
+        eval_dataset=rows.remove_columns("language"),
+        processing_class=AutoTokenizer.from_pretrained(recipe.model_name),
+    )  # fmt: skip
+    assert ours.padding_free == stock.padding_free
+    for mine, theirs in ((ours.train_dataset, stock.train_dataset), (ours.eval_dataset, stock.eval_dataset)):
+        for column in {"input_ids", "labels", "seq_lengths"} & set(theirs.column_names):
+            assert mine[column][:] == theirs[column][:], column
+
+
+def test_prepared_rows_are_not_packed(world, tmp_path, capsys):
+    path = world.recipe(
+        tmp_path / "recipe.yaml", packing=True, max_length=64, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    assert main(["sft", "--config", path]) == 2
+    assert "skip_prepare_dataset: true} exclude each other" in capsys.readouterr().err
+
+
+class TestDryRunOfLabels:
+    @pytest.mark.parametrize(
+        ("options", "learned"),
+        [
+            ({}, False),
+            ({"max_length": 1000}, True),
+            ({"truncation_mode": "keep_end"}, True),
+            ({"packing": True}, False),
+            ({"packing": True, "packing_strategy": "bfd_split"}, True),
+        ],
+    )
+    def test_the_last_row_of_many(self, world, tmp_path, options, learned):
+        rows = [{"prompt": "a", "completion": "b", "language": "en"}] * 1200
+        rows.append({"prompt": "The clock " * 40, "completion": "b", "language": "en"})
+        path = world.recipe(
+            tmp_path / "recipe.yaml",
+            **{"dataset_name": _rows(tmp_path / "rows.jsonl", rows), "max_length": 32, **options},
+        )
+        recipe = parse_recipe(["--config", path])
+        found = load_rows(recipe, "train")
+        if learned:
+            assert sft_checks._labels(recipe, found, data_tokenizer(recipe))[1].startswith("1201 rows: 2402 of ")
+        else:
+            with pytest.raises(ValueError, match="1 of 1201 rows have none to learn, the first is row 1200"):
+                sft_checks._labels(recipe, found, data_tokenizer(recipe))
+
+    def test_a_stream(self, world, tmp_path):
+        recipe = parse_recipe(["--config", world.recipe(tmp_path / "recipe.yaml", dataset_streaming=True)])
+        found = load_rows(recipe, "train")
+        assert sft_checks._labels(recipe, found, data_tokenizer(recipe))[1].startswith("20 rows: ")
+
+    def test_rows_that_are_prepared(self, world, tmp_path):
+        prepared = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 2
+        changes = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        path = world.recipe(tmp_path / "a.yaml", dataset_name=_rows(tmp_path / "a.jsonl", prepared), **changes)
+        recipe = parse_recipe(["--config", path])
+        words = sft_checks._labels(recipe, load_rows(recipe, "train"), data_tokenizer(recipe))[1]
+        assert words == "2 rows: 4 of 6 tokens are learned"
+        recipe = parse_recipe(["--config", world.recipe(tmp_path / "b.yaml", **changes)])
+        with pytest.raises(ValueError, match="the data has prompt, completion, language"):
+            sft_checks._labels(recipe, load_rows(recipe, "train"), data_tokenizer(recipe))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -14,12 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
 
 from qscope_posttrain.cli.grpo_arguments import parse_recipe
+from qscope_posttrain.cli.grpo_data import check_prompts
 from qscope_posttrain.cli.grpo_results import final_metrics, results_table
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.cli.rows import load_rows
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
 
@@ -293,6 +298,52 @@ def test_dry_run_finds(world, inputs, recipe, tmp_path, capsys, make_model, tiny
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"{what} failed" in shown
     assert message in shown
+
+
+class TestPrompts:
+    """All prompts of a data set in memory, as the trainer reads them."""
+
+    @pytest.mark.parametrize("options", [None, {"style": "terse"}])
+    @pytest.mark.parametrize("kind", ["text", "messages"])
+    def test_lengths_are_those_of_the_trainer(
+        self, inputs, recipe, tmp_path, tiny_tokenizer, make_model, kind, options
+    ):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = "{{ style }}" + tokenizer.chat_template
+        settings = parse_recipe(["--config", recipe(tmp_path, dataset_name=inputs[kind])])
+        settings.training.chat_template_kwargs = options
+        rows = load_rows(settings, "train")
+        trainer = GRPOTrainer(
+            make_model(), lambda completions, **_: [0.0] * len(completions),
+            train_dataset=rows, processing_class=tokenizer,
+            args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", chat_template_kwargs=options),
+        )  # fmt: skip
+        expected = [len(ids) for ids in trainer._tokenize_prompts(rows["prompt"][:])[0]]
+        assert check_prompts(settings, rows, tokenizer) == expected
+
+    @pytest.mark.parametrize(
+        ("first", "last", "message"),
+        [
+            ({"prompt": "a"}, {"prompt": ""}, "row 80: 'prompt' must be text or a list of messages, got ''"),
+            ({"prompt": [{"role": "user", "content": "a"}]}, {"prompt": []}, "row 80: 'prompt' must be"),
+            ({"prompt": "a", "tools": "[]"}, None, "a column 'tools', which TRL's GRPO does not put into the prompt"),
+            ({"prompt": "a", "chat_template_kwargs": {"b": 1}}, None, "a column 'chat_template_kwargs'"),
+            ({"text": "a"}, None, "GRPO needs a column 'prompt'"),
+        ],
+    )
+    def test_refused(self, recipe, tmp_path, tiny_tokenizer, first, last, message):
+        settings = parse_recipe(["--config", recipe(tmp_path)])
+        rows = Dataset.from_list([first] * 80 + [last or first])
+        with pytest.raises(ValueError, match=message):
+            check_prompts(settings, rows, tiny_tokenizer)
+
+    def test_what_the_template_refuses(self, recipe, tmp_path, tiny_tokenizer):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}a"
+        turn = {"role": "user", "content": "a"}
+        rows = Dataset.from_list([{"prompt": [turn]}, {"prompt": [turn, turn]}])
+        with pytest.raises(ValueError, match="row 1: the chat template cannot read 'prompt': one turn only"):
+            check_prompts(parse_recipe(["--config", recipe(tmp_path)]), rows, tokenizer)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from qscope_posttrain.residual.sampling import Sample, SamplingSettings, generate_samples
+from qscope_posttrain.residual.sampling import Sample, SamplingSettings, encode_prompts, generate_samples
 
 SHORT = SamplingSettings(samples_per_prompt=2, max_new_tokens=6, top_p=1.0, batch_size=4)
 GREEDY = SamplingSettings(samples_per_prompt=1, max_new_tokens=6, temperature=0, batch_size=3)
@@ -211,3 +211,51 @@ def test_wrong_prompts(make_model, tiny_tokenizer, prompts, error, message):
 def test_wrong_settings(fields, message):
     with pytest.raises(ValueError, match=message):
         SamplingSettings(**fields)
+
+
+class TestChatTemplates:
+    """What a prompt says to its chat template is used."""
+
+    @pytest.fixture
+    def tokenizer(self, tiny_tokenizer):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = (
+            "{% if tools %}{{ tools | tojson }}{% endif %}{{ style }}"
+            "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('begins with a tool') }}{% endif %}"
+            + tokenizer.chat_template
+        )
+        return tokenizer
+
+    def test_columns_of_a_row_as_trl_reads_them(self, tokenizer):
+        from trl.data_utils import apply_chat_template
+
+        tools = [{"type": "function", "function": {"name": "clock", "description": "Time.", "parameters": {}}}]
+        user = {"role": "user", "content": "When?"}
+        rows = [
+            {"prompt": [user]},
+            {"prompt": [user], "tools": tools},
+            {"prompt": [user], "chat_template_kwargs": {"style": "terse"}},
+            {"prompt": [user, {"role": "assistant", "content": "At"}], "tools": tools},
+        ]
+        found = encode_prompts(tokenizer, rows)
+        for row, ids in zip(rows, found, strict=True):
+            text = apply_chat_template(row, tokenizer, tools=row.get("tools"))["prompt"]
+            assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len({tuple(ids) for ids in found}) == 4
+        assert encode_prompts(tokenizer, [{**rows[1], "tools": json.dumps(tools)}]) == [found[1]]
+        assert encode_prompts(tokenizer, [[user]], chat_template_options={"style": "terse"}) == [found[2]]
+        asked = {"prompt": "When?", "chat_template_kwargs": {"style": "terse"}}
+        assert encode_prompts(tokenizer, [asked], chat=True) == [found[2]]
+
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [
+            ({"prompt": "When?", "tools": [{}]}, "Prompt 1 is text to continue, which has no use for 'tools'"),
+            ([{"role": "tool", "content": "noon"}], "Prompt 1: the chat template refuses it: begins with a tool"),
+            ("The boat \ud83d", "Prompt 1 is damaged: character 9 is half of a surrogate pair"),
+            ([{"role": "user", "content": "\ude00"}], "Prompt 1 is damaged"),
+        ],
+    )
+    def test_refused_by_number(self, tokenizer, prompt, message):
+        with pytest.raises(ValueError, match=message):
+            encode_prompts(tokenizer, ["The boat", prompt])
