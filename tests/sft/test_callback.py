@@ -279,10 +279,8 @@ class TestRefusals:
 
     def test_unknown_language_in_the_data(self, build, features):
         rows = [{**row, "language": "ko"} for row in make_rows(8)]
-        trainer = build(rows, [SASFTCallback(features)])
         with pytest.raises(ValueError, match=r"language 'ko'.*it has en, zh, fr"):
-            trainer.train()
-        assert untouched(trainer)
+            build(rows, [SASFTCallback(features)])
 
     def test_no_labels(self, build, features):
         trainer = build(callbacks=[SASFTCallback(features)])
