@@ -11,7 +11,7 @@ from torch import Tensor
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.masks import PADDING_ID
 from qscope_posttrain.sft.response import response_texts
-from qscope_posttrain.text.language import language_by_script, script_evidence
+from qscope_posttrain.text.language import language_by_evidence, script_evidence
 from qscope_posttrain.text.language_labels import language_hint, listed, same_language
 
 TOKEN_LANGUAGES = "language_ids"
@@ -126,10 +126,11 @@ class SampleLanguage:
             )
         known = [*self.languages, *sorted(self.ignore - set(self.languages))]
         for place, text in enumerate(response_texts(example, self.decode)):
-            most = list(script_evidence(text).items())[:2]
+            evidence = script_evidence(text)
+            most = list(evidence.items())[:2]
             if not most or (len(most) == 2 and most[0][1] == most[1][1]):
                 continue  # no letters, or two scripts alike
-            language = language_by_script(text, known)
+            language = language_by_evidence(evidence, known)
             if language is not None:
                 return language
             if place == 0:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import regex
 
 from qscope_posttrain.text.scripts import (
     KANA,
     SCRIPTS_OF_LANGUAGE,
-    has_kana,
     language_code,
     script_counts,
     sentences,
@@ -50,10 +49,13 @@ def script_evidence(text: str) -> dict[str, float]:
     counts as "Hiragana", which stands for all of Japanese.
     """
     counts: defaultdict[str, float] = defaultdict(float)
-    for piece in sentences(text) if has_kana(text) else [text]:
+    pieces = [script_counts(text)]
+    if set(KANA) & set(pieces[0]):
+        pieces = [script_counts(sentence) for sentence in sentences(text)]
+    for letters in pieces:
         # One entry stands for all of Japanese, which mixes three scripts in a sentence.
-        japanese = has_kana(piece)
-        for script, count in script_counts(piece).items():
+        japanese = set(KANA) & set(letters)
+        for script, count in letters.items():
             name = "Hiragana" if japanese and script in (*KANA, "Han") else script
             counts[name] += count * _LETTERS_WORTH.get(script, 1.0)
     if len(counts) > 1 and "Latin" in counts:
@@ -80,8 +82,13 @@ def language_by_script(text: str, languages: Collection[str]) -> str | None:
     Raises:
         ValueError: a language whose scripts are not known.
     """
+    return language_by_evidence(script_evidence(text), languages)
+
+
+def language_by_evidence(evidence: Mapping[str, float], languages: Collection[str]) -> str | None:
+    """`language_by_script` of a text from its `script_evidence`."""
     scripts_of = {language: SCRIPTS_OF_LANGUAGE[language_code(language)] for language in languages}
-    ranked = list(script_evidence(text).items())
+    ranked = list(evidence.items())[:2]
     if not ranked or (len(ranked) > 1 and ranked[0][1] == ranked[1][1]):
         return None
     script = ranked[0][0]
