@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import trl
@@ -57,7 +58,11 @@ def _load_named(recipe: TrainingRecipe, name: str) -> Any:
 
 
 def _local(entry: Any, streaming: bool) -> Any:
-    """An entry of `datasets` whose path is a data file, as the reader and its file."""
+    """An entry of `datasets` whose path is a data file, as the reader and its file; its data files are looked at."""
+    given = entry.data_files or ()
+    for file in [given] if isinstance(given, str) else given:
+        if isinstance(file, str) and text_suffix(file) in READERS and Path(file).is_file():
+            check_data_file(file, streaming, TRAINING_DATA)
     if text_suffix(entry.path) not in READERS or text_suffix(entry.path) == ".tsv":
         return entry
     place = check_data_file(entry.path, streaming, TRAINING_DATA)

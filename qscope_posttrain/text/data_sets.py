@@ -78,7 +78,7 @@ def check_data_file(path: str | os.PathLike[str], streaming: bool = False, what:
     first = check_plain(place, head=_HEAD if streaming else None)
     if not first:
         raise UserValueError(f"no rows in '{place}'.")
-    if READERS[text_suffix(place)] == "json" and first.startswith("["):
+    if READERS.get(text_suffix(place)) == "json" and first.startswith("["):
         read_json(place)  # `datasets` would leave out half of a surrogate pair without a word
     return place
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 
@@ -31,7 +31,7 @@ _BYTE_ORDER_MARKS = {
     b"\xfe\xff": "utf-16",
 }
 """Beginning -> encoding; the longer ones first, for one begins as another does. UTF-8 needs no telling."""
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open}
+_COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open}
 _COMPRESSED |= {b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)}
 _NO_TEXT = {
     b"PK\x03\x04": "a zip archive (or an office document), not text: unpack it, or export it as text",
@@ -143,9 +143,8 @@ def read_csv(
         ValueError: not text, or not CSV.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # csv has no limit by reader
-    lines = read_lines(path, what)
-    quoted = {"quoting": csv.QUOTE_NONE} if separator == "\t" else {}
-    rows = csv.reader(lines, delimiter=separator, **quoted)  # type: ignore[arg-type]
+    quoting: Any = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    rows = csv.reader(read_lines(path, what), delimiter=separator, quoting=quoting)
     try:
         for cells in rows:
             if cells:
@@ -163,7 +162,7 @@ def _opened(place: Path, packed: bool) -> Iterator[io.TextIOWrapper]:
             unpack = next((opener for mark, opener in _COMPRESSED.items() if head.startswith(mark)), None)
             if unpack is not None and not packed:
                 raise UserValueError(f"'{place}' is compressed, and is not read so: unpack it first (gunzip, xz -d).")
-            content: IO[bytes] = file if unpack is None else unpack(file, "rb")  # type: ignore[operator]
+            content: IO[bytes] = file if unpack is None else unpack(file, "rb")
             with content:
                 head = head if unpack is None else _head(content)
                 told = next((words for mark, words in _NO_TEXT.items() if head.startswith(mark)), None)
