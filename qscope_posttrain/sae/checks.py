@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ def as_number(name: str, value: object) -> float:
     Raises:
         ValueError: not a number (truth values and texts are none), not finite, or too large for float32.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not -FLOAT32.max <= value <= FLOAT32.max:
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, Real) or not -FLOAT32.max <= number <= FLOAT32.max:
         raise UserValueError(f"{name} must be a finite number of at most {FLOAT32.max!r}, got {shown(value)}")
-    return float(value)
+    return float(number)
 
 
 def as_positive(name: str, value: object) -> float:
