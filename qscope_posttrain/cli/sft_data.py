@@ -15,8 +15,8 @@ from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import Rows
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import read_text
 from qscope_posttrain.sft.packing import PackingStrategy, pack_with_languages
-from qscope_posttrain.text.files import read_text
 
 
 def data_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
