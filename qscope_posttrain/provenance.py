@@ -17,7 +17,7 @@ from importlib import metadata
 from typing import Any
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.text.files import check_is_file
+from qscope_posttrain.files import check_is_file
 
 RECORDED_PACKAGES = (
     "qscope-posttrain",

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.text.files import check_is_file, read_text
+from qscope_posttrain.files import check_is_file, read_text
 
 MAX_BYTES = 1 << 18
 _MAX_NODES = 100_000

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.files import read_text
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
-from qscope_posttrain.text.files import read_text
 
 if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet

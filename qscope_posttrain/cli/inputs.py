@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, library_refusals
+from qscope_posttrain.files import bare_name, check_is_file, read_lines, text_suffix
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.text.files import bare_name, check_is_file, read_lines, text_suffix
 from qscope_posttrain.text.jsonl import read_jsonl
 
 if TYPE_CHECKING:

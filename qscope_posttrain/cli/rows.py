@@ -12,8 +12,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from qscope_posttrain.cli.recipe import TrainingRecipe
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import text_suffix
 from qscope_posttrain.text.data_sets import READERS, check_data_file, read_data_set, read_file, reading, saved_data_set
-from qscope_posttrain.text.files import text_suffix
 
 Rows: TypeAlias = Dataset | IterableDataset
 

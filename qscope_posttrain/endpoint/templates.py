@@ -10,7 +10,7 @@ from typing import Any
 
 from qscope_posttrain.endpoint.chat import Message
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
-from qscope_posttrain.text.files import read_text
+from qscope_posttrain.files import read_text
 
 
 class PromptTemplates:

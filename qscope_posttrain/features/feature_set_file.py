@@ -22,7 +22,7 @@ from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.features.explanation import Explanation
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
-from qscope_posttrain.text.files import check_is_file
+from qscope_posttrain.files import check_is_file
 
 FORMAT = "qscope_posttrain.feature_set"
 VERSION = 1

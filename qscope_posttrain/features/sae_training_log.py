@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import read_lines
 from qscope_posttrain.report.progress import is_main_process
 from qscope_posttrain.report.summary import to_json, write_text
 from qscope_posttrain.sae.training.update import UpdateMetrics
-from qscope_posttrain.text.files import read_lines
 
 FILE_NAME = "metrics.jsonl"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
-from qscope_posttrain.text.files import check_is_file, read_lines, text_suffix
+from qscope_posttrain.files import check_is_file, read_lines, text_suffix
 from qscope_posttrain.text.jsonl import parse_object
 
 

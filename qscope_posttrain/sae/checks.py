@@ -21,26 +21,23 @@ FLOAT32 = torch.finfo(torch.float32)
 _LARGEST_INTEGER = 2**63 - 1
 
 
-def _fits(value: Any) -> bool:
-    return bool(-FLOAT32.max <= value <= FLOAT32.max)
-
-
 def as_number(name: str, value: object) -> float:
     """`value` as a float that float32, in which dictionaries are computed with, can hold.
 
     Raises:
         ValueError: not a number (truth values and texts are none), not finite, or too large for float32.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not _fits(value):
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, Real) or not -FLOAT32.max <= number <= FLOAT32.max:
         raise UserValueError(f"{name} must be a finite number of at most {FLOAT32.max!r}, got {shown(value)}")
-    return float(value)
+    return float(number)
 
 
 def as_positive(name: str, value: object) -> float:
     """`as_number` above 0, and far enough from it that its inverse is a number, too."""
     number = as_number(name, value)
     if number < FLOAT32.tiny:
-        raise UserValueError(f"{name} must be above 0, and at least {FLOAT32.tiny!r}, got {shown(value)}")
+        raise UserValueError(f"{name} must be above 0, got {shown(value)}; float32 begins at {FLOAT32.tiny!r}")
     return number
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from qscope_posttrain.errors import UserError, UserValueError
-from qscope_posttrain.text.files import read_text
+from qscope_posttrain.files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

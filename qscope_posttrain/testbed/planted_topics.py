@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from qscope_posttrain.text.files import read_lines
+from qscope_posttrain.files import read_lines
 
 ROLES = {"pretraining": 0.3, "discovery": 0.42, "test": 0.28}
 """Share of the text of each register. No sentence has two roles."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
-from qscope_posttrain.text.files import check_is_file, check_plain, read_csv, text_suffix
+from qscope_posttrain.files import check_is_file, check_plain, read_csv, text_suffix
 from qscope_posttrain.text.jsonl import read_json, read_jsonl
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.text.files import read_lines
+from qscope_posttrain.files import read_lines
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 

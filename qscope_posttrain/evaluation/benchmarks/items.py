@@ -11,8 +11,8 @@ from typing import Any
 import regex
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.files import check_is_file, read_csv, text_suffix
 from qscope_posttrain.text.data_sets import read_data_set, saved_data_set
-from qscope_posttrain.text.files import check_is_file, read_csv, text_suffix
 from qscope_posttrain.text.jsonl import read_jsonl
 
 TEXT = "text"

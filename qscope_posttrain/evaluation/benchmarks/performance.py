@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.evaluation.benchmarks.correlation import partial_correlation
 from qscope_posttrain.evaluation.benchmarks.redundancy import curve_sizes
-from qscope_posttrain.text.files import read_csv
+from qscope_posttrain.files import read_csv
 
 FEWEST_MODELS = 3
 

@@ -15,8 +15,8 @@ from safetensors.numpy import save
 from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.evaluation.classifier.columns import LayerColumns
+from qscope_posttrain.files import check_is_file
 from qscope_posttrain.provenance import package_versions
-from qscope_posttrain.text.files import check_is_file
 
 if TYPE_CHECKING:
     from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import check_is_file, read_text
 from qscope_posttrain.sae.checks import as_integer, as_number, as_positive, shown
-from qscope_posttrain.text.files import check_is_file, read_text
 
 MAX_BYTES = 1 << 20
 """No published SAE has settings above a few kilobytes."""
