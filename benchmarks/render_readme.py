@@ -20,9 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments.rows import read_rows
+
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.testbed.experiments.rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,19 +1,26 @@
-"""`qscope experiment`: a controlled experiment from a recipe, with its tables, curves and completions."""
+"""`qscope experiment`: a controlled experiment from a recipe, with its tables, curves and completions.
+
+Experiments are part of the repository, in `benchmarks/experiments`, and not of the installed package.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import qscope_posttrain
 from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.errors import UserFileNotFoundError
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the grid of a recipe, print its tables, write everything into a folder, and return the exit status."""
     options = _parser().parse(arguments)
-    from qscope_posttrain.testbed.experiments.experiment import grid_table, run_experiment
-    from qscope_posttrain.testbed.experiments.recipe import load_recipe
+    _find_experiments()
+    from benchmarks.experiments.experiment import grid_table, run_experiment
+    from benchmarks.experiments.recipe import load_recipe
 
     settings: dict[str, Any] = {
         name: getattr(options, name)
@@ -31,6 +38,22 @@ def run(arguments: Sequence[str]) -> int:
     name = Path(options.config).stem + (f"-{options.variant}" if options.variant else "")
     run_experiment(recipe, options.output or Path("runs") / "experiments" / name)
     return 0
+
+
+def _find_experiments() -> None:
+    """Make `benchmarks.experiments` importable, here and in the processes that a grid starts.
+
+    Raises:
+        FileNotFoundError: the package was installed without its repository.
+    """
+    repository = Path(qscope_posttrain.__file__).parents[1]
+    if not (repository / "benchmarks" / "experiments").is_dir():
+        raise UserFileNotFoundError(
+            f"no benchmarks/experiments in '{repository}': experiments need a clone of the repository, installed with "
+            "`pip install -e .`."
+        )
+    if str(repository) not in sys.path:
+        sys.path.append(str(repository))
 
 
 def _parser() -> OptionParser:

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from benchmarks.experiments.recipe import load_recipe
 from qscope_posttrain.cli import analyze_inputs, demo, features, grpo_arguments, sae_train, sft_arguments, steer
 from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
-from qscope_posttrain.testbed.experiments.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from synthetic_rows import switching_row
 
-from qscope_posttrain.testbed.experiments.choice import choose_weights
-from qscope_posttrain.testbed.experiments.switching_rows import compared_with_sft, switching_rows
+from benchmarks.experiments.choice import choose_weights
+from benchmarks.experiments.switching_rows import compared_with_sft, switching_rows
 
 
 def choose(*rows, **options):

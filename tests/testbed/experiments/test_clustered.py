@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.experiments.clustered import clustered_interval, clustered_rate
 from qscope_posttrain.intervals import wilson
-from qscope_posttrain.testbed.experiments.clustered import clustered_interval, clustered_rate
 
 FINITE = st.floats(-1e3, 1e3)
 BASES = st.dictionaries(st.integers(0, 9), st.lists(FINITE, min_size=1, max_size=5), min_size=1, max_size=6)

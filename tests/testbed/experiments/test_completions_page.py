@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from synthetic_rows import switching_row
 
+from benchmarks.experiments.completions_page import write_completions_pages
 from qscope_posttrain.testbed.arithmetic.probes import Probes
-from qscope_posttrain.testbed.experiments.completions_page import write_completions_pages
 
 PROMPTS = 30
 

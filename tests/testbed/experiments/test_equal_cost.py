@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_rows import switching_row
 
-from qscope_posttrain.testbed.experiments.equal_cost import arm_at_cost, cost_curve, paired_difference, read_off
-from qscope_posttrain.testbed.experiments.switching_rows import (
+from benchmarks.experiments.equal_cost import arm_at_cost, cost_curve, paired_difference, read_off
+from benchmarks.experiments.switching_rows import (
     Compared,
     by_arm,
     compared_with_sft,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qscope_posttrain.testbed.experiments.rare_counts import Count, pooled, rate_over_runs, rate_ratio, resampled
+from benchmarks.experiments.rare_counts import Count, pooled, rate_over_runs, rate_ratio, resampled
 
 
 def runs(events: list[int], samples: int = 1000, bases: list[int] | None = None) -> list[Count]:

@@ -9,6 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.experiments import repetition_grid
+from benchmarks.experiments.repetition_grid import (
+    arms_without_steering,
+    is_steered,
+    run_repetition_bases,
+    run_repetition_cell,
+)
+from benchmarks.experiments.repetition_rows import repetition_rows
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.report.summary import to_json
 from qscope_posttrain.report.tables import Table
@@ -16,14 +24,6 @@ from qscope_posttrain.testbed.arithmetic import runs
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.dictionaries import WAYS, RepetitionFeatures
-from qscope_posttrain.testbed.experiments import repetition_grid
-from qscope_posttrain.testbed.experiments.repetition_grid import (
-    arms_without_steering,
-    is_steered,
-    run_repetition_bases,
-    run_repetition_cell,
-)
-from qscope_posttrain.testbed.experiments.repetition_rows import repetition_rows
 
 TINY = ArithmeticConfig(
     fewest_operations=1, most_operations=2, answer_tokens=48, hidden_size=32, intermediate_size=48, model_layers=2,

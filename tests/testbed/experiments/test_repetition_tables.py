@@ -9,14 +9,10 @@ from typing import Any
 
 import pytest
 
-from qscope_posttrain.report.html import write_html
-from qscope_posttrain.report.summary import to_json
-from qscope_posttrain.report.tables import Table
-from qscope_posttrain.testbed.arithmetic.arms import ARMS
-from qscope_posttrain.testbed.experiments.repetition_numbers import compare, loop_rate, looped_share, probe_curve
-from qscope_posttrain.testbed.experiments.repetition_page import repetition_report
-from qscope_posttrain.testbed.experiments.repetition_rows import by_arm, pair_up, repetition_rows
-from qscope_posttrain.testbed.experiments.repetition_tables import (
+from benchmarks.experiments.repetition_numbers import compare, loop_rate, looped_share, probe_curve
+from benchmarks.experiments.repetition_page import repetition_report
+from benchmarks.experiments.repetition_rows import by_arm, pair_up, repetition_rows
+from benchmarks.experiments.repetition_tables import (
     answer,
     comparison_table,
     effects_table,
@@ -24,6 +20,10 @@ from qscope_posttrain.testbed.experiments.repetition_tables import (
     runs_table,
     verdict,
 )
+from qscope_posttrain.report.html import write_html
+from qscope_posttrain.report.summary import to_json
+from qscope_posttrain.report.tables import Table
+from qscope_posttrain.testbed.arithmetic.arms import ARMS
 
 PROBE = {"oh": 0.5, "oc1": 0.9, "oend": 0.4, "h": 0.001, "c1": 0.4, "c5": 0.9, "cend": 0.3, "end": 0.0002}
 

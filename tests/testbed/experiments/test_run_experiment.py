@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.experiments.rows import read_rows
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.testbed.config import TestbedConfig
-from qscope_posttrain.testbed.experiments.rows import read_rows
 
 SETTINGS = (
     "vocabulary", "window", "prompt", "hidden_size", "model_layers", "heads", "pretraining_steps",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qscope_posttrain.testbed.experiments.rows import read_rows, write_rows
+from benchmarks.experiments.rows import read_rows, write_rows
 
 
 def test_rows_come_back(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.experiments.recipe import SwitchingCell, WeightedArm
+from benchmarks.experiments.switching_grid import count_switches, fit_identifier, run_switching_cell
 from qscope_posttrain.residual.sampling import Sample
 from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.cache import open_cache
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.distinctive import distinctive_tokens
-from qscope_posttrain.testbed.experiments.recipe import SwitchingCell, WeightedArm
-from qscope_posttrain.testbed.experiments.switching_grid import count_switches, fit_identifier, run_switching_cell
 from qscope_posttrain.testbed.grammar import write_paragraphs
 from qscope_posttrain.testbed.language_model import make_language_model
 

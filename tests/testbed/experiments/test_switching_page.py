@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import pytest
 from synthetic_rows import switching_row
 
+from benchmarks.experiments.switching_page import switching_report
 from qscope_posttrain.report.html import write_html
 from qscope_posttrain.report.plots import CostCurve, Mark, cost_curves
-from qscope_posttrain.testbed.experiments.switching_page import switching_report
 
 WORLD = {
     "cell": "zh",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from synthetic_rows import switching_row
 
-from qscope_posttrain.testbed.experiments.cell_results import CellResult, cell_results
-from qscope_posttrain.testbed.experiments.switching_rows import switching_rows
-from qscope_posttrain.testbed.experiments.switching_tables import cell_tables, verdict_table
-from qscope_posttrain.testbed.experiments.verdicts import cell_verdict
+from benchmarks.experiments.cell_results import CellResult, cell_results
+from benchmarks.experiments.switching_rows import switching_rows
+from benchmarks.experiments.switching_tables import cell_tables, verdict_table
+from benchmarks.experiments.verdicts import cell_verdict
 
 
 def cell(*rows: dict) -> CellResult:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments import repetition_rows as repetition
+from benchmarks.experiments import switching_rows as switching
+from benchmarks.experiments.choice import choose_weights
+from benchmarks.experiments.grouping import by_cell
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Example, Section, write_html
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
 from qscope_posttrain.testbed.experiment import SFT
-from qscope_posttrain.testbed.experiments import repetition_rows as repetition
-from qscope_posttrain.testbed.experiments import switching_rows as switching
-from qscope_posttrain.testbed.experiments.choice import choose_weights
-from qscope_posttrain.testbed.experiments.grouping import by_cell
 from qscope_posttrain.text.jsonl import read_json, read_jsonl
 from qscope_posttrain.text.scripts import target_script
 

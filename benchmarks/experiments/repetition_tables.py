@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
-from qscope_posttrain.testbed.arithmetic.runs import START
-from qscope_posttrain.testbed.experiments.clustered import FEWEST_BASES
-from qscope_posttrain.testbed.experiments.repetition_numbers import (
+from benchmarks.experiments.clustered import FEWEST_BASES
+from benchmarks.experiments.repetition_numbers import (
     FEWER,
     POINTS,
     Comparison,
@@ -23,7 +20,10 @@ from qscope_posttrain.testbed.experiments.repetition_numbers import (
     signed_text,
     steered_otherwise,
 )
-from qscope_posttrain.testbed.experiments.repetition_rows import RepetitionRow, by_arm
+from benchmarks.experiments.repetition_rows import RepetitionRow, by_arm
+from qscope_posttrain.report.tables import Cell, Table
+from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
+from qscope_posttrain.testbed.arithmetic.runs import START
 
 DEFAULT, SEEDED = "default", "seeded"
 COMPARED = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.experiments.recipe import SwitchingCell
 from qscope_posttrain.evaluation.span_identification import SpanIdentifier, fit_span_identifier
 from qscope_posttrain.evaluation.switch_detector import ScriptDetector, SwitchDetector
 from qscope_posttrain.report.progress import status
@@ -16,7 +17,6 @@ from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.cache import open_cache
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.dictionaries import make_dictionaries, make_feature_sets
-from qscope_posttrain.testbed.experiments.recipe import SwitchingCell
 from qscope_posttrain.testbed.language_model import LanguageModel, make_language_model
 from qscope_posttrain.testbed.runs import TEST, VALIDATION, Job, run_jobs
 from qscope_posttrain.testbed.tokenizer import decode

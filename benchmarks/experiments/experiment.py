@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.completions_page import write_completions_pages
+from benchmarks.experiments.recipe import ExperimentRecipe, RepetitionCell, SwitchingCell
+from benchmarks.experiments.repetition_grid import run_repetition_bases
+from benchmarks.experiments.repetition_page import repetition_report
+from benchmarks.experiments.rows import write_rows
+from benchmarks.experiments.switching_grid import cell_jobs, run_switching_cell
+from benchmarks.experiments.switching_page import switching_report
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.html import Figure, Section, write_html
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.testbed.experiments.completions_page import write_completions_pages
-from qscope_posttrain.testbed.experiments.recipe import ExperimentRecipe, RepetitionCell, SwitchingCell
-from qscope_posttrain.testbed.experiments.repetition_grid import run_repetition_bases
-from qscope_posttrain.testbed.experiments.repetition_page import repetition_report
-from qscope_posttrain.testbed.experiments.rows import write_rows
-from qscope_posttrain.testbed.experiments.switching_grid import cell_jobs, run_switching_cell
-from qscope_posttrain.testbed.experiments.switching_page import switching_report
 
 REPORT = "report.html"
 PAGES = "completions"

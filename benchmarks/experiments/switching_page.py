@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.experiments.cell_results import CellResult, cell_results
+from benchmarks.experiments.clustered import ClusteredInterval
+from benchmarks.experiments.equal_cost import BUDGETS, cost_curve
+from benchmarks.experiments.models_section import models_section
+from benchmarks.experiments.switching_rows import Measure, switching_rows
+from benchmarks.experiments.switching_tables import cell_tables, verdict_table
+from benchmarks.experiments.verdicts import cell_verdict
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import CostCurve, Mark, cost_curves
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.testbed.experiments.cell_results import CellResult, cell_results
-from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval
-from qscope_posttrain.testbed.experiments.equal_cost import BUDGETS, cost_curve
-from qscope_posttrain.testbed.experiments.models_section import models_section
-from qscope_posttrain.testbed.experiments.switching_rows import Measure, switching_rows
-from qscope_posttrain.testbed.experiments.switching_tables import cell_tables, verdict_table
-from qscope_posttrain.testbed.experiments.verdicts import cell_verdict
 
 _SHOWN_BUDGETS = 4.0
 """Plots end at this many times the largest budget: coefficients far beyond it would squeeze the rest."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.experiments.cell_results import ArmAtWeight, AtBudget, CellResult
+from benchmarks.experiments.clustered import ClusteredInterval
+from benchmarks.experiments.switching_rows import Measure
 from qscope_posttrain.intervals import Interval
-from qscope_posttrain.testbed.experiments.cell_results import ArmAtWeight, AtBudget, CellResult
-from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval
-from qscope_posttrain.testbed.experiments.switching_rows import Measure
 
 GOAL_REDUCTION = 50.0
 """Per cent less sampled switching than SFT."""

@@ -6,6 +6,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.experiments.grouping import by_cell
+from benchmarks.experiments.repetition_numbers import compare, loop_rate, probe_curve
+from benchmarks.experiments.repetition_rows import (
+    KIND,
+    RepetitionRow,
+    by_arm,
+    check_references,
+    repetition_rows,
+)
+from benchmarks.experiments.repetition_tables import (
+    comparison_table,
+    effects_table,
+    loops_table,
+    runs_table,
+    verdict,
+)
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Bar, Curve, Mark, interval_bars, line_curves, scatter_with_intervals
@@ -13,22 +29,6 @@ from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.testbed.arithmetic.arms import ARMS
 from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
 from qscope_posttrain.testbed.arithmetic.runs import START
-from qscope_posttrain.testbed.experiments.grouping import by_cell
-from qscope_posttrain.testbed.experiments.repetition_numbers import compare, loop_rate, probe_curve
-from qscope_posttrain.testbed.experiments.repetition_rows import (
-    KIND,
-    RepetitionRow,
-    by_arm,
-    check_references,
-    repetition_rows,
-)
-from qscope_posttrain.testbed.experiments.repetition_tables import (
-    comparison_table,
-    effects_table,
-    loops_table,
-    runs_table,
-    verdict,
-)
 
 PROBES = {
     "oend": "endless, once entered",

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.experiments.clustered import ClusteredInterval, clustered_interval
+from benchmarks.experiments.grouping import by_base
+from benchmarks.experiments.switching_rows import Compared, Measure, Split
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval, clustered_interval
-from qscope_posttrain.testbed.experiments.grouping import by_base
-from qscope_posttrain.testbed.experiments.switching_rows import Compared, Measure, Split
 
 BUDGETS = (0.5, 1.0)
 """Rises of (masked) perplexity over SFT, per cent."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from benchmarks.experiments.repetition_rows import KIND
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.testbed.arithmetic.arms import ARMS, Arm
@@ -15,7 +16,6 @@ from qscope_posttrain.testbed.arithmetic.dictionaries import WAYS, RepetitionFea
 from qscope_posttrain.testbed.arithmetic.experiment import Start, make_start, one_thread, run_arms
 from qscope_posttrain.testbed.arithmetic.runs import START, Run
 from qscope_posttrain.testbed.cache import open_cache
-from qscope_posttrain.testbed.experiments.repetition_rows import KIND
 
 _UNLIKELY = "negative/unlikely_tokens"
 

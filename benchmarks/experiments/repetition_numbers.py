@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qscope_posttrain.intervals import Interval, wilson
-from qscope_posttrain.testbed.arithmetic.quality import Quality
-from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval, clustered_interval
-from qscope_posttrain.testbed.experiments.grouping import by_base
-from qscope_posttrain.testbed.experiments.rare_counts import Count, pooled, rate_over_runs, rate_ratio
-from qscope_posttrain.testbed.experiments.repetition_rows import (
+from benchmarks.experiments.clustered import ClusteredInterval, clustered_interval
+from benchmarks.experiments.grouping import by_base
+from benchmarks.experiments.rare_counts import Count, pooled, rate_over_runs, rate_ratio
+from benchmarks.experiments.repetition_rows import (
     RepetitionRow,
     accuracy_difference,
     benign_difference,
     loop_difference,
     pair_up,
 )
+from qscope_posttrain.intervals import Interval, wilson
+from qscope_posttrain.testbed.arithmetic.quality import Quality
 
 FEWER = 0.1
 """The goal: at most so many times the loops of DAPO ..."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qscope_posttrain.testbed.experiments.equal_cost import CurvePoint, cost_curve
-from qscope_posttrain.testbed.experiments.switching_rows import Compared, by_arm
+from benchmarks.experiments.equal_cost import CurvePoint, cost_curve
+from benchmarks.experiments.switching_rows import Compared, by_arm
 
 BUDGET = 1.0
 """Largest mean rise of (masked) perplexity over SFT, per cent."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.experiments.cell_results import ArmAtWeight, CellResult
+from benchmarks.experiments.clustered import FEWEST_BASES
+from benchmarks.experiments.switching_rows import Measure
+from benchmarks.experiments.verdicts import cell_verdict, outcome_of, show
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.testbed.experiments.cell_results import ArmAtWeight, CellResult
-from qscope_posttrain.testbed.experiments.clustered import FEWEST_BASES
-from qscope_posttrain.testbed.experiments.switching_rows import Measure
-from qscope_posttrain.testbed.experiments.verdicts import cell_verdict, outcome_of, show
 
 _SWITCHING: tuple[Measure, ...] = ("hazard", "expected", "sampled")
 

@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.intervals import Interval
-from qscope_posttrain.testbed.arms import ARMS
-from qscope_posttrain.testbed.experiment import SFT
-from qscope_posttrain.testbed.experiments.choice import Choice, choose_weights
-from qscope_posttrain.testbed.experiments.clustered import ClusteredInterval, clustered_interval, clustered_rate
-from qscope_posttrain.testbed.experiments.equal_cost import BUDGETS, ArmAtCost, arm_at_cost, paired_difference
-from qscope_posttrain.testbed.experiments.grouping import by_base, by_cell
-from qscope_posttrain.testbed.experiments.switching_rows import (
+from benchmarks.experiments.choice import Choice, choose_weights
+from benchmarks.experiments.clustered import ClusteredInterval, clustered_interval, clustered_rate
+from benchmarks.experiments.equal_cost import BUDGETS, ArmAtCost, arm_at_cost, paired_difference
+from benchmarks.experiments.grouping import by_base, by_cell
+from benchmarks.experiments.switching_rows import (
     MEASURES,
     Compared,
     Measure,
@@ -22,6 +18,10 @@ from qscope_posttrain.testbed.experiments.switching_rows import (
     by_arm,
     compared_with_sft,
 )
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.intervals import Interval
+from qscope_posttrain.testbed.arms import ARMS
+from qscope_posttrain.testbed.experiment import SFT
 from qscope_posttrain.testbed.runs import BASE
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from benchmarks.experiments.clustered import FEWEST_BASES
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
-from qscope_posttrain.testbed.experiments.clustered import FEWEST_BASES
 
 _RESAMPLES = 10_000
 _SEED = 0
