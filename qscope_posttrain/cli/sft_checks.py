@@ -166,16 +166,12 @@ def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
                 tokens, learned = tokens + len(labels), learned + ours
                 left -= {row[_ROW]} if ours else set()
             empty += sorted(left)
-    note = (
-        f"{len(empty)} of {count} rows have none to learn, the first is row {empty[0]}: its answer is empty, or begins "
-        f"beyond max_length ({training.max_length})"
-        if empty
-        else ""
-    )
-    if not learned:
-        raise UserValueError(f"{note}. Remove such rows, or raise max_length.")
-    which = f"{count} rows" if isinstance(rows, Dataset) else f"the first {count} rows"
-    return learned, f"{which}: {learned} of {tokens} tokens are learned" + (f"; {note}" if note else "")
+    if empty:
+        raise UserValueError(
+            f"{len(empty)} of {count} rows have none to learn, the first is row {empty[0]}: its answer is empty, or "
+            f"begins beyond max_length ({training.max_length}). Remove such rows, or raise max_length."
+        )
+    return learned, f"{count} rows: {learned} of {tokens} tokens are learned"
 
 
 def _parts(rows: Rows) -> Iterator[tuple[int, Dataset]]:
