@@ -241,10 +241,12 @@ def _embedding_weight(model: Any) -> Any:
         return None
     while module is not None and (hasattr(module, "base_layer") or hasattr(module, "original_module")):  # of PEFT
         module = module.base_layer if hasattr(module, "base_layer") else module.original_module
+    import torch
+
     weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point() or weight.is_meta:
-        return None
-    return None if hasattr(weight, "full_tensor") else weight  # a DTensor: sharded
+    # A DTensor is sharded, and so are parameters of other shapes; quantised weights have a class of their own, too.
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+    return weight if plain and weight.dim() == 2 and 0 not in weight.shape else None
 
 
 def _without_wrappers(model: Any) -> Any:

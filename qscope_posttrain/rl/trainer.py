@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
-from qscope_posttrain.errors import UserTypeError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.baseline import excluded_advantages
 from qscope_posttrain.rl.checkpoints import SameRun, SaveBetweenGenerations, generation_window, run_identity
@@ -57,7 +57,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         model, callbacks, arguments: as for `GRPOTrainer`.
 
     Raises:
-        TypeError: `args` is no `SteeredGRPOConfig`.
+        TypeError: `args` is no `SteeredGRPOConfig`, or `features` neither a FeatureSet nor a path.
         ValueError: features that are missing, incomplete, another model's or of no use; arguments or options of
             `generate` under which rows cannot be told apart; prompts that cannot be read.
     """
@@ -79,6 +79,10 @@ class SteeredGRPOTrainer(GRPOTrainer):
     ) -> None:
         if not isinstance(args, SteeredGRPOConfig):
             raise UserTypeError(f"args must be a SteeredGRPOConfig; got {type(args).__name__}.")
+        if isinstance(features, (str, PathLike)):
+            features = FeatureSet.load(Path(features))
+        if not isinstance(features, FeatureSet | None):
+            raise UserTypeError(f"features must be a FeatureSet or its path; got {type(features).__name__}.")
         args = args.settled(features is not None)
         check_trainer_arguments(args.has_negatives, args.dynamic_sampling, arguments)
         self._negatives = args.negative_settings
@@ -91,7 +95,11 @@ class SteeredGRPOTrainer(GRPOTrainer):
         rewards = [function for function in _as_list(reward_funcs) if function is not None]
         classes, weights = arguments.pop("reward_processing_classes", None), args.reward_weights
         classes = None if classes is None else _as_list(classes)
-        if args.soft_overlong_cache:
+        has_environment = arguments.get("environment_factory") is not None  # it may bring a reward of its own
+        if weights is not None and len(weights) != len(rewards) and not has_environment:
+            raise UserValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} reward functions.")
+        # Without any reward TRL refuses; the length alone is none.
+        if args.soft_overlong_cache and (rewards or has_environment):
             rewards.append(get_soft_overlong_punishment(args.completion_limit, args.soft_overlong_cache))
             args.reward_weights = None if weights is None else [*weights, 1.0]
             classes = None if classes is None else [*classes, None]
@@ -99,8 +107,6 @@ class SteeredGRPOTrainer(GRPOTrainer):
             model, rewards, args, callbacks=[*(callbacks or []), *own], reward_processing_classes=classes, **arguments
         )
         args.reward_weights = weights
-        if isinstance(features, (str, PathLike)):
-            features = FeatureSet.load(Path(features))
         self._source: NegativeSource | None = None
         if args.has_negatives:
             self._source = negative_source(args, features, self.model, self._tokenizer)
@@ -109,7 +115,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         check_data(self, STEERED)
         check_reward_data(self.reward_funcs, self.train_dataset)
         weighted = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
-        self.add_callback(SameRun(run_identity(args, self._source, weighted), required=args.has_negatives))
+        self.add_callback(SameRun(run_identity(args, self._source, features, weighted), required=args.has_negatives))
         self._plan = ordinary_plan(0)
         self._tap: GenerationTap | None = None
         self._rows: ScoredRows | None = None

@@ -79,6 +79,9 @@ def test_where_there_are_no_weights_the_shape_alone_is_compared(features, make_m
     assert features.check_model(gathered) == SHAPE_ALONE
     old = replace(features, model={key: value for key, value in features.model.items() if key != "embedding"})
     assert old.check_model(make_model(seed=1)) == SHAPE_ALONE
+    quantised = make_model()
+    quantised.set_input_embeddings(torch.ao.nn.quantized.Embedding(512, quantised.config.hidden_size))
+    assert features.check_model(quantised) == SHAPE_ALONE  # its weight is a method
     empty = make_model()
     empty.get_input_embeddings().weight.data.zero_()
     assert embedding_sketch(empty) is None
