@@ -109,7 +109,7 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
         try:
             lengths.append(len(tokenize(trainer, [row[PROMPT]])[0][0]))
         except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
-            raise UserValueError(f"row {number}: the chat template cannot write '{PROMPT}': {error}") from error
+            raise UserValueError(f"row {number}: the chat template cannot read '{PROMPT}': {error}") from error
     return lengths
 
 
