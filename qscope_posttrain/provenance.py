@@ -245,7 +245,7 @@ def _embedding_weight(model: Any) -> Any:
         module = module.base_layer if hasattr(module, "base_layer") else module.original_module
     import torch
 
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     # A DTensor is sharded, and so are parameters of other shapes; quantised weights have a class of their own, too.
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point() and not weight.is_meta
     return weight if plain and weight.dim() == 2 and 0 not in weight.shape else None

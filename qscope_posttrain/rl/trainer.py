@@ -86,20 +86,18 @@ class SteeredGRPOTrainer(GRPOTrainer):
         args = args.settled(features is not None)
         check_trainer_arguments(args.has_negatives, args.dynamic_sampling, arguments)
         self._negatives = args.negative_settings
-        own: list[TrainerCallback] = [
-            NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
-        ]
+        schedule = NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
+        own: list[TrainerCallback] = [schedule]
         if args.has_negatives:
             own.append(SaveBetweenGenerations(generation_window(args)))
         # TRL writes into the lists that it is given.
         rewards = [function for function in _as_list(reward_funcs) if function is not None]
         classes, weights = arguments.pop("reward_processing_classes", None), args.reward_weights
         classes = None if classes is None else _as_list(classes)
-        has_environment = arguments.get("environment_factory") is not None  # it may bring a reward of its own
-        if weights is not None and len(weights) != len(rewards) and not has_environment:
+        environment = arguments.get("environment_factory") is not None  # it may bring a reward of its own
+        if weights is not None and len(weights) != len(rewards) and not environment:
             raise UserValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} reward functions.")
-        # Without any reward TRL refuses; the length alone is none.
-        if args.soft_overlong_cache and (rewards or has_environment):
+        if args.soft_overlong_cache and (rewards or environment):  # the length alone is no reward: TRL refuses
             rewards.append(get_soft_overlong_punishment(args.completion_limit, args.soft_overlong_cache))
             args.reward_weights = None if weights is None else [*weights, 1.0]
             classes = None if classes is None else [*classes, None]
@@ -161,7 +159,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         if self.args.has_negatives or self.args.dynamic_sampling:
             self._enter_negatives(output, rows, plan, masks_truncated)
         self._log_rows(rows, output["advantages"])
-        return output, dead_groups(rows.rewards, rows.everyone.negative, self._group_size)
+        return output, dead_groups(rows.rewards, rows.everyone.negative, self.args.generations)
 
     def _plan_rows(self, rows: int, attempt: int) -> RowPlan:
         share = self._schedule.share_at(self.state.global_step)
@@ -171,7 +169,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
             rows,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            group_size=self._group_size,
+            group_size=self.args.generations,
             negatives_per_group=self.args.negatives_per_group,
             share=share,
             window_start=self._source.window_start,
@@ -224,10 +222,6 @@ class SteeredGRPOTrainer(GRPOTrainer):
         # Looked up each time: transformers may put a restored one in its place.
         return next(c for c in self.callback_handler.callbacks if isinstance(c, NegativeSchedule))
 
-    @property
-    def _group_size(self) -> int:
-        return self.args.generations
-
     def _enter_negatives(self, output: BatchDict, rows: ScoredRows, plan: RowPlan, mask_truncated: bool) -> None:
         """Write into TRL's batch which rows are negatives, what they weigh, and what of them is in the loss."""
         settings, negative = self._negatives, rows.mine.negative
@@ -253,7 +247,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         advantages = output["advantages"]
         if settings.baseline == "exclude":
             everyone = excluded_advantages(
-                rows.rewards, rows.everyone.negative, self._group_size, self.scale_rewards != "none"
+                rows.rewards, rows.everyone.negative, self.args.generations, self.scale_rewards != "none"
             )
             own = everyone[self._local(len(negative))] * kept
             advantages = torch.where(negative, own, advantages)
@@ -293,20 +287,20 @@ class SteeredGRPOTrainer(GRPOTrainer):
         attempt = 0
         while bool(dead.any()) and attempt < self.args.dynamic_sampling_attempts:
             attempt += 1
-            rows = rows_to_redraw(dead, self._group_size, processes, mine)
+            rows = rows_to_redraw(dead, self.args.generations, processes, mine)
             total = len(rows) * processes
             seed = (self.args.seed, self.state.global_step, self._part_of_step, attempt)
-            inputs = dynamic.prompts(len(rows), mine * len(rows), total, self._group_size, seed)
+            inputs = dynamic.prompts(len(rows), mine * len(rows), total, self.args.generations, seed)
             other, other_dead = self._generate_and_score_attempt(inputs, attempt)
-            redrawn = dead.nonzero().squeeze(1) if total < dead.numel() * self._group_size else None
+            redrawn = dead.nonzero().squeeze(1) if total < dead.numel() * self.args.generations else None
             places = torch.arange(len(dead), device=dead.device) if redrawn is None else redrawn
             revived = dead[places] & ~other_dead
-            own = revived.repeat_interleave(self._group_size)[self._local(len(rows))]
+            own = revived.repeat_interleave(self.args.generations)[self._local(len(rows))]
             output = replace_rows(output, rows[own], other, own.nonzero().squeeze(1), self._tokenizer.pad_token_id)
             dead[places[revived]] = False
         self._metrics["train"]["dynamic_sampling/attempts"].append(float(attempt))
         self._metrics["train"]["dynamic_sampling/left_dead"].append(dead.float().mean().item())
-        alive = ~dead.repeat_interleave(self._group_size)[self._local(len(output["completion_mask"]))]
+        alive = ~dead.repeat_interleave(self.args.generations)[self._local(len(output["completion_mask"]))]
         output["tool_mask"] = output["tool_mask"] * alive[:, None].to(output["tool_mask"].dtype)
         self._count_loss_tokens(output)
         return output
@@ -345,7 +339,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         """Metrics, the schedule's record, and the completions table, from the rows of all processes."""
         advantages = self.accelerator.gather(advantages)
         kept = rows.everyone.kept(self._negatives.gate)
-        for name, value in row_metrics(rows.everyone, kept, rows.rewards, advantages, self._group_size).items():
+        for name, value in row_metrics(rows.everyone, kept, rows.rewards, advantages, self.args.generations).items():
             self._metrics["train"][name].append(value)
         self._schedule.record(rows.everyone.looped[rows.everyone.negative].tolist(), self.state.global_step)
         logs: Any = self._logs
