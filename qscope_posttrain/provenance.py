@@ -168,9 +168,10 @@ _SKETCH_ROWS, _SKETCH_WIDTH = 64, 8
 def embedding_sketch(model: Any, rows: int | None = None) -> dict[str, Any] | None:
     """64 rows of the input embedding, spread over the vocabulary, each as 8 numbers: enough to tell models apart.
 
-    A row is projected on 8 fixed directions of signs, the mean over the rows is taken away, and what is left is brought
-    to length 1. So another dtype, adapters, tokens added at the end and fine-tuning change it little, and another model
-    of the same shape has nothing in common with it.
+    The mean over the rows is taken away, each row is projected on 8 fixed directions of signs of its own, and what is
+    left is brought to length 1. So another dtype, adapters, tokens added at the end and fine-tuning change it little,
+    and another model of the same shape has nothing in common with it: also where all rows of a model share a direction,
+    as those of frequent tokens do, since every row sees it from another side.
 
     Args:
         rows: Spread over the first so many rows, as an earlier sketch was; by default over all.
@@ -186,10 +187,11 @@ def embedding_sketch(model: Any, rows: int | None = None) -> dict[str, Any] | No
 
     count = weight.shape[0] if rows is None else rows
     chosen = [min(row, weight.shape[0] - 1) for row in _sketched(count)]
-    bits = torch.frombuffer(bytearray(hashlib.shake_256(b"embedding").digest(weight.shape[1])), dtype=torch.uint8)
-    signs = torch.stack([(bits >> place & 1).float() * 2 - 1 for place in range(_SKETCH_WIDTH)], dim=1)
-    numbers = weight.detach()[torch.tensor(chosen, device=weight.device)].float().cpu().nan_to_num() @ signs
-    numbers = numbers - numbers.mean(dim=0)
+    content = bytearray(hashlib.shake_256(b"embedding").digest(_SKETCH_ROWS * weight.shape[1]))
+    bits = torch.frombuffer(content, dtype=torch.uint8).view(_SKETCH_ROWS, -1)
+    signs = torch.stack([(bits >> place & 1).float() * 2 - 1 for place in range(_SKETCH_WIDTH)], dim=-1)
+    found = weight.detach()[torch.tensor(chosen, device=weight.device)].float().cpu().nan_to_num()
+    numbers = torch.einsum("rd,rdw->rw", found - found.mean(dim=0), signs)
     lengths = torch.linalg.vector_norm(numbers, dim=1, keepdim=True)
     if not float(lengths.max()) > 0:
         return None
@@ -241,10 +243,12 @@ def _embedding_weight(model: Any) -> Any:
         return None
     while module is not None and (hasattr(module, "base_layer") or hasattr(module, "original_module")):  # of PEFT
         module = module.base_layer if hasattr(module, "base_layer") else module.original_module
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point() or weight.is_meta:
-        return None
-    return None if hasattr(weight, "full_tensor") else weight  # a DTensor: sharded
+    import torch
+
+    weight: Any = getattr(module, "weight", None)
+    # A DTensor is sharded, and so are parameters of other shapes; quantised weights have a class of their own, too.
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+    return weight if plain and weight.dim() == 2 and 0 not in weight.shape else None
 
 
 def _without_wrappers(model: Any) -> Any:

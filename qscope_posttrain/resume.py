@@ -24,8 +24,9 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
     if state.global_step > 0:
         if stored is None:
             raise UserValueError(
-                f"The checkpoint at step {state.global_step} was trained without {key}. A resumed run must have the "
-                "same losses: start a new run from the checkpoint's weights instead, or resume without it."
+                f"The checkpoint at step {state.global_step} was trained without {key}, or before it recorded its "
+                "settings. A resumed run must have the same losses: start a new run from the checkpoint's weights "
+                "instead, or resume without it."
             )
         found = stored["attributes"]
         different = _differences(found, identity)

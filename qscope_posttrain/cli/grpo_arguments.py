@@ -81,12 +81,12 @@ def parse_recipe(arguments: Sequence[str]) -> GRPORecipe:
     parser = RecipeParser(kinds, before_build=device, mappings=["rewards"], prog="qscope grpo")
     run, script, mixture, training, model = parser.parse(arguments)
     check_model_named(model)
-    training = training.settled(run.features is not None)
     if training.has_negatives and training.negative == "feature" and run.features is None:
         raise UserValueError(
             "negative: feature needs 'features', a file written by `qscope features find-repetition`; give it, or "
             "choose negative: seeded, which needs none, or negatives_per_group: 0 for plain DAPO."
         )
+    training = training.settled(run.features is not None)
     return GRPORecipe(
         run=run, script=script, mixture=mixture, training=training, model=model, assumed_cpu=device.assumed_cpu
     )

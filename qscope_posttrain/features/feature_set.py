@@ -20,9 +20,9 @@ from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.text.language_labels import language_hint
 
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
-SAME_EMBEDDING = 0.5
-"""Agreement of embeddings from which on two models count as one. Those of other models agree to 0 +- 0.05; a training
-from start to end, which small models get, may move those of the same one as far as it is long."""
+SAME_EMBEDDING = 0.3
+"""Agreement of embeddings from which on two models count as one. Those of other models agree to 0 +- 0.05. Fine-tuning
+leaves more than 0.8; a training from start to end, which small models get, may leave less than half."""
 
 REPETITION = "repetition"
 """`settings["selector"]` of what `find_repetition.find_repetition_features` makes."""

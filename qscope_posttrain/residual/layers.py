@@ -114,7 +114,8 @@ def virtual_tokens(model: nn.Module) -> int:
             break
         adapter: Any = getattr(module, "active_peft_config", None)
         if adapter is not None and adapter.is_prompt_learning:
-            return int(adapter.num_virtual_tokens)
+            # Inside `disable_adapter()` there are none.
+            return int(adapter.num_virtual_tokens) if getattr(module, "has_active_enabled_adapter", True) else 0
     return 0
 
 

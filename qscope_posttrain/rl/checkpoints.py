@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 from trl import GRPOConfig
 
-from qscope_posttrain.residual.steering import Steering
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.resume import check_resumed
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.rollouts.hf import NegativeSource
@@ -71,13 +72,20 @@ class SaveBetweenGenerations(TrainerCallback):
 
 
 def run_identity(
-    args: SteeredGRPOConfig, source: NegativeSource | None, rewards: Sequence[tuple[str, float]]
+    args: SteeredGRPOConfig,
+    source: NegativeSource | None,
+    features: FeatureSet | None,
+    rewards: Sequence[tuple[str, float]],
 ) -> dict[str, Any]:
     """JSON values in which a resumed run must agree with the one before.
+
+    They are what the run does, not where it is written: a strength that is recorded with the features equals the same
+    one in the settings.
 
     Args:
         args: settled.
         source: of the negatives, if there are any.
+        features: that the negatives are steered by, if there are any.
         rewards: name and weight of each reward function.
     """
     if source is None:  # all else is TRL's, which does not ask
@@ -85,20 +93,25 @@ def run_identity(
     names = {field.name for field in fields(SteeredGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
     identity: dict[str, Any] = {name: getattr(args, name) for name in sorted({*names, "seed"})}
     identity["rewards"] = list(rewards)
-    identity["window"] = [*source.window_start, source.window_length]
-    if source.steering is not None:
-        identity["steering_sha256"] = _fingerprint(source.steering)
+    identity |= {"window_start": list(source.window_start), "window_length": source.window_length or 0}
+    steering = source.steering
+    if steering is not None:
+        (layer,) = steering.layers
+        identity |= {
+            "steering_layer": layer, "steering_strength": float(steering.strength), "steering_unit": steering.unit,
+        }  # fmt: skip
+        if features is not None:
+            identity["features_sha256"] = _fingerprint(features, layer)
     return dict(json.loads(json.dumps(identity)))
 
 
-def _fingerprint(steering: Steering) -> str:
-    """Hash of what is added to the residual stream, and where."""
-    digest = hashlib.sha256()
-    for layer in steering.layers:
-        shift = steering.change(layer).shift
-        digest.update(str(layer).encode())
-        if shift is not None:
-            digest.update(shift.cpu().numpy().tobytes())
+def _fingerprint(features: FeatureSet, layer: int) -> str:
+    """Hash of the rows that make the direction, as stored: what is computed from them differs in its last bits from
+    machine to machine."""
+    rows = features.layers[layer]
+    chosen = dict(features.settings.get(SETTINGS_KEY, {})).get("label")
+    digest = hashlib.sha256(json.dumps([chosen, rows.labels, rows.residual_median_norm]).encode())
+    digest.update(rows.decoder.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.rl.rollouts.options import check_options
 
 if TYPE_CHECKING:
@@ -23,11 +24,27 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def check_ranges(config: SteeredGRPOConfig) -> None:
-    """ValueError for a number out of its range."""
+    """ValueError for a number out of its range, TypeError for something else than a number."""
     for name, (low, high) in _RANGES.items():
         value = getattr(config, name)
-        if value is not None and not low <= value <= high:
+        if value is None and type(config).__dataclass_fields__[name].default is None:
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise UserTypeError(f"{name} must be a number; got {value!r}.")
+        if not low <= value <= high:
             raise UserValueError(f"{name} must lie between {low} and {high}; got {value}.")
+        if isinstance(low, int) and value != int(value):
+            raise UserValueError(f"{name} must be a whole number; got {value}.")
+    window, marks = config.window_start, config.copy_boundary
+    numbers = window if isinstance(window, (list, tuple)) and all(isinstance(n, Real) for n in window) else ()
+    if window is not None and not (
+        len(numbers) == 2 and 0 <= numbers[0] <= numbers[1] and all(n == int(n) for n in numbers)
+    ):
+        raise UserValueError(
+            f"window_start is two whole numbers, the first and the last token to start at; got {window!r}."
+        )
+    if not isinstance(marks, (list, tuple)) or not all(isinstance(mark, str) and mark for mark in marks):
+        raise UserTypeError(f"copy_boundary must be a list of texts, none of them empty; got {marks!r}.")
 
 
 def check_compatible(config: SteeredGRPOConfig) -> None:
@@ -88,7 +105,7 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
             f"top_entropy_quantile={config.top_entropy_quantile} keeps only uncertain tokens in the loss, and the "
             "tokens of an endless repetition are certain. Set it to 1.0."
         )
-    if config.cache_implementation is not None:
+    if config.cache_implementation not in (None, "dynamic"):
         raise UserValueError(
             f"cache_implementation={config.cache_implementation!r} compiles the decoding step without the steering "
             "hooks' row positions. Leave it at None."

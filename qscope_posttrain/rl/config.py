@@ -205,10 +205,8 @@ class SteeredGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in PRESETS:
-            raise UserValueError(f"mode must be one of {', '.join(PRESETS)}; got {self.mode!r}.")
+        self._check_mode()
         if self.mode == "paper":
-            self._check_paper()
             self.negative = "feature"
         for name, value in PRESETS[self.mode].items():
             if getattr(self, name) is None:
@@ -227,7 +225,7 @@ class SteeredGRPOConfig(GRPOConfig):
         settings.
 
         Raises:
-            ValueError: features that the negatives make no use of.
+            ValueError: features that the negatives make no use of, or lack; what the class refuses, too.
         """
         if has_features and self.has_negatives and self.negative in COPYING:
             raise UserValueError(
@@ -236,9 +234,15 @@ class SteeredGRPOConfig(GRPOConfig):
             )
         settled = copy.copy(self)
         vars(settled).update({name: _unshared(value) for name, value in vars(self).items()})
-        if settled.negative is None:
-            settled.negative = "feature" if has_features else "seeded"
         # A field may have been set since the config was made.
+        settled._check_mode()
+        if settled.negative is None:
+            settled.negative = "feature" if has_features or self.mode == "paper" else "seeded"
+        if settled.has_negatives and settled.negative == "feature" and not has_features:
+            raise UserValueError(
+                "negative='feature' needs features: pass features=FeatureSet (see `qscope features find-repetition`), "
+                "or choose negative='seeded', which needs none."
+            )
         settled._check_values()
         settled._fill_window()
         check_compatible(settled)
@@ -290,14 +294,19 @@ class SteeredGRPOConfig(GRPOConfig):
                 f"{self.max_completion_length} tokens, so that a negative could be an ordinary row. Start earlier."
             )
 
-    def _check_paper(self) -> None:
+    def _check_mode(self) -> None:
         """mode='paper' is one method: a field that says otherwise is a mistake, not an option."""
+        if self.mode not in PRESETS:
+            raise UserValueError(f"mode must be one of {', '.join(PRESETS)}; got {self.mode!r}.")
+        if self.mode != "paper":
+            return
         for name, value in {**PRESETS["paper"], **_ONLY_IN_PAPER}.items():
             given = getattr(self, name)
             if given is not None and given != value:
                 raise UserValueError(
                     f"mode='paper' is the report's method as written, with {name}={value!r}; got {given!r}. Leave it "
-                    "out, or use mode='default' and set every field that you want."
+                    "out, or use mode='default' and set every field that you want. A config fills in what is left open "
+                    "when it is made: give mode='paper' then, not later."
                 )
 
     def _check_values(self) -> None:
@@ -306,11 +315,6 @@ class SteeredGRPOConfig(GRPOConfig):
             if value is not None and value not in choices:
                 raise UserValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
         check_ranges(self)
-        window = self.window_start
-        if window is not None and (len(window) != 2 or not 0 <= window[0] <= window[1]):
-            raise UserValueError(
-                f"window_start is two numbers, the first and the last token to start at; got {window}."
-            )
         if self.soft_overlong_cache is not None and self.soft_overlong_cache > self.completion_limit:
             raise UserValueError(
                 f"soft_overlong_cache={self.soft_overlong_cache} is more than "

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 
-from qscope_posttrain.errors import UserTypeError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.baseline import excluded_advantages
 from qscope_posttrain.rl.checkpoints import SameRun, SaveBetweenGenerations, generation_window, run_identity
@@ -57,7 +57,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         model, callbacks, arguments: as for `GRPOTrainer`.
 
     Raises:
-        TypeError: `args` is no `SteeredGRPOConfig`.
+        TypeError: `args` is no `SteeredGRPOConfig`, or `features` neither a FeatureSet nor a path.
         ValueError: features that are missing, incomplete, another model's or of no use; arguments or options of
             `generate` under which rows cannot be told apart; prompts that cannot be read.
     """
@@ -79,19 +79,25 @@ class SteeredGRPOTrainer(GRPOTrainer):
     ) -> None:
         if not isinstance(args, SteeredGRPOConfig):
             raise UserTypeError(f"args must be a SteeredGRPOConfig; got {type(args).__name__}.")
+        if isinstance(features, (str, PathLike)):
+            features = FeatureSet.load(Path(features))
+        if not isinstance(features, FeatureSet | None):
+            raise UserTypeError(f"features must be a FeatureSet or its path; got {type(features).__name__}.")
         args = args.settled(features is not None)
         check_trainer_arguments(args.has_negatives, args.dynamic_sampling, arguments)
         self._negatives = args.negative_settings
-        own: list[TrainerCallback] = [
-            NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
-        ]
+        schedule = NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
+        own: list[TrainerCallback] = [schedule]
         if args.has_negatives:
             own.append(SaveBetweenGenerations(generation_window(args)))
         # TRL writes into the lists that it is given.
         rewards = [function for function in _as_list(reward_funcs) if function is not None]
         classes, weights = arguments.pop("reward_processing_classes", None), args.reward_weights
         classes = None if classes is None else _as_list(classes)
-        if args.soft_overlong_cache:
+        environment = arguments.get("environment_factory") is not None  # it may bring a reward of its own
+        if weights is not None and len(weights) != len(rewards) and not environment:
+            raise UserValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} reward functions.")
+        if args.soft_overlong_cache and (rewards or environment):  # the length alone is no reward: TRL refuses
             rewards.append(get_soft_overlong_punishment(args.completion_limit, args.soft_overlong_cache))
             args.reward_weights = None if weights is None else [*weights, 1.0]
             classes = None if classes is None else [*classes, None]
@@ -99,8 +105,6 @@ class SteeredGRPOTrainer(GRPOTrainer):
             model, rewards, args, callbacks=[*(callbacks or []), *own], reward_processing_classes=classes, **arguments
         )
         args.reward_weights = weights
-        if isinstance(features, (str, PathLike)):
-            features = FeatureSet.load(Path(features))
         self._source: NegativeSource | None = None
         if args.has_negatives:
             self._source = negative_source(args, features, self.model, self._tokenizer)
@@ -109,7 +113,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         check_data(self, STEERED)
         check_reward_data(self.reward_funcs, self.train_dataset)
         weighted = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
-        self.add_callback(SameRun(run_identity(args, self._source, weighted), required=args.has_negatives))
+        self.add_callback(SameRun(run_identity(args, self._source, features, weighted), required=args.has_negatives))
         self._plan = ordinary_plan(0)
         self._tap: GenerationTap | None = None
         self._rows: ScoredRows | None = None
@@ -155,7 +159,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         if self.args.has_negatives or self.args.dynamic_sampling:
             self._enter_negatives(output, rows, plan, masks_truncated)
         self._log_rows(rows, output["advantages"])
-        return output, dead_groups(rows.rewards, rows.everyone.negative, self._group_size)
+        return output, dead_groups(rows.rewards, rows.everyone.negative, self.args.generations)
 
     def _plan_rows(self, rows: int, attempt: int) -> RowPlan:
         share = self._schedule.share_at(self.state.global_step)
@@ -165,7 +169,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
             rows,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            group_size=self._group_size,
+            group_size=self.args.generations,
             negatives_per_group=self.args.negatives_per_group,
             share=share,
             window_start=self._source.window_start,
@@ -218,10 +222,6 @@ class SteeredGRPOTrainer(GRPOTrainer):
         # Looked up each time: transformers may put a restored one in its place.
         return next(c for c in self.callback_handler.callbacks if isinstance(c, NegativeSchedule))
 
-    @property
-    def _group_size(self) -> int:
-        return self.args.generations
-
     def _enter_negatives(self, output: BatchDict, rows: ScoredRows, plan: RowPlan, mask_truncated: bool) -> None:
         """Write into TRL's batch which rows are negatives, what they weigh, and what of them is in the loss."""
         settings, negative = self._negatives, rows.mine.negative
@@ -247,7 +247,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         advantages = output["advantages"]
         if settings.baseline == "exclude":
             everyone = excluded_advantages(
-                rows.rewards, rows.everyone.negative, self._group_size, self.scale_rewards != "none"
+                rows.rewards, rows.everyone.negative, self.args.generations, self.scale_rewards != "none"
             )
             own = everyone[self._local(len(negative))] * kept
             advantages = torch.where(negative, own, advantages)
@@ -287,20 +287,20 @@ class SteeredGRPOTrainer(GRPOTrainer):
         attempt = 0
         while bool(dead.any()) and attempt < self.args.dynamic_sampling_attempts:
             attempt += 1
-            rows = rows_to_redraw(dead, self._group_size, processes, mine)
+            rows = rows_to_redraw(dead, self.args.generations, processes, mine)
             total = len(rows) * processes
             seed = (self.args.seed, self.state.global_step, self._part_of_step, attempt)
-            inputs = dynamic.prompts(len(rows), mine * len(rows), total, self._group_size, seed)
+            inputs = dynamic.prompts(len(rows), mine * len(rows), total, self.args.generations, seed)
             other, other_dead = self._generate_and_score_attempt(inputs, attempt)
-            redrawn = dead.nonzero().squeeze(1) if total < dead.numel() * self._group_size else None
+            redrawn = dead.nonzero().squeeze(1) if total < dead.numel() * self.args.generations else None
             places = torch.arange(len(dead), device=dead.device) if redrawn is None else redrawn
             revived = dead[places] & ~other_dead
-            own = revived.repeat_interleave(self._group_size)[self._local(len(rows))]
+            own = revived.repeat_interleave(self.args.generations)[self._local(len(rows))]
             output = replace_rows(output, rows[own], other, own.nonzero().squeeze(1), self._tokenizer.pad_token_id)
             dead[places[revived]] = False
         self._metrics["train"]["dynamic_sampling/attempts"].append(float(attempt))
         self._metrics["train"]["dynamic_sampling/left_dead"].append(dead.float().mean().item())
-        alive = ~dead.repeat_interleave(self._group_size)[self._local(len(output["completion_mask"]))]
+        alive = ~dead.repeat_interleave(self.args.generations)[self._local(len(output["completion_mask"]))]
         output["tool_mask"] = output["tool_mask"] * alive[:, None].to(output["tool_mask"].dtype)
         self._count_loss_tokens(output)
         return output
@@ -339,7 +339,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         """Metrics, the schedule's record, and the completions table, from the rows of all processes."""
         advantages = self.accelerator.gather(advantages)
         kept = rows.everyone.kept(self._negatives.gate)
-        for name, value in row_metrics(rows.everyone, kept, rows.rewards, advantages, self._group_size).items():
+        for name, value in row_metrics(rows.everyone, kept, rows.rewards, advantages, self.args.generations).items():
             self._metrics["train"][name].append(value)
         self._schedule.record(rows.everyone.looped[rows.everyone.negative].tolist(), self.state.global_step)
         logs: Any = self._logs

@@ -133,16 +133,16 @@ class Cache:
         Two processes that build the same key do the work twice and agree: the first to finish stays.
         """
         final = self.root / f"{kind}-{key}"
-        if final.is_dir():
-            if self.enabled:
-                status(f"{kind}: from the cache, {final}")
-                return final
-            shutil.rmtree(final)
+        if final.is_dir() and self.enabled:
+            status(f"{kind}: from the cache, {final}")
+            return final
         self.root.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=self.root))
         try:
             build(unfinished)
             unfinished.chmod(0o755)  # a temporary folder is for its owner's eyes only
+            if not self.enabled and final.is_dir():
+                shutil.rmtree(final)
             try:
                 unfinished.rename(final)
             except OSError:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qscope_posttrain.features.directions import difference_of_means_set
-from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.feature_set import SAME_EMBEDDING, FeatureSet
 from qscope_posttrain.provenance import embedding_agreement, embedding_sketch, model_identity
 
 SHAPE_ALONE = "fit the model by its shape (weights not compared)"
@@ -27,6 +27,20 @@ def tuned(model, rate):
     weight = moved.get_input_embeddings().weight
     weight.data += rate * weight.data.std() * torch.randn(weight.shape)
     return moved
+
+
+def trained(model, rate, steps=200):
+    """From its random start to a small loss, every weight."""
+    made = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(0)
+    texts = torch.randint(3, 500, (32, 16), generator=draw)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=rate)
+    for step in range(steps):
+        batch = texts[step % 4 * 8 : step % 4 * 8 + 8]
+        made(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return made
 
 
 def resized(model, vocabulary):
@@ -48,6 +62,7 @@ SAME = {
     "compiled": torch.compile,
     "fine-tuned": lambda model: tuned(model, 0.1),
     "much fine-tuned": lambda model: tuned(model, 0.7),
+    "trained from its start": lambda model: trained(model, 3e-3),
     "lora": lambda model: with_lora(model, target_modules=["q_proj"]),
     "lora on the embedding": lambda model: with_lora(model, target_modules=["embed_tokens"]),
     "embedding trained beside": lambda model: with_lora(
@@ -79,6 +94,9 @@ def test_where_there_are_no_weights_the_shape_alone_is_compared(features, make_m
     assert features.check_model(gathered) == SHAPE_ALONE
     old = replace(features, model={key: value for key, value in features.model.items() if key != "embedding"})
     assert old.check_model(make_model(seed=1)) == SHAPE_ALONE
+    quantised = make_model()
+    quantised.set_input_embeddings(torch.ao.nn.quantized.Embedding(512, quantised.config.hidden_size))
+    assert features.check_model(quantised) == SHAPE_ALONE  # its weight is a method
     empty = make_model()
     empty.get_input_embeddings().weight.data.zero_()
     assert embedding_sketch(empty) is None
@@ -92,6 +110,23 @@ def test_rows_that_share_a_direction_do_not_make_models_alike(make_model):
     sketch = embedding_sketch(models[0])
     assert embedding_agreement(sketch, models[0]) == pytest.approx(1.0, abs=1e-9)
     assert abs(embedding_agreement(sketch, models[1])) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["frequent tokens", "unused tokens"])
+def test_what_is_alike_in_all_models_does_not_make_them_alike(make_model, kind):
+    """A direction of frequent tokens, another one in each model; tokens of no meaning, the same ones in all."""
+    draw = torch.Generator().manual_seed(0)
+    models = [make_model(seed=seed) for seed in range(12)]
+    for model in models:
+        weight = model.get_input_embeddings().weight.data
+        if kind == "frequent tokens":
+            direction = 0.1 * torch.randn(weight.shape[1], generator=draw)
+            weight += torch.linspace(1, -1, len(weight))[:, None] * direction
+        else:
+            weight[len(weight) // 10 :] = 0.0
+    sketch = embedding_sketch(models[0])
+    assert embedding_agreement(sketch, models[0]) == pytest.approx(1.0, abs=1e-9)
+    assert max(embedding_agreement(sketch, other) for other in models[1:]) < 0.8 * SAME_EMBEDDING
 
 
 @pytest.mark.parametrize("sketch", [None, {}, {"rows": 0, "sketch": ""}, {"rows": 512, "sketch": "AAAA"}])

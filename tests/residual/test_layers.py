@@ -250,6 +250,8 @@ def test_virtual_tokens(make_model, kind):
     assert virtual_tokens(model) == 3
     assert virtual_tokens(torch.compile(model, backend="eager")) == 3
     assert virtual_tokens(model.get_base_model()) == 0
+    with model.disable_adapter():
+        assert virtual_tokens(model) == 0
     assert virtual_tokens(peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))) == 0
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from rl.cases import END, PROMPTS, G, loop_features, make_args, make_trainer, small_model
 from transformers import GenerationConfig
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.rl.rollouts.hf import negative_rollout, negative_source
 from qscope_posttrain.rl.rollouts.options import check_effective, check_options
 from qscope_posttrain.rl.rows import RowPlan
@@ -114,14 +114,22 @@ def test_the_trainer_refuses_what_the_models_own_configuration_says(model, tiny_
 def test_unknown_options_of_the_model_are_not_ours(model, tiny_tokenizer):
     other = copy.deepcopy(model)
     other.generation_config.chat_format = "chatml"
-    other.generation_config.cache_implementation = "hybrid"
-    build(other, tiny_tokenizer)
+    for usual in ("hybrid", "dynamic"):
+        other.generation_config.cache_implementation = usual
+        build(other, tiny_tokenizer)
+        build(model, tiny_tokenizer, cache_implementation="dynamic", generation_kwargs={"cache_implementation": usual})
 
 
 @pytest.mark.parametrize(("name", "meant"), [("num_beam", "num_beams"), ("no_repeat_ngram", "no_repeat_ngram_size")])
 def test_a_misspelled_option(name, meant):
     with pytest.raises(ValueError, match=f"'{name}' is no option.*Did you mean '{meant}'"):
         make_args(generation_kwargs={name: 2})
+
+
+@pytest.mark.parametrize("given", ["top_k=5", ["top_k", 5]])
+def test_options_are_a_dictionary(given):
+    with pytest.raises(UserTypeError, match="generation_kwargs must be a dictionary"):
+        make_args(generation_kwargs=given)
 
 
 @pytest.mark.parametrize("name", ["logits_processor", "assistant_model", "custom_generate", "synced_gpus"])

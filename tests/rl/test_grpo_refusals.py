@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
-from rl.cases import CHOSEN, LAYER, PROMPTS, loop_features, make_args, small_model
+from rl.cases import CHOSEN, LAYER, PROMPTS, loop_features, make_args, make_trainer, small_model
 from trl import GRPOConfig, TrlParser
 
+from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
 from qscope_posttrain.rl.config import PRESETS, SteeredGRPOConfig
 from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
@@ -52,6 +53,10 @@ OUT_OF_RANGE = [
     ({"dynamic_sampling_attempts": 0}, "dynamic_sampling_attempts"),
     ({"loss_type": "cispo"}, "epsilon_high"),
     ({"window_start": [3]}, "window_start"),
+    ({"window_start": 3}, "window_start"),
+    ({"window_start": "02"}, "window_start"),
+    ({"window_start": [0, 2.5]}, "window_start"),
+    ({"copies": 1.5}, "copies must be a whole number"),
     ({"window_start": [3, 2]}, "window_start"),
     ({"window_start": [-1, 2]}, "window_start"),
     ({"window_start": [2, 15]}, "window_start"),
@@ -74,6 +79,16 @@ CONTRADICTIONS = {
 def test_refused_with_the_name_of_the_field(options, name):
     with pytest.raises(ValueError, match=name):
         make_args(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("negatives_per_group", "1"), ("negatives_per_group", None), ("negatives_per_group", True), ("copies", None),
+     ("negative_share", "half"), ("copy_boundary", "END"), ("copy_boundary", [""]), ("copy_boundary", None)],
+)  # fmt: skip
+def test_another_type_is_refused_with_the_name_of_the_field(name, value):
+    with pytest.raises(UserTypeError, match=f"{name} must be"):
+        make_args(**{name: value})
 
 
 @pytest.mark.parametrize(("options", "name"), ERASING)
@@ -183,6 +198,30 @@ def test_the_config_must_be_ours(model, tiny_tokenizer, tmp_path):
         build(model, tiny_tokenizer, GRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True))
     with pytest.raises(TypeError, match="NoneType"):
         SteeredGRPOTrainer(model=model, reward_funcs=[])
+
+
+class NeverLoaded:
+    """Stands for a model that takes an hour to load."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the model was asked for {name}")
+
+
+def test_a_mistake_is_found_before_the_model_is_loaded(model, tmp_path):
+    def refused(message, kind=UserValueError, reward=lambda **_: [], args=None, **options):
+        with pytest.raises(kind, match=message):
+            SteeredGRPOTrainer(NeverLoaded(), reward, args or make_args(), **options)
+
+    refused("features must be a FeatureSet or its path; got dict", UserTypeError, features={})
+    refused("No FeatureSet file", UserFileNotFoundError, features=tmp_path / "none.safetensors")
+    refused("negative='feature' needs features", args=make_args(negative="feature"))
+    refused("makes negatives without features", args=make_args(negative="seeded"), features=loop_features(model))
+    refused("reward_weights has 2 numbers for 1 reward functions", args=make_args(reward_weights=[1.0, 2.0]))
+
+
+def test_the_length_alone_is_no_reward(model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="No reward source"):
+        make_trainer(model, make_args(soft_overlong_cache=4), tiny_tokenizer, reward=[])
 
 
 @pytest.mark.parametrize("options", [{"negative": "seeded"}, {"negatives_per_group": 0, "dynamic_sampling": True}])

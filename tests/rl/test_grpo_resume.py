@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from rl.cases import LAYER, loop_features, make_args, make_trainer, small_model
 from trl import GRPOConfig, GRPOTrainer
 
+from qscope_posttrain.rl.checkpoints import run_identity
+from qscope_posttrain.rl.rollouts.hf import negative_source
 from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
 RANDOM = {"steering_layer": LAYER, "steering_strength": 4.0, "steering_unit": "norm", "window_start": [0, 2],
@@ -93,15 +97,41 @@ def test_other_settings(model, tiny_tokenizer, checkpoints, tmp_path, name):
         resumed.train(resume_from_checkpoint=checkpoints["seeded"])
 
 
-@pytest.mark.parametrize("how", ["direction", "strength", "window", "norm"])
-def test_other_features(model, tiny_tokenizer, checkpoints, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("direction", "features_sha256 was"), ("norm", "features_sha256 was"), ("window", "window_length was 6, is 5"),
+     ("strength", "steering_strength was 1.0, is 2.0")],
+)  # fmt: skip
+def test_other_features(model, tiny_tokenizer, checkpoints, tmp_path, how, message):
     chosen = {"strength": {"strength": 2.0}, "window": {"window_length": 5}}.get(how, {})
     other = loop_features(model, norm=9.0 if how == "norm" else 8.0, **chosen)
     if how == "direction":
         other.layers[LAYER].decoder.neg_()
     resumed = build(model, tiny_tokenizer, tmp_path, "feature", features=other, max_steps=2)
-    with pytest.raises(ValueError, match=r"window was" if how == "window" else "steering_sha256 was"):
+    with pytest.raises(ValueError, match=message):
         resumed.train(resume_from_checkpoint=checkpoints["feature"])
+
+
+def test_the_same_features_from_a_file_and_said_in_full(model, tiny_tokenizer, checkpoints, tmp_path):
+    """What the features record may as well stand in the settings."""
+    file = loop_features(model).save(tmp_path / "features.safetensors")
+    recorded = {
+        "negative": "feature", "steering_layer": LAYER, "steering_strength": 1.0, "steering_unit": "relative",
+        "window_start": [2, 2], "window_length": 6, "reward_weights": [1.0],
+    }  # fmt: skip
+    resumed = build(model, tiny_tokenizer, tmp_path, "feature", features=file, max_steps=2, **recorded)
+    resumed.train(resume_from_checkpoint=checkpoints["feature"])
+    assert resumed.state.global_step == 2
+
+
+def test_what_is_computed_from_the_features_may_differ_in_its_last_bits(model):
+    """As it does on another machine."""
+    features, args = loop_features(model), make_args()
+    source = negative_source(args, features, model, None)
+    moved = replace(source, steering=replace(source.steering, direction=source.steering.direction * (1 + 2e-7)))
+    args = args.settled(True)
+    assert not torch.equal(source.steering.direction, moved.steering.direction)
+    assert run_identity(args, source, features, []) == run_identity(args, moved, features, [])
 
 
 def forgetful(folder, tmp_path):

@@ -121,6 +121,22 @@ def test_a_field_that_was_set_later_is_checked(model, tiny_tokenizer):
     assert args.window_start is None
 
 
+def test_a_mode_that_was_set_later_is_no_other_mode_in_silence():
+    args = make_args()
+    args.mode = "paper"
+    with pytest.raises(ValueError, match=r"mode='paper'.*give mode='paper' then, not later"):
+        args.settled(True)
+    args.mode = "papr"
+    with pytest.raises(ValueError, match="mode must be one of"):
+        args.settled(True)
+    args = make_args(mode="paper")
+    args.negative = "seeded"
+    with pytest.raises(ValueError, match=r"mode='paper'.*negative='feature'"):
+        args.settled(False)
+    args.negative = None
+    assert args.settled(True).negative == "feature"
+
+
 @pytest.mark.parametrize("soft", [0, 4])
 def test_the_callers_lists_stay_as_they_were(model, tiny_tokenizer, soft):
     rewards, classes, callbacks, weights = [reward], [None], [TrainerCallback()], [0.5]

@@ -49,6 +49,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     made: list[Path] = []
     cache.folder("thing", "abc", counting(made))
     assert len(made) == 1
+    with pytest.raises(RuntimeError, match="interrupted"):
+        Cache(tmp_path, enabled=False).folder("thing", "abc", fail)
+    assert (tmp_path / "thing-abc" / "content.txt").read_text() == "1"  # replaced by what is complete only
 
 
 def test_the_first_of_two_builders_stays(tmp_path: Path) -> None:

@@ -102,11 +102,6 @@ def _steering(config: SteeredGRPOConfig, features: FeatureSet | None, model: nn.
         return feature_steering(
             features, layer=config.steering_layer, strength=config.steering_strength, unit=config.steering_unit
         )
-    if config.negative == "feature":
-        raise UserValueError(
-            "negative='feature' needs features: pass features=FeatureSet (see `qscope features find-repetition`), or "
-            "choose negative='seeded', which needs none."
-        )
     if config.steering_layer is None or config.steering_strength is None or config.steering_unit in (None, "relative"):
         raise UserValueError(
             "negative='random' without features needs steering_layer, steering_strength and steering_unit='norm' (or "

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.residual.layers import pretrained_model
 
 # They reshape a distribution, or do nothing here: beams and an assistant are refused below or never given.
@@ -24,9 +24,11 @@ _ALLOWED = frozenset(
 _NEUTRAL: Mapping[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "guidance_scale": 1, "diversity_penalty": 0,
     "penalty_alpha": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1,
-    "use_cache": True, "cache_implementation": "hybrid",
+    "use_cache": True,
 }  # fmt: skip
-"""Values that mean the same as none; transformers itself sets the cache "hybrid" aside"""
+"""Values that mean the same as none"""
+_USUAL_CACHES = ("dynamic", "hybrid")
+"""transformers' default by its name, and one that it sets aside"""
 
 _SEVERAL_ROWS = "makes several rows of the model of one completion, so that negatives cannot be told from other rows"
 _DRAFTS = "reads several tokens at a time, so that generated tokens cannot be told apart"
@@ -67,8 +69,11 @@ def check_options(
         source: where an option comes from, in words.
 
     Raises:
+        TypeError: `options` is no mapping.
         ValueError: the message names the option.
     """
+    if not isinstance(options, Mapping):
+        raise UserTypeError(f"generation_kwargs must be a dictionary of options of `generate`; got {options!r}.")
     known = vars(GenerationConfig())
     for name, value in options.items():
         if name not in known:
@@ -142,6 +147,8 @@ def _is_off(name: str, value: Any, equal: Mapping[str, Any], steered: bool) -> b
         return not _as_set(value) & _as_set(equal.get("pad_token_id", ()))
     if value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value):
         return name != "use_cache" or value is None
+    if name == "cache_implementation":
+        return value in _USUAL_CACHES
     return name in _NEUTRAL and bool(value == _NEUTRAL[name])
 
 
