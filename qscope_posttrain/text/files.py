@@ -38,6 +38,7 @@ _NO_TEXT = {
     b"(\xb5/\xfd": "compressed with zstd: unpack it first (zstd -d)",
     b"PAR1\x15": "a Parquet file, not text",
     b"ARROW1\0": "an Arrow file, not text",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file that it stands for: run git lfs pull",
     b"%PDF-": "a PDF, not text: export its text",
 }
 _SUFFIXES = (".gz", ".bz2", ".xz")
@@ -182,7 +183,7 @@ def _opened(place: Path, packed: bool) -> Iterator[io.TextIOWrapper]:
 
 
 def _head(file: IO[bytes]) -> bytes:
-    head = file.read(10)
+    head = file.read(24)
     file.seek(0)
     return head
 
