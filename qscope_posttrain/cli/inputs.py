@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qscope_posttrain.cli.options import DTYPES
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, library_refusals
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.text.files import bare_name, check_is_file, read_lines, text_suffix
-from qscope_posttrain.text.jsonl import read_jsonl
+from qscope_posttrain.text.files import bare_name, check_is_file, check_plain, read_lines, text_suffix
+from qscope_posttrain.text.jsonl import read_json, read_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -202,7 +204,7 @@ def load_model(
     status(f"loading {name} in {dtype} on {place}")
     tokenizer = load_tokenizer(name, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    with library_refusals(f"cannot load the model '{name}'"):
+    with _loading(f"cannot load the model '{name}'", name):
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=kind)
         return model.to(place).eval(), tokenizer
 
@@ -216,7 +218,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     from transformers import AutoTokenizer
 
-    with library_refusals(f"cannot load the tokenizer of '{name}'"):
+    with _loading(f"cannot load the tokenizer of '{name}'", name):
         try:
             return AutoTokenizer.from_pretrained(name, revision=revision)
         except OSError as error:
@@ -235,7 +237,7 @@ def load_config(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    with library_refusals(f"cannot read the configuration of '{name}'"):
+    with _loading(f"cannot read the configuration of '{name}'", name):
         try:
             return AutoConfig.from_pretrained(name, revision=revision)
         except OSError as error:
@@ -259,6 +261,29 @@ def choose_device(device: str | None) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise UserValueError(f"no device '{device}' on this machine ({str(error).splitlines()[0]}).") from error
     return place
+
+
+_OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """`library_refusals` for what is read from the folder `name`, if it is one: a damaged JSON file in it is named, over
+    which the libraries fail in any way."""
+    try:
+        with library_refusals(what):
+            yield
+    except Exception as error:
+        for file in sorted(Path(name).glob("*.json")):
+            try:
+                check_plain(file, head=sys.maxsize, marked=False)
+                content = read_json(file)
+            except UserError as fault:
+                raise UserValueError(f"{what}: {fault}") from error
+            if file.name in _OBJECTS and not isinstance(content, dict):
+                found = type(content).__name__
+                raise UserValueError(f"{what}: {file}: expected a JSON object, got {found}.") from error
+        raise
 
 
 def _is_name(language: Any) -> TypeGuard[str]:
