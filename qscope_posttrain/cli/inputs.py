@@ -268,22 +268,39 @@ _OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenize
 
 @contextmanager
 def _loading(what: str, name: str) -> Iterator[None]:
-    """`library_refusals` for what is read from the folder `name`, if it is one: a damaged JSON file in it is named, over
+    """`library_refusals` for what is read from the folder `name`, if it is one: a damaged file in it is named, over
     which the libraries fail in any way."""
     try:
         with library_refusals(what):
             yield
     except Exception as error:
-        for file in sorted(Path(name).glob("*.json")):
+        for file in sorted(Path(name).glob("*")):
             try:
-                check_plain(file, head=sys.maxsize, marked=False)
-                content = read_json(file)
+                _check_model_file(file)
             except UserError as fault:
                 raise UserValueError(f"{what}: {fault}") from error
-            if file.name in _OBJECTS and not isinstance(content, dict):
-                found = type(content).__name__
-                raise UserValueError(f"{what}: {file}: expected a JSON object, got {found}.") from error
         raise
+
+
+def _check_model_file(file: Path) -> None:
+    """Raise what is wrong with a file of a model folder by itself."""
+    from safetensors import SafetensorError, safe_open
+
+    from qscope_posttrain.sae.containers.weights_file import check_is_file_with_data
+
+    if file.suffix in (".json", ".jinja"):
+        check_plain(file, head=sys.maxsize, marked=False)
+    if file.suffix == ".json":
+        content = read_json(file)
+        if file.name in _OBJECTS and not isinstance(content, dict):
+            raise UserValueError(f"{file}: expected a JSON object, got {type(content).__name__}.")
+    if file.suffix == ".safetensors":
+        check_is_file_with_data(file)
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserValueError(f"{file} is damaged or was cut off ({error}): fetch it again.") from error
 
 
 def _is_name(language: Any) -> TypeGuard[str]:

@@ -72,9 +72,7 @@ def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
     return place
 
 
-def check_plain(
-    path: str | os.PathLike[str], what: str = "file", head: int | None = None, marked: bool = True
-) -> str:
+def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | None = None, marked: bool = True) -> str:
     """The first line that is not blank, of a file that is to be read by another library: UTF-8 throughout, with at most
     one byte order mark. "" where every line is blank.
 

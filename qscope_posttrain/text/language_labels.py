@@ -98,12 +98,11 @@ def _counted(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
 
 
 def _counted_one_by_one(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
-    row = 0
-    for batch in dataset.select_columns(column).with_format(None).iter(batch_size=_ROWS_AT_A_TIME):
-        for row, value in enumerate(batch[column], start=row):
-            for entry in value if isinstance(value, list) else [value]:
-                yield entry, row, 1
-        row += 1
+    rows = dataset.select_columns(column).with_format(None)
+    values = (value for batch in rows.iter(batch_size=_ROWS_AT_A_TIME) for value in batch[column])
+    for row, value in enumerate(values):
+        for entry in value if isinstance(value, list) else [value]:
+            yield entry, row, 1
 
 
 def _columns(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:

@@ -140,5 +140,5 @@ def test_needs_its_folder(tmp_path):
 def test_answers_are_kept_in_a_file_and_nothing_else(tmp_path, place):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError if place == "folder" else ValueError, match="is a folder|a pipe or a device"):
+    with pytest.raises(OSError if place == "folder" else ValueError, match=r"is a folder|a pipe or a device"):
         CompletionCache(tmp_path / place)
