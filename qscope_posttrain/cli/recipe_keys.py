@@ -8,6 +8,7 @@ variables of a short list.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -250,6 +251,7 @@ _RULES = {
     "experts_implementation": _KERNELS,
     "path": _PICKLES,
     "dataset": _PICKLES,
+    "datasets": _PICKLES,
     "dataset_name": _PICKLES,
     "rewards": _Rule(_runs_rewards, "imports a module"),
 }
@@ -261,6 +263,8 @@ def _requests(place: str, key: str, value: Any, rule: _Rule | None) -> Iterator[
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):  # mappings may be written as JSON
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         for name, entry in value.items():
             # A reward's options are values; its name is what is imported.

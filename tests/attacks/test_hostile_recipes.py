@@ -96,6 +96,7 @@ CODE = [
     ("sft", {"attn_implementation": "anybody/kernel:name"}),
     ("sft", {"dataset_kwargs": {"trust_remote_code": True}}),
     ("sft", {"datasets": [{"path": "pandas", "data_files": "https://example.org/rows.pkl"}]}),
+    ("sft", {"datasets": ["pandas"]}),
     ("sft", {"dataset_name": "pandas"}),
     ("grpo", {"generation_kwargs": {"custom_generate": "anybody/loop"}}),
     ("grpo", {"generation_kwargs": '{"custom_generate": "anybody/loop"}'}),
@@ -168,6 +169,33 @@ def test_the_user_may_send_a_key_anywhere(tmp_path):
         assert options_of_an_endpoint(tmp_path, {"base_url": place}).base_url == place
     del os.environ["OPENAI_API_KEY"]
     assert options_of_an_endpoint(tmp_path, SERVER).base_url == SERVER["base_url"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"learning_rate": 10**400}, "learning_rate must be a number; got one of 401 digits"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"data_seed": 1 << 70}, "data_seed must be a whole number from 0"),
+        ({"model_init_kwargs": "abc"}, "model_init_kwargs must be a mapping"),
+        ({"lr_scheduler_kwargs": "[1]"}, "lr_scheduler_kwargs must be a mapping"),
+    ],
+)
+def test_values_that_no_trainer_takes_are_named(parse, changes, says):
+    with pytest.raises(ValueError, match=says):
+        parse("sft", changes)
+
+
+@pytest.mark.parametrize("name", ["accelerator_config", "fsdp_config", "deepspeed"])
+def test_settings_files_are_read_before_transformers_opens_them(parse, tmp_path, name):
+    file = tmp_path / "settings.json"
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"settings\.json' is a pipe or a device"):
+        parse("sft", {name: str(file)})
+    file.unlink()
+    file.write_bytes('{"split_batches": false}'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"settings\.json' is UTF-16"):
+        parse("sft", {name: str(file)})
 
 
 def test_what_the_command_line_says_is_the_users_word(parse):
