@@ -40,7 +40,7 @@ def as_positive(name: str, value: object) -> float:
     """`as_number` above 0, and far enough from it that its inverse is a number, too."""
     number = as_number(name, value)
     if number < FLOAT32.tiny:
-        raise UserValueError(f"{name} must be above 0, and at least {FLOAT32.tiny!r}, got {shown(value)}")
+        raise UserValueError(f"{name} must be above 0, got {shown(value)} (float32 begins at {FLOAT32.tiny:.2g})")
     return number
 
 
