@@ -38,6 +38,7 @@ _NO_TEXT = {
     b"(\xb5/\xfd": "compressed with zstd: unpack it first (zstd -d)",
     b"PAR1\x15": "a Parquet file, not text",
     b"ARROW1\0": "an Arrow file, not text",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file that it stands for: run git lfs pull",
     b"%PDF-": "a PDF, not text: export its text",
 }
 _SUFFIXES = (".gz", ".bz2", ".xz")
@@ -71,12 +72,13 @@ def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
     return place
 
 
-def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | None = None) -> str:
+def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | None = None, marked: bool = True) -> str:
     """The first line that is not blank, of a file that is to be read by another library: UTF-8 throughout, with at most
     one byte order mark. "" where every line is blank.
 
     Args:
         head: Look at so many lines alone, of a file that will be read as a stream, which must not be compressed.
+        marked: Whether it may begin with a byte order mark.
 
     Raises:
         FileNotFoundError: no such file.
@@ -92,6 +94,8 @@ def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | No
             )
         for number, line in enumerate(islice(stream, head), start=1):
             plain = _checked(line, place, number)
+            if line != plain and not marked:
+                raise UserValueError(f"{place}, line {number}: a byte order mark; save the file as UTF-8 without one.")
             if len(line) - len(plain) > (number == 1):
                 raise UserValueError(
                     f"{place}, line {number}: a second byte order mark; the file was put together from several. Take "
@@ -182,7 +186,7 @@ def _opened(place: Path, packed: bool) -> Iterator[io.TextIOWrapper]:
 
 
 def _head(file: IO[bytes]) -> bytes:
-    head = file.read(10)
+    head = file.read(24)
     file.seek(0)
     return head
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 from trl import get_peft_config
 
 from qscope_posttrain.cli.inputs import load_config
@@ -19,6 +19,8 @@ from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
+from qscope_posttrain.text.files import check_plain
+from qscope_posttrain.text.jsonl import read_json
 
 T = TypeVar("T")
 
@@ -108,10 +110,15 @@ def check_data(recipe: TrainingRecipe, split: str) -> tuple[Rows, str]:
 
 
 def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
-    """The checkpoint to resume from."""
+    """The checkpoint to resume from, with a state that can be read."""
     path = Path(str(recipe.training.resume_from_checkpoint))
-    if not (path / "trainer_state.json").is_file():
+    state = path / "trainer_state.json"
+    if not state.is_file():
         raise UserFileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.")
+    check_plain(state, marked=False)
+    read_json(state)
+    with library_refusals(f"'{state}' is no state of a trainer"):
+        TrainerState.load_from_json(str(state))
     return path, f"resuming from {path}"
 
 

@@ -35,6 +35,7 @@ def code_switching(options: argparse.Namespace) -> None:
         for language in prompts:
             check_source(options.target, language)
     chat_options = template_options(options.chat_template_options)
+    settings = sampling_settings(options)
     detector = None
     if texts is not None:
         tokenizer = load_tokenizer(options.model, options.revision)
@@ -47,7 +48,7 @@ def code_switching(options: argparse.Namespace) -> None:
         tokenizer,
         prompts,
         options.target,
-        **asdict(sampling_settings(options)),
+        **asdict(settings),
         chat=options.chat,
         chat_template_options=chat_options,
         detector=detector,

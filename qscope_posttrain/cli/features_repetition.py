@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.inputs import load_model, parse_layers, read_prompts, template_options
+from qscope_posttrain.cli.inputs import load_model, load_tokenizer, parse_layers, read_prompts, template_options
 from qscope_posttrain.cli.options import add_model_options
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserError, UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 from qscope_posttrain.report.tables import Table
@@ -17,6 +17,7 @@ from qscope_posttrain.text.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet
+    from qscope_posttrain.features.loops import LoopCollection
 
 LOOPS_FILE = "loops.jsonl"
 
@@ -24,7 +25,7 @@ LOOPS_FILE = "loops.jsonl"
 def find_repetition(options: argparse.Namespace) -> None:
     """Find the features, print both tables, and write features, loops, curves as SVG, and `summary.json`."""
     from qscope_posttrain.features.find_repetition import find_repetition_features, repetition_table
-    from qscope_posttrain.features.loops import collect_loops, loops_from_texts
+    from qscope_posttrain.features.loops import collect_loops
     from qscope_posttrain.features.repetition_curve import CurveSettings
     from qscope_posttrain.features.repetition_figure import CURVE_KEY, curve_figures
     from qscope_posttrain.residual.layers import decoder_layers
@@ -43,9 +44,9 @@ def find_repetition(options: argparse.Namespace) -> None:
     if options.prompts is not None:
         groups = read_prompts(options.prompts, options.max_prompts, language="all")
         prompts = [prompt for group in groups.values() for prompt in group]
-    rows = None if options.loops is None else [row for _, row in read_jsonl(options.loops)]
     benign = None if options.benign is None else _benign(options.benign)
     bounds = {"min_copies": options.min_copies, "min_tokens": options.min_tokens}
+    loops = None if options.loops is None else _given_loops(options, bounds)
     sampling = SamplingSettings(
         temperature=options.temperature,
         top_p=options.top_p,
@@ -71,9 +72,7 @@ def find_repetition(options: argparse.Namespace) -> None:
         )
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     layers = parse_layers(options.layers, len(decoder_layers(model)))
-    if rows is not None:
-        loops = loops_from_texts(tokenizer, rows, **bounds)
-    else:
+    if loops is None:
         limits = {"wanted": options.wanted, "max_samples": options.max_samples}
         loops = collect_loops(model, tokenizer, prompts or [], settings=sampling, **limits, **bounds, **chat)
     loops_path = loops.write(output / LOOPS_FILE, tokenizer)
@@ -173,6 +172,18 @@ def add_options(new: argparse.ArgumentParser) -> None:
     new.add_argument("--k", type=int, help="k of TopK, where neither file nor release name says it")
     new.add_argument("--saes-at-once", type=int, help="SAEs in memory at a time; each group of them is one pass")
     new.add_argument("--seed", type=int, default=0, help="of the sampling and the random directions")
+
+
+def _given_loops(options: argparse.Namespace, bounds: dict[str, int]) -> LoopCollection:
+    """The loops among the completions of --loops, before a model is loaded."""
+    from qscope_posttrain.features.loops import loops_from_texts
+
+    rows = [row for _, row in read_jsonl(options.loops)]
+    tokenizer = load_tokenizer(options.model, options.revision)
+    try:
+        return loops_from_texts(tokenizer, rows, **bounds)
+    except UserError as error:
+        raise UserValueError(f"{options.loops}: {error}") from error
 
 
 def _benign(path: str | Path) -> list[str]:

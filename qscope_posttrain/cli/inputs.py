@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from qscope_posttrain.cli.options import DTYPES
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, library_refusals
-from qscope_posttrain.files import bare_name, check_is_file, read_lines, text_suffix
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
+from qscope_posttrain.files import bare_name, check_is_file, check_plain, read_lines, text_suffix
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.text.jsonl import read_jsonl
+from qscope_posttrain.text.jsonl import read_json, read_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -202,7 +204,7 @@ def load_model(
     status(f"loading {name} in {dtype} on {place}")
     tokenizer = load_tokenizer(name, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    with library_refusals(f"cannot load the model '{name}'"):
+    with _loading(f"cannot load the model '{name}'", name):
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=kind)
         return model.to(place).eval(), tokenizer
 
@@ -216,7 +218,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     from transformers import AutoTokenizer
 
-    with library_refusals(f"cannot load the tokenizer of '{name}'"):
+    with _loading(f"cannot load the tokenizer of '{name}'", name):
         try:
             return AutoTokenizer.from_pretrained(name, revision=revision)
         except OSError as error:
@@ -235,7 +237,7 @@ def load_config(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    with library_refusals(f"cannot read the configuration of '{name}'"):
+    with _loading(f"cannot read the configuration of '{name}'", name):
         try:
             return AutoConfig.from_pretrained(name, revision=revision)
         except OSError as error:
@@ -259,6 +261,46 @@ def choose_device(device: str | None) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise UserValueError(f"no device '{device}' on this machine ({str(error).splitlines()[0]}).") from error
     return place
+
+
+_OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """`library_refusals` for what is read from the folder `name`, if it is one: a damaged file in it is named, over
+    which the libraries fail in any way."""
+    try:
+        with library_refusals(what):
+            yield
+    except Exception as error:
+        for file in sorted(Path(name).glob("*")):
+            try:
+                _check_model_file(file)
+            except UserError as fault:
+                raise UserValueError(f"{what}: {fault}") from error
+        raise
+
+
+def _check_model_file(file: Path) -> None:
+    """Raise what is wrong with a file of a model folder by itself."""
+    from safetensors import SafetensorError, safe_open
+
+    from qscope_posttrain.sae.containers.weights_file import check_is_file_with_data
+
+    if file.suffix in (".json", ".jinja"):
+        check_plain(file, head=sys.maxsize, marked=False)
+    if file.suffix == ".json":
+        content = read_json(file)
+        if file.name in _OBJECTS and not isinstance(content, dict):
+            raise UserValueError(f"{file}: expected a JSON object, got {type(content).__name__}.")
+    if file.suffix == ".safetensors":
+        check_is_file_with_data(file)
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserValueError(f"{file} is damaged or was cut off ({error}): fetch it again.") from error
 
 
 def _is_name(language: Any) -> TypeGuard[str]:

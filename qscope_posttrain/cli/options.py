@@ -44,6 +44,8 @@ class OptionParser(argparse.ArgumentParser):
         if recipe is not None:
             values = parser._set_from_file(recipe, tokens)
             recipe_keys.check_code(recipe, values, allowed)
+            given = recipe_keys.given_names(tokens, parser._option_string_actions)
+            recipe_keys.check_secrets(recipe, values, given)
         options, unknown = self.parse_known_args(tokens)
         if unknown:
             name = unknown[0].partition("=")[0]

@@ -14,8 +14,12 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.summary import to_json
+from qscope_posttrain.text.files import check_plain
+from qscope_posttrain.text.jsonl import read_json
 
 _SECRETS = frozenset({"hub_token", "push_to_hub_token"})
+_SETTINGS_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+"""Keys that may name a JSON file, which transformers opens"""
 _SECRET_WORDS = ("token", "api_key", "password", "secret")
 """How the names of secrets end below the top level, where no words of a tokenizer stand: `model_init_kwargs.token`"""
 
@@ -99,10 +103,22 @@ class DeviceRule:
 
     def __call__(self, values: argparse.Namespace) -> None:
         """Raises:
-        ValueError: a recipe for a GPU, or an option that needs one, on a machine without; or an empty batch.
+        ValueError: a recipe for a GPU, or an option that needs one, on a machine without; an empty batch; a seed that
+            not every generator takes; text for a mapping, or a settings file that cannot be read.
         """
         import torch
 
+        for name in ("seed", "data_seed"):
+            seed = getattr(values, name)
+            if seed is not None and not 0 <= seed < 1 << 32:
+                raise UserValueError(f"{name} must be a whole number from 0 to {(1 << 32) - 1}; got {seed}.")
+        for name, value in vars(values).items():
+            text = value.strip() if isinstance(value, str) else ""
+            if name.endswith("_kwargs") and text and not text.startswith("{"):
+                raise UserValueError(f"{name} must be a mapping, on the command line as JSON; got {value!r}.")
+            if name in _SETTINGS_FILES and text and Path(text).exists():
+                check_plain(text, f"file of {name}", marked=False)
+                read_json(text)
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(values, name) < 1:
                 raise UserValueError(f"{name} must be at least 1; got {getattr(values, name)}.")

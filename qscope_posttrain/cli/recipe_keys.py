@@ -8,13 +8,15 @@ variables of a short list.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from qscope_posttrain.errors import UserValueError, did_you_mean
 from qscope_posttrain.recipe_file import read_yaml
@@ -182,6 +184,35 @@ def check_code(recipe: RecipeFile, values: Mapping[str, Any], allowed: bool) -> 
         )
 
 
+def check_secrets(recipe: RecipeFile, values: Mapping[str, Any], given: Collection[str]) -> None:
+    """ValueError where the recipe would send a secret of the user to a place of its choice: it names the server of the
+    key, or the variable that holds it, and the command line does not. A server on this machine may be named.
+
+    Args:
+        values: What the recipe gives and the command line does not replace.
+        given: The options of the command line.
+    """
+    server, variable = values.get("base_url"), values.get("api_key_env")
+    if "api_key_env" in given or (server is not None and _is_local(server)):
+        return
+    if variable is not None and variable != _KEY_VARIABLE:
+        raise UserValueError(
+            f"{recipe.path}: api_key_env chooses which of your secrets is sent to a server, which a recipe may not. If "
+            f"you trust it, give --api-key-env {variable} on the command line."
+        )
+    if server is not None and os.environ.get(_KEY_VARIABLE):
+        raise UserValueError(
+            f"{recipe.path}: base_url would get the key in {_KEY_VARIABLE} sent to {server}. If you trust this server, "
+            f"give --base-url {server} on the command line; if it needs another key, --api-key-env NAME."
+        )
+
+
+def _is_local(server: Any) -> bool:
+    with suppress(ValueError):
+        return urlsplit(str(server)).hostname in ("localhost", "127.0.0.1", "::1")
+    return False
+
+
 def code_requests(values: Mapping[str, Any]) -> list[str]:
     """What in these values would run code that is not installed here as a library, key by key."""
     return [
@@ -206,6 +237,9 @@ class _Rule:
     why: str
 
 
+_KEY_VARIABLE = "OPENAI_API_KEY"
+"""The default of --api-key-env"""
+_PICKLES = _Rule(lambda value: value == "pandas", "is a reader that unpickles its files, which can run anything")
 _KERNELS = _Rule(lambda value: isinstance(value, str) and "/" in value, "downloads compiled kernels from the hub")
 _RULES = {
     "trust_remote_code": _Rule(bool, "runs Python files of the model's repository"),
@@ -215,6 +249,10 @@ _RULES = {
     "kernel_config": _Rule(bool, "downloads compiled kernels from the hub"),
     "attn_implementation": _KERNELS,
     "experts_implementation": _KERNELS,
+    "path": _PICKLES,
+    "dataset": _PICKLES,
+    "datasets": _PICKLES,
+    "dataset_name": _PICKLES,
     "rewards": _Rule(_runs_rewards, "imports a module"),
 }
 
@@ -225,6 +263,8 @@ def _requests(place: str, key: str, value: Any, rule: _Rule | None) -> Iterator[
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):  # mappings may be written as JSON
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         for name, entry in value.items():
             # A reward's options are values; its name is what is imported.

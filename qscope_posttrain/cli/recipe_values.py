@@ -72,7 +72,12 @@ def _item(value: Any, written: Any, action: argparse.Action, kinds: Collection[A
     if isinstance(value, bool | int | float):
         suits = [kind for kind in (bool, int, float) if kind in kinds and _suits(value, kind)]
         if suits:
-            return _chosen(float(value) if suits[0] is float else value, action, place)
+            try:
+                return _chosen(float(value) if suits[0] is float else value, action, place)
+            except OverflowError:
+                raise UserValueError(
+                    f"{place} must be {_wanted(kinds)}; got one of {len(str(value))} digits."
+                ) from None
         if value is False and action.choices is not None and "no" in action.choices:
             return "no"  # YAML reads a bare `no` as false
         if str not in kinds and not any(inspect.isclass(kind) and issubclass(kind, str) for kind in kinds):

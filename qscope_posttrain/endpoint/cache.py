@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.text.files import check_is_file
 
 _RECORD = b'{"key": "'
 """How every line begins."""
@@ -29,14 +30,16 @@ class CompletionCache:
         """Open `path`, or make it; its folder must exist.
 
         Raises:
-            FileNotFoundError: no such folder.
-            ValueError: another process holds it, a line is damaged, or the file is not one of ours.
+            FileNotFoundError: no such folder, or a folder at `path`.
+            ValueError: another process holds it, a line is damaged, or the file is not one of ours, or a device.
         """
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise UserFileNotFoundError(
                 f"cannot keep answers in '{self.path}': there is no folder '{self.path.parent}'."
             )
+        if self.path.exists():
+            check_is_file(self.path)
         self._lock = threading.Lock()
         self._known: dict[str, Completion] = {}
         self._ways: set[str] = set()

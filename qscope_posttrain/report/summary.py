@@ -71,10 +71,10 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserValueError(
-            f"cannot write to the output folder '{folder}' ({reason}); choose another folder."
+            f"cannot write to the output folder {str(folder)!r} ({reason}); choose another folder."
         ) from error
     return folder
 

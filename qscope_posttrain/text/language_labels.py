@@ -67,10 +67,24 @@ def distinct_labels(dataset: Any, column: str) -> list[Label]:
 
     Read column-wise, without a Python object per row. Entries of lists count one by one.
     """
+    import pyarrow
+
+    found: dict[str, Label] = {}  # by its text: NaN differs from itself
+    try:
+        counted = list(_counted(dataset, column))
+    except pyarrow.ArrowNotImplementedError:  # types that Arrow does not compare: mixed ones, mappings, lists of lists
+        counted = list(_counted_one_by_one(dataset, column))
+    for value, row, times in counted:
+        known = found.get(repr(value), Label(value, row, 0))
+        found[repr(value)] = known._replace(times=known.times + times)
+    return sorted(found.values(), key=lambda label: label.row)
+
+
+def _counted(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
+    """(value, first row, times) of the distinct values of each piece of a column."""
     import numpy as np
     import pyarrow.compute as pc
 
-    found: dict[str, Label] = {}
     for start, values in _columns(dataset, column):
         rows = np.arange(len(values))
         if hasattr(values.type, "value_type"):
@@ -80,10 +94,15 @@ def distinct_labels(dataset: Any, column: str) -> list[Label]:
         codes, firsts, counts = np.unique(encoded.indices.to_numpy(), return_index=True, return_counts=True)
         names = encoded.dictionary.to_pylist()
         for code, first, count in zip(codes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
-            # By its text: NaN differs from itself.
-            known = found.get(repr(names[code]), Label(names[code], start + int(rows[first]), 0))
-            found[repr(names[code])] = known._replace(times=known.times + count)
-    return sorted(found.values(), key=lambda label: label.row)
+            yield names[code], start + int(rows[first]), count
+
+
+def _counted_one_by_one(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
+    rows = dataset.select_columns(column).with_format(None)
+    values = (value for batch in rows.iter(batch_size=_ROWS_AT_A_TIME) for value in batch[column])
+    for row, value in enumerate(values):
+        for entry in value if isinstance(value, list) else [value]:
+            yield entry, row, 1
 
 
 def _columns(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:

@@ -10,7 +10,9 @@ import yaml
 
 from qscope_posttrain.cli import features, grpo_arguments, recipe_keys, sft_arguments
 from qscope_posttrain.cli.artefacts import resolved_yaml
+from qscope_posttrain.cli.endpoint_options import add_endpoint_options
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.cli.options import OptionParser
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.rl.rewards import reward_function
 
@@ -93,6 +95,9 @@ CODE = [
     ("sft", {"model_init_kwargs": {"use_kernels": True}}),
     ("sft", {"attn_implementation": "anybody/kernel:name"}),
     ("sft", {"dataset_kwargs": {"trust_remote_code": True}}),
+    ("sft", {"datasets": [{"path": "pandas", "data_files": "https://example.org/rows.pkl"}]}),
+    ("sft", {"datasets": ["pandas"]}),
+    ("sft", {"dataset_name": "pandas"}),
     ("grpo", {"generation_kwargs": {"custom_generate": "anybody/loop"}}),
     ("grpo", {"generation_kwargs": '{"custom_generate": "anybody/loop"}'}),
     ("grpo", {"model_init_kwargs": {"trust_remote_code": True}}),
@@ -123,6 +128,74 @@ def test_allow_code_takes_the_users_word(parse, command, changes):
     found = parse(command, changes, "--allow-code", "--dry_run")
     assert "--allow-code" in resolved_yaml(found, None).splitlines()[0]
     assert "--allow-code" not in resolved_yaml(parse(command, {}), None)
+
+
+def options_of_an_endpoint(tmp_path, recipe: dict, *arguments: str):
+    parser = OptionParser()
+    add_endpoint_options(parser)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"chat_model": "m"} | recipe))
+    return parser.parse(["--config", str(path), *arguments])
+
+
+SERVER = {"base_url": "https://example.org/v1"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (SERVER, "key in OPENAI_API_KEY sent to https://example.org/v1.*--base-url"),
+        ({"base-url": "https://localhost@example.org/v1"}, "sent to https://localhost@example"),
+        ({"base_url": "https://localhost.example.org/v1"}, "sent to https://localhost.example"),
+        ({"api_key_env": "HF_TOKEN"}, "give --api-key-env HF_TOKEN"),
+        (SERVER | {"api_key_env": "HF_TOKEN"}, "give --api-key-env HF_TOKEN"),
+    ],
+)
+def test_a_recipe_sends_no_secret_to_a_server_of_its_choice(tmp_path, recipe, says):
+    os.environ["OPENAI_API_KEY"] = CANARY
+    with pytest.raises(ValueError, match=says):
+        options_of_an_endpoint(tmp_path, recipe)
+    with pytest.raises(ValueError, match=says):
+        options_of_an_endpoint(tmp_path, recipe, "--allow-code")  # is about code
+
+
+def test_the_user_may_send_a_key_anywhere(tmp_path):
+    os.environ["OPENAI_API_KEY"] = CANARY
+    other = SERVER | {"api_key_env": "OTHER_KEY"}
+    assert options_of_an_endpoint(tmp_path, other, "--api-key-env", "OTHER_KEY").base_url == SERVER["base_url"]
+    assert options_of_an_endpoint(tmp_path, SERVER, "--api_key_env=OPENAI_API_KEY").base_url == SERVER["base_url"]
+    assert options_of_an_endpoint(tmp_path, SERVER, "--base-url", "https://example.com/v1").base_url[-6:] == "com/v1"
+    for place in ("http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:1/v1"):
+        assert options_of_an_endpoint(tmp_path, {"base_url": place}).base_url == place
+    del os.environ["OPENAI_API_KEY"]
+    assert options_of_an_endpoint(tmp_path, SERVER).base_url == SERVER["base_url"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"learning_rate": 10**400}, "learning_rate must be a number; got one of 401 digits"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"data_seed": 1 << 70}, "data_seed must be a whole number from 0"),
+        ({"model_init_kwargs": "abc"}, "model_init_kwargs must be a mapping"),
+        ({"lr_scheduler_kwargs": "[1]"}, "lr_scheduler_kwargs must be a mapping"),
+    ],
+)
+def test_values_that_no_trainer_takes_are_named(parse, changes, says):
+    with pytest.raises(ValueError, match=says):
+        parse("sft", changes)
+
+
+@pytest.mark.parametrize("name", ["accelerator_config", "fsdp_config", "deepspeed"])
+def test_settings_files_are_read_before_transformers_opens_them(parse, tmp_path, name):
+    file = tmp_path / "settings.json"
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"settings\.json' is a pipe or a device"):
+        parse("sft", {name: str(file)})
+    file.unlink()
+    file.write_bytes('{"split_batches": false}'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"settings\.json' is UTF-16"):
+        parse("sft", {name: str(file)})
 
 
 def test_what_the_command_line_says_is_the_users_word(parse):

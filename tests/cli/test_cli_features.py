@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerState
 
+from qscope_posttrain.cli.checks import check_checkpoint
+from qscope_posttrain.cli.inputs import load_model
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
 
 
@@ -92,3 +99,43 @@ def test_two_processes_find_what_one_finds(world, tmp_path):
     for layer in one.layers:
         assert one.layers[layer].feature_ids.tolist() == two.layers[layer].feature_ids.tolist()
         assert one.layers[layer].tokens.tolist() == two.layers[layer].tokens.tolist()
+
+
+NOT_READ = {
+    "utf-16": lambda text: text.encode("utf-16"),
+    "mark": lambda text: text.encode("utf-8-sig"),
+    "cut off": lambda text: text[:-9].encode(),
+    "list": lambda text: f"[{text}]".encode(),
+    "deep": lambda text: b"[" * 100_000,
+    "empty": lambda text: b"",
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_a_model_is_named(world, tmp_path, file):
+    folder = Path(shutil.copytree(world.model, tmp_path / "model"))
+    text = (folder / file).read_text(encoding="utf-8")
+    for write in NOT_READ.values():
+        (folder / file).write_bytes(write(text))
+        with pytest.raises(UserError, match=re.escape(file)):
+            load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 99, None])
+def test_damaged_weights_of_a_model_are_named(world, tmp_path, content):
+    file = Path(shutil.copytree(world.model, tmp_path / "model")) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_model(str(file.parent), device="cpu")
+
+
+def test_a_damaged_state_of_a_checkpoint_is_named(tmp_path):
+    state = tmp_path / "trainer_state.json"
+    recipe = SimpleNamespace(training=SimpleNamespace(resume_from_checkpoint=str(tmp_path)))
+    TrainerState().save_to_json(str(state))
+    assert check_checkpoint(recipe)[0] == tmp_path
+    text = state.read_text()
+    for write in (*NOT_READ.values(), lambda text: b"{}\n{}", lambda text: b'{"epochs": 1}'):
+        state.write_bytes(write(text))
+        with pytest.raises(UserError, match=r"trainer_state\.json"):
+            check_checkpoint(recipe)

@@ -134,3 +134,11 @@ def test_two_processes_cannot_share_it_and_a_killed_one_lets_go(tmp_path):
 def test_needs_its_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         CompletionCache(tmp_path / "missing" / "answers.jsonl")
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/null", "pipe", "folder"])
+def test_answers_are_kept_in_a_file_and_nothing_else(tmp_path, place):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError if place == "folder" else ValueError, match=r"is a folder|a pipe or a device"):
+        CompletionCache(tmp_path / place)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 from datasets import ClassLabel, Dataset
 
+from qscope_posttrain.text.data_sets import read_file
 from qscope_posttrain.text.language_labels import class_names, distinct_labels, language_hint, same_language
 from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, language_code, language_scripts, target_script
 
@@ -65,6 +67,8 @@ def columns():
         "lists": (Dataset.from_dict({"l": [["en"], [], ["zh", "en"]]}), [("en", 0, 2), ("zh", 2, 1)]),
         "numbers": (Dataset.from_dict({"l": [2, 0, 2]}), [(2, 0, 2), (0, 1, 1)]),
         "empty": (Dataset.from_dict({"l": []}), []),
+        "mappings": (Dataset.from_dict({"l": [{"a": 1}, {"a": 2}, {"a": 1}]}), [({"a": 1}, 0, 2), ({"a": 2}, 1, 1)]),
+        "lists of lists": (Dataset.from_dict({"l": [[["en"]], [["en"], ["zh"]]]}), [(["en"], 0, 2), (["zh"], 1, 1)]),
     }
 
 
@@ -72,6 +76,13 @@ def columns():
 def test_distinct_labels(kind):
     dataset, expected = columns()[kind]
     assert distinct_labels(dataset, "l") == expected
+
+
+def test_distinct_labels_of_mixed_types_in_a_file(tmp_path):
+    rows = [{"l": "en"}, {"l": 5}, {"l": None}, {"l": "en"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = distinct_labels(read_file(tmp_path / "rows.jsonl")["train"], "l")
+    assert found == [("en", 0, 2), (5, 1, 1), (None, 2, 1)]
 
 
 def test_distinct_labels_of_many_rows_and_nan():
