@@ -275,7 +275,6 @@ OWN_FILES = {
     "provenance.py": "bytes of a checked file, for their hash",
     "files.py": "the reader",
     "text/data_sets.py": "the reader of data sets",
-    "cli/main.py": "the null device, in place of a standard output whose reader is gone",
     "kernels/native/__init__.py": "the package's own source",
     "sae/containers/": "binary files, and opening of archives",
     "sae/mapped.py": "the system's list of mappings, pages of a mapped file",

@@ -17,9 +17,9 @@ from qscope_posttrain.cli.inputs import load_config
 from qscope_posttrain.cli.recipe import TrainingRecipe
 from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
+from qscope_posttrain.files import check_plain
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.text.files import check_plain
 from qscope_posttrain.text.jsonl import read_json
 
 T = TypeVar("T")

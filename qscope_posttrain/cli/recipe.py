@@ -13,8 +13,8 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import check_plain
 from qscope_posttrain.report.summary import to_json
-from qscope_posttrain.text.files import check_plain
 from qscope_posttrain.text.jsonl import read_json
 
 _SECRETS = frozenset({"hub_token", "push_to_hub_token"})

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.text.files import check_is_file
+from qscope_posttrain.files import check_is_file
 
 _RECORD = b'{"key": "'
 """How every line begins."""
