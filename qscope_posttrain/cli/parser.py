@@ -43,6 +43,8 @@ class RecipeParser(TrlParser):
             self._kinds[name].add(dict)
         super().__init__(dataclass_types, allow_abbrev=False, epilog=recipe_keys.HELP, **options)
         self._before_build = before_build
+        self.said: set[str] = set()
+        """The fields that the command line gave, of what was parsed last"""
 
     def parse(self, arguments: Sequence[str], defaults: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         """Instances of the dataclasses, in their order.
@@ -57,6 +59,7 @@ class RecipeParser(TrlParser):
         tokens, path, allowed = recipe_keys.split_arguments(arguments)
         tokens = [_with_underscores(token) for token in tokens]
         recipe = None if path is None else recipe_keys.read_recipe(path)
+        self.said = recipe_keys.given_names(tokens, self._option_string_actions)
         self.set_defaults_with_config(**(defaults or {}))
         if recipe is not None:
             names = self._names()
@@ -64,8 +67,7 @@ class RecipeParser(TrlParser):
                 raise recipe_keys.unknown_keys(recipe, unknown, names, self.prog)
             values = self.checked(recipe.values, recipe.words, str(recipe.path))
             self.set_defaults_with_config(**values)
-            given = recipe_keys.given_names(tokens, self._option_string_actions)
-            recipe_keys.check_code(recipe, {key: values[key] for key in values if key not in given}, allowed)
+            recipe_keys.check_code(recipe, {key: values[key] for key in values if key not in self.said}, allowed)
         with recipe_keys.environment_of(recipe), library_refusals():
             return tuple(self.parse_args_into_dataclasses(args=tokens, look_for_args_file=False))
 

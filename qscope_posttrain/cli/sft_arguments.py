@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,7 +91,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     given = {key: value for part in own for key, value in vars(part).items() if value is not None}
     return Recipe(
         run=run,
-        penalty=_settings(run.method, given),
+        penalty=_settings(run.method, given, parser.said),
         script=script,
         mixture=mixture,
         training=training,
@@ -100,8 +100,11 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     )
 
 
-def _settings(method: str, given: dict[str, Any]) -> LossConfig | None:
-    """The settings of a method from the keys that were given. The control, method sft, passes over all of them."""
+def _settings(method: str, given: dict[str, Any], said: Collection[str]) -> LossConfig | None:
+    """The settings of a method from the keys that were given; those in `said` are from the command line.
+
+    The control, method sft, passes over all of them.
+    """
     if method == "sft":
         if given:
             status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
@@ -114,12 +117,17 @@ def _settings(method: str, given: dict[str, Any]) -> LossConfig | None:
     if foreign:
         raise UserValueError(" ".join(_not_of(method, key, keys) for key in foreign))
     values: dict[str, Any] = {}
-    for key, value in given.items():
-        name = keys[key]
-        if values.setdefault(name, value) != value:
+    by_key: dict[str, str] = {}
+    for key in sorted(given, key=lambda key: key not in said):
+        name, value = keys[key], given[key]
+        other = by_key.setdefault(name, key)
+        if other in said and key not in said:
+            continue  # the command line goes before the file
+        if other != key and values[name] != value:
             raise UserValueError(
                 f"'{prefix}{name}' and '{name}' are the same option; got {values[name]!r} and {value!r}. Give one."
             )
+        values[name] = value
     try:
         return kind(**values)
     except (ValueError, TypeError) as error:

@@ -30,10 +30,10 @@ from qscope_posttrain.cli.sft_data import data_tokenizer, first_row, skips_prepa
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sft.config import LossConfig, SASFTConfig
-from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
+from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.preparation import Preparation
-from qscope_posttrain.sft.train_data import PROGRESS_FROM, count_languages
+from qscope_posttrain.sft.train_data import PROGRESS_FROM, count_languages, without_effect
 from qscope_posttrain.text.language_labels import class_names
 from qscope_posttrain.text.scripts import language_code, target_script
 from qscope_posttrain.text.tokens import script_token_ids
@@ -126,11 +126,8 @@ def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback) -> t
         examples = rows.rename_column(field, "text")
     counts = count_languages(examples, decide)
     which = f"the first {counts.total()} rows" if streamed else f"{counts.total()} rows"
-    if not set(counts) - {options.target, *options.ignore_languages, NO_LANGUAGE}:
-        raise UserValueError(
-            f"all of {which} are in {', '.join(sorted(counts))}; the penalty acts on rows in "
-            f"languages other than the target '{options.target}', so it would do nothing."
-        )
+    if nothing := without_effect(counts, options.target, options.ignore_languages):
+        raise UserValueError(nothing)
     listed = ", ".join(f"{language} {count}" for language, count in counts.most_common())
     return counts, f"of {which}: {listed}"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.residual.layers import pretrained_model, text_config
 from qscope_posttrain.sft.checks import is_sharded
 from qscope_posttrain.sft.logits import LogitHead, check_head, divergence_from
@@ -48,6 +48,8 @@ class Anchor:
                 "anchor_weight=0."
             )
         if given is not None:
+            if not isinstance(given, nn.Module):
+                raise UserTypeError(f"anchor_model must be a loaded model; got {type(given).__name__} {given!r}.")
             _check_given(given, model)
             return cls(given)
         if hasattr(model, "disable_adapter"):

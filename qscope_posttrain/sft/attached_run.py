@@ -90,6 +90,15 @@ class AttachedRun:
         self.steps = self.micro_batches = self.hook_calls = 0
         self.eligible_in_window: Tensor | None = None
 
+    def require_micro_batches(self) -> None:
+        """RuntimeError where a step was taken without the term."""
+        if self.micro_batches < self.steps:
+            raise RuntimeError(
+                f"A step was taken without the loss of {type(self.callback).__name__}: this trainer's compute_loss was "
+                "replaced after the callback had attached, or its training_step does not call compute_loss. Change "
+                "compute_loss in a subclass, or before callback.attach(trainer)."
+            )
+
     def flush(self) -> None:
         """Hand the window to the trainer's own metrics just before it logs.
 

@@ -164,9 +164,10 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
 
     def columns_of(self, trainer: Trainer) -> tuple[str, ...] | None:
         """What the languages of the trainer's data are told by; None if no language is looked at."""
-        if not self.reads_languages:
+        config = self.config
+        if config.target is None:
             return None
-        return language_columns(trainer, self.config.language, self.languages, self.config.ignore_languages)
+        return language_columns(trainer, config.language, self.languages, config.ignore_languages, config.target)
 
     def _check_name(self, trainer: Trainer) -> None:
         self._check_once(trainer)
@@ -199,6 +200,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         run = self._running(state)
         run.steps += 1
+        run.require_micro_batches()
         if control.should_log or control.should_training_stop:
             run.flush()
 

@@ -9,7 +9,7 @@ that predict response tokens. Give it some 32 features of the last layer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from types import MappingProxyType, UnionType
@@ -62,15 +62,18 @@ class LossConfig:
                 continue
             if option.endswith("languages"):
                 object.__setattr__(self, option, self._names(option, value))
+            if hint is bool and not isinstance(value, bool):
+                raise UserTypeError(f"{name}.{option} must be True or False; got {value!r}.")
             if hint is float:
-                if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+                if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < float("inf"):
                     raise UserValueError(f"{name}.{option} must be a finite number of at least 0; got {value!r}.")
                 object.__setattr__(self, option, float(value))  # a number of numpy is no JSON
         if self.target is not None and self.target in self.ignore_languages:
             raise UserValueError(f"The target language {self.target!r} cannot be in ignore_languages.")
 
     def _names(self, option: str, value: Any) -> tuple[str, ...]:
-        if isinstance(value, str) or not all(isinstance(language, str) for language in value):
+        names = isinstance(value, Iterable) and not isinstance(value, str)
+        if not names or not all(isinstance(language, str) for language in value):
             raise UserTypeError(f"{type(self).__name__}.{option} must be names such as ('en', 'ko'); got {value!r}.")
         return tuple(value)
 

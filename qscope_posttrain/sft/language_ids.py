@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -79,8 +80,10 @@ class SampleLanguage:
         Raises:
             ValueError: no name, a number without a name behind it, or nothing.
         """
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.classes):
-            return self.classes[label]
+        if self.classes and hasattr(label, "__index__"):  # formats of `datasets` give numbers as tensors
+            label = operator.index(label)
+            if 0 <= label < len(self.classes):
+                return self.classes[label]
         if isinstance(label, str) and label.strip():
             return label
         numbered = isinstance(self.rule, str) and isinstance(label, int) and not isinstance(label, bool)
@@ -109,7 +112,7 @@ class SampleLanguage:
             f'Call it so in the data, as by dataset.map(lambda row: {{"{column}": {{{language!r}: {meant!r}}}'
             f'.get(row["{column}"], row["{column}"])}}), or'
             if meant is not None
-            else f"Find features with texts of {language!r} too, or"
+            else f"Find features with texts of {language!r} too (a loss without features: name all in languages), or"
         )
         raise UserValueError(
             f"A training sample is in language {language!r}, which is not one of the known languages (those of the "
@@ -136,7 +139,7 @@ class SampleLanguage:
             if place == 0:
                 raise UserValueError(
                     f"The script of {text.strip()[:60]!r} ({most[0][0]}) does not decide between {listed(known)}. Give "
-                    "the language in a column, or by a function of the example."
+                    "the language in a column or by a function of the example, or name it in ignore_languages."
                 )
         return NO_LANGUAGE
 

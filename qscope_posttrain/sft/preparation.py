@@ -138,9 +138,11 @@ class Preparation:
             row, reason = 0, cast(Exception, error)
             if isinstance(dataset, Dataset):
                 row, reason = self._failing_row(dataset, error)
-            raise UserValueError(
-                f"Row {first + row} of the data cannot be prepared: {_explained(reason, dataset)}"
-            ) from error
+            message = f"Row {first + row} of the data cannot be prepared: {_explained(reason, dataset)}"
+            if isinstance(reason, TypeError) and isinstance(dataset, Dataset):
+                empty = [name for name, value in dataset[row].items() if value is None]
+                message += f" In this row {', '.join(empty)} is None: fill it in." if empty else ""
+            raise UserValueError(message) from error
 
     def _by_trl(self, dataset: Any, packing: bool, name: str) -> Any:
         from trl import SFTTrainer

@@ -22,13 +22,16 @@ _RENDERED = regex.compile(
 )
 # What is left of a turn's header where its marks are tokens of their own.
 _ROLE_LINE = regex.compile(rf"^\W*(?:{_ROLE})\W*$", regex.MULTILINE)
+# A template may have written the opening mark, so that the response begins within the thought.
+_THOUGHT = regex.compile(r"(?:<think(?:ing)?>|\A)(?:(?!<think(?:ing)?>).)*?</think(?:ing)?>", regex.DOTALL)
 
 
 def response_texts(example: Mapping[str, Any], decode: Callable[[list[int]], str] | None = None) -> Iterator[str]:
     """What may tell the language of a sample's response, best first; each may be without letters.
 
-    1. The response without code, formulas and marks of templates. The response is what carries the loss: tokens with
-       labels, or under `completion_mask` and `assistant_masks`. Where all tokens carry it, or the sample is not
+    1. The response without code, formulas and marks of templates, and without `<think>` blocks if letters are left: a
+       model may think in another language than the one it answers in. The response is what carries the loss: tokens
+       with labels, or under `completion_mask` and `assistant_masks`. Where all tokens carry it, or the sample is not
        tokenised, the assistant's turns of a conversation, the completion, or the whole text.
     2. The whole sample without them.
     3. The response, then the whole sample, as they are.
@@ -37,8 +40,10 @@ def response_texts(example: Mapping[str, Any], decode: Callable[[list[int]], str
         example: in any of TRL's data set types (text, messages, prompt and completion), with its tokens or without.
         decode: from token ids to text, with their special tokens.
     """
-    response, whole = _response(example, decode), _whole(example, decode)
-    yield prose(response)
+    response = _response(example, decode)
+    answer = prose(_THOUGHT.sub("", response))
+    yield answer if any(character.isalpha() for character in answer) else prose(response)
+    whole = _whole(example, decode)
     yield prose(_ROLE_LINE.sub("", whole))
     yield response
     yield whole

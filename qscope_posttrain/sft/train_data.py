@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sft.language_ids import (
     LANGUAGE_NAMES,
+    NO_LANGUAGE,
     SCRIPT,
     TOKEN_LANGUAGES,
     LanguageCollator,
@@ -26,24 +28,39 @@ PROGRESS_FROM = 100_000
 
 
 def language_columns(
-    trainer: Trainer, rule: LanguageRule, languages: Sequence[str] = (), ignore: Sequence[str] = ()
+    trainer: Trainer, rule: LanguageRule, languages: Sequence[str], ignore: Sequence[str], target: str
 ) -> tuple[str, ...]:
-    """The columns of the training data that telling the language needs; with `languages`, all rows are looked at.
+    """The columns of the training data that telling the language needs. All rows in memory are looked at.
+
+    Warns where none of them is in a language on which a loss against `target` acts.
 
     Raises:
         ValueError: they are not there, or a row is in no known language; the message says how to provide them.
     """
     columns = _columns(trainer, rule)
     data: Any = trainer.train_dataset
-    if languages and isinstance(data, Dataset):  # a stream is looked at batch by batch, as it comes
+    if isinstance(data, Dataset):  # a stream is looked at batch by batch, as it comes
         decide = _sample_language(trainer, rule, languages, ignore)
         if rule == SCRIPT and TOKEN_LANGUAGES not in columns and "labels" not in columns:
             # Only the collator knows which tokens carry the loss.
             collator = LanguageCollator(trainer.data_collator, decide, SCRIPT, _dropped(trainer, columns))
-            _each_row(data, lambda row: collator([row]))
+            found = _each_row(data, lambda row: int(collator([row])[SCRIPT].amax()))
+            counts = Counter(languages[place] if place >= 0 else NO_LANGUAGE for place in found)
         else:
-            count_languages(data, decide)
+            counts = count_languages(data, decide)
+        if nothing := without_effect(counts, target, ignore):
+            warnings.warn(nothing, stacklevel=2)
     return columns
+
+
+def without_effect(counts: Mapping[str, int], target: str, ignore: Collection[str]) -> str:
+    """A sentence if no row is in a language on which a loss against `target` acts, or nothing."""
+    if set(counts) - {target, *ignore, NO_LANGUAGE}:
+        return ""
+    return (
+        f"All {sum(counts.values())} rows are in {', '.join(sorted(counts))}; the loss acts on rows in languages other "
+        f"than the target {target!r} and those that are ignored, so it would do nothing."
+    )
 
 
 def count_languages(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> Counter[str]:
@@ -57,12 +74,17 @@ def count_languages(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> Co
     """
     columns = rows.column_names if isinstance(rows, Dataset) and rows.format["type"] != "custom" else ()
     column = LANGUAGE_NAMES if TOKEN_LANGUAGES in columns else decide.rule
-    if column not in columns or column == SCRIPT:
+    if column not in columns or column == SCRIPT or not _holds_names(rows, column):
         return Counter(languages_of(rows, decide))
     counts: Counter[str] = Counter()
     for label in distinct_labels(rows, str(column)):
         counts[_at(label.row, lambda value: _known(decide, decide.name(value)), label.value)] += label.times
     return counts
+
+
+def _holds_names(rows: Any, column: Any) -> bool:
+    """Whether a column has single values, or the lists that packing makes; anything else fails row by row."""
+    return column == LANGUAGE_NAMES or isinstance(rows.features[column], Value | ClassLabel)
 
 
 def languages_of(rows: Iterable[Any], decide: SampleLanguage, total: int | None = None) -> list[str]:

@@ -28,8 +28,9 @@ _BEFORE_NAME = 8  # characters in which a sentence's beginning shows
 _NOT_PROSE = regex.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`|(?<=\n[ \t]*\n)(?:(?: {4}|\t)[^\n]*\n?)+"  # code
     r"|<tool_call>.*?(?:</tool_call>|\Z)"
+    r"|\\begin\{(equation|align|gather|multline|math|displaymath)(\*?)\}.{0,2000}?\\end\{\1\2\}"
     r"|\$\$.*?\$\$|\$[^$\n]+\$|\\\(.*?\\\)|\\\[.*?\\\]|\\\p{L}+"  # formulas
-    r"|\bhttps?://[!-~]+"
+    r"|\b(?:https?://|www\.)[!-~]+|(?<![A-Za-z0-9_.+-])[A-Za-z0-9_.+-]++@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"  # addresses
     r"|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]"  # marks of chat templates
     r"|(?<![\p{L}\p{M}'’])[\p{Latin}\p{Greek}](?![\p{L}\p{M}'’])",  # x, μ, A: symbols and choices
     regex.DOTALL,

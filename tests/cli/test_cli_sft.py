@@ -183,6 +183,16 @@ def test_a_key_of_another_method_is_refused_before_any_data_is_read(world, tmp_p
         parse_recipe(["--config", path])
 
 
+@pytest.mark.parametrize(
+    ("file", "said"), [("anchor_weight", "sasft_anchor_weight"), ("sasft_anchor_weight", "anchor_weight")]
+)
+def test_the_command_line_wins_under_either_name_of_the_anchor(world, tmp_path, file, said):
+    path = world.recipe(tmp_path / "recipe.yaml", **{file: 1.0})
+    assert parse_recipe(["--config", path, f"--{said}", "0.5"]).penalty.anchor_weight == 0.5
+    with pytest.raises(UserError, match="finite number"):
+        parse_recipe(["--config", path, f"--{said}", "nan"])
+
+
 def test_dry_run_without_features(world, tmp_path, capsys):
     assert main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml", **TOKEN_PENALTY), "--dry_run"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())

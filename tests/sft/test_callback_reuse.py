@@ -340,3 +340,12 @@ class TestOwnership:
         other.train()
         trainer.train()
         assert course(other, kind) == course(trainer, kind)
+
+
+def test_a_step_without_the_term_is_an_error(build, make):
+    """Somebody else's compute_loss in place of ours must not become a plain training."""
+    trainer = build([make("token_penalty")])
+    trainer.compute_loss = type(trainer).compute_loss.__get__(trainer)
+    with pytest.raises(RuntimeError, match="A step was taken without the loss of TokenPenaltyCallback"):
+        trainer.train()
+    assert trainer.state.global_step == 1

@@ -142,6 +142,12 @@ def turn(content, role="assistant"):
         ({"completion": "Apple's CEO Tim Cook visited 北京大学"}, "en"),
         # What is no prose
         ({"completion": "<think>\n\n</think>\n\n是的。"}, "zh"),
+        ({"completion": "<think>\nThe user asks for three rivers.\n</think>\n\n长江、黄河和珠江。"}, "zh"),
+        ({"completion": "用户问的是三条河流。\n</think>\n\nYangtze, Yellow River, Pearl River."}, "en"),
+        ({"prompt": "多少？", "completion": "<think>\nSix times seven is needed here.\n</think>\n\n42"}, "en"),
+        ({"completion": "<think>\nThe thought was cut off before 答案"}, "en"),
+        ({"completion": "\\begin{align*} v &= \\text{distance over time} \\end{align*} 是公式。"}, "zh"),
+        ({"completion": "请写信到some.long.name@example-company.com，或见 www.example.com/a/long/path。"}, "zh"),
         ({"completion": "见 https://example.com/some/long/address/of/a/page 。"}, "zh"),
         ({"completion": "解：$\\text{distance} = \\frac{a+b}{c}$，所以是五。"}, "zh"),
         ({"completion": "运行 `pip install transformers accelerate datasets` 即可。"}, "zh"),

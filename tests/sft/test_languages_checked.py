@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features
 from sft.cases import LANGUAGES, case_model, make_features, make_rows, make_trainer
 
 from qscope_posttrain.sft.callback import SASFTCallback
@@ -57,6 +57,8 @@ def test_a_bad_label_is_found_before_the_first_step(make_model, tiny_tokenizer, 
         ([0, 1, 2], "Row 0 .*gave 0.*ClassLabel"),
         ([True, False, True], "Row 0 .*gave True"),
         ([None] * 3, "Row 0 .*gave None"),
+        ([["en"], ["zh"], ["en"]], r"Row 0 .*gave \['en'\]"),
+        ([{"code": "en"}] * 3, "Row 0 .*gave {'code': 'en'}"),
     ],
 )
 def test_columns_that_hold_no_names(values, message):
@@ -132,8 +134,16 @@ def test_a_sample_without_letters_takes_no_part(make_model, tiny_tokenizer):
     dataset = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
     decide = SampleLanguage("script", LANGUAGES, decode=tiny_tokenizer.decode)
     assert count_languages(dataset, decide) == {"zh": 2, NO_LANGUAGE: 2}
-    trainer = trained_on(dataset, make_model, tiny_tokenizer, "script", steps=1)
+    with pytest.warns(UserWarning, match="All 4 rows are in zh, zxx; .* so it would do nothing"):
+        trainer = trained_on(dataset, make_model, tiny_tokenizer, "script", steps=1)
     assert trainer.state.global_step == 1
+
+
+def test_class_labels_in_a_format_of_tensors():
+    names = Features({"language": ClassLabel(names=["en", "zh"])})
+    rows = Dataset.from_dict({"language": [0, 1, 1]}, features=names).with_format("torch")
+    decide = SampleLanguage("language", LANGUAGES, classes=("en", "zh"))
+    assert [decide(row) for row in rows] == ["en", "zh", "zh"]
 
 
 def test_tokens_of_a_target_under_the_name_that_the_features_have(make_model, tiny_tokenizer):

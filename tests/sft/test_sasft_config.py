@@ -51,11 +51,18 @@ def test_a_checkpoint_is_written(make_model, tiny_tokenizer, tmp_path):
         ({"target": "zh", "ignore_languages": ["zh"]}, ValueError, "cannot be in ignore_languages"),
         ({"target": "zh", "languages": "zh"}, TypeError, r"names such as \('en', 'ko'\)"),
         ({"target": "zh", "ignore_languages": [1]}, TypeError, r"names such as \('en', 'ko'\)"),
+        ({"ignore_languages": None}, TypeError, "must be names such as"),
+        ({"weight": True}, ValueError, "finite number"),
     ],
 )
 def test_settings_that_cannot_work(config, settings, error, message):
     with pytest.raises(error, match=message):
         config(**settings)
+
+
+def test_yes_and_no_are_no_words():
+    with pytest.raises(TypeError, match="skip_target_labels must be True or False; got 'no'"):
+        TokenPenaltyConfig(skip_target_labels="no")
 
 
 def test_an_anchor_without_target_looks_at_no_language():
