@@ -26,14 +26,15 @@ _RANGES: dict[str, tuple[float, float]] = {
 def check_ranges(config: SteeredGRPOConfig) -> None:
     """ValueError for a number out of its range, TypeError for something else than a number."""
     for name, (low, high) in _RANGES.items():
-        value: Any = getattr(config, name)
+        value = getattr(config, name)
         if value is None and type(config).__dataclass_fields__[name].default is None:
             continue
         if not isinstance(value, Real) or isinstance(value, bool):
             raise UserTypeError(f"{name} must be a number; got {value!r}.")
-        if not low <= value <= high:
+        number: Any = value
+        if not low <= number <= high:
             raise UserValueError(f"{name} must lie between {low} and {high}; got {value}.")
-        if isinstance(low, int) and value % 1:
+        if isinstance(low, int) and number % 1:
             raise UserValueError(f"{name} must be a whole number; got {value}.")
     window, marks = config.window_start, config.copy_boundary
     numbers = window if isinstance(window, (list, tuple)) and all(isinstance(n, Real) for n in window) else ()
