@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -59,7 +60,7 @@ def test_summary_has_losses_metrics_and_origins(trained):
 def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
     text = (trained / "resolved.yaml").read_text()
     comments = yaml.safe_load("\n".join(line[2:] for line in text.splitlines() if line.startswith("# ")))
-    assert comments["versions"]["torch"] == torch.__version__
+    assert comments["versions"]["torch"] == importlib.metadata.version("torch")
     assert comments["features"]["provenance"]["saes"]["2"]["sha256"]
     again = parse_recipe(["--config", str(trained / "resolved.yaml")])
     assert yaml.safe_load(text) == again.to_dict()
