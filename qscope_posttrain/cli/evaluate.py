@@ -33,8 +33,8 @@ def code_switching(options: argparse.Namespace) -> None:
     if prompts.pop(options.target, None) is not None:
         if not prompts:
             raise UserValueError(
-                f"all prompts of '{options.prompts}' are in {options.target}, where {options.target} is no switch; give "
-                "prompts in other languages."
+                f"all prompts of '{options.prompts}' are in {options.target}, where {options.target} is no switch; "
+                "give prompts in other languages."
             )
         status(f"prompts in {options.target} are left out: there, {options.target} is no switch")
     if options.identify == "script":
