@@ -40,10 +40,15 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
 
 def _differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
     lines: list[str] = []
-    for name in sorted({*stored, *current}):
-        before, now = stored.get(name), current.get(name)
+    for name in sorted({*stored} & {*current}):
+        before, now = stored[name], current[name]
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             lines += _differences(before, now, f"{prefix}{name}.")
         elif before != now:
             lines.append(f"{prefix}{name} was {before!r}, is {now!r}")
+    # Without negatives, for example, a run has none of their settings: their values would hide the one that matters.
+    alone = [name for name, value in sorted({**stored, **current}.items()) if value is not None]
+    alone = [f"{prefix}{name}" for name in alone if name not in stored or name not in current]
+    if alone:
+        lines.append(f"only one of the two has {', '.join(alone)}")
     return lines

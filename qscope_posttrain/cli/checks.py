@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
 from qscope_posttrain.cli.inputs import load_config
@@ -114,7 +115,9 @@ def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
     path = Path(str(recipe.training.resume_from_checkpoint))
     state = path / "trainer_state.json"
     if not state.is_file():
-        raise UserFileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.")
+        last = get_last_checkpoint(str(recipe.output)) if recipe.output.is_dir() else None
+        hint = f" The last one in '{recipe.output}' is '{last}'." if last else ""
+        raise UserFileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.{hint}")
     check_plain(state, marked=False)
     read_json(state)
     with library_refusals(f"'{state}' is no state of a trainer"):

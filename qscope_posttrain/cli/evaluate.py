@@ -10,6 +10,7 @@ from qscope_posttrain.cli.evaluate_safety import add_safety_options, safety
 from qscope_posttrain.cli.identification import add_identification_options, identification_texts, word_detector
 from qscope_posttrain.cli.inputs import load_model, load_tokenizer, read_prompts, sampling_settings, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.scripts import check_source
@@ -30,6 +31,11 @@ def code_switching(options: argparse.Namespace) -> None:
     texts = identification_texts(options.identify, options.identify_texts, options.target)
     prompts = read_prompts(options.prompts, options.max_prompts)
     if prompts.pop(options.target, None) is not None:
+        if not prompts:
+            raise UserValueError(
+                f"all prompts of '{options.prompts}' are in {options.target}, where {options.target} is no switch; "
+                "give prompts in other languages."
+            )
         status(f"prompts in {options.target} are left out: there, {options.target} is no switch")
     if options.identify == "script":
         for language in prompts:

@@ -116,7 +116,7 @@ class SampleLanguage:
         )
         raise UserValueError(
             f"A training sample is in language {language!r}, which is not one of the known languages (those of the "
-            f"FeatureSet, or languages=...): it has {listed(self.languages)}.{language_hint(language, known)} {remedy} "
+            f"FeatureSet, or languages=...): {listed(self.languages)}.{language_hint(language, known)} {remedy} "
             f"pass ignore_languages=({language!r},) to leave such samples without penalty."
         )
 

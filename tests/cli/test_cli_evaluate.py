@@ -44,9 +44,12 @@ def test_folder_of_prompts_without_those_in_the_target(world, tmp_path):
         (["--max-new-tokens", "5000"], "exceeds the 512 positions"),
         (["--tempreature", "1"], "unknown option '--tempreature'. Did you mean '--temperature'?"),
         (["--samples", "many"], "invalid int value: 'many'"),
+        (["--prompts", "{zh}", "--model", "nowhere"], "are in zh, where zh is no switch"),
     ],
 )
 def test_a_mistake_is_one_clear_line(world, tmp_path, capsys, extra, message):
+    (tmp_path / "zh.jsonl").write_text('{"prompt": "a", "language": "zh"}')
+    extra = [word.replace("{zh}", str(tmp_path / "zh.jsonl")) for word in extra]
     arguments = ["--model", world.model, "--prompts", world.prompts, "--output", str(tmp_path)]
     assert main(["evaluate", "code-switching", *arguments, *extra]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

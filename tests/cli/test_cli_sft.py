@@ -335,6 +335,7 @@ def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
         ({"dataset_name": "{late}"}, "languages", "Row 2100 of the training data"),
         ({"dataset_name": "{empty}"}, "labels", "none to learn"),
         ({"resume_from_checkpoint": "nowhere"}, "checkpoint", "no checkpoint of a trainer"),
+        ({"resume_from_checkpoint": "true", "output_dir": "{run}"}, "checkpoint", "The last one in"),
         ({"use_peft": True, "lora_target_modules": ["nothing"]}, "adapter", "nothing"),
     ],
 )
@@ -344,6 +345,8 @@ def test_dry_run_finds(world, tmp_path, capsys, make_model, tiny_tokenizer, chan
     good = {"prompt": "a", "completion": "b", "language": "en"}
     paths["late"] = _rows(tmp_path / "late.jsonl", [*[good] * 2100, {**good, "language": "zh-CN"}])
     paths["empty"] = _rows(tmp_path / "empty.jsonl", [{"prompt": "a" * 500, "completion": "b", "language": "en"}])
+    paths["run"] = str(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-12").mkdir(parents=True)
     if changes.get("features") == "{other}":
         make_model("qwen3", hidden_size=32).save_pretrained(tmp_path / "narrow")
         tiny_tokenizer.save_pretrained(tmp_path / "narrow")

@@ -286,6 +286,14 @@ def test_a_random_direction_without_features_needs_all_of_it(model, tiny_tokeniz
         build(model, tiny_tokenizer, make_args(negative="random", window_start=[0, 0], window_length=4, **options))
 
 
+def test_a_random_direction_without_features_needs_a_window(model, tiny_tokenizer):
+    options = {"negative": "random", "steering_strength": 1.0, "steering_unit": "norm"}
+    with pytest.raises(ValueError, match=r"steering_layer.* window_start and window_length"):
+        build(model, tiny_tokenizer, make_args(**options))
+    with pytest.raises(ValueError, match=r"need window_start and window_length, .*to the end\.$"):
+        build(model, tiny_tokenizer, make_args(steering_layer=1, **options))
+
+
 def test_dynamic_sampling_needs_rows_by_number(model, tiny_tokenizer):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": prompt} for prompt in PROMPTS]))
     with pytest.raises(ValueError, match=r"dynamic_sampling.*IterableDataset"):

@@ -89,6 +89,15 @@ CHANGES = {
 }
 
 
+def test_settings_of_one_run_only_are_named_without_values(model, tiny_tokenizer, checkpoints, tmp_path):
+    resumed = build(model, tiny_tokenizer, tmp_path, "plain", max_steps=2)
+    with pytest.raises(
+        ValueError, match=r"negatives_per_group was 1, is 0; only one of the two has baseline, "
+    ) as raised:
+        resumed.train(resume_from_checkpoint=checkpoints["seeded"])
+    assert "None" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_settings(model, tiny_tokenizer, checkpoints, tmp_path, name):
     options, message = CHANGES[name]

@@ -78,11 +78,11 @@ def negative_source(
     start = config.window_start if config.window_start is not None else recorded.get("window_start")
     length = config.window_length if config.window_length is not None else recorded.get("window_length")
     if start is None or length is None:
-        missing = "window_start" if start is None else "window_length"
+        missing = " and ".join(["window_start"] * (start is None) + ["window_length"] * (length is None))
+        found = ", or find the features with `qscope features find-repetition`, which chooses them"
         raise UserValueError(
-            f"{missing} is neither set nor recorded with the features. Set it (window_start=[4, 9] and "
-            "window_length=30 steer some thirty tokens), or find the features with "
-            "`qscope features find-repetition`, which chooses it."
+            f"The negatives need {missing}, set or recorded with features. window_start=[4, 9] and window_length=30 "
+            f"steer some thirty tokens, [0, 0] and 0 steer to the end{found if features is not None else ''}."
         )
     config.check_window((int(start[0]), int(start[1])))
     return NegativeSource(
@@ -104,8 +104,8 @@ def _steering(config: SteeredGRPOConfig, features: FeatureSet | None, model: nn.
         )
     if config.steering_layer is None or config.steering_strength is None or config.steering_unit in (None, "relative"):
         raise UserValueError(
-            "negative='random' without features needs steering_layer, steering_strength and steering_unit='norm' (or "
-            "'raw'); with features it takes theirs."
+            "negative='random' without features needs steering_layer, steering_strength, steering_unit='norm' (or "
+            "'raw') and, unless mode='paper', window_start and window_length; with features it takes theirs."
         )
     direction = torch.ones(text_config(model).hidden_size)
     return Steering(direction, (config.steering_layer,), config.steering_strength, unit="norm")
