@@ -68,7 +68,7 @@ def check_recipe(recipe: Recipe) -> Checks:
     if recipe.training.eval_strategy != "no":
         checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
     if recipe.penalty is not None and recipe.penalty.target is not None:
-        checks.check("languages", _languages, recipe, rows, callback)
+        checks.check("languages", _languages, recipe, rows, callback, tokenizer)
     checks.check("labels", _labels, recipe, rows, tokenizer)
     checks.check("batch", _batch, recipe, rows)
     if recipe.training.resume_from_checkpoint:
@@ -114,11 +114,14 @@ def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
     return ids, f"{len(ids)} tokens write {script}"
 
 
-def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback) -> tuple[Counter[str], str]:
+def _languages(
+    recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback, tokenizer: Any
+) -> tuple[Counter[str], str]:
     """The languages of all rows of a data set in memory, of the first ones of a stream."""
     options, field = recipe.penalty, recipe.training.dataset_text_field
+    classes = class_names(rows, options.language)
     decide = SampleLanguage(
-        options.language, callback.languages, options.ignore_languages, classes=class_names(rows, options.language)
+        options.language, callback.languages, options.ignore_languages, tokenizer.decode, classes
     )
     streamed = not isinstance(rows, Dataset)
     examples: Any = first_rows(rows, STREAMED_ROWS) if streamed else rows

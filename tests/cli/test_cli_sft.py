@@ -193,6 +193,11 @@ def test_the_command_line_wins_under_either_name_of_the_anchor(world, tmp_path, 
         parse_recipe(["--config", path, f"--{said}", "nan"])
 
 
+def test_the_control_does_without_the_features_of_its_recipe(world, tmp_path):
+    recipe = world.recipe(tmp_path / "recipe.yaml", features="nowhere.safetensors", max_steps=1)
+    assert main(["sft", "--config", recipe, "--method", "sft"]) == 0
+
+
 def test_dry_run_without_features(world, tmp_path, capsys):
     assert main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml", **TOKEN_PENALTY), "--dry_run"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -319,6 +324,17 @@ def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
         assert words in shown, words
     assert "failed" not in shown
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_dry_run_reads_the_script_of_rows_that_are_tokenised(world, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in ("the boat left", "小船在黎明时离开了港口")]
+    recipe = world.recipe(
+        tmp_path / "recipe.yaml", **TOKEN_PENALTY, token_penalty_language="script",
+        dataset_name=_rows(tmp_path / "rows.jsonl", rows),
+    )  # fmt: skip
+    assert main(["sft", "--config", recipe, "--dry_run"]) == 0
+    assert "of 2 rows: en 1, zh 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
