@@ -17,8 +17,8 @@ from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.report.progress import progress
-from qscope_posttrain.rl.prompts import MANY_ROWS, PROMPT, check_batch, check_dataset
+from qscope_posttrain.report.progress import if_many, progress
+from qscope_posttrain.rl.prompts import PROMPT, check_batch, check_dataset
 from qscope_posttrain.rl.rewards import RewardFunction, check_reward_data, reward_function
 from qscope_posttrain.sft.preparation import StandIn
 
@@ -97,9 +97,9 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
         processing_class=tokenizer,
     )
     tokenize: Any = GRPOTrainer._tokenize_prompts
-    many = isinstance(examples, Dataset) and len(examples) > MANY_ROWS
+    shown = if_many(len(examples) if isinstance(examples, Dataset) else None)
     lengths = []
-    for number, row in enumerate(progress(examples, description="reading prompts", enabled=None if many else False)):
+    for number, row in enumerate(progress(examples, description="reading prompts", enabled=shown)):
         _check_columns(row)
         if not isinstance(row[PROMPT], str) and tokenizer.chat_template is None:
             raise UserValueError(

@@ -8,11 +8,9 @@ from typing import Any
 from datasets import Dataset
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.progress import progress
+from qscope_posttrain.report.progress import if_many, progress
 
 PROMPT = "prompt"
-MANY_ROWS = 100_000
-"""Rows from which on a look at all of them shows its progress"""
 _ROWS_AT_A_TIME = 1000
 
 
@@ -77,9 +75,7 @@ def check_dataset(dataset: Any, *, empty_allowed: bool = False, name: str = "dat
     if len(dataset) == 0:
         raise UserValueError(f"the {name} has no rows.")
     batches = dataset.with_format(None).select_columns([PROMPT]).iter(batch_size=_ROWS_AT_A_TIME)
-    shown = progress(
-        batches, -(-len(dataset) // _ROWS_AT_A_TIME), "looking at prompts", None if len(dataset) > MANY_ROWS else False
-    )
+    shown = progress(batches, -(-len(dataset) // _ROWS_AT_A_TIME), "looking at prompts", if_many(len(dataset)))
     check_batch((prompt for batch in shown for prompt in batch[PROMPT]), empty_allowed=empty_allowed, name=name)
 
 

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Value
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.progress import progress
+from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.language_ids import (
     LANGUAGE_NAMES,
     NO_LANGUAGE,
@@ -22,9 +22,6 @@ from qscope_posttrain.sft.language_ids import (
     SampleLanguage,
 )
 from qscope_posttrain.text.language_labels import class_names, distinct_labels
-
-PROGRESS_FROM = 100_000
-"""Rows from which on looking at them shows how far it is"""
 
 
 def language_columns(
@@ -107,8 +104,7 @@ def _known(decide: SampleLanguage, language: str) -> str:
 
 def _each_row(rows: Iterable[Any], look: Callable[[Any], Any], total: int | None = None) -> list[Any]:
     total = len(rows) if isinstance(rows, Sized) else total
-    many = total is not None and total >= PROGRESS_FROM
-    shown = progress(rows, total, description="telling the languages of the rows", enabled=None if many else False)
+    shown = progress(rows, total, "looking at languages", if_many(total))
     return [_at(number, look, row) for number, row in enumerate(shown)]
 
 

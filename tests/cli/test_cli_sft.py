@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
@@ -349,6 +350,11 @@ def test_dry_run_reads_the_script_of_rows_that_are_tokenised(world, tmp_path, ca
         ({"dataset_name": "{ja}"}, "languages", "language 'ja'"),
         ({"dataset_name": "{late}"}, "languages", "Row 2100 of the training data"),
         ({"dataset_name": "{empty}"}, "labels", "none to learn"),
+        (
+            {"dataset_name": "{splits}", "eval_strategy": "steps", "eval_steps": 1, "dataset_test_split": "test"},
+            "evaluation labels",
+            "Row 1 of the data cannot be prepared",
+        ),
         ({"resume_from_checkpoint": "nowhere"}, "checkpoint", "no checkpoint of a trainer"),
         ({"use_peft": True, "lora_target_modules": ["nothing"]}, "adapter", "nothing"),
     ],
@@ -359,6 +365,9 @@ def test_dry_run_finds(world, tmp_path, capsys, make_model, tiny_tokenizer, chan
     good = {"prompt": "a", "completion": "b", "language": "en"}
     paths["late"] = _rows(tmp_path / "late.jsonl", [*[good] * 2100, {**good, "language": "zh-CN"}])
     paths["empty"] = _rows(tmp_path / "empty.jsonl", [{"prompt": "a" * 500, "completion": "b", "language": "en"}])
+    splits = {"train": [good] * 8, "test": [good, {**good, "completion": None}]}
+    paths["splits"] = str(tmp_path / "splits")
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(paths["splits"])
     if changes.get("features") == "{other}":
         make_model("qwen3", hidden_size=32).save_pretrained(tmp_path / "narrow")
         tiny_tokenizer.save_pretrained(tmp_path / "narrow")

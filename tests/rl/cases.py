@@ -202,7 +202,7 @@ def run_prescribed(model, tokenizer, batches, *, features=None, callbacks=(), **
     """Train on prescribed completions; the gradients are those of the last optimiser step."""
     reward, keep = reward_of(batches), KeepGradients()
     defaults: dict[str, Any] = {"negative": "random", "window_start": [2, 2], "window_length": 6}
-    if features is None:
+    if features is None and options.get("negative", "random") == "random":
         defaults |= {"steering_layer": LAYER, "steering_strength": 6.0, "steering_unit": "norm"}
     trainer = make_trainer(
         model, make_args(**{**defaults, **options}), tokenizer, reward=reward, features=features,
