@@ -83,11 +83,14 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
             template, which TRL does not read here.
     """
     in_memory = isinstance(rows, Dataset)
-    empty_allowed = bool(tokenizer(text="")["input_ids"])
-    check_dataset(rows, empty_allowed=empty_allowed, name="data")
+    reads = {
+        "empty_allowed": bool(tokenizer(text="")["input_ids"]),
+        "chat_allowed": tokenizer.chat_template is not None,
+    }
+    check_dataset(rows, **reads, name="data")
     examples: Iterable[dict[str, Any]] = rows if in_memory and recipe.run.dry_run else first_rows(rows, SAMPLED_ROWS)
     if not in_memory:
-        check_batch([row.get(PROMPT) for row in examples], empty_allowed=empty_allowed, name="data")
+        check_batch([row.get(PROMPT) for row in examples], **reads, name="data")
     trainer = StandIn(
         _is_vlm=False,
         environment_factories=None,
@@ -101,11 +104,6 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
     lengths = []
     for number, row in enumerate(progress(examples, description="reading prompts", enabled=shown)):
         _check_columns(row)
-        if not isinstance(row[PROMPT], str) and tokenizer.chat_template is None:
-            raise UserValueError(
-                "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has "
-                "one (a base model gets it in supervised fine-tuning), or give prompts as text."
-            )
         try:
             lengths.append(len(tokenize(trainer, [row[PROMPT]])[0][0]))
         except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:

@@ -22,7 +22,7 @@ NegativeTokens = Literal["all", "tail", "likely"]
 OldLogps = Literal["policy", "behaviour"]
 Baseline = Literal["include", "exclude"]
 
-_STEERING = ("steering_layer", "steering_strength", "steering_unit")
+_STEERING = ("steering_layer", "steering_strength", "steering_unit", "window_length")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {

@@ -1,4 +1,4 @@
-"""What every auxiliary loss on a stock `SFTTrainer` has in common: attaching, adding, logging, leaving."""
+"""The base of every auxiliary loss on a stock `SFTTrainer`: attaching, adding, logging, leaving."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         )
 
     def columns_of(self, trainer: Trainer) -> tuple[str, ...] | None:
-        """What the languages of the trainer's data are told by; None if no language is looked at."""
+        """The columns that decide the languages of the trainer's data; None if no language is looked at."""
         config = self.config
         if config.target is None:
             return None

@@ -27,7 +27,7 @@ from qscope_posttrain.text.language_labels import class_names, distinct_labels
 def language_columns(
     trainer: Trainer, rule: LanguageRule, languages: Sequence[str], ignore: Sequence[str], target: str
 ) -> tuple[str, ...]:
-    """The columns of the training data that telling the language needs. All rows in memory are looked at.
+    """The columns of the training data that decide the language. All rows in memory are looked at.
 
     Warns where none of them is in a language on which a loss against `target` acts.
 
@@ -178,7 +178,7 @@ def _sample_language(
 
 
 def _dropped(trainer: Any, columns: Sequence[str]) -> list[str]:
-    """What the trainer would have removed must not reach its collator."""
+    """Columns that the trainer would have removed, and that must not reach its collator."""
     trainer._set_signature_columns_if_needed()
     extra = [column for column in columns if column not in trainer._signature_columns]
     return extra if trainer.args.remove_unused_columns else []

@@ -287,7 +287,9 @@ def test_a_random_direction_without_features_needs_all_of_it(model, tiny_tokeniz
 
 
 @pytest.mark.parametrize("negative", [None, "seeded", "copied"])
-@pytest.mark.parametrize("option", [{"steering_layer": 1}, {"steering_strength": 4.0}, {"steering_unit": "norm"}])
+@pytest.mark.parametrize(
+    "option", [{"steering_layer": 1}, {"steering_strength": 4.0}, {"steering_unit": "norm"}, {"window_length": 4}]
+)
 def test_steering_is_not_passed_over_where_text_is_copied(model, tiny_tokenizer, negative, option):
     (name,) = option
     with pytest.raises(ValueError, match=f"copies text and does not steer, so {name} would do nothing"):
