@@ -83,7 +83,7 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
             template, which TRL does not read here.
     """
     in_memory = isinstance(rows, Dataset)
-    reads = {
+    reads: dict[str, Any] = {
         "empty_allowed": bool(tokenizer(text="")["input_ids"]),
         "chat_allowed": tokenizer.chat_template is not None,
     }

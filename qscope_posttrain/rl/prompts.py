@@ -48,7 +48,7 @@ def check_inputs(trainer: Any, inputs: Sequence[Mapping[str, Any]]) -> None:
         check_batch([row.get(PROMPT) for row in inputs], **_reads(trainer))
 
 
-def _reads(trainer: Any) -> dict[str, bool]:
+def _reads(trainer: Any) -> dict[str, Any]:
     """The kinds of prompts that a trainer's tokenizer can read, as options of `check_batch`."""
     templates = (trainer.chat_template, trainer.processing_class.chat_template)
     return {
