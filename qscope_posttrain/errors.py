@@ -70,8 +70,12 @@ def library_refusals(what: str = "", kind: type[Exception] = Exception) -> Itera
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without its line breaks."""
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    """The message of an error without its line breaks, and without the traceback in which torch wraps the errors of the
+    processes that load data."""
+    message = str(error)
+    if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+        message = message.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Text files that other programs wrote: the one place where the package opens a user's text.
 
-What can be told is read: UTF-8, UTF-16 and UTF-32 with a byte order mark, line ends of every system, and large texts
+Read are UTF-8, UTF-16 and UTF-32 with a byte order mark, line ends of every system, and large texts
 packed with gzip, bzip2 or xz, by their first bytes and whatever the file is called. Anything else is an error that
 names the file, and the line where there is one.
 """
@@ -30,7 +30,7 @@ _BYTE_ORDER_MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-"""Beginning -> encoding; the longer ones first, for one begins as another does. UTF-8 needs no telling."""
+"""Beginning -> encoding; the longer ones first, for one begins as another does. UTF-8 is the default."""
 _COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open}
 _COMPRESSED |= {b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)}
 _NO_TEXT = {
@@ -45,7 +45,7 @@ _SUFFIXES = (".gz", ".bz2", ".xz")
 
 
 def text_suffix(path: str | os.PathLike[str]) -> str:
-    """What kind of text a file name says it is: `.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
+    """The kind of text that a file name promises: `.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
     place = Path(path)
     return Path(place.stem).suffix if place.suffix in _SUFFIXES else place.suffix
 
@@ -77,7 +77,7 @@ def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | No
     one byte order mark. "" where every line is blank.
 
     Args:
-        head: Look at so many lines alone, of a file that will be read as a stream, which must not be compressed.
+        head: Look at this number of lines alone, of a file that will be read as a stream, which must not be compressed.
         marked: Whether it may begin with a byte order mark.
 
     Raises:
@@ -169,9 +169,9 @@ def _opened(place: Path, packed: bool) -> Iterator[io.TextIOWrapper]:
             content: IO[bytes] = file if unpack is None else unpack(file, "rb")
             with content:
                 head = head if unpack is None else _head(content)
-                told = next((words for mark, words in _NO_TEXT.items() if head.startswith(mark)), None)
-                if told is not None:
-                    raise UserValueError(f"'{place}' is {told}.")
+                other = next((words for mark, words in _NO_TEXT.items() if head.startswith(mark)), None)
+                if other is not None:
+                    raise UserValueError(f"'{place}' is {other}.")
                 encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
                 errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
                 with io.TextIOWrapper(content, encoding=encoding, errors=errors, newline=None) as stream:
@@ -206,7 +206,7 @@ def _checked(line: str, place: Path, number: int) -> str:
 
 
 def _fault(rest: str) -> str:
-    """What the surrogate is that a line goes on with: a byte that is no UTF-8, or half of a character."""
+    """The fault behind the surrogate that `rest` begins with: a byte that is no UTF-8, or half of a character."""
     code = ord(rest[0])
     with suppress(UnicodeError):  # three bytes that would be a character if it were a whole one
         code = ord(rest[:3].encode("utf-8", "surrogateescape").decode("utf-8", "surrogatepass"))

@@ -174,7 +174,7 @@ def embedding_sketch(model: Any, rows: int | None = None) -> dict[str, Any] | No
     as those of frequent tokens do, since every row sees it from another side.
 
     Args:
-        rows: Spread over the first so many rows, as an earlier sketch was; by default over all.
+        rows: Spread over this number of first rows, as an earlier sketch was; by default over all.
 
     Returns:
         `{"rows", "sketch"}`, the numbers as bytes in base64. None where the weights are not at hand (on the meta

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the run that wrote it, compared with the run that resumes from it."""
+"""The record of a run in its checkpoints, compared with the run that resumes from one."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, parse_layers
-from qscope_posttrain.cli.options import did_you_mean
-from qscope_posttrain.errors import UserValueError, library_refusals
+from qscope_posttrain.errors import UserValueError, did_you_mean, library_refusals
 from qscope_posttrain.files import text_suffix
 from qscope_posttrain.text.data_sets import READERS, read_data_set, read_file, saved_data_set
 

@@ -17,8 +17,8 @@ from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.report.progress import progress
-from qscope_posttrain.rl.prompts import MANY_ROWS, PROMPT, check_batch, check_dataset
+from qscope_posttrain.report.progress import if_many, progress
+from qscope_posttrain.rl.prompts import PROMPT, check_batch, check_dataset
 from qscope_posttrain.rl.rewards import RewardFunction, check_reward_data, reward_function
 from qscope_posttrain.sft.preparation import StandIn
 
@@ -83,11 +83,14 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
             template, which TRL does not read here.
     """
     in_memory = isinstance(rows, Dataset)
-    empty_allowed = bool(tokenizer(text="")["input_ids"])
-    check_dataset(rows, empty_allowed=empty_allowed, name="data")
+    reads: dict[str, Any] = {
+        "empty_allowed": bool(tokenizer(text="")["input_ids"]),
+        "chat_allowed": tokenizer.chat_template is not None,
+    }
+    check_dataset(rows, **reads, name="data")
     examples: Iterable[dict[str, Any]] = rows if in_memory and recipe.run.dry_run else first_rows(rows, SAMPLED_ROWS)
     if not in_memory:
-        check_batch([row.get(PROMPT) for row in examples], empty_allowed=empty_allowed, name="data")
+        check_batch([row.get(PROMPT) for row in examples], **reads, name="data")
     trainer = StandIn(
         _is_vlm=False,
         environment_factories=None,
@@ -97,15 +100,10 @@ def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizer
         processing_class=tokenizer,
     )
     tokenize: Any = GRPOTrainer._tokenize_prompts
-    many = isinstance(examples, Dataset) and len(examples) > MANY_ROWS
+    shown = if_many(len(examples) if isinstance(examples, Dataset) else None)
     lengths = []
-    for number, row in enumerate(progress(examples, description="reading prompts", enabled=None if many else False)):
+    for number, row in enumerate(progress(examples, description="reading prompts", enabled=shown)):
         _check_columns(row)
-        if not isinstance(row[PROMPT], str) and tokenizer.chat_template is None:
-            raise UserValueError(
-                "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has "
-                "one (a base model gets it in supervised fine-tuning), or give prompts as text."
-            )
         try:
             lengths.append(len(tokenize(trainer, [row[PROMPT]])[0][0]))
         except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:

@@ -9,8 +9,7 @@ from typing import Any, NoReturn
 from qscope_posttrain.cli import recipe_keys
 from qscope_posttrain.cli.recipe_keys import RecipeFile
 from qscope_posttrain.cli.recipe_values import checked, kinds_of_option
-from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.errors import did_you_mean as did_you_mean
+from qscope_posttrain.errors import UserValueError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

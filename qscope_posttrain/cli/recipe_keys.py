@@ -1,4 +1,4 @@
-"""What a recipe may hold: its keys, the environment it may set, and what needs the user's word because it runs code.
+"""The keys of a recipe, the environment that it may set, and the values that need the user's word as they run code.
 
 A recipe may come from anybody. It can hold values and nothing else: code that it names (a model's own modules, a reward
 function by import path, a kernel of the hub) runs only with `--allow-code` on the command line, and `env:` sets
@@ -214,7 +214,7 @@ def _is_local(server: Any) -> bool:
 
 
 def code_requests(values: Mapping[str, Any]) -> list[str]:
-    """What in these values would run code that is not installed here as a library, key by key."""
+    """The values that would run code which is not installed here as a library, key by key, with the reason."""
     return [
         f"{place} {why}"
         for name, value in values.items()

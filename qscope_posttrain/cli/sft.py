@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
 def train(recipe: Recipe) -> None:
     """Train, save the model, and write `resolved.yaml` and `summary.json` beside it."""
     output = writable_folder(recipe.output)
-    features = load_features(recipe)
+    features = None if recipe.penalty is None else load_features(recipe)  # the control does without the file
     write_resolved(recipe, features, output)
     trainer = build_trainer(recipe, features)
     result = run_training(recipe, trainer)

@@ -9,10 +9,9 @@ from typing import Any, Literal
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from qscope_posttrain.cli.config_arguments import arguments_of
-from qscope_posttrain.cli.options import did_you_mean
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.cli.recipe import DeviceRule, TrainingRecipe, check_model_named
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, did_you_mean
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.sft.config import KLAnchorConfig, LossConfig, SASFTConfig, TokenPenaltyConfig
 

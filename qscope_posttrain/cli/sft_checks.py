@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,12 @@ from qscope_posttrain.cli.sft import build_callback
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.cli.sft_data import data_tokenizer, first_row, skips_preparation
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.progress import progress
+from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.config import LossConfig, SASFTConfig
 from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.preparation import Preparation
-from qscope_posttrain.sft.train_data import PROGRESS_FROM, count_languages, without_effect
+from qscope_posttrain.sft.train_data import count_languages, without_effect
 from qscope_posttrain.text.language_labels import class_names
 from qscope_posttrain.text.scripts import language_code, target_script
 from qscope_posttrain.text.tokens import script_token_ids
@@ -66,10 +66,12 @@ def check_recipe(recipe: Recipe) -> Checks:
             checks.check("target tokens", _target_tokens, recipe, tokenizer)
     rows = checks.check("data", check_data, recipe, recipe.script.dataset_train_split)
     if recipe.training.eval_strategy != "no":
-        checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
+        evaluated = checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
     if recipe.penalty is not None and recipe.penalty.target is not None:
-        checks.check("languages", _languages, recipe, rows, callback)
+        checks.check("languages", _languages, recipe, rows, callback, tokenizer)
     checks.check("labels", _labels, recipe, rows, tokenizer)
+    if recipe.training.eval_strategy != "no":
+        checks.check("evaluation labels", _evaluation_labels, recipe, evaluated, tokenizer, rows)
     checks.check("batch", _batch, recipe, rows)
     if recipe.training.resume_from_checkpoint:
         checks.check("checkpoint", check_checkpoint, recipe)
@@ -114,12 +116,11 @@ def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
     return ids, f"{len(ids)} tokens write {script}"
 
 
-def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback) -> tuple[Counter[str], str]:
+def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback, tokenizer: Any) -> tuple[Counter[str], str]:
     """The languages of all rows of a data set in memory, of the first ones of a stream."""
     options, field = recipe.penalty, recipe.training.dataset_text_field
-    decide = SampleLanguage(
-        options.language, callback.languages, options.ignore_languages, classes=class_names(rows, options.language)
-    )
+    classes = class_names(rows, options.language)
+    decide = SampleLanguage(options.language, callback.languages, options.ignore_languages, tokenizer.decode, classes)
     streamed = not isinstance(rows, Dataset)
     examples: Any = first_rows(rows, STREAMED_ROWS) if streamed else rows
     if not streamed and options.language == SCRIPT and field in rows.column_names and "text" not in rows.column_names:
@@ -132,8 +133,17 @@ def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback) -> t
     return counts, f"of {which}: {listed}"
 
 
-def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
-    """Let TRL prepare the rows as training will, and count the tokens that are learned."""
+def _evaluation_labels(recipe: Recipe, rows: Rows, tokenizer: Any, train_rows: Rows) -> tuple[int, str]:
+    """`_labels` of rows that TRL takes for the kind of data that it trains on."""
+    return _labels(recipe, rows, tokenizer, first_row(train_rows))
+
+
+def _labels(recipe: Recipe, rows: Rows, tokenizer: Any, sample: Mapping[str, Any] | None = None) -> tuple[int, str]:
+    """Let TRL prepare the rows as training will, and count the tokens that carry the loss.
+
+    Args:
+        sample: The row by which TRL decides what kind of data it is; by default the first.
+    """
     training = recipe.training
     cut = not training.packing or training.packing_strategy == "bfd"
     # Packing by "bfd" keeps the start of what is too long; the others lose nothing.
@@ -142,7 +152,7 @@ def _labels(recipe: Recipe, rows: Rows, tokenizer: Any) -> tuple[int, str]:
     args.max_length = training.max_length if cut else None
     if training.packing:
         args.truncation_mode = "keep_start"
-    sample = first_row(rows)
+    sample = first_row(rows) if sample is None else sample
     if skips_preparation(training) and "input_ids" not in sample:
         raise UserValueError(
             "dataset_kwargs says skip_prepare_dataset, which takes rows of 'input_ids' and 'labels'; the data has "
@@ -177,8 +187,7 @@ def _parts(rows: Rows) -> Iterator[tuple[int, Dataset]]:
         yield 0, Dataset.from_list(first_rows(rows, STREAMED_ROWS))
         return
     starts = range(0, len(rows), ROWS_AT_A_TIME)
-    shown = None if len(rows) > PROGRESS_FROM else False
-    for start in progress(starts, description="looking at labels", enabled=shown):
+    for start in progress(starts, description="looking at labels", enabled=if_many(len(rows))):
         # In memory, so that nothing is left in the cache of the data set
         piece = rows[start : start + ROWS_AT_A_TIME]
         yield start, Dataset.from_dict(piece, features=rows.features)

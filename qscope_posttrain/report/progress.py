@@ -12,6 +12,8 @@ T = TypeVar("T")
 
 QUIET = "QSCOPE_QUIET"
 """Environment variable that, unless it is empty, leaves progress and status lines out"""
+MANY_ROWS = 100_000
+"""Rows from which on a look at all of them shows how far it is"""
 SECONDS_BETWEEN_LINES = 5.0
 """Pause between plain lines: often enough to see that the loop lives, seldom enough for a log file."""
 
@@ -51,6 +53,11 @@ def progress(
         yield from _with_bar(iterable, total, description, note)
     else:
         yield from _with_lines(iterable, total, description, note)
+
+
+def if_many(rows: int | None) -> bool | None:
+    """What to give as `enabled` for a look at data: by default shown from MANY_ROWS on, never below."""
+    return None if rows is not None and rows >= MANY_ROWS else False
 
 
 def status(message: str, enabled: bool | None = None) -> None:

@@ -8,11 +8,9 @@ from typing import Any
 from datasets import Dataset
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.progress import progress
+from qscope_posttrain.report.progress import if_many, progress
 
 PROMPT = "prompt"
-MANY_ROWS = 100_000
-"""Rows from which on a look at all of them shows its progress"""
 _ROWS_AT_A_TIME = 1000
 
 
@@ -32,12 +30,12 @@ def check_data(trainer: Any, flag: str) -> None:
         if isinstance(evaluated, dict)
         else {"evaluation data": evaluated}
     )
-    empty_allowed = _reads_nothing(trainer)
+    reads = _reads(trainer)
     for name, dataset in named.items():
         if flag in (getattr(dataset, "column_names", None) or []):
             raise UserValueError(f"The data set has a column {flag!r}, the name of the flag of negatives; rename it.")
         if trainer.environment_factories is None:  # they make the prompts
-            check_dataset(dataset, empty_allowed=empty_allowed, name=name)
+            check_dataset(dataset, **reads, name=name)
 
 
 def check_inputs(trainer: Any, inputs: Sequence[Mapping[str, Any]]) -> None:
@@ -47,20 +45,27 @@ def check_inputs(trainer: Any, inputs: Sequence[Mapping[str, Any]]) -> None:
         ValueError: see `check_dataset`.
     """
     if trainer.environment_factories is None:
-        check_batch([row.get(PROMPT) for row in inputs], empty_allowed=_reads_nothing(trainer))
+        check_batch([row.get(PROMPT) for row in inputs], **_reads(trainer))
 
 
-def _reads_nothing(trainer: Any) -> bool:
-    """Whether an empty text is a prompt of at least one token."""
-    return bool(trainer._tokenizer(text="")["input_ids"])
+def _reads(trainer: Any) -> dict[str, Any]:
+    """The kinds of prompts that a trainer's tokenizer can read, as options of `check_batch`."""
+    templates = (trainer.chat_template, trainer.processing_class.chat_template)
+    return {
+        "empty_allowed": bool(trainer._tokenizer(text="")["input_ids"]),
+        "chat_allowed": any(template is not None for template in templates),
+    }
 
 
-def check_dataset(dataset: Any, *, empty_allowed: bool = False, name: str = "data set") -> None:
+def check_dataset(
+    dataset: Any, *, empty_allowed: bool = False, chat_allowed: bool = True, name: str = "data set"
+) -> None:
     """Check the prompt of every row of a data set in memory; streams and transforms show theirs row by row only.
 
     Args:
         dataset: rows with a column `prompt`.
         empty_allowed: whether an empty text is a prompt: with a tokenizer that puts a token in front of it.
+        chat_allowed: whether messages are: with a tokenizer that has a chat template.
         name: of the data set, for the messages.
 
     Raises:
@@ -77,13 +82,14 @@ def check_dataset(dataset: Any, *, empty_allowed: bool = False, name: str = "dat
     if len(dataset) == 0:
         raise UserValueError(f"the {name} has no rows.")
     batches = dataset.with_format(None).select_columns([PROMPT]).iter(batch_size=_ROWS_AT_A_TIME)
-    shown = progress(
-        batches, -(-len(dataset) // _ROWS_AT_A_TIME), "looking at prompts", None if len(dataset) > MANY_ROWS else False
-    )
-    check_batch((prompt for batch in shown for prompt in batch[PROMPT]), empty_allowed=empty_allowed, name=name)
+    shown = progress(batches, -(-len(dataset) // _ROWS_AT_A_TIME), "looking at prompts", if_many(len(dataset)))
+    prompts = (prompt for batch in shown for prompt in batch[PROMPT])
+    check_batch(prompts, empty_allowed=empty_allowed, chat_allowed=chat_allowed, name=name)
 
 
-def check_batch(prompts: Iterable[Any], *, empty_allowed: bool = False, name: str = "batch") -> None:
+def check_batch(
+    prompts: Iterable[Any], *, empty_allowed: bool = False, chat_allowed: bool = True, name: str = "batch"
+) -> None:
     """Check prompts that are trained on together.
 
     Raises:
@@ -95,6 +101,11 @@ def check_batch(prompts: Iterable[Any], *, empty_allowed: bool = False, name: st
         if wrong:
             raise UserValueError(f"row {row} of the {name}: '{PROMPT}' must be text or a list of messages; {wrong}.")
         kind: type = str if isinstance(prompt, str) else list
+        if kind is list and not chat_allowed:
+            raise UserValueError(
+                "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has "
+                "one (a base model gets it in supervised fine-tuning), or give prompts as text."
+            )
         first = first or kind
         if kind is not first:
             words: dict[type, str] = {str: "text", list: "messages"}
@@ -105,7 +116,7 @@ def check_batch(prompts: Iterable[Any], *, empty_allowed: bool = False, name: st
 
 
 def _wrong(prompt: Any, empty_allowed: bool) -> str | None:
-    """What is wrong with a prompt, if anything."""
+    """The fault of a prompt in words; None for a good one."""
     if isinstance(prompt, str):
         return None if prompt or empty_allowed else "it is an empty text"
     if prompt is None:

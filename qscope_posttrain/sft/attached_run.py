@@ -38,7 +38,7 @@ class AttachedRun:
             callback: the callback, which is or will be in the trainer's list.
             trainer: a constructed trainer.
             loss: the term, made for this trainer.
-            columns: what the languages of samples are told by; None if no language is looked at.
+            columns: those that decide the languages of samples; None if no language is looked at.
         """
         self.callback = callback
         self.trainer = trainer

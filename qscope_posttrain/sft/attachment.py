@@ -1,4 +1,4 @@
-"""What every auxiliary loss on a stock `SFTTrainer` has in common: attaching, adding, logging, leaving."""
+"""The base of every auxiliary loss on a stock `SFTTrainer`: attaching, adding, logging, leaving."""
 
 from __future__ import annotations
 
@@ -55,7 +55,15 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             anchor_model: the starting model of the anchor, by default the model without its adapter (PEFT) or a
                 frozen copy made at attach, which takes the memory of the model's weights once more until `detach()`.
                 A given one is moved to the device of the batches, and otherwise left as it is.
+
+        Raises:
+            ValueError: a starting model for a loss without an anchor.
         """
+        if anchor_model is not None and getattr(config, "anchor_weight", None) == 0:
+            raise UserValueError(
+                f"anchor_model is the starting model of the KL anchor, and {type(config).__name__}.anchor_weight is 0, "
+                "so that it would do nothing. Give anchor_weight=1.0, say, or leave anchor_model out."
+            )
         self.name = name
         self.config = config
         self.languages = languages
@@ -163,7 +171,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         )
 
     def columns_of(self, trainer: Trainer) -> tuple[str, ...] | None:
-        """What the languages of the trainer's data are told by; None if no language is looked at."""
+        """The columns that decide the languages of the trainer's data; None if no language is looked at."""
         config = self.config
         if config.target is None:
             return None

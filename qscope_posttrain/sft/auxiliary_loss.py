@@ -129,17 +129,17 @@ class AuxiliaryLoss(ABC):
         return ("penalty", *self.sum_names(), *(("anchor",) if self.config.anchor > 0 else ()))
 
     def metrics(self, totals: Mapping[str, float], steps: int, ranks: int) -> dict[str, float]:
-        """What to log, from sums over a logging window of `steps` optimiser steps and over `ranks` processes."""
+        """Values to log, from sums over a logging window of `steps` optimiser steps and over `ranks` processes."""
         terms = {name: totals[name] / (ranks * steps) for name in ("penalty", "anchor") if name in totals}
         return terms | self.rates(totals)
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must find again, beside the callback's settings."""
+        """Values that a resumed run must find again, beside the callback's settings."""
         found = {"target_tokens_sha256": None if self.tokens is None else fingerprint(self.tokens)}
         return found if self.anchor is None else {**found, "start_sha256": self.anchor.fingerprint(self.model)}
 
     def captured(self, labels: Tensor) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-        """What was captured, by layer and by name, at the positions of `labels` `[batch, tokens]`.
+        """The captured tensors, by layer and by name, at the positions of `labels` `[batch, tokens]`.
 
         Virtual tokens, which PEFT puts before every row inside the model (prompt tuning, p-tuning), are left out.
 

@@ -75,7 +75,7 @@ class SampleLanguage:
         return self.name(example[self.rule])
 
     def name(self, label: Any) -> str:
-        """What a column or a function gave, as a name.
+        """The name that a column or a function gave.
 
         Raises:
             ValueError: no name, a number without a name behind it, or nothing.

@@ -123,7 +123,7 @@ def pack_with_languages(
 
 
 def _samples(dataset: Dataset, prepared: Dataset, language: LanguageRule, text_field: str) -> Iterator[dict[str, Any]]:
-    """What tells the language of each row: the column, or all columns beside the tokens and labels that TRL made."""
+    """The samples that decide the languages: the column, or all columns beside the tokens and labels that TRL made."""
     if isinstance(language, str) and language != SCRIPT and language in dataset.column_names:
         yield from dataset.select_columns(language)
         return

@@ -22,7 +22,7 @@ T = TypeVar("T")
 TEMPLATE_FILES = (".jinja", ".j2")
 """Names of files that TRL reads as a chat template; any other `chat_template_path` is a model to take it from"""
 _FAULTS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, TemplateError)
-"""What TRL, a tokenizer or a chat template answers to data that they cannot read"""
+"""Errors of TRL, a tokenizer or a chat template for data that they cannot read"""
 
 
 class StandIn(SimpleNamespace):
@@ -72,7 +72,7 @@ def is_template_file(path: str) -> bool:
 
 
 class Preparation:
-    """What `SFTTrainer` does to its data sets for the arguments `args`, token by token, without a trainer.
+    """The preparation of `SFTTrainer` for the arguments `args`, token by token, without a trainer.
 
     Args:
         tokenizer: as it is given to the trainer; it is not changed.

@@ -27,7 +27,7 @@ _THOUGHT = regex.compile(r"(?:<think(?:ing)?>|\A)(?:(?!<think(?:ing)?>).)*?</thi
 
 
 def response_texts(example: Mapping[str, Any], decode: Callable[[list[int]], str] | None = None) -> Iterator[str]:
-    """What may tell the language of a sample's response, best first; each may be without letters.
+    """Texts that decide the language of a sample's response, best first; each may be without letters.
 
     1. The response without code, formulas and marks of templates, and without `<think>` blocks if letters are left: a
        model may think in another language than the one it answers in. The response is what carries the loss: tokens

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Value
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.progress import progress
+from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.language_ids import (
     LANGUAGE_NAMES,
     NO_LANGUAGE,
@@ -23,14 +23,11 @@ from qscope_posttrain.sft.language_ids import (
 )
 from qscope_posttrain.text.language_labels import class_names, distinct_labels
 
-PROGRESS_FROM = 100_000
-"""Rows from which on looking at them shows how far it is"""
-
 
 def language_columns(
     trainer: Trainer, rule: LanguageRule, languages: Sequence[str], ignore: Sequence[str], target: str
 ) -> tuple[str, ...]:
-    """The columns of the training data that telling the language needs. All rows in memory are looked at.
+    """The columns of the training data that decide the language. All rows in memory are looked at.
 
     Warns where none of them is in a language on which a loss against `target` acts.
 
@@ -107,8 +104,7 @@ def _known(decide: SampleLanguage, language: str) -> str:
 
 def _each_row(rows: Iterable[Any], look: Callable[[Any], Any], total: int | None = None) -> list[Any]:
     total = len(rows) if isinstance(rows, Sized) else total
-    many = total is not None and total >= PROGRESS_FROM
-    shown = progress(rows, total, description="telling the languages of the rows", enabled=None if many else False)
+    shown = progress(rows, total, "looking at languages", if_many(total))
     return [_at(number, look, row) for number, row in enumerate(shown)]
 
 
@@ -182,7 +178,7 @@ def _sample_language(
 
 
 def _dropped(trainer: Any, columns: Sequence[str]) -> list[str]:
-    """What the trainer would have removed must not reach its collator."""
+    """Columns that the trainer would have removed, and that must not reach its collator."""
     trainer._set_signature_columns_if_needed()
     extra = [column for column in columns if column not in trainer._signature_columns]
     return extra if trainer.args.remove_unused_columns else []

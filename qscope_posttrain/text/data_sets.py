@@ -50,7 +50,7 @@ def read_file(path: str | os.PathLike[str], split: str = "train", streaming: boo
 
 
 def saved_data_set(folder: str | os.PathLike[str]) -> Any:
-    """What `save_to_disk` has written into `folder`: rows, or rows by split; None where it has written nothing.
+    """The data set that `save_to_disk` has written into `folder`: rows, or rows by split; None where there is none.
 
     Raises:
         ValueError: it is damaged.
@@ -100,7 +100,7 @@ def reading(name: str, place: Path | None = None) -> Iterator[None]:
 
 
 def _faulty_line(place: Path) -> str:
-    """What our own readers, which name the line, say of a file that `datasets` has refused; "" if they take it."""
+    """The words of our own readers, which name the line, for a file that `datasets` refused; "" if they take it."""
     suffix = text_suffix(place)
     rows: Iterator[Any] = iter(())
     if READERS[suffix] == "json":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 from qscope_posttrain import __version__
 from qscope_posttrain.cli import main as module
@@ -89,6 +90,18 @@ def test_a_message_of_several_lines_is_one(monkeypatch, capsys):
     monkeypatch.setattr(module, "_module", lambda name: _Failing(UserValueError("first\n\n  second\n")))
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_an_error_of_a_worker_that_loads_data_is_one_line(monkeypatch, capsys):
+    try:
+        raise UserValueError("no such\n  language")
+    except UserValueError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UserValueError, match="Traceback") as caught:
+        wrapped.reraise()
+    monkeypatch.setattr(module, "_module", lambda name: _Failing(caught.value))
+    assert main(["sft"]) == 2
+    assert capsys.readouterr().err == "error: no such language\n"
 
 
 def _bug_in_the_package():

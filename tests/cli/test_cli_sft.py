@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
@@ -194,6 +195,11 @@ def test_the_command_line_wins_under_either_name_of_the_anchor(world, tmp_path, 
         parse_recipe(["--config", path, f"--{said}", "nan"])
 
 
+def test_the_control_does_without_the_features_of_its_recipe(world, tmp_path):
+    recipe = world.recipe(tmp_path / "recipe.yaml", features="nowhere.safetensors", max_steps=1)
+    assert main(["sft", "--config", recipe, "--method", "sft"]) == 0
+
+
 def test_dry_run_without_features(world, tmp_path, capsys):
     assert main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml", **TOKEN_PENALTY), "--dry_run"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -322,6 +328,17 @@ def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_dry_run_reads_the_script_of_rows_that_are_tokenised(world, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in ("the boat left", "小船在黎明时离开了港口")]
+    recipe = world.recipe(
+        tmp_path / "recipe.yaml", **TOKEN_PENALTY, token_penalty_language="script",
+        dataset_name=_rows(tmp_path / "rows.jsonl", rows),
+    )  # fmt: skip
+    assert main(["sft", "--config", recipe, "--dry_run"]) == 0
+    assert "of 2 rows: en 1, zh 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "what", "message"),
     [
@@ -334,6 +351,11 @@ def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
         ({"dataset_name": "{ja}"}, "languages", "language 'ja'"),
         ({"dataset_name": "{late}"}, "languages", "Row 2100 of the training data"),
         ({"dataset_name": "{empty}"}, "labels", "none to learn"),
+        (
+            {"dataset_name": "{splits}", "eval_strategy": "steps", "eval_steps": 1, "dataset_test_split": "test"},
+            "evaluation labels",
+            "Row 1 of the data cannot be prepared",
+        ),
         ({"resume_from_checkpoint": "nowhere"}, "checkpoint", "no checkpoint of a trainer"),
         ({"resume_from_checkpoint": "true", "output_dir": "{run}"}, "checkpoint", "The last one in"),
         ({"use_peft": True, "lora_target_modules": ["nothing"]}, "adapter", "nothing"),
@@ -347,6 +369,9 @@ def test_dry_run_finds(world, tmp_path, capsys, make_model, tiny_tokenizer, chan
     paths["empty"] = _rows(tmp_path / "empty.jsonl", [{"prompt": "a" * 500, "completion": "b", "language": "en"}])
     paths["run"] = str(tmp_path / "run")
     (tmp_path / "run" / "checkpoint-12").mkdir(parents=True)
+    splits = {"train": [good] * 8, "test": [good, {**good, "completion": None}]}
+    paths["splits"] = str(tmp_path / "splits")
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(paths["splits"])
     if changes.get("features") == "{other}":
         make_model("qwen3", hidden_size=32).save_pretrained(tmp_path / "narrow")
         tiny_tokenizer.save_pretrained(tmp_path / "narrow")

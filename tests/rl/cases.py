@@ -201,8 +201,11 @@ class Outcome:
 def run_prescribed(model, tokenizer, batches, *, features=None, callbacks=(), **options: Any) -> Outcome:
     """Train on prescribed completions; the gradients are those of the last optimiser step."""
     reward, keep = reward_of(batches), KeepGradients()
-    defaults: dict[str, Any] = {"negative": "random", "window_start": [2, 2], "window_length": 6}
-    if features is None:
+    defaults: dict[str, Any] = {"negative": "random", "window_start": [2, 2]}
+    steered = options.get("negative", "random") in ("random", "feature")
+    if steered:
+        defaults |= {"window_length": 6}
+    if steered and features is None:
         defaults |= {"steering_layer": LAYER, "steering_strength": 6.0, "steering_unit": "norm"}
     trainer = make_trainer(
         model, make_args(**{**defaults, **options}), tokenizer, reward=reward, features=features,

@@ -294,6 +294,16 @@ def test_a_random_direction_without_features_needs_a_window(model, tiny_tokenize
         build(model, tiny_tokenizer, make_args(steering_layer=1, **options))
 
 
+@pytest.mark.parametrize("negative", [None, "seeded", "copied"])
+@pytest.mark.parametrize(
+    "option", [{"steering_layer": 1}, {"steering_strength": 4.0}, {"steering_unit": "norm"}, {"window_length": 4}]
+)
+def test_steering_is_not_passed_over_where_text_is_copied(model, tiny_tokenizer, negative, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"copies text and does not steer, so {name} would do nothing"):
+        build(model, tiny_tokenizer, make_args(negative=negative, **option))
+
+
 def test_dynamic_sampling_needs_rows_by_number(model, tiny_tokenizer):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": prompt} for prompt in PROMPTS]))
     with pytest.raises(ValueError, match=r"dynamic_sampling.*IterableDataset"):

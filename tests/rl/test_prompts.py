@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from rl.cases import PROMPTS, make_args, make_trainer, small_model
@@ -9,6 +11,7 @@ from rl.cases import PROMPTS, make_args, make_trainer, small_model
 from qscope_posttrain.cli.grpo_arguments import parse_recipe
 from qscope_posttrain.cli.grpo_checks import check_recipe
 from qscope_posttrain.cli.grpo_data import check_prompts
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.rl.prompts import check_batch, check_dataset
 
 TEXTS = [f"Text {i}" for i in range(200)]
@@ -43,6 +46,17 @@ def test_a_prompt_that_cannot_be_read(prompt, message):
     good = CHATS[:3] if isinstance(prompt, list) else TEXTS[:3]
     with pytest.raises(ValueError, match=f"row 3 of the batch: 'prompt' must be text or a list of messages; {message}"):
         check_batch([*good, prompt])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_need_a_chat_template(model, tiny_tokenizer, stream):
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.chat_template = None
+    chats = [{"prompt": chat} for chat in CHATS[:8]]
+    rows = IterableDataset.from_generator(lambda: iter(chats)) if stream else Dataset.from_list(chats)
+    act = build(model, bare, rows).train if stream else lambda: build(model, bare, rows)
+    with pytest.raises(UserValueError, match="the tokenizer has no chat template"):
+        act()
 
 
 def test_what_is_a_prompt():

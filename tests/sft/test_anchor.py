@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from residual.other_device import elsewhere
 from sft.cases import case_model, make_features, make_rows, make_trainer, with_lora
 
 from qscope_posttrain.sft.anchor import Anchor
-from qscope_posttrain.sft.baselines import KLAnchorCallback
+from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 
 IDS = torch.arange(3, 15).view(2, 6)
@@ -92,6 +93,13 @@ def test_a_given_model_is_left_as_it_was(model, tiny_tokenizer):
     assert calls, "its hooks are the user's"
     assert [module.training for module in given.modules()] == modes
     assert all(parameter.requires_grad and parameter.grad is None for parameter in given.parameters())
+
+
+def test_a_starting_model_without_an_anchor_is_refused(model):
+    for make in (partial(SASFTCallback, make_features(model)), TokenPenaltyCallback):
+        with pytest.raises(ValueError, match="anchor_weight is 0, so that it would do nothing"):
+            make(anchor_model=copy.deepcopy(model))
+    assert KLAnchorCallback(weight=0.0, anchor_model=model).anchor_model is model
 
 
 def test_a_copy_has_no_hooks_and_no_gradients(model):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import GenerationConfig
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError, did_you_mean
 from qscope_posttrain.residual.layers import pretrained_model
 
 # They reshape a distribution, or do nothing here: beams and an assistant are refused below or never given.
@@ -77,10 +76,8 @@ def check_options(
     known = vars(GenerationConfig())
     for name, value in options.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
             raise UserValueError(
-                f"{source(name)}: {name!r} is no option of transformers' GenerationConfig."
-                f"{f' Did you mean {close[0]!r}?' if close else ''}"
+                f"{source(name)}: {name!r} is no option of transformers' GenerationConfig.{did_you_mean(name, known)}"
             )
         if name in _ALLOWED or name.startswith("_") or _is_off(name, value, equal, steered):
             continue
