@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-
 import tomllib
 
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text(encoding="utf-8"))["project"]

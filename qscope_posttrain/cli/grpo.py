@@ -32,7 +32,6 @@ def train(recipe: GRPORecipe) -> None:
     """Train, save the model, and write `resolved.yaml` and `summary.json` beside it."""
     output = writable_folder(recipe.output)
     features = needed_features(recipe)
-    write_resolved(recipe, features, output)
     inputs = prepare(recipe, features)
     trainer = make_trainer(
         recipe,
@@ -48,7 +47,7 @@ def train(recipe: GRPORecipe) -> None:
             quantization_config=get_quantization_config(recipe.model),
         ),
     )
-    result = run_training(recipe, trainer)
+    result = run_training(recipe, trainer, lambda: write_resolved(recipe, features, output))
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
         table = results_table(log)

@@ -41,9 +41,8 @@ def train(recipe: Recipe) -> None:
     """Train, save the model, and write `resolved.yaml` and `summary.json` beside it."""
     output = writable_folder(recipe.output)
     features = None if recipe.penalty is None else load_features(recipe)  # the control does without the file
-    write_resolved(recipe, features, output)
     trainer = build_trainer(recipe, features)
-    result = run_training(recipe, trainer)
+    result = run_training(recipe, trainer, lambda: write_resolved(recipe, features, output))
     if trainer.accelerator.is_main_process:
         results = {
             "model": str(output),

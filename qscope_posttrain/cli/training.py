@@ -20,12 +20,16 @@ T = TypeVar("T", bound=Trainer)
 
 
 class _Begun(TrainerCallback):
-    """Whether a step has begun."""
+    """Whether a step has begun, and what is done before the first one."""
 
-    begun = False
+    def __init__(self, first: Callable[[], None]) -> None:
+        self.first = first
+        self.begun = False
 
     def on_step_begin(self, *arguments: Any, **more: Any) -> None:
-        self.begun = True
+        if not self.begun:
+            self.begun = True
+            self.first()
 
 
 def make_trainer(recipe: TrainingRecipe, make: Callable[[], T]) -> T:
@@ -42,14 +46,16 @@ def make_trainer(recipe: TrainingRecipe, make: Callable[[], T]) -> T:
         return make()
 
 
-def run_training(recipe: TrainingRecipe, trainer: Trainer) -> Any:
+def run_training(recipe: TrainingRecipe, trainer: Trainer, first: Callable[[], None]) -> Any:
     """Train, save the model, and return what `trainer.train` returns.
+
+    `first` is called before the first step, when nothing can be refused any more, a checkpoint of another run included.
 
     Raises:
         ValueError: what a library refuses before the first step.
         OSError: the model cannot be written.
     """
-    watch = _Begun()
+    watch = _Begun(first)
     trainer.add_callback(watch)
     try:
         result = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)

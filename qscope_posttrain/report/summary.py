@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def write_summary(
         seeds = [] if found is None else [found] if isinstance(found, int) else list(found)
     content = {
         "command": command,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": to_json(settings),
         "seeds": list(seeds),
         "results": to_json(results),

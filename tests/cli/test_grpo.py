@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -134,6 +135,15 @@ def test_final_metrics_are_means_over_the_last_entries_of_training():
         "reward": ("2.5", "-"), "advantage": ("-", "-"), "share that repeats without end": ("-", "0.5"),
     }  # fmt: skip
     assert results_table([]).rows == ()
+
+
+def test_a_refused_resume_leaves_what_the_run_has_written(trained, recipe, tmp_path, capsys):
+    folder = tmp_path / "again"
+    shutil.copytree(trained, folder)
+    path = recipe(tmp_path, max_steps=4, output_dir=str(folder), seed=7)
+    assert main(["grpo", "--config", path, "--resume_from_checkpoint", str(folder / "checkpoint-2")]) == 2
+    assert "seed was 42, is 7" in capsys.readouterr().err
+    assert (folder / "resolved.yaml").read_text() == (trained / "resolved.yaml").read_text()
 
 
 def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
@@ -33,7 +33,7 @@ def test_pauses_double_up_to_the_longest():
 def test_retry_after():
     assert retry_after_seconds("2.5") == 2.5
     assert retry_after_seconds("-3") == 0
-    later = datetime.now(timezone.utc) + timedelta(seconds=90)
+    later = datetime.now(UTC) + timedelta(seconds=90)
     assert retry_after_seconds(format_datetime(later, usegmt=True)) == pytest.approx(90, abs=2)
     assert [retry_after_seconds(value) for value in (None, "soon", "nan")] == [None, None, None]
 
