@@ -66,7 +66,8 @@ $(OLDEST)/.installed: pyproject.toml .ci/floors.py
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(OLDEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile tests/residual tests/sft tests/rl tests/invariants \
+	    tests/cli tests/text tests/attacks tests/test_files.py
 
 # Other SAE libraries, in an environment of their own: what they write is read here, and benchmarks/ runs against them.
 # torchvision comes with one of them, has no CPU build to match, and is needed by none of what is used here.
