@@ -278,7 +278,7 @@ class TestRefusals:
 
     def test_unknown_language_in_the_data(self, build, features):
         rows = [{**row, "language": "ko"} for row in make_rows(8)]
-        with pytest.raises(ValueError, match=r"language 'ko'.*it has en, zh, fr"):
+        with pytest.raises(ValueError, match=r"language 'ko'.*known languages .*: en, zh, fr"):
             build(rows, [SASFTCallback(features)])
 
     def test_no_labels(self, build, features):

@@ -114,7 +114,7 @@ def test_script_falls_back_on_the_decoded_tokens(tiny_tokenizer, texts):
 def test_a_sample_in_an_unknown_language():
     language = SampleLanguage("language", ("en", "zh"), ignore=("th",))
     assert language.id("th") == -1
-    with pytest.raises(ValueError, match=r"language 'ko'.*it has en, zh.*ignore_languages=\('ko',\)"):
+    with pytest.raises(ValueError, match=r"language 'ko'.*known languages .*: en, zh.*ignore_languages=\('ko',\)"):
         language.id("ko")
     with pytest.raises(ValueError, match="must be a name such as 'en'"):
         language({"language": 3})
