@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from qscope_posttrain.rl.config import SteeredGRPOConfig
 
 
+COPYING = ("seeded", "copied")
+"""Negatives that copy a row's own text and need no features"""
+
+_STEERING = ("steering_layer", "steering_strength", "steering_unit", "window_length")
 _LARGE = 10**9
 _RANGES: dict[str, tuple[float, float]] = {
     "negatives_per_group": (0, _LARGE), "steering_layer": (0, _LARGE), "window_length": (0, _LARGE),
@@ -21,6 +25,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "loop_min_copies": (2, _LARGE), "loop_min_tokens": (1, _LARGE), "copies": (1, _LARGE), "copy_length": (1, _LARGE),
     "soft_overlong_cache": (0, _LARGE), "dynamic_sampling_attempts": (1, 100),
 }  # fmt: skip
+
+
+def check_steering(config: SteeredGRPOConfig) -> None:
+    """ValueError for settings of steering where negatives are copied: whoever gives them means to steer."""
+    given = [name for name in _STEERING if getattr(config, name) is not None]
+    if config.has_negatives and config.negative in COPYING and given:
+        raise UserValueError(
+            f"negative={config.negative!r} copies text and does not steer, so {', '.join(given)} would do nothing. "
+            "Leave that out, or give features (negative='feature') or choose negative='random'."
+        )
 
 
 def check_ranges(config: SteeredGRPOConfig) -> None:

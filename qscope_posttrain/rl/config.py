@@ -11,18 +11,14 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import GRPOConfig
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.rl.checks import check_compatible, check_ranges
+from qscope_posttrain.rl.checks import COPYING, check_compatible, check_ranges, check_steering
 
 Mode = Literal["default", "paper"]
 Negative = Literal["feature", "random", "seeded", "copied"]
-COPYING = ("seeded", "copied")
-"""Negatives that need no features"""
 Gate = Literal["drop", "keep"]
 NegativeTokens = Literal["all", "tail", "likely"]
 OldLogps = Literal["policy", "behaviour"]
 Baseline = Literal["include", "exclude"]
-
-_STEERING = ("steering_layer", "steering_strength", "steering_unit", "window_length")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -245,7 +241,7 @@ class SteeredGRPOConfig(GRPOConfig):
                 "negative='feature' needs features: pass features=FeatureSet (see `qscope features find-repetition`), "
                 "or choose negative='seeded', which needs none."
             )
-        settled._check_steering()
+        check_steering(settled)
         settled._check_values()
         settled._fill_window()
         check_compatible(settled)
@@ -311,15 +307,6 @@ class SteeredGRPOConfig(GRPOConfig):
                     "out, or use mode='default' and set every field that you want. A config fills in what is left open "
                     "when it is made: give mode='paper' then, not later."
                 )
-
-    def _check_steering(self) -> None:
-        """ValueError for settings of steering where negatives are copied: whoever gives them means to steer."""
-        given = [name for name in _STEERING if getattr(self, name) is not None]
-        if self.has_negatives and self.negative in COPYING and given:
-            raise UserValueError(
-                f"negative={self.negative!r} copies text and does not steer, so {', '.join(given)} would do nothing. "
-                "Leave that out, or give features (negative='feature') or choose negative='random'."
-            )
 
     def _check_values(self) -> None:
         for name, choices in _CHOICES.items():

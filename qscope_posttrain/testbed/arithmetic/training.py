@@ -80,7 +80,7 @@ def train(
         probes: measured before, every `config.probe_every` updates, and after.
         features: for arms that steer; with a choice of layer, strength and window in their settings.
     """
-    from qscope_posttrain.rl.config import COPYING
+    from qscope_posttrain.rl.checks import COPYING
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
     model = copy.deepcopy(language_model.model)
