@@ -44,6 +44,8 @@ def read_file(path: str | os.PathLike[str], split: str = "train", streaming: boo
     options: dict[str, Any] = {"sep": "\t"} if text_suffix(place) == ".tsv" else {}
     with reading(str(place), place):
         kind = READERS[text_suffix(place)]
+        if kind == "json":
+            options["encoding"] = "utf-8-sig"  # older versions do not take a byte order mark before a list
         found = load_dataset(kind, data_files={split: str(place)}, streaming=streaming, **options)
         next(iter(found[split]))
     return found
