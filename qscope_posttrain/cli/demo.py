@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from qscope_posttrain.cli.parser import RecipeParser
+from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.errors import UserValueError, did_you_mean
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
@@ -52,11 +52,11 @@ class DemoArguments:
 def run(arguments: Sequence[str]) -> int:
     """Parse (`--config FILE` works here too), run, and return the exit status."""
     kinds = (DemoArguments, TestbedConfig, repetition_arguments())
-    parser = RecipeParser(kinds, mappings=["repetition"], prog="qscope demo")
-    demo, config, second = parser.parse(arguments)
+    parser = CommandParser(kinds, mappings=["repetition"], prog="qscope demo")
+    demo, config, second = parser.build(arguments)
     if demo.quick:
         quick = QUICK | {PREFIX + name: value for name, value in QUICK_REPETITION.items()}
-        demo, config, second = parser.parse(arguments, quick)
+        demo, config, second = parser.build(arguments, quick)
     given = {name.removeprefix(PREFIX): value for name, value in vars(second).items()}
     shared = {name: getattr(config, name) for name in SHARED}
     repetition = ArithmeticConfig(**{**shared, **given, **_from_json(demo.repetition, parser)})
@@ -83,7 +83,7 @@ def repetition_arguments() -> type:
     return dataclasses.make_dataclass("RepetitionArguments", made)
 
 
-def _from_json(text: Any, parser: RecipeParser) -> dict[str, Any]:
+def _from_json(text: Any, parser: CommandParser) -> dict[str, Any]:
     """Settings of the second half that `--repetition` gives, checked as the options are."""
     try:
         given = json.loads(text) if isinstance(text, str) else text

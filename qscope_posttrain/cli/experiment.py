@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import qscope_posttrain
-from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.errors import UserFileNotFoundError
 
 
@@ -56,8 +56,8 @@ def _find_experiments() -> None:
         sys.path.append(str(repository))
 
 
-def _parser() -> OptionParser:
-    parser = OptionParser(prog="qscope experiment", description=__doc__)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="qscope experiment", description=__doc__)
     parser.add_argument("--config", required=True, help="recipe, for example recipes/experiments/sasft_real_text.yaml")
     parser.add_argument("--variant", help="one of the recipe's variants, such as small or gpu")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells of the grid")

@@ -17,6 +17,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, hybrid_difference, wilson
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Cell, Table
+from qscope_posttrain.text.jsonl import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,39 @@ class Verdict(NamedTuple):
 
 Judge = Callable[[Sequence[tuple[str, str]]], Sequence[Verdict | None]]
 """[(prompt, response)] -> a verdict each, None where there is none to be had"""
+
+
+def read_safety_prompts(path: str | Path, limit: int | None = None) -> list[SafetyPrompt]:
+    """Read JSONL with `prompt` (text), `harmful` (true or false) and, if there are groups, `group` (text).
+
+    Args:
+        limit: Maximum number of prompts of each kind, harmful and benign, the first ones.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line of another form, or no prompt.
+    """
+    found: list[SafetyPrompt] = []
+    counts = {True: 0, False: 0}
+    for number, row in read_jsonl(path):
+        prompt, harmful, group = row.get("prompt"), row.get("harmful"), row.get("group", "")
+        if not isinstance(prompt, str) or not isinstance(harmful, bool) or not isinstance(group, str):
+            raise UserValueError(
+                f"{path}, line {number}: expected 'prompt' (text), 'harmful' (true or false), perhaps 'group' (text); "
+                f"got the keys {sorted(row)}."
+            )
+        unread = [name for name in ("tools", "chat_template_kwargs") if row.get(name)]
+        if unread:
+            raise UserValueError(
+                f"{path}, line {number}: {unread[0]!r} of a prompt is not read here; remove it, or give "
+                "--chat-template-options for all prompts."
+            )
+        if limit is None or counts[harmful] < limit:
+            found.append(SafetyPrompt(prompt, harmful, group))
+            counts[harmful] += 1
+    if not found:
+        raise UserValueError(f"'{path}' has no prompts.")
+    return found
 
 
 def safety_templates(folder: str | os.PathLike[str] | None = None) -> PromptTemplates:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.word_model import WORD, WordModel, WordSettings, fit_word_model, words_of
 from qscope_posttrain.intervals import Interval, wilson
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.text.language_labels import language_hint
 
 __all__ = [
     "Calibration",
@@ -29,7 +31,12 @@ __all__ = [
     "best_run",
     "detection_rates",
     "fit_span_identifier",
+    "word_detector",
 ]
+
+
+FITTED = 0.65
+"""Share of the lines of each language that words are learned from, the first ones; the others set the thresholds"""
 
 
 @dataclass(frozen=True)
@@ -276,3 +283,48 @@ def _calibrate(identifier: SpanIdentifier, clean: Sequence[str]) -> Calibration:
     threshold = max(floor, float(np.sort(scores)[-allowed]))
     words = float(np.median([len(WORD.findall(text)) for text in clean]))
     return Calibration(threshold, len(clean), int((scores > threshold).sum()), words)
+
+
+def word_detector(
+    texts: Mapping[str, Sequence[str]],
+    target: str,
+    sources: Sequence[str],
+    tokenizer: Any,
+    tokens: int,
+    false_positive_rate: float,
+) -> SpanIdentifier:
+    """Fit and calibrate an identifier on texts by language, for responses of up to `tokens` tokens of this tokenizer.
+
+    Words are learned from the first lines of each language; pieces of the others set the thresholds.
+
+    Raises:
+        ValueError: a source without text, too little of it for the rate, or a language without word spaces.
+    """
+    missing = sorted(set(sources) - set(texts))
+    if missing:
+        raise UserValueError(
+            f"--identify-texts has no text in {', '.join(missing)}, a language of the prompts: it has "
+            f"{', '.join(sorted(texts))}.{language_hint(missing[0], texts)} Add the text, or leave these prompts out."
+        )
+    languages = [*sources, target]
+    status(f"learning the words of {', '.join(languages)}")
+    cuts = {language: math.ceil(FITTED * len(texts[language])) for language in languages}
+    calibration = {source: _pieces(texts[source][cuts[source] :], tokenizer, tokens) for source in sources}
+    fitted = {language: texts[language][: cuts[language]] for language in languages}
+    try:
+        detector = fit_span_identifier(fitted, target, calibration, false_positive_rate)
+    except ValueError as error:
+        raise UserValueError(
+            f"--identify words cannot work with these texts: {error} (Calibration texts are pieces of --max-new-tokens "
+            f"{tokens} tokens from the last {100 * (1 - FITTED):.0f} % of the lines of --identify-texts.)"
+        ) from error
+    for source, entry in detector.calibration.items():
+        status(f"{source}: {entry.false_positives} of {entry.texts} clean pieces are called switched to {target}")
+    return detector
+
+
+def _pieces(lines: Sequence[str], tokenizer: Any, tokens: int) -> list[str]:
+    """Consecutive pieces of `tokens` tokens, which may begin and end inside a word, as responses do."""
+    ids = tokenizer("\n".join(lines), add_special_tokens=False, verbose=False)["input_ids"]
+    starts = range(0, len(ids) - tokens + 1, tokens)
+    return tokenizer.batch_decode([ids[start : start + tokens] for start in starts]) if starts else []

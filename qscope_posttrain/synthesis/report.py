@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explanation import FeatureId
 from qscope_posttrain.report.plots import Curve, line_curves
+from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.synthesis.comparison import Corpus, comparison_tables
 from qscope_posttrain.synthesis.coverage import Hits, coverage_interval, firing, growth, reached_features
+from qscope_posttrain.synthesis.dataset import type_counts
 from qscope_posttrain.synthesis.pipeline import SynthesisRun
 from qscope_posttrain.synthesis.prompts import Draft
 from qscope_posttrain.synthesis.reading import FeatureReader
@@ -127,3 +132,38 @@ def _figure(corpora: Sequence[Corpus], group: str, longest: int, seed: int) -> s
         found = growth(corpus.hits[group][order])
         curves.append(Curve(corpus.name, list(range(1, len(found) + 1)), found))
     return line_curves(curves, "prompts", f"coverage of {group}", percent=True)
+
+
+def write_prompts(path: Path, made: SynthesisRun, control: Sequence[Draft]) -> None:
+    """Write every prompt, what it was for, and whether it was kept, as JSONL."""
+    activation = {id(example.draft): example.activation for example in made.examples}
+    lines = []
+    for strategy, drafts in (("feature-driven", made.drafts), ("random", control)):
+        for draft in drafts:
+            entry = {
+                "strategy": strategy,
+                "prompt": draft.text,
+                "layer": draft.feature.layer if draft.feature else None,
+                "feature": draft.feature.feature_id if draft.feature else None,
+                "kind": draft.kind,
+                "prompt_type": draft.prompt_type,
+                "style": draft.style,
+                "request": draft.request_id,
+                "kept": id(draft) in activation,
+                "activation": activation.get(id(draft)),
+            }
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def examples_table(rows: Sequence[Mapping[str, Any]], made: SynthesisRun) -> Table:
+    """Counts of examples by type, with what became of the prompts."""
+    cells: list[list[Cell]] = [[name, count] for name, count in type_counts(rows).items()]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(made.rejected.items()))
+    features = len({(row["layer"], row["feature"]) for row in rows})
+    caption = (
+        f"{len(rows)} examples for {features} features, from {made.drawn} prompts asked for; {len(made.without)} "
+        f"features that no prompt fired; {made.undecided} verified prompts without a kind or a whole response"
+        f"{f' ({reasons})' if reasons else ''}."
+    )
+    return Table("Examples", ["type", "examples"], cells, caption)

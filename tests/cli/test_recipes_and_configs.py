@@ -10,7 +10,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from benchmarks.experiments.recipe import load_recipe
-from qscope_posttrain.cli import analyze_inputs, demo, features, grpo_arguments, sae_train, sft_arguments, steer
+from qscope_posttrain.cli import demo, features, steer
+from qscope_posttrain.cli.sae import train as sae_train
+from qscope_posttrain.cli.training import grpo, sft
+from qscope_posttrain.evaluation.benchmarks.items import benchmark_sources
 from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig
@@ -66,7 +69,7 @@ def _check_written_is_resolved(path: Path, resolved: dict) -> None:
 @pytest.mark.parametrize("path", SFT, ids=_name)
 def test_sft_recipe_parses_as_a_dry_run(path):
     """A dry run stands in for the GPU, which a recipe for a real model asks for."""
-    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     assert recipe.penalty.target == "zh"
     assert recipe.run.features
     _check_written_is_resolved(path, recipe.to_dict())
@@ -74,7 +77,7 @@ def test_sft_recipe_parses_as_a_dry_run(path):
 
 @pytest.mark.parametrize("path", TOKEN, ids=_name)
 def test_token_penalty_recipe_is_the_combination_that_did_best(path):
-    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     assert (recipe.run.method, recipe.run.features) == ("token_penalty", None)
     assert (recipe.penalty.target, recipe.penalty.weight, recipe.penalty.anchor_weight) == ("zh", 40.0, 1.0)
     _check_written_is_resolved(path, recipe.to_dict())
@@ -82,7 +85,7 @@ def test_token_penalty_recipe_is_the_combination_that_did_best(path):
 
 @pytest.mark.parametrize("path", ANALYSIS, ids=_name)
 def test_analysis_recipe_names_benchmarks(path):
-    sources = analyze_inputs.benchmark_sources([str(path)])
+    sources = benchmark_sources([str(path)])
     assert {source.name for source in sources} == set(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
@@ -90,7 +93,7 @@ def test_analysis_recipe_names_benchmarks(path):
 def test_case_study_is_read_by_its_command(name):
     module, arguments = CASE_STUDIES[name]
     path = ROOT / "recipes" / "case_studies" / f"{name}.yaml"
-    options = vars(module._parser().parse([*arguments, "--config", str(path)]))
+    options = vars(module.build_parser().parse([*arguments, "--config", str(path)]))
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     as_text = {"layers": lambda layers: [str(layer) for layer in layers]}
     assert all(options[key] == as_text.get(key, lambda value: value)(value) for key, value in written.items())
@@ -98,14 +101,14 @@ def test_case_study_is_read_by_its_command(name):
 
 @pytest.mark.parametrize("path", SYNTHESIS, ids=_name)
 def test_synthesis_recipe_parses_as_a_dry_run(path):
-    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     assert recipe.run.method == "sft"
     _check_written_is_resolved(path, recipe.to_dict())
 
 
 @pytest.mark.parametrize("path", GRPO, ids=_name)
 def test_grpo_recipe_parses_as_a_dry_run(path):
-    recipe = grpo_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = grpo.parse_recipe(["--config", str(path), "--dry_run"])
     training = recipe.training
     assert (training.negative, training.negatives_per_group) == ("feature", 1)
     assert recipe.run.features
@@ -120,7 +123,7 @@ def test_grpo_recipe_parses_as_a_dry_run(path):
 @pytest.mark.parametrize("size", ["1.7b", "8b", "30b-a3b"])
 def test_steered_recipes_of_real_models_are_the_report_as_written(size):
     path = ROOT / "recipes" / f"qwen3-{size}" / "steered_dapo.yaml"
-    training = grpo_arguments.parse_recipe(["--config", str(path), "--dry_run"]).training
+    training = grpo.parse_recipe(["--config", str(path), "--dry_run"]).training
     assert training.mode == "paper"
     assert not training.dynamic_sampling
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 512
@@ -131,7 +134,7 @@ def test_steered_recipes_of_real_models_are_the_report_as_written(size):
 @pytest.mark.parametrize(("size", "layers", "published"), [("1.7b", 28, 5e-4), ("8b", 36, 1e-3)])
 def test_recipes_of_real_models_are_the_published_runs(size, layers, published):
     path = ROOT / "recipes" / f"qwen3-{size}" / "sasft_zh.yaml"
-    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     training = recipe.training
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 256
     assert recipe.penalty.weight == pytest.approx(published * 32)

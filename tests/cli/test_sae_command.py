@@ -187,7 +187,7 @@ def test_mistakes_on_the_command_line(world, capsys):
 
 def test_train_is_a_module_of_its_own(monkeypatch):
     train = SimpleNamespace(run=len)
-    monkeypatch.setitem(sys.modules, "qscope_posttrain.cli.sae_train", train)
+    monkeypatch.setitem(sys.modules, "qscope_posttrain.cli.sae.train", train)
     assert main(["sae", "train", "--config", "x.yaml"]) == 2, "it was handed what stands behind its name"
 
 

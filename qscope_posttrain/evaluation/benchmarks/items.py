@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import regex
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, did_you_mean
 from qscope_posttrain.files import check_is_file, read_csv, text_suffix
+from qscope_posttrain.recipe_file import as_text, read_yaml
 from qscope_posttrain.text.data_sets import read_data_set, saved_data_set
 from qscope_posttrain.text.jsonl import read_jsonl
 
@@ -91,6 +93,24 @@ class ItemSource:
         if brace >= 0:
             return cls(name, source, template=what.replace("\\n", "\n"))
         return cls(name, source, field=what)
+
+
+def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[ItemSource]:
+    """Read NAME=SOURCE:FIELD words, or a YAML file that maps names to the fields of ItemSource.
+
+    Raises:
+        FileNotFoundError: no such YAML file.
+        ValueError: an unknown key, a word of another form, or a name given twice.
+    """
+    if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml"):
+        entries, written = read_yaml(words[0]), read_yaml(words[0], as_written=True)
+        sources = [_source(str(name), entry, written.get(str(name)), words[0]) for name, entry in entries.items()]
+    else:
+        sources = [ItemSource.parse(word) for word in words]
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise UserValueError(f"benchmarks need different names, got {', '.join(names)}.")
+    return sources if limit is None else [source.limited(limit) for source in sources]
 
 
 def read_items(source: ItemSource, prompt: str = "{text}") -> BenchmarkItems:
@@ -219,3 +239,25 @@ def _data_set(source: ItemSource) -> Iterator[Mapping[str, Any]]:
             raise UserValueError(f"benchmark '{source.name}': {wanted}; choose one of {', '.join(map(str, found))}.")
         found = found[source.split]
     yield from found
+
+
+def _source(name: str, entry: Any, written: Any, path: str) -> ItemSource:
+    if not isinstance(entry, dict):
+        raise UserValueError(f"{path}: '{name}' must map keys such as source and field to values, got {entry!r}.")
+    known = [item.name for item in fields(ItemSource) if item.name != "name"]
+    for key in entry:
+        if key not in known:
+            raise UserValueError(f"{path}: unknown key '{key}' of '{name}'.{did_you_mean(str(key), known)}")
+    if "source" not in entry:
+        raise UserValueError(f"{path}: '{name}' has no source.")
+    values: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key in ("first", "limit"):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UserValueError(f"{path}: {key} of '{name}' must be a whole number, got {value!r}.")
+            values[key] = value
+        elif not isinstance(value, str | int | float):
+            raise UserValueError(f"{path}: {key} of '{name}' must be text, got {value!r}.")
+        else:
+            values[key] = written.get(key, as_text(value)) if isinstance(written, dict) else as_text(value)
+    return ItemSource(name=name, **values)

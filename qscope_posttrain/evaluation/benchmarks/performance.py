@@ -119,6 +119,30 @@ def scores_of(correctness: Mapping[str, tuple[tuple[str, ...], NDArray]]) -> Sco
     return ScoreTable(next(iter(models)), tuple(correctness), means)
 
 
+def read_performance(
+    sizes: Mapping[str, int], correctness: str | None, scores: str | None = None
+) -> tuple[dict[str, tuple[tuple[str, ...], NDArray[np.float64]]], ScoreTable | None]:
+    """Read per-item correctness by benchmark (empty without a folder), and scores from a table or as its means.
+
+    Args:
+        sizes: Number of items of each benchmark.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, one of another form, or not one row per item.
+    """
+    table = None if scores is None else read_scores(scores)
+    if correctness is None:
+        return {}, table
+    found = read_correctness(correctness, list(sizes))
+    for name, (_, correct) in found.items():
+        if len(correct) != sizes[name]:
+            raise UserValueError(
+                f"{correctness}/{name}.csv has {len(correct)} items, the benchmark {sizes[name]}: they must be the "
+                "same, in the same order."
+            )
+    return found, table or scores_of(found)
+
+
 def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, seed: int = 0) -> PerformanceRedundancy:
     """R(D) = (1/N) sum_n E tau(S, D), with tau Kendall's correlation between the models' accuracies on all items and on
     a random subset of n (Eq. 4 to 6).

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qscope_posttrain.cli import grpo
+from qscope_posttrain.cli.training import grpo
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.testbed.arithmetic import runs, tables
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
