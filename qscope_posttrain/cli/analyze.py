@@ -175,9 +175,8 @@ def _collect(
     model, tokenizer = load(options)
     saes = load_saes(options, layers_of(options.layers, model), model)
     settings = {name: getattr(options, name) for name in ("pooling", "max_length", "tokens_per_batch")}
-    found: dict[int | str, list[ItemFeatures]] = {
-        **collect_item_features(model, tokenizer, benchmarks, saes, **settings)
-    }
+    features = collect_item_features(model, tokenizer, benchmarks, saes, **settings)
+    found: dict[int | str, list[ItemFeatures]] = dict(features.items())
     if token_control:
         found[TOKENS] = token_sets(tokenizer, benchmarks)
     origins = {

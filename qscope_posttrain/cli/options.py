@@ -26,7 +26,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "revision": {"help": "branch, tag or commit of the model on the hub"},
     "dtype": {"choices": DTYPES, "default": "auto", "help": "dtype of the model; auto is float32 on a CPU"},
     "device": {"help": "device such as cuda:0 or cpu; by default the first GPU if there is one"},
-    "sae": {"required": True, "help": "folder of layer files, file of one layer, catalogue name or hub id of an SAE"},
+    "sae": {"required": True, "help": "folder of layer files, file of one layer, catalog name or hub id of an SAE"},
     "layers": {"nargs": "+", "required": True, "help": "layer numbers from 0, ranges such as 20-27, or all"},
     "k": {"type": int, "help": "k of a TopK SAE, if neither its file nor its release name says it"},
     "saes-at-once": {"type": int, "help": "number of SAEs in memory at a time; each group of them takes one pass"},

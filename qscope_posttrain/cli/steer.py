@@ -26,9 +26,8 @@ from qscope_posttrain.text.inputs import read_prompts, read_text_list
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qscope_posttrain.evaluation.dose_curve import DoseCurve, Effect
+    from qscope_posttrain.evaluation.dose_curve import DoseCurve
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.residual.sampling import Sample
     from qscope_posttrain.residual.steering import Positions, Steering
 
 MODES = ("add", "project_out", "ablate", "clamp")
@@ -49,7 +48,10 @@ def run(arguments: Sequence[str]) -> int:
     if options.feature is not None:
         features = features.select(feature_ids=options.feature)
     if options.curve is None:
-        _check_no_curve(options)
+        parser = argparse.ArgumentParser()
+        _add_curve_options(parser)
+        if given := given_options(options, vars(parser.parse_args([]))):
+            raise UserValueError(f"{given}: only a dose curve uses it; give its strengths with --curve.")
         _compare(options, features, prompts, positions)
     elif options.strength is not None:
         raise UserValueError("--curve has its own strengths; leave --strength out.")
@@ -63,6 +65,7 @@ def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[st
     from qscope_posttrain.features.steering import feature_steering
     from qscope_posttrain.residual.sampling import generate_samples
     from qscope_posttrain.residual.steering import steer
+    from qscope_posttrain.text.repetition import is_endless_repetition
 
     settings, chat = sampling_settings(options), chat_settings(options)
     names = ("layer", "strength", "unit", "mode", "label")
@@ -76,7 +79,19 @@ def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[st
     with steer(model, steering, require_generated=False):
         steered = generate_samples(model, tokenizer, prompts, settings, **chat)
     pairs = list(zip(without, steered, strict=True))
-    loops = [sum(map(_is_loop, samples)) for samples in (without, steered)]
+    sides = [
+        [
+            {
+                "response": sample.response,
+                "token_ids": sample.tokens,
+                "ended": sample.ended,
+                "endless_repetition": is_endless_repetition(sample.tokens, ended=sample.ended),
+            }
+            for sample in samples
+        ]
+        for samples in (without, steered)
+    ]
+    loops = [sum(bool(entry["endless_repetition"]) for entry in side) for side in sides]
     table = Table(
         title=f"Steering: {_in_words(steering)}",
         columns=["prompt", "without", "with"],
@@ -87,13 +102,13 @@ def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[st
     if options.output is not None:
         responses = [
             {
-                "language": before.language,
-                "prompt": before.prompt,
-                "sample": before.sample_index,
-                "without": _response(before),
-                "with": _response(after),
+                "language": sample.language,
+                "prompt": sample.prompt,
+                "sample": sample.sample_index,
+                "without": a,
+                "with": b,
             }
-            for before, after in pairs
+            for sample, a, b in zip(without, *sides, strict=True)
         ]
         results = {"steering": _summary(steering), "table": table, "responses": responses}
         status(f"written to {write_summary(options.output, 'steer', vars(options), results)}")
@@ -101,9 +116,15 @@ def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[st
 
 def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: list[Any], positions: Positions) -> None:
     """Measure effect and perplexity at several strengths, next to controls."""
-    from qscope_posttrain.evaluation.dose_curve import FEATURE, dose_curve
+    from qscope_posttrain.evaluation.dose_curve import FEATURE, dose_curve, matches, writes_language
 
-    effect, settings, chat = _effect(options), sampling_settings(options), chat_settings(options)
+    if (options.effect_language is None) == (options.effect_pattern is None):
+        raise UserValueError(
+            "--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'EXPRESSION'."
+        )
+    by_pattern = options.effect_language is None
+    effect = matches(options.effect_pattern) if by_pattern else writes_language(options.effect_language)
+    settings, chat = sampling_settings(options), chat_settings(options)
     texts = [] if options.other_texts is None else read_text_list(options.other_texts, options.max_other_texts)
     model, tokenizer = load(options)
     features.check_model(model)
@@ -187,14 +208,6 @@ def _add_curve_options(parser: argparse.ArgumentParser) -> None:
     add_shared(group, "k")
 
 
-def _check_no_curve(options: argparse.Namespace) -> None:
-    """ValueError for an option of a dose curve without `--curve`."""
-    parser = argparse.ArgumentParser()
-    _add_curve_options(parser)
-    if given := given_options(options, vars(parser.parse_args([]))):
-        raise UserValueError(f"{given}: only a dose curve uses it; give its strengths with --curve.")
-
-
 def _positions(options: argparse.Namespace) -> Positions:
     """The tokens to steer, from three options.
 
@@ -218,21 +231,6 @@ def _positions(options: argparse.Namespace) -> Positions:
     return positions
 
 
-def _response(sample: Sample) -> dict[str, Any]:
-    return {
-        "response": sample.response,
-        "token_ids": sample.tokens,
-        "ended": sample.ended,
-        "endless_repetition": _is_loop(sample),
-    }
-
-
-def _is_loop(sample: Sample) -> bool:
-    from qscope_posttrain.text.repetition import is_endless_repetition
-
-    return is_endless_repetition(sample.tokens, ended=sample.ended)
-
-
 def _summary(steering: Steering) -> dict[str, Any]:
     positions = steering.positions
     window = None if isinstance(positions, str) else {"start": positions.start, "length": positions.length}
@@ -252,18 +250,6 @@ def _in_words(steering: Steering) -> str:
         start, length = what["window"]["start"], what["window"]["length"]
         place += f" from {start}" if length is None else f" {start} to {start + length - 1}"
     return f"{what['mode']}, strength {what['strength']:g} ({what['unit']}), layer {steering.layers[0]}, {place}"
-
-
-def _effect(options: argparse.Namespace) -> Effect:
-    from qscope_posttrain.evaluation.dose_curve import matches, writes_language
-
-    if (options.effect_language is None) == (options.effect_pattern is None):
-        raise UserValueError(
-            "--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'EXPRESSION'."
-        )
-    if options.effect_language is not None:
-        return writes_language(options.effect_language)
-    return matches(options.effect_pattern)
 
 
 def _random_rows(options: argparse.Namespace, features: FeatureSet) -> Tensor | None:

@@ -79,9 +79,7 @@ def test_every_variable_of_the_list_is_set_but_not_over_the_shell(parse):
     shell = {"OMP_NUM_THREADS": "7"}
     os.environ.update(shell)
     parse("sft", {"env": dict.fromkeys(sorted(recipes.ENVIRONMENT), 1), "dry_run": True})
-    assert {name: os.environ[name] for name in recipes.ENVIRONMENT} == dict.fromkeys(
-        recipes.ENVIRONMENT, "1"
-    ) | shell
+    assert {name: os.environ[name] for name in recipes.ENVIRONMENT} == dict.fromkeys(recipes.ENVIRONMENT, "1") | shell
 
 
 CODE = [

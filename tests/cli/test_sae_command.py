@@ -80,7 +80,7 @@ def test_show_what_lies_on_this_machine(world, good, capsys):
     shown = capsys.readouterr().out
     assert "| format | qwen_scope |" in shown
     assert "| layer | 2, counted from 0 |" in shown
-    assert "| latents | 1024 for a residual stream of width 64 (16 a dimension) |" in shown
+    assert "| latents | 1024 for a residual stream of width 64 (16 per dimension) |" in shown
     assert "| activation | TopK, k 8 |" in shown
     assert main(["sae", "show", world.saes, "--layer", "7"]) == 2
     assert "has no layer 7; it holds layers 2..3" in errors(capsys)

@@ -105,7 +105,9 @@ def show(options: argparse.Namespace) -> None:
     if causal is not None:
         Table(**causal).print()
     if features.explanations:
-        rows = [[entry.layer, entry.feature_id, entry.model, entry.text] for entry in shown.explanations]
+        rows: list[list[Any]] = [
+            [entry.layer, entry.feature_id, entry.model, entry.text] for entry in shown.explanations
+        ]
         Table("Explanations", ["layer", "feature", "by", "explanation"], rows).print()
     print_steering(features)
     origins = [(f"layer {layer}", _origin(source)) for layer, source in features.provenance.get("saes", {}).items()]

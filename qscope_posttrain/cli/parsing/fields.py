@@ -33,7 +33,7 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, prefix: str = "") ->
     """Add one option per field of a dataclass, and return the declared types that they stand for.
 
     Help is `metadata={"help": ...}`, or the docstring below the field. With a prefix, the names begin with it, and an
-    option that is not given is None: what the user asked for can be told from defaults.
+    option that is not given is None: given values are distinct from defaults.
     """
     hints, added = get_type_hints(kind), {}
     documented = field_help(kind)
@@ -202,7 +202,7 @@ def _default_text(default: str) -> str:
 
 
 def _metavar(hint: str) -> str:
-    """What stands for the value in a help text: FLOAT, STR ... for a list, {a,b} for choices."""
+    """The placeholder of a value in a help text: FLOAT, STR ... for a list, {a,b} for choices."""
     kinds = [part for part in hint.split(" | ") if part != "None"]
     if kinds[0].startswith("Literal["):
         return "{" + ",".join(str(choice) for choice in ast.literal_eval(kinds[0].removeprefix("Literal"))) + "}"

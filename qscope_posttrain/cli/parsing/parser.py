@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 from qscope_posttrain.cli.parsing import recipes
 from qscope_posttrain.cli.parsing.fields import add_fields
@@ -48,8 +48,8 @@ class CommandParser(argparse.ArgumentParser):
         mappings: Collection[str] = (),
         **settings: Any,
     ) -> None:
-        settings = {"epilog": recipes.HELP, "formatter_class": HelpFormatter} | settings
-        super().__init__(allow_abbrev=False, **settings)
+        settings.setdefault("epilog", recipes.HELP)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **settings)
         self._before_build = before_build
         self._classes = [(entry, "") if isinstance(entry, type) else entry for entry in kinds]
         self._fields = [add_fields(self, kind, prefix) for kind, prefix in self._classes]
@@ -102,8 +102,11 @@ class CommandParser(argparse.ArgumentParser):
             made: list[Any] = []
             for (kind, prefix), names in zip(self._classes, self._fields, strict=True):
                 values = {name: getattr(options, name) for name in names}
-                given = {name: value for name, value in values.items() if value is not None}
-                made.append(given if prefix else kind(**values))
+                if prefix:
+                    made.append({name: value for name, value in values.items() if value is not None})
+                    continue
+                tuples = {name for name, hint in get_type_hints(kind).items() if get_origin(hint) is tuple}
+                made.append(kind(**values | {name: tuple(values[name]) for name in tuples & values.keys()}))
             return tuple(made)
 
     def checked(self, values: Mapping[str, Any], written: Mapping[str, Any], place: str) -> dict[str, Any]:

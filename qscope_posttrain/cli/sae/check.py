@@ -51,7 +51,9 @@ def check(options: argparse.Namespace) -> int:
             if model is None:  # after the first SAE, so that a wrong path or width shows within seconds
                 model, tokenizer = load(options)
             sae = sae.to(device=place or model.device)
-            expected = _expected_l0(options.source, sae.layer if layer is None else layer)
+            number = sae.layer if layer is None else layer
+            entry = None if Path(options.source).expanduser().exists() else catalog.find(options.source)
+            expected = None if entry is None or number is None else entry.expected_l0(number)
             found = measure_sae(
                 model, tokenizer, texts, sae, layer, losses=options.loss, expected_l0=expected, **settings
             )
@@ -71,7 +73,7 @@ def check(options: argparse.Namespace) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of `qscope sae check`."""
-    parser.add_argument("source", help="file, folder, name in the catalogue, or hub id")
+    parser.add_argument("source", help="file, folder, name in the catalog, or hub id")
     add_model_options(parser)
     parser.add_argument(
         "--layer", nargs="+", help="layer numbers from 0, or ranges such as 20-27; by default what the SAE says"
@@ -97,11 +99,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def add_input_scale(parser: argparse.ArgumentParser) -> None:
     """--input-scale."""
     parser.add_argument("--input-scale", type=float, help="factor on the activations that a SAELens file may lack")
-
-
-def _expected_l0(source: str, layer: int | None) -> float | None:
-    entry = None if Path(source).expanduser().exists() or layer is None else catalog.find(source)
-    return None if entry is None or layer is None else entry.expected_l0(layer)
 
 
 def _description(sae: SparseAutoencoder) -> Table:

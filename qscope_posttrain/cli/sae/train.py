@@ -127,7 +127,7 @@ def train(recipe: SAERecipe) -> None:
 
 
 def check(recipe: SAERecipe) -> Table:
-    """What the run would make and need, from the model's configuration alone.
+    """Describe the outputs and the memory of a run, from the configuration of the model alone.
 
     Raises:
         ValueError: layers that the model does not have, or blocks that do not fit the memory that is allowed.

@@ -106,7 +106,8 @@ def build_rewards(recipe: GRPORecipe) -> list[RewardFunction]:
 
 def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`prompt_lengths` with the settings of the recipe: for a dry run, of all rows in memory."""
-    return prompt_lengths(rows, tokenizer, recipe.training.chat_template_kwargs, recipe.run.dry_run)
+    options: Any = recipe.training.chat_template_kwargs
+    return prompt_lengths(rows, tokenizer, options, recipe.run.dry_run)
 
 
 def _load_tokenizer(recipe: GRPORecipe) -> PreTrainedTokenizerBase:

@@ -115,7 +115,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
     device = DeviceRule()
-    losses = [(config_class(method), prefix) for method, (_, prefix) in METHODS.items()]
+    losses: list[Any] = [(config_class(method), prefix) for method, (_, prefix) in METHODS.items()]
     kinds = (RunArguments, *losses, ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)
     parser = CommandParser(kinds, before_build=device, prog="qscope sft")
     run, *own, script, mixture, training, model = parser.build(arguments)

@@ -1,4 +1,4 @@
-"""What `qscope classify` reads: labels that say nothing are refused, files that cannot be read are named."""
+"""Tables of texts and labels: labels that say nothing are refused, files that cannot be read are named."""
 
 from __future__ import annotations
 
