@@ -58,6 +58,8 @@ def add_declared(parser: argparse.ArgumentParser, module: str, kind: str, prefix
     for name, (hint, default, text) in declared_fields(module, kind).items():
         help_text = (text + _default_text(default)).replace("%", "%%")
         parser.add_argument(f"--{prefix}{name}", metavar=_metavar(hint), help=help_text)
+        if (hint, default) == ("bool", "True"):
+            parser.add_argument(f"--no_{prefix}{name}", action="store_true", help=f"the opposite of --{prefix}{name}")
 
 
 def print_declared(
