@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import qscope_posttrain
 from qscope_posttrain.cli.parsing.recipes import HELP
+from qscope_posttrain.files import read_text
 
 T = TypeVar("T")
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
@@ -27,6 +29,21 @@ class Declared(NamedTuple):
     type: str
     default: str
     help: str
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Marks required options, adds the defaults that say something, and never breaks the name of an option."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required and action.option_strings:
+            return f"{action.help} ({_REQUIRED})"
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.indent("\n".join(self._split_lines(text, width - len(indent))), indent)
 
 
 def add_fields(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> dict[str, Any]:
@@ -68,7 +85,11 @@ def print_declared(
     """Print the help of declared dataclasses, (module, class, prefix) each, and exit, where `--help` asks for it."""
     if not {"-h", "--help"}.isdisjoint(arguments):
         parser = argparse.ArgumentParser(
-            prog=prog, usage=f"{prog} [--config FILE] [--KEY VALUE ...]", description=description, epilog=HELP
+            prog=prog,
+            usage=f"{prog} [--config FILE] [--KEY VALUE ...]",
+            description=description,
+            epilog=HELP,
+            formatter_class=HelpFormatter,
         )
         for entry in declared:
             add_declared(parser, *entry)
@@ -83,7 +104,7 @@ def declared_fields(module: str, kind: str) -> Mapping[str, Declared]:
     """
     path = Path(qscope_posttrain.__file__).parents[1].joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(read_text(path))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     aliases = {
         node.targets[0].id: ast.unparse(node.value)

@@ -7,22 +7,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, get_origin, get_type_hints
 
 from qscope_posttrain.cli.parsing import recipes
-from qscope_posttrain.cli.parsing.fields import add_fields
+from qscope_posttrain.cli.parsing.fields import HelpFormatter, add_fields
 from qscope_posttrain.cli.parsing.recipes import RecipeFile
 from qscope_posttrain.cli.parsing.values import checked, kinds_of, kinds_of_option
 from qscope_posttrain.errors import UserValueError, did_you_mean, library_refusals
 
 Command = Callable[[argparse.Namespace], int | None]
 _LARGEST_SEED = (1 << 32) - 1
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Marks required options, and adds the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.required and action.option_strings:
-            return f"{action.help} (required)"
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class CommandParser(argparse.ArgumentParser):

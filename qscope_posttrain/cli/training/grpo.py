@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
     if recipe.run.dry_run:
-        return grpo_checks.check_recipe(recipe)
+        return grpo_checks.check_recipe(recipe).report()
     writable_folder(recipe.output)
     features = grpo_checks.needed_features(recipe)
     inputs = grpo_checks.prepare(recipe, features)

@@ -14,7 +14,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.import_utils import is_math_verify_available
 
 from qscope_posttrain.cli.options import world_size
-from qscope_posttrain.cli.training.checks import NO_LENGTH, begin, build_model, check_data, processes_by_rows
+from qscope_posttrain.cli.training.checks import (
+    NO_LENGTH,
+    Checks,
+    begin,
+    build_model,
+    check_checkpoint,
+    check_data,
+    processes_by_rows,
+)
 from qscope_posttrain.cli.training.data import Rows, first_rows, load_evaluation, load_rows
 from qscope_posttrain.cli.training.grpo import GRPORecipe
 from qscope_posttrain.errors import UserValueError
@@ -68,8 +76,8 @@ def needed_features(recipe: GRPORecipe) -> FeatureSet | None:
     return recipe.load_features() if recipe.training.is_steered else None
 
 
-def check_recipe(recipe: GRPORecipe) -> int:
-    """Check output folder, device, model, negatives, data, rewards and batch; print, and return the exit status."""
+def check_recipe(recipe: GRPORecipe) -> Checks:
+    """Check output folder, device, model, negatives, data, rewards and batch, in this order."""
     checks, model, tokenizer = begin(recipe, lambda: _load_tokenizer(recipe))
     if recipe.training.has_negatives:
         if recipe.training.is_steered and recipe.run.features is not None:
@@ -85,7 +93,9 @@ def check_recipe(recipe: GRPORecipe) -> int:
         checks.check("evaluation prompts", _prompts, recipe, evaluated, tokenizer, model)
     checks.check("rewards", _rewards, recipe, rows, tokenizer)
     checks.check("batch", _batch, recipe, rows)
-    return checks.finish(recipe)
+    if recipe.training.resume_from_checkpoint:
+        checks.check("checkpoint", check_checkpoint, recipe)
+    return checks
 
 
 def build_rewards(recipe: GRPORecipe) -> list[RewardFunction]:

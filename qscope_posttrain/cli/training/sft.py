@@ -94,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     if recipe.run.dry_run:
         from qscope_posttrain.cli.training.sft_checks import check_recipe
 
-        return check_recipe(recipe)
+        return check_recipe(recipe).report()
     from qscope_posttrain.cli.training.run import run_training
 
     writable_folder(recipe.output)

@@ -13,7 +13,14 @@ import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from qscope_posttrain.cli.options import world_size
-from qscope_posttrain.cli.training.checks import NO_LENGTH, begin, check_data, processes_by_rows
+from qscope_posttrain.cli.training.checks import (
+    NO_LENGTH,
+    Checks,
+    begin,
+    check_checkpoint,
+    check_data,
+    processes_by_rows,
+)
 from qscope_posttrain.cli.training.data import Rows, first_row, first_rows
 from qscope_posttrain.cli.training.sft import Recipe, build_callback, skips_preparation
 from qscope_posttrain.errors import UserValueError
@@ -37,8 +44,8 @@ _ROW = "qscope_row"
 """Column of row numbers, which shows the rows that TRL leaves out"""
 
 
-def check_recipe(recipe: Recipe) -> int:
-    """Check output folder, device, model, features, data, languages, labels and batch; print, return the status."""
+def check_recipe(recipe: Recipe) -> Checks:
+    """Check output folder, device, model, features, data, languages, labels and batch, in this order."""
     checks, model, tokenizer = begin(recipe, lambda: data_tokenizer(recipe))
     penalty, evaluates = recipe.penalty, recipe.training.eval_strategy != "no"
     callback = None
@@ -57,7 +64,9 @@ def check_recipe(recipe: Recipe) -> int:
         sample = None if rows is None else first_row(rows)
         checks.check("evaluation labels", _labels, recipe, evaluated, tokenizer, sample)
     checks.check("batch", _batch, recipe, rows)
-    return checks.finish(recipe)
+    if recipe.training.resume_from_checkpoint:
+        checks.check("checkpoint", check_checkpoint, recipe)
+    return checks
 
 
 def data_tokenizer(recipe: Recipe) -> Any:
