@@ -39,8 +39,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def find(options: argparse.Namespace) -> None:
     """Find the features, print them, and write `features.safetensors` and `summary.json`."""
-    from qscope_posttrain.features.find import find_language_features
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.features.find.language import find_language_features
+    from qscope_posttrain.models.layers import decoder_layers
 
     output = writable_folder(options.output)
     texts = read_texts(options.texts, options.max_texts)
@@ -83,7 +83,7 @@ def find(options: argparse.Namespace) -> None:
 def show(options: argparse.Namespace) -> None:
     """Print a FeatureSet, or part of it, with its origin."""
     from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
-    from qscope_posttrain.features.find_repetition import repetition_table
+    from qscope_posttrain.features.find.repetition import repetition_table
 
     features = FeatureSet.load(options.path)
     shown = features.select(options.language, options.layer, options.top)

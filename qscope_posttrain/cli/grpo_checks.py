@@ -36,7 +36,7 @@ from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.residual.layers import text_config
+from qscope_posttrain.models.layers import text_config
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.rewards import RewardFunction
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_source

@@ -12,12 +12,12 @@ from qscope_posttrain.cli.inputs import load_config, load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.stream_config import StreamConfig
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.sae.training.config import SAETrainingConfig
+from qscope_posttrain.sae.training.stream_config import StreamConfig
 from qscope_posttrain.text.data_sets import read_data_set
 
 
@@ -87,7 +87,7 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
         FileNotFoundError: no such recipe.
         ValueError: unknown key, wrong value, or options that exclude each other.
     """
-    from qscope_posttrain.features.sae_training import RunConfig
+    from qscope_posttrain.sae.training.run import RunConfig
 
     kinds = (TrainArguments, *map(arguments_of, (SAETrainingConfig, StreamConfig, RunConfig)))
     own, training, stream, run_config = RecipeParser(kinds, prog="qscope sae train").parse(arguments)
@@ -101,9 +101,9 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
 
 def train(recipe: SAERecipe) -> None:
     """Train and write the results. Under a launcher (`accelerate launch`, torchrun) all processes share the work."""
-    from qscope_posttrain.features.sae_training import train_saes_on_text
-    from qscope_posttrain.features.sae_training_results import write_results
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.models.layers import decoder_layers
+    from qscope_posttrain.sae.training.results import write_results
+    from qscope_posttrain.sae.training.run import train_saes_on_text
 
     own = recipe.arguments
     output = writable_folder(own.output)
@@ -148,7 +148,7 @@ def check(recipe: SAERecipe) -> Table:
 
 
 def _dataset(own: TrainArguments) -> Any:
-    from qscope_posttrain.features.text_source import DatasetSource
+    from qscope_posttrain.sae.training.text_stream import DatasetSource
 
     data = read_data_set(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.batches import TokenBatch, TokenSequence, input_device
 from qscope_posttrain.kernels.statistics import feature_statistics_
-from qscope_posttrain.residual.capture import forward_to_layer
+from qscope_posttrain.models.batches import TokenBatch, TokenSequence, input_device
+from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

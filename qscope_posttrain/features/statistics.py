@@ -21,7 +21,8 @@ from qscope_posttrain.features.accumulator import (
     process_rank,
     reduce_over_processes,
 )
-from qscope_posttrain.features.batches import (
+from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
+from qscope_posttrain.models.batches import (
     Text,
     TokenSequence,
     check_texts,
@@ -31,12 +32,10 @@ from qscope_posttrain.features.batches import (
     token_batches,
     tokenize_texts,
 )
-from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
+from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.evaluation_mode import evaluation_mode
-from qscope_posttrain.residual.layers import check_layers, text_config
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 ROWS_PER_PRODUCT = 4096

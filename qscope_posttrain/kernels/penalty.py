@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import check_indices, check_same_device, check_shape
-from qscope_posttrain.kernels.precision import exact_dtype
+from qscope_posttrain.kernels.checks import check_indices, check_same_device, check_shape, exact_dtype
 from qscope_posttrain.kernels.readout import accumulation_dtype, check_rows, input_gradient, token_tiles
 
 
