@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, load_tokenizer, parse_layers, read_prompts, template_options
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserError, UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
@@ -31,7 +31,7 @@ def find_repetition(options: argparse.Namespace) -> None:
     from qscope_posttrain.models.generation import SamplingSettings
     from qscope_posttrain.models.layers import decoder_layers
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         raise UserValueError("find-repetition runs in one process; start it without a launcher.")
     if options.prompts is None and options.loops is None:
         raise UserValueError("give --prompts, to sample on, or --loops, completions that are there already.")

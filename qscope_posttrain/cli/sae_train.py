@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,8 +10,9 @@ from qscope_posttrain.cli.config_arguments import arguments_of, config_from
 from qscope_posttrain.cli.inputs import load_config, load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
+from qscope_posttrain.distributed import is_main_process, join_processes, launched_processes
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.progress import is_main_process, status
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.download import in_words
@@ -107,7 +107,7 @@ def train(recipe: SAERecipe) -> None:
 
     own = recipe.arguments
     output = writable_folder(own.output)
-    _join_processes(own)
+    own.device = join_processes(own.device)
     texts = own.texts if own.texts is not None else _dataset(own)
     model, tokenizer = load_model(own.model, own.revision, own.dtype, own.device)
     layers = parse_layers(own.layers, len(decoder_layers(model)))
@@ -129,7 +129,7 @@ def check(recipe: SAERecipe) -> Table:
     config = load_config(own.model, own.revision).get_text_config(decoder=True)
     layers = parse_layers(own.layers, config.num_hidden_layers)
     width = recipe.training.latents(config.hidden_size)
-    needed = stream.buffer_bytes(len(layers), config.hidden_size, int(os.environ.get("WORLD_SIZE", "1")))
+    needed = stream.buffer_bytes(len(layers), config.hidden_size, launched_processes())
     if needed > stream.max_buffer_gib * 1024**3:
         raise UserValueError(
             f"activations of a block take {in_words(needed)}, above max_buffer_gib={stream.max_buffer_gib}"
@@ -153,14 +153,3 @@ def _dataset(own: TrainArguments) -> Any:
     data = read_data_set(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)
     return DatasetSource(data, own.text_column, name)
-
-
-def _join_processes(own: TrainArguments) -> None:
-    """Each process of a launcher on its own device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=own.device == "cpu" or not torch.cuda.is_available())
-    own.device = str(state.device)

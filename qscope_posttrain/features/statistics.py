@@ -11,16 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.distributed import process_rank
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import (
-    LayerSums,
-    calibrate,
-    calibration_sample,
-    check_sums_fit,
-    layer_rows,
-    process_rank,
-    reduce_over_processes,
-)
+from qscope_posttrain.features.accumulator import LayerSums, check_sums_fit, reduce_over_processes
 from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
 from qscope_posttrain.models.batches import (
     Text,
@@ -32,6 +25,7 @@ from qscope_posttrain.models.batches import (
     token_batches,
     tokenize_texts,
 )
+from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress

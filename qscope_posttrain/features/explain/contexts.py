@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.batches import (
     Text,
     TokenBatch,
@@ -23,6 +22,7 @@ from qscope_posttrain.models.batches import (
     token_batches,
     tokenize_texts,
 )
+from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.layers import check_layers, evaluation_mode
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder

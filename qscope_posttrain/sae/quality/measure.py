@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import Calibration, calibrate, calibration_sample
 from qscope_posttrain.models.batches import (
     Text,
     TokenBatch,
@@ -30,6 +29,7 @@ from qscope_posttrain.models.batches import (
     token_batches,
     tokenize_texts,
 )
+from qscope_posttrain.models.calibration import Calibration, calibrate, calibration_sample
 from qscope_posttrain.models.capture import LayerCapture, forward_to_layer, spliced
 from qscope_posttrain.models.layers import check_layers, decoder_layers, evaluation_mode, text_config
 from qscope_posttrain.models.scoring import LOGITS_AT_A_TIME, model_logits

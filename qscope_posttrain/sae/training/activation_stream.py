@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qscope_posttrain.distributed import default_reduce
+from qscope_posttrain.distributed import default_reduce, process_rank
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import process_rank
 from qscope_posttrain.models.batches import input_device
 from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import read_lines
-from qscope_posttrain.report.progress import is_main_process
 from qscope_posttrain.report.summary import to_json, write_text
 from qscope_posttrain.sae.training.update import UpdateMetrics
 

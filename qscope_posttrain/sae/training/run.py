@@ -19,12 +19,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from qscope_posttrain.distributed import default_reduce
+from qscope_posttrain.distributed import default_reduce, is_main_process, process_rank
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import process_rank
 from qscope_posttrain.models.layers import check_layers, decoder_layers
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
-from qscope_posttrain.report.progress import is_main_process, progress, status
+from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.download import in_words
