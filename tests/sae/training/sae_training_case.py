@@ -38,7 +38,7 @@ def train(world, output: Path, architecture: str = "topk", steps: int = 23, **ru
 
 
 def main(folder: Path, output: Path, architecture: str, steps: int) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from conftest import TEXTS, build_model
 
     torch.set_num_threads(1)

@@ -37,7 +37,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole, world, tiny_tokenizer, t
     """SIGKILL as soon as the second checkpoint is there: bit for bit the same weights, and the same metrics."""
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     output = tmp_path / "run"
-    environment = os.environ | {"PYTHONPATH": str(CASE.parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(CASE.parents[3]), "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
         [sys.executable, str(CASE), str(tmp_path / "tokenizer"), str(output), "topk", "23"],
         env=environment,
