@@ -1,7 +1,7 @@
 """Where a result came from: package versions, the machine, fingerprints of files, texts and models.
 
-Every artefact of the package (feature sets, caches, summaries) carries these, so that a reader can tell two results
-apart and a cache can tell when it is stale. Nothing here imports torch at module level.
+Every artefact of the package (feature sets, caches, summaries) carries these, so that a reader can distinguish two
+results and a cache knows when it is stale. Nothing here imports torch at module level.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
-
-from transformers import TrainerState
+from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.files import check_is_file
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 RECORDED_PACKAGES = (
     "qscope-posttrain",
@@ -168,7 +169,7 @@ _SKETCH_ROWS, _SKETCH_WIDTH = 64, 8
 
 
 def embedding_sketch(model: Any, rows: int | None = None) -> dict[str, Any] | None:
-    """64 rows of the input embedding, spread over the vocabulary, each as 8 numbers: enough to tell models apart.
+    """64 rows of the input embedding, spread over the vocabulary, each as 8 numbers: enough to distinguish models.
 
     The mean over the rows is taken away, each row is projected on 8 fixed directions of signs of its own, and what is
     left is brought to length 1. So another dtype, adapters, tokens added at the end and fine-tuning change it little,

@@ -1,4 +1,4 @@
-"""Checks that the operators share: what came, what was expected, what to do. They look at shapes, dtypes and devices
+"""Checks of the arguments of operators. They look at shapes, dtypes and devices
 only, never at values, so none of them waits for a device.
 """
 
@@ -92,7 +92,7 @@ def check_tiles(tile_tokens: int | None, tile_features: int | None) -> None:
 
 
 def lowered_to(device: torch.device) -> str | None:
-    """What libraries round the factors of fp32 products on `device` to ("tf32", "bf16"); None if they do not.
+    """Format ("tf32", "bf16") to which libraries round the factors of fp32 products on `device`; None if they do not.
 
     Asked of the backend, because that answers whichever of torch's two interfaces set it; once
     `torch.backends.fp32_precision` was used (transformers' `tf32=True` does), `torch.get_float32_matmul_precision()`

@@ -16,7 +16,7 @@ from qscope_posttrain.kernels.readout import accumulation_dtype, check_rows, inp
 
 
 class FeaturePenalty(NamedTuple):
-    """What `feature_penalty` returns. Only `sums` has a gradient."""
+    """Result of `feature_penalty`. Only `sums` has a gradient."""
 
     sums: Tensor
     """[F] sum_t w_t e_ts, fp32 (fp64 where x or rows are)"""

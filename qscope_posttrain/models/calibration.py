@@ -16,8 +16,8 @@ from qscope_posttrain.models.batches import TokenBatch, TokenSequence, input_dev
 from qscope_posttrain.models.capture import forward_to_layer
 
 CALIBRATION_TOKENS = 1024
-"""Tokens behind the median norm. The median of so many is known to about 1 %, the outlier limit is 10 times away. Their
-residual vectors are held in all layers: 0.3 GiB in bf16 for 36 layers of width 4096."""
+"""Tokens behind the median norm, which is then known to about 1 %; the outlier limit is 10 times away. Their residual
+vectors are held in all layers: 0.3 GiB in bf16 for 36 layers of width 4096."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Calibration:
     devices: dict[int, torch.device]
     """Where each layer is"""
     rows: list[tuple[int, Tensor, list[LanguageRows]]]
-    """What `layer_rows` gave for the sample, kept so that it need not be read again"""
+    """Result of `layer_rows` for the sample, kept so that it need not be computed again"""
 
 
 def calibration_sample(sequences: Sequence[TokenSequence]) -> tuple[list[TokenSequence], list[TokenSequence]]:

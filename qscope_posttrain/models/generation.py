@@ -23,7 +23,7 @@ as `prompt`, with `tools` and `chat_template_kwargs` of its own for the chat tem
 assistant's are continued there."""
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""What a row of TRL's data sets may say to the chat template"""
+"""Columns of TRL's data sets that are passed to the chat template"""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ ENDLESS = torch.iinfo(torch.int64).max // 4
 
 _CACHE = "past_key_values"
 _STATES = ("cache_params", "state", "mems")
-"""What models without such a cache are given from their last forward"""
+"""Arguments that models without such a cache receive from their last forward"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,8 +215,8 @@ class ColumnTracker:
         elif width > 1:
             raise RuntimeError(
                 f"A forward reads {width} tokens after a cache of {first}: a prompt in pieces (chunked prefill, a "
-                "further turn) or speculative decoding. Where generated tokens begin cannot be told from the forwards "
-                "then; pass steer(..., prompt_length=...)."
+                "further turn) or speculative decoding. The start of the generated tokens is unknown then; pass "
+                " steer(..., prompt_length=...)."
             )
 
 
@@ -230,6 +230,6 @@ def check_counted(model: nn.Module) -> None:
 def _uncounted(backbone: nn.Module) -> str:
     return (
         f"{type(backbone).__name__} has no cache of keys and values, which would tell how many tokens it has read; a "
-        "state, such as Mamba's, does not count them. So generated tokens cannot be told from the prompt: steer "
+        "state, such as Mamba's, does not count them. So prompt and generated tokens cannot be distinguished: steer "
         "positions 'all', or run one forward over the whole text with steer(..., prompt_length=...)."
     )

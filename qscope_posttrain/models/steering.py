@@ -62,7 +62,7 @@ def steer(
         ValueError: no steering, a layer that the model does not have, a direction of another size, or a number of
             rows that is not the batch's.
         RuntimeError: on exit without another exception, if a steered layer never ran, or no token was read that a
-            steering waits for; in a forward, if where generated tokens begin cannot be told.
+            steering waits for; in a forward, if the start of the generated tokens is unknown.
     """
     if not steerings:
         raise UserValueError("No steering given; pass at least one Steering.")

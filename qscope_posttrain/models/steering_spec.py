@@ -1,4 +1,4 @@
-"""What to do to the residual stream: one direction, the layers, tokens and rows, and how much of it."""
+"""Specification and arithmetic of steering: direction, mode, strength, layers, positions and rows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Steering:
     `ablate` removes a feature's contribution; `clamp` replaces it by a fixed one."""
 
     unit: Unit = "raw"
-    """What strength 1 means for `add` and `clamp`: the direction as it is (`raw`), a vector of length 1 along it
+    """Meaning of strength 1 for `add` and `clamp`: the direction as it is (`raw`), a vector of length 1 along it
     (`norm`), or one as long as the median hidden state of that layer (`relative`, with `residual_norms`)."""
 
     positions: Positions = "all"

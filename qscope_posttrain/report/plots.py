@@ -66,7 +66,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class CostCurve:
-    """What one method gains at each cost: points in the order of its coefficient, a line from (0, 0) through them."""
+    """Gain of one method at each cost: points in the order of its coefficient, a line from (0, 0) through them."""
 
     name: str
     marks: Sequence[Mark]

@@ -47,7 +47,7 @@ def progress(
 
 
 def if_many(rows: int | None) -> bool | None:
-    """What to give as `enabled` for a look at data: by default shown from MANY_ROWS on, never below."""
+    """Value of `enabled` for a pass over data: None (shown on rank 0) from MANY_ROWS rows on, else False."""
     return None if rows is not None and rows >= MANY_ROWS else False
 
 
