@@ -37,14 +37,12 @@ class View:
 
     columns: dict[str, str]
     """Column of the JSON file -> its name on the page; ' ppl, %' stands for any column that ends so"""
-    caption: str
+    caption: str = ""
     without: tuple[str, ...] = ()
     """Rows to leave out, by their first cell"""
     title: str | None = None
 
 
-_AGAINST = "95 % t intervals over 3 base models, each run against SFT from the same base model with the same seed."
-_RUNS = "95 % intervals over runs; they do not contain how much start checkpoints differ, since there are only two."
 VIEWS = {
     "experiments/sasft_*/chosen": View(
         {
@@ -55,8 +53,6 @@ VIEWS = {
             "cost, %": "perplexity, %",
             " ppl, %": "perplexity of {}, %",
         },
-        "Change against SFT, at the weight with the lowest hazard on validation prompts among those that cost at most "
-        "1 % of perplexity there; (!) marks a method for which no weight did. " + _AGAINST,
         without=("SFT",),
     ),
     "experiments/sasft_real_text:verdicts": View(
@@ -78,21 +74,16 @@ VIEWS = {
             "right, %": "right, %",
             "against DAPO, points": "accuracy against DAPO, points",
         },
-        "Loops: samples of held-out problems that repeat themselves up to the length limit. " + _RUNS,
     ),
     "experiments/steered_dapo_*:against": View(
         {"methods": "methods", "loops": "loops", "ratio": "ratio", "accuracy, points": "accuracy, points"},
-        "The first method against the second, over pairs of runs with the same start and seed. " + _RUNS,
     ),
     "classifier_*:0": View(
         {"method": "method", "F1": "F1", "against the probe": "F1 against the probe", "AUROC": "AUROC"},
-        "Means over 5 languages; 95 % t intervals over 3 models, each with its own SAEs. The probe is the logistic "
-        "regression on the residual.",
         without=("OR, layer by validation", "OR, one feature a layer", "votes", "length", "majority class"),
     ),
     "classifier_*:1": View(
         {"method": "method", "F1": "F1", "AUROC": "AUROC"},
-        "Means over 5 languages; 95 % t intervals over 3 models, each with its own SAEs.",
     ),
     "demo_react_docs:causal_check": View(
         {
