@@ -83,5 +83,7 @@ def small(world, texts):
         "mask": torch.tensor([True, False]),
         "x": x,
         "activations": x,
+        "prompts": texts["en"][:2],
+        "judge": lambda sample: float("a" in sample.response),
         "shorter": shorter,
     }
