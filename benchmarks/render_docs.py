@@ -347,7 +347,7 @@ def _sae_training(result: dict[str, Any], _part: str) -> str:
     )
     columns = ["trainer", *(f"unexplained variance, rate {rate:g}" for rate in rates), "added memory, MiB"]
     caption = (
-        f"On held-out activations: mean (least .. most) of {settings['seeds']} seeds. Tokens a second, ours over "
+        f"On held-out activations: mean (least .. most) of {settings['seeds']} seeds. Tokens per second, ours over "
         f"sparsify's: {wall}, by processor time {cpu}, {settings['rounds']} interleaved rounds."
     )
     return Table(title, columns, rows, caption).to_markdown()
@@ -367,11 +367,11 @@ def _steering_curve(result: dict[str, Any], _part: str) -> str:
 def _analysis_pass(result: dict[str, Any], _part: str) -> str:
     settings = result["settings"]
     keys = ("texts", "tokens", "tokens_per_s", "tokens_per_cpu_s", "peak_mib")
-    columns = ["texts", "tokens", "tokens a second", "a processor second", "peak, MiB"]
+    columns = ["texts", "tokens", "tokens per second", "per processor second", "peak, MiB"]
     title = (
         f"Features of every text: {settings['layers']} layers tapped, {settings['d_sae']} latents, k {settings['k']}"
     )
-    caption = f"Each in a new process. The peak grows by {result['peak_growth_bytes_a_text']:.0f} bytes a text."
+    caption = f"Each in a new process. The peak grows by {result['peak_growth_bytes_a_text']:.0f} bytes per text."
     rows = [[round(size[key]) for key in keys] for size in result["sizes"]]
     return Table(title, columns, rows, caption).to_markdown()
 
