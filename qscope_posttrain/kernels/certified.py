@@ -55,7 +55,7 @@ _GATHERED_ELEMENTS = 1 << 22
 
 
 class CertifiedWeights(NamedTuple):
-    """Bounds for `topk_encode(precision="certified")`; they must be made from the very weights that they are used with."""
+    """Bounds for `topk_encode(precision="certified")`; they must be made from the same weights."""
 
     W_low: Tensor
     """W_enc in bfloat16, [d_sae, d_model]; W_enc itself if it is bfloat16."""
