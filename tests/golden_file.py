@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 
 FOLDER = Path(__file__).parent / "golden"
 MISSING = "(missing)"
+ROUNDED = 0.02
+"""Relative tolerance for numbers in text, which have two or three digits"""
 
 
 def compare(name: str, found: Any, relative: float = 0.0, absolute: float = 0.0) -> None:
@@ -26,7 +29,7 @@ def compare(name: str, found: Any, relative: float = 0.0, absolute: float = 0.0)
     lines = list(differences(wanted, found, relative, absolute))
     if os.environ.get("QSCOPE_GOLDEN") == "write":
         if lines:
-            path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(_readable(found), encoding="utf-8")
         pytest.skip(f"wrote {path.name}: " + ("; ".join(lines[:20]) or "no difference"))
     if lines:
         shown = "\n  ".join([*lines[:40], *([f"... and {len(lines) - 40} more"] if len(lines) > 40 else [])])
@@ -38,7 +41,7 @@ def compare(name: str, found: Any, relative: float = 0.0, absolute: float = 0.0)
 
 
 def differences(wanted: Any, found: Any, relative: float, absolute: float, place: str = "") -> Iterator[str]:
-    """One line for each difference between two JSON values."""
+    """One line for each difference between two JSON values; "~0.25" is a number that was rounded before."""
     if isinstance(wanted, dict) and isinstance(found, dict):
         for key in [*wanted, *(key for key in found if key not in wanted)]:
             where = f"{place}.{key}" if place else str(key)
@@ -51,12 +54,25 @@ def differences(wanted: Any, found: Any, relative: float, absolute: float, place
     elif _is_number(wanted) and _is_number(found):
         if not math.isclose(wanted, found, rel_tol=relative, abs_tol=absolute):
             yield f"{place}: {wanted} -> {found}"
+    elif _is_rounded(wanted) and _is_rounded(found):
+        if not math.isclose(float(wanted[1:]), float(found[1:]), rel_tol=ROUNDED, abs_tol=1e-3):
+            yield f"{place}: {wanted[1:]} -> {found[1:]}"
     elif wanted != found or isinstance(wanted, bool) != isinstance(found, bool):
         yield f"{place}: {_short(wanted)} -> {_short(found)}"
 
 
+def _readable(value: Any) -> str:
+    """JSON with a line for each entry, and one for each list of plain values."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return re.sub(r"\[\n[^\[\]{}]*\]", lambda found: re.sub(r"\n\s*", " ", found[0]), text) + "\n"
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_rounded(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("~")
 
 
 def _short(value: Any) -> str:

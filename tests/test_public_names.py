@@ -27,13 +27,9 @@ def describe(thing: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(thing):
         methods = {name: arguments_of(getattr(thing, name)) for name in ("attach", "detach") if hasattr(thing, name)}
         return {"arguments": arguments_of(thing), **methods}
-    old = {name: field for base in elsewhere for name, field in getattr(base, "__dataclass_fields__", {}).items()}
+    old = {name: field for base in elsewhere[::-1] for name, field in getattr(base, "__dataclass_fields__", {}).items()}
     # A parser of a dataclass replaces the text of an annotation in its fields by the type.
-    written = {
-        name: text
-        for base in reversed(thing.__mro__)
-        for name, text in base.__dict__.get("__annotations__", {}).items()
-    }
+    written = {name: text for base in reversed(thing.__mro__) for name, text in inspect.get_annotations(base).items()}
     found: dict[str, Any] = {
         "fields": [
             f"{field.name}: {written[field.name]} = {default_of(field)}"
