@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import io
 import json
 import os
@@ -172,7 +173,8 @@ def walks() -> dict[str, list[str]]:
     os.environ |= {"QSCOPE_QUIET": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        world = _world(Path(folder))
+        with contextlib.redirect_stdout(io.StringIO()):
+            world = _world(Path(folder))
         actions: dict[str, Callable[[Path, Path, Recorder | None], None]] = {
             "qscope features find": _features_find,
             "qscope sae train": _sae_train,
@@ -181,8 +183,9 @@ def walks() -> dict[str, list[str]]:
         }
         for name, action in actions.items():
             recorder = Recorder()
-            action(world, Path(folder) / "first", None)
-            action(world, Path(folder) / "second", recorder)
+            with contextlib.redirect_stdout(io.StringIO()):
+                action(world, Path(folder) / "first", None)
+                action(world, Path(folder) / "second", recorder)
             found[name] = sorted(recorder.files)
     return found
 
@@ -234,17 +237,13 @@ def _world(folder: Path) -> Path:
 def _command(recorder: Recorder | None, *words: str | Path) -> None:
     from qscope_posttrain.cli.main import main as qscope
 
-    with open("/dev/null", "w") as nowhere:
-        shown, sys.stdout = sys.stdout, nowhere
-        try:
-            if recorder is not None:
-                recorder.start()
-            status = qscope([str(word) for word in words])
-        finally:
-            sys.setprofile(None)
-            sys.stdout = shown
     if recorder is not None:
-        recorder.stop()
+        recorder.start()
+    try:
+        status = qscope([str(word) for word in words])
+    finally:
+        if recorder is not None:
+            recorder.stop()
     if status != 0:
         raise RuntimeError(f"qscope {' '.join(map(str, words))} ended with {status}")
 
