@@ -22,9 +22,10 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers cases fuzz lint types format benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers cases fuzz lint types format house benchmarks clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | test-peers | cases | fuzz | lint | types | format | benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | cases | fuzz | lint | types | format | house |" \
+	    "benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -100,6 +101,10 @@ types: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Lines, files, entries of folders, dependencies, and how many files four actions pass through.
+house: $(VENV)/.installed
+	@$(BIN)/python benchmarks/house.py --walks 2>$(VENV)/house.log || { tail -n 20 $(VENV)/house.log; exit 1; }
 
 benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/encode.py
