@@ -15,8 +15,8 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
 if TYPE_CHECKING:
-    from qscope_posttrain.evaluation.benchmarks.feature_sets import ItemFeatures
-    from qscope_posttrain.evaluation.benchmarks.items import BenchmarkItems
+    from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
+    from qscope_posttrain.analysis.benchmarks.items import BenchmarkItems
     from qscope_posttrain.report.html import Section
 
 TOKENS = "tokens, no model"
@@ -29,11 +29,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def redundancy(options: argparse.Namespace) -> None:
     """Measure R-hat and coverage of every benchmark; with per-item correctness, R and how the two agree."""
-    from qscope_posttrain.evaluation.benchmarks import tables
-    from qscope_posttrain.evaluation.benchmarks.agreement import redundancy_agreement
-    from qscope_posttrain.evaluation.benchmarks.performance import performance_redundancy, read_performance
-    from qscope_posttrain.evaluation.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.evaluation.benchmarks.report_page import agreement_figure, redundancy_section
+    from qscope_posttrain.analysis.benchmarks import tables
+    from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
+    from qscope_posttrain.analysis.benchmarks.performance import performance_redundancy, read_performance
+    from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
+    from qscope_posttrain.analysis.benchmarks.report_page import agreement_figure, redundancy_section
 
     output = writable_folder(options.output)
     benchmarks = _read_benchmarks(options)
@@ -75,13 +75,13 @@ def redundancy(options: argparse.Namespace) -> None:
 
 def overlap(options: argparse.Namespace) -> None:
     """Measure the overlap of all pairs and recommend what to keep; with scores, how overlap and performance agree."""
-    from qscope_posttrain.evaluation.benchmarks import tables
-    from qscope_posttrain.evaluation.benchmarks.agreement import similarity_agreement
-    from qscope_posttrain.evaluation.benchmarks.overlap import measure_overlap
-    from qscope_posttrain.evaluation.benchmarks.performance import read_performance
-    from qscope_posttrain.evaluation.benchmarks.recommendation import recommend
-    from qscope_posttrain.evaluation.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.evaluation.benchmarks.report_page import overlap_results, overlap_section
+    from qscope_posttrain.analysis.benchmarks import tables
+    from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
+    from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
+    from qscope_posttrain.analysis.benchmarks.performance import read_performance
+    from qscope_posttrain.analysis.benchmarks.recommendation import recommend
+    from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
+    from qscope_posttrain.analysis.benchmarks.report_page import overlap_results, overlap_section
 
     output = writable_folder(options.output)
     benchmarks = _read_benchmarks(options)
@@ -155,7 +155,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _read_benchmarks(options: argparse.Namespace) -> list[BenchmarkItems]:
-    from qscope_posttrain.evaluation.benchmarks.items import benchmark_sources, read_items
+    from qscope_posttrain.analysis.benchmarks.items import benchmark_sources, read_items
 
     sources = benchmark_sources(options.benchmarks, options.max_items)
     return [read_items(source, options.prompt.replace("\\n", "\n")) for source in sources]
@@ -169,7 +169,7 @@ def _collect(
     options: argparse.Namespace, benchmarks: Sequence[BenchmarkItems], token_control: bool = False
 ) -> tuple[dict[int | str, list[ItemFeatures]], dict[str, Any]]:
     """Feature sets by layer, with `token_control` also those of token ids; and the origin of all of it."""
-    from qscope_posttrain.evaluation.benchmarks.feature_sets import collect_item_features, token_sets
+    from qscope_posttrain.analysis.benchmarks.feature_sets import collect_item_features, token_sets
     from qscope_posttrain.provenance import model_shape, text_fingerprint
 
     model, tokenizer = load(options)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.options import check_one_process, json_object
 from qscope_posttrain.cli.parsing.parser import given_options
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.loading import load_model
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.residual.loading import load_model
 
 if TYPE_CHECKING:
     from qscope_posttrain.endpoint.chat import ChatModel

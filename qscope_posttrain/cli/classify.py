@@ -16,7 +16,7 @@ from qscope_posttrain.text.data_sets import READERS
 from qscope_posttrain.text.tables import WRITERS, column, labels_of, read_table, split_rows, texts_of, write_table
 
 if TYPE_CHECKING:
-    from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
+    from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 
 FILE_NAME = "classifier.safetensors"
 
@@ -30,8 +30,8 @@ def fit(options: argparse.Namespace) -> None:
     """Learn from a labelled table, print the features, write `classifier.safetensors` and `summary.json`."""
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-    from qscope_posttrain.evaluation.classifier.columns import stack
-    from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
+    from qscope_posttrain.analysis.classifier.columns import stack
+    from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 
     output = writable_folder(options.output)
     texts, labels, _ = _labelled(options, options.data, options.split)
@@ -76,7 +76,7 @@ def predict(options: argparse.Namespace) -> None:
     """Score every row of a table and write the table, filtered if asked, beside a `summary.json`."""
     import numpy as np
 
-    from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
+    from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 
     target = Path(options.output)
     if target.suffix and target.suffix not in WRITERS:
@@ -113,9 +113,9 @@ def predict(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Compare the classifiers with probes and controls, print the tables, write `report.html` and `summary.json`."""
-    from qscope_posttrain.evaluation.classifier.examples import collect_examples
-    from qscope_posttrain.evaluation.classifier.methods import all_methods, methods_named
-    from qscope_posttrain.evaluation.classifier.report import make_report
+    from qscope_posttrain.analysis.classifier.examples import collect_examples
+    from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+    from qscope_posttrain.analysis.classifier.report import make_report
     from qscope_posttrain.provenance import machine, package_versions
     from qscope_posttrain.report.html import write_html
 
@@ -213,7 +213,7 @@ def _add_data_options(parser: argparse.ArgumentParser, labels: bool = True) -> N
 
 def _featurizer(options: argparse.Namespace, words: Sequence[str], max_length: int = 512) -> TextFeaturizer:
     """Model, tokenizer and the SAEs of the layers."""
-    from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
+    from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 
     model, tokenizer = load(options)
     saes = load_saes(options, layers_of(words, model), model)

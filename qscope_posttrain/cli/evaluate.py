@@ -19,9 +19,9 @@ from qscope_posttrain.cli.options import (
 )
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
-from qscope_posttrain.residual.loading import load_tokenizer
 from qscope_posttrain.text.inputs import read_prompts, read_texts
 from qscope_posttrain.text.language_labels import language_hint
 
@@ -81,15 +81,15 @@ def safety(options: argparse.Namespace) -> None:
 
     The responses are in `examples.jsonl`, without verdicts, before the judge is asked.
     """
-    from qscope_posttrain.evaluation.prompt_groups import group_by_prompt
     from qscope_posttrain.evaluation.safety import (
         chat_judge,
+        group_by_prompt,
         judge_responses,
         read_safety_prompts,
         safety_templates,
         unjudged,
     )
-    from qscope_posttrain.residual.sampling import generate_samples
+    from qscope_posttrain.models.generation import generate_samples
 
     check_endpoint_options(options)
     output = writable_folder(options.output)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.loading import DTYPES, load_model, parse_layers
+from qscope_posttrain.models.loading import DTYPES, load_model, parse_layers
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qscope_posttrain.residual.sampling import SamplingSettings
+    from qscope_posttrain.models.generation import SamplingSettings
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 PROMPTS = "JSONL with prompt (text or chat messages) and, if known, language; or a folder of <language>.txt"
@@ -102,7 +102,7 @@ def add_sampling_options(
 
 def sampling_settings(options: argparse.Namespace, **changes: Any) -> SamplingSettings:
     """The settings that `add_sampling_options` describes."""
-    from qscope_posttrain.residual.sampling import SamplingSettings
+    from qscope_posttrain.models.generation import SamplingSettings
 
     names = ("temperature", "top_p", "max_new_tokens", "seed", "batch_size")
     given = {"samples_per_prompt": options.samples, **{name: getattr(options, name) for name in names}}
@@ -135,34 +135,19 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def layers_of(words: Sequence[str], model: nn.Module) -> tuple[int, ...]:
     """The layers of a model that the words of --layers name."""
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.models.layers import decoder_layers
 
     return parse_layers(words, len(decoder_layers(model)))
 
 
 def load_saes(options: argparse.Namespace, layers: Sequence[int], model: nn.Module) -> dict[int, SparseAutoencoder]:
     """The SAEs of --sae, one per layer, on the device of the model and checked against its width."""
-    from qscope_posttrain.features.find import load_sae
+    from qscope_posttrain.features.find.language import load_sae
 
     return {layer: load_sae(options.sae, layer, options.k, model) for layer in layers}
 
 
-def join_processes(options: Any) -> None:
-    """Under a launcher (`accelerate launch`, torchrun), join its processes and set this one's `device`."""
-    if world_size() == 1:
-        return
-    import torch
-    from accelerate import PartialState
-
-    options.device = str(PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available()).device)
-
-
 def check_one_process(what: str) -> None:
     """ValueError under a launcher, for what runs in one process."""
-    if world_size() > 1:
+    if launched_processes() > 1:
         raise UserValueError(f"{what} in one process; start it without a launcher.")
-
-
-def world_size() -> int:
-    """Number of processes of this launch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

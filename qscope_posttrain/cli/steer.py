@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from qscope_posttrain.evaluation.dose_curve import DoseCurve
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.residual.steering import Positions, Steering
+    from qscope_posttrain.models.steering import Positions, Steering
 
 MODES = ("add", "project_out", "ablate", "clamp")
 UNITS = ("raw", "norm", "relative")
@@ -63,8 +63,8 @@ def run(arguments: Sequence[str]) -> int:
 def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[str, Any], positions: Positions) -> None:
     """Generate with and without steering, side by side."""
     from qscope_posttrain.features.steering import feature_steering
-    from qscope_posttrain.residual.sampling import generate_samples
-    from qscope_posttrain.residual.steering import steer
+    from qscope_posttrain.models.generation import generate_samples
+    from qscope_posttrain.models.steering import steer
     from qscope_posttrain.text.repetition import is_endless_repetition
 
     settings, chat = sampling_settings(options), chat_settings(options)
@@ -214,7 +214,7 @@ def _positions(options: argparse.Namespace) -> Positions:
     Raises:
         ValueError: a window of other than generated tokens, or one that no response reaches.
     """
-    from qscope_posttrain.residual.steering import Window
+    from qscope_posttrain.models.steering import Window
 
     windowed = options.window_start is not None or options.window_length is not None
     if windowed and options.positions != "generated":

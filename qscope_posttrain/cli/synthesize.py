@@ -18,7 +18,7 @@ from qscope_posttrain.text.inputs import read_text_list
 if TYPE_CHECKING:
     from qscope_posttrain.endpoint.session import ChatSession
     from qscope_posttrain.endpoint.templates import PromptTemplates
-    from qscope_posttrain.features.explanation import Explanation, FeatureId
+    from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
     from qscope_posttrain.synthesis.pipeline import SynthesisRun
     from qscope_posttrain.synthesis.prompts import Draft
 
@@ -31,7 +31,7 @@ PAGE = "report.html"
 def run(arguments: Sequence[str]) -> int:
     """Choose targets, write prompts and responses, measure coverage; leave data, prompts, a page and a summary."""
     options = build_parser().parse(arguments)
-    from qscope_posttrain.features.explanation_file import read_explanations
+    from qscope_posttrain.features.explain.explanation_file import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
     from qscope_posttrain.synthesis.prompts import synthesis_templates

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explanation import FeatureId
+from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Cell, Table

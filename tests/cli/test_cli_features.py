@@ -15,7 +15,7 @@ from qscope_posttrain.cli.main import main
 from qscope_posttrain.cli.training.checks import check_checkpoint
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.residual.loading import load_model
+from qscope_posttrain.models.loading import load_model
 
 
 def test_find_writes_a_feature_set_and_its_summary(world):

@@ -10,7 +10,7 @@ from qscope_posttrain.cli.parsing.fields import field_help
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.training.sft import METHODS, config_class, parse_recipe
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.loading import parse_layers
+from qscope_posttrain.models.loading import parse_layers
 
 
 @dataclass

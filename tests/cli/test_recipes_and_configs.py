@@ -10,10 +10,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from benchmarks.experiments.recipe import load_recipe
+from qscope_posttrain.analysis.benchmarks.items import benchmark_sources
 from qscope_posttrain.cli import demo, features, steer
 from qscope_posttrain.cli.sae import train as sae_train
 from qscope_posttrain.cli.training import grpo, sft
-from qscope_posttrain.evaluation.benchmarks.items import benchmark_sources
 from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.config import TestbedConfig

@@ -24,7 +24,7 @@ from qscope_posttrain.text.inputs import read_text_list
 if TYPE_CHECKING:
     from torch import nn
 
-    from qscope_posttrain.features.explain import Explained
+    from qscope_posttrain.features.explain.ask import Explained
     from qscope_posttrain.features.feature_set import FeatureSet
 
 EXPLANATIONS = "explanations.jsonl"
@@ -33,9 +33,9 @@ PAGE = "explanations.html"
 
 def explain(options: argparse.Namespace) -> None:
     """Explain and test features; write the explanations, a page of contexts, the FeatureSet if given, a summary."""
-    from qscope_posttrain.features.contexts import ContextSettings
-    from qscope_posttrain.features.explain import ExplainSettings, explain_features, explain_templates
-    from qscope_posttrain.features.explanation_file import write_explanations
+    from qscope_posttrain.features.explain.ask import ExplainSettings, explain_features, explain_templates
+    from qscope_posttrain.features.explain.contexts import ContextSettings
+    from qscope_posttrain.features.explain.explanation_file import write_explanations
     from qscope_posttrain.features.feature_set import FeatureSet
 
     check_endpoint_options(options)
@@ -79,10 +79,9 @@ def explain(options: argparse.Namespace) -> None:
 
 def tokens(options: argparse.Namespace) -> None:
     """Show on the terminal, and if asked on a page, where the features of a FeatureSet fire in texts."""
+    from qscope_posttrain.features.explain.token_view import token_view
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.features.token_view import token_view
-    from qscope_posttrain.report.html import Section, write_html
-    from qscope_posttrain.report.tokens import print_shaded
+    from qscope_posttrain.report.html import Section, print_shaded, write_html
 
     if (options.text is None) == (options.texts is None):
         raise UserValueError("give --text, words on the command line, or --texts, a file.")
@@ -119,8 +118,8 @@ def _chosen(options: argparse.Namespace, features: FeatureSet | None, model: nn.
 
 
 def _write_page(found: Explained, tokenizer: Any, path: Path) -> Path:
-    from qscope_posttrain.features.explanation import FeatureId
-    from qscope_posttrain.features.pieces import text_pieces
+    from qscope_posttrain.features.explain.explanation import FeatureId
+    from qscope_posttrain.features.explain.token_view import text_pieces
     from qscope_posttrain.report.html import Section, ShadedText, ShadedTexts, write_html
 
     words = {entry.feature: entry.text for entry in found.explanations}

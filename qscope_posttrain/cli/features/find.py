@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import TEXT_LIST, add_sae_options, add_shared, join_processes, layers_of, load
+from qscope_posttrain.cli.options import TEXT_LIST, add_sae_options, add_shared, layers_of, load
+from qscope_posttrain.distributed import join_processes
 from qscope_posttrain.files import read_text
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 def find(options: argparse.Namespace) -> None:
     """Find the features of each language, print them, and write `features.safetensors` and `summary.json`."""
-    from qscope_posttrain.features.find import find_language_features
+    from qscope_posttrain.features.find.language import find_language_features
 
     output = writable_folder(options.output)
     texts = read_texts(options.texts, options.max_texts)
     status("texts: " + ", ".join(f"{language} {len(entries)}" for language, entries in texts.items()))
-    join_processes(options)
+    options.device = join_processes(options.device)
     model, tokenizer = load(options)
     names = ("top", "target", "causal", "k", "saes_at_once", "seed", "tokens_per_batch", "max_length")
     features = find_language_features(
@@ -46,7 +47,7 @@ def find(options: argparse.Namespace) -> None:
 
 def contrast(options: argparse.Namespace) -> None:
     """Find the features that distinguish two sets of texts, print them, and write them and `summary.json`."""
-    from qscope_posttrain.features.contrastive import find_contrastive_features
+    from qscope_posttrain.features.find.contrast import find_contrastive_features
 
     output = writable_folder(options.output)
     positive = read_text_list(options.positive, options.max_texts)
@@ -69,7 +70,7 @@ def contrast(options: argparse.Namespace) -> None:
 
 def rank(options: argparse.Namespace) -> None:
     """Rank the features by one response, print them, and write them and `summary.json`."""
-    from qscope_posttrain.features.contrastive import rank_response_features
+    from qscope_posttrain.features.find.contrast import rank_response_features
 
     output = writable_folder(options.output)
     response = _text(options.response, options.response_file, "response")
@@ -92,7 +93,7 @@ def rank(options: argparse.Namespace) -> None:
 def show(options: argparse.Namespace) -> None:
     """Print a FeatureSet, or part of it, with its origin."""
     from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
-    from qscope_posttrain.features.find_repetition import repetition_table
+    from qscope_posttrain.features.find.repetition import repetition_table
 
     features = FeatureSet.load(options.path)
     shown = features.select(options.language, options.layer, options.top)

@@ -18,25 +18,25 @@ from qscope_posttrain.cli.options import (
     sampling_settings,
 )
 from qscope_posttrain.errors import UserError, UserValueError
+from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.loading import load_tokenizer
 from qscope_posttrain.text.inputs import read_prompts, read_text_list
 from qscope_posttrain.text.jsonl import read_jsonl
 
 if TYPE_CHECKING:
-    from qscope_posttrain.features.loops import LoopCollection
+    from qscope_posttrain.features.find.loops import LoopCollection
 
 LOOPS_FILE = "loops.jsonl"
 
 
 def find_repetition(options: argparse.Namespace) -> None:
     """Find the features, print both tables, and write features, loops, curves as SVG, and `summary.json`."""
-    from qscope_posttrain.features.find_repetition import find_repetition_features, repetition_table
-    from qscope_posttrain.features.loops import collect_loops
-    from qscope_posttrain.features.repetition_curve import CurveSettings
-    from qscope_posttrain.features.repetition_figure import CURVE_KEY, curve_figures
+    from qscope_posttrain.features.find.loops import collect_loops
+    from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table
+    from qscope_posttrain.features.find.repetition_curve import CurveSettings
+    from qscope_posttrain.features.find.repetition_figure import CURVE_KEY, curve_figures
 
     check_one_process("find-repetition runs")
     if options.prompts is None and options.loops is None:
@@ -149,7 +149,7 @@ def add_options(new: argparse.ArgumentParser) -> None:
 
 def _given_loops(options: argparse.Namespace, bounds: dict[str, int]) -> LoopCollection:
     """The loops among the completions of --loops, before a model is loaded."""
-    from qscope_posttrain.features.loops import loops_from_texts
+    from qscope_posttrain.features.find.loops import loops_from_texts
 
     rows = [row for _, row in read_jsonl(options.loops)]
     tokenizer = load_tokenizer(options.model, options.revision)

@@ -13,10 +13,10 @@ from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.parsing.recipes import split_arguments
 from qscope_posttrain.cli.sae import check
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.loading import parse_layers
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.loading import parse_layers
 from qscope_posttrain.sae import catalog
 from qscope_posttrain.sae.catalog import CatalogEntry
 from qscope_posttrain.sae.download import in_words

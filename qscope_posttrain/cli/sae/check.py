@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import add_model_options, add_shared, load
+from qscope_posttrain.models.loading import choose_device, load_config, parse_layers
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.loading import choose_device, load_config, parse_layers
 from qscope_posttrain.sae import catalog
 from qscope_posttrain.text.inputs import read_texts
 
 if TYPE_CHECKING:
-    from qscope_posttrain.features.sae_quality import SAEQuality
     from qscope_posttrain.report.html import Section
     from qscope_posttrain.sae.activations import Activation
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+    from qscope_posttrain.sae.quality.measure import SAEQuality
 
 FAILED = 1
 HARMLESS = ("tuning",)
@@ -28,8 +28,8 @@ HARMLESS = ("tuning",)
 
 def check(options: argparse.Namespace) -> int:
     """Print what the SAEs are and how they fit; status 1 where the figures show that something is wrong."""
-    from qscope_posttrain.features.sae_quality import measure_sae
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+    from qscope_posttrain.sae.quality.measure import measure_sae
 
     output = None if options.output is None else writable_folder(options.output)
     texts = None if options.texts is None else read_texts(options.texts, options.max_texts)
@@ -161,9 +161,9 @@ def _write(
 
 
 def _section(found: SAEQuality, tables: Sequence[Table]) -> Section:
-    from qscope_posttrain.features.sae_figures import LOSS_NAMES
     from qscope_posttrain.report.html import Figure, Section
     from qscope_posttrain.report.plots import Bar, Curve, interval_bars, line_curves
+    from qscope_posttrain.sae.quality.figures import LOSS_NAMES
 
     figures = []
     if found.losses:

@@ -6,27 +6,28 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import join_processes, layers_of, world_size
+from qscope_posttrain.cli.options import layers_of
 from qscope_posttrain.cli.parsing.fields import print_declared
 from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.distributed import join_processes, launched_processes
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.loading import DTYPES, load_config, load_model, parse_layers
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.loading import DTYPES, load_config, load_model, parse_layers
 from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.text.data_sets import read_data_set
 
 if TYPE_CHECKING:
-    from qscope_posttrain.features.sae_training import RunConfig
-    from qscope_posttrain.features.stream_config import StreamConfig
     from qscope_posttrain.sae.training.config import SAETrainingConfig
+    from qscope_posttrain.sae.training.run import RunConfig
+    from qscope_posttrain.sae.training.stream_config import StreamConfig
 
 _DECLARED = (
     ("qscope_posttrain.cli.sae.train", "TrainArguments"),
     ("qscope_posttrain.sae.training.config", "SAETrainingConfig"),
-    ("qscope_posttrain.features.stream_config", "StreamConfig"),
-    ("qscope_posttrain.features.sae_training", "RunConfig"),
+    ("qscope_posttrain.sae.training.stream_config", "StreamConfig"),
+    ("qscope_posttrain.sae.training.run", "RunConfig"),
 )
 """Dataclasses whose fields are the keys of the command"""
 
@@ -99,9 +100,9 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
         ValueError: unknown key, wrong value, or options that exclude each other.
     """
     print_declared(arguments, "qscope sae train", _DECLARED)
-    from qscope_posttrain.features.sae_training import RunConfig
-    from qscope_posttrain.features.stream_config import StreamConfig
     from qscope_posttrain.sae.training.config import SAETrainingConfig
+    from qscope_posttrain.sae.training.run import RunConfig
+    from qscope_posttrain.sae.training.stream_config import StreamConfig
 
     kinds = (TrainArguments, SAETrainingConfig, StreamConfig, RunConfig)
     return SAERecipe(*CommandParser(kinds, prog="qscope sae train").build(arguments))
@@ -109,12 +110,12 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
 
 def train(recipe: SAERecipe) -> None:
     """Train and write the results. Under a launcher (`accelerate launch`, torchrun) all processes share the work."""
-    from qscope_posttrain.features.sae_training import train_saes_on_text
-    from qscope_posttrain.features.sae_training_results import write_results
+    from qscope_posttrain.sae.training.results import write_results
+    from qscope_posttrain.sae.training.run import train_saes_on_text
 
     own = recipe.arguments
     output = writable_folder(own.output)
-    join_processes(own)
+    own.device = join_processes(own.device)
     texts = own.texts if own.texts is not None else _dataset(own)
     model, tokenizer = load_model(own.model, own.revision, own.dtype, own.device)
     layers = layers_of(own.layers, model)
@@ -136,7 +137,7 @@ def check(recipe: SAERecipe) -> Table:
     config = load_config(own.model, own.revision).get_text_config(decoder=True)
     layers = parse_layers(own.layers, config.num_hidden_layers)
     width = recipe.training.latents(config.hidden_size)
-    needed = stream.buffer_bytes(len(layers), config.hidden_size, world_size())
+    needed = stream.buffer_bytes(len(layers), config.hidden_size, launched_processes())
     if needed > stream.max_buffer_gib * 1024**3:
         raise UserValueError(
             f"activations of a block take {in_words(needed)}, above max_buffer_gib={stream.max_buffer_gib}"
@@ -155,7 +156,7 @@ def check(recipe: SAERecipe) -> Table:
 
 
 def _dataset(own: TrainArguments) -> Any:
-    from qscope_posttrain.features.text_source import DatasetSource
+    from qscope_posttrain.sae.training.text_stream import DatasetSource
 
     data = read_data_set(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)

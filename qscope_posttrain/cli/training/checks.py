@@ -17,9 +17,9 @@ from qscope_posttrain.cli.training.data import Rows, first_rows, load_rows
 from qscope_posttrain.cli.training.recipe import TrainingRecipe
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.files import check_plain
+from qscope_posttrain.models.loading import load_config
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.loading import load_config
 from qscope_posttrain.text.jsonl import read_json
 
 T = TypeVar("T")

@@ -13,7 +13,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.import_utils import is_math_verify_available
 
-from qscope_posttrain.cli.options import world_size
 from qscope_posttrain.cli.training.checks import (
     NO_LENGTH,
     Checks,
@@ -25,10 +24,11 @@ from qscope_posttrain.cli.training.checks import (
 )
 from qscope_posttrain.cli.training.data import Rows, first_rows, load_evaluation, load_rows
 from qscope_posttrain.cli.training.grpo import GRPORecipe
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.residual.layers import text_config
-from qscope_posttrain.residual.loading import load_tokenizer
+from qscope_posttrain.models.layers import text_config
+from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.prompts import PROMPT, prompt_lengths
 from qscope_posttrain.rl.rewards import RewardFunction, check_reward_columns, reward_function, reward_name
@@ -251,7 +251,7 @@ def _score(reward: RewardFunction, row: dict[str, Any], tokenizer: PreTrainedTok
 
 
 def _batch(recipe: GRPORecipe, rows: Rows) -> tuple[int, str]:
-    config, processes = recipe.training, world_size()
+    config, processes = recipe.training, launched_processes()
     generated = processes * config.per_device_train_batch_size * (config.steps_per_generation or 1)
     groups = generated // config.generations
     trained = processes * config.per_device_train_batch_size * config.gradient_accumulation_steps

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.training.recipe import DeviceRule, TrainingRecipe, before_trl
 from qscope_posttrain.errors import UserValueError, did_you_mean
+from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder
-from qscope_posttrain.residual.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset

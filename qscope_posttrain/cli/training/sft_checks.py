@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from qscope_posttrain.cli.options import world_size
 from qscope_posttrain.cli.training.checks import (
     NO_LENGTH,
     Checks,
@@ -23,9 +22,10 @@ from qscope_posttrain.cli.training.checks import (
 )
 from qscope_posttrain.cli.training.data import Rows, first_row, first_rows
 from qscope_posttrain.cli.training.sft import Recipe, build_callback, skips_preparation
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import if_many, progress
-from qscope_posttrain.residual.loading import load_tokenizer
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.config import SASFTConfig
 from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
@@ -194,7 +194,7 @@ def _without_bars() -> Iterator[None]:
 
 def _batch(recipe: Recipe, rows: Rows) -> tuple[int, str]:
     training = recipe.training
-    processes = world_size()
+    processes = launched_processes()
     per_step = processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
     words = (
         f"{processes_by_rows(processes, training.per_device_train_batch_size)} x "

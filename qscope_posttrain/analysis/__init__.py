@@ -1,0 +1,1 @@
+"""What data are, by their features: benchmarks and a classifier."""
