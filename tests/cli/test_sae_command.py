@@ -123,9 +123,11 @@ def test_check_of_a_bad_sae_fails_and_says_why(world, good, tmp_path, capsys):
     assert "<strong>units</strong>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
-def test_check_of_several_layers_and_without_texts(world, capsys):
-    assert main(["sae", "check", world.saes, "--model", world.model, "--layer", "3"]) == 0
+def test_check_of_several_layers_and_without_texts(world, tmp_path, capsys):
+    output = ["--output", str(tmp_path)]
+    assert main(["sae", "check", world.saes, "--model", world.model, "--layer", "3", *output]) == 0
     assert "128 for a residual stream of width 64" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["results"]["layers"] == []
     arguments = ["sae", "check", world.saes, "--model", world.model, "--layer", "2-3", "--texts", world.texts]
     assert main([*arguments, "--no-loss", "--max-texts", "2"]) in (0, 1)
     printed = capsys.readouterr().out
