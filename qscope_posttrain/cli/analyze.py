@@ -26,11 +26,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def redundancy(options: argparse.Namespace) -> None:
     """R-hat and coverage of every benchmark; with per-item correctness R, and how the two go together."""
-    from qscope_posttrain.analysis.benchmarks import tables
+    from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
     from qscope_posttrain.analysis.benchmarks.performance import performance_redundancy
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.analysis.benchmarks.report_page import agreement_figure, redundancy_section
+    from qscope_posttrain.analysis.benchmarks.report import agreement_figure, redundancy_section
 
     output = writable_folder(options.output)
     benchmarks = read_benchmarks(options)
@@ -43,7 +43,7 @@ def redundancy(options: argparse.Namespace) -> None:
     results: dict[str, Any] = {"input": facts}
     sections: list[Section] = []
     if performance:
-        table = tables.performance_table(performance)
+        table = report.performance_table(performance)
         table.print()
         results["performance"] = list(performance.values())
     size = min(len(entry.texts) for entry in benchmarks) // 2 if options.size is None else options.size
@@ -55,13 +55,13 @@ def redundancy(options: argparse.Namespace) -> None:
             )
             for entry in features
         ]
-        shown = [tables.redundancy_table(measured, where, options.level)]
+        shown = [report.redundancy_table(measured, where, options.level)]
         results[f"layer_{layer}"] = {"redundancy": [entry.to_dict() for entry in measured]}
         figures = []
         if performance:
             lines, given_size = redundancy_agreement(measured, performance, seed=options.seed)
             note = f"Partial rank correlation of R and R-hat given N: {given_size:.3f}."
-            shown.append(tables.agreement_table(f"Redundancy by features and by performance, {where}", lines, note))
+            shown.append(report.agreement_table(f"Redundancy by features and by performance, {where}", lines, note))
             results[f"layer_{layer}"] |= {"agreement": lines, "r_and_r_hat_given_n": given_size}
             both = [entry for entry in measured if entry.name in performance]
             names = [entry.name for entry in both]
@@ -70,19 +70,18 @@ def redundancy(options: argparse.Namespace) -> None:
         for table in shown:
             table.print()
         if performance:
-            shown.append(tables.performance_table(performance))
+            shown.append(report.performance_table(performance))
         sections.append(redundancy_section(measured, where, shown, figures))
     _write(options, output, results, sections, "Redundancy of benchmarks", facts)
 
 
 def overlap(options: argparse.Namespace) -> None:
     """Overlaps of all pairs, nearest benchmarks, a recommendation; with scores, how overlap and performance agree."""
-    from qscope_posttrain.analysis.benchmarks import tables
+    from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
     from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
-    from qscope_posttrain.analysis.benchmarks.recommendation import recommend
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.analysis.benchmarks.report_page import overlap_results, overlap_section
+    from qscope_posttrain.analysis.benchmarks.report import overlap_section, recommend
 
     output = writable_folder(options.output)
     benchmarks = read_benchmarks(options)
@@ -98,17 +97,17 @@ def overlap(options: argparse.Namespace) -> None:
         matrix = measure_overlap(features, size=options.size, level=options.level)
         redundant = {entry.name: measure_redundancy(entry, repeats=0) for entry in features}
         lines = recommend(matrix, redundant, scores, options.threshold)
-        shown = [tables.overlap_table(matrix, where)]
-        part: dict[str, Any] = {**overlap_results(matrix), "recommendation": lines}
+        shown = [report.overlap_table(matrix, where)]
+        part: dict[str, Any] = {**matrix.to_dict(), "recommendation": lines}
         if len(features) > 2:
-            shown.append(tables.neighbour_table(matrix, where))
+            shown.append(report.neighbour_table(matrix, where))
             part["nearest"] = {name: matrix.neighbour(name) for name in matrix.names}
         if scores is not None:
             agreements = similarity_agreement(matrix, sizes, scores, options.control, seed=options.seed)
             note = f"Performance: Pearson correlation of scores over {len(scores.models)} models."
-            shown.append(tables.agreement_table(f"Overlap and performance, {where}", agreements, note))
+            shown.append(report.agreement_table(f"Overlap and performance, {where}", agreements, note))
             part["agreement"] = agreements
-        shown.append(tables.recommendation_table(lines, where, options.threshold))
+        shown.append(report.recommendation_table(lines, where, options.threshold))
         for table in shown:
             table.print()
         results[f"layer_{layer}" if isinstance(layer, int) else "tokens"] = part

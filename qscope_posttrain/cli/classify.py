@@ -58,7 +58,7 @@ def fit(options: argparse.Namespace) -> None:
     if options.layer_by == "validation":
         grid["layer"] = sorted(features)
     if max(map(len, grid.values())) > 1:
-        from qscope_posttrain.analysis.classifier.columns import stack
+        from qscope_posttrain.analysis.classifier.featurizer import stack
 
         with library_refusals(f"--folds {options.folds}"):
             folds = StratifiedKFold(options.folds, shuffle=True, random_state=options.seed)
@@ -119,8 +119,7 @@ def predict(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Compare the classifiers with probes and controls, print the tables, write `report.html` and `summary.json`."""
-    from qscope_posttrain.analysis.classifier.examples import collect_examples
-    from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+    from qscope_posttrain.analysis.classifier.methods import all_methods, collect_examples, methods_named
     from qscope_posttrain.analysis.classifier.report import make_report
     from qscope_posttrain.provenance import machine, package_versions
     from qscope_posttrain.report.html import write_html

@@ -36,8 +36,8 @@ def run(arguments: Sequence[str]) -> int:
     from qscope_posttrain.features.find.language import load_sae
     from qscope_posttrain.models.layers import decoder_layers
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
+    from qscope_posttrain.synthesis.coverage import FeatureReader
     from qscope_posttrain.synthesis.prompts import synthesis_templates
-    from qscope_posttrain.synthesis.reading import FeatureReader
     from qscope_posttrain.synthesis.relevance import write_relevance
 
     options = _parser().parse(arguments)
@@ -129,7 +129,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Any:
-    from qscope_posttrain.synthesis.settings import STYLES, SynthesisSettings
+    from qscope_posttrain.synthesis.prompts import STYLES, SynthesisSettings
 
     return SynthesisSettings(
         topic=options.topic,
@@ -177,7 +177,7 @@ def _random_control(
     options: argparse.Namespace, made: SynthesisRun, session: ChatSession, templates: PromptTemplates, settings: Any
 ) -> tuple[list[Draft] | None, int]:
     """(drafts, prompts asked for); nothing where it is switched off, or the budget does not reach."""
-    from qscope_posttrain.endpoint.failures import BudgetSpent
+    from qscope_posttrain.endpoint.limits import BudgetSpent
     from qscope_posttrain.synthesis.pipeline import random_synthesis
 
     if not options.random_control:

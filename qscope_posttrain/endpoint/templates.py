@@ -1,4 +1,4 @@
-"""Prompts as jinja2 templates that a user can replace, and JSON read out of answers."""
+"""Write prompts from jinja2 templates that a user can replace, and read JSON from answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qscope_posttrain.files import read_text
 
 
 class PromptTemplates:
-    """Templates by name. `NAME.jinja` in a user's folder goes before the package's own.
+    """Templates by name. `NAME.jinja` in a user's folder replaces the package's own.
 
     A template has a block `user`, and may have one before it called `system`; each is one message. The filter `quoted`
     puts a text into quotation marks on one line.
     """
 
     def __init__(self, package_folder: Path, user_folder: str | os.PathLike[str] | None = None) -> None:
-        """Raises a FileNotFoundError where a user's folder does not exist, or holds no template that is known."""
+        """Raise a FileNotFoundError for a user's folder that does not exist, or holds no known template."""
         from jinja2 import FunctionLoader, StrictUndefined
         from jinja2.loaders import split_template_path
         from jinja2.sandbox import SandboxedEnvironment
@@ -47,10 +47,10 @@ class PromptTemplates:
         self._environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
 
     def messages(self, name: str, **values: Any) -> tuple[Message, ...]:
-        """The chat that template `name` makes of the values.
+        """Make a chat from template `name` and the values.
 
         Raises:
-            ValueError: the template is malformed, has no block `user`, or asks for a value that there is not.
+            ValueError: the template is malformed, has no block `user`, or needs a value that is missing.
         """
         from jinja2 import TemplateError
 
@@ -72,11 +72,7 @@ class PromptTemplates:
 
 
 def read_json(text: str) -> Any:
-    """The first JSON object or list in an answer, which may stand in a code fence or among words.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The first JSON object or list in an answer, which may stand in a code fence or among words; or ValueError."""
     decoder = json.JSONDecoder()
     for position, character in enumerate(text):
         if character in "{[":

@@ -9,13 +9,13 @@ import pytest
 from analysis.benchmarks.cases import draw
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement, similarity_agreement
-from qscope_posttrain.analysis.benchmarks.correlation import (
+from qscope_posttrain.analysis.benchmarks.agreement import (
     correlate,
     correlate_pairs,
     fisher_interval,
-    partial_correlation,
     pearson,
+    redundancy_agreement,
+    similarity_agreement,
     spearman,
 )
 from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
@@ -23,6 +23,7 @@ from qscope_posttrain.analysis.benchmarks.performance import (
     PerformanceRedundancy,
     ScoreTable,
     kendall,
+    partial_correlation,
     performance_redundancy,
     read_correctness,
     read_scores,

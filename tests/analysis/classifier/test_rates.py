@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from qscope_posttrain.analysis.classifier.rates import best_thresholds, firing, firing_rates, top_features
-from qscope_posttrain.analysis.classifier.votes import best_vote_count
+from qscope_posttrain.analysis.classifier.rates import (
+    best_thresholds,
+    best_vote_count,
+    firing,
+    firing_rates,
+    top_features,
+)
 
 # Texts 0..2 are positive, 3..6 negative.
 ACTIVATIONS = np.array(
