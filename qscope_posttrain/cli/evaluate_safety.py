@@ -25,11 +25,11 @@ def safety(options: argparse.Namespace) -> None:
     """
     from qscope_posttrain.evaluation.safety import (
         chat_judge,
-        group_by_prompt,
         judge_responses,
         safety_templates,
         unjudged,
     )
+    from qscope_posttrain.evaluation.samples import group_by_prompt
     from qscope_posttrain.models.generation import generate_samples
 
     check_endpoint_options(options)

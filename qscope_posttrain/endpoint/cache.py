@@ -1,4 +1,4 @@
-"""Answers and refusals on disk, by content: one JSONL file that is only appended to, safe against a crash at any byte."""
+"""Keep answers and refusals on disk, by content: one JSONL file, only appended to, safe against a crash at any byte."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Refusals:
         """Remember a refusal.
 
         Raises:
-            RequestFailed: the first few requests sent in this way were all refused, and not certainly for their content.
+            RequestFailed: the first few requests of this way were all refused, and not certainly for their content.
         """
         completion = ChatCompletion("", "refused", 0, 0, "", str(failure))
         with self._lock:
