@@ -86,41 +86,28 @@ def read_json(text: str) -> Any:
 def number_field(name: str, low: float, high: float) -> Callable[[str], float]:
     """A reader of answers such as `{"score": 0.7}`: the number in [low, high] under `name`; ValueError otherwise."""
 
-    def read(text: str) -> float:
-        value = _field(text, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise UserValueError(f"'{name}' must be a number from {low:g} to {high:g}, got {value!r}.")
-        return float(value)
+    def fits(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
-    return read
+    return lambda text: float(_field(text, name, fits, f"a number from {low:g} to {high:g}"))
 
 
 def truth_field(name: str) -> Callable[[str], bool]:
     """A reader of answers such as `{"refused": true}`; ValueError otherwise."""
-
-    def read(text: str) -> bool:
-        value = _field(text, name)
-        if not isinstance(value, bool):
-            raise UserValueError(f"'{name}' must be true or false, got {value!r}.")
-        return value
-
-    return read
+    return lambda text: bool(_field(text, name, lambda value: isinstance(value, bool), "true or false"))
 
 
 def text_field(name: str) -> Callable[[str], str]:
     """A reader of answers such as `{"explanation": "..."}` with a text that is not empty; ValueError otherwise."""
-
-    def read(text: str) -> str:
-        value = _field(text, name)
-        if not isinstance(value, str) or not value.strip():
-            raise UserValueError(f"'{name}' must be a text, got {value!r}.")
-        return value.strip()
-
-    return read
+    return lambda text: str(
+        _field(text, name, lambda value: isinstance(value, str) and bool(value.strip()), "a text")
+    ).strip()
 
 
-def _field(text: str, name: str) -> Any:
+def _field(text: str, name: str, fits: Callable[[Any], bool], expected: str) -> Any:
     found = read_json(text)
     if not isinstance(found, dict) or name not in found:
         raise UserValueError(f"expected an object with '{name}', got {str(found)[:200]!r}.")
+    if not fits(found[name]):
+        raise UserValueError(f"'{name}' must be {expected}, got {found[name]!r}.")
     return found[name]

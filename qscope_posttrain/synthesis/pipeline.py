@@ -36,14 +36,6 @@ class Response:
 
 
 @dataclass(frozen=True)
-class NoResponse:
-    """The reason why a prompt has no response, and so is no training data."""
-
-    reason: str
-    """"no kind", "empty", or why an answer is not whole: "length", "content_filter", "refused" and the like"""
-
-
-@dataclass(frozen=True)
 class SynthesisExample:
     """One row of the data: a verified prompt and its response."""
 
@@ -71,7 +63,7 @@ class SynthesisRun:
     without: tuple[FeatureId, ...] = ()
     """Targets worked on of which no prompt fired"""
     rejected: Counter[str] = field(default_factory=Counter)
-    """Verified prompts that have no whole response, by the reason (`NoResponse`)"""
+    """Verified prompts without a whole response, by the reason: "no kind", "empty", or a finish reason."""
 
     @property
     def undecided(self) -> int:
@@ -125,7 +117,7 @@ def synthesize(
             if isinstance(response, Response):
                 run.examples.append(SynthesisExample(draft, response, activation))
             else:
-                run.rejected[response.reason] += 1
+                run.rejected[response] += 1
         reached = {draft.feature for draft, _ in kept}
         run.without += tuple(feature for feature in group if feature not in reached)
     return run
@@ -255,10 +247,10 @@ def _write_responses(
     drafts: Sequence[Draft],
     kinds: Sequence[Kind | None],
     settings: SynthesisSettings,
-) -> list[Response | NoResponse]:
+) -> list[Response | str]:
     """y ~ G_resp(x, z) of each prompt (equation 22): a refusal with a safe alternative, or an answer.
 
-    An answer that the model did not end by itself is none, see `ChatCompletion.whole`.
+    The reason instead, where the model did not end its answer by itself (see `ChatCompletion.whole`).
     """
     sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
     known = [(place, kind) for place, kind in enumerate(kinds) if kind is not None]
@@ -267,11 +259,11 @@ def _write_responses(
         ChatRequest(templates.messages(names[kind], prompt=drafts[place].text, topic=settings.topic), sampling)
         for place, kind in known
     ]
-    found: list[Response | NoResponse] = [NoResponse("no kind")] * len(drafts)
+    found: list[Response | str] = ["no kind"] * len(drafts)
     for (place, kind), completion in zip(known, session.complete(requests, "responses"), strict=True):
         text = completion.text.strip()
         if not completion.whole:
-            found[place] = NoResponse(completion.finish_reason)
+            found[place] = completion.finish_reason
         else:
-            found[place] = Response(text, kind, completion.request_id) if text else NoResponse("empty")
+            found[place] = Response(text, kind, completion.request_id) if text else "empty"
     return found

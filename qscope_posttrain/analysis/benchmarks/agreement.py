@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -25,7 +25,6 @@ from qscope_posttrain.intervals import Interval
 
 Kind = Literal["pearson", "spearman"]
 Vector = NDArray[np.float64]
-Orders = NDArray[np.int64]
 
 MIN_BENCHMARKS = 4
 _ROUNDING = 1e-12
@@ -115,7 +114,7 @@ def similarity_agreement(
         }
         kinds: tuple[Kind, ...] = ("pearson", "spearman")
         lines += [
-            Agreement(name, target, correlate_pairs(values, performance, kind, seed=seed))
+            Agreement(name, target, correlate(values, performance, kind, seed=seed))
             for name, values in predictors.items()
             for kind in kinds
         ]
@@ -144,34 +143,49 @@ def ranks(x: ArrayLike) -> Vector:
 def correlate(
     x: ArrayLike, y: ArrayLike, kind: Kind, *, resamples: int = 1000, permutations: int = 10_000, seed: int = 0
 ) -> Correlation:
-    """Correlate two numbers of each benchmark `[B]`."""
-    a, b = _checked(x, y, 1)
+    """Correlate two numbers per benchmark `[B]`, or two symmetric matrices `[B, B]` over the pairs above the diagonal.
 
-    def redrawn(draw: Orders) -> tuple[Vector, Vector]:
-        return a[draw], b[draw]
-
-    return _correlation(kind, a, b, len(a), lambda values, o: values[o], redrawn, resamples, permutations, seed)
-
-
-def correlate_pairs(
-    x: ArrayLike, y: ArrayLike, kind: Kind, *, resamples: int = 1000, permutations: int = 10_000, seed: int = 0
-) -> Correlation:
-    """Correlate two symmetric matrices `[B, B]` over their pairs above the diagonal."""
-    a, b = _checked(x, y, 2)
-    rows, columns = np.triu_indices(len(a), 1)
-    place = np.zeros(a.shape, dtype=np.int64)  # of a pair among those above the diagonal
+    Raises:
+        ValueError: other shapes, fewer than four benchmarks, or values that are not finite.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    count = len(a)
+    if a.shape not in ((count,), (count, count)) or b.shape != a.shape:
+        raise UserValueError(f"expected two arrays of one shape, [B] or [B, B], got {a.shape} and {b.shape}.")
+    if count < MIN_BENCHMARKS:
+        raise UserValueError(f"a correlation over benchmarks needs at least {MIN_BENCHMARKS} of them, got {count}.")
+    paired = a.ndim == 2
+    rows, columns = np.triu_indices(count, 1)
+    place = np.zeros((count, count), dtype=np.int64)  # of a pair among those above the diagonal
     place[rows, columns] = place[columns, rows] = np.arange(len(rows))
-
-    def relabelled(values: Vector, orders: Orders) -> Vector:
-        return values[place[orders[:, rows], orders[:, columns]]]
-
-    def redrawn(draw: Orders) -> tuple[Vector, Vector]:
-        first, second = draw[rows], draw[columns]
-        different = first != second
-        return a[first, second][different], b[first, second][different]
-
-    pairs = a[rows, columns], b[rows, columns]
-    return _correlation(kind, *pairs, len(a), relabelled, redrawn, resamples, permutations, seed)
+    sides = (a[rows, columns], b[rows, columns]) if paired else (a, b)
+    if not all(np.isfinite(side).all() for side in sides):
+        raise UserValueError("correlations need finite numbers for every benchmark.")
+    coefficient = pearson if kind == "pearson" else spearman
+    value = coefficient(*sides)
+    generator = np.random.default_rng(seed)
+    extra = math.factorial(count) > permutations  # otherwise the observed order is among them
+    if extra:
+        orders = np.array([generator.permutation(count) for _ in range(permutations)])
+    else:
+        orders = np.array(list(itertools.permutations(range(count))))
+    # A relabelling moves values and does not change them: ranks are moved along.
+    first, second = (side - side.mean() for side in (sides if kind == "pearson" else map(ranks, sides)))
+    limit = math.sqrt(float(first @ first) * float(second @ second)) * (abs(value) - _ROUNDING)
+    as_far = 0
+    for part in np.array_split(orders, max(1, len(orders) // _ORDERS_AT_ONCE)):
+        relabelled = second[place[part[:, rows], part[:, columns]] if paired else part]
+        as_far += int(np.count_nonzero(np.abs(relabelled @ first) >= limit))
+    p = (as_far + extra) / (len(orders) + extra) if math.isfinite(value) else math.nan
+    drawn = []
+    for draw in generator.integers(count, size=(resamples, count)):
+        if len(set(draw.tolist())) > 2:  # two benchmarks correlate perfectly
+            pairs = draw[rows] != draw[columns]
+            chosen = (draw[rows][pairs], draw[columns][pairs]) if paired else draw
+            drawn.append(coefficient(a[chosen], b[chosen]))
+    known = np.array(drawn)[np.isfinite(drawn)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
+    return Correlation(kind, value, float(low), float(high), p, count, len(sides[0]))
 
 
 def fisher_interval(r: float, observations: int, level: float = 0.95) -> Interval:
@@ -182,58 +196,3 @@ def fisher_interval(r: float, observations: int, level: float = 0.95) -> Interva
         return Interval(r, r, r)
     reach = NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(observations - 3)
     return Interval(r, math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach))
-
-
-def _correlation(
-    kind: Kind,
-    x: Vector,
-    y: Vector,
-    count: int,
-    relabelled: Callable[[Vector, Orders], Vector],
-    redrawn: Callable[[Orders], tuple[Vector, Vector]],
-    resamples: int,
-    permutations: int,
-    seed: int,
-) -> Correlation:
-    """Correlation with its test and interval over `count` benchmarks.
-
-    `relabelled` gives the values of one side under each of some orders `[orders, B]`, `redrawn` both sides of a draw
-    of benchmarks with replacement.
-    """
-    coefficient = pearson if kind == "pearson" else spearman
-    value = coefficient(x, y)
-    generator = np.random.default_rng(seed)
-    if math.factorial(count) <= permutations:
-        orders = np.array(list(itertools.permutations(range(count))))
-        extra = 0  # the observed order is among them
-    else:
-        orders = np.array([generator.permutation(count) for _ in range(permutations)])
-        extra = 1
-    # A relabelling moves values and does not change them: ranks are moved along.
-    sides = (x, y) if kind == "pearson" else (ranks(x), ranks(y))
-    first, second = (side - side.mean() for side in sides)
-    scale = math.sqrt(float(first @ first) * float(second @ second))
-    as_far = 0
-    for part in np.array_split(orders, max(1, len(orders) // _ORDERS_AT_ONCE)):
-        as_far += int(np.count_nonzero(np.abs(relabelled(second, part) @ first) >= scale * (abs(value) - _ROUNDING)))
-    p = (as_far + extra) / (len(orders) + extra) if math.isfinite(value) else math.nan
-    drawn = []
-    for draw in generator.integers(count, size=(resamples, count)):
-        if len(set(draw.tolist())) > 2:  # two benchmarks correlate perfectly
-            drawn.append(coefficient(*redrawn(draw)))
-    known = np.array(drawn)[np.isfinite(drawn)]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
-    return Correlation(kind, value, float(low), float(high), p, count, len(x))
-
-
-def _checked(x: ArrayLike, y: ArrayLike, dimensions: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    shape = (len(a),) * dimensions
-    if a.shape != shape or b.shape != shape:
-        raise UserValueError(f"expected two arrays of one {dimensions}-dimensional shape, got {a.shape} and {b.shape}.")
-    if len(a) < MIN_BENCHMARKS:
-        raise UserValueError(f"a correlation over benchmarks needs at least {MIN_BENCHMARKS} of them, got {len(a)}.")
-    checked = (a[np.triu_indices(len(a), 1)], b[np.triu_indices(len(b), 1)]) if dimensions == 2 else (a, b)
-    if not all(np.isfinite(side).all() for side in checked):
-        raise UserValueError("correlations need finite numbers for every benchmark.")
-    return a, b

@@ -92,42 +92,43 @@ def check_origin(path: Path, stored: Any, found: Mapping[str, Any], layers: set[
 
 
 def _parse(path: Path, text: str | None) -> dict[str, Any]:
-    if text is None:
-        raise UserValueError(f"{path} is not a classifier: its metadata has no {FORMAT!r}.")
+    def need(fits: bool, message: str) -> None:
+        if not fits:
+            raise UserValueError(f"{path}{message}.")
+
+    need(text is not None, f" is not a classifier: its metadata has no {FORMAT!r}")
     try:
-        document = json.loads(text)
+        document = json.loads(text or "")
     except (ValueError, RecursionError) as error:
         raise UserValueError(f"{path}: the classifier document is not valid JSON: {error}.") from error
-    if not isinstance(document, dict) or set(document) != KEYS:
-        found = sorted(document) if isinstance(document, dict) else type(document).__name__
-        raise UserValueError(f"{path}: the classifier document must have the keys {sorted(KEYS)}, got {found!s:.300}.")
-    if document["version"] != VERSION:
-        raise UserValueError(f"{path} has classifier version {document['version']!r}; this package reads {VERSION}.")
-    parameters, classes, settings = (document[name] for name in ("parameters", "classes", "settings"))
-    if not isinstance(parameters, dict) or set(parameters) != set(PARAMETERS):
-        raise UserValueError(f"{path}: parameters must be {', '.join(PARAMETERS)}, got {parameters!s:.300}.")
+    found = sorted(document) if isinstance(document, dict) else type(document).__name__
+    fits = isinstance(document, dict) and set(document) == KEYS
+    need(fits, f": the classifier document must have the keys {sorted(KEYS)}, got {found!s:.300}")
+    version, parameters, classes, intercept = map(document.get, ("version", "parameters", "classes", "intercept"))
+    widths, top, settings = map(document.get, ("layer_widths", "top1_differences", "settings"))
+    need(version == VERSION, f" has classifier version {version!r}; this package reads {VERSION}")
+    fits = isinstance(parameters, dict) and set(parameters) == set(PARAMETERS)
+    need(fits, f": parameters must be {', '.join(PARAMETERS)}, got {parameters!s:.300}")
     for name in ("layer", "random_state"):
-        if parameters[name] is not None and type(parameters[name]) is not int:
-            raise UserValueError(f"{path}: {name} must be a whole number or null, got {parameters[name]!r:.100}.")
-    alike = isinstance(classes, list) and len(classes) == 2 and type(classes[0]) is type(classes[1])
-    if not alike or type(classes[0]) not in (str, int, bool, float) or not classes[0] < classes[1]:
-        raise UserValueError(f"{path}: classes must be two plain values of one type, ascending, got {classes!r:.200}.")
-    if not _is_number(document["intercept"]):
-        raise UserValueError(f"{path}: intercept must be a finite number, got {document['intercept']!r:.100}.")
-    widths, top = document["layer_widths"], document["top1_differences"]
-    if not _by_layer(widths, lambda width: type(width) is int and 1 <= width < 2**31) or not widths:
-        raise UserValueError(f"{path}: layer_widths must give each layer a width, got {widths!r:.200}.")
-    if not _by_layer(top, lambda value: _is_number(value) and -1 <= value <= 1) or not set(top) <= set(widths):
-        raise UserValueError(f"{path}: top1_differences must give layers a number in [-1, 1], got {top!r:.200}.")
+        fits = parameters[name] is None or type(parameters[name]) is int
+        need(fits, f": {name} must be a whole number or null, got {parameters[name]!r:.100}")
+    fits = isinstance(classes, list) and len(classes) == 2 and type(classes[0]) is type(classes[1])
+    fits = fits and type(classes[0]) in (str, int, bool, float) and classes[0] < classes[1]
+    need(fits, f": classes must be two plain values of one type, ascending, got {classes!r:.200}")
+    need(_is_number(intercept), f": intercept must be a finite number, got {intercept!r:.100}")
+    fits = _by_layer(widths, lambda width: type(width) is int and 1 <= width < 2**31) and bool(widths)
+    need(fits, f": layer_widths must give each layer a width, got {widths!r:.200}")
+    fits = _by_layer(top, lambda value: _is_number(value) and -1 <= value <= 1) and set(top) <= set(widths)
+    need(fits, f": top1_differences must give layers a number in [-1, 1], got {top!r:.200}")
     document["layer_widths"] = {int(layer): width for layer, width in widths.items()}
     document["top1_differences"] = {int(layer): float(value) for layer, value in top.items()}
     if settings is not None:
-        ok = isinstance(settings, dict) and set(settings) == set(SETTINGS)
-        if not ok or any(not isinstance(settings[name], kind) for name, kind in SETTINGS.items()):
-            raise UserValueError(f"{path}: settings must be {', '.join(SETTINGS)}, got {settings!s:.300}.")
+        fits = isinstance(settings, dict) and set(settings) == set(SETTINGS)
+        fits = fits and all(isinstance(settings[name], kind) for name, kind in SETTINGS.items())
+        need(fits, f": settings must be {', '.join(SETTINGS)}, got {settings!s:.300}")
         norms = settings["median_norms"]
-        if not _by_layer(norms, lambda norm: _is_number(norm) and norm > 0):
-            raise UserValueError(f"{path}: median_norms must give each layer a number above 0.")
+        fits = _by_layer(norms, lambda norm: _is_number(norm) and norm > 0)
+        need(fits, ": median_norms must give each layer a number above 0")
         settings["median_norms"] = {int(layer): float(norm) for layer, norm in norms.items()}
     return document
 
@@ -142,8 +143,7 @@ def _check_tensors(path: Path, tensors: Tensors, widths: Mapping[int, int]) -> N
             )
         if not np.isfinite(tensor).all():
             raise UserValueError(f"{path}: {name} holds values that are not finite numbers.")
-    for name in ("positive_rates_", "negative_rates_"):
-        if not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
+        if name.endswith("_rates_") and not ((tensor >= 0) & (tensor <= 1)).all():
             raise UserValueError(f"{path}: {name} must lie in [0, 1].")
     if (tensors["thresholds_"] < 0).any():
         raise UserValueError(f"{path}: thresholds must not be below 0.")
