@@ -100,8 +100,8 @@ def overlap(options: argparse.Namespace) -> None:
         shown = [report.overlap_table(matrix, where)]
         part: dict[str, Any] = {**matrix.to_dict(), "recommendation": lines}
         if len(features) > 2:
-            shown.append(report.neighbour_table(matrix, where))
-            part["nearest"] = {name: matrix.neighbour(name) for name in matrix.names}
+            shown.append(report.neighbor_table(matrix, where))
+            part["nearest"] = {name: matrix.neighbor(name) for name in matrix.names}
         if scores is not None:
             agreements = similarity_agreement(matrix, sizes, scores, options.control, seed=options.seed)
             note = f"Performance: Pearson correlation of scores over {len(scores.models)} models."

@@ -19,7 +19,7 @@ COLUMNS = ("layer", "feature", "relevance")
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """A judge's ratings of explained features."""
 
     relevance: Mapping[FeatureId, float]
@@ -29,7 +29,7 @@ class Judgement:
 
 def judge_relevance(
     session: ChatSession, templates: PromptTemplates, explanations: Sequence[Explanation], topic: str
-) -> Judgement:
+) -> Judgment:
     """s_f in [0, 1] of every explained feature (equation 19), from one greedy request each.
 
     Raises:
@@ -51,7 +51,7 @@ def judge_relevance(
             f'{{"relevance": 0.7}}, the last {said}. Ask another judge, change relevance.jinja (--templates), or give '
             "a table (--relevance)."
         )
-    return Judgement(relevance, tuple(feature for feature, answer in pairs if answer.value is None))
+    return Judgment(relevance, tuple(feature for feature, answer in pairs if answer.value is None))
 
 
 def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:

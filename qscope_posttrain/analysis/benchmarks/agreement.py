@@ -174,8 +174,8 @@ def correlate(
     limit = math.sqrt(float(first @ first) * float(second @ second)) * (abs(value) - _ROUNDING)
     as_far = 0
     for part in np.array_split(orders, max(1, len(orders) // _ORDERS_AT_ONCE)):
-        relabelled = second[place[part[:, rows], part[:, columns]] if paired else part]
-        as_far += int(np.count_nonzero(np.abs(relabelled @ first) >= limit))
+        relabeled = second[place[part[:, rows], part[:, columns]] if paired else part]
+        as_far += int(np.count_nonzero(np.abs(relabeled @ first) >= limit))
     p = (as_far + extra) / (len(orders) + extra) if math.isfinite(value) else math.nan
     drawn = []
     for draw in generator.integers(count, size=(resamples, count)):

@@ -114,7 +114,7 @@ class SharedItems:
 
 
 @dataclass(frozen=True, eq=False)
-class Neighbour:
+class Neighbor:
     """The benchmark most like another one at equal size, and its lead."""
 
     name: str
@@ -164,7 +164,7 @@ class OverlapMatrix:
         ratio = float(divide(cross.value("overlap"), itself.value("overlap")))
         return jackknife_interval(ratio, parts, level or self.level, (0.0, np.inf))
 
-    def neighbour(self, name: str) -> Neighbour:
+    def neighbor(self, name: str) -> Neighbor:
         """Nearest benchmark by size-matched overlap_min. At least three benchmarks are needed.
 
         It was chosen on the same data, so the lead is over EVERY other one, at the same level.
@@ -174,7 +174,7 @@ class OverlapMatrix:
         level = 1 - (1 - self.level) / len(others)
         leads = [(self._lead(near[nearest], near[other], level), other) for other in others]
         lead, following = min(leads, key=lambda entry: entry[0].low)
-        return Neighbour(name, nearest, near[nearest].interval("overlap_min", self.level), following, lead)
+        return Neighbor(name, nearest, near[nearest].interval("overlap_min", self.level), following, lead)
 
     @staticmethod
     def _lead(near: OverlapPair, far: OverlapPair, level: float) -> Interval:

@@ -194,11 +194,11 @@ def overlap_table(matrix: OverlapMatrix, where: str) -> Table:
     return Table(f"Overlap of features, {where}", columns, rows, caption)
 
 
-def neighbour_table(matrix: OverlapMatrix, where: str) -> Table:
+def neighbor_table(matrix: OverlapMatrix, where: str) -> Table:
     """The nearest benchmark of each, and its lead. At least three benchmarks."""
     rows = []
     for name in matrix.names:
-        found = matrix.neighbour(name)
+        found = matrix.neighbor(name)
         sure = "yes" if found.lead.low > 0 else "not decided"
         itself = matrix.matched[name, name].value("overlap_min")
         rows.append((name, found.nearest, found.overlap.text(), itself, found.lead.text(), found.next, sure))

@@ -34,8 +34,8 @@ PENALTIES = (0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledTexts:
-    """N labelled texts, in every form that a method reads."""
+class LabeledTexts:
+    """N labeled texts, in every form that a method reads."""
 
     inputs: Mapping[str, Any]
     """"features" csr [N, sum of d_sae] and "residual" [N, layers * d_model] with the layers side by side, "tokens" csr
@@ -50,15 +50,15 @@ class LabelledTexts:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> LabelledTexts:
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> LabeledTexts:
         """Some of the texts, in the given order."""
         index = np.asarray(rows, dtype=np.int64)
         inputs = {name: matrix[index] for name, matrix in self.inputs.items()}
-        return LabelledTexts(inputs, self.features, self.residual, self.labels[index])
+        return LabeledTexts(inputs, self.features, self.residual, self.labels[index])
 
 
-def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: Sequence[bool]) -> LabelledTexts:
-    """Read labelled texts in one pass: features, mean residual stream, and the tokens themselves.
+def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: Sequence[bool]) -> LabeledTexts:
+    """Read labeled texts in one pass: features, mean residual stream, and the tokens themselves.
 
     Raises:
         ValueError: other numbers of texts and labels, or one class only.
@@ -80,7 +80,7 @@ def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: S
         "length": np.asarray(tokens.sum(axis=1), dtype=np.float64)[:, None],
     }
     widths = {layer: state.shape[1] for layer, state in states.items()}
-    return LabelledTexts(inputs, columns, LayerColumns.from_widths(widths), flags)
+    return LabeledTexts(inputs, columns, LayerColumns.from_widths(widths), flags)
 
 
 def token_counts(tokens: Sequence[Sequence[int]], vocabulary: int) -> csr_array:
@@ -144,7 +144,7 @@ class LayerSlice(TransformerMixin, BaseEstimator):
         return True
 
 
-Grid = Callable[[LabelledTexts], Mapping[str, Sequence[Any]]]
+Grid = Callable[[LabeledTexts], Mapping[str, Sequence[Any]]]
 """Candidate values, by parameter"""
 
 
@@ -154,14 +154,14 @@ class Method:
 
     name: str
     reads: str
-    """Key of `LabelledTexts.inputs`"""
-    build: Callable[[LabelledTexts, int], Any]
+    """Key of `LabeledTexts.inputs`"""
+    build: Callable[[LabeledTexts, int], Any]
     """(texts, seed) -> an estimator"""
     grid: Grid = field(default=lambda texts: {})
     ranks: bool = True
     """Whether its scores rank texts"""
 
-    def fit(self, texts: LabelledTexts, *, folds: int = 5, seed: int = 0) -> Any:
+    def fit(self, texts: LabeledTexts, *, folds: int = 5, seed: int = 0) -> Any:
         """Fit the estimator with the best candidate on all of `texts`.
 
         Where a class has fewer than two texts there is nothing to validate on, and the first candidate is taken.
@@ -176,7 +176,7 @@ class Method:
         search = GridSearchCV(estimator, dict(grid), scoring="f1", cv=splits, error_score="raise")
         return search.fit(matrix, labels).best_estimator_
 
-    def apply(self, fitted: Any, texts: LabelledTexts) -> tuple[Any, Any]:
+    def apply(self, fitted: Any, texts: LabeledTexts) -> tuple[Any, Any]:
         """(predictions [N] bool, scores [N] or None)."""
         matrix = texts.inputs[self.reads]
         return fitted.predict(matrix), fitted.decision_function(matrix) if self.ranks else None
@@ -186,13 +186,13 @@ def all_methods() -> tuple[Method, ...]:
     """Feature classifiers first, then probes and controls."""
 
     def features(name: str, grid: Grid, **parameters: Any) -> Method:
-        def build(texts: LabelledTexts, seed: int) -> FeatureClassifier:
+        def build(texts: LabeledTexts, seed: int) -> FeatureClassifier:
             return FeatureClassifier(layer_widths=texts.features.by_layer, random_state=seed, **parameters)
 
         return Method(name, "features", build, grid)
 
     def probe(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
-        def build(texts: LabelledTexts, seed: int) -> Any:
+        def build(texts: LabeledTexts, seed: int) -> Any:
             columns: LayerColumns = getattr(texts, reads)
             return make_pipeline(LayerSlice(columns, columns.layers[0]), *(step() for step in steps))
 
@@ -204,16 +204,16 @@ def all_methods() -> tuple[Method, ...]:
     def constant(name: str, **parameters: Any) -> Method:
         return Method(name, "length", lambda texts, seed: DummyClassifier(**parameters), ranks=False)
 
-    def few(texts: LabelledTexts) -> Mapping[str, Sequence[Any]]:
+    def few(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
         return {"k": COUNTS}
 
-    def few_of_a_layer(texts: LabelledTexts) -> Mapping[str, Sequence[Any]]:
+    def few_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
         return {"k": COUNTS, "layer": texts.features.layers}
 
-    def many_of_a_layer(texts: LabelledTexts) -> Mapping[str, Sequence[Any]]:
+    def many_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
         return {"k": MANY, "layer": texts.features.layers}
 
-    def layer_counts(texts: LabelledTexts) -> Mapping[str, Sequence[Any]]:
+    def layer_counts(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
         return {"n_layers": range(1, min(len(texts.features.layers), 8) + 1)}
 
     def logistic() -> LogisticRegression:

@@ -1,4 +1,4 @@
-"""Measure classifiers on labelled texts: metrics with bootstrap intervals, layers, top features, amounts of data."""
+"""Measure classifiers on labeled texts: metrics with bootstrap intervals, layers, top features, amounts of data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
-from qscope_posttrain.analysis.classifier.methods import COUNTS, LabelledTexts, Method, choice_of
+from qscope_posttrain.analysis.classifier.methods import COUNTS, LabeledTexts, Method, choice_of
 from qscope_posttrain.analysis.classifier.rates import firing_rates, top_features
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
@@ -100,8 +100,8 @@ class Fitted:
     def choice(self) -> str:
         return choice_of(self.estimator)
 
-    def evaluate(self, texts: LabelledTexts, resamples: int = 1000) -> Evaluation:
-        """Measure it on labelled texts."""
+    def evaluate(self, texts: LabeledTexts, resamples: int = 1000) -> Evaluation:
+        """Measure it on labeled texts."""
         predicted, scores = self.method.apply(self.estimator, texts)
         return evaluate(texts.labels, predicted, scores, resamples=resamples)
 
@@ -117,14 +117,14 @@ class LayerRow:
 
 
 def fit_methods(
-    methods: Sequence[Method], discovery: LabelledTexts, *, folds: int = 5, seed: int = 0
+    methods: Sequence[Method], discovery: LabeledTexts, *, folds: int = 5, seed: int = 0
 ) -> dict[str, Fitted]:
     """Fit each method on all discovery texts."""
     shown = progress(methods, description="fitting the methods")
     return {method.name: Fitted(method, method.fit(discovery, folds=folds, seed=seed)) for method in shown}
 
 
-def by_layer(discovery: LabelledTexts, test: LabelledTexts, counts: Sequence[int] = COUNTS) -> list[LayerRow]:
+def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] = COUNTS) -> list[LayerRow]:
     """F1 of the OR rule on the test texts for every layer and K: the cells whose maximum figure 8 of the report shows.
 
     Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed.
@@ -141,7 +141,7 @@ def by_layer(discovery: LabelledTexts, test: LabelledTexts, counts: Sequence[int
 
 
 def jaccard_by_layer(
-    discovery: Mapping[str, LabelledTexts], top: int = JACCARD_TOP
+    discovery: Mapping[str, LabeledTexts], top: int = JACCARD_TOP
 ) -> dict[int, dict[tuple[str, str], float]]:
     """Per layer, for each pair of groups, |A and B| / |A or B| of their `top` features by Delta."""
     chosen: dict[int, dict[str, set[int]]] = {}
@@ -159,8 +159,8 @@ def jaccard_by_layer(
 
 def efficiency(
     methods: Sequence[Method],
-    discovery: LabelledTexts,
-    test: LabelledTexts,
+    discovery: LabeledTexts,
+    test: LabeledTexts,
     *,
     fractions: Sequence[float] = FRACTIONS,
     draws: int = 5,

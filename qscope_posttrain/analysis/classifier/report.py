@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from qscope_posttrain.analysis.classifier.methods import LabelledTexts, Method
+from qscope_posttrain.analysis.classifier.methods import LabeledTexts, Method
 from qscope_posttrain.analysis.classifier.metrics import (
     FRACTIONS,
     JACCARD_TOP,
@@ -160,8 +160,8 @@ class ClassifierReport:
 
 def make_report(
     methods: Sequence[Method],
-    discovery: Mapping[str, LabelledTexts],
-    test: Mapping[str, LabelledTexts],
+    discovery: Mapping[str, LabeledTexts],
+    test: Mapping[str, LabeledTexts],
     *,
     folds: int = 5,
     resamples: int = 1000,

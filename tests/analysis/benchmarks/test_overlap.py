@@ -1,4 +1,4 @@
-"""Overlaps by hand and over all subsets, their intervals, shared items, neighbours, recommendations."""
+"""Overlaps by hand and over all subsets, their intervals, shared items, neighbors, recommendations."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_nearest_and_recommendation():
     # A broad benchmark: half its items like x, half like another kind.
     halves = [sets_of(draw("h", 200, 4, rates["x"], width)), sets_of(draw("h", 200, 5, rates["y"], width))]
     matrix = measure_overlap([one, two, apart])
-    found = matrix.neighbour("one")
+    found = matrix.neighbor("one")
     assert (found.nearest, found.next) == ("two", "apart")
     assert found.lead.low > 0
     lines = {line.name: line for line in recommend(matrix)}

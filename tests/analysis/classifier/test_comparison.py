@@ -9,7 +9,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from qscope_posttrain.analysis.classifier.featurizer import LayerColumns, TextFeaturizer
 from qscope_posttrain.analysis.classifier.methods import (
-    LabelledTexts,
+    LabeledTexts,
     MeanDifferenceProbe,
     all_methods,
     collect_examples,
@@ -38,7 +38,7 @@ def make_examples(count=80, informative=3, seed=0, layers=(1, 4)):
     tokens = token_counts([[int(label), 2, 3] for label in labels], 5)
     inputs = {"features": csr_array(features), "residual": states, "tokens": tokens, "length": np.full((count, 1), 3.0)}
     columns = LayerColumns.from_widths(dict.fromkeys(layers, 10))
-    return LabelledTexts(inputs, columns, LayerColumns.from_widths(dict.fromkeys(layers, 4)), labels)
+    return LabeledTexts(inputs, columns, LayerColumns.from_widths(dict.fromkeys(layers, 4)), labels)
 
 
 def test_mean_difference_by_hand():
@@ -98,7 +98,7 @@ def test_jaccard_by_hand():
     labels = np.array([True, True, False, False])
     columns = LayerColumns.from_widths({1: 3})
     groups = {
-        name: LabelledTexts({"features": csr_array(matrix)}, columns, columns, labels)
+        name: LabeledTexts({"features": csr_array(matrix)}, columns, columns, labels)
         for name, matrix in (("a", one), ("b", two))
     }
     assert jaccard_by_layer(groups, top=2) == {1: {("a", "b"): pytest.approx(1 / 3)}}

@@ -170,7 +170,7 @@ def test_texts_and_their_features_are_the_same(featurizer, lines):
     by_features = FeatureClassifier(**options).fit(featurizer.features(texts), labels)
     assert by_text.feature_ids_.tolist() == by_features.feature_ids_.tolist()
     np.testing.assert_array_equal(by_text.predict(texts), by_features.predict(featurizer.features(texts)))
-    # Outliers are found by the norms of the training texts, so that a text's score does not depend on its neighbours.
+    # Outliers are found by the norms of the training texts, so that a text's score does not depend on its neighbors.
     alone = np.concatenate([by_text.decision_function([text]) for text in texts])
     np.testing.assert_array_equal(alone, by_text.decision_function(texts))
     assert by_text.classes_.tolist() == ["latin", "other"]
