@@ -70,7 +70,7 @@ def recommend(
             action = "merge" if back.low >= threshold else "drop" if back.high < threshold else action
         elif max(share.high for share in shares.values()) < threshold:
             action = "keep"
-        reason = _reason(action, best, covered, back, lost, threshold, len(overlap.raw[name, best].left_out[name][1]))
+        reason = _reason(action, best, covered, back, lost, threshold)
         shared = overlap.shared_items[name, best]
         if shared.items:
             reason += f"; {shared.items} of its items are in {best} too"
@@ -85,9 +85,7 @@ def recommend(
     return found
 
 
-def _reason(
-    action: Action, best: str, covered: Interval, back: Interval, lost: float, threshold: float, items: int
-) -> str:
+def _reason(action: Action, best: str, covered: Interval, back: Interval, lost: float, threshold: float) -> str:
     share = f"at equal size {best} covers {covered.text('.2f')} of what the benchmark covers of itself"
     both = f"{share}, in the other direction {back.text('.2f')}"
     if action == "merge":
@@ -97,8 +95,8 @@ def _reason(
     if action == "keep":
         return f"the best cover falls short of {threshold:g}: {share}"
     if covered.low >= threshold:
-        return f"{both}; {items} items are too few to tell whether it also covers {best}"
-    return f"{share}; {items} items are too few to tell whether any other reaches {threshold:g}"
+        return f"{both}; the items are too few to tell whether it also covers {best}"
+    return f"{share}; the items are too few to tell whether any other reaches {threshold:g}"
 
 
 def groups(lines: Sequence[Recommendation]) -> list[tuple[str, ...]]:
