@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict
+from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict, write_rows
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
-from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.scripts import contains_language_script, target_script
 
@@ -147,16 +145,9 @@ class SwitchingResult:
         }
 
     def write_examples(self, path: str | os.PathLike[str]) -> Path:
-        """Write every response as one line of JSON, in one step. Returns the path.
-
-        The fields are those of `Sample` without the token ids, and `switched`. ValueError if it cannot be written.
-        """
-        lines = (
-            json.dumps({**sample.to_dict(tokens=False), "switched": switched}, ensure_ascii=False)
-            for sample, switched in zip(self.samples, self.switched, strict=True)
-        )
-        write_text(path, "".join(f"{line}\n" for line in lines))
-        return Path(path)
+        """Write every response as one line of JSON: the fields of `Sample` without the token ids, and `switched`."""
+        pairs = zip(self.samples, self.switched, strict=True)
+        return write_rows(path, ({**sample.to_dict(tokens=False), "switched": switched} for sample, switched in pairs))
 
 
 def evaluate_code_switching(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,10 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict
+from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict, write_rows
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
-from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.repetition import RepeatedTail, compression_ratio, ngram_repetition_rate, repeated_tail
 
@@ -112,21 +110,20 @@ class RepetitionResult:
         }
 
     def write_examples(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-        """Write every response as one line of JSON, in one step. Returns the path.
+        """Write every response as one line of JSON.
 
         The fields are those of `Sample`, with the number of tokens instead of the tokens; `endless`; and `loop`, null
         or the `start`, `period` and `copies` of the loop at the end, counted in tokens, with its `block` as text if a
-        tokenizer is given. ValueError if the file cannot be written.
+        tokenizer is given.
         """
-        lines = []
+        rows = []
         for sample, tail in zip(self.samples, self.tails, strict=True):
             loop = None if tail is None else asdict(tail)
             if loop is not None and tail is not None and tokenizer is not None:
                 loop["block"] = str(tokenizer.decode(list(sample.tokens[tail.start : tail.second_copy])))
             row = {**sample.to_dict(tokens=False), "tokens": len(sample.tokens)}
-            lines.append(json.dumps({**row, "endless": _is_endless(sample, tail), "loop": loop}, ensure_ascii=False))
-        write_text(path, "".join(f"{line}\n" for line in lines))
-        return Path(path)
+            rows.append({**row, "endless": _is_endless(sample, tail), "loop": loop})
+        return write_rows(path, rows)
 
 
 def evaluate_repetition(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, read_json
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.evaluation.samples import write_rows
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, hybrid_difference, wilson
-from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Cell, Table
 
 
@@ -139,16 +138,13 @@ class SafetyResult:
 
     def write_examples(self, path: str | os.PathLike[str]) -> Path:
         """Write one JSON line per response, with its verdict."""
-        lines = []
+        rows = []
         for prompt, responses, verdicts in zip(self.prompts, self.responses, self.verdicts, strict=True):
             for response, verdict in zip(responses, verdicts, strict=True):
-                said: Mapping[str, bool | None] = (
-                    {"refused": None, "harmful": None} if verdict is None else verdict._asdict()
-                )
+                said = dict.fromkeys(Verdict._fields) if verdict is None else verdict._asdict()
                 entry = {"prompt": prompt.text, "harmful_prompt": prompt.harmful, "group": prompt.group}
-                lines.append(json.dumps({**entry, "response": response, **said}, ensure_ascii=False) + "\n")
-        write_text(path, "".join(lines))
-        return Path(path)
+                rows.append({**entry, "response": response, **said})
+        return write_rows(path, rows)
 
     def _outcomes(self, harmful: bool, group: str | None) -> list[list[bool]]:
         """[prompts][samples with a verdict]: whether it counts against the model; prompts without one are left out."""

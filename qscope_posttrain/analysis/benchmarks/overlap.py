@@ -89,10 +89,10 @@ def matched_pair(first: ItemFeatures, second: ItemFeatures, size: int) -> Overla
             )
     if first is not second:
         return _pair(first, second, size, size)
-    one, two = _Presence.of(first, size), _Presence.of(first, 2 * size)
-    shared = SharedFeatures(one.full.sum(), one.full.sum(), 2 * one.full.sum() - two.full.sum())
-    each = one.without_each()
-    without = SharedFeatures(each, each, 2 * each - two.without_each())
+    (one, *one_left), (two, *two_left) = _presence(first, size), _presence(first, 2 * size)
+    shared = SharedFeatures(one.sum(), one.sum(), 2 * one.sum() - two.sum())
+    each = first.leave_one_out(*one_left)
+    without = SharedFeatures(each, each, 2 * each - first.leave_one_out(*two_left))
     return OverlapPair(first.name, first.name, shared, {first.name: (without, first.units)})
 
 
@@ -257,37 +257,22 @@ def without_shared(first: ItemFeatures, second: ItemFeatures, at_least: int) -> 
     return (rest, second) if larger is first else (first, rest)
 
 
-@dataclass(frozen=True, eq=False)
-class _Presence:
-    """Probability that a random part fires each feature: of all items, and of one fewer."""
-
-    features: ItemFeatures
-    full: NDArray[np.float64]
-    kept: NDArray[np.float64]
-    """Without an item that does not fire the feature"""
-    fewer: NDArray[np.float64]
-    """Without one that does"""
-
-    @classmethod
-    def of(cls, features: ItemFeatures, size: int) -> _Presence:
-        items, counts = len(features), features.counts
-        left = (presence(after, items - 1, min(size, items - 1)) for after in without_one(counts, items))
-        return cls(features, presence(counts, items, size), *left)
-
-    def without_each(self, weights: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """[N] sum over features of probability times weight, without each item."""
-        if weights is None:
-            return self.features.leave_one_out(self.kept, self.fewer)
-        return self.features.leave_one_out(self.kept * weights, self.fewer * weights)
+def _presence(features: ItemFeatures, size: int) -> list[NDArray[np.float64]]:
+    """Probability that a random part fires each feature: [of all items, of one fewer if the item left out does not fire
+    it, if it does]."""
+    items, counts = len(features), features.counts
+    left = (presence(after, items - 1, min(size, items - 1)) for after in without_one(counts, items))
+    return [presence(counts, items, size), *left]
 
 
 def _pair(first: ItemFeatures, second: ItemFeatures, first_size: int, second_size: int) -> OverlapPair:
-    one, other = _Presence.of(first, first_size), _Presence.of(second, second_size)
-    shared = SharedFeatures(one.full.sum(), other.full.sum(), one.full @ other.full)
+    (one, *one_left), (other, *other_left) = _presence(first, first_size), _presence(second, second_size)
+    shared = SharedFeatures(one.sum(), other.sum(), one @ other)
     if shared.first == 0 or shared.second == 0:
         raise UserValueError(f"no feature fires on any item of '{(first if shared.first == 0 else second).name}'.")
-    without_first = SharedFeatures(one.without_each(), shared.second, one.without_each(other.full))
-    without_second = SharedFeatures(shared.first, other.without_each(), other.without_each(one.full))
+    common = (first.leave_one_out(*(p * other for p in one_left)), second.leave_one_out(*(p * one for p in other_left)))
+    without_first = SharedFeatures(first.leave_one_out(*one_left), shared.second, common[0])
+    without_second = SharedFeatures(shared.first, second.leave_one_out(*other_left), common[1])
     left_out = {first.name: (without_first, first.units), second.name: (without_second, second.units)}
     return OverlapPair(first.name, second.name, shared, left_out)
 

@@ -17,7 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from qscope_posttrain.analysis.classifier import classifier_file
-from qscope_posttrain.analysis.classifier.featurizer import LayerColumns, TextFeaturizer, are_texts, stack
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, are_texts, check_widths, layer_slice, stack
 from qscope_posttrain.analysis.classifier.rates import (
     Booleans,
     Floats,
@@ -61,7 +61,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     Values not above `epsilon` do not fire, negative ones neither. Attributes after `fit`, S rows: `feature_layers_`,
     `feature_ids_`, `differences_`, `positive_rates_`, `negative_rates_`, `thresholds_`, `weights_` [S]; `intercept_`,
-    `top1_differences_` {layer: largest Delta} of the layers that were searched, `layer_columns_`, `featurizer_`.
+    `top1_differences_` {layer: largest Delta} of the layers that were searched, `layer_widths_`, `featurizer_`.
 
     Args:
         k: Number of features per layer.
@@ -164,7 +164,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             "parameters": {name: _plain(getattr(self, name)) for name in classifier_file.PARAMETERS},
             "classes": self.classes_.tolist(),
             "intercept": float(self.intercept_),
-            "layer_widths": {str(layer): width for layer, width in self.layer_columns_.by_layer.items()},
+            "layer_widths": {str(layer): width for layer, width in self.layer_widths_.items()},
             "top1_differences": {str(layer): value for layer, value in self.top1_differences_.items()},
             "settings": self.settings_,
             "origin": self.origin_,
@@ -195,9 +195,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             setattr(found, name, tensor)
         found.classes_ = np.array(document["classes"])
         found.intercept_ = float(document["intercept"])
-        found.layer_columns_ = LayerColumns.from_widths(document["layer_widths"])
-        found.layer_widths = found.layer_columns_.by_layer
-        found.n_features_in_ = found.layer_columns_.total
+        found.layer_widths = found.layer_widths_ = check_widths(document["layer_widths"])
+        found.n_features_in_ = sum(found.layer_widths_.values())
         found.top1_differences_ = document["top1_differences"]
         found.origin_, found.settings_, found.featurizer_ = document["origin"], document["settings"], None
         if featurizer is not None:
@@ -238,11 +237,11 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
                 raise UserValueError("X holds texts; give the classifier a featurizer, or pass their features.")
             X = self.featurizer.features(list(X))
             self.adopt(self.featurizer.with_norms(X))
-        matrix, columns = stack(X) if isinstance(X, Mapping) else (X, None)
+        matrix, widths = stack(X) if isinstance(X, Mapping) else (X, self.layer_widths)
         matrix, y = validate_data(self, matrix, y, accept_sparse="csr", dtype=np.float64)
         check_classification_targets(y)
-        self.layer_columns_ = columns or LayerColumns.from_widths(self.layer_widths or {0: matrix.shape[1]})
-        width = self.layer_columns_.total
+        self.layer_widths_ = check_widths(widths or {0: matrix.shape[1]})
+        width = sum(self.layer_widths_.values())
         if width != matrix.shape[1]:
             raise UserValueError(f"X has {matrix.shape[1]} columns, but layer_widths adds up to {width}.")
         return csr_array(matrix), y
@@ -255,25 +254,25 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
                 raise UserValueError("X holds texts, but this classifier was not fitted or loaded with a featurizer.")
             X = self.featurizer_.features(list(X), layers=used)
         if isinstance(X, Mapping):
-            matrix, columns = stack({layer: X[layer] for layer in used if layer in X})
-            expected = LayerColumns.from_widths({layer: self.layer_columns_.by_layer[layer] for layer in used})
-            if columns != expected:
-                raise UserValueError(f"The classifier needs the features of {expected}, X has {columns}.")
+            matrix, widths = stack({layer: X[layer] for layer in used if layer in X})
+            expected = {layer: self.layer_widths_[layer] for layer in sorted(used)}
+            if widths != expected:
+                raise UserValueError(f"The classifier needs the features of layers {expected} (layer: width), X has {widths}.")
             check_array(matrix, accept_sparse="csr")
         else:
             matrix = csr_array(validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64))
-            columns = self.layer_columns_
-        starts = np.array([columns.slice(layer).start for layer in self.feature_layers_.tolist()])
+            widths = self.layer_widths_
+        starts = np.array([layer_slice(widths, layer).start for layer in self.feature_layers_.tolist()])
         return csr_array(matrix[:, starts + self.feature_ids_])
 
     def _choose(self, matrix: csr_array, positive: Booleans) -> csr_array:
         """Set the attributes of the chosen features, layer by layer, best first; return their columns [texts, S]."""
-        columns = self.layer_columns_
-        searched = columns.layers if self.layer is None else (self.layer,)
+        widths = self.layer_widths_
+        searched = tuple(widths) if self.layer is None else (self.layer,)
         if self.n_layers > len(searched):
             raise UserValueError(f"n_layers={self.n_layers} exceeds the {len(searched)} layers of X.")
         measure = best_thresholds if self.thresholds == "best" else firing_rates
-        parts = {layer: csr_array(matrix[:, columns.slice(layer)]) for layer in searched}
+        parts = {layer: csr_array(matrix[:, layer_slice(widths, layer)]) for layer in searched}
         rates = {layer: measure(part, positive, self.epsilon) for layer, part in parts.items()}
         self.top1_differences_ = {layer: float(found.difference.max()) for layer, found in rates.items()}
         ranked = sorted(searched, key=lambda layer: (-self.top1_differences_[layer], layer))[: self.n_layers]

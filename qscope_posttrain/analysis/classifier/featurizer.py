@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,45 +18,23 @@ from qscope_posttrain.provenance import model_shape
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 
-@dataclass(frozen=True)
-class LayerColumns:
-    """The columns of each layer in a matrix with the layers side by side."""
-
-    layers: tuple[int, ...]
-    """Ascending"""
-    widths: tuple[int, ...]
-    """Number of features of each"""
-
-    @classmethod
-    def from_widths(cls, widths: Mapping[int, int]) -> LayerColumns:
-        """From {layer: width}. ValueError without a layer, or for a number that is none."""
-        pairs = sorted((_whole(layer, 0, "a layer"), _whole(width, 1, "a width")) for layer, width in widths.items())
-        if not pairs:
-            raise UserValueError("layer_widths must name at least one layer.")
-        return cls(tuple(layer for layer, _ in pairs), tuple(width for _, width in pairs))
-
-    @property
-    def by_layer(self) -> dict[int, int]:
-        """{layer: width}."""
-        return dict(zip(self.layers, self.widths, strict=True))
-
-    @property
-    def total(self) -> int:
-        return sum(self.widths)
-
-    def slice(self, layer: int) -> slice:
-        """The columns of a layer."""
-        if layer not in self.layers:
-            raise UserValueError(
-                f"there are no features of layer {layer}; there are of {', '.join(map(str, self.layers))}."
-            )
-        place = self.layers.index(layer)
-        start = sum(self.widths[:place])
-        return slice(start, start + self.widths[place])
+def check_widths(widths: Mapping[int, int]) -> dict[int, int]:
+    """{layer: number of its columns} in ascending order. ValueError without a layer, or for a number that is none."""
+    if not widths:
+        raise UserValueError("layer_widths must name at least one layer.")
+    return dict(sorted((_whole(layer, 0, "a layer"), _whole(width, 1, "a width")) for layer, width in widths.items()))
 
 
-def stack(features: Mapping[int, Any]) -> tuple[csr_array, LayerColumns]:
-    """Put `{layer: TextFeatures, or a matrix [texts, features]}` side by side, in the order of the layers.
+def layer_slice(widths: Mapping[int, int], layer: int) -> slice:
+    """The columns of a layer in a matrix with the layers side by side."""
+    if layer not in widths:
+        raise UserValueError(f"there are no features of layer {layer}; there are of {', '.join(map(str, widths))}.")
+    start = sum(width for other, width in widths.items() if other < layer)
+    return slice(start, start + widths[layer])
+
+
+def stack(features: Mapping[int, Any]) -> tuple[csr_array, dict[int, int]]:
+    """Put `{layer: TextFeatures, or a matrix [texts, features]}` side by side: (matrix, {layer: width}), ascending.
 
     Raises:
         ValueError: no layer, or layers with different numbers of texts.
@@ -65,11 +43,11 @@ def stack(features: Mapping[int, Any]) -> tuple[csr_array, LayerColumns]:
         layer: found.matrix() if isinstance(found, TextFeatures) else csr_array(found)
         for layer, found in sorted(features.items())
     }
-    columns = LayerColumns.from_widths({layer: matrix.shape[1] for layer, matrix in matrices.items()})
+    widths = check_widths({layer: matrix.shape[1] for layer, matrix in matrices.items()})
     counts = {layer: matrix.shape[0] for layer, matrix in matrices.items()}
     if len(set(counts.values())) > 1:
         raise UserValueError(f"layers must have the features of the same texts; they have {counts}.")
-    return csr_array(hstack(list(matrices.values()), format="csr")), columns
+    return csr_array(hstack(list(matrices.values()), format="csr")), widths
 
 
 class TextFeaturizer(TransformerMixin, BaseEstimator):

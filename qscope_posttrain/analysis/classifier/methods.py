@@ -24,7 +24,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier, check_two_classes
-from qscope_posttrain.analysis.classifier.featurizer import LayerColumns, TextFeaturizer, stack
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, layer_slice, stack
 from qscope_posttrain.errors import UserValueError
 
 COUNTS = (1, 2, 5, 10)
@@ -40,10 +40,10 @@ class LabeledTexts:
     inputs: Mapping[str, Any]
     """"features" csr [N, sum of d_sae] and "residual" [N, layers * d_model] with the layers side by side, "tokens" csr
     [N, vocabulary] counts, "length" [N, 1] tokens"""
-    features: LayerColumns
-    """Layers of `inputs["features"]`"""
-    residual: LayerColumns
-    """Layers of `inputs["residual"]`"""
+    features: Mapping[int, int]
+    """{layer: width} of `inputs["features"]`"""
+    residual: Mapping[int, int]
+    """{layer: width} of `inputs["residual"]`"""
     labels: NDArray[np.bool_]
     """[N] whether positive"""
 
@@ -71,7 +71,7 @@ def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: S
     ids = featurizer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     tokens = token_counts([list(row[: featurizer.max_length]) for row in ids], len(featurizer.tokenizer))
     features = featurizer.features(texts, residual=True)
-    matrix, columns = stack(features)
+    matrix, widths = stack(features)
     states = {layer: found.residual.numpy() for layer, found in sorted(features.items())}  # type: ignore[union-attr]
     inputs = {
         "features": matrix,
@@ -79,8 +79,7 @@ def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: S
         "tokens": tokens,
         "length": np.asarray(tokens.sum(axis=1), dtype=np.float64)[:, None],
     }
-    widths = {layer: state.shape[1] for layer, state in states.items()}
-    return LabeledTexts(inputs, columns, LayerColumns.from_widths(widths), flags)
+    return LabeledTexts(inputs, widths, {layer: state.shape[1] for layer, state in states.items()}, flags)
 
 
 def token_counts(tokens: Sequence[Sequence[int]], vocabulary: int) -> csr_array:
@@ -128,8 +127,8 @@ class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
 class LayerSlice(TransformerMixin, BaseEstimator):
     """Select the columns of one layer of several side by side, so that a search can choose the layer."""
 
-    def __init__(self, columns: LayerColumns, layer: int) -> None:
-        self.columns = columns
+    def __init__(self, widths: Mapping[int, int], layer: int) -> None:
+        self.widths = widths
         self.layer = layer
 
     def fit(self, X: Any, y: Any = None) -> LayerSlice:
@@ -138,7 +137,7 @@ class LayerSlice(TransformerMixin, BaseEstimator):
 
     def transform(self, X: Any) -> Any:
         """[texts, width of the layer]."""
-        return X[:, self.columns.slice(self.layer)]
+        return X[:, layer_slice(self.widths, self.layer)]
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
@@ -187,16 +186,16 @@ def all_methods() -> tuple[Method, ...]:
 
     def features(name: str, grid: Grid, **parameters: Any) -> Method:
         def build(texts: LabeledTexts, seed: int) -> FeatureClassifier:
-            return FeatureClassifier(layer_widths=texts.features.by_layer, random_state=seed, **parameters)
+            return FeatureClassifier(layer_widths=texts.features, random_state=seed, **parameters)
 
         return Method(name, "features", build, grid)
 
     def probe(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
         def build(texts: LabeledTexts, seed: int) -> Any:
-            columns: LayerColumns = getattr(texts, reads)
-            return make_pipeline(LayerSlice(columns, columns.layers[0]), *(step() for step in steps))
+            widths: Mapping[int, int] = getattr(texts, reads)
+            return make_pipeline(LayerSlice(widths, min(widths)), *(step() for step in steps))
 
-        return Method(name, reads, build, lambda texts: {**grid, "layerslice__layer": getattr(texts, reads).layers})
+        return Method(name, reads, build, lambda texts: {**grid, "layerslice__layer": list(getattr(texts, reads))})
 
     def control(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
         return Method(name, reads, lambda texts, seed: make_pipeline(*(s() for s in steps)), lambda texts: grid)
@@ -208,13 +207,13 @@ def all_methods() -> tuple[Method, ...]:
         return {"k": COUNTS}
 
     def few_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"k": COUNTS, "layer": texts.features.layers}
+        return {"k": COUNTS, "layer": list(texts.features)}
 
     def many_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"k": MANY, "layer": texts.features.layers}
+        return {"k": MANY, "layer": list(texts.features)}
 
     def layer_counts(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"n_layers": range(1, min(len(texts.features.layers), 8) + 1)}
+        return {"n_layers": range(1, min(len(texts.features), 8) + 1)}
 
     def logistic() -> LogisticRegression:
         return LogisticRegression(max_iter=2000)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
+from qscope_posttrain.analysis.classifier.featurizer import layer_slice
 from qscope_posttrain.analysis.classifier.methods import COUNTS, LabeledTexts, Method, choice_of
 from qscope_posttrain.analysis.classifier.rates import firing_rates, top_features
 from qscope_posttrain.errors import UserValueError
@@ -130,9 +131,9 @@ def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] 
     Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed.
     """
     rows = []
-    for layer in discovery.features.layers:
+    for layer in discovery.features:
         for k in counts:
-            classifier = FeatureClassifier(k, layer=layer, layer_widths=discovery.features.by_layer)
+            classifier = FeatureClassifier(k, layer=layer, layer_widths=discovery.features)
             classifier.fit(discovery.inputs["features"], discovery.labels)
             predicted = classifier.predict(test.inputs["features"])
             f1 = evaluate(test.labels, predicted, resamples=1).values["f1"]
@@ -147,8 +148,8 @@ def jaccard_by_layer(
     chosen: dict[int, dict[str, set[int]]] = {}
     for group, texts in discovery.items():
         difference = firing_rates(texts.inputs["features"], texts.labels).difference
-        for layer in texts.features.layers:
-            part = difference[texts.features.slice(layer)]
+        for layer in texts.features:
+            part = difference[layer_slice(texts.features, layer)]
             chosen.setdefault(layer, {})[group] = set(top_features(part, top).tolist())
     pairs = [(one, two) for one in discovery for two in discovery if one < two]
     return {

@@ -7,7 +7,7 @@ import pytest
 from scipy.sparse import csr_array
 from sklearn.utils.estimator_checks import check_estimator
 
-from qscope_posttrain.analysis.classifier.featurizer import LayerColumns, TextFeaturizer
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 from qscope_posttrain.analysis.classifier.methods import (
     LabeledTexts,
     MeanDifferenceProbe,
@@ -37,8 +37,7 @@ def make_examples(count=80, informative=3, seed=0, layers=(1, 4)):
     states[:, 5] += 3 * labels
     tokens = token_counts([[int(label), 2, 3] for label in labels], 5)
     inputs = {"features": csr_array(features), "residual": states, "tokens": tokens, "length": np.full((count, 1), 3.0)}
-    columns = LayerColumns.from_widths(dict.fromkeys(layers, 10))
-    return LabeledTexts(inputs, columns, LayerColumns.from_widths(dict.fromkeys(layers, 4)), labels)
+    return LabeledTexts(inputs, dict.fromkeys(layers, 10), dict.fromkeys(layers, 4), labels)
 
 
 def test_mean_difference_by_hand():
@@ -96,7 +95,7 @@ def test_jaccard_by_hand():
     one = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]], float)
     two = np.array([[0, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 0]], float)
     labels = np.array([True, True, False, False])
-    columns = LayerColumns.from_widths({1: 3})
+    columns = {1: 3}
     groups = {
         name: LabeledTexts({"features": csr_array(matrix)}, columns, columns, labels)
         for name, matrix in (("a", one), ("b", two))

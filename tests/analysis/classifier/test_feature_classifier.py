@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
-from qscope_posttrain.analysis.classifier.featurizer import LayerColumns, TextFeaturizer, stack
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, stack
 
 # Texts 0..3 are positive. Layer 2 has three features, layer 5 two.
 LAYER_2 = np.array([[1, 0, 0], [1, 0, 2], [0, 1, 0], [0, 1, 0], [0, 1, 0], [0, 0, 2], [0, 0, 0], [0, 0, 0]], float)
@@ -96,7 +96,7 @@ def test_random_features_are_drawn_from_those_that_fire():
 
 def test_one_matrix_with_layer_widths_is_the_same_as_a_mapping():
     matrix, columns = stack({5: LAYER_5, 2: LAYER_2})
-    assert columns == LayerColumns((2, 5), (3, 2))
+    assert list(columns.items()) == [(2, 3), (5, 2)]
     one = FeatureClassifier(n_layers=2, layer_widths={2: 3, 5: 2}).fit(matrix, Y)
     two = FeatureClassifier(n_layers=2).fit({2: LAYER_2, 5: LAYER_5}, Y)
     assert one.feature_layers_.tolist() == two.feature_layers_.tolist()
