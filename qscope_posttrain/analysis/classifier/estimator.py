@@ -257,7 +257,9 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             matrix, widths = stack({layer: X[layer] for layer in used if layer in X})
             expected = {layer: self.layer_widths_[layer] for layer in sorted(used)}
             if widths != expected:
-                raise UserValueError(f"The classifier needs the features of layers {expected} (layer: width), X has {widths}.")
+                raise UserValueError(
+                    f"The classifier needs the features of layers {expected} (layer: width), X has {widths}."
+                )
             check_array(matrix, accept_sparse="csr")
         else:
             matrix = csr_array(validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64))
