@@ -95,8 +95,8 @@ def _reason(action: Action, best: str, covered: Interval, back: Interval, lost: 
     if action == "keep":
         return f"the best cover falls short of {threshold:g}: {share}"
     if covered.low >= threshold:
-        return f"{both}; the items are too few to tell whether it also covers {best}"
-    return f"{share}; the items are too few to tell whether any other reaches {threshold:g}"
+        return f"{both}; too few items to tell whether it also covers {best}"
+    return f"too few items to tell whether any other reaches {threshold:g}: {share}"
 
 
 def groups(lines: Sequence[Recommendation]) -> list[tuple[str, ...]]:
