@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from qscope_posttrain.analysis.classifier.examples import Examples, collect_examples
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
-from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+from qscope_posttrain.analysis.classifier.methods import LabeledTexts, all_methods, collect_examples, methods_named
 from qscope_posttrain.analysis.classifier.report import CURVES, TRANSFER, draw_interval, make_report
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.plots import Curve, line_curves
@@ -129,7 +128,7 @@ def make_featurizer(
     return TextFeaturizer(language_model.model, language_model.tokenizer, dictionaries.saes, max_length=96), facts
 
 
-def read_examples(featurizer: TextFeaturizer, registers: Any, language: str, task: str) -> Examples:
+def read_examples(featurizer: TextFeaturizer, registers: Any, language: str, task: str) -> LabeledTexts:
     """The task in one language. Pairs are matched by this model's own tokens."""
 
     def length(sentence: str) -> int:

@@ -149,11 +149,11 @@ def commands(page: str) -> Iterator[tuple[tuple[str, ...], set[str]]]:
 
 @cache
 def options_of(command: tuple[str, ...]) -> frozenset[str]:
-    """The options that `qscope COMMAND --help` lists, with dashes."""
+    """The options that the help of a command lists, with dashes."""
 
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), pytest.raises(SystemExit) as ended:
-        main([*command, "--help"])
+        main([*command, "--help-all" if command[0] in ("sft", "grpo") else "--help"])
     assert ended.value.code == 0, f"qscope {' '.join(command)}: {shown.getvalue()}"
     return frozenset(map(dashed, [*OPTION.findall(shown.getvalue()), "--config", "--allow-code", "--debug", "--help"]))
 

@@ -270,7 +270,6 @@ OPENING = re.compile(
     r"|\b(load_dataset|load_from_disk)\("
 )
 OWN_FILES = {
-    "atomic.py": "what was just written",
     "cli/main.py": "the null device, in place of a reader that is gone",
     "provenance.py": "bytes of a checked file, for their hash",
     "files.py": "the reader",
@@ -279,8 +278,8 @@ OWN_FILES = {
     "sae/containers/": "binary files, and opening of archives",
     "sae/mapped.py": "the system's list of mappings, pages of a mapped file",
     "sae/download.py": "appending to a download",
-    "features/sae_training_log.py": "appending to a log of its own",
-    "features/sae_checkpoint.py": "files that only the package writes, in folders of its own",
+    "sae/training/log.py": "appending to a log of its own",
+    "sae/training/checkpoint.py": "files that only the package writes, in folders of its own",
     "endpoint/cache.py": "records in bytes, locked, written and checked line by line by itself",
     "testbed/": "the cache of the testbed, written by itself",
 }

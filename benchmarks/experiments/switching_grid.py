@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.experiments.recipe import SwitchingCell
+from qscope_posttrain.evaluation.code_switching import ScriptDetector, SwitchDetector
 from qscope_posttrain.evaluation.span_identification import SpanIdentifier, fit_span_identifier
-from qscope_posttrain.evaluation.switch_detector import ScriptDetector, SwitchDetector
 from qscope_posttrain.models.generation import Sample
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.testbed.arms import ARMS

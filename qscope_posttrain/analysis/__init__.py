@@ -1,1 +1,1 @@
-"""What data are, by their features: benchmarks and a classifier."""
+"""Analysis of data by the features that they fire: benchmarks and a text classifier."""

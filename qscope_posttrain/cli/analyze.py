@@ -29,11 +29,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def redundancy(options: argparse.Namespace) -> None:
     """Measure R-hat and coverage of every benchmark; with per-item correctness, R and how the two agree."""
-    from qscope_posttrain.analysis.benchmarks import tables
+    from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
     from qscope_posttrain.analysis.benchmarks.performance import performance_redundancy, read_performance
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.analysis.benchmarks.report_page import agreement_figure, redundancy_section
+    from qscope_posttrain.analysis.benchmarks.report import agreement_figure, redundancy_section
 
     output = writable_folder(options.output)
     benchmarks = _read_benchmarks(options)
@@ -46,20 +46,20 @@ def redundancy(options: argparse.Namespace) -> None:
     results: dict[str, Any] = {"input": facts}
     sections: list[Section] = []
     if performance:
-        tables.performance_table(performance).print()
+        report.performance_table(performance).print()
         results["performance"] = list(performance.values())
     size = min(_sizes(benchmarks).values()) // 2 if options.size is None else options.size
     settings = {"matched_size": size, "repeats": options.repeats, "level": options.level, "seed": options.seed}
     for layer, features in found.items():
         where = f"layer {layer}"
         measured = [measure_redundancy(entry, **settings) for entry in features]
-        shown = [tables.redundancy_table(measured, where, options.level)]
+        shown = [report.redundancy_table(measured, where, options.level)]
         results[f"layer_{layer}"] = {"redundancy": [entry.to_dict() for entry in measured]}
         figures = []
         if performance:
             lines, given_size = redundancy_agreement(measured, performance, seed=options.seed)
             note = f"Partial rank correlation of R and R-hat given N: {given_size:.3f}."
-            shown.append(tables.agreement_table(f"Redundancy by features and by performance, {where}", lines, note))
+            shown.append(report.agreement_table(f"Redundancy by features and by performance, {where}", lines, note))
             results[f"layer_{layer}"] |= {"agreement": lines, "r_and_r_hat_given_n": given_size}
             both = [entry for entry in measured if entry.name in performance]
             names = [entry.name for entry in both]
@@ -68,20 +68,19 @@ def redundancy(options: argparse.Namespace) -> None:
         for table in shown:
             table.print()
         if performance:
-            shown.append(tables.performance_table(performance))
+            shown.append(report.performance_table(performance))
         sections.append(redundancy_section(measured, where, shown, figures))
     _write(options, output, results, sections, "Redundancy of benchmarks")
 
 
 def overlap(options: argparse.Namespace) -> None:
     """Measure the overlap of all pairs and recommend what to keep; with scores, how overlap and performance agree."""
-    from qscope_posttrain.analysis.benchmarks import tables
+    from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
     from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
     from qscope_posttrain.analysis.benchmarks.performance import read_performance
-    from qscope_posttrain.analysis.benchmarks.recommendation import recommend
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.analysis.benchmarks.report_page import overlap_results, overlap_section
+    from qscope_posttrain.analysis.benchmarks.report import overlap_section, recommend
 
     output = writable_folder(options.output)
     benchmarks = _read_benchmarks(options)
@@ -96,17 +95,17 @@ def overlap(options: argparse.Namespace) -> None:
         matrix = measure_overlap(features, size=options.size, level=options.level)
         redundant = {entry.name: measure_redundancy(entry, repeats=0) for entry in features}
         lines = recommend(matrix, redundant, scores, options.threshold)
-        shown = [tables.overlap_table(matrix, where)]
-        part: dict[str, Any] = {**overlap_results(matrix), "recommendation": lines}
+        shown = [report.overlap_table(matrix, where)]
+        part: dict[str, Any] = {**matrix.to_dict(), "recommendation": lines}
         if len(features) > 2:
-            shown.append(tables.neighbour_table(matrix, where))
-            part["nearest"] = {name: matrix.neighbour(name) for name in matrix.names}
+            shown.append(report.neighbor_table(matrix, where))
+            part["nearest"] = {name: matrix.neighbor(name) for name in matrix.names}
         if scores is not None:
             agreements = similarity_agreement(matrix, _sizes(benchmarks), scores, options.control, seed=options.seed)
             note = f"Performance: Pearson correlation of scores over {len(scores.models)} models."
-            shown.append(tables.agreement_table(f"Overlap and performance, {where}", agreements, note))
+            shown.append(report.agreement_table(f"Overlap and performance, {where}", agreements, note))
             part["agreement"] = agreements
-        shown.append(tables.recommendation_table(lines, where, options.threshold))
+        shown.append(report.recommendation_table(lines, where, options.threshold))
         for table in shown:
             table.print()
         results[f"layer_{layer}" if isinstance(layer, int) else "tokens"] = part

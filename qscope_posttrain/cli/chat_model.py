@@ -16,8 +16,7 @@ from qscope_posttrain.report.progress import status
 
 if TYPE_CHECKING:
     from qscope_posttrain.endpoint.chat import ChatModel
-    from qscope_posttrain.endpoint.failures import RetryPolicy
-    from qscope_posttrain.endpoint.limits import Limits
+    from qscope_posttrain.endpoint.limits import Limits, RetryPolicy
     from qscope_posttrain.endpoint.session import ChatSession
 
 ANSWERS = "answers.jsonl"
@@ -108,8 +107,7 @@ def open_session(options: argparse.Namespace, output: Path) -> Iterator[tuple[Ch
 
 
 def _limits_and_retry(options: argparse.Namespace) -> tuple[Limits, RetryPolicy]:
-    from qscope_posttrain.endpoint.failures import RetryPolicy
-    from qscope_posttrain.endpoint.limits import Limits
+    from qscope_posttrain.endpoint.limits import Limits, RetryPolicy
 
     limits = Limits(options.requests_per_minute, options.max_requests, options.max_total_tokens)
     return limits, RetryPolicy(attempts=options.attempts)

@@ -30,8 +30,8 @@ def fit(options: argparse.Namespace) -> None:
     """Learn from a labelled table, print the features, write `classifier.safetensors` and `summary.json`."""
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-    from qscope_posttrain.analysis.classifier.columns import stack
     from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
+    from qscope_posttrain.analysis.classifier.featurizer import stack
 
     output = writable_folder(options.output)
     texts, labels, _ = _labelled(options, options.data, options.split)
@@ -113,8 +113,7 @@ def predict(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Compare the classifiers with probes and controls, print the tables, write `report.html` and `summary.json`."""
-    from qscope_posttrain.analysis.classifier.examples import collect_examples
-    from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+    from qscope_posttrain.analysis.classifier.methods import all_methods, collect_examples, methods_named
     from qscope_posttrain.analysis.classifier.report import make_report
     from qscope_posttrain.provenance import machine, package_versions
     from qscope_posttrain.report.html import write_html

@@ -83,12 +83,12 @@ def safety(options: argparse.Namespace) -> None:
     """
     from qscope_posttrain.evaluation.safety import (
         chat_judge,
-        group_by_prompt,
         judge_responses,
         read_safety_prompts,
         safety_templates,
         unjudged,
     )
+    from qscope_posttrain.evaluation.samples import group_by_prompt
     from qscope_posttrain.models.generation import generate_samples
 
     check_endpoint_options(options)

@@ -34,8 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     from qscope_posttrain.features.explain.explanation_file import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
+    from qscope_posttrain.synthesis.coverage import FeatureReader
     from qscope_posttrain.synthesis.prompts import synthesis_templates
-    from qscope_posttrain.synthesis.reading import FeatureReader
     from qscope_posttrain.synthesis.relevance import write_relevance
 
     check_endpoint_options(options)
@@ -158,7 +158,7 @@ def build_parser() -> CommandParser:
 
 
 def _settings(options: argparse.Namespace) -> Any:
-    from qscope_posttrain.synthesis.settings import STYLES, SynthesisSettings
+    from qscope_posttrain.synthesis.prompts import STYLES, SynthesisSettings
 
     names = ("topic", "prompts_per_kind", "rounds", "enough", "features_at_once", "temperature", "confirm_kind")
     return SynthesisSettings(
@@ -193,7 +193,7 @@ def _random_control(
     options: argparse.Namespace, made: SynthesisRun, session: ChatSession, templates: PromptTemplates, settings: Any
 ) -> tuple[list[Draft] | None, int]:
     """(drafts, prompts asked for); nothing if it is switched off or the budget does not suffice."""
-    from qscope_posttrain.endpoint.failures import BudgetSpent
+    from qscope_posttrain.endpoint.limits import BudgetSpent
     from qscope_posttrain.synthesis.pipeline import random_synthesis
 
     if not options.random_control:
