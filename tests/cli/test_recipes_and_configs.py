@@ -15,8 +15,8 @@ from qscope_posttrain.cli import demo, features, steer
 from qscope_posttrain.cli.sae import train as sae_train
 from qscope_posttrain.cli.training import grpo, sft
 from qscope_posttrain.rl.rewards import reward_function
-from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
-from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.repetition.config import RepetitionConfig
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
@@ -199,7 +199,7 @@ def test_demo_passes_every_setting_on(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
     arguments = ["--output", str(tmp_path), "--seeds", "5", "6", "--corpus", "texts", "--no-cache", "--sae_k=8"]
-    assert demo.run(arguments) == 0
+    assert demo.run([*arguments, "--full"]) == 0
     ((config, output, repetition),) = calls
     assert (config.seeds, config.corpus, config.no_cache, config.sae_k) == ([5, 6], "texts", True, 8)
     assert output == str(tmp_path)
@@ -219,15 +219,22 @@ def test_demo_runs_either_half(monkeypatch):
     assert (calls[1][2].seeds, calls[1][2].updates) == ([3], 2)
 
 
-def test_quick_demo_is_smaller_and_gives_way_to_options(monkeypatch):
+def test_the_demo_is_small_by_default_and_gives_way_to_options(monkeypatch):
     calls = []
     monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
-    demo.run(["--quick", "--sae_steps", "77", "--repetition", '{"updates": 5}'])
+    demo.run(["--sae_steps", "77", "--repetition", '{"updates": 5}'])
     config, _, repetition = calls[0]
-    assert config.pretraining_steps < TestbedConfig().pretraining_steps
+    assert config.pretraining_steps < SwitchingConfig().pretraining_steps
     assert config.sae_steps == 77
-    assert repetition.habit_steps < ArithmeticConfig().habit_steps
+    assert repetition.habit_steps < RepetitionConfig().habit_steps
     assert repetition.updates == 5
+    demo.run(["--quick"])
+    demo.run(["--full", "--repetition-updates", "6"])
+    assert calls[1][0] == SwitchingConfig(**demo.QUICK)
+    assert calls[2][0] == SwitchingConfig()
+    assert calls[2][2] == RepetitionConfig(updates=6)
+    with pytest.raises(ValueError, match="--full and --quick"):
+        demo.run(["--full", "--quick"])
 
 
 def test_demo_takes_the_second_half_as_options_and_from_a_file(monkeypatch, tmp_path):
@@ -235,9 +242,11 @@ def test_demo_takes_the_second_half_as_options_and_from_a_file(monkeypatch, tmp_
     monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
     recipe = tmp_path / "demo.yaml"
     recipe.write_text("quick: true\nsae_steps: 55\nrepetition_updates: 6\nrepetition_seeds: [4, 5]\nworkers: 2\n")
-    demo.run(["--config", str(recipe), "--repetition-seeds", "7", "--repetition", '{"top": 3}'])
+    several = tmp_path / "repetition.yaml"
+    several.write_text("top: 3\n")
+    demo.run(["--config", str(recipe), "--repetition-seeds", "7", "--repetition", str(several)])
     config, _, repetition = calls[0]
-    assert (config.sae_steps, config.sae_windows) == (55, demo.QUICK["sae_windows"])  # the file over --quick
+    assert (config.sae_steps, config.sae_windows) == (55, demo.QUICK["sae_windows"])  # the file over the small run's
     assert (repetition.updates, repetition.seeds, repetition.top, repetition.workers) == (6, [7], 3, 2)
     assert repetition.habit_steps == demo.QUICK_REPETITION["habit_steps"]
 
