@@ -14,7 +14,7 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
 if TYPE_CHECKING:
-    from qscope_posttrain.features.explain.ask import Explained
+    from qscope_posttrain.features.explain.explanation import Explained
     from qscope_posttrain.features.feature_set import FeatureSet
 
 EXPLANATIONS = "explanations.jsonl"
@@ -26,8 +26,8 @@ def explain(options: argparse.Namespace) -> None:
     from qscope_posttrain.features.explain.ask import ExplainSettings, explain_features, explain_templates
     from qscope_posttrain.features.explain.contexts import ContextSettings
     from qscope_posttrain.features.explain.explanation_file import write_explanations
-    from qscope_posttrain.features.find.language import load_sae
     from qscope_posttrain.models.layers import decoder_layers
+    from qscope_posttrain.sae.autoencoder import load_sae
 
     check_endpoint_options(options)
     output = writable_folder(options.output)
@@ -81,8 +81,8 @@ def explain(options: argparse.Namespace) -> None:
 def tokens(options: argparse.Namespace) -> None:
     """Show on the terminal, and if asked on a page, where the features of a FeatureSet fire in some texts."""
     from qscope_posttrain.features.explain.token_view import token_view
-    from qscope_posttrain.features.find.language import load_sae
     from qscope_posttrain.report.html import Section, print_shaded, write_html
+    from qscope_posttrain.sae.autoencoder import load_sae
 
     if (options.text is None) == (options.texts is None):
         raise UserValueError("give --text, words on the command line, or --texts, a file.")

@@ -33,8 +33,8 @@ PAGE = "report.html"
 def run(arguments: Sequence[str]) -> int:
     """Choose targets, write prompts and responses, measure coverage; leave data, prompts, a page and a summary."""
     from qscope_posttrain.features.explain.explanation_file import read_explanations
-    from qscope_posttrain.features.find.language import load_sae
     from qscope_posttrain.models.layers import decoder_layers
+    from qscope_posttrain.sae.autoencoder import load_sae
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
     from qscope_posttrain.synthesis.prompts import synthesis_templates
     from qscope_posttrain.synthesis.reading import FeatureReader

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set_file import FILE_NAME, read_feature_set, write_feature_set
-from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
+from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.provenance import embedding_agreement, model_shape
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.text.language_labels import language_hint
@@ -24,24 +24,13 @@ SAME_EMBEDDING = 0.3
 """Agreement of embeddings from which on two models count as one. Those of other models agree to 0 +- 0.05. Fine-tuning
 leaves more than 0.8; a training from start to end, which small models get, may leave less than half."""
 
-REPETITION = "repetition"
-"""`settings["selector"]` of what `find_repetition.find_repetition_features` makes."""
-CONTRAST, RESPONSE = "contrast", "response"
-"""`settings["selector"]` of what `contrastive.find_contrastive_features` and `rank_response_features` make."""
-SCORES = {
-    REPETITION: "activation at the last occurrence of a token in a loop minus its first",
-    CONTRAST: "difference of mean activation, or of firing rate, between the first set and the second",
-    RESPONSE: "largest or mean activation over the response's tokens",
-}
-"""What the scores are, by selector; monolinguality otherwise."""
-
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Chosen directions per layer, with everything that training and steering need to know about them."""
+    """Chosen directions per layer, with the statistics and settings that training and steering need."""
 
     FILE_NAME: ClassVar[str] = FILE_NAME
-    """What the file is called in the folder that a command writes"""
+    """Name of the file in a folder that a command writes"""
 
     model: Mapping[str, Any]
     """Identity of the model they were found on (see `provenance.model_identity`)"""
@@ -54,7 +43,7 @@ class FeatureSet:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """SAE sources and hashes, fingerprint of the texts, versions; JSON values"""
     explanations: tuple[Explanation, ...] = ()
-    """What some of the features stand for (see `explain`)"""
+    """Explanations of some of the features (see `explain`)"""
 
     def __post_init__(self) -> None:
         missing = [key for key in IDENTITY_KEYS if key not in self.model]
@@ -102,18 +91,6 @@ class FeatureSet:
             )
         return self.languages.index(language)
 
-    def pooled_mean(
-        self, layer: int, kind: ReadoutKind, languages: Iterable[str], weights: Tensor | None = None
-    ) -> Tensor:
-        """`LayerFeatures.pooled_mean` of one layer, with languages by name."""
-        return self._layer(layer).pooled_mean(kind, [self.language_index(name) for name in languages], weights)
-
-    def pooled_std(
-        self, layer: int, kind: ReadoutKind, languages: Iterable[str], weights: Tensor | None = None
-    ) -> Tensor:
-        """`LayerFeatures.pooled_std` of one layer, with languages by name."""
-        return self._layer(layer).pooled_std(kind, [self.language_index(name) for name in languages], weights)
-
     def select(
         self,
         language: str | None = None,
@@ -131,12 +108,14 @@ class FeatureSet:
         """
         if language is not None:
             self.language_index(language)
-        wanted_layers = None if layers is None else _as_list(layers)
+        wanted_layers = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
         for layer in wanted_layers or []:
             self._layer(layer)
-        wanted_ids = None if feature_ids is None else set(_as_list(feature_ids))
+        wanted_ids = {feature_ids} if isinstance(feature_ids, int) else None if feature_ids is None else {*feature_ids}
         if top is not None and top < 1:
             raise UserValueError(f"top must be at least 1, got {top}.")
+        parts = [] if language is None else [f"language {language!r}"]
+        wish = " and ".join(parts + [f"feature ids {sorted(wanted_ids)}"] * bool(wanted_ids)) or "this selection"
         kept: dict[int, LayerFeatures] = {}
         for layer, rows in self.layers.items():
             if wanted_layers is not None and layer not in wanted_layers:
@@ -145,12 +124,12 @@ class FeatureSet:
             if positions:
                 kept[layer] = rows.take(positions)
             elif wanted_layers is not None:
-                raise UserValueError(f"Layer {layer} of this FeatureSet has no row for {_wish(language, wanted_ids)}.")
+                raise UserValueError(f"Layer {layer} of this FeatureSet has no row for {wish}.")
         unknown = (wanted_ids or set()) - {i for rows in kept.values() for i in rows.feature_ids.tolist()}
         if unknown:
             raise UserValueError(f"Feature ids {sorted(unknown)} are not among the selected rows of this FeatureSet.")
         if not kept:
-            raise UserValueError(f"This FeatureSet has no row for {_wish(language, wanted_ids)}.")
+            raise UserValueError(f"This FeatureSet has no row for {wish}.")
         explained = tuple(entry for entry in self.explanations if _holds(kept, entry))
         return replace(self, layers=kept, explanations=explained)
 
@@ -210,12 +189,13 @@ class FeatureSet:
                     float(rows.encoder_mean[inside, i]), float(rows.effects[i]),
                 ])  # fmt: skip
         name = self.model.get("name_or_path") or self.model["model_type"]
+        score = self.settings.get("score") or self.settings.get("selector", "of unknown origin")
         return Table(
             title=f"Features of {name}: {len(self)} rows, layers {', '.join(map(str, self.layers))}, "
             f"languages {', '.join(self.languages)}",
             columns=["layer", "language", "feature", "score", "fires inside", "fires outside", "alpha", "effect"],
             rows=lines,
-            caption=f"score: {SCORES.get(str(self.settings.get('selector')), 'monolinguality')}. fires: share of "
+            caption=f"score: {score}. fires: share of "
             "tokens of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: "
             "on the language's log-probability, per unit.",
         )
@@ -226,26 +206,20 @@ class FeatureSet:
         Args:
             path: The file, or an existing folder, in which it will be FILE_NAME.
         """
-        return write_feature_set(
-            path,
-            model=self.model,
-            languages=self.languages,
-            layers=self.layers,
-            settings=self.settings,
-            provenance=self.provenance,
-            explanations=self.explanations,
-        )
+        return write_feature_set(path, self)
 
     @classmethod
-    def load(cls, path: str | Path) -> FeatureSet:
-        """Read and validate what `save` has written: the file, or the folder that holds it as FILE_NAME.
+    def load(cls, path: FeatureSet | str | Path) -> FeatureSet:
+        """Read and validate a file that `save` has written, or the folder that holds it as FILE_NAME.
 
-        It holds tensors and JSON only, so it cannot run code.
+        It holds tensors and JSON only, so it cannot run code. A FeatureSet is returned as it is.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a FeatureSet, another version, or damaged; the message says what was found.
+            ValueError: not a FeatureSet, another version, or damaged.
         """
+        if isinstance(path, FeatureSet):
+            return path
         parts = read_feature_set(path)
         try:
             return cls(**parts)
@@ -276,14 +250,3 @@ def _matching_rows(rows: LayerFeatures, language: str | None, ids: set[int] | No
         # sorted() is stable, so rows of equal score keep their order
         kept += sorted((i for i in positions if rows.labels[i] == label), key=lambda i: -float(scores[i]))[:top]
     return kept
-
-
-def _wish(language: str | None, ids: set[int] | None) -> str:
-    parts = [] if language is None else [f"language {language!r}"]
-    if ids:
-        parts.append(f"feature ids {sorted(ids)}")
-    return " and ".join(parts) or "this selection"
-
-
-def _as_list(value: Iterable[int] | int) -> Sequence[int]:
-    return [value] if isinstance(value, int) else [int(item) for item in value]

@@ -54,7 +54,7 @@ class LayerFeatures:
     labels: tuple[str, ...]
     """The language that each row stands for"""
     names: tuple[str, ...]
-    """What to call each row in a table, for example `zh #416` or `zh difference of means`"""
+    """Name of each row in a table, for example `zh #416` or `zh difference of means`"""
     encoder: Tensor
     """[F, d]: rows of W_enc; of a free direction the direction itself"""
     encoder_bias: Tensor
@@ -64,7 +64,7 @@ class LayerFeatures:
     scores: Tensor
     """[F] monolinguality nu for the row's label (see `selection.monolinguality`)"""
     effects: Tensor
-    """[F] decoder . g with g the mean gradient of the label's log-probability (see `causal.effect_gradient`)"""
+    """[F] decoder . g with g the mean gradient of the label's log-probability (see `causal.effect_gradients`)"""
     mean_activation: Tensor
     """[L, F] mean post-activation over tokens; NaN for a free direction"""
     firing_rate: Tensor
@@ -129,7 +129,7 @@ class LayerFeatures:
     def readout(self, kind: ReadoutKind) -> Readout:
         """The rows as affine functions of the residual stream.
 
-        "encoder": f = h . W_enc + b_enc, the pre-activation that the SASFT paper penalises.
+        "encoder": f = h . W_enc + b_enc, the pre-activation that the SASFT paper penalizes.
         "decoder": f = h . W_dec, the projection on the direction that the feature writes; it has no bias.
         """
         if kind == "encoder":
@@ -140,14 +140,6 @@ class LayerFeatures:
             )
         raise UserValueError(f'A readout is "encoder" or "decoder", got {kind!r}.')
 
-    def pooled_mean(self, kind: ReadoutKind, languages: Sequence[int], weights: Tensor | None = None) -> Tensor:
-        """Mean of a readout over all tokens of the given languages (indices), token weighted.
-
-        Returns [F], or with `weights` [F] the scalar mean of `sum_i weights_i f_i`. fp64.
-        """
-        mean, _, share = self._pool(kind, languages, weights)
-        return share @ mean
-
     def pooled_std(self, kind: ReadoutKind, languages: Sequence[int], weights: Tensor | None = None) -> Tensor:
         """Standard deviation of a readout over all tokens of the given languages (indices), token weighted.
 
@@ -155,19 +147,6 @@ class LayerFeatures:
         of tokens, m_l and C_l mean and covariance in language l. Returns [F], or with `weights` [F] the scalar
         standard deviation of `sum_i weights_i f_i`, exact because it includes the covariances. fp64.
         """
-        mean, variance, share = self._pool(kind, languages, weights)
-        if bool(variance.isnan().any()):
-            raise UserValueError(
-                "These features hold no covariances, so standard deviations are unknown. "
-                'Find them again with second_moments=True, or use scale="raw".'
-            )
-        between = (mean - share @ mean).square()
-        return (share @ (variance + between)).clamp_min(0).sqrt()
-
-    def _pool(
-        self, kind: ReadoutKind, languages: Sequence[int], weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Per-language mean and variance of the (combined) readout, and the share of tokens of each language."""
         readout = self.readout(kind)
         index = torch.as_tensor(list(languages), dtype=torch.long)
         tokens = self.tokens[index].double()
@@ -178,7 +157,14 @@ class LayerFeatures:
         if weights is not None:
             weights = _check_weights(weights, len(self))
             mean, variance = mean @ weights, torch.einsum("lij,i,j->l", covariance, weights, weights)
-        return mean, variance, tokens / tokens.sum()
+        if bool(variance.isnan().any()):
+            raise UserValueError(
+                "These features hold no covariances, so standard deviations are unknown. "
+                'Find them again with second_moments=True, or use scale="raw".'
+            )
+        share = tokens / tokens.sum()
+        between = (mean - share @ mean).square()
+        return (share @ (variance + between)).clamp_min(0).sqrt()
 
     def take(self, rows: Sequence[int] | Tensor) -> LayerFeatures:
         """The given rows (positions, not feature ids), in the given order."""

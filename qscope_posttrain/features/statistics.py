@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from qscope_posttrain.distributed import process_rank
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import LayerSums, check_sums_fit, reduce_over_processes
-from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
+from qscope_posttrain.features.sums import (
+    LayerSums,
+    PassCheckpoint,
+    check_sums_fit,
+    describe_sae,
+    reduce_over_processes,
+    sequence_fingerprint,
+)
 from qscope_posttrain.models.batches import (
     Text,
     TokenSequence,
@@ -32,26 +38,11 @@ from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-ROWS_PER_PRODUCT = 4096
-"""Rows of W_enc converted to fp64 at a time."""
-
 
 @dataclass(frozen=True, eq=False)
-class LayerStatistics:
-    """Sums over the counted tokens of one layer. L languages, d = d_model, S = d_sae; on the CPU, fp64 and int64."""
+class LayerStatistics(LayerSums):
+    """The finished sums of one layer, on the CPU. L languages, d = d_model, S = d_sae."""
 
-    tokens: Tensor
-    """[L] counted tokens"""
-    outliers: Tensor
-    """[L] tokens left out because their norm exceeds outlier_factor times the median norm"""
-    residual_sum: Tensor
-    """[L, d]"""
-    residual_second_moment: Tensor | None
-    """[L, d, d] sum of h h', or None when it was not asked for"""
-    activation_sum: Tensor | None
-    """[L, S] sum of post-activations, or None without an SAE"""
-    firing_count: Tensor | None
-    """[L, S] tokens with a post-activation above zero, or None without an SAE"""
     median_norm: float
     """Median L2 norm of the residual vectors in the calibration sample"""
 
@@ -69,18 +60,6 @@ class LayerStatistics:
     def firing_rate(self) -> Tensor:
         """[L, S] share of tokens on which a feature is active, fp64."""
         return _require_sae(self.firing_count) / self.tokens[:, None]
-
-    def mean_pre_activation(self, sae: SparseAutoencoder) -> Tensor:
-        """[L, S] mean of W_enc h + b_enc for ALL features, fp64: SASFT's alpha, without another pass.
-
-        The pre-activation is linear in h, so its mean is the pre-activation of the mean residual, exactly.
-        """
-        mean = self.mean_residual
-        parts = [
-            mean @ sae.W_enc[start : start + ROWS_PER_PRODUCT].cpu().double().T
-            for start in range(0, sae.d_sae, ROWS_PER_PRODUCT)
-        ]
-        return torch.cat(parts, dim=1) + sae.b_enc.cpu().double()
 
     def counts_only(self) -> LayerStatistics:
         """The same without the sums that take memory: second moments and activations."""
@@ -269,19 +248,10 @@ def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequen
                 f"Layer {layer}: every token of language {language!r} was left out as a norm outlier. Give more text, "
                 "or raise outlier_factor."
             )
+    values = {field.name: getattr(sums, field.name) for field in fields(sums)}
     return LayerStatistics(
-        tokens=counted,
-        outliers=sums.outliers.cpu(),
-        residual_sum=sums.residual_sum.cpu(),
-        residual_second_moment=_to_cpu(sums.residual_second_moment),
-        activation_sum=_to_cpu(sums.activation_sum),
-        firing_count=_to_cpu(sums.firing_count),
-        median_norm=median_norm,
+        **{name: None if value is None else value.cpu() for name, value in values.items()}, median_norm=median_norm
     )
-
-
-def _to_cpu(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.cpu()
 
 
 def _count(sequences: Sequence[TokenSequence], languages: int, each: Sequence[int] | None = None) -> Tensor:

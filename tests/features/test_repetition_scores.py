@@ -7,7 +7,6 @@ import torch
 
 from qscope_posttrain.features.find.loops import Loop
 from qscope_posttrain.features.find.repetition_scores import (
-    Occurrence,
     occurrences,
     rank_features,
     repetition_differences,
@@ -37,13 +36,13 @@ LOOPS = [
 ]
 
 
-def brute_force_pairs(loop: Loop) -> list[Occurrence]:
+def brute_force_pairs(loop: Loop) -> list[tuple[int, int]]:
     ids = list(loop.prompt_ids + loop.completion_ids)
     pairs = []
     for last in range(len(ids) - loop.tail.period, len(ids)):
         first = next(i for i in range(len(loop.prompt_ids), len(ids)) if ids[i] == ids[last])
         if first > 0 and first != last:
-            pairs.append(Occurrence(first, last))
+            pairs.append((first, last))
     return pairs
 
 
@@ -82,7 +81,7 @@ def test_occurrences_by_hand(loop):
 
 def test_the_first_token_of_a_text_is_never_compared():
     loop = make_loop([], [], [30, 31, 32], 4)
-    assert [(pair.first, pair.last) for pair in occurrences(loop)] == [(3, 9), (1, 10), (2, 11)]
+    assert occurrences(loop) == [(3, 9), (1, 10), (2, 11)]
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 60, 4096])
