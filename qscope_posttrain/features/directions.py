@@ -47,10 +47,10 @@ def difference_of_means_set(statistics: PassStatistics, target: str, layers: Ite
 def random_feature_set(
     statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], like: FeatureSet, *, seed: int = 0
 ) -> FeatureSet:
-    """As many random SAE features as `like` has rows, row by row of equal encoder and of equal decoder norm.
+    """Random SAE features (see `selection.random_features`), one for each row of `like`, as controls.
 
-    The draw is that of `selection.random_features`. Each row replaces one row of `like`, takes its label, and is
-    scaled to its norms, so that neither readout differs in size. Activations are those of the feature as trained.
+    Each takes the label of its row and is scaled to the norms of its encoder and decoder, so that neither readout
+    differs in size. Activations are those of the feature as trained.
     """
     built = {}
     for layer, rows in like.layers.items():

@@ -65,7 +65,7 @@ class CurveSettings:
 
     min_copies: int = MIN_COPIES
     min_tokens: int = MIN_TOKENS
-    """What counts as a loop, see `text.repetition.is_endless_repetition`."""
+    """Minimum size of a loop, see `text.repetition.is_endless_repetition`."""
 
     def __post_init__(self) -> None:
         for name in ("strengths", "window_start", "window_lengths"):

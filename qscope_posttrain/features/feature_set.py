@@ -39,7 +39,7 @@ class FeatureSet:
     layers: Mapping[int, LayerFeatures]
     """Decoder layer (counted from 0) -> rows"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """How they were found; JSON values"""
+    """Settings of the search that found them; JSON values"""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """SAE sources and hashes, fingerprint of the texts, versions; JSON values"""
     explanations: tuple[Explanation, ...] = ()
@@ -83,7 +83,7 @@ class FeatureSet:
         return self.to_table().to_markdown()
 
     def language_index(self, language: str) -> int:
-        """Position of a language in the statistics; ValueError that lists the known ones."""
+        """Position of a language in the statistics; the ValueError for an unknown one lists the known ones."""
         if language not in self.languages:
             raise UserValueError(
                 f"language {language!r} is not in this FeatureSet; it has {', '.join(self.languages)}."
@@ -101,7 +101,7 @@ class FeatureSet:
         """A smaller FeatureSet: rows of one language, of some layers, the best or the named ones.
 
         `top` keeps the rows with the highest score per layer and language, in that order. `feature_ids` keeps those
-        ids wherever they occur. Layers left without rows are dropped, unless they were asked for by number.
+        ids wherever they occur. Layers left without rows are dropped, unless `layers` names them.
 
         Raises:
             ValueError: unknown language, layer or feature id, or nothing left.
@@ -115,7 +115,8 @@ class FeatureSet:
         if top is not None and top < 1:
             raise UserValueError(f"top must be at least 1, got {top}.")
         parts = [] if language is None else [f"language {language!r}"]
-        wish = " and ".join(parts + [f"feature ids {sorted(wanted_ids)}"] * bool(wanted_ids)) or "this selection"
+        parts += [f"feature ids {sorted(wanted_ids)}"] if wanted_ids else []
+        wish = " and ".join(parts) or "this selection"
         kept: dict[int, LayerFeatures] = {}
         for layer, rows in self.layers.items():
             if wanted_layers is not None and layer not in wanted_layers:
@@ -149,8 +150,8 @@ class FeatureSet:
         The same model in another dtype, with adapters, further tokens or fine-tuned weights fits.
 
         Returns:
-            Words for a report: "fit the model", or "fit the model by its shape (weights not compared)" where they are
-            not at hand: a model on the meta device or sharded, features of earlier versions.
+            "fit the model", or "fit the model by its shape (weights not compared)" where they are not available: a
+            model on the meta device or sharded, features of earlier versions.
 
         Raises:
             ValueError: another model; the message names both and what differs.

@@ -1,4 +1,4 @@
-"""The chosen feature rows of one layer, with statistics that make every linear readout of them exact."""
+"""Chosen feature rows of one layer, with the statistics behind the mean and variance of any linear readout."""
 
 from __future__ import annotations
 
@@ -116,15 +116,16 @@ class LayerFeatures:
 
     @staticmethod
     def expected_shapes(rows: int, languages: int, d_model: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor field; the one place that states them."""
-        per_row, per_language = (rows,), (languages, rows)
+        """Shape of every tensor field."""
         return {
-            "feature_ids": per_row, "encoder": (rows, d_model), "encoder_bias": per_row, "decoder": (rows, d_model),
-            "scores": per_row, "effects": per_row, "mean_activation": per_language, "firing_rate": per_language,
-            "tokens": (languages,), "mean_residual": (languages, d_model), "encoder_mean": per_language,
-            "encoder_covariance": (languages, rows, rows), "decoder_mean": per_language,
-            "decoder_covariance": (languages, rows, rows),
-        }  # fmt: skip
+            **dict.fromkeys(PER_ROW, (rows,)),
+            **dict.fromkeys(PER_LANGUAGE_AND_ROW, (languages, rows)),
+            **dict.fromkeys(COVARIANCES, (languages, rows, rows)),
+            "encoder": (rows, d_model),
+            "decoder": (rows, d_model),
+            "tokens": (languages,),
+            "mean_residual": (languages, d_model),
+        }
 
     def readout(self, kind: ReadoutKind) -> Readout:
         """The rows as affine functions of the residual stream.
@@ -135,9 +136,8 @@ class LayerFeatures:
         if kind == "encoder":
             return Readout(self.encoder, self.encoder_bias, self.encoder_mean, self.encoder_covariance)
         if kind == "decoder":
-            return Readout(
-                self.decoder, torch.zeros_like(self.encoder_bias), self.decoder_mean, self.decoder_covariance
-            )
+            no_bias = torch.zeros_like(self.encoder_bias)
+            return Readout(self.decoder, no_bias, self.decoder_mean, self.decoder_covariance)
         raise UserValueError(f'A readout is "encoder" or "decoder", got {kind!r}.')
 
     def pooled_std(self, kind: ReadoutKind, languages: Sequence[int], weights: Tensor | None = None) -> Tensor:

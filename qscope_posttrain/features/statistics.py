@@ -83,7 +83,7 @@ class LayerStatistics(LayerSums):
 
 @dataclass(frozen=True, eq=False)
 class PassStatistics:
-    """Everything that one pass measured, with what it was measured on."""
+    """Statistics of one pass, with its model, texts and settings."""
 
     model: Mapping[str, Any]
     """Identity of the model (see `provenance.model_identity`)"""
@@ -99,7 +99,7 @@ class PassStatistics:
     text_fingerprint: str
 
     def to_table(self) -> Table:
-        """What was read and what was left out, per language; outliers of the layer that has most of them."""
+        """Numbers of texts and tokens read and left out per language; outliers of the layer that has most of them."""
         outliers = torch.stack([layer.outliers for layer in self.layers.values()])
         tokens = torch.stack([layer.tokens for layer in self.layers.values()])
         return Table(
@@ -129,33 +129,31 @@ def collect_statistics(
     checkpoint_every: int = 50,
     show_progress: bool | None = None,
 ) -> PassStatistics:
-    """Run the model once over all texts, up to the deepest layer in `saes`, and sum what its layers say.
+    """Run the model once over all texts, up to the deepest layer in `saes`, and sum up the states of its layers.
 
     For every layer and language: the residual stream's sum and (optionally) second moment, and with an SAE the sum
     of post-activations and the firing count of every feature. Sums are fp64, so they do not depend on the order of
     the texts, and on the batches only through the model's own rounding.
 
-    Left out and counted: the first token of every text (or the context of a `TokenText`), and tokens whose residual
-    norm exceeds `outlier_factor` times the median norm of the layer. The median comes from a calibration sample of the
-    texts that is chosen by a hash of their content, the same whatever the order, the batches and the number of
-    processes.
+    The first token of every text (or the context of a `TokenText`) is left out, as are tokens whose residual norm
+    exceeds `outlier_factor` times the median norm of the layer; both are counted. The median comes from a calibration
+    sample that is chosen by a hash of the texts' content, whatever the order, the batches and the number of processes.
 
-    With torch.distributed initialised, every process must call this with the same arguments and a whole copy of the
+    With torch.distributed initialized, every process must call this with the same arguments and a whole copy of the
     model; it reads its share of the batches, and all of them return the sums over all processes.
 
     Args:
         texts: {language: texts}. Strings, to which the tokenizer adds its own special tokens; or token ids as they
             are (`batches.TokenText` to count only those behind some context).
-        saes: {layer: SAE}, layers counted from 0; None for a layer of which only the residual stream is wanted.
+        saes: {layer: SAE}, layers counted from 0; None to measure the residual stream only.
         tokens_per_batch: tokens in a forward pass, padding included.
-        max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
-        ignored_tokens: token ids that do not count wherever they stand, for example the commonest of all the texts.
-        second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes a layer.
+        max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
+        ignored_tokens: token ids that do not count wherever they stand, for example the most frequent ones.
+        second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes per layer.
         max_sums_gib: refuse to start when the sums of all layers need more than this, in GiB.
-        checkpoint: file in which the sums are kept every `checkpoint_every` batches (one per process, with the rank
-            in its name). A pass that finds it and has the same model, texts, SAEs and settings goes on from there;
-            otherwise it starts anew and says so. Deleted at the end.
-        show_progress: see `report.progress.progress`.
+        checkpoint: file for the sums, written every `checkpoint_every` batches (one per process, with the rank in its
+            name). A pass with the same model, texts, SAEs and settings resumes from it; any other starts from the
+            beginning and reports it. Deleted at the end.
 
     Raises:
         TypeError: `texts` is not a mapping of lists of strings or token ids, or the tokenizer is none.

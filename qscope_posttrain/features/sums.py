@@ -58,17 +58,15 @@ class LayerSums:
     ) -> LayerSums:
         if device.type == "mps":  # has no fp64
             device = torch.device("cpu")
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         return cls(
-            tokens=zeros(languages, dtype=torch.int64),
-            outliers=zeros(languages, dtype=torch.int64),
-            residual_sum=zeros(languages, d_model),
-            residual_second_moment=zeros(languages, d_model, d_model) if second_moments else None,
-            activation_sum=zeros(languages, sae.d_sae) if sae is not None else None,
-            firing_count=zeros(languages, sae.d_sae, dtype=torch.int64) if sae is not None else None,
+            tokens=torch.zeros(languages, **whole),
+            outliers=torch.zeros(languages, **whole),
+            residual_sum=torch.zeros(languages, d_model, **exact),
+            residual_second_moment=torch.zeros(languages, d_model, d_model, **exact) if second_moments else None,
+            activation_sum=torch.zeros(languages, sae.d_sae, **exact) if sae is not None else None,
+            firing_count=torch.zeros(languages, sae.d_sae, **whole) if sae is not None else None,
         )
 
     def tensors(self) -> dict[str, Tensor]:

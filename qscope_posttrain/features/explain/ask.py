@@ -44,7 +44,7 @@ def explain_templates(folder: str | os.PathLike[str] | None = None) -> PromptTem
 
 @dataclass(frozen=True)
 class ExplainSettings:
-    """How features are explained and their explanations tested."""
+    """Settings for explaining features and testing the explanations."""
 
     contexts: ContextSettings = field(default_factory=ContextSettings)
     """Numbers and lengths of the contexts that are kept"""
@@ -55,7 +55,7 @@ class ExplainSettings:
     tests: int = 20
     """Held-out contexts in which the feature fires, and as many in which it does not, for each score"""
     methods: tuple[Method, ...] = METHODS
-    """How explanations are scored; none leaves them unscored"""
+    """Tests of the explanations; empty for no test"""
     control: bool = True
     """Score every feature by the explanation of another one too"""
     min_texts: int = 5
@@ -120,22 +120,12 @@ def explain_features(
     others = shuffled_words(words, settings.seed) if settings.control else {}
     for method in settings.methods:
         tests = {feature: _items(tokenizer, splits[feature], method, feature) for feature in words}
-        options: dict[str, Any] = {
-            "per_request": settings.per_request, "seed": settings.seed, "max_tokens": settings.max_tokens,
-        }  # fmt: skip
-        own[method] = predict(judge or session, templates, method, tests, words, **options)
+        own[method] = _predict(judge or session, templates, method, tests, words, settings)
         if others:
-            controls[method] = predict(judge or session, templates, method, tests, others, **options)
+            controls[method] = _predict(judge or session, templates, method, tests, others, settings)
     name = str(session.model.identity.get("name", ""))
     explanations = tuple(
-        Explanation(
-            layer=feature.layer,
-            feature_id=feature.feature_id,
-            text=text,
-            model=name,
-            detection=own.get("detection", {}).get(feature),
-            fuzzing=own.get("fuzzing", {}).get(feature),
-        )
+        Explanation(*feature, text, name, **{method: found.get(feature) for method, found in own.items()})
         for feature, text in words.items()
     )
     return Explained(explanations, controls, tuple(found), skipped)
@@ -253,16 +243,13 @@ def fuzzing_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
     return found
 
 
-def predict(
+def _predict(
     session: ChatSession,
     templates: PromptTemplates,
     method: Method,
     tests: Mapping[FeatureId, Sequence[Item]],
     explanations: Mapping[FeatureId, str],
-    *,
-    per_request: int = 5,
-    seed: int = 0,
-    max_tokens: int = 256,
+    settings: ExplainSettings,
 ) -> dict[FeatureId, Prediction]:
     """Let the judge decide on every item by the words given for its feature.
 
@@ -271,9 +258,10 @@ def predict(
     asked: list[tuple[FeatureId, list[Item]]] = []
     for feature, items in tests.items():
         mixed = list(items)
-        random.Random(f"{seed} {feature}").shuffle(mixed)
-        asked += [(feature, mixed[start : start + per_request]) for start in range(0, len(mixed), per_request)]
-    sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
+        random.Random(f"{settings.seed} {feature}").shuffle(mixed)
+        starts = range(0, len(mixed), settings.per_request)
+        asked += [(feature, mixed[start : start + settings.per_request]) for start in starts]
+    sampling = Sampling(temperature=0.0, max_tokens=settings.max_tokens)
     decided: dict[FeatureId, list[tuple[Item, bool]]] = {feature: [] for feature in tests}
     # Requests of one length are read by one reader.
     for length in sorted({len(items) for _, items in asked}):

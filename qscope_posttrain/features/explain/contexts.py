@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,8 +101,8 @@ def collect_contexts(
 ) -> list[FeatureContexts]:
     """Contexts of the features `feature_ids` {layer: ids}, in the order of layers and ids.
 
-    One pass over the texts. Equal texts are read once; what is drawn depends on their content and the seed alone, not
-    on their order or the batches. The first token of a text and norm outliers do not count, as in
+    One pass over the texts. Equal texts are read once; the draw depends on their content and the seed alone, not on
+    their order or the batches. The first token of a text and norm outliers do not count, as in
     `text_features.collect_text_features`. Memory: top + sampled windows of each feature, and 4 * absent that they
     share.
 
@@ -221,41 +221,32 @@ class _Kept:
         return top, drawn
 
 
-@dataclass
-class _PoolEntry:
-    """A window drawn without looking at any feature, and the features seen to fire in it."""
-
-    context: Context
-    start: int
-    end: int
-    firing: set[tuple[int, int]] = field(default_factory=set)
-
-
 class _AbsentPool:
     """Random windows that all features share: a feature takes those in which it does not fire."""
 
     def __init__(self, settings: ContextSettings) -> None:
         self._settings = settings
-        self._size = 4 * settings.absent
-        self._entries: dict[bytes, tuple[float, _PoolEntry]] = {}
+        self._entries: dict[bytes, tuple[float, int, Context, set[tuple[int, int]]]] = {}
+        """By content of the text: priority, start, window, and the features that fire in it"""
 
     def offer(self, sequences: Sequence[TokenSequence]) -> None:
-        """Take in what belongs to the pool, before any firing of these sequences is reported."""
+        """Add windows of these sequences, before any firing in them is reported."""
         for sequence in sequences:
             center = sequence.start + int(_priority(sequence, f"{self._settings.seed} centre") * sequence.counted)
             start, end = _window(sequence, center, self._settings)
             context = Context(sequence.text, sequence.ids[start:end], (0.0,) * (end - start))
             priority = _priority(sequence, f"{self._settings.seed} absent")
-            self._entries[sequence.content_hash()] = (priority, _PoolEntry(context, start, end))
-        while len(self._entries) > self._size:
+            self._entries[sequence.content_hash()] = (priority, start, context, set())
+        while len(self._entries) > 4 * self._settings.absent:
             del self._entries[max(self._entries, key=lambda key: self._entries[key][0])]
 
     def fires(self, sequence: TokenSequence, positions: Sequence[int], feature: tuple[int, int]) -> None:
-        found = self._entries.get(sequence.content_hash())
-        if found is not None and any(found[1].start <= position < found[1].end for position in positions):
-            found[1].firing.add(feature)
+        if (found := self._entries.get(sequence.content_hash())) is not None:
+            _, start, context, firing = found
+            if any(start <= position < start + len(context.ids) for position in positions):
+                firing.add(feature)
 
     def without(self, feature: tuple[int, int]) -> tuple[Context, ...]:
         ordered = sorted(self._entries.values(), key=lambda entry: entry[0])
-        free = [entry.context for _, entry in ordered if feature not in entry.firing]
+        free = [context for _, _, context, firing in ordered if feature not in firing]
         return tuple(free[: self._settings.absent])

@@ -51,8 +51,8 @@ class Prediction:
         return (self.hits / self.positives + self.rejections / self.negatives) / 2
 
     def interval(self, level: float = 0.95) -> Interval | None:
-        """Of the balanced accuracy: (d + 1) / 2 with d the difference of hit rate and false alarm rate, for which
-        Newcombe's interval holds (see `intervals.rate_difference`)."""
+        """Interval of the balanced accuracy (d + 1) / 2, from Newcombe's interval of d, the difference of hit rate and
+        false alarm rate (see `intervals.rate_difference`)."""
         if not self.positives or not self.negatives:
             return None
         alarms = self.negatives - self.rejections

@@ -134,8 +134,16 @@ def find_repetition_features(
     longest = max(len(entry.ids) for entry in (*loops.loops, *loops.normal))
     pass_options = {"max_length": longest, "show_progress": show_progress, **pass_options}
     features = search(model, tokenizer, texts, saes, choose, settings, **pass_options)
-    kept = {"ranking": repetition_table(features).to_dict(), "loops": _describe(loops)}
-    features = replace(features, provenance={**features.provenance, **kept})
+    rate = loops.rate
+    described = {
+        "loops": len(loops.loops),
+        "normal": len(loops.normal),
+        "samples": loops.samples,
+        "rate": None if rate is None else list(rate),
+        "periods": [loop.tail.period for loop in loops.loops],
+    }
+    tables = {"ranking": repetition_table(features).to_dict(), "loops": described}
+    features = replace(features, provenance={**features.provenance, **tables})
     if curve is None:
         return features
     contrast = Contrast(LOOP, features.language_index(LOOP), features.language_index(NORMAL))
@@ -167,10 +175,8 @@ def repetition_table(features: FeatureSet) -> Table:
             length = rows.residual_median_norm / float(rows.decoder[i].norm())
             rates = [float(rate) for rate in rows.firing_rate[:, i]]
             lines.append([layer, rows.names[i], float(rows.scores[i]), float(rows.effects[i]) * length, *rates])
-    tokens = ", ".join(
-        f"{name} {count}"
-        for name, count in zip(features.languages, next(iter(features.layers.values())).tokens.tolist(), strict=True)
-    )
+    counts = next(iter(features.layers.values())).tokens.tolist()
+    tokens = ", ".join(f"{name} {count}" for name, count in zip(features.languages, counts, strict=True))
     return Table(
         title=f"Features of endless repetition in {features.model.get('name_or_path') or features.model['model_type']}",
         columns=["layer", "feature", "rise", "attribution", *(f"fires in {name}" for name in features.languages)],
@@ -179,14 +185,3 @@ def repetition_table(features: FeatureSet) -> Table:
         f"first-order change of log P({COPIES} more repeats), in nats, for a push of one median residual norm. fires: "
         f"share of tokens (counted: {tokens}).",
     )
-
-
-def _describe(loops: LoopCollection) -> dict[str, Any]:
-    rate = loops.rate
-    return {
-        "loops": len(loops.loops),
-        "normal": len(loops.normal),
-        "samples": loops.samples,
-        "rate": None if rate is None else list(rate),
-        "periods": [loop.tail.period for loop in loops.loops],
-    }

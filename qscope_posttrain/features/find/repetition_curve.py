@@ -154,8 +154,19 @@ class SteeringCurve:
 
     def to_table(self) -> Table:
         """Every point, the final check at the end."""
-        rows = [self._row(SCAN, self.scan, point) for point in self.scan]
-        rows += [self._row(FRESH, self.fresh, point) for point in self.fresh]
+        rows: list[list[Cell]] = []
+        for stage, points in ((SCAN, self.scan), (FRESH, self.fresh)):
+            for point in points:
+                push, beyond = point.trial.push, None
+                if push.kind in (FEATURE, MEANS):
+                    difference = margin(points, point)
+                    beyond = f"{difference.estimate:+.3f} ({difference.low:+.3f} .. {difference.high:+.3f})"
+                setting = (point.trial.strength, point.trial.window_length) if push.kind != UNSTEERED else (None, None)
+                chosen = point is self.chosen or (stage == FRESH and push.kind == FEATURE)
+                rows.append([
+                    stage, push.layer, push.name, *setting, point.samples, point.looped_share, *point.rate, beyond,
+                    point.unlikely_share, CHOSEN if chosen else "",
+                ])  # fmt: skip
         low, high = self.settings.window_start
         floor = self.settings.probability_floor
         blocks = "blocks of {} to {} tokens".format(*self.periods) if self.periods else "blocks of any length"
@@ -170,20 +181,6 @@ class SteeringCurve:
             f"95 % interval. p < {floor:g}: share of all tokens that are so unlikely without steering. "
             f"{FRESH}: other prompts, random numbers and random directions. {self.verdict()}",
         )  # fmt: skip
-
-    def _row(self, stage: str, points: Sequence[CurvePoint], point: CurvePoint) -> list[Cell]:
-        push, rate = point.trial.push, point.rate
-        beyond = None
-        if push.kind in (FEATURE, MEANS):
-            difference = margin(points, point)
-            beyond = f"{difference.estimate:+.3f} ({difference.low:+.3f} .. {difference.high:+.3f})"
-        steered = push.kind != UNSTEERED
-        return [
-            stage, push.layer, push.name, point.trial.strength if steered else None,
-            point.trial.window_length if steered else None, point.samples, point.looped_share, *rate,
-            beyond, point.unlikely_share,
-            CHOSEN if point is self.chosen or (stage == FRESH and push.kind == FEATURE) else "",
-        ]  # fmt: skip
 
     def _fresh(self, kind: str) -> CurvePoint:
         return next(point for point in self.fresh if point.trial.push.kind == kind)

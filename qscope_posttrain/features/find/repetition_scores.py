@@ -80,11 +80,16 @@ def repetition_differences(
     sequences = _sequences(model, [loop.ids for loop in loops])
     sums = {layer: torch.zeros(saes[layer].d_sae, dtype=torch.float64) for layer in layers}
     counted = dict.fromkeys(layers, 0)
+    batches = token_batches(sequences, tokens_per_batch)
     with evaluation_mode(model):
-        for batch in progress(
-            token_batches(sequences, tokens_per_batch), description="first and last occurrences", enabled=show_progress
-        ):
-            owners, firsts, lasts = _flat_pairs(batch, pairs)
+        for batch in progress(batches, description="first and last occurrences", enabled=show_progress):
+            width = batch.input_ids.shape[1]
+            flat = [
+                (row, row * width + first, row * width + last)
+                for row, sequence in enumerate(batch.sequences)
+                for first, last in pairs[sequence.text]
+            ]
+            owners, firsts, lasts = torch.tensor(flat, dtype=torch.long).view(-1, 3).unbind(1)
             hidden = forward_to_layer(model, layers, input_ids=batch.input_ids.to(input_device(model)))
             for layer in layers:
                 states = hidden.pop(layer).flatten(0, 1)
@@ -184,17 +189,6 @@ def _sequences(
         TokenSequence(0, number, tokens, False, 1 if starts is None else starts[number])
         for number, tokens in enumerate(ids)
     ]
-
-
-def _flat_pairs(batch: TokenBatch, pairs: Sequence[Sequence[tuple[int, int]]]) -> tuple[Tensor, ...]:
-    """(row in the batch, flattened position of the first, of the last occurrence) of all pairs, int64 [pairs]."""
-    width = batch.input_ids.shape[1]
-    flat = [
-        (row, row * width + first, row * width + last)
-        for row, sequence in enumerate(batch.sequences)
-        for first, last in pairs[sequence.text]
-    ]
-    return torch.tensor(flat, dtype=torch.long).view(-1, 3).unbind(1)
 
 
 def _encoded_sum(sae: SparseAutoencoder, states: Tensor, weights: Tensor) -> Tensor:
