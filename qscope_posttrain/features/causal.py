@@ -260,10 +260,6 @@ def causal_check(
         controls: FeatureSet of random features (see `directions.random_feature_set`). Without it, and for layers it
             lacks, `random_count` random directions take their place and are named so.
         seed: of the random directions and of the bootstrap.
-
-    Raises:
-        ValueError: the target is not in `features`, the features belong to another model, or there is no text of
-            another language.
     """
     features.check_model(model)
     chosen = features.select(language=target)

@@ -135,11 +135,7 @@ class FeatureSet:
         return replace(self, layers=kept, explanations=explained)
 
     def explained(self, explanations: Iterable[Explanation]) -> FeatureSet:
-        """The same with these explanations, which replace those of the same features.
-
-        Raises:
-            ValueError: an explanation of a feature that is not in this set, or two of one feature.
-        """
+        """The same with these explanations, which replace those of the same features."""
         new = tuple(explanations)
         replaced = {entry.feature for entry in new}
         return replace(self, explanations=(*(e for e in self.explanations if e.feature not in replaced), *new))

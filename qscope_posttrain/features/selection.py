@@ -57,9 +57,6 @@ def random_features(
         firing_rate: [L, features]
         scores: [features], for the target language.
         exclude: ids that must not be drawn.
-
-    Raises:
-        ValueError: fewer than `count` features are eligible.
     """
     eligible = (firing_rate.mean(dim=0) > min_firing_rate) & (scores.abs() < max_relative_score * scores.max())
     eligible[list(exclude)] = False

@@ -103,9 +103,6 @@ def collect_text_features(
 
     Returns:
         {layer: TextFeatures}, rows in the order of `texts`.
-
-    Raises:
-        TypeError, ValueError: no texts, an unknown pooling, a layer out of range, an SAE of another width.
     """
     if pooling not in get_args(Pooling):
         raise UserValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}.")

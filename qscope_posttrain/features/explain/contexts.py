@@ -105,9 +105,6 @@ def collect_contexts(
     their order or the batches. The first token of a text and norm outliers do not count, as in
     `text_features.collect_text_features`. Memory: top + sampled windows of each feature, and 4 * absent that they
     share.
-
-    Raises:
-        TypeError, ValueError: no texts, a layer without an SAE or out of range, an id that the SAE does not have.
     """
     settings = settings or ContextSettings()
     check_texts({"texts": texts})

@@ -94,11 +94,7 @@ class Explanation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Explanation:
-        """Read the result of `to_dict`, strictly.
-
-        Raises:
-            ValueError: keys that are unknown or missing, or a value of another kind.
-        """
+        """Read the result of `to_dict`, strictly."""
         if not isinstance(values, Mapping):
             raise UserValueError(f"an explanation must be an object, got {type(values).__name__}.")
         needed, scores = {"layer", "feature_id", "text", "model"}, {"detection", "fuzzing"}

@@ -32,9 +32,6 @@ def token_view(
     With the SAE of a layer a feature's value is its activation. Without, it is the positive part of the pre-activation
     `h . encoder + bias`, which a TopK SAE may have cut; so is that of a free direction.
     The first token, on which no SAE was trained, counts as 0.
-
-    Raises:
-        ValueError: the features belong to another model, or a text has no token.
     """
     features.check_model(model)
     layers = list(features.layers)

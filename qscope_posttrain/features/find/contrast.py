@@ -56,9 +56,6 @@ def find_contrastive_features(
         names: labels of the two sets in the FeatureSet; rows carry the first.
         common_tokens: number of token ids to ignore, the most frequent of both sets (see `most_common_tokens`): the
             effect of a comma or an article on a feature says nothing about either set.
-
-    Raises:
-        ValueError: an empty set, an unknown contrast, equal names, an SAE that does not fit, `top` out of range.
     """
     if by not in get_args(Contrast):
         raise UserValueError(f"by must be one of {', '.join(get_args(Contrast))}; got {by!r}.")
@@ -130,9 +127,6 @@ def rank_response_features(
             one that differs from the prompt's own.
         saes: {layer: SAE, or a source for `SparseAutoencoder.load`}.
         by: "max" or "mean" activation over the response's tokens.
-
-    Raises:
-        ValueError: an empty response, a rate outside 0..1, fewer than `top` features left.
     """
     if by not in get_args(Strength):
         raise UserValueError(f"by must be one of {', '.join(get_args(Strength))}; got {by!r}.")

@@ -135,9 +135,6 @@ def collect_loops(
             `wanted`.
         settings: how to draw; by default temperature 1, the whole distribution, 256 tokens, 64 at a time.
             `samples_per_prompt` is not used.
-
-    Raises:
-        ValueError: no prompt, a number below 1, or no loop in `max_samples` samples.
     """
     settings = settings or SamplingSettings(top_p=1.0, batch_size=64)
     normal = NORMAL_PER_LOOP * wanted if normal is None else normal
@@ -194,9 +191,6 @@ def loops_from_texts(
     A text is a string, or a mapping with `text`, with `prompt` and `completion`, or with `prompt_ids` and
     `completion_ids`; `ended` says whether the model ended it. With a repeated tail, and not ended, it is a loop;
     without one, and not known to be cut off, it is ordinary; the rest is left out.
-
-    Raises:
-        TypeError, ValueError: a text of another form, or no loop among them.
     """
     loops: list[Loop] = []
     ordinary: list[Completion] = []

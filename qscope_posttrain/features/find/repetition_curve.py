@@ -48,11 +48,7 @@ class Contrast:
 
 
 def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95) -> Interval:
-    """Share of loops like the model's own, minus that of random directions with the same layer, strength and window.
-
-    Raises:
-        ValueError: `points` hold no such random point.
-    """
+    """Share of loops like the model's own, minus that of random directions with the same layer, strength and window."""
     for other in points:
         if other.trial.push.kind == RANDOM and other.setting == point.setting:
             return rate_difference((point.own, point.samples), (other.own, other.samples), level)
@@ -210,9 +206,6 @@ def steering_curve(
         prompt_ids: encoded prompts; they are shuffled.
         periods: block lengths of the model's own loops, see `LoopCollection.periods`; only such loops count for the
             choice. None for any.
-
-    Raises:
-        ValueError: no prompts, or a difference of means of zero.
     """
     if not prompt_ids:
         raise UserValueError("No prompts for the steering curve; give at least one.")

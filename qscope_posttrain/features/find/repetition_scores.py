@@ -71,9 +71,6 @@ def repetition_differences(
     Args:
         norm_limits: by layer, the norm above which a state is an outlier and its pair is left out; None for no limit.
         tokens_per_batch: tokens in a forward pass, padding included.
-
-    Raises:
-        ValueError: no loop, a loop longer than the model's positions, or no pair of states within the limits.
     """
     layers = check_layers(model, sorted(saes))
     pairs = [occurrences(loop) for loop in loops]
@@ -128,9 +125,6 @@ def repetition_gradients(
     so g . v is the first-order effect, in nats per loop, of adding v to those states: of steering from the boundary on.
     The copies gain little once the loop runs, because they are certain already; the entry decides. Parameters receive
     no gradient.
-
-    Raises:
-        ValueError: no loop, a loop with too few copies, or one longer than the model's positions.
     """
     needed = copies + 1
     if copies < 1 or any(loop.tail.copies < needed for loop in loops):
@@ -159,9 +153,6 @@ def rank_features(
             way, but is not what the model uses: it is left out.
         rank_by: by either, or by both in turn: the best by difference, the best by attribution, the second best by
             difference, and so on.
-
-    Raises:
-        ValueError: an unknown ranking, or fewer than `top` features that fire.
     """
     if rank_by not in ("difference", "attribution", "both"):
         raise UserValueError(f'rank_by must be "difference", "attribution" or "both", got {rank_by!r}.')

@@ -44,9 +44,6 @@ def search(
         saes_at_once: number of SAEs to load and use at a time, with one pass over the texts for each such group of
             layers; None for all in one pass.
         checkpoint: see `statistics.collect_statistics`, which also takes `statistics_options`; one file per group.
-
-    Raises:
-        ValueError: no layer, an SAE that does not fit the model, `top` out of range, saes_at_once below 1.
     """
     layers = check_layers(model, sorted(saes))
     if saes_at_once is not None and saes_at_once < 1:
