@@ -53,11 +53,7 @@ def search(
     for start in range(0, len(layers), size):
         group = layers[start : start + size]
         loaded = {layer: load_sae(saes[layer], layer, k, model) for layer in group}
-        for layer, sae in loaded.items():
-            if not 1 <= settings["top"] <= sae.d_sae:
-                raise UserValueError(
-                    f"top must lie between 1 and the {sae.d_sae} features of layer {layer}, got {settings['top']}."
-                )
+        _check_top(settings["top"], loaded)
         place = None if checkpoint is None else Path(checkpoint)
         if place is not None and len(group) < len(layers):
             place = place.with_name(f"{place.name}.layers{group[0]}-{group[-1]}")
@@ -68,3 +64,9 @@ def search(
         passed = replace(passed, layers=counts)
         del loaded  # SAEs and sums of a group make room for the next one
     return feature_set_from(passed, rows, settings, sources)
+
+
+def _check_top(top: int, saes: Mapping[int, SparseAutoencoder]) -> None:
+    for layer, sae in saes.items():
+        if not 1 <= top <= sae.d_sae:
+            raise UserValueError(f"top must lie between 1 and the {sae.d_sae} features of layer {layer}, got {top}.")
