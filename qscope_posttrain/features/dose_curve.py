@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +165,7 @@ class CurvePoint:
 
 def measure(
     model: nn.Module,
-    tokenizer: object,
+    tokenizer: Any,
     prompt_ids: Sequence[Sequence[int]],
     trials: Sequence[Trial],
     samples: int,
@@ -206,7 +207,7 @@ def measure(
         steerings = _steerings([(trials[number], j) for number, j in batch], starts)
         prompts = [prompt_ids[j % len(prompt_ids)] for _, j in batch]
         with steer(model, *steerings, require_generated=False) if steerings else nullcontext():
-            responses = sample_batch(model, tokenizer, prompts, sampling)  # type: ignore[arg-type]
+            responses = sample_batch(model, tokenizer, prompts, sampling)
         floor, temperature = settings.probability_floor, sampling.temperature or 1.0
         rare = unlikely_tokens(model, prompts, [ids for ids, _ in responses], floor, temperature)
         for (number, _), (ids, ended), unlikely in zip(batch, responses, rare, strict=True):
@@ -238,11 +239,13 @@ def _steerings(batch: Sequence[tuple[Trial, int]], starts: Tensor) -> list[Steer
     own_starts = starts[[j for _, j in batch]]
     wishes = [(trial.push.layer, trial.window_length) for trial, _ in batch]
     steerings = []
-    for layer, length in dict.fromkeys(wish for wish in wishes if wish[0] is not None):
+    for layer, length in dict.fromkeys(wishes):
+        if layer is None:
+            continue
         mine = [wish == (layer, length) for wish in wishes]
         shifts = [trial.shift(j) if own else None for (trial, j), own in zip(batch, mine, strict=True)]
         nothing = torch.zeros_like(next(shift for shift in shifts if shift is not None))
         directions = torch.stack([nothing if shift is None else shift for shift in shifts])
         window = Window(own_starts, length or None)
-        steerings.append(Steering(directions, (int(layer or 0),), positions=window, rows=torch.tensor(mine)))
+        steerings.append(Steering(directions, (layer,), positions=window, rows=torch.tensor(mine)))
     return steerings
