@@ -271,22 +271,24 @@ def causal_check(
     trials = []
     for layer, rows in chosen.layers.items():
         drawn = controls.layers[layer] if controls is not None and layer in controls.layers else None
-        for kind, name, direction in _directions(
-            rows, features.language_index(target), drawn, random_count, seed + layer
-        ):
-            trials.append((layer, kind, name, PROJECT_OUT, 1.0, Steering(direction, (layer,), mode="project_out")))
+        number = features.language_index(target)
+        for kind, name, direction in _directions(rows, number, drawn, random_count, seed + layer):
+            taken = Steering(direction, (layer,), mode="project_out")
+            trials.append((layer, kind, name, PROJECT_OUT, 1.0, taken))
             for strength in strengths:
                 for intervention, sign in ((SUBTRACT, -1), (ADD, 1)):
                     length = sign * strength * rows.residual_median_norm
-                    steering = Steering(direction, (layer,), length, mode="add", unit="norm")
-                    trials.append((layer, kind, name, intervention, strength, steering))
+                    pushed = Steering(direction, (layer,), length, mode="add", unit="norm")
+                    trials.append((layer, kind, name, intervention, strength, pushed))
     effects = []
     with evaluation_mode(model):
         base = score_sample(model, sample)
-        for *facts, steering in progress(trials, description=f"causal check for {target}", enabled=show_progress):
+        shown = progress(trials, description=f"causal check for {target}", enabled=show_progress)
+        for layer, kind, name, intervention, strength, steering in shown:
             with steer(model, steering):
                 scores = score_sample(model, sample)
-            effects.append(CausalEffect(*facts, scores.mean_probability, *_changes(base, scores, seed)))
+            measured = (scores.mean_probability, *_changes(base, scores, seed))
+            effects.append(CausalEffect(layer, kind, name, intervention, strength, *measured))
     return CausalReport(
         target, sample.languages, len(base.tokens), base.mean_probability, base.perplexity, tuple(effects)
     )

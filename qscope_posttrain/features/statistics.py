@@ -246,10 +246,9 @@ def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequen
                 f"Layer {layer}: every token of language {language!r} was left out as a norm outlier. Give more text, "
                 "or raise outlier_factor."
             )
-    values = {field.name: getattr(sums, field.name) for field in fields(sums)}
-    return LayerStatistics(
-        **{name: None if value is None else value.cpu() for name, value in values.items()}, median_norm=median_norm
-    )
+    missing: dict[str, Any] = {field.name: None for field in fields(sums)}
+    kept = {name: value.cpu() for name, value in sums.tensors().items()}
+    return LayerStatistics(**{**missing, **kept}, median_norm=median_norm)
 
 
 def _count(sequences: Sequence[TokenSequence], languages: int, each: Sequence[int] | None = None) -> Tensor:

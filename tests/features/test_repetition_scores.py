@@ -66,8 +66,8 @@ def brute_force_rise(model, sae, layer: int, loops, limit: float = float("inf"))
     per_loop = []
     for loop in loops:
         h = states(model, layer, loop.ids)
-        kept = [p for p in brute_force_pairs(loop) if h[p.first].norm() <= limit and h[p.last].norm() <= limit]
-        rises = [dense(sae, h[pair.last]) - dense(sae, h[pair.first]) for pair in kept]
+        kept = [(i, j) for i, j in brute_force_pairs(loop) if h[i].norm() <= limit and h[j].norm() <= limit]
+        rises = [dense(sae, h[last]) - dense(sae, h[first]) for first, last in kept]
         if rises:
             per_loop.append(sum(rises) / len(rises))
     return sum(per_loop) / len(per_loop)

@@ -41,7 +41,7 @@ class Prediction:
             if type(value) is not int or value < 0:
                 raise UserValueError(f"{name} of a prediction must be a whole number from 0, got {value!r}.")
         if self.hits > self.positives or self.rejections > self.negatives:
-            raise UserValueError(f"a prediction cannot have more hits or rejections than contexts: {self}.")
+            raise UserValueError(f"a judge cannot be right more often than it decides: {self}.")
 
     @property
     def balanced_accuracy(self) -> float | None:

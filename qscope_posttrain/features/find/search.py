@@ -13,10 +13,10 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.build import feature_set_from
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.features.statistics import PassStatistics, collect_statistics
+from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics, collect_statistics
 from qscope_posttrain.models.batches import Text
 from qscope_posttrain.models.layers import check_layers
-from qscope_posttrain.sae.autoencoder import SparseAutoencoder, load_sae
+from qscope_posttrain.sae.autoencoder import SAESource, SparseAutoencoder, load_sae
 
 Sources = Mapping[int, SparseAutoencoder | str | Path]
 """{layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0"""
@@ -49,7 +49,9 @@ def search(
     if saes_at_once is not None and saes_at_once < 1:
         raise UserValueError(f"saes_at_once must be at least 1, got {saes_at_once}.")
     size = saes_at_once or len(layers)
-    rows, counts, sources = {}, {}, {}
+    rows: dict[int, LayerFeatures] = {}
+    counts: dict[int, LayerStatistics] = {}
+    sources: dict[int, SAESource] = {}
     for start in range(0, len(layers), size):
         group = layers[start : start + size]
         loaded = {layer: load_sae(saes[layer], layer, k, model) for layer in group}
