@@ -40,8 +40,8 @@ def target_token_ids(
     if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         found = f"ids from {int(ids.min())} to {int(ids.max())}" if ids.numel() else "none"
         raise UserValueError(
-            f"Expected tokens of {target!r} among the model's {vocabulary} tokens (ids from 0 to {vocabulary - 1}), got "
-            f"{found}. Pass {option}=... to name them yourself."
+            f"Expected tokens of {target!r} among the model's {vocabulary} tokens (ids from 0 to {vocabulary - 1}), "
+            f"got {found}. Pass {option}=... to name them yourself."
         )
     return ids
 
