@@ -125,7 +125,7 @@ def explain_features(
             controls[method] = _predict(judge or session, templates, method, tests, others, settings)
     name = str(session.model.identity.get("name", ""))
     explanations = tuple(
-        Explanation(*feature, text, name, **{method: found.get(feature) for method, found in own.items()})
+        Explanation(*feature, text, name, *(own.get(method, {}).get(feature) for method in METHODS))
         for feature, text in words.items()
     )
     return Explained(explanations, controls, tuple(found), skipped)
