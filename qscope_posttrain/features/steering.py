@@ -113,7 +113,9 @@ def _chosen_strength(chosen: Mapping[str, Any], used: Mapping[str, Any]) -> floa
 def _single_feature(found: LayerFeatures, of_label: list[int], mode: Mode) -> int:
     if len(of_label) > 1:
         names = ", ".join(found.names[row] for row in of_label)
-        raise UserValueError(f"mode {mode!r} needs one feature, but there are {len(of_label)}: {names}; select() one.")
+        raise UserValueError(
+            f"mode {mode!r} is about one feature, but there are {len(of_label)}: {names}; select() one."
+        )
     row = of_label[0]
     if int(found.feature_ids[row]) == FREE_DIRECTION:
         raise UserValueError(
