@@ -146,7 +146,8 @@ def compare(
     for layer, expected in reference.items():
         found = {
             "mean": statistics.layers[layer].mean_activation,
-            "alpha": statistics.layers[layer].mean_pre_activation(saes[layer]),
+            "alpha": statistics.layers[layer].mean_residual @ saes[layer].W_enc.cpu().double().T
+            + saes[layer].b_enc.cpu().double(),
         }
         for name, value in found.items():
             gap = (value - expected[name]).abs().max() / expected[name].abs().max()

@@ -142,7 +142,7 @@ def layers_of(words: Sequence[str], model: nn.Module) -> tuple[int, ...]:
 
 def load_saes(options: argparse.Namespace, layers: Sequence[int], model: nn.Module) -> dict[int, SparseAutoencoder]:
     """The SAEs of --sae, one per layer, on the device of the model and checked against its width."""
-    from qscope_posttrain.features.find.language import load_sae
+    from qscope_posttrain.sae.autoencoder import load_sae
 
     return {layer: load_sae(options.sae, layer, options.k, model) for layer in layers}
 

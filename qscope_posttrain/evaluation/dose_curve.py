@@ -1,4 +1,4 @@
-"""What steering does at each strength: the wanted effect, its price, and the same for directions without a meaning."""
+"""Dose curves: effect and cost of steering at each strength, for features and for controls of equal length."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.evaluation.response_loss import response_losses, text_losses
+from qscope_posttrain.features.directions import random_directions
+from qscope_posttrain.features.dose_curve import FEATURE, MEANS, RANDOM, UNSTEERED
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.selection import difference_of_means
 from qscope_posttrain.features.steering import feature_steering
-from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, wilson
+from qscope_posttrain.intervals import Interval, bootstrap_of_sums, bootstrap_over_prompts, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, encode_prompts, generate_samples
+from qscope_posttrain.models.scoring import response_losses, text_losses
 from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Cell, Table
@@ -26,16 +29,9 @@ from qscope_posttrain.text.repetition import is_endless_repetition, ngram_repeti
 from qscope_posttrain.text.scripts import contains_language_script
 
 Effect = Callable[[Sample], float]
-"""What a response is worth, in [0, 1]: 1 where it shows what steering is to bring about (or to suppress)."""
+"""Score of a response in [0, 1]: 1 where it shows the behavior that steering is to cause (or to suppress)."""
 
-FEATURE, RANDOM, MEANS, PLAIN, UNSTEERED = (
-    "features",
-    "random",
-    "difference of means",
-    "plain prompt",
-    "unsteered",
-)
-
+PLAIN = "plain prompt"
 _RESAMPLES = 2000
 
 
@@ -45,11 +41,11 @@ def writes_language(language: str) -> Effect:
 
 
 def matches(pattern: str) -> Effect:
-    """1 for a response in which the regular expression is found. ValueError if it is none."""
+    """1 for a response in which the regular expression is found. ValueError if it is not valid."""
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise UserValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise UserValueError(f"{pattern!r} is not a regular expression: {error}") from error
     return lambda sample: float(compiled.search(sample.response) is not None)
 
 
@@ -95,10 +91,10 @@ class DoseCurve:
         return sorted([*own, replace(self.unsteered, kind=kind)], key=lambda point: point.strength)
 
     def best(self, max_perplexity_ratio: float = 1.1, sign: int = 1) -> DosePoint | None:
-        """The point of the features with the largest (sign 1) or smallest (-1) effect at a bearable price.
+        """The point of the features with the largest (sign 1) or smallest (-1) effect at an acceptable cost.
 
-        Bearable is a perplexity of at most `max_perplexity_ratio` times that without steering. None where no strength
-        is bearable. It is the best of several on the same responses: sample anew before you quote its effect.
+        Acceptable is a perplexity of at most `max_perplexity_ratio` times that without steering. None where no strength
+        is acceptable. It is the best of several on the same responses: sample anew before you quote its effect.
         """
         limit = max_perplexity_ratio * self.unsteered.perplexity.estimate
         affordable = [p for p in self.points if p.kind == FEATURE and p.perplexity.estimate <= limit]
@@ -113,7 +109,7 @@ class DoseCurve:
             numbers = [*p.effect, *p.perplexity, p.endless, p.repeated, p.ended, p.tokens]
             rows.append([p.kind, p.strength, *numbers, *([p.text_perplexity] if texts else [])])
         return Table(
-            title=f"Dose curve of layer {self.layer}: {self.unsteered.samples} responses a point",
+            title=f"Dose curve of layer {self.layer}: {self.unsteered.samples} responses per point",
             columns=columns + (["perplexity of other text"] if texts else []),
             rows=rows,
             caption="effect: mean over responses, 95 % bootstrap interval over prompts. perplexity: of the responses "
@@ -148,17 +144,17 @@ def dose_curve(
     other sets of the FeatureSet, where there are others; and, unsteered, `plain_prompt` in front of every prompt.
 
     Args:
-        effect: what a response is worth; `writes_language`, `matches`, or any function such as a judge's verdict.
+        effect: score of a response; `writes_language`, `matches`, or any function such as a judge's verdict.
         strengths: multiples of `unit` (by default of the layer's median residual norm), negative to suppress; not 0,
             which is always measured.
         random_vectors: `[directions, d_model]`.
         plain_prompt: an instruction that asks for the effect; a system message in front of a chat, else text and a
             line break in front of the prompt.
-        texts: other text, whose perplexity to the steered model is the price that responses alone do not show.
+        texts: other text; its perplexity to the steered model is the cost that responses alone do not show.
         steering_options: layer, unit, positions, mode ("add" or "project_out") of `features.steering.feature_steering`.
 
     Raises:
-        ValueError: no strengths, a zero among them, or what `feature_steering` and `generate_samples` refuse.
+        ValueError: no strengths, a zero among them, or an error of `feature_steering` or `generate_samples`.
     """
     if not strengths or 0 in strengths:
         raise UserValueError(
@@ -168,11 +164,15 @@ def dose_curve(
         raise UserValueError("a dose curve compares directions: mode must be 'add' or 'project_out'.")
     settings = settings or SamplingSettings()
     one = feature_steering(features, label=label, strength=1.0, **steering_options)
-    directions = {FEATURE: one.direction[None]}
-    directions[RANDOM] = _random(one.direction, random_count, seed) if random_vectors is None else random_vectors
-    means = _difference_of_means(features, one.layers[0], label)
-    if means is not None:
-        directions[MEANS] = means[None]
+    if random_vectors is None:
+        if random_count < 1:
+            raise UserValueError(f"random_count must be at least 1; got {random_count}.")
+        random_vectors = random_directions(torch.ones(random_count), len(one.direction), seed)
+    directions = {FEATURE: one.direction[None], RANDOM: random_vectors}
+    rows = features.layers[one.layers[0]]
+    if len(features.languages) > 1:
+        own = features.language_index(label if label is not None else rows.labels[0])
+        directions[MEANS] = difference_of_means(rows.mean_residual, own)[None]
     options = dict(chat_template_options or {})
     original = encode_prompts(tokenizer, prompts, chat=chat, chat_template_options=options)
 
@@ -197,16 +197,12 @@ def dose_curve(
         points.append(measure(PLAIN, 0.0, [], [_with_instruction(prompt, plain_prompt) for prompt in prompts]))
     for kind, vectors in directions.items():
         for strength in sorted(strengths):
-            steerings = [replace(one, direction=vector.float(), strength=float(strength)) for vector in vectors]
-            points.append(measure(kind, float(strength), _equal_length(steerings, one), prompts))
+            # As long as the features' own direction, which matters where strength multiplies it as it is.
+            scaled = [vector.float() / vector.float().norm() * one.direction.norm() for vector in vectors]
+            steerings = [replace(one, direction=vector, strength=float(strength)) for vector in scaled]
+            points.append(measure(kind, float(strength), steerings, prompts))
     described = {"sampling": settings.to_dict(), "random_directions": len(directions[RANDOM]), "seed": seed}
     return DoseCurve(tuple(points), one.layers[0], described)
-
-
-def _equal_length(steerings: Sequence[Steering], one: Steering) -> list[Steering]:
-    """Directions as long as the features' own, which matters where strength multiplies the direction as it is."""
-    length = one.direction.norm()
-    return [replace(s, direction=s.direction / s.direction.norm() * length) for s in steerings]
 
 
 def _point(
@@ -251,33 +247,12 @@ def _effect_interval(by_prompt: Sequence[Sequence[float]]) -> Interval:
 
 
 def _perplexity(loss: Tensor, tokens: Tensor, prompts: Sequence[int]) -> Interval:
-    """exp(sum of losses / sum of tokens), with a percentile interval that resamples whole prompts."""
-    owners = np.asarray(prompts)
-    count = int(owners.max()) + 1
-    losses, counts = (np.bincount(owners, part.double().numpy(), count) for part in (loss, tokens))
-    if counts.sum() == 0:
+    """exp(sum of losses / sum of tokens), with a bootstrap interval that resamples whole prompts."""
+    if not int(tokens.sum()):
         return Interval(float("nan"), float("nan"), float("nan"))
-    drawn = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
-    replicates = np.exp(losses[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1))
-    low, high = np.quantile(replicates, [0.025, 0.975])
-    return Interval(float(np.exp(losses.sum() / counts.sum())), float(low), float(high))
-
-
-def _random(direction: Tensor, count: int, seed: int) -> Tensor:
-    if count < 1:
-        raise UserValueError(f"random_count must be at least 1; got {count}.")
-    return torch.randn(count, direction.shape[-1], generator=torch.Generator().manual_seed(seed))
-
-
-def _difference_of_means(features: FeatureSet, layer: int, label: str | None) -> Tensor | None:
-    """Mean residual of the label's texts minus that of the other sets, which count alike; None without another set."""
-    if len(features.languages) < 2:
-        return None
-    rows = features.layers[layer]
-    own = features.language_index(label if label is not None else rows.labels[0])
-    means = rows.mean_residual
-    others = [index for index in range(len(means)) if index != own]
-    return means[own] - means[others].mean(dim=0)
+    owners = np.asarray(prompts)
+    sums = np.stack([np.bincount(owners, part.double().numpy()) for part in (loss, tokens)], axis=1)
+    return bootstrap_of_sums(sums, lambda drawn: np.exp(drawn[..., 0] / np.maximum(drawn[..., 1], 1)), _RESAMPLES)
 
 
 def _with_instruction(prompt: Prompt, instruction: str) -> Prompt:

@@ -1,4 +1,4 @@
-"""From rows and the statistics of a pass to a FeatureSet: every number follows from the sums."""
+"""Make a FeatureSet from rows and the statistics of a pass: every number follows from the sums."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ from qscope_posttrain.sae.autoencoder import FeatureRows, SAESource
 
 
 def features_from_rows(
-    statistics: LayerStatistics, rows: FeatureRows, labels: Sequence[str], names: Sequence[str], scores: Tensor
+    statistics: LayerStatistics,
+    rows: FeatureRows,
+    labels: Sequence[str],
+    scores: Tensor,
+    names: Sequence[str] | None = None,
 ) -> LayerFeatures:
-    """LayerFeatures of SAE features; `scores` [F] in the order of the rows."""
+    """LayerFeatures of SAE features; `scores` [F] in the order of the rows. Names are by default `<label> #<id>`."""
     ids = rows.feature_ids.cpu()
+    if names is None:
+        names = [f"{label} #{feature}" for label, feature in zip(labels, ids.tolist(), strict=True)]
     return _layer_features(
         statistics,
         feature_ids=ids,
@@ -62,33 +68,18 @@ def features_from_directions(
 
 
 def _layer_features(
-    statistics: LayerStatistics,
-    *,
-    feature_ids: Tensor,
-    labels: Sequence[str],
-    names: Sequence[str],
-    encoder: Tensor,
-    encoder_bias: Tensor,
-    decoder: Tensor,
-    scores: Tensor,
-    mean_activation: Tensor,
-    firing_rate: Tensor,
+    statistics: LayerStatistics, *, labels: Sequence[str], names: Sequence[str], feature_ids: Tensor, **values: Tensor
 ) -> LayerFeatures:
     # Round the rows first: the moments are those of the rows as stored.
-    encoder, encoder_bias, decoder = _stored(encoder), _stored(encoder_bias), _stored(decoder)
-    encoder_mean, encoder_covariance = statistics.moments(encoder, encoder_bias)
-    decoder_mean, decoder_covariance = statistics.moments(decoder)
+    stored = {name: _stored(value) for name, value in values.items()}
+    encoder_mean, encoder_covariance = statistics.moments(stored["encoder"], stored["encoder_bias"])
+    decoder_mean, decoder_covariance = statistics.moments(stored["decoder"])
     return LayerFeatures(
+        **stored,
         feature_ids=feature_ids,
         labels=tuple(labels),
         names=tuple(names),
-        encoder=encoder,
-        encoder_bias=encoder_bias,
-        decoder=decoder,
-        scores=_stored(scores),
-        effects=torch.full((len(encoder),), math.nan),
-        mean_activation=_stored(mean_activation),
-        firing_rate=_stored(firing_rate),
+        effects=torch.full((len(feature_ids),), math.nan),
         tokens=statistics.tokens,
         mean_residual=_stored(statistics.mean_residual),
         residual_median_norm=statistics.median_norm,

@@ -1,46 +1,150 @@
-"""Does a direction carry its language? Ablate it and add it, next to random features and the difference of means."""
+"""Effects of directions on a language: gradients of log P(its tokens), and a check by ablating and adding them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.directions import random_directions
-from qscope_posttrain.features.effects import effect_gradients, measure_effects
+from qscope_posttrain.features.dose_curve import MEANS
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.selection import difference_of_means
-from qscope_posttrain.models.layers import evaluation_mode
-from qscope_posttrain.models.scoring import TextScores, contrast_sample, score_sample, target_probability
+from qscope_posttrain.intervals import Interval, bootstrap_of_sums
+from qscope_posttrain.models.batches import TokenBatch
+from qscope_posttrain.models.capture import LayerCapture
+from qscope_posttrain.models.layers import check_layers, evaluation_mode, pretrained_model
+from qscope_posttrain.models.scoring import (
+    TextScores,
+    contrast_sample,
+    log_masses,
+    logit_chunks,
+    model_logits,
+    predicted_tokens,
+    score_sample,
+)
 from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Cell, Table
 
-__all__ = ["CausalEffect", "CausalReport", "causal_check", "effect_gradients", "measure_effects", "target_probability"]
-
-FEATURE, CONTROL, MEANS = "feature", "control", "difference of means"
+FEATURE, CONTROL = "feature", "control"
 PROJECT_OUT, SUBTRACT, ADD = "project out", "subtract", "add"
-BOOTSTRAP_DRAWS = 1000
-LEVEL = 0.95
+RESAMPLES = 1000
 
 
-@dataclass(frozen=True)
-class Change:
-    """A relative change with its bootstrap interval over texts, paired: the same texts with and without."""
+def effect_gradients(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[str]],
+    target: str,
+    layers: Sequence[int],
+    *,
+    show_progress: bool | None = None,
+    **options: Any,
+) -> dict[int, Tensor]:
+    """g = mean over positions of d log P(target tokens) / d h at the output of each layer, {layer: [d_model] fp64}.
 
-    value: float
-    low: float
-    high: float
+    Positions are those of text in the other languages that have a next token. With N of them,
+    g = (1/N) sum_s d (sum_t log P_t) / d h_s over all positions s, so that g . d is the derivative of the mean
+    log-probability with respect to e when h + e d replaces h at EVERY position: the first-order effect of steering.
+
+    `options` are those of `scoring.contrast_sample`, which chooses texts and tokens. Parameters receive no gradient.
+    """
+    sample = contrast_sample(model, tokenizer, texts, target, **options)
+
+    def target_mass(flat: Tensor, batch: TokenBatch) -> Tensor:
+        masses = [log_masses(part, sample.target_tokens) for (part,) in logit_chunks(flat, predicted_tokens(batch)[0])]
+        return torch.stack([(log_target - log_all).sum() for log_all, log_target in masses]).sum()
+
+    shown = progress(sample.batches, description=f"effects on {target}", enabled=show_progress)
+    total = steering_gradients(model, shown, layers, target_mass)
+    positions = sum(int((batch.lengths - 1).sum()) for batch in sample.batches)
+    return {layer: gradient / positions for layer, gradient in total.items()}
+
+
+@torch.enable_grad()
+def steering_gradients(
+    model: nn.Module,
+    batches: Iterable[TokenBatch],
+    layers: Sequence[int],
+    objective: Callable[[Tensor, TokenBatch], Tensor],
+    positions: Callable[[TokenBatch], Tensor] | None = None,
+) -> dict[int, Tensor]:
+    """Gradient of a sum with respect to one vector added to the states of a layer, {layer: [d_model] fp64, CPU}.
+
+    Args:
+        objective: from the logits [batch * length, vocabulary] and their batch to its share of the sum.
+        positions: the flattened positions at which the vector is added; None for all. One backward pass per batch
+            serves all layers, and parameters receive no gradient.
+    """
+    layers = check_layers(model, layers)
+    total: dict[int, Tensor] = {}
+    with evaluation_mode(model), _differentiable_from_the_embedding(model), LayerCapture(model, layers) as capture:
+        for batch in batches:
+            capture.clear()
+            value = objective(model_logits(model, batch), batch)
+            hidden = capture.require()
+            for layer, gradient in zip(hidden, torch.autograd.grad(value, list(hidden.values())), strict=True):
+                rows = gradient.flatten(0, 1)
+                if positions is not None:
+                    rows = rows.index_select(0, positions(batch).to(rows.device))
+                total[layer] = total.get(layer, 0.0) + rows.cpu().double().sum(dim=0)
+        capture.clear()
+    return total
+
+
+@contextmanager
+def _differentiable_from_the_embedding(model: nn.Module) -> Iterator[None]:
+    """Let the graph begin at the token embedding, also when every parameter is frozen."""
+
+    def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+
+    handle = pretrained_model(model).get_input_embeddings().register_forward_hook(require_grad)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def measure_effects(
+    features: FeatureSet,
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[str]],
+    target: str,
+    **options: Any,
+) -> FeatureSet:
+    """The same FeatureSet with `effects` = decoder . g for the rows of language `target`.
+
+    An effect is the change of the mean log-probability of the target's tokens per unit of the decoder direction.
+    Rows of other languages keep what they had. `options` are those of `effect_gradients`.
+    """
+    features.check_model(model)
+    layers = list(features.select(language=target).layers)
+    gradients = effect_gradients(model, tokenizer, texts, target, layers, **options)
+    measured = dict(features.layers)
+    for layer in layers:
+        rows = features.layers[layer]
+        own = torch.tensor([label == target for label in rows.labels])
+        effects = (rows.decoder.double() @ gradients[layer]).float()
+        if not bool(effects.isfinite().all()):
+            raise UserValueError(f"Layer {layer}: the gradient of log P({target}) is not finite.")
+        measured[layer] = replace(rows, effects=torch.where(own, effects, rows.effects))
+    return replace(features, layers=measured)
 
 
 @dataclass(frozen=True)
 class CausalEffect:
-    """What one intervention on one direction did."""
+    """Effect of one intervention on one direction."""
 
     layer: int
     kind: str
@@ -52,8 +156,9 @@ class CausalEffect:
     """For subtract and add: length of the shift in units of the layer's median residual norm"""
     probability: float
     """Mean P(target tokens) under the intervention"""
-    probability_change: Change
-    perplexity_change: Change
+    probability_change: Interval
+    """Relative change, with a bootstrap interval over texts, paired: the same texts with and without"""
+    perplexity_change: Interval
 
 
 @dataclass(frozen=True)
@@ -78,7 +183,7 @@ class CausalReport:
         ]
 
     def beyond_controls(self, effect: CausalEffect) -> bool:
-        """Whether the direction does what its language's direction should, clearly, and more than every control.
+        """Whether the direction has the effect of its language's direction, clearly, and more than every control.
 
         Taking it away must lower P(target), adding it must raise it: the whole interval on that side of 0, and the
         change beyond that of each control under the same intervention.
@@ -87,43 +192,40 @@ class CausalReport:
         change = effect.probability_change
         clear = change.low > 0 if sign > 0 else change.high < 0
         controls = self.of(CONTROL, effect.layer, effect.intervention, effect.strength)
-        return clear and all(sign * change.value > sign * other.probability_change.value for other in controls)
+        return clear and all(sign * change.estimate > sign * other.probability_change.estimate for other in controls)
 
     def to_table(self) -> Table:
         """Changes in percent; controls in one line, with the range over them in place of the interval."""
         rows: list[list[Cell]] = []
         for key in dict.fromkeys((e.layer, e.intervention, e.strength) for e in self.effects):
             same = [e for e in self.effects if (e.layer, e.intervention, e.strength) == key]
-            rows += [self._row(effect) for effect in same if effect.kind != CONTROL]
+            shown: list[tuple[str, Interval, Interval, bool | None]] = [
+                (e.name, e.probability_change, e.perplexity_change, self.beyond_controls(e))
+                for e in same
+                if e.kind != CONTROL
+            ]
             controls = [effect for effect in same if effect.kind == CONTROL]
             if controls:
-                rows.append(_control_row(controls))
+                kind = controls[0].name.split(" #")[0].rstrip("0123456789 ")
+                probability = _spread([effect.probability_change for effect in controls])
+                perplexity = _spread([effect.perplexity_change for effect in controls])
+                shown.append((f"{kind} ({len(controls)}): mean, range", probability, perplexity, None))
+            layer, intervention, strength = key
+            for name, probability, perplexity, beyond in shown:
+                rows.append([
+                    layer, intervention, None if intervention == PROJECT_OUT else strength, name,
+                    100 * probability.estimate, _range(probability), 100 * perplexity.estimate, _range(perplexity),
+                    beyond,
+                ])  # fmt: skip
         return Table(
             title=f"Causal check for {self.target}: P({self.target} tokens) = {self.base_probability:.3g} and "
             f"perplexity {self.base_perplexity:.4g} on {self.texts} texts in {', '.join(self.languages)}",
-            columns=[
-                "layer",
-                "intervention",
-                "strength",
-                "direction",
-                "P, %",
-                "95 %",
-                "ppl, %",
-                "ppl 95 %",
-                "beyond controls",
-            ],
+            columns=["layer", "intervention", "strength", "direction", "P, %", "95 %", "ppl, %", "ppl 95 %",
+                     "beyond controls"],
             rows=rows,
             caption="Relative changes against no intervention, with bootstrap intervals over texts; for the controls "
             "their mean and range. Strength: length of the shift in median residual norms.",
-        )
-
-    def _row(self, effect: CausalEffect) -> list[Cell]:
-        probability, perplexity = effect.probability_change, effect.perplexity_change
-        return [
-            effect.layer, effect.intervention, _strength(effect), effect.name, 100 * probability.value,
-            _range(probability.low, probability.high), 100 * perplexity.value,
-            _range(perplexity.low, perplexity.high), self.beyond_controls(effect),
-        ]  # fmt: skip
+        )  # fmt: skip
 
 
 def causal_check(
@@ -154,14 +256,10 @@ def causal_check(
     shift has the same norm. Forwards only: nothing is generated.
 
     Args:
-        texts: {language: texts}; `contrast.contrast_sample` chooses those that are read and takes `options`.
+        texts: {language: texts}; `scoring.contrast_sample` chooses those that are read and takes `options`.
         controls: FeatureSet of random features (see `directions.random_feature_set`). Without it, and for layers it
             lacks, `random_count` random directions take their place and are named so.
         seed: of the random directions and of the bootstrap.
-
-    Raises:
-        ValueError: the target is not in `features`, the features belong to another model, or no text of another
-            language is there.
     """
     features.check_model(model)
     chosen = features.select(language=target)
@@ -170,107 +268,63 @@ def causal_check(
     if random_count < 1:
         raise UserValueError(f"random_count must be at least 1, got {random_count}.")
     sample = contrast_sample(model, tokenizer, texts, target, texts_per_language=texts_per_language, **options)
-    trials = [
-        (layer, kind, name, intervention, strength, steering)
-        for layer, rows in chosen.layers.items()
-        for kind, name, direction in _directions(features, layer, rows, target, controls, random_count, seed)
-        for intervention, strength, steering in _interventions(direction, layer, rows.residual_median_norm, strengths)
-    ]
+    trials = []
+    for layer, rows in chosen.layers.items():
+        drawn = controls.layers[layer] if controls is not None and layer in controls.layers else None
+        number = features.language_index(target)
+        for kind, name, direction in _directions(rows, number, drawn, random_count, seed + layer):
+            taken = Steering(direction, (layer,), mode="project_out")
+            trials.append((layer, kind, name, PROJECT_OUT, 1.0, taken))
+            for strength in strengths:
+                for intervention, sign in ((SUBTRACT, -1), (ADD, 1)):
+                    length = sign * strength * rows.residual_median_norm
+                    pushed = Steering(direction, (layer,), length, mode="add", unit="norm")
+                    trials.append((layer, kind, name, intervention, strength, pushed))
     effects = []
     with evaluation_mode(model):
         base = score_sample(model, sample)
-        draws = _bootstrap_draws(len(base.tokens), seed)
-        for layer, kind, name, intervention, strength, steering in progress(
-            trials, description=f"causal check for {target}", enabled=show_progress
-        ):
+        shown = progress(trials, description=f"causal check for {target}", enabled=show_progress)
+        for layer, kind, name, intervention, strength, steering in shown:
             with steer(model, steering):
                 scores = score_sample(model, sample)
-            probability, perplexity = _changes(base, scores, draws)
-            effects.append(
-                CausalEffect(
-                    layer, kind, name, intervention, strength, scores.mean_probability, probability, perplexity
-                )
-            )
+            measured = (scores.mean_probability, *_changes(base, scores, seed))
+            effects.append(CausalEffect(layer, kind, name, intervention, strength, *measured))
     return CausalReport(
-        target=target,
-        languages=sample.languages,
-        texts=len(base.tokens),
-        base_probability=base.mean_probability,
-        base_perplexity=base.perplexity,
-        effects=tuple(effects),
+        target, sample.languages, len(base.tokens), base.mean_probability, base.perplexity, tuple(effects)
     )
 
 
 def _directions(
-    features: FeatureSet,
-    layer: int,
-    rows: LayerFeatures,
-    target: str,
-    controls: FeatureSet | None,
-    random_count: int,
-    seed: int,
+    rows: LayerFeatures, target: int, controls: LayerFeatures | None, random_count: int, seed: int
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, name, direction) of everything that is tried in one layer."""
+    """(kind, name, direction) of everything that is tried in one layer; `target` is the language's number."""
     for name, direction in zip(rows.names, rows.decoder, strict=True):
         yield FEATURE, name, direction
-    if len(features.languages) > 1:
-        yield MEANS, MEANS, difference_of_means(rows.mean_residual, features.language_index(target))
-    if controls is not None and layer in controls.layers:
-        drawn, names = controls.layers[layer].decoder, controls.layers[layer].names
+    if len(rows.mean_residual) > 1:
+        yield MEANS, MEANS, difference_of_means(rows.mean_residual, target)
+    if controls is not None:
+        drawn, names = controls.decoder, controls.names
     else:
-        drawn = random_directions(torch.ones(random_count), rows.d_model, seed + layer)
+        drawn = random_directions(torch.ones(random_count), rows.d_model, seed)
         names = tuple(f"random direction {i + 1}" for i in range(random_count))
     for name, direction in zip(names, drawn, strict=True):
         yield CONTROL, name, direction
 
 
-def _interventions(
-    direction: Tensor, layer: int, median_norm: float, strengths: Sequence[float]
-) -> Iterator[tuple[str, float, Steering]]:
-    yield PROJECT_OUT, 1.0, Steering(direction, (layer,), mode="project_out")
-    for strength in strengths:
-        length = strength * median_norm
-        yield SUBTRACT, strength, Steering(direction, (layer,), -length, mode="add", unit="norm")
-        yield ADD, strength, Steering(direction, (layer,), length, mode="add", unit="norm")
-
-
-def _bootstrap_draws(texts: int, seed: int) -> Tensor:
-    """[draws, texts] how often each text is drawn, with replacement; fp64."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(texts, (BOOTSTRAP_DRAWS, texts), generator=generator)
-    return torch.zeros(BOOTSTRAP_DRAWS, texts, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
+def _changes(base: TextScores, scores: TextScores, seed: int) -> tuple[Interval, Interval]:
+    """Relative changes of mean P(target) and of perplexity, with intervals over the same draws of texts."""
+    sums = torch.stack([scores.probability, base.probability, scores.loss - base.loss, base.tokens], dim=1).numpy()
+    return (
+        bootstrap_of_sums(sums, lambda s: s[..., 0] / s[..., 1] - 1, RESAMPLES, seed=seed),
+        bootstrap_of_sums(sums, lambda s: np.expm1(s[..., 2] / s[..., 3]), RESAMPLES, seed=seed),
     )
 
 
-def _changes(base: TextScores, scores: TextScores, draws: Tensor) -> tuple[Change, Change]:
-    """Relative changes of mean P(target) and of perplexity, with intervals over the same draws of texts."""
-
-    def change(weights: Tensor) -> tuple[Tensor, Tensor]:
-        probability = (weights @ scores.probability) / (weights @ base.probability) - 1
-        perplexity = ((weights @ (scores.loss - base.loss)) / (weights @ base.tokens)).expm1()
-        return probability, perplexity
-
-    quantiles = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    intervals = [values.quantile(quantiles).tolist() for values in change(draws)]
-    values = [float(value) for value in change(torch.ones(draws.shape[1], dtype=torch.float64))]
-    return Change(values[0], *intervals[0]), Change(values[1], *intervals[1])
+def _spread(changes: Sequence[Interval]) -> Interval:
+    """Mean and range."""
+    values = [change.estimate for change in changes]
+    return Interval(sum(values) / len(values), min(values), max(values))
 
 
-def _control_row(controls: Sequence[CausalEffect]) -> list[Cell]:
-    probability = [100 * control.probability_change.value for control in controls]
-    perplexity = [100 * control.perplexity_change.value for control in controls]
-    kind = controls[0].name.split(" #")[0].rstrip("0123456789 ")
-    return [
-        controls[0].layer, controls[0].intervention, _strength(controls[0]), f"{kind} ({len(controls)}): mean, range",
-        sum(probability) / len(controls), _range(min(probability) / 100, max(probability) / 100),
-        sum(perplexity) / len(controls), _range(min(perplexity) / 100, max(perplexity) / 100), None,
-    ]  # fmt: skip
-
-
-def _strength(effect: CausalEffect) -> float | None:
-    return None if effect.intervention == PROJECT_OUT else effect.strength
-
-
-def _range(low: float, high: float) -> str:
-    return f"{100 * low:+.3g} .. {100 * high:+.3g}"
+def _range(change: Interval) -> str:
+    return f"{100 * change.low:+.3g} .. {100 * change.high:+.3g}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.selection import difference_of_means, monolinguality, random_features
 from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-
-CombineBy = Literal["monolinguality", "effect", "uniform"]
 
 
 def direction_feature_set(
@@ -50,15 +47,15 @@ def difference_of_means_set(statistics: PassStatistics, target: str, layers: Ite
 def random_feature_set(
     statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], like: FeatureSet, *, seed: int = 0
 ) -> FeatureSet:
-    """As many random SAE features as `like` has rows, row by row of equal encoder and of equal decoder norm.
+    """Random SAE features (see `selection.random_features`), one for each row of `like`, as controls.
 
-    The draw is that of `selection.random_features`. Each row replaces one row of `like`, takes its label, and is
-    scaled to its norms, so that neither readout differs in size. Activations are those of the feature as trained.
+    Each takes the label of its row and is scaled to the norms of its encoder and decoder, so that neither readout
+    differs in size. Activations are those of the feature as trained.
     """
     built = {}
     for layer, rows in like.layers.items():
         if layer not in saes:
-            raise UserValueError(f"random_feature_set needs the SAE of layer {layer}; it was given {sorted(saes)}.")
+            raise UserValueError(f"random_feature_set needs the SAE of layer {layer}; got {sorted(saes)}.")
         built[layer] = random_layer_features(_layer(statistics, layer), saes[layer], rows, statistics.languages, seed)
     sources = {layer: saes[layer].source for layer in like.layers}
     return feature_set_from(statistics, built, {"selector": "random features", "seed": seed}, sources)
@@ -82,58 +79,13 @@ def random_layer_features(
     )
     names = [f"random #{feature}" for feature in ids.tolist()]
     own = torch.stack([scores[languages.index(label), i] for label, i in zip(like.labels, ids.tolist(), strict=True)])
-    return features_from_rows(statistics, rows, like.labels, names, own)
-
-
-def random_direction_set(statistics: PassStatistics, like: FeatureSet, *, seed: int = 0) -> FeatureSet:
-    """Normally distributed directions, as many as `like` has rows, row by row of the decoder norm there."""
-    built = {}
-    for layer, rows in like.layers.items():
-        label = rows.labels[0]
-        if set(rows.labels) != {label}:
-            raise UserValueError(
-                "random_direction_set stands in for one language: call like.select(language=...) first."
-            )
-        directions = random_directions(rows.decoder.norm(dim=1), rows.d_model, seed + layer)
-        names = [f"random direction {i + 1}" for i in range(len(rows))]
-        index = _target_index(statistics, label)
-        built[layer] = features_from_directions(_layer(statistics, layer), directions, names, label, index)
-    return feature_set_from(statistics, built, {"selector": "random directions", "seed": seed})
+    return features_from_rows(statistics, rows, like.labels, own, names)
 
 
 def random_directions(norms: Tensor, d_model: int, seed: int) -> Tensor:
     """[F, d_model] uniformly distributed directions with the given norms [F]."""
     drawn = torch.randn(len(norms), d_model, generator=torch.Generator().manual_seed(seed))
     return drawn * (norms / drawn.norm(dim=1))[:, None]
-
-
-def combined_set(features: FeatureSet, by: CombineBy = "effect") -> FeatureSet:
-    """ONE direction per layer: the weighted sum of the rows of one language.
-
-    Weights: "monolinguality" nu_i; "effect" relu(decoder_i . g), the attribution-weighted direction; "uniform" 1.
-    The rows must belong to one language, so call `features.select(language=...)` first.
-    """
-    built = {}
-    for layer, rows in features.layers.items():
-        weights = combination_weights(rows, by)
-        if not bool(weights.isfinite().all()) or not bool((weights != 0).any()):
-            raise UserValueError(
-                f"Layer {layer}: weights by {by} are {weights.tolist()}. Effects have to be measured first (see "
-                "causal.measure_effects), and at least one weight must not be 0."
-            )
-        built[layer] = rows.combine(weights, f"{rows.labels[0]} sum of {len(rows)} by {by}")
-    return replace(features, layers=built, settings={**features.settings, "combined_by": by})
-
-
-def combination_weights(rows: LayerFeatures, by: CombineBy) -> Tensor:
-    """Weights [F] of `combined_set` for the rows of one layer; NaN where nothing was measured."""
-    if by == "monolinguality":
-        return rows.scores
-    if by == "effect":
-        return rows.effects.relu()
-    if by == "uniform":
-        return torch.ones(len(rows))
-    raise UserValueError(f'Rows are combined by "monolinguality", "effect" or "uniform", got {by!r}.')
 
 
 def _norm_ratio(reference: Tensor, rows: Tensor) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set_file import FILE_NAME, read_feature_set, write_feature_set
-from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
+from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.provenance import embedding_agreement, model_shape
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.text.language_labels import language_hint
@@ -24,24 +24,13 @@ SAME_EMBEDDING = 0.3
 """Agreement of embeddings from which on two models count as one. Those of other models agree to 0 +- 0.05. Fine-tuning
 leaves more than 0.8; a training from start to end, which small models get, may leave less than half."""
 
-REPETITION = "repetition"
-"""`settings["selector"]` of what `find_repetition.find_repetition_features` makes."""
-CONTRAST, RESPONSE = "contrast", "response"
-"""`settings["selector"]` of what `contrastive.find_contrastive_features` and `rank_response_features` make."""
-SCORES = {
-    REPETITION: "activation at the last occurrence of a token in a loop minus its first",
-    CONTRAST: "difference of mean activation, or of firing rate, between the first set and the second",
-    RESPONSE: "largest or mean activation over the response's tokens",
-}
-"""What the scores are, by selector; monolinguality otherwise."""
-
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Chosen directions per layer, with everything that training and steering need to know about them."""
+    """Chosen directions per layer, with the statistics and settings that training and steering need."""
 
     FILE_NAME: ClassVar[str] = FILE_NAME
-    """What the file is called in the folder that a command writes"""
+    """Name of the file in a folder that a command writes"""
 
     model: Mapping[str, Any]
     """Identity of the model they were found on (see `provenance.model_identity`)"""
@@ -50,11 +39,11 @@ class FeatureSet:
     layers: Mapping[int, LayerFeatures]
     """Decoder layer (counted from 0) -> rows"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """How they were found; JSON values"""
+    """Settings of the search that found them; JSON values"""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """SAE sources and hashes, fingerprint of the texts, versions; JSON values"""
     explanations: tuple[Explanation, ...] = ()
-    """What some of the features stand for (see `explain`)"""
+    """Explanations of some of the features (see `explain`)"""
 
     def __post_init__(self) -> None:
         missing = [key for key in IDENTITY_KEYS if key not in self.model]
@@ -94,25 +83,13 @@ class FeatureSet:
         return self.to_table().to_markdown()
 
     def language_index(self, language: str) -> int:
-        """Position of a language in the statistics; ValueError that lists the known ones."""
+        """Position of a language in the statistics; the ValueError for an unknown one lists the known ones."""
         if language not in self.languages:
             raise UserValueError(
                 f"language {language!r} is not in this FeatureSet; it has {', '.join(self.languages)}."
                 f"{language_hint(language, self.languages)}"
             )
         return self.languages.index(language)
-
-    def pooled_mean(
-        self, layer: int, kind: ReadoutKind, languages: Iterable[str], weights: Tensor | None = None
-    ) -> Tensor:
-        """`LayerFeatures.pooled_mean` of one layer, with languages by name."""
-        return self._layer(layer).pooled_mean(kind, [self.language_index(name) for name in languages], weights)
-
-    def pooled_std(
-        self, layer: int, kind: ReadoutKind, languages: Iterable[str], weights: Tensor | None = None
-    ) -> Tensor:
-        """`LayerFeatures.pooled_std` of one layer, with languages by name."""
-        return self._layer(layer).pooled_std(kind, [self.language_index(name) for name in languages], weights)
 
     def select(
         self,
@@ -124,19 +101,22 @@ class FeatureSet:
         """A smaller FeatureSet: rows of one language, of some layers, the best or the named ones.
 
         `top` keeps the rows with the highest score per layer and language, in that order. `feature_ids` keeps those
-        ids wherever they occur. Layers left without rows are dropped, unless they were asked for by number.
+        ids wherever they occur. Layers left without rows are dropped, unless `layers` names them.
 
         Raises:
             ValueError: unknown language, layer or feature id, or nothing left.
         """
         if language is not None:
             self.language_index(language)
-        wanted_layers = None if layers is None else _as_list(layers)
+        wanted_layers = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
         for layer in wanted_layers or []:
             self._layer(layer)
-        wanted_ids = None if feature_ids is None else set(_as_list(feature_ids))
+        wanted_ids = {feature_ids} if isinstance(feature_ids, int) else None if feature_ids is None else {*feature_ids}
         if top is not None and top < 1:
             raise UserValueError(f"top must be at least 1, got {top}.")
+        parts = [] if language is None else [f"language {language!r}"]
+        parts += [f"feature ids {sorted(wanted_ids)}"] if wanted_ids else []
+        wish = " and ".join(parts) or "this selection"
         kept: dict[int, LayerFeatures] = {}
         for layer, rows in self.layers.items():
             if wanted_layers is not None and layer not in wanted_layers:
@@ -145,21 +125,17 @@ class FeatureSet:
             if positions:
                 kept[layer] = rows.take(positions)
             elif wanted_layers is not None:
-                raise UserValueError(f"Layer {layer} of this FeatureSet has no row for {_wish(language, wanted_ids)}.")
+                raise UserValueError(f"Layer {layer} of this FeatureSet has no row for {wish}.")
         unknown = (wanted_ids or set()) - {i for rows in kept.values() for i in rows.feature_ids.tolist()}
         if unknown:
             raise UserValueError(f"Feature ids {sorted(unknown)} are not among the selected rows of this FeatureSet.")
         if not kept:
-            raise UserValueError(f"This FeatureSet has no row for {_wish(language, wanted_ids)}.")
+            raise UserValueError(f"This FeatureSet has no row for {wish}.")
         explained = tuple(entry for entry in self.explanations if _holds(kept, entry))
         return replace(self, layers=kept, explanations=explained)
 
     def explained(self, explanations: Iterable[Explanation]) -> FeatureSet:
-        """The same with these explanations, which replace those of the same features.
-
-        Raises:
-            ValueError: an explanation of a feature that is not in this set, or two of one feature.
-        """
+        """The same with these explanations, which replace those of the same features."""
         new = tuple(explanations)
         replaced = {entry.feature for entry in new}
         return replace(self, explanations=(*(e for e in self.explanations if e.feature not in replaced), *new))
@@ -170,8 +146,8 @@ class FeatureSet:
         The same model in another dtype, with adapters, further tokens or fine-tuned weights fits.
 
         Returns:
-            Words for a report: "fit the model", or "fit the model by its shape (weights not compared)" where they are
-            not at hand: a model on the meta device or sharded, features of earlier versions.
+            "fit the model", or "fit the model by its shape (weights not compared)" where they are not available: a
+            model on the meta device or sharded, features of earlier versions.
 
         Raises:
             ValueError: another model; the message names both and what differs.
@@ -210,12 +186,13 @@ class FeatureSet:
                     float(rows.encoder_mean[inside, i]), float(rows.effects[i]),
                 ])  # fmt: skip
         name = self.model.get("name_or_path") or self.model["model_type"]
+        score = self.settings.get("score") or self.settings.get("selector", "of unknown origin")
         return Table(
             title=f"Features of {name}: {len(self)} rows, layers {', '.join(map(str, self.layers))}, "
             f"languages {', '.join(self.languages)}",
             columns=["layer", "language", "feature", "score", "fires inside", "fires outside", "alpha", "effect"],
             rows=lines,
-            caption=f"score: {SCORES.get(str(self.settings.get('selector')), 'monolinguality')}. fires: share of "
+            caption=f"score: {score}. fires: share of "
             "tokens of the language, and mean share of the others. alpha: mean pre-activation in the language. effect: "
             "on the language's log-probability, per unit.",
         )
@@ -226,26 +203,20 @@ class FeatureSet:
         Args:
             path: The file, or an existing folder, in which it will be FILE_NAME.
         """
-        return write_feature_set(
-            path,
-            model=self.model,
-            languages=self.languages,
-            layers=self.layers,
-            settings=self.settings,
-            provenance=self.provenance,
-            explanations=self.explanations,
-        )
+        return write_feature_set(path, self)
 
     @classmethod
-    def load(cls, path: str | Path) -> FeatureSet:
-        """Read and validate what `save` has written: the file, or the folder that holds it as FILE_NAME.
+    def load(cls, path: FeatureSet | str | Path) -> FeatureSet:
+        """Read and validate a file that `save` has written, or the folder that holds it as FILE_NAME.
 
-        It holds tensors and JSON only, so it cannot run code.
+        It holds tensors and JSON only, so it cannot run code. A FeatureSet is returned as it is.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a FeatureSet, another version, or damaged; the message says what was found.
+            ValueError: not a FeatureSet, another version, or damaged.
         """
+        if isinstance(path, FeatureSet):
+            return path
         parts = read_feature_set(path)
         try:
             return cls(**parts)
@@ -276,14 +247,3 @@ def _matching_rows(rows: LayerFeatures, language: str | None, ids: set[int] | No
         # sorted() is stable, so rows of equal score keep their order
         kept += sorted((i for i in positions if rows.labels[i] == label), key=lambda i: -float(scores[i]))[:top]
     return kept
-
-
-def _wish(language: str | None, ids: set[int] | None) -> str:
-    parts = [] if language is None else [f"language {language!r}"]
-    if ids:
-        parts.append(f"feature ids {sorted(ids)}")
-    return " and ".join(parts) or "this selection"
-
-
-def _as_list(value: Iterable[int] | int) -> Sequence[int]:
-    return [value] if isinstance(value, int) else [int(item) for item in value]

@@ -11,9 +11,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,10 +23,12 @@ from qscope_posttrain.features.explain.explanation import Explanation
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
 from qscope_posttrain.files import check_is_file, replacing
 
+if TYPE_CHECKING:
+    from qscope_posttrain.features.feature_set import FeatureSet
+
 FORMAT = "qscope_posttrain.feature_set"
 VERSION = 1
 FILE_NAME = "features.safetensors"
-"""What commands call it"""
 MAX_BYTES = 2 * 1024**3
 """A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated."""
 DOCUMENT_KEYS = {"version", "model", "languages", "settings", "provenance", "layers"}
@@ -42,42 +44,33 @@ def feature_set_path(path: str | Path) -> Path:
     return place / FILE_NAME if place.is_dir() else place
 
 
-def write_feature_set(
-    path: str | Path,
-    *,
-    model: Mapping[str, Any],
-    languages: tuple[str, ...],
-    layers: Mapping[int, LayerFeatures],
-    settings: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    explanations: Sequence[Explanation] = (),
-) -> Path:
-    """Write the parts of a FeatureSet to `path`; the folder must exist. Returns the path of the file."""
+def write_feature_set(path: str | Path, features: FeatureSet) -> Path:
+    """Write a FeatureSet to `path`; the folder must exist. Returns the path of the file."""
     path = feature_set_path(path)
     document: dict[str, Any] = {
         "version": VERSION,
-        "model": dict(model),
-        "languages": list(languages),
-        "settings": dict(settings),
-        "provenance": dict(provenance),
+        "model": dict(features.model),
+        "languages": list(features.languages),
+        "settings": dict(features.settings),
+        "provenance": dict(features.provenance),
         "layers": {
             str(layer): {
                 "labels": list(rows.labels),
                 "names": list(rows.names),
                 "residual_median_norm": None if math.isnan(rows.residual_median_norm) else rows.residual_median_norm,
             }
-            for layer, rows in layers.items()
+            for layer, rows in features.layers.items()
         },
     }
-    if explanations:
-        document[EXPLANATIONS] = [entry.to_dict() for entry in explanations]
+    if features.explanations:
+        document[EXPLANATIONS] = [entry.to_dict() for entry in features.explanations]
     try:
         text = json.dumps(document, ensure_ascii=False, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise UserValueError(f"FeatureSet.model, .settings and .provenance must be JSON values: {error}.") from error
     tensors = {
         f"layers.{layer}.{name}": getattr(rows, name).contiguous().clone()  # the format shares no memory
-        for layer, rows in layers.items()
+        for layer, rows in features.layers.items()
         for name in TENSOR_FIELDS
     }
     with replacing(path) as unfinished:
@@ -98,17 +91,25 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             document = _parse_document(path, (file.metadata() or {}).get(FORMAT))
-            _check_tensor_names(path, set(file.keys()), document["layers"])
+            tensors = {f"layers.{layer}.{name}" for layer in document["layers"] for name in TENSOR_FIELDS}
+            _check_keys(path, "the tensors", file.keys(), tensors)
             layers = {int(layer): _read_layer(path, file, layer, facts) for layer, facts in document["layers"].items()}
     except (SafetensorError, OSError) as error:
         raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
+    explanations = document.get(EXPLANATIONS, [])
+    if not isinstance(explanations, list):
+        raise UserValueError(f"{path}: {EXPLANATIONS} must be a list, got {type(explanations).__name__}.")
+    try:
+        read = tuple(Explanation.from_dict(entry) for entry in explanations)
+    except ValueError as error:
+        raise UserValueError(f"{path}: {error}") from error
     return {
         "model": document["model"],
         "languages": tuple(document["languages"]),
         "layers": layers,
         "settings": document["settings"],
         "provenance": document["provenance"],
-        "explanations": _read_explanations(path, document.get(EXPLANATIONS, [])),
+        "explanations": read,
     }
 
 
@@ -125,7 +126,7 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
         raise UserValueError(
             f"{path} has FeatureSet version {document.get('version')!r}; this package reads version {VERSION}."
         )
-    _check_keys(path, "the FeatureSet document", document, DOCUMENT_KEYS | ({EXPLANATIONS} & set(document)))
+    _check_keys(path, "the keys of the FeatureSet document", document, DOCUMENT_KEYS | ({EXPLANATIONS} & set(document)))
     for key in ("model", "settings", "provenance", "layers"):
         if not isinstance(document[key], dict):
             raise UserValueError(f"{path}: {key} must be an object, got {type(document[key]).__name__}.")
@@ -144,30 +145,12 @@ def _check_layer_facts(path: Path, layer: str, facts: Any) -> None:
         raise UserValueError(f"{path}: {layer[:80]!r} is not a layer number.")
     if not isinstance(facts, dict):
         raise UserValueError(f"{path}: layer {layer} must be an object, got {type(facts).__name__}.")
-    _check_keys(path, f"layer {layer}", facts, LAYER_KEYS)
+    _check_keys(path, f"the keys of layer {layer}", facts, LAYER_KEYS)
     _check_strings(path, f"labels of layer {layer}", facts["labels"])
     _check_strings(path, f"names of layer {layer}", facts["names"])
     norm = facts["residual_median_norm"]
     if norm is not None and (type(norm) not in (int, float) or not abs(norm) <= sys.float_info.max):
         raise UserValueError(f"{path}: residual_median_norm of layer {layer} must be a number, got {norm!r:.80}.")
-
-
-def _read_explanations(path: Path, found: Any) -> tuple[Explanation, ...]:
-    if not isinstance(found, list):
-        raise UserValueError(f"{path}: {EXPLANATIONS} must be a list, got {type(found).__name__}.")
-    try:
-        return tuple(Explanation.from_dict(entry) for entry in found)
-    except ValueError as error:
-        raise UserValueError(f"{path}: {error}") from error
-
-
-def _check_tensor_names(path: Path, found: set[str], layers: Mapping[str, Any]) -> None:
-    expected = {f"layers.{layer}.{name}" for layer in layers for name in TENSOR_FIELDS}
-    if found != expected:
-        raise UserValueError(
-            f"{path}: the tensors do not match the document; missing {sorted(expected - found)}, "
-            f"unexpected {sorted(found - expected)}."
-        )
 
 
 def _read_layer(path: Path, file: Any, layer: str, facts: Mapping[str, Any]) -> LayerFeatures:
@@ -184,11 +167,11 @@ def _read_layer(path: Path, file: Any, layer: str, facts: Mapping[str, Any]) -> 
         raise UserValueError(f"{path}, layer {layer}: {error}") from error
 
 
-def _check_keys(path: Path, what: str, value: Mapping[str, Any], expected: set[str]) -> None:
-    if set(value) != expected:
+def _check_keys(path: Path, what: str, found: Collection[str], expected: set[str]) -> None:
+    if set(found) != expected:
         raise UserValueError(
-            f"{path}: {what} must have the keys {sorted(expected)}; missing {sorted(expected - set(value))}, "
-            f"unexpected {sorted(set(value) - expected)}."
+            f"{path}: {what} must be {sorted(expected)}; missing {sorted(expected - set(found))}, unexpected "
+            f"{sorted(set(found) - expected)}."
         )
 
 

@@ -1,4 +1,4 @@
-"""The chosen feature rows of one layer, with statistics that make every linear readout of them exact."""
+"""Chosen feature rows of one layer, with the statistics behind the mean and variance of any linear readout."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LayerFeatures:
     labels: tuple[str, ...]
     """The language that each row stands for"""
     names: tuple[str, ...]
-    """What to call each row in a table, for example `zh #416` or `zh difference of means`"""
+    """Name of each row in a table, for example `zh #416` or `zh difference of means`"""
     encoder: Tensor
     """[F, d]: rows of W_enc; of a free direction the direction itself"""
     encoder_bias: Tensor
@@ -64,7 +64,7 @@ class LayerFeatures:
     scores: Tensor
     """[F] monolinguality nu for the row's label (see `selection.monolinguality`)"""
     effects: Tensor
-    """[F] decoder . g with g the mean gradient of the label's log-probability (see `causal.effect_gradient`)"""
+    """[F] decoder . g with g the mean gradient of the label's log-probability (see `causal.effect_gradients`)"""
     mean_activation: Tensor
     """[L, F] mean post-activation over tokens; NaN for a free direction"""
     firing_rate: Tensor
@@ -116,37 +116,29 @@ class LayerFeatures:
 
     @staticmethod
     def expected_shapes(rows: int, languages: int, d_model: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor field; the one place that states them."""
-        per_row, per_language = (rows,), (languages, rows)
+        """Shape of every tensor field."""
         return {
-            "feature_ids": per_row, "encoder": (rows, d_model), "encoder_bias": per_row, "decoder": (rows, d_model),
-            "scores": per_row, "effects": per_row, "mean_activation": per_language, "firing_rate": per_language,
-            "tokens": (languages,), "mean_residual": (languages, d_model), "encoder_mean": per_language,
-            "encoder_covariance": (languages, rows, rows), "decoder_mean": per_language,
-            "decoder_covariance": (languages, rows, rows),
-        }  # fmt: skip
+            **dict.fromkeys(PER_ROW, (rows,)),
+            **dict.fromkeys(PER_LANGUAGE_AND_ROW, (languages, rows)),
+            **dict.fromkeys(COVARIANCES, (languages, rows, rows)),
+            "encoder": (rows, d_model),
+            "decoder": (rows, d_model),
+            "tokens": (languages,),
+            "mean_residual": (languages, d_model),
+        }
 
     def readout(self, kind: ReadoutKind) -> Readout:
         """The rows as affine functions of the residual stream.
 
-        "encoder": f = h . W_enc + b_enc, the pre-activation that the SASFT paper penalises.
+        "encoder": f = h . W_enc + b_enc, the pre-activation that the SASFT paper penalizes.
         "decoder": f = h . W_dec, the projection on the direction that the feature writes; it has no bias.
         """
         if kind == "encoder":
             return Readout(self.encoder, self.encoder_bias, self.encoder_mean, self.encoder_covariance)
         if kind == "decoder":
-            return Readout(
-                self.decoder, torch.zeros_like(self.encoder_bias), self.decoder_mean, self.decoder_covariance
-            )
+            no_bias = torch.zeros_like(self.encoder_bias)
+            return Readout(self.decoder, no_bias, self.decoder_mean, self.decoder_covariance)
         raise UserValueError(f'A readout is "encoder" or "decoder", got {kind!r}.')
-
-    def pooled_mean(self, kind: ReadoutKind, languages: Sequence[int], weights: Tensor | None = None) -> Tensor:
-        """Mean of a readout over all tokens of the given languages (indices), token weighted.
-
-        Returns [F], or with `weights` [F] the scalar mean of `sum_i weights_i f_i`. fp64.
-        """
-        mean, _, share = self._pool(kind, languages, weights)
-        return share @ mean
 
     def pooled_std(self, kind: ReadoutKind, languages: Sequence[int], weights: Tensor | None = None) -> Tensor:
         """Standard deviation of a readout over all tokens of the given languages (indices), token weighted.
@@ -155,19 +147,6 @@ class LayerFeatures:
         of tokens, m_l and C_l mean and covariance in language l. Returns [F], or with `weights` [F] the scalar
         standard deviation of `sum_i weights_i f_i`, exact because it includes the covariances. fp64.
         """
-        mean, variance, share = self._pool(kind, languages, weights)
-        if bool(variance.isnan().any()):
-            raise UserValueError(
-                "These features hold no covariances, so standard deviations are unknown. "
-                'Find them again with second_moments=True, or use scale="raw".'
-            )
-        between = (mean - share @ mean).square()
-        return (share @ (variance + between)).clamp_min(0).sqrt()
-
-    def _pool(
-        self, kind: ReadoutKind, languages: Sequence[int], weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Per-language mean and variance of the (combined) readout, and the share of tokens of each language."""
         readout = self.readout(kind)
         index = torch.as_tensor(list(languages), dtype=torch.long)
         tokens = self.tokens[index].double()
@@ -178,7 +157,14 @@ class LayerFeatures:
         if weights is not None:
             weights = _check_weights(weights, len(self))
             mean, variance = mean @ weights, torch.einsum("lij,i,j->l", covariance, weights, weights)
-        return mean, variance, tokens / tokens.sum()
+        if bool(variance.isnan().any()):
+            raise UserValueError(
+                "These features hold no covariances, so standard deviations are unknown. "
+                'Find them again with second_moments=True, or use scale="raw".'
+            )
+        share = tokens / tokens.sum()
+        between = (mean - share @ mean).square()
+        return (share @ (variance + between)).clamp_min(0).sqrt()
 
     def take(self, rows: Sequence[int] | Tensor) -> LayerFeatures:
         """The given rows (positions, not feature ids), in the given order."""

@@ -1,4 +1,4 @@
-"""Which features, and which directions: pure functions of the statistics of a pass."""
+"""Choose features and directions: pure functions of the statistics of a pass."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def random_features(
     min_firing_rate: float = 0.005,
     max_relative_score: float = 0.05,
 ) -> Tensor:
-    """Ids of `count` random features that are alive and say nothing about the language: the control group.
+    """Ids of `count` random features that fire but do not depend on the language: the control group.
 
     Eligible are features that fire on more than `min_firing_rate` of the tokens (mean over languages) and whose
     |score| is below `max_relative_score` times the highest score.
@@ -57,9 +57,6 @@ def random_features(
         firing_rate: [L, features]
         scores: [features], for the target language.
         exclude: ids that must not be drawn.
-
-    Raises:
-        ValueError: fewer than `count` features are eligible.
     """
     eligible = (firing_rate.mean(dim=0) > min_firing_rate) & (scores.abs() < max_relative_score * scores.max())
     eligible[list(exclude)] = False
@@ -67,7 +64,7 @@ def random_features(
     if len(ids) < count:
         raise UserValueError(
             f"Only {len(ids)} features fire on more than {min_firing_rate:g} of the tokens with a score below "
-            f"{max_relative_score:g} of the best; {count} random features were asked for. Ask for fewer, or relax "
+            f"{max_relative_score:g} of the best; {count} random features were requested. Request fewer, or relax "
             "min_firing_rate or max_relative_score."
         )
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
@@ -75,15 +72,5 @@ def random_features(
 
 
 def difference_of_means(mean_residual: Tensor, target: int) -> Tensor:
-    """m_target - mean over the other languages of their m: the direction without an SAE.
-
-    The other languages count alike, as in `monolinguality`.
-
-    Args:
-        mean_residual: [L, d_model] mean residual vector per language, at least two languages.
-        target: index of the target language.
-
-    Returns:
-        [d_model]
-    """
+    """[d_model]: the target's row of `mean_residual` [L, d_model] minus the unweighted mean of the other rows."""
     return monolinguality(mean_residual)[target]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from qscope_posttrain.distributed import process_rank
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import LayerSums, check_sums_fit, reduce_over_processes
-from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
+from qscope_posttrain.features.sums import (
+    LayerSums,
+    PassCheckpoint,
+    check_sums_fit,
+    describe_sae,
+    reduce_over_processes,
+    sequence_fingerprint,
+)
 from qscope_posttrain.models.batches import (
     Text,
     TokenSequence,
@@ -32,26 +38,11 @@ from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-ROWS_PER_PRODUCT = 4096
-"""Rows of W_enc converted to fp64 at a time."""
-
 
 @dataclass(frozen=True, eq=False)
-class LayerStatistics:
-    """Sums over the counted tokens of one layer. L languages, d = d_model, S = d_sae; on the CPU, fp64 and int64."""
+class LayerStatistics(LayerSums):
+    """The finished sums of one layer, on the CPU. L languages, d = d_model, S = d_sae."""
 
-    tokens: Tensor
-    """[L] counted tokens"""
-    outliers: Tensor
-    """[L] tokens left out because their norm exceeds outlier_factor times the median norm"""
-    residual_sum: Tensor
-    """[L, d]"""
-    residual_second_moment: Tensor | None
-    """[L, d, d] sum of h h', or None when it was not asked for"""
-    activation_sum: Tensor | None
-    """[L, S] sum of post-activations, or None without an SAE"""
-    firing_count: Tensor | None
-    """[L, S] tokens with a post-activation above zero, or None without an SAE"""
     median_norm: float
     """Median L2 norm of the residual vectors in the calibration sample"""
 
@@ -69,18 +60,6 @@ class LayerStatistics:
     def firing_rate(self) -> Tensor:
         """[L, S] share of tokens on which a feature is active, fp64."""
         return _require_sae(self.firing_count) / self.tokens[:, None]
-
-    def mean_pre_activation(self, sae: SparseAutoencoder) -> Tensor:
-        """[L, S] mean of W_enc h + b_enc for ALL features, fp64: SASFT's alpha, without another pass.
-
-        The pre-activation is linear in h, so its mean is the pre-activation of the mean residual, exactly.
-        """
-        mean = self.mean_residual
-        parts = [
-            mean @ sae.W_enc[start : start + ROWS_PER_PRODUCT].cpu().double().T
-            for start in range(0, sae.d_sae, ROWS_PER_PRODUCT)
-        ]
-        return torch.cat(parts, dim=1) + sae.b_enc.cpu().double()
 
     def counts_only(self) -> LayerStatistics:
         """The same without the sums that take memory: second moments and activations."""
@@ -104,7 +83,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class PassStatistics:
-    """Everything that one pass measured, with what it was measured on."""
+    """Statistics of one pass, with its model, texts and settings."""
 
     model: Mapping[str, Any]
     """Identity of the model (see `provenance.model_identity`)"""
@@ -120,7 +99,7 @@ class PassStatistics:
     text_fingerprint: str
 
     def to_table(self) -> Table:
-        """What was read and what was left out, per language; outliers of the layer that has most of them."""
+        """Numbers of texts and tokens read and left out per language; outliers of the layer that has most of them."""
         outliers = torch.stack([layer.outliers for layer in self.layers.values()])
         tokens = torch.stack([layer.tokens for layer in self.layers.values()])
         return Table(
@@ -150,33 +129,31 @@ def collect_statistics(
     checkpoint_every: int = 50,
     show_progress: bool | None = None,
 ) -> PassStatistics:
-    """Run the model once over all texts, up to the deepest layer in `saes`, and sum what its layers say.
+    """Run the model once over all texts, up to the deepest layer in `saes`, and sum up the states of its layers.
 
     For every layer and language: the residual stream's sum and (optionally) second moment, and with an SAE the sum
     of post-activations and the firing count of every feature. Sums are fp64, so they do not depend on the order of
     the texts, and on the batches only through the model's own rounding.
 
-    Left out and counted: the first token of every text (or the context of a `TokenText`), and tokens whose residual
-    norm exceeds `outlier_factor` times the median norm of the layer. The median comes from a calibration sample of the
-    texts that is chosen by a hash of their content, the same whatever the order, the batches and the number of
-    processes.
+    The first token of every text (or the context of a `TokenText`) is left out, as are tokens whose residual norm
+    exceeds `outlier_factor` times the median norm of the layer; both are counted. The median comes from a calibration
+    sample that is chosen by a hash of the texts' content, whatever the order, the batches and the number of processes.
 
-    With torch.distributed initialised, every process must call this with the same arguments and a whole copy of the
+    With torch.distributed initialized, every process must call this with the same arguments and a whole copy of the
     model; it reads its share of the batches, and all of them return the sums over all processes.
 
     Args:
         texts: {language: texts}. Strings, to which the tokenizer adds its own special tokens; or token ids as they
             are (`batches.TokenText` to count only those behind some context).
-        saes: {layer: SAE}, layers counted from 0; None for a layer of which only the residual stream is wanted.
+        saes: {layer: SAE}, layers counted from 0; None to measure the residual stream only.
         tokens_per_batch: tokens in a forward pass, padding included.
-        max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
-        ignored_tokens: token ids that do not count wherever they stand, for example the commonest of all the texts.
-        second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes a layer.
+        max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
+        ignored_tokens: token ids that do not count wherever they stand, for example the most frequent ones.
+        second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes per layer.
         max_sums_gib: refuse to start when the sums of all layers need more than this, in GiB.
-        checkpoint: file in which the sums are kept every `checkpoint_every` batches (one per process, with the rank
-            in its name). A pass that finds it and has the same model, texts, SAEs and settings goes on from there;
-            otherwise it starts anew and says so. Deleted at the end.
-        show_progress: see `report.progress.progress`.
+        checkpoint: file for the sums, written every `checkpoint_every` batches (one per process, with the rank in its
+            name). A pass with the same model, texts, SAEs and settings resumes from it; any other starts from the
+            beginning and reports it. Deleted at the end.
 
     Raises:
         TypeError: `texts` is not a mapping of lists of strings or token ids, or the tokenizer is none.
@@ -269,19 +246,9 @@ def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequen
                 f"Layer {layer}: every token of language {language!r} was left out as a norm outlier. Give more text, "
                 "or raise outlier_factor."
             )
-    return LayerStatistics(
-        tokens=counted,
-        outliers=sums.outliers.cpu(),
-        residual_sum=sums.residual_sum.cpu(),
-        residual_second_moment=_to_cpu(sums.residual_second_moment),
-        activation_sum=_to_cpu(sums.activation_sum),
-        firing_count=_to_cpu(sums.firing_count),
-        median_norm=median_norm,
-    )
-
-
-def _to_cpu(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.cpu()
+    missing: dict[str, Any] = {field.name: None for field in fields(sums)}
+    kept = {name: value.cpu() for name, value in sums.tensors().items()}
+    return LayerStatistics(**{**missing, **kept}, median_norm=median_norm)
 
 
 def _count(sequences: Sequence[TokenSequence], languages: int, each: Sequence[int] | None = None) -> Tensor:

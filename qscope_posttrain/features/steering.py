@@ -15,7 +15,7 @@ from qscope_posttrain.models.steering_spec import READS_A_FEATURE, Mode, Steerin
 from qscope_posttrain.models.steering_spec import unit as unit_vectors
 
 SETTINGS_KEY = "steering"
-"""Entry of `FeatureSet.settings` with what a steering curve has chosen: `label`, `layer`, `strength`, `unit`, and for
+"""Entry of `FeatureSet.settings` with the choice of a steering curve: `label`, `layer`, `strength`, `unit`, and for
 the trainer `window_start` [low, high] and `window_length`."""
 
 
@@ -32,26 +32,29 @@ def feature_steering(
 ) -> Steering:
     """Steer along the features of one label in one layer.
 
-    `add` and `project_out` use the unit vector along the sum of the unit decoder rows, so that every feature has the
-    same say however long its row is. `ablate` and `clamp` are about one feature, with its own encoder row, bias and
-    decoder row. What is not given comes from `features.settings["steering"]`, which `find-repetition` writes;
-    the strength only for the label, layer, unit and mode (`add`) that it was chosen with.
+    `add` and `project_out` use the unit vector along the sum of the unit decoder rows, so that every feature has equal
+    weight, however long its row is. `ablate` and `clamp` use one feature, with its own encoder row, bias and decoder
+    row. Defaults come from `features.settings["steering"]`, which `find-repetition` writes; the strength only for the
+    label, layer, unit and mode (`add`) with which it was chosen.
 
     Args:
         layer: decoder layer, from 0.
         strength: see `Steering`; by default 1, all of it, for `project_out` and `ablate`.
         unit: by default `relative`, and for `clamp` `raw`: the feature's activation.
-        positions: which tokens.
-        rows: bool `[rows]`, which rows of the batch; None for all.
-        mode: what to do.
-        label: the language or class whose rows are meant; by default the only one there is.
+        positions: tokens to steer.
+        rows: bool `[rows]`, rows of the batch to steer; None for all.
+        label: language or class of the rows to steer along; by default the only one.
 
     Raises:
         ValueError: a label or layer that the features do not have; layer or strength neither given nor chosen for
             this use; several rows, or a free direction, for `ablate` and `clamp`.
     """
-    chosen = _chosen(features)
-    label = _label(features, chosen, label)
+    chosen: Mapping[str, Any] = features.settings.get(SETTINGS_KEY, {})
+    if not isinstance(chosen, Mapping):
+        raise UserValueError(
+            f"settings[{SETTINGS_KEY!r}] of this FeatureSet must be an object with layer and strength; got {chosen!r}."
+        )
+    label = _label(features, chosen.get("label") if label is None else label)
     layer = _required("layer", chosen.get("layer") if layer is None else layer)
     if layer not in features.layers:
         raise UserValueError(f"layer {layer} is not in this FeatureSet; it has {', '.join(map(str, features.layers))}.")
@@ -66,15 +69,9 @@ def feature_steering(
     if strength is None:
         used = {"label": label, "layer": layer, "unit": unit, "mode": mode}
         strength = 1.0 if mode in ("project_out", "ablate") else _chosen_strength(chosen, used)
-    common: dict[str, Any] = {
-        "layers": (layer,),
-        "strength": strength,
-        "mode": mode,
-        "unit": unit,
-        "positions": positions,
-        "rows": rows,
-        "residual_norms": {layer: found.residual_median_norm},
-    }
+    norms = {layer: found.residual_median_norm}
+    common: dict[str, Any] = {"layers": (layer,), "strength": strength, "mode": mode, "unit": unit}
+    common |= {"positions": positions, "rows": rows, "residual_norms": norms}
     if mode in READS_A_FEATURE:
         row = _single_feature(found, of_label, mode)
         return Steering(
@@ -83,18 +80,7 @@ def feature_steering(
     return Steering(unit_vectors(unit_vectors(found.decoder[of_label]).sum(0)), **common)
 
 
-def _chosen(features: FeatureSet) -> Mapping[str, Any]:
-    chosen = features.settings.get(SETTINGS_KEY, {})
-    if not isinstance(chosen, Mapping):
-        raise UserValueError(
-            f"settings[{SETTINGS_KEY!r}] of this FeatureSet must be an object with layer and strength; got {chosen!r}."
-        )
-    return chosen
-
-
-def _label(features: FeatureSet, chosen: Mapping[str, Any], label: str | None) -> str:
-    if label is None:
-        label = chosen.get("label")
+def _label(features: FeatureSet, label: str | None) -> str:
     if label is not None:
         features.language_index(label)
         return label
@@ -114,7 +100,7 @@ def _required(name: str, value: Any) -> Any:
 
 
 def _chosen_strength(chosen: Mapping[str, Any], used: Mapping[str, Any]) -> float:
-    """The strength of a steering curve, if what is asked for is what the curve was made with."""
+    """The strength of a steering curve, if the use is the one with which the curve was made."""
     strength: float = _required("strength", chosen.get("strength"))
     made_with = {"unit": "relative", "mode": "add", **chosen}
     different = [name for name, value in used.items() if made_with.get(name, value) != value]

@@ -1,4 +1,4 @@
-"""Which features fire on each text: one streaming pass that keeps a sparse row per text, never a row per token."""
+"""Features that fire on each text, from one streaming pass that keeps a sparse row per text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from qscope_posttrain.distributed import process_rank
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.batches import (
     Text,
-    TokenBatch,
     check_texts,
     longest_allowed,
     pad_token,
@@ -53,9 +52,9 @@ class TextFeatures:
     truncated: Tensor
     """[N] bool: the text was cut, so that its last tokens were not read"""
     residual: Tensor | None = None
-    """[N, d_model] fp32 residual stream, at the last token or averaged over the tokens; None if not asked for"""
+    """[N, d_model] fp32 residual stream, at the last token or averaged over the tokens; None if not requested"""
     median_norm: float = math.nan
-    """Median norm of the layer's residual stream, by which outliers were told; NaN if not known"""
+    """Median norm of the layer's residual stream, which decides on outliers; NaN if not known"""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -89,27 +88,21 @@ def collect_text_features(
 ) -> dict[int, TextFeatures]:
     """Run the model once over `texts`, up to the deepest layer in `saes`, and pool what fires on each of them.
 
-    The first token of a text never counts (the context of a `TokenText` neither), nor does a token whose residual norm
-    exceeds `outlier_factor` times the median norm of its layer, which a calibration sample gives as in
-    `statistics.collect_statistics`. With pooling "last" a text whose last token is such an outlier has an empty row.
-
-    Memory is the entries alone, 8 bytes each: at most k a text with pooling "last", at most tokens * k otherwise.
-    With torch.distributed initialised every process must call this with the same arguments; each reads its share, and
-    all return everything.
+    The tokens that count are those of `statistics.collect_statistics`. With pooling "last" a text whose last token is a
+    norm outlier has an empty row. Memory: 8 bytes per entry, at most k entries per text with pooling "last", at most
+    tokens * k otherwise. With torch.distributed initialized every process must call this with the same arguments; each
+    reads its share, and all return everything.
 
     Args:
         texts: strings, token ids, or `TokenText`s that count from some position on.
         saes: {layer: SAE}, layers counted from 0.
         pooling: "last" token, "max" or "mean" over the tokens that count.
         residual: keep the residual stream too, pooled alike (the mean, for "max"): the input of a linear probe.
-        max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
+        max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
         median_norms: {layer: norm} measured before, so that a text's row does not depend on the texts beside it.
 
     Returns:
         {layer: TextFeatures}, rows in the order of `texts`.
-
-    Raises:
-        TypeError, ValueError: no texts, an unknown pooling, a layer out of range, an SAE of another width.
     """
     if pooling not in get_args(Pooling):
         raise UserValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}.")
@@ -127,12 +120,21 @@ def collect_text_features(
         medians = calibrate(model, layers, sample).medians if median_norms is None else dict(median_norms)
         shown = progress(batches[rank::processes], description="features of each text", enabled=show_progress)
         for batch in shown:
-            owners, last = _owners(batch)
+            counts = torch.tensor([sequence.counted for sequence in batch.sequences])
+            owners = torch.tensor([sequence.text for sequence in batch.sequences]).repeat_interleave(counts)
+            last = torch.zeros(len(owners), dtype=torch.bool)
+            last[(counts.cumsum(0) - 1)[counts > 0]] = True
             for layer, rows, _ in layer_rows(model, layers, batch):
-                limit = outlier_factor * medians[layer]
-                parts[layer].append(_pool(rows, owners, last, saes[layer], limit, pooling, residual))
+                rows = rows.float()
+                kept = (torch.linalg.vector_norm(rows, dim=1) <= outlier_factor * medians[layer]).cpu()
+                if pooling == "last":
+                    kept &= last
+                part = _pool(rows[kept.to(rows.device)], owners[kept], saes[layer], pooling, residual)
+                parts[layer].append(part)
     if processes > 1:
-        parts = _gather(parts, processes)
+        gathered: list[Any] = [None] * processes
+        dist.all_gather_object(gathered, parts)
+        parts = {layer: [part for found in gathered for part in found[layer]] for layer in layers}
     truncated = torch.zeros(len(texts), dtype=torch.bool)
     truncated[[sequence.text for sequence in sequences if sequence.truncated]] = True
     return {
@@ -142,7 +144,7 @@ def collect_text_features(
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What one batch adds, on the CPU. Every text is in one batch, whole."""
+    """Entries of one batch, on the CPU. Every text is in one batch, whole."""
 
     entry_texts: Tensor
     indices: Tensor
@@ -152,29 +154,8 @@ class _Part:
     residual: Tensor | None
 
 
-def _owners(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """(text of every token that counts [tokens], whether it is the last of its text [tokens]), both on the CPU."""
-    counts = torch.tensor([sequence.counted for sequence in batch.sequences])
-    texts = torch.tensor([sequence.text for sequence in batch.sequences])
-    last = torch.zeros(int(counts.sum()), dtype=torch.bool)
-    last[(counts.cumsum(0) - 1)[counts > 0]] = True
-    return texts.repeat_interleave(counts), last
-
-
-def _pool(
-    rows: Tensor,
-    owners: Tensor,
-    last: Tensor,
-    sae: SparseAutoencoder,
-    norm_limit: float,
-    pooling: Pooling,
-    residual: bool,
-) -> _Part:
-    rows = rows.float()
-    kept = (torch.linalg.vector_norm(rows, dim=1) <= norm_limit).cpu()
-    if pooling == "last":
-        kept &= last
-    rows, owners = rows[kept.to(rows.device)], owners[kept]
+def _pool(rows: Tensor, owners: Tensor, sae: SparseAutoencoder, pooling: Pooling, residual: bool) -> _Part:
+    """Pool the fp32 states `rows` [tokens, d_model] of the texts `owners` [tokens]."""
     texts, position, tokens = owners.unique(return_inverse=True, return_counts=True)
     values, indices = (part.cpu() for part in sae.encode(rows.to(sae.device, sae.dtype)))
     fires = values > 0
@@ -190,12 +171,6 @@ def _pool(
         states = torch.zeros(len(texts), rows.shape[1], dtype=torch.float64)
         states = (states.index_add_(0, position, rows.cpu().double()) / tokens[:, None]).float()
     return _Part(entry_texts, (keys % sae.d_sae).int(), pooled.float(), texts, tokens, states)
-
-
-def _gather(parts: dict[int, list[_Part]], processes: int) -> dict[int, list[_Part]]:
-    gathered: list[Any] = [None] * processes
-    dist.all_gather_object(gathered, parts)
-    return {layer: [part for found in gathered for part in found[layer]] for layer in parts}
 
 
 def _assemble(parts: Sequence[_Part], count: int, d_sae: int, truncated: Tensor, median_norm: float) -> TextFeatures:

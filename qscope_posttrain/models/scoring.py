@@ -1,18 +1,20 @@
-"""How probable the tokens of a language are at the positions of real text in other languages: forwards only."""
+"""Teacher-forced scores: the probability that a model gives to texts, to responses and to the tokens of a language."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.batches import (
     TokenBatch,
+    TokenSequence,
     check_texts,
     input_device,
     longest_allowed,
@@ -20,24 +22,136 @@ from qscope_posttrain.models.batches import (
     token_batches,
     tokenize_texts,
 )
-from qscope_posttrain.models.layers import evaluation_mode, text_config
+from qscope_posttrain.models.layers import evaluation_mode
+from qscope_posttrain.models.target_tokens import target_token_ids
 from qscope_posttrain.text.scripts import language_code, scripts_of_name, target_script
-from qscope_posttrain.text.tokens import script_token_ids
 
 LOGITS_AT_A_TIME = 1 << 24
 """Logits converted to fp32 at a time: 64 MiB."""
 
 
+def model_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """[batch * length, vocabulary], as the model itself makes them (soft caps and scales included)."""
+    logits: Tensor = model(input_ids=batch.input_ids.to(input_device(model)), use_cache=False).logits
+    return logits.flatten(0, 1)
+
+
+def predicted_tokens(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """For every token that counts: flattened position that predicts it, its id, and its row in the batch; [tokens]."""
+    counted = batch.positions()
+    return counted - 1, batch.input_ids.flatten()[counted], counted // batch.input_ids.shape[1]
+
+
+def logit_chunks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split `columns`, the first of which are positions in `logits`, and put the fp32 logits [n, vocabulary] first.
+
+    At most `LOGITS_AT_A_TIME` logits are converted at a time.
+    """
+    size = max(1, LOGITS_AT_A_TIME // logits.shape[1])
+    for at, *rest in zip(*(column.to(logits.device).split(size) for column in columns), strict=True):
+        yield logits.index_select(0, at).float(), *rest
+
+
+def token_losses(logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """-log P(token) [n] fp32 for the `tokens` that `logits` [all, vocabulary] predict at `positions`."""
+    chunks = logit_chunks(logits, positions, tokens)
+    parts = [cross_entropy(part / temperature, token, reduction="none") for part, token in chunks]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def log_masses(logits: Tensor, target_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(log sum exp over the vocabulary, log sum exp over the target tokens) of `logits` [tokens, vocabulary], fp32."""
+    logits = logits.float()
+    chosen = logits.index_select(1, target_tokens.to(logits.device))
+    return logits.logsumexp(dim=1), chosen.logsumexp(dim=1)
+
+
+@torch.no_grad()
+def sequence_losses(
+    model: nn.Module,
+    sequences: Sequence[TokenSequence],
+    *,
+    temperature: float = 1.0,
+    tokens_per_batch: int = 8192,
+    pad_id: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per batch, for every token that counts: (number of its text [n], -log P(token) [n] fp32), on the CPU."""
+    with evaluation_mode(model):
+        for batch in token_batches(sequences, tokens_per_batch, pad_id):
+            positions, tokens, rows = predicted_tokens(batch)
+            losses = token_losses(model_logits(model, batch), positions, tokens, temperature)
+            yield torch.tensor([sequence.text for sequence in batch.sequences])[rows], losses.cpu()
+
+
+def completion_sequences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[TokenSequence]:
+    """Token ids of prompts with their responses, of which the response counts; empty responses are left out."""
+    return [
+        TokenSequence(0, number, (*prompt, *response), False, max(1, len(prompt)))
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        if len(response) > 0
+    ]
+
+
+def response_losses(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    tokens_per_batch: int = 8192,
+) -> tuple[Tensor, Tensor]:
+    """-log P(response | prompt), summed over the response's tokens, by one forward over each pair of token ids.
+
+    Returns:
+        (loss [responses] fp64, tokens [responses] int64), on the CPU; 0 and 0 for an empty response.
+
+    Raises:
+        ValueError: an empty prompt, after which nothing predicts the first token, or different numbers of both.
+    """
+    if len(prompts) != len(responses):
+        raise UserValueError(f"{len(prompts)} prompts but {len(responses)} responses.")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise UserValueError("An empty prompt: nothing predicts the first token of its response.")
+    sequences = completion_sequences(prompts, responses)
+    return _summed(sequence_losses(model, sequences, tokens_per_batch=tokens_per_batch), len(responses))
+
+
+def text_losses(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512, tokens_per_batch: int = 8192
+) -> tuple[Tensor, Tensor]:
+    """As `response_losses` for plain texts: every token but the first is predicted."""
+    sequences = tokenize_texts(tokenizer, {"texts": texts}, longest_allowed(model, max_length))
+    options: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "pad_id": pad_token(tokenizer)}
+    return _summed(sequence_losses(model, sequences, **options), len(texts))
+
+
+def _summed(parts: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    losses, tokens = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
+    for texts, values in parts:
+        losses.index_add_(0, texts, values.double())
+        tokens += texts.bincount(minlength=count)
+    return losses, tokens
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastSample:
+    """A fixed sample of text in languages other than the target, and the token ids that count as the target's."""
+
+    languages: tuple[str, ...]
+    batches: list[TokenBatch]
+    target_tokens: Tensor
+    """[tokens] int64, ascending"""
+
+
 @dataclass(frozen=True, eq=False)
 class TextScores:
-    """Sums over the predicting positions of each text (every position that has a next token); fp64, on the CPU."""
+    """Sums over the tokens of each text but its first; fp64, on the CPU."""
 
     probability: Tensor
     """[texts] sum of P(target tokens)"""
     loss: Tensor
     """[texts] sum of -log P(next token)"""
     tokens: Tensor
-    """[texts] predicting positions"""
+    """[texts] predicted tokens"""
 
     @property
     def mean_probability(self) -> float:
@@ -54,7 +168,7 @@ def target_probability(
 ) -> TextScores:
     """Teacher-forced P(target tokens) = sum of the probabilities of a set of tokens, on text of the OTHER languages.
 
-    `options` are those of `contrast.contrast_sample`, which chooses texts and tokens.
+    `options` are those of `contrast_sample`, which chooses texts and tokens.
     """
     sample = contrast_sample(model, tokenizer, texts, target, **options)
     with evaluation_mode(model):
@@ -63,54 +177,19 @@ def target_probability(
 
 @torch.no_grad()
 def score_sample(model: nn.Module, sample: ContrastSample) -> TextScores:
-    """Scores of all texts of the sample, in the order of its batches. One ordinary forward a batch."""
-    probability, loss, counts = [], [], []
+    """Scores of all texts of the sample, in the order of its batches. One ordinary forward per batch."""
+    found = []
     for batch in sample.batches:
         flat = model_logits(model, batch)
-        positions, owners = predicting_positions(batch)
-        labels = batch.input_ids.roll(-1, dims=1).flatten()
-        chunk = max(1, LOGITS_AT_A_TIME // flat.shape[1])
-        sums = torch.zeros(2, len(batch.sequences), dtype=torch.float64, device=flat.device)
-        positions, owners, next_tokens = (t.to(flat.device) for t in (positions, owners, labels[positions]))
-        for at, owner, token in zip(positions.split(chunk), owners.split(chunk), next_tokens.split(chunk), strict=True):
-            log_all, log_target = log_masses(flat.index_select(0, at), sample.target_tokens)
-            log_next = flat[at, token].float() - log_all
-            sums[0].index_add_(0, owner, (log_target - log_all).exp().double())
-            sums[1].index_add_(0, owner, -log_next.double())
-        probability.append(sums[0].cpu())
-        loss.append(sums[1].cpu())
-        counts.append((batch.lengths - 1).double())
-    return TextScores(torch.cat(probability), torch.cat(loss), torch.cat(counts))
-
-
-def model_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """[batch * length, vocabulary], as the model itself makes them (soft caps and scales included)."""
-    logits: Tensor = model(input_ids=batch.input_ids.to(input_device(model)), use_cache=False).logits
-    return logits.flatten(0, 1)
-
-
-def predicting_positions(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Flattened positions that have a next token [tokens], and the sequence each belongs to [tokens]."""
-    column = torch.arange(batch.input_ids.shape[1])
-    row, at = (column < batch.lengths[:, None] - 1).nonzero(as_tuple=True)
-    return row * batch.input_ids.shape[1] + at, row
-
-
-def log_masses(logits: Tensor, target_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(log sum exp over the vocabulary, log sum exp over the target tokens) of `logits` [tokens, vocabulary], fp32."""
-    logits = logits.float()
-    chosen = logits.index_select(1, target_tokens.to(logits.device))
-    return logits.logsumexp(dim=1), chosen.logsumexp(dim=1)
-
-
-@dataclass(frozen=True, eq=False)
-class ContrastSample:
-    """A fixed sample of text in languages other than the target, and the token ids that count as the target's."""
-
-    languages: tuple[str, ...]
-    batches: list[TokenBatch]
-    target_tokens: Tensor
-    """[tokens] int64, ascending"""
+        sums = torch.zeros(3, len(batch.sequences), dtype=torch.float64, device=flat.device)
+        positions, tokens, rows = predicted_tokens(batch)
+        for logits, token, row in logit_chunks(flat, positions, tokens, rows):
+            log_all, log_target = log_masses(logits, sample.target_tokens)
+            log_next = logits.gather(1, token[:, None]).squeeze(1) - log_all
+            each = torch.stack([(log_target - log_all).exp(), -log_next, torch.ones_like(log_all)])
+            sums.index_add_(1, row, each.double())
+        found.append(sums.cpu())
+    return TextScores(*torch.cat(found, dim=1))
 
 
 def contrast_sample(
@@ -124,20 +203,23 @@ def contrast_sample(
     tokens_per_batch: int = 2048,
     max_length: int = 512,
 ) -> ContrastSample:
-    """Choose the text and the tokens for `target`.
+    """Choose the texts and the token ids on which P(target tokens) is measured.
 
     Args:
         texts: {language: texts}; those of `target` are not read.
         target_tokens: ids that count as the target's tokens. By default the tokens that write the target's script,
             and then languages that write it too are not read either: Japanese text rightly holds Han.
-        texts_per_language: a sample of so many texts a language, those with the smallest content hashes, whatever
-            their order; None for all.
+        texts_per_language: number of texts per language, those with the smallest content hashes, whatever their
+            order; None for all.
         tokens_per_batch: tokens in a forward pass, padding included.
-        max_length: texts are cut after so many tokens (at most the model's max_position_embeddings).
+        max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
 
     Raises:
         ValueError: no text in another language, no unique script and no target_tokens, or ids that do not exist.
     """
+    if texts_per_language is not None and texts_per_language < 1:
+        raise UserValueError(f"texts_per_language must be at least 1, got {texts_per_language}.")
+    ids = target_token_ids(model, tokenizer, target, target_tokens)
     script = target_script(language_code(target)) if target_tokens is None else None
     languages = [
         language
@@ -150,32 +232,10 @@ def contrast_sample(
     others = {language: _sample(texts[language], texts_per_language) for language in languages}
     sequences = tokenize_texts(tokenizer, others, longest_allowed(model, max_length))
     usable = [sequence for sequence in sequences if len(sequence.ids) > 1]
-    return ContrastSample(
-        languages=tuple(languages),
-        batches=token_batches(usable, tokens_per_batch, pad_token(tokenizer)),
-        target_tokens=_checked_tokens(model, tokenizer, script, target_tokens),
-    )
+    return ContrastSample(tuple(languages), token_batches(usable, tokens_per_batch, pad_token(tokenizer)), ids)
 
 
 def _sample(lines: Sequence[str], count: int | None) -> list[str]:
-    if count is not None and count < 1:
-        raise UserValueError(f"texts_per_language must be at least 1, got {count}.")
     if count is None or len(lines) <= count:
         return list(lines)
     return sorted(lines, key=lambda line: hashlib.sha256(line.encode(errors="surrogatepass")).digest())[:count]
-
-
-def _checked_tokens(model: nn.Module, tokenizer: Any, script: str | None, given: Tensor | None) -> Tensor:
-    if script is not None:
-        ids = script_token_ids(tokenizer, script)
-        if len(ids) == 0:
-            raise UserValueError(f"No token of this tokenizer writes {script}: give target_tokens.")
-    else:
-        ids = torch.as_tensor(given).long().flatten().unique()
-    vocabulary = int(text_config(model).vocab_size)
-    if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        found = f"ids from {int(ids.min())} to {int(ids.max())}" if len(ids) else "none"
-        raise UserValueError(
-            f"Target tokens must be ids from 0 to {vocabulary - 1} of the model's vocabulary, got {found}."
-        )
-    return ids

@@ -16,10 +16,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.kernels import CertifiedWeights, certified_weights, feature_preactivations, sparse_decode
+from qscope_posttrain.models.batches import input_device
+from qscope_posttrain.models.layers import text_config
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
@@ -28,7 +30,7 @@ from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor
 from qscope_posttrain.sae.saving import save
 from qscope_posttrain.sae.source import SAESource
 
-__all__ = ["FeatureRows", "SAESource", "SparseAutoencoder"]
+__all__ = ["FeatureRows", "SAESource", "SparseAutoencoder", "load_sae"]
 
 _TENSOR_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -252,3 +254,11 @@ class SparseAutoencoder:
         if x.device != self.device:
             raise UserValueError(f"x is on {x.device}, the SAE on {self.device}: move one with .to(device=...)")
         return x.to(torch.promote_types(self.dtype, torch.float32)) if x.dtype == torch.float64 else x
+
+
+def load_sae(source: SparseAutoencoder | str | Path, layer: int, k: int | None, model: nn.Module) -> SparseAutoencoder:
+    """The SAE itself, or the one at `source`, on the model's device; ValueError when it is of another width."""
+    if isinstance(source, SparseAutoencoder):
+        return source
+    width = int(text_config(model).hidden_size)
+    return SparseAutoencoder.load(source, layer=layer, k=k, d_model=width, device=input_device(model))

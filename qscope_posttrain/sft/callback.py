@@ -72,7 +72,7 @@ class SASFTCallback(AuxiliaryLossCallback):
         """
         config = SASFTConfig(target=target, weight=weight, language=language, normalization=normalization, **options)
         self.config: SASFTConfig
-        self.features = features if isinstance(features, FeatureSet) else FeatureSet.load(features)
+        self.features = FeatureSet.load(features)
         self.layers: tuple[PenaltyLayer, ...] = penalty_layers(self.features, config)
         super().__init__(
             config,

@@ -8,9 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qscope_posttrain.features.causal import CONTROL, FEATURE, MEANS, causal_check
-from qscope_posttrain.features.directions import direction_feature_set, random_direction_set
-from qscope_posttrain.features.effects import effect_gradients, measure_effects
+from qscope_posttrain.features.causal import (
+    CONTROL,
+    FEATURE,
+    MEANS,
+    causal_check,
+    effect_gradients,
+    measure_effects,
+)
+from qscope_posttrain.features.directions import direction_feature_set, random_directions
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.models.scoring import target_probability
 from qscope_posttrain.models.steering import Steering, steer
@@ -121,9 +127,9 @@ def test_the_planted_direction_passes_and_random_ones_do_not(planted, tiny_token
     for intervention, sign in (("subtract", -1), ("add", 1)):
         (effect,) = report.of(FEATURE, LAYER, intervention)
         assert report.beyond_controls(effect), intervention
-        assert sign * effect.probability_change.value > 0.1
+        assert sign * effect.probability_change.estimate > 0.1
         low, high = effect.probability_change.low, effect.probability_change.high
-        assert low < effect.probability_change.value < high
+        assert low < effect.probability_change.estimate < high
         controls = report.of(CONTROL, LAYER, intervention)
         assert len(controls) == 5
         assert not all(report.beyond_controls(control) for control in controls)
@@ -144,8 +150,8 @@ def test_numbers_of_the_report_are_those_of_a_plain_loop(planted, tiny_tokenizer
     with steer(model, Steering(unit * -0.2 * rows.residual_median_norm, (LAYER,))):
         mean, _, perplexity = explicit_scores(model, tiny_tokenizer, texts, languages, han)
     assert effect.probability == pytest.approx(mean, rel=1e-4)
-    assert effect.probability_change.value == pytest.approx(mean / base[0] - 1, rel=1e-3)
-    assert effect.perplexity_change.value == pytest.approx(perplexity / base[2] - 1, rel=1e-2, abs=1e-5)
+    assert effect.probability_change.estimate == pytest.approx(mean / base[0] - 1, rel=1e-3)
+    assert effect.perplexity_change.estimate == pytest.approx(perplexity / base[2] - 1, rel=1e-2, abs=1e-5)
     (gone,) = report.of(FEATURE, LAYER, "project out")
     with steer(model, Steering(unit, (LAYER,), mode="project_out")):
         mean, _, _ = explicit_scores(model, tiny_tokenizer, texts, languages, han)
@@ -159,7 +165,8 @@ def test_table_has_one_line_for_all_controls(planted, tiny_tokenizer, texts):
     assert len(table.rows) == 3 * 3
     assert sum("random direction (3): mean, range" in row for row in table.rows) == 3
     statistics = collect_statistics(model, tiny_tokenizer, texts, {LAYER: None})
-    controls = random_direction_set(statistics, features)
+    drawn = random_directions(torch.ones(1), 64, seed=1)
+    controls = direction_feature_set(statistics, LAYER, drawn, ["drawn"], language="zh")
     named = causal_check(model, tiny_tokenizer, texts, features, "zh", controls=controls)
     assert len(named.of(CONTROL, LAYER, "add")) == 1
 

@@ -89,9 +89,6 @@ class TestCombinations:
         values = torch.cat([h[i] for i in languages]) @ rows.double().T + bias.double()
         for weight, expected in ((w, values @ w), (None, values)):
             torch.testing.assert_close(
-                layer.pooled_mean(kind, languages, weight), expected.mean(0), rtol=1e-4, atol=1e-4
-            )
-            torch.testing.assert_close(
                 layer.pooled_std(kind, languages, weight), expected.std(0, correction=0), rtol=1e-4, atol=2e-3
             )
 
@@ -126,7 +123,6 @@ class TestCombinations:
     def test_std_without_second_moments_is_an_error(self):
         layer, _ = sample_layer()
         layer = replace(layer, decoder_covariance=torch.full_like(layer.decoder_covariance, math.nan))
-        layer.pooled_mean("decoder", [1])
         with pytest.raises(ValueError, match="second_moments=True"):
             layer.pooled_std("decoder", [1])
 

@@ -9,6 +9,7 @@ import torch
 
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find import language as find_module
+from qscope_posttrain.features.find import search as search_module
 from qscope_posttrain.features.find.language import find_language_features, language_feature_set
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS
 from qscope_posttrain.features.selection import monolinguality
@@ -39,7 +40,7 @@ def test_rows_are_the_best_features_of_each_language(found, statistics, saes):
             torch.testing.assert_close(rows.scores[2 * i : 2 * i + 2], best.values.float())
         torch.testing.assert_close(rows.encoder, saes[layer].W_enc[rows.feature_ids])
         torch.testing.assert_close(rows.decoder, saes[layer].W_dec[rows.feature_ids])
-        alpha = statistics.layers[layer].mean_pre_activation(saes[layer])[:, rows.feature_ids]
+        alpha = statistics.layers[layer].moments(saes[layer].W_enc, saes[layer].b_enc)[0][:, rows.feature_ids]
         torch.testing.assert_close(rows.encoder_mean, alpha.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -92,7 +93,7 @@ def test_too_few_random_features_do_not_lose_the_pass(make_model, tiny_tokenizer
 
 
 def test_errors_come_before_the_pass(make_model, tiny_tokenizer, texts, saes, make_sae, monkeypatch):
-    monkeypatch.setattr(find_module, "collect_statistics", lambda *_, **__: pytest.fail("the pass must not start"))
+    monkeypatch.setattr(search_module, "collect_statistics", lambda *_, **__: pytest.fail("the pass must not start"))
 
     def find(texts=texts, saes=saes, **options):
         find_language_features(make_model(), tiny_tokenizer, texts, saes, **options)

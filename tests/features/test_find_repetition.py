@@ -9,12 +9,11 @@ import torch
 from looping_model import CIRCLE, SHARE, WIDTH, looping_model, looping_prompts, looping_sae, looping_tokenizer
 
 from qscope_posttrain.features.build import feature_set_from, features_from_directions
+from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import LoopCollection, collect_loops
 from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table, with_choice
-from qscope_posttrain.features.find.repetition_curve import CurveSettings
-from qscope_posttrain.features.find.repetition_figure import curve_figures
-from qscope_posttrain.features.find.repetition_scan import Contrast, candidates, steering_curve
+from qscope_posttrain.features.find.repetition_curve import Contrast, candidates, curve_figures, steering_curve
 from qscope_posttrain.features.find.repetition_scores import repetition_differences, repetition_gradients
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import feature_steering

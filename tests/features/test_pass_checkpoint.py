@@ -96,7 +96,7 @@ def test_starts_anew_when_anything_differs(
     expected = collect_statistics(model, tiny_tokenizer, texts, saes, **options)
     found = collect_statistics(model, tiny_tokenizer, texts, saes, **options, checkpoint=path)
     assert_equal_sums(found, expected)
-    assert "starting anew" in capfd.readouterr().err
+    assert "starting from the beginning" in capfd.readouterr().err
     assert not path.exists()
 
 

@@ -8,10 +8,8 @@ import pytest
 import torch
 from looping_model import CIRCLE, SHARE, WIDTH, looping_model, looping_prompts, looping_tokenizer
 
-from qscope_posttrain.features.find import repetition_curve
-from qscope_posttrain.features.find.loops import Completion
-from qscope_posttrain.features.find.repetition_choice import SteeringCurve, choose, margin
-from qscope_posttrain.features.find.repetition_curve import (
+from qscope_posttrain.features import dose_curve
+from qscope_posttrain.features.dose_curve import (
     FEATURE,
     MEANS,
     RANDOM,
@@ -23,6 +21,7 @@ from qscope_posttrain.features.find.repetition_curve import (
     measure,
     unlikely_tokens,
 )
+from qscope_posttrain.features.find.repetition_curve import SteeringCurve, choose, margin
 from qscope_posttrain.intervals import rate_difference
 from qscope_posttrain.models.generation import SamplingSettings, encode_prompts, sample_batch
 from qscope_posttrain.models.steering import Steering, Window, steer
@@ -190,7 +189,7 @@ class TestMeasure:
             seen.append((ids, sampling.seed, found))
             return found
 
-        monkeypatch.setattr(repetition_curve, "sample_batch", recorded)
+        monkeypatch.setattr(dose_curve, "sample_batch", recorded)
         samples = 20
         points = measure(model, tokenizer, prompts, trials, samples, self.settings, seed=5, periods=(4, 8))
         assert [len(ids) for ids, _, _ in seen] == [48, 32]
@@ -244,22 +243,22 @@ class TestMeasure:
         model, _, prompts = world
         rare = CIRCLE[2]
         given = [
-            Completion(tuple(prompts[0]), (2, 3, rare, 13, 10, 4)),
-            Completion(tuple(prompts[1]), ()),
-            Completion((), (rare, 13, 10)),
-            Completion(tuple(prompts[2]), (10, 12, 2, 13, 13)),
+            (tuple(prompts[0]), (2, 3, rare, 13, 10, 4)),
+            (tuple(prompts[1]), ()),
+            ((), (rare, 13, 10)),
+            (tuple(prompts[2]), (10, 12, 2, 13, 13)),
         ]
         expected = []
-        for entry in given:
-            count = 0
-            for i in range(max(1, len(entry.prompt_ids)), len(entry.ids)):
+        for prompt, response in given:
+            count, ids = 0, prompt + response
+            for i in range(max(1, len(prompt)), len(ids)):
                 with torch.no_grad():
-                    logits = model(torch.tensor([entry.ids[:i]])).logits[0, -1] / temperature
-                count += bool(logits.softmax(0)[entry.ids[i]] < 1e-3)
+                    logits = model(torch.tensor([ids[:i]])).logits[0, -1] / temperature
+                count += bool(logits.softmax(0)[ids[i]] < 1e-3)
             expected.append(count)
         assert sum(expected) > 2
         for tokens_per_batch in (1, 8192):
-            assert unlikely_tokens(model, given, 1e-3, temperature, tokens_per_batch) == expected
+            assert unlikely_tokens(model, *zip(*given, strict=True), 1e-3, temperature, tokens_per_batch) == expected
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 
 from qscope_posttrain.features.find.loops import Loop
 from qscope_posttrain.features.find.repetition_scores import (
-    Occurrence,
     occurrences,
     rank_features,
     repetition_differences,
@@ -37,13 +36,13 @@ LOOPS = [
 ]
 
 
-def brute_force_pairs(loop: Loop) -> list[Occurrence]:
+def brute_force_pairs(loop: Loop) -> list[tuple[int, int]]:
     ids = list(loop.prompt_ids + loop.completion_ids)
     pairs = []
     for last in range(len(ids) - loop.tail.period, len(ids)):
         first = next(i for i in range(len(loop.prompt_ids), len(ids)) if ids[i] == ids[last])
         if first > 0 and first != last:
-            pairs.append(Occurrence(first, last))
+            pairs.append((first, last))
     return pairs
 
 
@@ -67,8 +66,8 @@ def brute_force_rise(model, sae, layer: int, loops, limit: float = float("inf"))
     per_loop = []
     for loop in loops:
         h = states(model, layer, loop.ids)
-        kept = [p for p in brute_force_pairs(loop) if h[p.first].norm() <= limit and h[p.last].norm() <= limit]
-        rises = [dense(sae, h[pair.last]) - dense(sae, h[pair.first]) for pair in kept]
+        kept = [(i, j) for i, j in brute_force_pairs(loop) if h[i].norm() <= limit and h[j].norm() <= limit]
+        rises = [dense(sae, h[last]) - dense(sae, h[first]) for first, last in kept]
         if rises:
             per_loop.append(sum(rises) / len(rises))
     return sum(per_loop) / len(per_loop)
@@ -82,7 +81,7 @@ def test_occurrences_by_hand(loop):
 
 def test_the_first_token_of_a_text_is_never_compared():
     loop = make_loop([], [], [30, 31, 32], 4)
-    assert [(pair.first, pair.last) for pair in occurrences(loop)] == [(3, 9), (1, 10), (2, 11)]
+    assert occurrences(loop) == [(3, 9), (1, 10), (2, 11)]
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 60, 4096])

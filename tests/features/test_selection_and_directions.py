@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from qscope_posttrain.features.directions import (
-    combined_set,
     difference_of_means_set,
     direction_feature_set,
-    random_direction_set,
     random_feature_set,
 )
 from qscope_posttrain.features.find.language import language_feature_set
@@ -105,30 +103,6 @@ def test_random_feature_set_matches_norms_and_avoids_the_originals(statistics, s
         random_feature_set(statistics, {3: saes[3]}, like)
 
 
-def test_random_direction_set(statistics, saes):
-    like = language_feature_set(statistics, saes, top=2)
-    features = random_direction_set(statistics, like.select("ru"))
-    torch.testing.assert_close(features.layers[1].decoder.norm(dim=1), like.select("ru").layers[1].decoder.norm(dim=1))
-    assert not torch.allclose(features.layers[1].decoder[0], features.layers[3].decoder[0])
-    with pytest.raises(ValueError, match="select"):
-        random_direction_set(statistics, like)
-
-
-def test_combined_set_weighs_rows(statistics, saes):
-    features = language_feature_set(statistics, saes, top=3).select("zh")
-    by_score = combined_set(features, "monolinguality").layers[3]
-    rows = features.layers[3]
-    torch.testing.assert_close(by_score.decoder[0], rows.scores @ rows.decoder)
-    torch.testing.assert_close(combined_set(features, "uniform").layers[3].encoder[0], rows.encoder.sum(0))
-    mean, covariance = statistics.layers[3].moments(by_score.decoder)
-    torch.testing.assert_close(by_score.decoder_mean, mean.float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(by_score.decoder_covariance, covariance.float(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="Effects have to be measured first"):
-        combined_set(features, "effect")
-    with pytest.raises(ValueError, match="'other'"):
-        combined_set(features, "other")
-
-
 def test_without_second_moments_only_the_covariances_are_missing(make_model, tiny_tokenizer, texts, saes, tmp_path):
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.features.statistics import collect_statistics
@@ -138,4 +112,4 @@ def test_without_second_moments_only_the_covariances_are_missing(make_model, tin
     features.save(tmp_path / "a")
     rows = FeatureSet.load(tmp_path / "a").layers[1]
     assert rows.encoder_covariance.isnan().all()
-    assert math.isfinite(float(rows.pooled_mean("encoder", [0]).sum()))
+    assert math.isfinite(float(rows.encoder_mean[0].sum()))

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from qscope_posttrain.features import accumulator
-from qscope_posttrain.features.accumulator import LayerSums
+from qscope_posttrain.features import sums
 from qscope_posttrain.features.statistics import collect_statistics
+from qscope_posttrain.features.sums import LayerSums
 from qscope_posttrain.models import calibration
 from qscope_posttrain.models.calibration import LanguageRows
 from qscope_posttrain.sae.activations import JumpReLU, ReLU, TopK
@@ -80,7 +80,7 @@ def test_sums_equal_dense_loops(make_model, tiny_tokenizer, texts, saes, statist
         assert torch.equal(found.firing_count, expected["firing_count"])
         for name in ("residual_sum", "residual_second_moment", "activation_sum"):
             torch.testing.assert_close(getattr(found, name), expected[name], rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(found.mean_pre_activation(sae), expected["pre"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.moments(sae.W_enc, sae.b_enc)[0], expected["pre"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.firing_rate, expected["firing_count"] / expected["tokens"][:, None])
 
 
@@ -279,7 +279,7 @@ def test_wide_codes_are_encoded_by_tiles(activation, monkeypatch):
 
     whole = summed()
     assert seen == [50]
-    monkeypatch.setattr(accumulator, "CODE_ENTRIES", 640)
+    monkeypatch.setattr(sums, "CODE_ENTRIES", 640)
     tiled = summed()
     assert seen[1:] == ([10] * 5 if isinstance(activation, ReLU) else [50])
     for name, expected in whole.items():

@@ -83,7 +83,8 @@ def test_risk_weighted_combined_decoder_readout(model, features, tiny_tokenizer,
     def term(others):
         rows = features.layers[2]
         weights = rows.effects / rows.effects.sum()
-        sigma = features.pooled_std(2, "decoder", ["en", "fr"], weights.double()).float()
+        pooled = [features.language_index(name) for name in ("en", "fr")]
+        sigma = features.layers[2].pooled_std("decoder", pooled, weights.double()).float()
         values, risks = [], []
         for record in others:
             alpha = rows.decoder_mean[features.languages.index(record["row"]["language"])] @ weights
@@ -112,7 +113,8 @@ def test_the_default_form(model, features, tiny_tokenizer):
         total = torch.zeros(())
         for layer, rows in features.layers.items():
             weights = rows.scores.relu() / rows.scores.relu().sum()
-            sigma = features.pooled_std(layer, "decoder", ["en", "fr"], weights.double()).float()
+            pooled = [features.language_index(name) for name in ("en", "fr")]
+            sigma = features.layers[layer].pooled_std("decoder", pooled, weights.double()).float()
             for record in others:
                 alpha = rows.decoder_mean[features.languages.index(record["row"]["language"])] @ weights
                 excess = torch.relu((record["states"][layer] @ rows.decoder.T @ weights - alpha) / sigma)

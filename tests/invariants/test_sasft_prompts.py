@@ -62,7 +62,8 @@ def by_hand(prompted, start, features, penalised=True):
     prompted.base_model.model.layers[1].register_forward_hook(lambda module, args, output: states.append(output))
     rows = features.layers[1]
     weights = rows.scores.relu() / rows.scores.relu().sum()
-    sigma = features.pooled_std(1, "decoder", ["en", "fr"], weights.double()).float()
+    pooled = [features.language_index(name) for name in ("en", "fr")]
+    sigma = features.layers[1].pooled_std("decoder", pooled, weights.double()).float()
     kept = [i for i in range(512) if i not in TARGETS.tolist()]
     total, count = torch.zeros(()), 0
     for row in ROWS:

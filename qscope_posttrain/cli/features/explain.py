@@ -24,7 +24,7 @@ from qscope_posttrain.text.inputs import read_text_list
 if TYPE_CHECKING:
     from torch import nn
 
-    from qscope_posttrain.features.explain.ask import Explained
+    from qscope_posttrain.features.explain.explanation import Explained
     from qscope_posttrain.features.feature_set import FeatureSet
 
 EXPLANATIONS = "explanations.jsonl"

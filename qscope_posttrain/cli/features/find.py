@@ -92,8 +92,8 @@ def rank(options: argparse.Namespace) -> None:
 
 def show(options: argparse.Namespace) -> None:
     """Print a FeatureSet, or part of it, with its origin."""
-    from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
-    from qscope_posttrain.features.find.repetition import repetition_table
+    from qscope_posttrain.features.feature_set import FeatureSet
+    from qscope_posttrain.features.find.repetition import REPETITION, repetition_table
 
     features = FeatureSet.load(options.path)
     shown = features.select(options.language, options.layer, options.top)

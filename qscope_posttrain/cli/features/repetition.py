@@ -33,10 +33,10 @@ LOOPS_FILE = "loops.jsonl"
 
 def find_repetition(options: argparse.Namespace) -> None:
     """Find the features, print both tables, and write features, loops, curves as SVG, and `summary.json`."""
+    from qscope_posttrain.features.dose_curve import CurveSettings
     from qscope_posttrain.features.find.loops import collect_loops
     from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table
-    from qscope_posttrain.features.find.repetition_curve import CurveSettings
-    from qscope_posttrain.features.find.repetition_figure import CURVE_KEY, curve_figures
+    from qscope_posttrain.features.find.repetition_curve import CURVE_KEY, curve_figures
 
     check_one_process("find-repetition runs")
     if options.prompts is None and options.loops is None:

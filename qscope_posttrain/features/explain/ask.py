@@ -1,10 +1,15 @@
-"""Auto-interpretation: a model explains features from their contexts, and its explanations are put to the test."""
+"""Auto-interpretation: a model explains features from their contexts, and its explanations are tested by prediction.
+
+After Paulo et al. 2025 ("Automatically Interpreting Millions of Features in Large Language Models"): detection asks
+whether a feature is active in a context, fuzzing whether the marked tokens are the ones that it is active on.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,39 +18,36 @@ from torch import nn
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.endpoint.templates import PromptTemplates, text_field
+from qscope_posttrain.endpoint.templates import PromptTemplates, read_json, text_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.contexts import Context, ContextSettings, FeatureContexts, collect_contexts
-from qscope_posttrain.features.explain.explanation import Explanation, FeatureId, Prediction
-from qscope_posttrain.features.explain.token_view import marked, text_pieces
-from qscope_posttrain.features.explain.verify import (
-    Item,
+from qscope_posttrain.features.explain.explanation import (
+    METHODS,
+    Explained,
+    Explanation,
+    FeatureId,
     Method,
-    Split,
-    detection_items,
-    fuzzing_items,
-    predict,
-    split_contexts,
+    Prediction,
 )
-from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts
+from qscope_posttrain.features.explain.token_view import marked, text_pieces
 from qscope_posttrain.models.batches import Text
-from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-METHODS: tuple[Method, ...] = ("detection", "fuzzing")
+QUANTILES = 10
+"""Bands of activation from which randomly drawn contexts are taken evenly, so that weak ones are tested too."""
 
 
 def explain_templates(folder: str | os.PathLike[str] | None = None) -> PromptTemplates:
-    """`explain.jinja`, `detection.jinja` and `fuzzing.jinja`, from a user's folder where they are there."""
+    """`explain.jinja`, `detection.jinja` and `fuzzing.jinja`, from the user's folder where it has them."""
     return PromptTemplates(Path(__file__).parent / "templates", folder)
 
 
 @dataclass(frozen=True)
 class ExplainSettings:
-    """How features are explained and their explanations tested."""
+    """Settings for explaining features and testing the explanations."""
 
     contexts: ContextSettings = field(default_factory=ContextSettings)
-    """What is kept of the texts"""
+    """Numbers and lengths of the contexts that are kept"""
     strongest: int = 10
     """Strongest contexts that the explainer sees"""
     others: int = 10
@@ -53,19 +55,19 @@ class ExplainSettings:
     tests: int = 20
     """Held-out contexts in which the feature fires, and as many in which it does not, for each score"""
     methods: tuple[Method, ...] = METHODS
-    """How explanations are scored; none leaves them unscored"""
+    """Tests of the explanations; empty for no test"""
     control: bool = True
     """Score every feature by the explanation of another one too"""
     min_texts: int = 5
     """A feature that fires on fewer distinct texts is not explained"""
     per_request: int = 5
-    """Contexts that the judge decides on at a time"""
+    """Contexts per request to the judge"""
     temperature: float = 0.0
-    """Of the explainer; the judge is greedy"""
+    """Sampling temperature of the explainer; the judge is greedy"""
     max_tokens: int = 256
-    """Longest answer of explainer and judge"""
+    """Maximum length of an answer of explainer and judge, in tokens"""
     seed: int = 0
-    """Of the order of contexts and of the control"""
+    """Seed of the order of contexts and of the control"""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(METHODS))
@@ -74,79 +76,6 @@ class ExplainSettings:
         for name in ("strongest", "tests", "min_texts", "per_request", "max_tokens"):
             if getattr(self, name) < 1:
                 raise UserValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
-class Explained:
-    """Explanations, and how far they can be trusted."""
-
-    explanations: tuple[Explanation, ...]
-    controls: Mapping[Method, Mapping[FeatureId, Prediction]]
-    """Scores of every feature with the explanation of another one: what words in general achieve"""
-    contexts: tuple[FeatureContexts, ...]
-    skipped: Mapping[FeatureId, str]
-    """Features without an explanation, and why"""
-
-    def mean(self, method: Method, control: bool = False) -> Interval | None:
-        """Mean balanced accuracy over features, with a bootstrap interval over them."""
-        values = [pair[control] for pair in self._pairs(method, need_control=control)]
-        return bootstrap_over_prompts([[value] for value in values]) if values else None
-
-    def gain(self, method: Method) -> Interval | None:
-        """Mean difference between own and another's explanation, paired by feature."""
-        pairs = self._pairs(method, need_control=True)
-        return bootstrap_difference([[own] for own, _ in pairs], [[other] for _, other in pairs]) if pairs else None
-
-    def _pairs(self, method: Method, need_control: bool) -> list[tuple[float, float]]:
-        pairs = []
-        for entry in self.explanations:
-            own = _accuracy(getattr(entry, method))
-            other = _accuracy(self.controls.get(method, {}).get(entry.feature))
-            if own is not None and (other is not None or not need_control):
-                pairs.append((own, float("nan") if other is None else other))
-        return pairs
-
-    def to_table(self) -> Table:
-        """One line a feature: words, scores with intervals, and the score of another feature's words."""
-        found = {FeatureId(entry.layer, entry.feature_id): entry for entry in self.contexts}
-        used = [method for method in METHODS if any(getattr(entry, method) for entry in self.explanations)]
-        rows: list[list[Cell]] = []
-        for entry in self.explanations:
-            row: list[Cell] = [entry.layer, entry.feature_id, found[entry.feature].firing_texts, entry.text]
-            for method in used:
-                own = getattr(entry, method)
-                row += [
-                    _shown(own.interval() if own else None),
-                    _accuracy(self.controls.get(method, {}).get(entry.feature)),
-                ]
-            rows.append(row)
-        columns = ["layer", "feature", "texts", "explanation"]
-        columns += [name for method in used for name in (method, "shuffled")]
-        return Table("Explanations", columns, rows, _CAPTION)
-
-    def summary_table(self) -> Table:
-        """One line a method: means over features."""
-        rows: list[list[Cell]] = [
-            [
-                method,
-                len(self._pairs(method, False)),
-                *map(_shown, (self.mean(method), self.mean(method, True), self.gain(method))),
-            ]
-            for method in METHODS
-            if self._pairs(method, False)
-        ]
-        return Table(
-            "Explanations tested",
-            ["method", "features", "balanced accuracy", "another feature's words", "difference"],
-            rows,
-            "Means over features, 95 % bootstrap intervals over features; the difference is paired. Chance is 0.5.",
-        )
-
-
-_CAPTION = (
-    "texts: distinct texts on which the feature fires. detection, fuzzing: balanced accuracy on held-out contexts, and "
-    "its 95 % interval (Newcombe). shuffled: the same contexts judged by the words for another feature. Chance is 0.5."
-)
 
 
 def explain_features(
@@ -168,26 +97,22 @@ def explain_features(
     explanation, and 2 * tests / per_request for each method, as many again for the control.
 
     Args:
-        texts: natural text; what features are explained from can only be found where it occurs.
-        session: the explainer.
-        judge: who decides on the held-out contexts; by default the explainer, in requests of their own.
+        texts: natural text in which the features occur.
+        session: the chat model that explains.
+        judge: the chat model that decides on the held-out contexts; by default the explainer, in separate requests.
         templates: see `explain_templates`.
     """
     settings = settings or ExplainSettings()
     templates = templates or explain_templates()
     found = collect_contexts(model, tokenizer, texts, saes, feature_ids, settings.contexts, **pass_options)
-    splits = {
-        FeatureId(entry.layer, entry.feature_id): split_contexts(
-            entry, settings.strongest, settings.others, settings.tests
-        )
-        for entry in found
-        if entry.firing_texts >= settings.min_texts
-    }
-    skipped = {
-        FeatureId(entry.layer, entry.feature_id): f"fires on {entry.firing_texts} of {entry.texts} texts"
-        for entry in found
-        if entry.firing_texts < settings.min_texts
-    }
+    splits: dict[FeatureId, Split] = {}
+    skipped: dict[FeatureId, str] = {}
+    for entry in found:
+        feature = FeatureId(entry.layer, entry.feature_id)
+        if entry.firing_texts >= settings.min_texts:
+            splits[feature] = split_contexts(entry, settings.strongest, settings.others, settings.tests)
+        else:
+            skipped[feature] = f"fires on {entry.firing_texts} of {entry.texts} texts"
     words = _explanations(session, templates, tokenizer, splits, settings)
     skipped |= {feature: "no readable explanation" for feature in splits if feature not in words}
     own: dict[Method, Mapping[FeatureId, Prediction]] = {}
@@ -195,29 +120,19 @@ def explain_features(
     others = shuffled_words(words, settings.seed) if settings.control else {}
     for method in settings.methods:
         tests = {feature: _items(tokenizer, splits[feature], method, feature) for feature in words}
-        options: dict[str, Any] = {
-            "per_request": settings.per_request, "seed": settings.seed, "max_tokens": settings.max_tokens,
-        }  # fmt: skip
-        own[method] = predict(judge or session, templates, method, tests, words, **options)
+        own[method] = _predict(judge or session, templates, method, tests, words, settings)
         if others:
-            controls[method] = predict(judge or session, templates, method, tests, others, **options)
+            controls[method] = _predict(judge or session, templates, method, tests, others, settings)
     name = str(session.model.identity.get("name", ""))
     explanations = tuple(
-        Explanation(
-            layer=feature.layer,
-            feature_id=feature.feature_id,
-            text=text,
-            model=name,
-            detection=own.get("detection", {}).get(feature),
-            fuzzing=own.get("fuzzing", {}).get(feature),
-        )
+        Explanation(*feature, text, name, *(own.get(method, {}).get(feature) for method in METHODS))
         for feature, text in words.items()
     )
     return Explained(explanations, controls, tuple(found), skipped)
 
 
 def shuffled_words(words: Mapping[FeatureId, str], seed: int) -> dict[FeatureId, str]:
-    """Every feature with the words of another: a random cycle, so that none keeps its own. Empty for one feature."""
+    """Give every feature the words of another: a random cycle, so that none keeps its own. Empty for one feature."""
     order = list(words)
     if len(order) < 2:
         return {}
@@ -257,9 +172,131 @@ def _items(tokenizer: Any, split: Split, method: Method, feature: FeatureId) -> 
     return detection_items(tokenizer, split) if method == "detection" else fuzzing_items(tokenizer, split, str(feature))
 
 
-def _accuracy(prediction: Prediction | None) -> float | None:
-    return None if prediction is None else prediction.balanced_accuracy
+@dataclass(frozen=True)
+class Split:
+    """The contexts of one feature: those that its explainer sees, and those held out. They share no text."""
+
+    strongest: tuple[Context, ...]
+    others: tuple[Context, ...]
+    tests: tuple[Context, ...]
+    absent: tuple[Context, ...]
 
 
-def _shown(interval: Interval | None) -> str | None:
-    return None if interval is None else f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+def split_contexts(contexts: FeatureContexts, strongest: int, others: int, tests: int) -> Split:
+    """Show the strongest and `others` from the bands; of the rest, hold out `tests`, from the bands too."""
+    top = contexts.top[:strongest]
+    seen = {context.text for context in top}
+    drawn = from_bands([context for context in contexts.sampled if context.text not in seen])
+    # Tests come first: with few contexts an explanation that nobody can test is worth less than one made from fewer.
+    held_out = drawn[:tests]
+    shown = drawn[len(held_out) : len(held_out) + others]
+    texts = seen | {context.text for context in shown}
+    absent = tuple(context for context in contexts.absent if context.text not in texts)[:tests]
+    return Split(top, tuple(shown), tuple(held_out), absent)
+
+
+def from_bands(contexts: Sequence[Context]) -> list[Context]:
+    """All contexts in an order in which every stretch of ten holds one from each tenth of the activations.
+
+    Within a band the given order is kept, which is random for a random draw.
+    """
+    ranked = sorted(range(len(contexts)), key=lambda index: -contexts[index].peak)
+    edges = [band * len(ranked) // QUANTILES for band in range(QUANTILES + 1)]
+    bands = [sorted(ranked[start:stop]) for start, stop in itertools.pairwise(edges)]
+    longest = max(map(len, bands), default=0)
+    return [contexts[band[place]] for place in range(longest) for band in bands if place < len(band)]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One context as a judge reads it, and the right answer."""
+
+    text: str
+    positive: bool
+
+
+def detection_items(tokenizer: Any, split: Split) -> list[Item]:
+    """Contexts in which the feature fires, and as many in which it does not; nothing is marked."""
+    count = min(len(split.tests), len(split.absent))
+    found = [Item(_text(tokenizer, context), True) for context in split.tests[:count]]
+    return found + [Item(_text(tokenizer, context), False) for context in split.absent[:count]]
+
+
+def fuzzing_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
+    """Contexts in which it fires: half with the firing pieces marked, half with as many others, drawn at random.
+
+    Where a context has too few others, all of them are marked.
+    """
+    found: list[Item] = []
+    mixed = list(split.tests)
+    random.Random(name).shuffle(mixed)
+    for number, context in enumerate(mixed):
+        pieces, values = text_pieces(tokenizer, context.ids, context.values)
+        right = number % 2 == 0
+        if not right:
+            quiet = [place for place, value in enumerate(values) if value == 0]
+            firing = len(values) - len(quiet)
+            chosen = random.Random(f"{name} {number}").sample(quiet, min(firing, len(quiet)))
+            values = [float(place in chosen) for place in range(len(values))]
+        if any(values):
+            found.append(Item(marked(pieces, values), right))
+    return found
+
+
+def _predict(
+    session: ChatSession,
+    templates: PromptTemplates,
+    method: Method,
+    tests: Mapping[FeatureId, Sequence[Item]],
+    explanations: Mapping[FeatureId, str],
+    settings: ExplainSettings,
+) -> dict[FeatureId, Prediction]:
+    """Let the judge decide on every item by the words given for its feature.
+
+    Items that the judge's answers leave undecided, also when asked again, count nowhere.
+    """
+    asked: list[tuple[FeatureId, list[Item]]] = []
+    for feature, items in tests.items():
+        mixed = list(items)
+        random.Random(f"{settings.seed} {feature}").shuffle(mixed)
+        starts = range(0, len(mixed), settings.per_request)
+        asked += [(feature, mixed[start : start + settings.per_request]) for start in starts]
+    sampling = Sampling(temperature=0.0, max_tokens=settings.max_tokens)
+    decided: dict[FeatureId, list[tuple[Item, bool]]] = {feature: [] for feature in tests}
+    # Requests of one length are read by one reader.
+    for length in sorted({len(items) for _, items in asked}):
+        group = [entry for entry in asked if len(entry[1]) == length]
+        requests = [
+            ChatRequest(
+                templates.messages(method, explanation=explanations[feature], passages=[item.text for item in items]),
+                sampling,
+            )
+            for feature, items in group
+        ]
+        answers = session.complete_parsed(requests, decisions(length), description=f"{method} of contexts")
+        for (feature, items), answer in zip(group, answers, strict=True):
+            if answer.value is not None:
+                decided[feature] += zip(items, answer.value, strict=True)
+    return {feature: _prediction(found) for feature, found in decided.items()}
+
+
+def decisions(count: int) -> Callable[[str], list[bool]]:
+    """A reader of answers such as `[0, 1, 1]`; ValueError where there are not `count` decisions."""
+
+    def read(text: str) -> list[bool]:
+        found = read_json(text)
+        if not isinstance(found, list) or len(found) != count or any(value not in (0, 1) for value in found):
+            raise UserValueError(f"expected a list of {count} zeros and ones, got {str(found)[:200]}.")
+        return [bool(value) for value in found]
+
+    return read
+
+
+def _prediction(decided: Sequence[tuple[Item, bool]]) -> Prediction:
+    positives = [taken for item, taken in decided if item.positive]
+    negatives = [taken for item, taken in decided if not item.positive]
+    return Prediction(sum(positives), len(positives), len(negatives) - sum(negatives), len(negatives))
+
+
+def _text(tokenizer: Any, context: Context) -> str:
+    return "".join(text_pieces(tokenizer, context.ids, context.values)[0])

@@ -1,11 +1,11 @@
-"""Contexts in which chosen features fire, and in which they do not: one pass, a bounded number of each kept."""
+"""Collect contexts in which chosen features fire, and in which they do not: one pass, a bounded number of each."""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 @dataclass(frozen=True)
 class Context:
-    """A window of one text, and what one feature does in it."""
+    """A window of one text, with the activation of one feature at each token."""
 
     text: int
     """Position of the text among those that were read"""
@@ -46,7 +46,7 @@ class Context:
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """How many contexts are kept of a feature, and how long they are."""
+    """Number and length of the contexts that are kept per feature."""
 
     top: int = 10
     """Texts on which it fires most strongly"""
@@ -55,11 +55,11 @@ class ContextSettings:
     absent: int = 40
     """Windows in which it does not fire"""
     window: int = 32
-    """Tokens of a context"""
+    """Length of a context in tokens"""
     before: int = 24
-    """Tokens of it that stand before its centre: the strongest token, or any where it does not fire"""
+    """Number of them before its center: the strongest token, or any where it does not fire"""
     seed: int = 0
-    """Of what is drawn"""
+    """Seed of the draws"""
 
     def __post_init__(self) -> None:
         if min(self.top, self.sampled, self.absent) < 1:
@@ -70,7 +70,7 @@ class ContextSettings:
 
 @dataclass(frozen=True)
 class FeatureContexts:
-    """What was kept of one feature. No two contexts of a list come from the same text."""
+    """Contexts of one feature. No two contexts of a list come from the same text."""
 
     layer: int
     feature_id: int
@@ -101,13 +101,10 @@ def collect_contexts(
 ) -> list[FeatureContexts]:
     """Contexts of the features `feature_ids` {layer: ids}, in the order of layers and ids.
 
-    One pass over the texts. Equal texts are read once; what is drawn depends on their content and the seed alone, not
-    on their order or the batches. The first token of a text and norm outliers do not count, as in
+    One pass over the texts. Equal texts are read once; the draw depends on their content and the seed alone, not on
+    their order or the batches. The first token of a text and norm outliers do not count, as in
     `text_features.collect_text_features`. Memory: top + sampled windows of each feature, and 4 * absent that they
     share.
-
-    Raises:
-        TypeError, ValueError: no texts, a layer without an SAE or out of range, an id that the SAE does not have.
     """
     settings = settings or ContextSettings()
     check_texts({"texts": texts})
@@ -133,15 +130,7 @@ def collect_contexts(
                     kept[layer, feature].offer(sequence, positions, values, f"{layer} {feature}")
                     pool.fires(sequence, positions, (layer, feature))
     return [
-        FeatureContexts(
-            layer=layer,
-            feature_id=feature,
-            firing_texts=found.texts,
-            texts=len(sequences),
-            top=found.top(),
-            sampled=found.sampled(),
-            absent=pool.without((layer, feature)),
-        )
+        FeatureContexts(layer, feature, found.texts, len(sequences), *found.best(), pool.without((layer, feature)))
         for (layer, feature), found in kept.items()
     ]
 
@@ -189,19 +178,14 @@ def _priority(sequence: TokenSequence, salt: str) -> float:
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
-def _window(sequence: TokenSequence, centre: int, settings: ContextSettings) -> tuple[int, int]:
+def _window(sequence: TokenSequence, center: int, settings: ContextSettings) -> tuple[int, int]:
     """Start and end of the window around a token, moved into the text where it would stand out of it."""
-    start = max(min(centre - settings.before, len(sequence.ids) - settings.window), 0)
+    start = max(min(center - settings.before, len(sequence.ids) - settings.window), 0)
     return start, min(start + settings.window, len(sequence.ids))
 
 
-@dataclass(order=True)
-class _Ranked:
-    """An entry of a heap whose smallest entry is the first to go; equal scores fall to the text's content."""
-
-    score: float
-    tie: bytes
-    context: Context = field(compare=False)
+_Heap = list[tuple[float, bytes, Context]]
+"""Entries, of which the smallest is the first to go. Equal scores are ordered by the unique hash of the text."""
 
 
 class _Kept:
@@ -209,45 +193,29 @@ class _Kept:
 
     def __init__(self, settings: ContextSettings) -> None:
         self._settings = settings
-        self._top: list[_Ranked] = []
-        self._drawn: list[_Ranked] = []
+        self._top: _Heap = []
+        self._drawn: _Heap = []
         self.texts = 0
 
     def offer(self, sequence: TokenSequence, positions: list[int], values: list[float], name: str) -> None:
         self.texts += 1
         peak = max(values)
         priority = _priority(sequence, f"{self._settings.seed} {name}")
-        for heap, size, score in (
-            (self._top, self._settings.top, peak),
-            (self._drawn, self._settings.sampled, -priority),
-        ):
-            if len(heap) < size or score >= heap[0].score:
-                context = self._context(sequence, positions, values, peak)
-                heapq.heappush(heap, _Ranked(score, sequence.content_hash(), context))
+        limits = (self._top, self._settings.top, peak), (self._drawn, self._settings.sampled, -priority)
+        for heap, size, score in limits:
+            if len(heap) < size or score >= heap[0][0]:
+                start, end = _window(sequence, positions[values.index(peak)], self._settings)
+                at = dict(zip(positions, values, strict=True))
+                shown = tuple(at.get(position, 0.0) for position in range(start, end))
+                context = Context(sequence.text, sequence.ids[start:end], shown)
+                heapq.heappush(heap, (score, sequence.content_hash(), context))
                 if len(heap) > size:
                     heapq.heappop(heap)
 
-    def _context(self, sequence: TokenSequence, positions: list[int], values: list[float], peak: float) -> Context:
-        start, end = _window(sequence, positions[values.index(peak)], self._settings)
-        at = dict(zip(positions, values, strict=True))
-        shown = tuple(at.get(position, 0.0) for position in range(start, end))
-        return Context(sequence.text, sequence.ids[start:end], shown)
-
-    def top(self) -> tuple[Context, ...]:
-        return tuple(entry.context for entry in sorted(self._top, reverse=True))
-
-    def sampled(self) -> tuple[Context, ...]:
-        return tuple(entry.context for entry in sorted(self._drawn, reverse=True))
-
-
-@dataclass
-class _PoolEntry:
-    """A window drawn without looking at any feature, and the features seen to fire in it."""
-
-    context: Context
-    start: int
-    end: int
-    firing: set[tuple[int, int]] = field(default_factory=set)
+    def best(self) -> tuple[tuple[Context, ...], tuple[Context, ...]]:
+        """The strongest contexts and the drawn ones, each best first."""
+        top, drawn = (tuple(entry[2] for entry in sorted(heap, reverse=True)) for heap in (self._top, self._drawn))
+        return top, drawn
 
 
 class _AbsentPool:
@@ -255,26 +223,27 @@ class _AbsentPool:
 
     def __init__(self, settings: ContextSettings) -> None:
         self._settings = settings
-        self._size = 4 * settings.absent
-        self._entries: dict[bytes, tuple[float, _PoolEntry]] = {}
+        self._entries: dict[bytes, tuple[float, int, Context, set[tuple[int, int]]]] = {}
+        """By content of the text: priority, start, window, and the features that fire in it"""
 
     def offer(self, sequences: Sequence[TokenSequence]) -> None:
-        """Take in what belongs to the pool, before any firing of these sequences is told."""
+        """Add windows of these sequences, before any firing in them is reported."""
         for sequence in sequences:
-            centre = sequence.start + int(_priority(sequence, f"{self._settings.seed} centre") * sequence.counted)
-            start, end = _window(sequence, centre, self._settings)
+            center = sequence.start + int(_priority(sequence, f"{self._settings.seed} centre") * sequence.counted)
+            start, end = _window(sequence, center, self._settings)
             context = Context(sequence.text, sequence.ids[start:end], (0.0,) * (end - start))
             priority = _priority(sequence, f"{self._settings.seed} absent")
-            self._entries[sequence.content_hash()] = (priority, _PoolEntry(context, start, end))
-        while len(self._entries) > self._size:
+            self._entries[sequence.content_hash()] = (priority, start, context, set())
+        while len(self._entries) > 4 * self._settings.absent:
             del self._entries[max(self._entries, key=lambda key: self._entries[key][0])]
 
     def fires(self, sequence: TokenSequence, positions: Sequence[int], feature: tuple[int, int]) -> None:
-        found = self._entries.get(sequence.content_hash())
-        if found is not None and any(found[1].start <= position < found[1].end for position in positions):
-            found[1].firing.add(feature)
+        if (found := self._entries.get(sequence.content_hash())) is not None:
+            _, start, context, firing = found
+            if any(start <= position < start + len(context.ids) for position in positions):
+                firing.add(feature)
 
     def without(self, feature: tuple[int, int]) -> tuple[Context, ...]:
         ordered = sorted(self._entries.values(), key=lambda entry: entry[0])
-        free = [entry.context for _, entry in ordered if feature not in entry.firing]
+        free = [context for _, _, context, firing in ordered if feature not in firing]
         return tuple(free[: self._settings.absent])

@@ -1,13 +1,18 @@
-"""A feature's explanation in words, and how well it predicts where the feature fires."""
+"""Explanations of features in words, and test results: how well they predict where a feature fires."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.intervals import Interval, rate_difference
+from qscope_posttrain.features.explain.contexts import FeatureContexts
+from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, rate_difference
+from qscope_posttrain.report.tables import Cell, Table
+
+Method = Literal["detection", "fuzzing"]
+METHODS: tuple[Method, ...] = ("detection", "fuzzing")
 
 
 class FeatureId(NamedTuple):
@@ -22,13 +27,13 @@ class FeatureId(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Outcomes of a judge that read an explanation and said of contexts whether it fits them."""
+    """Counts of a judge's decisions whether contexts fit an explanation."""
 
     hits: int
-    """Positive contexts that it took"""
+    """Positive contexts that the judge accepted"""
     positives: int
     rejections: int
-    """Negative contexts that it refused"""
+    """Negative contexts that the judge rejected"""
     negatives: int
 
     def __post_init__(self) -> None:
@@ -36,7 +41,7 @@ class Prediction:
             if type(value) is not int or value < 0:
                 raise UserValueError(f"{name} of a prediction must be a whole number from 0, got {value!r}.")
         if self.hits > self.positives or self.rejections > self.negatives:
-            raise UserValueError(f"a prediction cannot be right more often than it was asked: {self}.")
+            raise UserValueError(f"a judge cannot be right more often than it decides: {self}.")
 
     @property
     def balanced_accuracy(self) -> float | None:
@@ -46,8 +51,8 @@ class Prediction:
         return (self.hits / self.positives + self.rejections / self.negatives) / 2
 
     def interval(self, level: float = 0.95) -> Interval | None:
-        """Of the balanced accuracy: (d + 1) / 2 with d the difference of hit rate and false alarm rate, for which
-        Newcombe's interval holds (see `intervals.rate_difference`)."""
+        """Interval of the balanced accuracy (d + 1) / 2, from Newcombe's interval of d, the difference of hit rate and
+        false alarm rate (see `intervals.rate_difference`)."""
         if not self.positives or not self.negatives:
             return None
         alarms = self.negatives - self.rejections
@@ -57,17 +62,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one feature stands for, in the words of a model, and the scores of these words on held-out contexts."""
+    """Explanation of one feature by a model, with its scores on held-out contexts."""
 
     layer: int
     feature_id: int
     text: str
     model: str
-    """Who wrote it"""
+    """Name of the model that wrote it"""
     detection: Prediction | None = None
-    """Contexts in which it fires, told from random ones"""
+    """Distinguishing contexts in which it fires from random ones"""
     fuzzing: Prediction | None = None
-    """Contexts with the firing tokens marked, told from contexts with other tokens marked"""
+    """Distinguishing contexts with the firing tokens marked from contexts with other tokens marked"""
 
     def __post_init__(self) -> None:
         for name in ("layer", "feature_id"):
@@ -89,11 +94,7 @@ class Explanation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Explanation:
-        """Reads `to_dict`, strictly.
-
-        Raises:
-            ValueError: keys that are unknown or missing, or a value of another kind.
-        """
+        """Read the result of `to_dict`, strictly."""
         if not isinstance(values, Mapping):
             raise UserValueError(f"an explanation must be an object, got {type(values).__name__}.")
         needed, scores = {"layer", "feature_id", "text", "model"}, {"detection", "fuzzing"}
@@ -119,3 +120,82 @@ def check_distinct(explanations: Sequence[Explanation]) -> None:
         if entry.feature in seen:
             raise UserValueError(f"{entry.feature} is explained twice.")
         seen.add(entry.feature)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Explanations and their test results."""
+
+    explanations: tuple[Explanation, ...]
+    controls: Mapping[Method, Mapping[FeatureId, Prediction]]
+    """Scores of every feature with the explanation of another one: the score of unrelated words"""
+    contexts: tuple[FeatureContexts, ...]
+    skipped: Mapping[FeatureId, str]
+    """Features without an explanation, and why"""
+
+    def mean(self, method: Method, control: bool = False) -> Interval | None:
+        """Mean balanced accuracy over features, with a bootstrap interval over them."""
+        values = [pair[control] for pair in self._pairs(method, need_control=control)]
+        return bootstrap_over_prompts([[value] for value in values]) if values else None
+
+    def gain(self, method: Method) -> Interval | None:
+        """Mean difference between own and another's explanation, paired by feature."""
+        pairs = self._pairs(method, need_control=True)
+        return bootstrap_difference([[own] for own, _ in pairs], [[other] for _, other in pairs]) if pairs else None
+
+    def _pairs(self, method: Method, need_control: bool) -> list[tuple[float, float]]:
+        pairs = []
+        for entry in self.explanations:
+            own = _accuracy(getattr(entry, method))
+            other = _accuracy(self.controls.get(method, {}).get(entry.feature))
+            if own is not None and (other is not None or not need_control):
+                pairs.append((own, float("nan") if other is None else other))
+        return pairs
+
+    def to_table(self) -> Table:
+        """One line per feature: explanation, scores with intervals, and the score of another feature's explanation."""
+        found = {FeatureId(entry.layer, entry.feature_id): entry for entry in self.contexts}
+        used = [method for method in METHODS if any(getattr(entry, method) for entry in self.explanations)]
+        rows: list[list[Cell]] = []
+        for entry in self.explanations:
+            row: list[Cell] = [entry.layer, entry.feature_id, found[entry.feature].firing_texts, entry.text]
+            for method in used:
+                own = getattr(entry, method)
+                other = self.controls.get(method, {}).get(entry.feature)
+                row += [_shown(own.interval() if own else None), _accuracy(other)]
+            rows.append(row)
+        columns = ["layer", "feature", "texts", "explanation"]
+        columns += [name for method in used for name in (method, "shuffled")]
+        return Table("Explanations", columns, rows, _CAPTION)
+
+    def summary_table(self) -> Table:
+        """One line per method: means over features."""
+        rows: list[list[Cell]] = [
+            [
+                method,
+                len(self._pairs(method, False)),
+                *map(_shown, (self.mean(method), self.mean(method, True), self.gain(method))),
+            ]
+            for method in METHODS
+            if self._pairs(method, False)
+        ]
+        return Table(
+            "Explanations tested",
+            ["method", "features", "balanced accuracy", "another feature's words", "difference"],
+            rows,
+            "Means over features, 95 % bootstrap intervals over features; the difference is paired. Chance is 0.5.",
+        )
+
+
+_CAPTION = (
+    "texts: distinct texts on which the feature fires. detection, fuzzing: balanced accuracy on held-out contexts, and "
+    "its 95 % interval (Newcombe). shuffled: the same contexts judged by the words for another feature. Chance is 0.5."
+)
+
+
+def _accuracy(prediction: Prediction | None) -> float | None:
+    return None if prediction is None else prediction.balanced_accuracy
+
+
+def _shown(interval: Interval | None) -> str | None:
+    return None if interval is None else f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"

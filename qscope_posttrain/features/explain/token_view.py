@@ -1,4 +1,4 @@
-"""Chosen features token by token on given texts, for a terminal or a page to draw."""
+"""Values of chosen features token by token on given texts, for display in a terminal or a page."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ def token_view(
     """One group of shaded texts for every row of `features`, all texts on the scale of that row.
 
     With the SAE of a layer a feature's value is its activation. Without, it is the positive part of the pre-activation
-    `h . encoder + bias`, which a TopK SAE may have cut: the rows alone cannot tell. A free direction is always read so.
+    `h . encoder + bias`, which a TopK SAE may have cut; so is that of a free direction.
     The first token, on which no SAE was trained, counts as 0.
-
-    Raises:
-        ValueError: the features belong to another model, or a text has no token.
     """
     features.check_model(model)
     layers = list(features.layers)

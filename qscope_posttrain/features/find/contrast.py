@@ -1,4 +1,4 @@
-"""Features that tell two sets of texts apart, and those that a single problematic response rests on."""
+"""Features that distinguish two sets of texts, and those that are most active on a single problematic response."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import feature_set_from, features_from_rows
-from qscope_posttrain.features.feature_set import CONTRAST, RESPONSE, FeatureSet
-from qscope_posttrain.features.find.language import load_sae
+from qscope_posttrain.features.build import features_from_rows
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.find.search import Sources, search
+from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.selection import top_features
-from qscope_posttrain.features.statistics import LayerStatistics, collect_statistics
+from qscope_posttrain.features.statistics import PassStatistics
 from qscope_posttrain.features.text_features import collect_text_features
 from qscope_posttrain.models.batches import Text, TokenText, longest_allowed, tokenize_texts
-from qscope_posttrain.models.layers import check_layers
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 Contrast = Literal["activation", "firing_rate"]
 Strength = Literal["max", "mean"]
-
-Sources = Mapping[int, SparseAutoencoder | str | Path]
+RESPONSE = "response"
 
 
 def find_contrastive_features(
@@ -40,8 +38,7 @@ def find_contrastive_features(
     by: Contrast = "activation",
     names: tuple[str, str] = ("positive", "negative"),
     common_tokens: int = 0,
-    k: int | None = None,
-    **statistics_options: Any,
+    **pass_options: Any,
 ) -> FeatureSet:
     """The `top` features of each layer that are stronger in `positive` than in `negative` (Qwen-Scope, section 3).
 
@@ -51,18 +48,14 @@ def find_contrastive_features(
         firing_rate  share of tokens with f_s > 0 in positive - share in negative
 
     so that "activation" prefers features that fire strongly, "firing_rate" those that fire often. First tokens and norm
-    outliers do not count (see `statistics.collect_statistics`, which takes `statistics_options`).
+    outliers do not count. `pass_options` are those of `search.search` and `statistics.collect_statistics`.
 
     Args:
         positive, negative: strings, token ids, or `TokenText`s that count from some position on.
         saes: {layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0.
         names: labels of the two sets in the FeatureSet; rows carry the first.
-        common_tokens: so many token ids, the most frequent of both sets (see `most_common_tokens`), do not count:
-            what a comma or an article does to a feature says nothing about either set.
-        k: of TopK, for sources that do not say it.
-
-    Raises:
-        ValueError: an empty set, an unknown contrast, equal names, an SAE that does not fit, `top` out of range.
+        common_tokens: number of token ids to ignore, the most frequent of both sets (see `most_common_tokens`): the
+            effect of a comma or an article on a feature says nothing about either set.
     """
     if by not in get_args(Contrast):
         raise UserValueError(f"by must be one of {', '.join(get_args(Contrast))}; got {by!r}.")
@@ -70,24 +63,20 @@ def find_contrastive_features(
         raise UserValueError(f"the two sets need different names; both are {names[0]!r}.")
     texts = {names[0]: positive, names[1]: negative}
     ignored = most_common_tokens(model, tokenizer, texts, common_tokens) if common_tokens else ()
-    loaded = {layer: load_sae(saes[layer], layer, k, model) for layer in check_layers(model, sorted(saes))}
-    passed = collect_statistics(model, tokenizer, texts, loaded, ignored_tokens=ignored, **statistics_options)
-    layers, sources = {}, {}
-    for layer, sae in loaded.items():
-        scores = contrast_scores(passed.layers[layer], by)
-        ids = top_features(scores, top)
-        labels = [names[0]] * top
-        rows = [f"{names[0]} #{feature}" for feature in ids.tolist()]
-        layers[layer] = features_from_rows(passed.layers[layer], sae.select(ids), labels, rows, scores[ids])
-        sources[layer] = sae.source
-    settings = {"selector": CONTRAST, "by": by, "top": top, "common_tokens": common_tokens}
-    return feature_set_from(passed, layers, settings, sources)
 
+    def choose(passed: PassStatistics, loaded: Mapping[int, SparseAutoencoder]) -> dict[int, LayerFeatures]:
+        rows = {}
+        for layer, sae in loaded.items():
+            measured = passed.layers[layer]
+            means = measured.mean_activation if by == "activation" else measured.firing_rate
+            scores = means[0] - means[1]
+            ids = top_features(scores, top)
+            rows[layer] = features_from_rows(measured, sae.select(ids), [names[0]] * top, scores[ids])
+        return rows
 
-def contrast_scores(statistics: LayerStatistics, by: Contrast) -> Tensor:
-    """[d_sae] fp64: the first set's mean activation, or firing rate, minus the second's."""
-    means = statistics.mean_activation if by == "activation" else statistics.firing_rate
-    return means[0] - means[1]
+    score = "difference of mean activation, or of firing rate, between the first set and the second"
+    settings = {"selector": "contrast", "score": score, "by": by, "top": top, "common_tokens": common_tokens}
+    return search(model, tokenizer, texts, saes, choose, settings, ignored_tokens=ignored, **pass_options)
 
 
 def most_common_tokens(
@@ -95,7 +84,7 @@ def most_common_tokens(
 ) -> frozenset[int]:
     """The `count` token ids that are most frequent in all sets: ranked by the lowest of their shares of a set's tokens.
 
-    A token that is frequent in one set alone tells the sets apart, and stays.
+    A token that is frequent in one set alone distinguishes the sets, and stays.
     """
     if count < 0:
         raise UserValueError(f"common_tokens must be 0 or more; got {count}.")
@@ -123,25 +112,21 @@ def rank_response_features(
     max_reference_rate: float = 1.0,
     by: Strength = "max",
     top: int = 10,
-    k: int | None = None,
     max_length: int = 512,
-    **statistics_options: Any,
+    **pass_options: Any,
 ) -> FeatureSet:
     """The features of each layer that are most active on one response (Qwen-Scope, section 3, first case study).
 
     The score is the feature's largest, or mean, activation over the tokens of the response; the prompt in front of it
     is read as context and does not count. Strong features of a response need not be its problem: many are strong
     everywhere. With `reference` texts each row also knows how often it fires there, and features that fire on more
-    than `max_reference_rate` of the reference's tokens are passed over.
+    than `max_reference_rate` of the reference's tokens are left out.
 
     Args:
         response: what the model wrote; a string is appended to `prompt` as text, and its tokens count from the first
             one that differs from the prompt's own.
         saes: {layer: SAE, or a source for `SparseAutoencoder.load`}.
         by: "max" or "mean" activation over the response's tokens.
-
-    Raises:
-        ValueError: an empty response, a rate outside 0..1, fewer than `top` features left.
     """
     if by not in get_args(Strength):
         raise UserValueError(f"by must be one of {', '.join(get_args(Strength))}; got {by!r}.")
@@ -153,30 +138,35 @@ def rank_response_features(
     texts: dict[str, Sequence[Text]] = {RESPONSE: [text]}
     if reference:
         texts["reference"] = reference
-    loaded = {layer: load_sae(saes[layer], layer, k, model) for layer in check_layers(model, sorted(saes))}
-    passed = collect_statistics(model, tokenizer, texts, loaded, max_length=max_length, **statistics_options)
-    pooled = collect_text_features(model, tokenizer, [text], loaded, pooling=by, max_length=max_length)
-    layers, sources = {}, {}
-    for layer, sae in loaded.items():
-        scores = torch.zeros(sae.d_sae, dtype=torch.float64)
-        ids, values = pooled[layer].row(0)
-        scores[ids.long()] = values.double()
-        if reference:
-            scores[passed.layers[layer].firing_rate[1] > max_reference_rate] = -math.inf
-        best = top_features(scores, top)
-        if not float(scores[best[-1]]) > 0:
-            left = int((scores > 0).sum())
-            raise UserValueError(
-                f"Layer {layer}: only {left} features fire on the response"
-                + (f" and on at most {max_reference_rate:g} of the reference's tokens" if reference else "")
-                + f", but top={top} were asked for."
-            )
-        rows = [f"{RESPONSE} #{feature}" for feature in best.tolist()]
-        layers[layer] = features_from_rows(passed.layers[layer], sae.select(best), [RESPONSE] * top, rows, scores[best])
-        sources[layer] = sae.source
-    settings = {"selector": RESPONSE, "by": by, "top": top, "max_reference_rate": max_reference_rate}
-    features = feature_set_from(passed, layers, settings, sources)
-    return replace(features, provenance={**features.provenance, "prompt": prompt, "response": _shown(response)})
+
+    def choose(passed: PassStatistics, loaded: Mapping[int, SparseAutoencoder]) -> dict[int, LayerFeatures]:
+        pooled = collect_text_features(model, tokenizer, [text], loaded, pooling=by, max_length=max_length)
+        rows = {}
+        for layer, sae in loaded.items():
+            scores = torch.zeros(sae.d_sae, dtype=torch.float64)
+            ids, values = pooled[layer].row(0)
+            scores[ids.long()] = values.double()
+            if reference:
+                scores[passed.layers[layer].firing_rate[1] > max_reference_rate] = -math.inf
+            best = top_features(scores, top)
+            if not float(scores[best[-1]]) > 0:
+                left = int((scores > 0).sum())
+                raise UserValueError(
+                    f"Layer {layer}: only {left} features fire on the response"
+                    + (f" and on at most {max_reference_rate:g} of the reference's tokens" if reference else "")
+                    + f", fewer than top={top}."
+                )
+            rows[layer] = features_from_rows(passed.layers[layer], sae.select(best), [RESPONSE] * top, scores[best])
+        return rows
+
+    score = "largest or mean activation over the response's tokens"
+    settings = {"selector": RESPONSE, "score": score, "by": by, "top": top, "max_reference_rate": max_reference_rate}
+    features = search(model, tokenizer, texts, saes, choose, settings, max_length=max_length, **pass_options)
+    if isinstance(response, str):
+        shown = response
+    else:
+        shown = f"{len(response.ids if isinstance(response, TokenText) else response)} token ids"
+    return replace(features, provenance={**features.provenance, "prompt": prompt, "response": shown})
 
 
 def _response_text(tokenizer: Any, prompt: str, response: Text) -> Text:
@@ -193,9 +183,3 @@ def _response_text(tokenizer: Any, prompt: str, response: Text) -> Text:
     if prompt:
         raise UserValueError("Give a prompt as text together with a response as text, or one TokenText with its start.")
     return response
-
-
-def _shown(response: Text) -> str:
-    if isinstance(response, str):
-        return response
-    return f"{len(response.ids if isinstance(response, TokenText) else response)} token ids"

@@ -1,4 +1,4 @@
-"""Completions that ran in a circle until they were cut off, and ordinary ones beside them: sampled, or given."""
+"""Collect completions in endless repetition, and ordinary ones for contrast: sampled from a model, or given."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.features.dose_curve import MIN_COPIES, MIN_TOKENS
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.models.batches import TokenText
 from qscope_posttrain.models.generation import Prompt, SamplingSettings, encode_prompts, sample_batch
@@ -20,15 +21,14 @@ from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
 
-MIN_COPIES, MIN_TOKENS = 4, 12
 NORMAL_PER_LOOP = 4
 PERIOD_TRIM = 0.1
-"""Share of the shortest and of the longest periods that do not shape `LoopCollection.periods`."""
+"""Share of the shortest and of the longest periods that are left out of `LoopCollection.periods`."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt, as token ids without the end token."""
+    """A completion of a prompt, as token ids without the end token."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -57,17 +57,17 @@ class Loop(Completion):
 
 @dataclass(frozen=True)
 class LoopCollection:
-    """Loops, ordinary completions for contrast, and how many were looked at."""
+    """Loops, ordinary completions for contrast, and the number of completions examined."""
 
     loops: tuple[Loop, ...]
     normal: tuple[Completion, ...]
-    """Completions that ended by themselves without a repeated tail; not all that were seen"""
+    """Completions that ended by themselves without a repeated tail; not necessarily all of them"""
     samples: int
-    """Completions looked at"""
+    """Completions examined"""
     sampled: bool = True
-    """Whether the model was sampled for them, so that `rate` says something about it"""
+    """Whether the model was sampled for them, so that `rate` is a property of the model"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """How they were drawn; JSON values"""
+    """Sampling settings and limits; JSON values"""
 
     @property
     def rate(self) -> Interval | None:
@@ -82,21 +82,21 @@ class LoopCollection:
         """Shortest and longest period of a loop like these: half and twice the periods of all but odd ones.
 
         Odd are the shortest tenth and the longest tenth of the loops (rounded down to whole loops), so that one
-        "6 6 6 6" among solutions that repeat a step does not make every stuttering a loop of the model's own kind.
+        "6 6 6 6" among solutions that repeat a step does not make every stutter a loop of the model's own kind.
         """
         lengths = sorted(loop.tail.period for loop in self.loops)
         odd = int(PERIOD_TRIM * len(lengths))
         return -(-lengths[odd] // 2), 2 * lengths[-1 - odd]
 
     def summary(self) -> str:
-        """One line: how many of how many, and the rate."""
+        """One line with the counts and the rate."""
         rate = self.rate
         share = "" if rate is None else f" ({rate.estimate:.3%}, 95 % {rate.low:.3%} .. {rate.high:.3%})"
         kind = "samples" if self.sampled else "given texts"
         return f"{len(self.loops)} endless repetitions in {self.samples} {kind}{share}, {len(self.normal)} ordinary"
 
     def write(self, path: str | Path, tokenizer: Any) -> Path:
-        """JSONL, a completion a line: `kind`, token ids, text, and the tail of a loop. `loops_from_texts` reads it."""
+        """Write one completion per line: `kind`, token ids, text, and the tail of a loop; for `loops_from_texts`."""
         lines = []
         for kind, entries in (("loop", self.loops), ("normal", self.normal)):
             for entry in entries:
@@ -129,15 +129,12 @@ def collect_loops(
     fewer loops than wanted is reported with the number and the rate; finding none is an error.
 
     Args:
-        prompts: texts or chats, see `residual.sampling.generate_samples`, also for `chat` and its options.
-        max_samples: completions after which to give up.
+        prompts: texts or chats, see `models.generation.generate_samples`, also for `chat` and its options.
+        max_samples: maximum number of completions to draw.
         normal: ordinary completions (ended by themselves, without a repeated tail) to keep; by default four times
             `wanted`.
         settings: how to draw; by default temperature 1, the whole distribution, 256 tokens, 64 at a time.
-            `samples_per_prompt` plays no part.
-
-    Raises:
-        ValueError: no prompt, a number below 1, or no loop in `max_samples` samples.
+            `samples_per_prompt` is not used.
     """
     settings = settings or SamplingSettings(top_p=1.0, batch_size=64)
     normal = NORMAL_PER_LOOP * wanted if normal is None else normal
@@ -189,14 +186,11 @@ def loops_from_texts(
     min_copies: int = MIN_COPIES,
     min_tokens: int = MIN_TOKENS,
 ) -> LoopCollection:
-    """Loops and ordinary completions among texts that are there already.
+    """Find loops and ordinary completions among given texts.
 
     A text is a string, or a mapping with `text`, with `prompt` and `completion`, or with `prompt_ids` and
     `completion_ids`; `ended` says whether the model ended it. With a repeated tail, and not ended, it is a loop;
     without one, and not known to be cut off, it is ordinary; the rest is left out.
-
-    Raises:
-        TypeError, ValueError: a text of another form, or no loop among them.
     """
     loops: list[Loop] = []
     ordinary: list[Completion] = []
@@ -204,11 +198,11 @@ def loops_from_texts(
     for count, text in enumerate(texts, start=1):
         given = _completion(tokenizer, text, count)
         ended = text.get("ended") if isinstance(text, Mapping) else None
-        tail = repeated_tail(given.completion_ids, min_copies=min_copies, min_tokens=min_tokens)
-        if tail is not None and not ended:
-            loops.append(Loop(given.prompt_ids, given.completion_ids, tail))
-        elif tail is None and ended is not False and len(given.ids) > max(1, len(given.prompt_ids)):
-            ordinary.append(given)
+        found = _judged(given, ended, min_copies, min_tokens)
+        if isinstance(found, Loop):
+            loops.append(found)
+        elif found is not None:
+            ordinary.append(found)
     settings = {"min_copies": min_copies, "min_tokens": min_tokens}
     collection = LoopCollection(tuple(loops), tuple(ordinary), count, sampled=False, settings=settings)
     if not loops:
@@ -219,15 +213,15 @@ def loops_from_texts(
     return collection
 
 
-def _judged(found: Completion, ended: bool, min_copies: int, min_tokens: int) -> Loop | Completion | None:
-    """A loop, an ordinary completion, or None for what is neither: cut off, ended after repeating, or empty.
+def _judged(found: Completion, ended: bool | None, min_copies: int, min_tokens: int) -> Loop | Completion | None:
+    """A loop, an ordinary completion, or None for neither: cut off, ended after repeating, or empty.
 
-    A loop here is what `text.repetition.is_endless_repetition` says: it did not end, and has a repeated tail.
+    `ended` says whether the model ended it, None that it is not known.
     """
     tail = repeated_tail(found.completion_ids, min_copies=min_copies, min_tokens=min_tokens)
-    if tail is not None and not ended:
-        return Loop(found.prompt_ids, found.completion_ids, tail)
-    return found if tail is None and ended and found.completion_ids else None
+    if tail is not None:
+        return None if ended else Loop(found.prompt_ids, found.completion_ids, tail)
+    return found if ended is not False and len(found.ids) > max(1, len(found.prompt_ids)) else None
 
 
 def _completion(tokenizer: Any, text: str | Mapping[str, Any], number: int) -> Completion:

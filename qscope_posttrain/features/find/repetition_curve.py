@@ -1,305 +1,285 @@
-"""How often completions loop when the model is pushed along a direction for a while and then let go."""
+"""Choose how to steer a model into its own loops: scan features, sums and controls, and re-measure the best choice."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.find.loops import MIN_COPIES, MIN_TOKENS, Completion
-from qscope_posttrain.intervals import Interval, wilson
-from qscope_posttrain.models.batches import TokenBatch, TokenSequence, token_batches
-from qscope_posttrain.models.generation import SamplingSettings, sample_batch
-from qscope_posttrain.models.layers import evaluation_mode
-from qscope_posttrain.models.scoring import LOGITS_AT_A_TIME, model_logits
-from qscope_posttrain.models.steering import Steering, Window, steer
-from qscope_posttrain.report.progress import progress
-from qscope_posttrain.text.repetition import repeated_tail
+from qscope_posttrain.features.directions import difference_of_means, random_directions
+from qscope_posttrain.features.dose_curve import (
+    FEATURE,
+    MEANS,
+    RANDOM,
+    UNSTEERED,
+    CurvePoint,
+    CurveSettings,
+    Push,
+    Trial,
+    measure,
+)
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.layer_features import LayerFeatures
+from qscope_posttrain.intervals import Interval, rate_difference
+from qscope_posttrain.models.steering_spec import unit
+from qscope_posttrain.report.plots import Curve, line_curves
+from qscope_posttrain.report.tables import Cell, Table
 
-FEATURE, RANDOM, MEANS, UNSTEERED = "feature", "random", "difference of means", "unsteered"
-
-
-@dataclass(frozen=True)
-class CurveSettings:
-    """What is tried, and how completions are drawn and judged."""
-
-    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)
-    """Lengths of the push in units of the layer's median residual norm."""
-
-    window_start: tuple[int, int] = (4, 12)
-    """Generated token, counted from 0, with which the push begins: drawn for each completion from this range, both
-    ends included."""
-
-    window_lengths: tuple[int, ...] = ()
-    """Generated tokens that are pushed, one or several to try; 0 stands for all up to the end. By default a quarter of
-    `sampling.max_new_tokens`: after the window the model has to hold the loop by itself."""
-
-    samples: int = 64
-    """Completions behind each point of the scan."""
-
-    fresh_samples: int = 256
-    """Completions behind each number of the final check, drawn anew: the best of many looks better than it is."""
-
-    random_directions: int = 8
-    """Random directions that share the completions of a random point evenly."""
-
-    single_rows: int = 3
-    """The best so many rows of a layer are tried one by one, besides the sum of the best two and the sum of all."""
-
-    sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(top_p=1.0, batch_size=128))
-    """Temperature, length, rows at a time, seed; `samples_per_prompt` plays no part."""
-
-    probability_floor: float = 1e-3
-    """Tokens to which the unsteered model gives less are counted as unlikely."""
-
-    max_unlikely_share: float = 1.0
-    """Largest share of unlikely tokens with which a point may be chosen: lower it for negatives near the model's own
-    text, at the price of fewer loops."""
-
-    min_copies: int = MIN_COPIES
-    min_tokens: int = MIN_TOKENS
-    """What counts as a loop, see `text.repetition.is_endless_repetition`."""
-
-    def __post_init__(self) -> None:
-        for name in ("strengths", "window_start", "window_lengths"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.window_lengths:
-            object.__setattr__(self, "window_lengths", (max(1, self.sampling.max_new_tokens // 4),))
-        if not self.strengths or any(not strength > 0 for strength in self.strengths):
-            raise UserValueError(f"strengths must be positive, got {list(self.strengths)}.")
-        if len(self.window_start) != 2 or not 0 <= self.window_start[0] <= self.window_start[1]:
-            raise UserValueError(
-                f"window_start must be [lowest, highest] with 0 <= lowest, got {list(self.window_start)}."
-            )
-        if self.window_start[1] >= self.sampling.max_new_tokens:
-            raise UserValueError(
-                f"window_start {list(self.window_start)} lies beyond the {self.sampling.max_new_tokens} tokens of a "
-                "completion; lower it or raise max_new_tokens."
-            )
-        if any(length < 0 for length in self.window_lengths):
-            raise UserValueError(f"window_lengths cannot be negative (0: to the end), got {list(self.window_lengths)}.")
-        for name in ("samples", "fresh_samples", "random_directions", "single_rows"):
-            if getattr(self, name) < 1:
-                raise UserValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.probability_floor < 1:
-            raise UserValueError(f"probability_floor must lie between 0 and 1, got {self.probability_floor}.")
-        if not 0 <= self.max_unlikely_share <= 1:
-            raise UserValueError(f"max_unlikely_share is a share in [0, 1], got {self.max_unlikely_share}.")
-
-
-@dataclass(frozen=True, eq=False)
-class Push:
-    """A direction to try, or several that share the completions; or none at all."""
-
-    kind: str
-    """FEATURE, RANDOM, MEANS or UNSTEERED"""
-    name: str
-    layer: int | None = None
-    vectors: Tensor | None = None
-    """[directions, d_model], of unit length"""
-    norm: float = 1.0
-    """Median residual norm of the layer, the unit of strengths"""
-    rows: tuple[int, ...] = ()
-    """FEATURE: positions of its rows in the layer's features"""
+ONE_STANDARD_ERROR = 0.6827
+SCAN, FRESH = "scan", "fresh"
+CHOSEN = "*"
+CURVE_KEY = "steering_curve"
+_FRESH_SEED = 7919
+"""Added to the seed for the final check."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A push with its strength and window; counts are added by `measure`."""
+class Contrast:
+    """Label of the rows to try, and the two classes of the difference of means by their position in the set."""
 
-    push: Push
-    strength: float = 0.0
-    window_length: int = 0
+    label: str
+    inside: int
+    outside: int
+
+
+def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95) -> Interval:
+    """Share of loops like the model's own, minus that of random directions with the same layer, strength and window."""
+    for other in points:
+        if other.trial.push.kind == RANDOM and other.setting == point.setting:
+            return rate_difference((point.own, point.samples), (other.own, other.samples), level)
+    raise UserValueError(f"No random directions were measured at layer, strength and window {point.setting}.")
+
+
+def choose(points: Sequence[CurvePoint], max_unlikely_share: float = 1.0) -> CurvePoint | None:
+    """Choose the point to steer with, by its margin over random directions and not by its loop share.
+
+    Only loops like the model's own count. A strong push can make any model stutter ("6 6 6 6"): that is no example of
+    the habit that training is to remove, and it is unlearned in a few steps. And early layers loop after any push of
+    sufficient length, so that the share alone says nothing about the feature.
+
+    1. Eligible are the feature points whose `margin` is above 0 with its whole 95 % interval; if there are none, all
+       feature points with such a loop.
+    2. The best is the one with the largest margin. Within its reach are those whose margin is not below the best one's
+       lower limit of one standard error: a scan cannot distinguish them.
+    3. Of these, the one with the smallest share of unlikely tokens: a negative example close to the model's own text
+       teaches about the loop and not about the text before it. Ties: the smaller strength, then the larger margin.
+
+    Points with more than `max_unlikely_share` unlikely tokens are excluded. None if no other feature point has a loop
+    like the model's own.
+    """
+    looping = [
+        point
+        for point in points
+        if point.trial.push.kind == FEATURE and point.own > 0 and point.unlikely_share <= max_unlikely_share
+    ]
+    if not looping:
+        return None
+    margins = {id(point): margin(points, point) for point in looping}
+    eligible = [point for point in looping if margins[id(point)].low > 0] or looping
+    best = max(eligible, key=lambda point: margins[id(point)].estimate)
+    limit = margin(points, best, ONE_STANDARD_ERROR).low
+    reach = [point for point in eligible if point is best or margins[id(point)].estimate >= limit]
+    return min(reach, key=lambda p: (p.unlikely_share, p.trial.strength, -margins[id(p)].estimate))
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """What the completions of one trial were like."""
+class SteeringCurve:
+    """The scan, the point chosen from it, and the same point and its controls measured again."""
 
-    trial: Trial
-    samples: int
-    looped: int
-    """Completions in endless repetition"""
-    own: int
-    """Those that repeat a block as long as those of the model's own loops"""
-    tokens: int
-    """Generated tokens of all completions, steered or not, without end tokens"""
-    unlikely: int
-    """Those to which the unsteered model gives less than `probability_floor`"""
+    scan: tuple[CurvePoint, ...]
+    chosen: CurvePoint | None
+    """None when no push along a feature made anything loop"""
+    fresh: tuple[CurvePoint, ...]
+    """The chosen point, random directions, difference of means and no steering, on other prompts and random numbers"""
+    settings: CurveSettings
+    periods: tuple[int, int] | None = None
+    """Shortest and longest block of a loop like the model's own; None for any"""
 
     @property
-    def rate(self) -> Interval:
-        """Share of completions that loop like the model itself, with its 95 % Wilson interval."""
-        return wilson(self.own, self.samples)
+    def specific(self) -> bool:
+        """Whether the chosen features make loops like the model's own more often than random directions do.
 
-    @property
-    def looped_share(self) -> float:
-        """Share of completions that loop in whatever way."""
-        return self.looped / self.samples
+        On completions that they were not chosen by.
+        """
+        return self.chosen is not None and margin(self.fresh, self._fresh(FEATURE)).low > 0
 
-    @property
-    def unlikely_share(self) -> float:
-        """How far from the model's own text these completions are; 0 without any token."""
-        return self.unlikely / self.tokens if self.tokens else 0.0
+    def verdict(self) -> str:
+        """One sentence on the result."""
+        if self.chosen is None:
+            return "No push along these features made the model loop as it does by itself: nothing is chosen."
+        point, control = self._fresh(FEATURE), self._fresh(RANDOM)
+        push = point.trial.push
+        where = f"{push.name} in layer {push.layer} at strength {point.trial.strength:g}"
+        rates = f"{point.rate.estimate:.0%} of completions against {control.rate.estimate:.0%} with random directions"
+        if self.specific:
+            return f"Chosen: {where}, looping like the model itself in {rates}."
+        return (
+            f"Not specific: {where} loops like the model itself in {rates}, which is not clearly more. It is recorded "
+            "with specific=false: do not train on it as a repetition feature."
+        )
 
-    @property
-    def setting(self) -> tuple[int | None, float, int]:
-        """Layer, strength and window length: what it shares with its controls."""
-        return self.trial.push.layer, self.trial.strength, self.trial.window_length
+    def to_settings(self, label: str) -> dict[str, Any] | None:
+        """`FeatureSet.settings["steering"]`: how to steer, and the results of the final check; None without a choice.
+
+        `looped`, `random`, `difference_of_means` and `unsteered` are the shares of `samples` completions each that
+        loop in any way; with the prefix `own_`, in blocks of `periods` [shortest, longest] tokens.
+        """
+        if self.chosen is None:
+            return None
+        point = self._fresh(FEATURE)
+        names = {"looped": FEATURE, "random": RANDOM, "difference_of_means": MEANS, "unsteered": UNSTEERED}
+        return {
+            "label": label,
+            "layer": point.trial.push.layer,
+            "strength": point.trial.strength,
+            "unit": "relative",
+            "window_start": list(self.settings.window_start),
+            "window_length": point.trial.window_length,
+            **{name: self._fresh(kind).looped_share for name, kind in names.items()},
+            **{f"own_{name}": self._fresh(kind).rate.estimate for name, kind in names.items()},
+            "periods": None if self.periods is None else list(self.periods),
+            "unlikely_tokens": point.unlikely_share,
+            "samples": point.samples,
+            "specific": self.specific,
+        }
+
+    def to_table(self) -> Table:
+        """Every point, the final check at the end."""
+        rows: list[list[Cell]] = []
+        for stage, points in ((SCAN, self.scan), (FRESH, self.fresh)):
+            for point in points:
+                push, beyond = point.trial.push, None
+                if push.kind in (FEATURE, MEANS):
+                    difference = margin(points, point)
+                    beyond = f"{difference.estimate:+.3f} ({difference.low:+.3f} .. {difference.high:+.3f})"
+                setting = (point.trial.strength, point.trial.window_length) if push.kind != UNSTEERED else (None, None)
+                chosen = point is self.chosen or (stage == FRESH and push.kind == FEATURE)
+                rows.append([
+                    stage, push.layer, push.name, *setting, point.samples, point.looped_share, *point.rate, beyond,
+                    point.unlikely_share, CHOSEN if chosen else "",
+                ])  # fmt: skip
+        low, high = self.settings.window_start
+        floor = self.settings.probability_floor
+        blocks = "blocks of {} to {} tokens".format(*self.periods) if self.periods else "blocks of any length"
+        return Table(
+            title="Steering curve: completions in endless repetition",
+            columns=["stage", "layer", "direction", "strength", "window", "n", "looped", "like own", "low", "high",
+                     "beyond random", f"p < {floor:g}", "chosen"],
+            rows=rows,
+            caption="strength: in median residual norms. window: pushed tokens (0: to the end), from completion token "
+            f"{low} to {high} on. looped: share in endless repetition. like own: share in {blocks}, as in the model's "
+            "own loops, with 95 % Wilson limits. beyond random: difference in it to random directions of equal length, "
+            f"95 % interval. p < {floor:g}: share of all tokens that are so unlikely without steering. "
+            f"{FRESH}: other prompts, random numbers and random directions. {self.verdict()}",
+        )  # fmt: skip
+
+    def _fresh(self, kind: str) -> CurvePoint:
+        return next(point for point in self.fresh if point.trial.push.kind == kind)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One completion to draw."""
-
-    trial: int
-    prompt: Sequence[int]
-    start: int
-    vector: Tensor | None
-
-
-def measure(
+def steering_curve(
     model: nn.Module,
     tokenizer: Any,
     prompt_ids: Sequence[Sequence[int]],
-    trials: Sequence[Trial],
-    samples: int,
+    features: FeatureSet,
+    contrast: Contrast,
     settings: CurveSettings,
     *,
     periods: tuple[int, int] | None = None,
-    seed: int = 0,
-    description: str = "steering curve",
     show_progress: bool | None = None,
-) -> list[CurvePoint]:
-    """Draw `samples` completions for every trial and count those that loop.
+) -> SteeringCurve:
+    """Try rows of every layer, alone and summed, at every strength and window; choose one; measure it again.
 
-    Completion j of every trial has prompt j (they are taken in turn), the same start of its window, and the j-th of
-    the trial's directions in turn. The state of generated token t is pushed for start <= t < start + window_length:
+    Candidates of a layer are its first rows one by one, the sum of the first two, and the sum of all, where a sum is
+    the unit vector along the sum of the unit decoder rows (what `features.steering.feature_steering` uses). Each is
+    measured next to random directions and the difference of means of the same length.
 
-        h' = h + strength * norm * vector
-
-    A batch mixes trials, so that short scans fill it too. How likely the completions are under the unsteered model,
-    at the sampling temperature, is found by a forward over each of them.
+    The scan and the final check take different completions: other prompts where there are enough of them, and other
+    random numbers, starts and random directions.
 
     Args:
-        prompt_ids: encoded prompts, see `residual.sampling.encode_prompts`.
-        periods: shortest and longest block of the model's own loops, see `LoopCollection.periods`; None for any.
-        seed: of starts and sampling.
-
-    Returns:
-        A point for each trial, in their order.
+        prompt_ids: encoded prompts; they are shuffled.
+        periods: block lengths of the model's own loops, see `LoopCollection.periods`; only such loops count for the
+            choice. None for any.
     """
-    starts = torch.randint(
-        settings.window_start[0],
-        settings.window_start[1] + 1,
-        (samples,),
-        generator=torch.Generator().manual_seed(seed),
-    ).tolist()
-    rows = [
-        _Row(number, prompt_ids[j % len(prompt_ids)], starts[j], _vector(trial.push, j))
-        for number, trial in enumerate(trials)
-        for j in range(samples)
-    ]
-    looped, own, tokens, unlikely = Counter[int](), Counter[int](), Counter[int](), Counter[int]()
-    shortest, longest = periods or (1, settings.sampling.max_new_tokens)
-    draw = random.Random(seed)
-    for batch in progress(
-        list(_pieces(rows, settings.sampling.batch_size)), description=description, enabled=show_progress
-    ):
-        sampling = replace(settings.sampling, seed=draw.getrandbits(31))
-        steerings = _steerings(trials, batch)
-        prompts = [row.prompt for row in batch]
-        with steer(model, *steerings, require_generated=False) if steerings else nullcontext():
-            responses = sample_batch(model, tokenizer, prompts, sampling)
-        completions = [
-            Completion(tuple(row.prompt), tuple(ids)) for row, (ids, _) in zip(batch, responses, strict=True)
+    if not prompt_ids:
+        raise UserValueError("No prompts for the steering curve; give at least one.")
+    features.check_model(model)
+    seed = settings.sampling.seed
+    shuffled = random.Random(seed).sample(list(prompt_ids), len(prompt_ids))
+    trials = [Trial(Push(UNSTEERED, UNSTEERED))]
+    for layer, rows in features.layers.items():
+        pushes = [*candidates(layer, rows, contrast, settings), *controls(layer, rows, contrast, settings, seed)]
+        trials += [
+            Trial(push, strength, length)
+            for strength in settings.strengths
+            for length in settings.window_lengths
+            for push in pushes
         ]
-        rare = unlikely_tokens(model, completions, settings.probability_floor, sampling.temperature or 1.0)
-        for row, (ids, ended), count in zip(batch, responses, rare, strict=True):
-            # As `text.repetition.is_endless_repetition`, and the period besides.
-            tail = repeated_tail(ids, min_copies=settings.min_copies, min_tokens=settings.min_tokens)
-            looped[row.trial] += tail is not None and not ended
-            own[row.trial] += tail is not None and not ended and shortest <= tail.period <= longest
-            tokens[row.trial] += len(ids)
-            unlikely[row.trial] += count
-    return [
-        CurvePoint(trial, samples, looped[number], own[number], tokens[number], unlikely[number])
-        for number, trial in enumerate(trials)
-    ]
+    shown: dict[str, Any] = {"periods": periods, "show_progress": show_progress}
+    scan = measure(model, tokenizer, shuffled, trials, settings.samples, settings, seed=seed, **shown)
+    chosen = choose(scan, settings.max_unlikely_share)
+    fresh: list[CurvePoint] = []
+    if chosen is not None and chosen.trial.push.layer is not None:
+        trial, layer = chosen.trial, chosen.trial.push.layer
+        again = [trial.push, *controls(layer, features.layers[layer], contrast, settings, seed + _FRESH_SEED)]
+        trials = [trials[0], *(Trial(push, trial.strength, trial.window_length) for push in again)]
+        used = settings.samples % len(shuffled)
+        others = shuffled[used:] + shuffled[:used]
+        shown |= {"seed": seed + _FRESH_SEED, "description": "the choice, measured again"}
+        fresh = measure(model, tokenizer, others, trials, settings.fresh_samples, settings, **shown)
+    return SteeringCurve(tuple(scan), chosen, tuple(fresh), settings, periods)
 
 
-@torch.no_grad()
-def unlikely_tokens(
-    model: nn.Module,
-    completions: Sequence[Completion],
-    floor: float,
-    temperature: float = 1.0,
-    tokens_per_batch: int = 8192,
-) -> list[int]:
-    """For each completion, how many of its tokens have a probability below `floor`, teacher forced."""
-    sequences = [
-        TokenSequence(0, number, entry.ids, False, max(1, len(entry.prompt_ids)))
-        for number, entry in enumerate(completions)
-        if entry.completion_ids
-    ]
-    counts = [0] * len(completions)
-    with evaluation_mode(model):
-        for batch in token_batches(sequences, tokens_per_batch):
-            rare = _below(model, batch, floor, temperature)
-            for sequence, count in zip(batch.sequences, rare, strict=True):
-                counts[sequence.text] = count
-    return counts
+def candidates(layer: int, rows: LayerFeatures, contrast: Contrast, settings: CurveSettings) -> Iterator[Push]:
+    """Rows of the label: the first ones alone, the first two together, and all together."""
+    mine = [row for row, label in enumerate(rows.labels) if label == contrast.label]
+    groups = [(row,) for row in mine[: settings.single_rows]] + [tuple(mine[:2]), tuple(mine)]
+    for group in dict.fromkeys(groups):
+        name = " + ".join([rows.names[group[0]], *(f"#{int(rows.feature_ids[row])}" for row in group[1:])])
+        vector = unit(unit(rows.decoder[list(group)]).sum(0))
+        yield Push(FEATURE, name, layer, vector[None], rows.residual_median_norm, group)
 
 
-def _below(model: nn.Module, batch: TokenBatch, floor: float, temperature: float) -> list[int]:
-    flat = model_logits(model, batch)
-    counted = batch.positions()
-    tokens = batch.input_ids.flatten()[counted].to(flat.device)
-    predicting = (counted - 1).to(flat.device)
-    owners = torch.div(counted, batch.input_ids.shape[1], rounding_mode="floor").to(flat.device)
-    found = torch.zeros(len(batch.sequences), dtype=torch.int64, device=flat.device)
-    size = max(1, LOGITS_AT_A_TIME // flat.shape[1])
-    for at, token, owner in zip(predicting.split(size), tokens.split(size), owners.split(size), strict=True):
-        logits = flat.index_select(0, at).float() / temperature
-        probability = logits.log_softmax(dim=1).gather(1, token[:, None]).squeeze(1).exp()
-        found.index_add_(0, owner, (probability < floor).long())
-    return found.tolist()
+def controls(layer: int, rows: LayerFeatures, contrast: Contrast, settings: CurveSettings, seed: int) -> Iterator[Push]:
+    """Random directions, and the difference of means between the two classes."""
+    drawn = random_directions(torch.ones(settings.random_directions), rows.d_model, seed + layer)
+    yield Push(RANDOM, f"random ({len(drawn)} directions)", layer, drawn, rows.residual_median_norm)
+    difference = difference_of_means(rows.mean_residual[[contrast.inside, contrast.outside]], 0)
+    if not bool(difference.any()):
+        raise UserValueError(
+            f"Layer {layer}: both classes have the same mean residual, so there is no difference of means."
+        )
+    yield Push(MEANS, MEANS, layer, unit(difference)[None], rows.residual_median_norm)
 
 
-def _vector(push: Push, number: int) -> Tensor | None:
-    return None if push.vectors is None else push.vectors[number % len(push.vectors)]
+def curve_figures(features: FeatureSet) -> dict[int, str]:
+    """An SVG for every layer that was scanned, from `provenance["steering_curve"]`; none without a curve.
 
-
-def _pieces(rows: Sequence[_Row], size: int) -> Iterator[list[_Row]]:
-    rest = iter(rows)
-    while piece := list(islice(rest, size)):
-        yield piece
-
-
-def _steerings(trials: Sequence[Trial], batch: Sequence[_Row]) -> list[Steering]:
-    """One steering for each layer and window length in the batch, for the rows that want it."""
-    starts = torch.tensor([row.start for row in batch])
-    wishes = [(trials[row.trial].push.layer, trials[row.trial].window_length) for row in batch]
-    steerings = []
-    for layer, length in dict.fromkeys(wishes):
-        mine = [wish == (layer, length) for wish in wishes]
-        if layer is None:
-            continue
-        pushes = [_shift(trials[row.trial], row) if own else None for row, own in zip(batch, mine, strict=True)]
-        width = next(push for push in pushes if push is not None)
-        directions = torch.stack([torch.zeros_like(width) if push is None else push for push in pushes])
-        window = Window(starts, length or None)
-        steerings.append(Steering(directions, (layer,), positions=window, rows=torch.tensor(mine)))
-    return steerings
-
-
-def _shift(trial: Trial, row: _Row) -> Tensor | None:
-    return None if row.vector is None else trial.strength * trial.push.norm * row.vector.float()
+    Curves are the directions of the scan at the chosen window (without a choice, at the first one). The chosen
+    direction and the random ones have a band: their Wilson interval.
+    """
+    table = features.provenance.get(CURVE_KEY)
+    if table is None:
+        return {}
+    points = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    steered = [point for point in points if point["stage"] == SCAN and point["layer"] is not None]
+    chosen = next((point for point in steered if point["chosen"] == CHOSEN), steered[0])
+    shown = [point for point in steered if point["window"] == chosen["window"]]
+    figures = {}
+    for layer in dict.fromkeys(point["layer"] for point in shown):
+        curves = []
+        for name in dict.fromkeys(point["direction"] for point in shown if point["layer"] == layer):
+            own = [point for point in shown if (point["layer"], point["direction"]) == (layer, name)]
+            own.sort(key=lambda point: point["strength"])
+            strengths, looped, low, high = ([p[key] for p in own] for key in ("strength", "like own", "low", "high"))
+            banded = name.startswith(RANDOM) or any(point["chosen"] == CHOSEN for point in own)
+            curves.append(Curve(name, strengths, looped, *((low, high) if banded else (None, None))))
+        label = f"strength in layer {layer}, median residual norms"
+        figures[layer] = line_curves(curves, label, "loops like the model's own", percent=True)
+    return figures

@@ -1,19 +1,18 @@
-"""How much every SAE feature has to do with endless repetition: by its activation, and by its effect on the loop."""
+"""Scores of SAE features for endless repetition: rise of activation in loops, and effect on their probability."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import tokens_at_a_time
-from qscope_posttrain.features.effects import differentiable_from_the_embedding
+from qscope_posttrain.features.causal import steering_gradients
 from qscope_posttrain.features.find.loops import Loop
 from qscope_posttrain.features.selection import top_features
+from qscope_posttrain.features.sums import tokens_at_a_time
 from qscope_posttrain.kernels.statistics import feature_statistics_
 from qscope_posttrain.models.batches import (
     TokenBatch,
@@ -22,31 +21,22 @@ from qscope_posttrain.models.batches import (
     longest_allowed,
     token_batches,
 )
-from qscope_posttrain.models.capture import LayerCapture, forward_to_layer
+from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.models.layers import check_layers, evaluation_mode
-from qscope_posttrain.models.scoring import LOGITS_AT_A_TIME, model_logits
+from qscope_posttrain.models.scoring import predicted_tokens, token_losses
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 Ranking = Literal["difference", "attribution", "both"]
 
 
-@dataclass(frozen=True)
-class Occurrence:
-    """Two states of a loop that read the same token; positions count from the first token of the prompt."""
+def occurrences(loop: Loop) -> list[tuple[int, int]]:
+    """(first position, position) of the token at every position of the last whole copy, the last `period` tokens.
 
-    first: int
-    """Where the token stands for the first time in the completion"""
-    last: int
-    """Where it stands for the last time at this place of the repeated block"""
-
-
-def occurrences(loop: Loop) -> list[Occurrence]:
-    """For every position of the last whole copy, that is the last `period` tokens, where its token first occurred.
-
-    The first occurrence anywhere in the completion, before the tail or in its first copy; what the prompt holds does
-    not count. A block may hold a token several times: every position counts. The first token of a text has no state
-    worth comparing (it serves attention as a sink), so it is skipped, and so is a token that occurs once.
+    Positions count from the first token of the prompt. The first occurrence is anywhere in the completion, before the
+    tail or in its first copy; the prompt does not count. A block may hold a token several times: every position counts.
+    The first token of a text has no state worth comparing (it is an attention sink), so it is skipped, and so is a
+    token that occurs once.
     """
     start = len(loop.prompt_ids)
     first: dict[int, int] = {}
@@ -54,8 +44,8 @@ def occurrences(loop: Loop) -> list[Occurrence]:
         if position > 0:
             first.setdefault(token, position)
     end = start + len(loop.completion_ids)
-    pairs = (Occurrence(first[loop.ids[last]], last) for last in range(end - loop.tail.period, end))
-    return [pair for pair in pairs if pair.first < pair.last]
+    pairs = ((first[loop.ids[last]], last) for last in range(end - loop.tail.period, end))
+    return [(before, after) for before, after in pairs if before < after]
 
 
 @torch.no_grad()
@@ -81,20 +71,22 @@ def repetition_differences(
     Args:
         norm_limits: by layer, the norm above which a state is an outlier and its pair is left out; None for no limit.
         tokens_per_batch: tokens in a forward pass, padding included.
-
-    Raises:
-        ValueError: no loop, a loop longer than the model's positions, or no pair of states within the limits.
     """
     layers = check_layers(model, sorted(saes))
     pairs = [occurrences(loop) for loop in loops]
     sequences = _sequences(model, [loop.ids for loop in loops])
     sums = {layer: torch.zeros(saes[layer].d_sae, dtype=torch.float64) for layer in layers}
     counted = dict.fromkeys(layers, 0)
+    batches = token_batches(sequences, tokens_per_batch)
     with evaluation_mode(model):
-        for batch in progress(
-            token_batches(sequences, tokens_per_batch), description="first and last occurrences", enabled=show_progress
-        ):
-            owners, firsts, lasts = _flat_pairs(batch, pairs)
+        for batch in progress(batches, description="first and last occurrences", enabled=show_progress):
+            width = batch.input_ids.shape[1]
+            flat = [
+                (row, row * width + first, row * width + last)
+                for row, sequence in enumerate(batch.sequences)
+                for first, last in pairs[sequence.text]
+            ]
+            owners, firsts, lasts = torch.tensor(flat, dtype=torch.long).view(-1, 3).unbind(1)
             hidden = forward_to_layer(model, layers, input_ids=batch.input_ids.to(input_device(model)))
             for layer in layers:
                 states = hidden.pop(layer).flatten(0, 1)
@@ -130,30 +122,23 @@ def repetition_gradients(
 
         g = mean over loops of  sum_t d log P(B ... B | prefix) / d h_t
 
-    so g . v is the first-order effect, in nats a loop, of adding v to those states: of steering from the boundary on.
-    What the copies gain once the loop runs is small, because they are certain already; the entry decides. Parameters
-    receive no gradient.
-
-    Raises:
-        ValueError: no loop, a loop with too few copies, or one longer than the model's positions.
+    so g . v is the first-order effect, in nats per loop, of adding v to those states: of steering from the boundary on.
+    The copies gain little once the loop runs, because they are certain already; the entry decides. Parameters receive
+    no gradient.
     """
-    layers = check_layers(model, layers)
     needed = copies + 1
     if copies < 1 or any(loop.tail.copies < needed for loop in loops):
         raise UserValueError(f"{copies} repeats (at least 1) need loops of {needed} whole copies or more.")
     cut = [loop.ids[: len(loop.prompt_ids) + loop.tail.second_copy + copies * loop.tail.period] for loop in loops]
     starts = [len(loop.prompt_ids) + loop.tail.second_copy for loop in loops]
-    total = {layer: torch.zeros(0) for layer in layers}
-    sequences = _sequences(model, cut, starts)
-    with evaluation_mode(model), differentiable_from_the_embedding(model), LayerCapture(model, layers) as capture:
-        for batch in progress(
-            token_batches(sequences, tokens_per_batch), description="gradients of the loops", enabled=show_progress
-        ):
-            capture.clear()
-            for layer, gradient in _batch_gradients(model, batch, capture).items():
-                total[layer] = total[layer] + gradient if total[layer].numel() else gradient
-        capture.clear()
-    return {layer: total[layer] / len(loops) for layer in layers}
+    batches = token_batches(_sequences(model, cut, starts), tokens_per_batch)
+
+    def log_probability(flat: Tensor, batch: TokenBatch) -> Tensor:
+        return -token_losses(flat, *predicted_tokens(batch)[:2]).sum()
+
+    shown = progress(batches, description="gradients of the loops", enabled=show_progress)
+    total = steering_gradients(model, shown, layers, log_probability, lambda batch: predicted_tokens(batch)[0])
+    return {layer: gradient / len(loops) for layer, gradient in total.items()}
 
 
 def rank_features(
@@ -168,9 +153,6 @@ def rank_features(
             way, but is not what the model uses: it is left out.
         rank_by: by either, or by both in turn: the best by difference, the best by attribution, the second best by
             difference, and so on.
-
-    Raises:
-        ValueError: an unknown ranking, or fewer than `top` features that fire.
     """
     if rank_by not in ("difference", "attribution", "both"):
         raise UserValueError(f'rank_by must be "difference", "attribution" or "both", got {rank_by!r}.')
@@ -200,18 +182,6 @@ def _sequences(
     ]
 
 
-def _flat_pairs(batch: TokenBatch, pairs: Sequence[Sequence[Occurrence]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(row in the batch, flattened position of the first, of the last occurrence) of all pairs, int64 [pairs]."""
-    width = batch.input_ids.shape[1]
-    flat = [
-        (row, row * width + pair.first, row * width + pair.last)
-        for row, sequence in enumerate(batch.sequences)
-        for pair in pairs[sequence.text]
-    ]
-    columns = torch.tensor(flat, dtype=torch.long).view(-1, 3)
-    return columns[:, 0], columns[:, 1], columns[:, 2]
-
-
 def _encoded_sum(sae: SparseAutoencoder, states: Tensor, weights: Tensor) -> Tensor:
     """sum over tokens of weight * post-activation, [d_sae] fp64 on the CPU, from `states` [tokens, d_model]."""
     device = torch.device("cpu") if sae.device.type == "mps" else sae.device  # which has no fp64
@@ -221,28 +191,3 @@ def _encoded_sum(sae: SparseAutoencoder, states: Tensor, weights: Tensor) -> Ten
         values, indices = (tensor.to(device) for tensor in sae.encode(part))
         feature_statistics_(values.double() * factors[:, None], indices, activation_sum=total)
     return total[0].cpu()
-
-
-@torch.enable_grad()
-def _batch_gradients(model: nn.Module, batch: TokenBatch, capture: LayerCapture) -> dict[int, Tensor]:
-    """d (log P of the tokens that count) / d h, summed over the states that predict them: {layer: [d_model] fp64}."""
-    flat = model_logits(model, batch)
-    counted = batch.positions()
-    targets = batch.input_ids.flatten()[counted]
-    predicting = counted - 1
-    total = flat.new_zeros((), dtype=torch.float32)
-    for at, tokens in _chunks(predicting, targets, flat.shape[1]):
-        logits = flat.index_select(0, at.to(flat.device)).float()
-        chosen = logits.gather(1, tokens.to(flat.device)[:, None]).squeeze(1)
-        total = total + (chosen - logits.logsumexp(dim=1)).sum()
-    hidden = capture.require()
-    gradients = torch.autograd.grad(total, list(hidden.values()))
-    return {
-        layer: gradient.flatten(0, 1).index_select(0, predicting.to(gradient.device)).cpu().double().sum(dim=0)
-        for layer, gradient in zip(hidden, gradients, strict=True)
-    }
-
-
-def _chunks(positions: Tensor, tokens: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    size = max(1, LOGITS_AT_A_TIME // vocabulary)
-    yield from zip(positions.split(size), tokens.split(size), strict=True)

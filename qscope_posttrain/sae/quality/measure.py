@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
@@ -32,7 +31,7 @@ from qscope_posttrain.models.batches import (
 from qscope_posttrain.models.calibration import Calibration, calibrate, calibration_sample
 from qscope_posttrain.models.capture import LayerCapture, forward_to_layer, spliced
 from qscope_posttrain.models.layers import check_layers, decoder_layers, evaluation_mode, text_config
-from qscope_posttrain.models.scoring import LOGITS_AT_A_TIME, model_logits
+from qscope_posttrain.models.scoring import model_logits, token_losses
 from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
@@ -135,7 +134,7 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
         return
     at, labels = _predicting(batch)
     sums.add("predictions", owner[at // width], torch.ones(len(at)))
-    sums.add("clean", owner[at // width], _next_token_loss(logits, at, labels))
+    sums.add("clean", owner[at // width], token_losses(logits, at, labels))
     del logits
     instead = {"spliced": made.x_hat, "mean": run.reference, "zero": torch.zeros_like(run.reference)}
     for name in LOSSES[1:]:
@@ -143,7 +142,7 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
         states[positions.to(flat.device)] = instead[name].to(flat.device, flat.dtype)
         with spliced(run.model, run.layer, states.view_as(hidden)):
             logits = model_logits(run.model, batch)
-        sums.add(name, owner[at // width], _next_token_loss(logits, at, labels))
+        sums.add(name, owner[at // width], token_losses(logits, at, labels))
 
 
 def _forward(run: _Run, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
@@ -162,16 +161,6 @@ def _predicting(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     width = batch.input_ids.shape[1]
     positions = positions[positions % width < batch.lengths[positions // width] - 1]
     return positions, batch.input_ids.flatten()[positions + 1]
-
-
-def _next_token_loss(logits: Tensor, at: Tensor, labels: Tensor) -> Tensor:
-    """-log P(next token) [n] fp32, converting a bounded number of logits at a time."""
-    chunk = max(1, LOGITS_AT_A_TIME // logits.shape[1])
-    parts = [
-        F.cross_entropy(logits.index_select(0, place).float(), label, reduction="none")
-        for place, label in zip(at.to(logits.device).split(chunk), labels.to(logits.device).split(chunk), strict=True)
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def _sample_rows(calibration: Calibration, outlier_factor: float) -> dict[int, Tensor]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qscope_posttrain.features.directions import difference_of_means_set
+from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import Completion
 from qscope_posttrain.features.find.repetition import LOOP, NORMAL, find_repetition_features, with_choice
-from qscope_posttrain.features.find.repetition_curve import CurveSettings
-from qscope_posttrain.features.find.repetition_scan import Contrast, steering_curve
+from qscope_posttrain.features.find.repetition_curve import Contrast, steering_curve
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.models.batches import TokenText

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qscope_posttrain.evaluation.response_loss import response_losses, text_losses
+from qscope_posttrain.models.scoring import response_losses, text_losses
 
 
 @pytest.fixture(scope="module")
