@@ -95,7 +95,7 @@ def _entry_table(entry: CatalogEntry) -> Table:
         ["files", ", ".join((entry.file, *entry.companions))],
         ["size", f"{in_words(entry.layer_bytes)} a layer, uncompressed"],
         ["format", entry.format],
-        ["licence", entry.licence],
+        ["licence", entry.license],
         ["facts from", entry.verified_by],
     ]
     return Table(entry.name, ["what", "it is"], rows)

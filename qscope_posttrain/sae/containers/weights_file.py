@@ -15,7 +15,7 @@ from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.sae.checks import as_number, check_tensor
 from qscope_posttrain.sae.containers import json_file, numpy_archive, safetensors_file, torch_archive
 from qscope_posttrain.sae.containers.json_file import Settings
-from qscope_posttrain.sae.mapped import lies_in_a_file
+from qscope_posttrain.sae.containers.mapped import lies_in_a_file
 
 SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")
 """Names of the settings that some format keeps beside its weights."""

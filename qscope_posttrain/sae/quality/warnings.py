@@ -9,7 +9,7 @@ from typing import Any
 
 from qscope_posttrain.sae import catalog
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.catalog_entry import CatalogEntry
+from qscope_posttrain.sae.catalog import CatalogEntry
 from qscope_posttrain.sae.loading import WITH_K
 from qscope_posttrain.sae.quality.sums import Fit
 from qscope_posttrain.sae.source import SAESource
