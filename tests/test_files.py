@@ -277,7 +277,7 @@ OWN_FILES = {
     "text/data_sets.py": "the reader of data sets",
     "kernels/native/__init__.py": "the package's own source",
     "sae/containers/": "binary files, and opening of archives",
-    "sae/mapped.py": "the system's list of mappings, pages of a mapped file",
+    "sae/containers/mapped.py": "the system's list of mappings, pages of a mapped file",
     "sae/download.py": "appending to a download",
     "features/sae_training_log.py": "appending to a log of its own",
     "features/sae_checkpoint.py": "files that only the package writes, in folders of its own",

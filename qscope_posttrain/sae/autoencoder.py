@@ -194,8 +194,8 @@ class SparseAutoencoder:
         """Read a whole SAE.
 
         Args:
-            source: A file or folder in any format of `formats`, a name of the catalogue, or a hub repository id (followed
-                by a folder in it, where it holds several), from which only that layer's files are downloaded.
+            source: A file or folder in any format of `formats`, a name of the catalogue, or a hub repository id
+                (followed by a folder in it, where it holds several), of which only that layer's files are downloaded.
             layer: Layer number from 0; may be left out where the file states it or there is only one candidate.
             k: Survivors of TopK. Qwen-Scope files do not hold it: it is taken from a release name
                 (SAE-Res-<model>-W{N}K-L0_{k}) in the repository id or a parent folder, or has to be given.

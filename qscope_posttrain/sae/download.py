@@ -15,7 +15,6 @@ from pathlib import Path
 
 from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
-from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Table
 
@@ -190,6 +189,8 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
+
+    from qscope_posttrain.provenance import file_sha256
 
     if file.size is None or _size(part) > file.size:
         part.unlink(missing_ok=True)

@@ -85,7 +85,7 @@ def _file_blocks(view: Tensor) -> Iterable[Tensor]:
 
 
 def _released(view: Tensor, copy: Tensor) -> Tensor:
-    """`copy`, after the pages of `view` have been given back: unmodified, they come from the file again when touched."""
+    """`copy`, after releasing the pages of `view`: unmodified, they come from the file again when touched."""
     _advise(view, "MADV_DONTNEED")
     return copy
 

@@ -1,4 +1,4 @@
-"""An SAE as a file stores it, and the quirks of its format folded into the two matrices, so that none is left at run time.
+"""An SAE as a file stores it, and the folding of its format's quirks into the two matrices.
 
 A stored SAE computes, with the quirks that some format has,
 
@@ -49,7 +49,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class StoredSAE:
-    """An SAE on disk, in canonical orientation: structure checked, values not yet read. Or one that is to be written."""
+    """An SAE on disk, in canonical orientation: structure checked, values not yet read. Or one to be written."""
 
     path: Path
     format: str
