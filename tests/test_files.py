@@ -277,10 +277,10 @@ OWN_FILES = {
     "text/data_sets.py": "the reader of data sets",
     "kernels/native/__init__.py": "the package's own source",
     "sae/containers/": "binary files, and opening of archives",
-    "sae/containers/mapped.py": "the system's list of mappings, pages of a mapped file",
     "sae/download.py": "appending to a download",
-    "features/sae_training_log.py": "appending to a log of its own",
-    "features/sae_checkpoint.py": "files that only the package writes, in folders of its own",
+    "sae/catalog.py": "the package's own data",
+    "sae/training/log.py": "appending to a log of its own",
+    "sae/training/checkpoint.py": "files that only the package writes, in folders of its own",
     "endpoint/cache.py": "records in bytes, locked, written and checked line by line by itself",
     "testbed/": "the cache of the testbed, written by itself",
 }

@@ -16,8 +16,7 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.download import in_words
-from qscope_posttrain.sae.training.config import SAETrainingConfig
-from qscope_posttrain.sae.training.stream_config import StreamConfig
+from qscope_posttrain.sae.training.config import SAETrainingConfig, StreamConfig
 from qscope_posttrain.text.data_sets import read_data_set
 
 
@@ -87,7 +86,7 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
         FileNotFoundError: no such recipe.
         ValueError: unknown key, wrong value, or options that exclude each other.
     """
-    from qscope_posttrain.sae.training.run import RunConfig
+    from qscope_posttrain.sae.training.config import RunConfig
 
     kinds = (TrainArguments, *map(arguments_of, (SAETrainingConfig, StreamConfig, RunConfig)))
     own, training, stream, run_config = RecipeParser(kinds, prog="qscope sae train").parse(arguments)
