@@ -8,6 +8,7 @@ site are not in the file: they are taken from its path. Its attention, MLP, tran
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qscope_posttrain.errors import UserValueError
@@ -36,11 +37,9 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
 
 def read_jumprelu(weights: WeightsFile, format: str, names: dict[str, str], layer: int | None) -> StoredSAE:
     """The SAE of tensors in the layout of Gemma Scope; `names` has their names in the file."""
-    d_sae = weights.vector(names["b_enc"]).shape[0]
-    activation = JumpReLU(weights.vector(names["threshold"], d_sae).clone())
     encoder, decoder, b_enc, b_dec = (names[name] for name in KEYS[:4])
-    order = (encoder, b_enc, decoder, b_dec)
-    return read_stored(weights, format, order, "columns, rows", activation=activation, layer=layer)
+    stored = read_stored(weights, format, (encoder, b_enc, decoder, b_dec), "columns, rows", layer=layer)
+    return replace(stored, activation=JumpReLU(weights.vector(names["threshold"], stored.d_sae).clone()))
 
 
 def refuse_other_sites(path: Path, located: LocatedFile) -> None:

@@ -51,6 +51,7 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     s = normalization(settings, d_model, inner)
     if inner is not None and outer is not None and not math.isclose(outer, inner, rel_tol=1e-3):
         raise UserValueError(f"dataset_average_activation_norm is {inner} in and {outer} out: a transcoder, not an SAE")
+    b_enc = weights.vector("encoder.bias", d_sae)  # before a tensor of the stated length is made
     return read_stored(
         weights,
         FORMAT,
@@ -59,7 +60,7 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
         d_sae,
         d_model,
         fold=Fold(s, s, 1 / s, subtracts_b_dec(settings), unit_decoder=True),
-        activation=activation_of(settings, lambda: torch.full((d_sae,), settings.number("jump_relu_threshold"))),
+        activation=activation_of(settings, lambda: torch.full(b_enc.shape, settings.number("jump_relu_threshold"))),
         layer=layer,
     )
 
