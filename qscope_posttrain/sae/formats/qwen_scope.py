@@ -88,7 +88,7 @@ def _check_shapes(encoder: Tensor, b_enc: Tensor, decoder: Tensor, b_dec: Tensor
         )
     if (W_enc, W_dec) == (upright, transposed):
         return d_sae
-    faults = {
+    faults: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
         (transposed, upright): "W_enc and W_dec (or b_enc and b_dec) are swapped",
         (upright, upright): "W_dec is transposed",
         (transposed, transposed): "W_enc is transposed",

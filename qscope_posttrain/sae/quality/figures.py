@@ -143,6 +143,8 @@ class SAEQuality:
 
     def to_table(self) -> Table:
         """The figures, one per line."""
+        # Zero firings in n tokens: the rate is below 3 / n with 95 % confidence.
+        rate = f"fewer than one firing in {self.tokens // 3} tokens"
         rows: list[list[Any]] = [
             ["unexplained variance (FVU)", *self.fvu, ""],
             ["the same without b_dec", *self.fvu_without_b_dec, ""],
@@ -151,14 +153,7 @@ class SAEQuality:
             ["norm of x", *self.norm, ""],
             ["norm of the reconstruction", *self.reconstruction_norm, ""],
             ["firing latents per token (L0)", *self.l0, "quartiles {}, {}, {}".format(*self.l0_quartiles)],
-            # Zero firings in n tokens: the rate is below 3 / n with 95 % confidence.
-            [
-                "dead latents",
-                self.dead_share,
-                None,
-                None,
-                f"{self.dead} of {self.d_sae}: fewer than one firing in {self.tokens // 3} tokens",
-            ],
+            ["dead latents", self.dead_share, None, None, f"{self.dead} of {self.d_sae}: {rate}"],
             ["norm outliers", *self.outlier_share, f"{self.outliers} tokens, left out"],
         ]
         rows += [[f"loss, {LOSS_NAMES[name]}", *interval, "nats per token"] for name, interval in self.losses.items()]

@@ -19,8 +19,8 @@ REPAIRED = 0.1
 USELESS = 0.85
 """From this share of the chance FVU on, an SAE is unrelated to the activations."""
 MORE_LATENTS = 1.5
-"""Ignore a rescaling that activates more than this many times the latents: it improves the reconstruction of any SAE, so
-it is no evidence of wrong units."""
+"""Ignore a rescaling that activates more than this many times the latents: it improves the reconstruction of any SAE,
+so it is no evidence of wrong units."""
 UNALIGNED = 0.05
 """Mean cosine of encoder rows and directions below which they do not belong together."""
 L0_FACTOR = 2.0
