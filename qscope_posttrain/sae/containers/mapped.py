@@ -4,8 +4,8 @@ A feature is a row of the file or, in some formats, a column: one number in each
 would read far more than needed:
 
 - Read-ahead around each page would fetch the whole matrix for a column (264 MiB instead of 8 MiB for one feature of a
-  file of 0.5 GiB), so random access is announced. With many features their pages add up to the matrix, and read-ahead
-  stays on: 32 features far apart take 0.7 s in order, 2.7 s page by page.
+  file of 0.5 GiB), so random access is announced, and the needed pages are requested all at once. With many features
+  their pages add up to the matrix, and read-ahead stays on: 32 features take 0.7 s in order, 2.7 s page by page.
 - Pages that the cache already holds are mapped 16 at a time, which would count the matrix into the memory of the
   process. So what is read through the mapping is released block by block.
 """
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def gather(view: Tensor, ids: Tensor, memory_mapped: bool) -> Tensor:
         return view.index_select(0, ids).to(dtype)
     if len(ids) * _PAGES_WORTH_A_SEEK * mmap.PAGESIZE <= view.stride(1) * view.itemsize:
         _advise(view, "MADV_RANDOM")
+        _prefetch(view, ids)
     return torch.cat([_released(part, part.index_select(0, ids).to(dtype)) for part in _file_blocks(view)], dim=1)
 
 
@@ -88,6 +90,16 @@ def _released(view: Tensor, copy: Tensor) -> Tensor:
     """`copy`, after releasing the pages of `view`: unmodified, they come from the file again when touched."""
     _advise(view, "MADV_DONTNEED")
     return copy
+
+
+def _prefetch(view: Tensor, ids: Tensor) -> None:
+    """Request the pages of some columns, all before the first is waited for."""
+    if sys.platform.startswith("linux"):
+        offsets = np.arange(view.shape[1])[:, None] * view.stride(1) + ids.numpy()[None] * view.stride(0)
+        pages = np.unique((view.data_ptr() + offsets * view.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE)
+        madvise, size = ctypes.CDLL(None).madvise, ctypes.c_size_t(mmap.PAGESIZE)
+        for page in pages.tolist():
+            madvise(ctypes.c_void_p(page), size, mmap.MADV_WILLNEED)
 
 
 def _advise(view: Tensor, advice: str) -> None:
