@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance
-from qscope_posttrain.sae.training.calibration import calibrate
+from qscope_posttrain.sae.training.parameters import calibrate
 from qscope_posttrain.sae.training.update import LayerTraining
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its decoder for a GPU is chosen wherever triton is installed

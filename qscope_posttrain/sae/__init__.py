@@ -1,1 +1,1 @@
-"""What a dictionary is: the canonical sparse autoencoder, its activations, its files and a small trainer."""
+"""The canonical sparse autoencoder (SAE): activations, files, hub and catalogue, training and quality."""

@@ -1,13 +1,12 @@
 """The nonlinearities of sparse autoencoders: which pre-activations survive, with which value.
 
-Each is a small frozen dataclass with one method that matters, `encode`, which goes from tokens `[tokens, d_model]` to
-`(values, indices)`, both `[tokens, width]`, through the operators of `kernels`. A latent *fires* on a token when its
-value is above zero; entries of value zero only fill the rectangle, and add nothing when decoded.
+Each is a small frozen dataclass. `encode` goes from tokens `[tokens, d_model]` to `(values, indices)`, both
+`[tokens, width]`, through the operators of `kernels`. A latent *fires* on a token when its value is above zero; entries
+of value zero only fill the rectangle, and add nothing when decoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -30,7 +29,7 @@ _TILE_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class Activation:
-    """Common part of all activations."""
+    """Base of all activations. `encode` checks the options once; a subclass gives `_encode`, or only `_select`."""
 
     def encode(
         self,
@@ -47,21 +46,41 @@ class Activation:
         `weights` are for the precision "certified", which TopK alone offers. Differentiable with respect to the three
         tensors; the choice of the survivors is not.
         """
-        raise NotImplementedError
+        if weights is not None or precision == "certified":
+            raise UserValueError("precision='certified' is for TopK; this activation has no certified encoding")
+        return self._encode(x, W_enc, b_enc, precision, tile_tokens)
 
     def check(self, d_sae: int) -> None:
-        """Raise ValueError if the activation cannot belong to a dictionary of `d_sae` latents."""
+        """Raise ValueError if the activation cannot belong to an SAE of `d_sae` latents."""
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Activation:
         """The same activation with its tensors, if it has any, on another device or in another dtype."""
         return self
+
+    def _encode(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, precision: str, tile_tokens: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """`_select` on the pre-activations of some tokens at a time: plain torch, for activations without a kernel."""
+        check_choice("precision", precision, ("model", "fp32"))
+        dtype = product_dtype(W_enc, precision == "fp32")
+        W_enc, b_enc = W_enc.to(dtype), b_enc.to(dtype)
+        check_tiles(tile_tokens, None)
+        tile = tile_tokens or max(1, _TILE_ELEMENTS // W_enc.shape[0])
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [self._select(F.linear(piece.to(dtype), W_enc, b_enc)) for piece in x.split(tile)]
+        values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+        return values.to(result_dtype(W_enc)), indices.to(torch.int32)
+
+    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """(values, indices) of the survivors among pre-activations [tokens, d_sae]."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class TopK(Activation):
     """The `k` largest pre-activations of a token (Gao et al. 2024, arXiv 2406.04093, equation 2).
 
-    Published encoders differ in where the ReLU stands. With z = W_enc x + b_enc:
+    Published encoders differ in the position of the ReLU. With z = W_enc x + b_enc:
 
     - "relu_after": relu(topk(z)). A negative survivor becomes an entry of value zero.
     - "relu_before": topk(relu(z)). The same values as relu_after; entries of value zero may carry any index.
@@ -81,17 +100,7 @@ class TopK(Activation):
         if self.variant not in TOP_K_VARIANTS:
             raise UserValueError(f"unknown TopK variant {self.variant!r}; choose one of {', '.join(TOP_K_VARIANTS)}")
 
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        *,
-        precision: str = "model",
-        weights: CertifiedWeights | None = None,
-        tile_tokens: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"precision": precision, "weights": weights, "tile_tokens": tile_tokens}
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return topk_encode(x, W_enc, b_enc, self.k, variant=self.variant, **options)
 
     def check(self, d_sae: int) -> None:
@@ -101,38 +110,28 @@ class TopK(Activation):
 
 @dataclass(frozen=True)
 class Thresholded(Activation):
-    """Common part of those that keep every positive pre-activation above a limit."""
+    """Base of the activations that keep every positive pre-activation above a limit."""
 
     def limit(self) -> Tensor | float:
-        """One limit for all latents, or one each [d_sae]."""
-        raise NotImplementedError
+        """A pre-activation survives above this: one limit for all latents, or one each [d_sae]."""
+        return 0.0
 
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        *,
-        precision: str = "model",
-        weights: CertifiedWeights | None = None,
-        tile_tokens: int | None = None,
+    def _encode(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, precision: str, tile_tokens: int | None
     ) -> tuple[Tensor, Tensor]:
-        return _above(x, W_enc, b_enc, self.limit(), precision, weights, tile_tokens)
+        return threshold_encode(x, W_enc, b_enc, self.limit(), precision=precision, tile_tokens=tile_tokens)
 
 
 @dataclass(frozen=True)
 class ReLU(Thresholded):
     """All positive pre-activations. The width is that of the token with the most of them."""
 
-    def limit(self) -> Tensor | float:
-        return 0.0
-
 
 @dataclass(frozen=True)
 class BatchTopK(Thresholded):
     """Inference form of BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): relu(z) where it exceeds one `threshold`.
 
-    The threshold stands for the k-th value of the training batches, so that a token does not depend on its batch.
+    The threshold replaces the k-th value of the training batches, so that a token does not depend on its batch.
     """
 
     threshold: float
@@ -179,24 +178,12 @@ class AbsTopK(Activation):
     def __post_init__(self) -> None:
         TopK(self.k)  # the same checks
 
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        *,
-        precision: str = "model",
-        weights: CertifiedWeights | None = None,
-        tile_tokens: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        def select(pre: Tensor) -> tuple[Tensor, Tensor]:
-            indices = pre.detach().abs().topk(self.k, dim=-1).indices
-            return pre.gather(-1, indices), indices
-
-        return _by_tiles(select, x, W_enc, b_enc, precision, weights, tile_tokens)
-
     def check(self, d_sae: int) -> None:
         TopK(self.k).check(d_sae)
+
+    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        indices = pre.detach().abs().topk(self.k, dim=-1).indices
+        return pre.gather(-1, indices), indices
 
 
 @dataclass(frozen=True)
@@ -206,71 +193,19 @@ class GroupMax(Activation):
     k: int
 
     def __post_init__(self) -> None:
-        TopK(self.k)
-
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        *,
-        precision: str = "model",
-        weights: CertifiedWeights | None = None,
-        tile_tokens: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        def select(pre: Tensor) -> tuple[Tensor, Tensor]:
-            values, within = pre.relu().unflatten(-1, (self.k, -1)).max(dim=-1)
-            return values, within + torch.arange(0, pre.shape[1], pre.shape[1] // self.k, device=pre.device)
-
-        return _by_tiles(select, x, W_enc, b_enc, precision, weights, tile_tokens)
+        TopK(self.k)  # the same checks
 
     def check(self, d_sae: int) -> None:
         if d_sae % self.k:
             raise UserValueError(f"GroupMax divides the latents into k={self.k} equal groups, which {d_sae} cannot be")
 
+    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        values, within = pre.relu().unflatten(-1, (self.k, -1)).max(dim=-1)
+        return values, within + torch.arange(0, pre.shape[1], pre.shape[1] // self.k, device=pre.device)
+
 
 AnyActivation = TopK | ReLU | BatchTopK | JumpReLU | AbsTopK | GroupMax
 _BY_NAME: dict[str, type[Activation]] = {kind.__name__.lower(): kind for kind in get_args(AnyActivation)}
-
-
-def _above(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor | float,
-    precision: str,
-    weights: CertifiedWeights | None,
-    tile_tokens: int | None,
-) -> tuple[Tensor, Tensor]:
-    _refuse_certified(precision, weights)
-    return threshold_encode(x, W_enc, b_enc, threshold, precision=precision, tile_tokens=tile_tokens)
-
-
-def _by_tiles(
-    select: Callable[[Tensor], tuple[Tensor, Tensor]],
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    precision: str,
-    weights: CertifiedWeights | None,
-    tile_tokens: int | None,
-) -> tuple[Tensor, Tensor]:
-    """`select` on the pre-activations of some tokens at a time: plain torch, for activations without a kernel."""
-    _refuse_certified(precision, weights)
-    check_choice("precision", precision, ("model", "fp32"))
-    dtype = product_dtype(W_enc, precision == "fp32")
-    W_enc, b_enc = W_enc.to(dtype), b_enc.to(dtype)
-    check_tiles(tile_tokens, None)
-    tile = tile_tokens or max(1, _TILE_ELEMENTS // W_enc.shape[0])
-    with torch.autocast(x.device.type, enabled=False):
-        parts = [select(F.linear(piece.to(dtype), W_enc, b_enc)) for piece in x.split(tile)]
-    values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
-    return values.to(result_dtype(W_enc)), indices.to(torch.int32)
-
-
-def _refuse_certified(precision: str, weights: CertifiedWeights | None) -> None:
-    if weights is not None or precision == "certified":
-        raise UserValueError("precision='certified' is for TopK; this activation has no certified encoding")
 
 
 def activation_to_spec(activation: Activation) -> tuple[dict[str, Any], dict[str, Tensor]]:

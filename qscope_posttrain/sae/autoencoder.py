@@ -1,11 +1,11 @@
-"""The sparse autoencoder in its one in-memory form, whatever file it came from.
+"""The sparse autoencoder (SAE) in its one in-memory form, whatever file it came from.
 
     pre   = W_enc x + b_enc                          [d_sae]
     f     = activation(pre)                          sparse, [d_sae]
     x_hat = W_dec^T f + b_dec                        [d_model]
 
-x is the raw output of a decoder layer (the residual stream after block n). Scaling of the input, subtraction of b_dec
-and decoder norms, where a format has them, are folded into these four tensors when a file is read.
+x is the raw output of a decoder layer (the residual stream after block n). Input scaling, subtraction of b_dec and
+decoder norms, where a format has them, are folded into these four tensors when a file is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,17 @@ from qscope_posttrain.models.layers import text_config
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
-from qscope_posttrain.sae.loading import activation_of, layer_of, load_tensors, open_source, read_rows
-from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor
-from qscope_posttrain.sae.saving import save
+from qscope_posttrain.sae.formats import WRITERS
+from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.loading import (
+    FeatureRows,
+    activation_of,
+    feature_id_tensor,
+    layer_of,
+    load_tensors,
+    open_source,
+    read_rows,
+)
 from qscope_posttrain.sae.source import SAESource
 
 __all__ = ["FeatureRows", "SAESource", "SparseAutoencoder", "load_sae"]
@@ -37,13 +46,13 @@ _TENSOR_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseAutoencoder:
-    """A dictionary in units of the raw residual stream. Immutable; `to` and `dataclasses.replace` make new ones.
+    """An SAE in units of the raw residual stream. Immutable; `to` and `dataclasses.replace` make new ones.
 
-    Constructing one checks shapes, dtypes, devices and that all values are finite: ValueError or TypeError otherwise.
+    The constructor checks shapes, dtypes, devices and that all values are finite: ValueError or TypeError otherwise.
     """
 
     W_enc: Tensor
-    """Encoder, [d_sae, d_model]: a row per feature."""
+    """Encoder, [d_sae, d_model]: one row per feature."""
     b_enc: Tensor
     """Encoder bias, [d_sae]."""
     W_dec: Tensor
@@ -51,21 +60,21 @@ class SparseAutoencoder:
     b_dec: Tensor
     """Decoder bias, [d_model]: added in `decode`, never subtracted in `encode`."""
     activation: Activation
-    """What survives of the pre-activations."""
+    """The nonlinearity: which pre-activations survive."""
     layer: int | None = None
     """Decoder layer whose output it reads, counted from 0; None if unknown."""
     source: SAESource = field(default_factory=lambda: SAESource("memory"))
-    """Where it came from."""
+    """Its origin."""
 
     def __post_init__(self) -> None:
         check_tensor("b_enc", self.b_enc, (None,))
         check_tensor("b_dec", self.b_dec, (None,))
         check_tensor("W_enc", self.W_enc, (self.d_sae, self.d_model))
         check_tensor("W_dec", self.W_dec, (self.d_sae, self.d_model))
-        kinds = {(tensor.dtype, tensor.device) for tensor in self._tensors().values()}
+        kinds = {(tensor.dtype, tensor.device) for tensor in self._tensors()}
         if len(kinds) > 1:
             raise UserValueError(f"the tensors of an SAE must share one dtype and device, got {kinds}")
-        for name, tensor in self._tensors().items():
+        for name, tensor in zip(_TENSOR_NAMES, self._tensors(), strict=True):
             check_finite(name, tensor)
         if not isinstance(self.activation, Activation):
             raise UserTypeError(f"activation must be TopK, ReLU, JumpReLU or BatchTopK, got {self.activation!r}")
@@ -102,20 +111,14 @@ class SparseAutoencoder:
         dtype = self.dtype if dtype is None else dtype
         if (self.device, self.dtype) == (device, dtype):
             return self
-        return replace(
-            self,
-            W_enc=self.W_enc.to(device, dtype),
-            b_enc=self.b_enc.to(device, dtype),
-            W_dec=self.W_dec.to(device, dtype),
-            b_dec=self.b_dec.to(device, dtype),
-            activation=self.activation.to(device, dtype),
-        )
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, dtype) for name in _TENSOR_NAMES}
+        return replace(self, **moved, activation=self.activation.to(device, dtype))
 
     def pre_activations(self, x: Tensor, feature_ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """W_enc x + b_enc, before any nonlinearity: [tokens, d_model] -> [tokens, F], in float32 (float64 for float64).
 
-        With `feature_ids` only those rows are computed (F of them, in that order); without, all d_sae, which for many
-        tokens is a large matrix: `encode` never holds it. Differentiable: see `kernels.feature_preactivations`.
+        With `feature_ids` only those rows are computed, in that order; without, all d_sae: for many tokens a large
+        matrix, which `encode` never holds. Differentiable: see `kernels.feature_preactivations`.
         """
         x = self._checked_input(x)
         W_enc, b_enc = self.W_enc, self.b_enc
@@ -156,7 +159,7 @@ class SparseAutoencoder:
         return FeatureRows(ids, self.W_enc[at], self.b_enc[at], self.W_dec[at], self.source, self.layer)
 
     def save(self, path: str | Path, format: str = "native") -> Path:
-        """Write the dictionary, whole or not at all; `load` reads the same function back, bit for bit.
+        """Write the SAE, whole or not at all; `load` reads the same function back, bit for bit.
 
         Args:
             path: "native": a file, its name ending in .safetensors; `layer{n}.sae.safetensors` to have it found by
@@ -168,9 +171,13 @@ class SparseAutoencoder:
             The file, or for SAELens the folder.
 
         Raises:
-            ValueError: the format cannot express this dictionary (JumpReLU as Qwen-Scope), or the path does not fit it.
+            ValueError: the format cannot express this SAE (JumpReLU as Qwen-Scope), or the path does not fit it.
         """
-        return save(self, Path(path).expanduser(), format)
+        if format not in WRITERS:
+            raise UserValueError(f"unknown format {format!r}; an SAE can be saved as {', '.join(WRITERS)}")
+        place, origin = Path(path).expanduser(), self.source.origin or self.source
+        stored = StoredSAE(place, format, *self._tensors(), memory_mapped=False, layer=self.layer, origin=origin)
+        return WRITERS[format](place, stored, self.activation)
 
     @classmethod
     def load(
@@ -186,12 +193,12 @@ class SparseAutoencoder:
         checksum: bool = True,
         input_scale: float | None = None,
     ) -> SparseAutoencoder:
-        """Read a whole dictionary.
+        """Read a whole SAE.
 
         Args:
-            source: A file or folder in any format of `formats`, a name of the catalogue, or a hub repository id (with a
-                folder of it behind, where it holds several), from which only that layer's files are downloaded.
-            layer: Layer number from 0; may be left out where the file or a single candidate says it.
+            source: A file or folder in any format of `formats`, a name of the catalogue, or a hub repository id
+                (followed by a folder in it, where it holds several), of which only that layer's files are downloaded.
+            layer: Layer number from 0; may be left out where the file states it or there is only one candidate.
             k: Survivors of TopK. Qwen-Scope files do not hold it: it is taken from a release name
                 (SAE-Res-<model>-W{N}K-L0_{k}) in the repository id or a parent folder, or has to be given.
             revision: Branch, tag or commit of a hub repository.
@@ -231,7 +238,7 @@ class SparseAutoencoder:
         d_model: int | None = None,
         input_scale: float | None = None,
     ) -> FeatureRows:
-        """Read the rows of some features, without the dictionary: see `mapped.gather`. Arguments as for `load`.
+        """Read the rows of some features only: see `containers.mapped.gather`. Arguments as for `load`.
 
         k is not needed. The sha256 is left out of `source`, since it would read the whole file:
         `source.with_sha256(rows.source)` computes it.
@@ -239,8 +246,8 @@ class SparseAutoencoder:
         located, stored = open_source(source, layer, revision, d_model, input_scale)
         return read_rows(located, stored, feature_ids)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in _TENSOR_NAMES}
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.W_enc, self.b_enc, self.W_dec, self.b_dec
 
     @cached_property
     def _certified_weights(self) -> CertifiedWeights:

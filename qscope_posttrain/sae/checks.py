@@ -15,18 +15,12 @@ from qscope_posttrain.errors import UserTypeError, UserValueError
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _ELEMENTS_PER_CHUNK = 1 << 24
-
-
 FLOAT32 = torch.finfo(torch.float32)
 _LARGEST_INTEGER = 2**63 - 1
 
 
 def as_number(name: str, value: object) -> float:
-    """`value` as a float that float32, in which dictionaries are computed with, can hold.
-
-    Raises:
-        ValueError: not a number (truth values and texts are none), not finite, or too large for float32.
-    """
+    """`value` as a float in the range of float32. ValueError for anything else, truth values and texts included."""
     number: Any = value
     if isinstance(value, bool) or not isinstance(value, Real) or not -FLOAT32.max <= number <= FLOAT32.max:
         raise UserValueError(f"{name} must be a finite number of at most {FLOAT32.max!r}, got {shown(value)}")
@@ -34,7 +28,7 @@ def as_number(name: str, value: object) -> float:
 
 
 def as_positive(name: str, value: object) -> float:
-    """`as_number` above 0, and far enough from it that its inverse is a number, too."""
+    """`as_number` above 0 and large enough that its inverse is finite, too."""
     number = as_number(name, value)
     if number < FLOAT32.tiny:
         raise UserValueError(f"{name} must be above 0, got {shown(value)}; float32 begins at {FLOAT32.tiny!r}")
@@ -42,7 +36,7 @@ def as_positive(name: str, value: object) -> float:
 
 
 def as_integer(name: str, value: object, least: int = 1) -> int:
-    """`value` if it is an integer that int64 can hold. ValueError for anything else, 8.0, True and "8" among it."""
+    """`value` if it is an integer in the range of int64. ValueError for anything else, such as 8.0, True and "8"."""
     if type(value) is not int or not least <= value <= _LARGEST_INTEGER:
         raise UserValueError(f"{name} must be an integer from {least}, got {shown(value)}")
     return value

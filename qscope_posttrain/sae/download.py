@@ -1,8 +1,8 @@
-"""Files from the Hugging Face hub: their sizes first, then the transfer, which goes on where an earlier one stopped.
+"""Download files from the Hugging Face hub: show their sizes first, then resume where an earlier transfer stopped.
 
-The cache is huggingface_hub's own, and so are the requests. Only the unfinished file is kept by this module, as
-`blobs/<etag>.incomplete`, because huggingface_hub (seen in 1.33 and 2.4) throws it away when a download ends early, or
-never looks at it again: a process killed at 2.0 of 2.1 GB would start from nothing.
+Cache and requests are those of huggingface_hub. Only the unfinished file is kept by this module, as
+`blobs/<etag>.incomplete`: huggingface_hub (seen in 1.33 and 2.4) deletes or ignores it when a download ends early, so
+that a process killed at 2.0 of 2.1 GB would start from nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 
 from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
-from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Table
 
@@ -34,7 +33,7 @@ class NotInRepository(UserFileNotFoundError):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub, and how much of it is on this machine."""
+    """A file on the hub, and its state on this machine."""
 
     name: str
     size: int | None
@@ -45,7 +44,7 @@ class RemoteFile:
     present: int
     """Bytes of it on this machine."""
     is_cached: bool
-    """The whole file is in the cache, and not only an unfinished one."""
+    """The whole file is in the cache."""
 
     @property
     def missing(self) -> int:
@@ -56,17 +55,17 @@ class RemoteFile:
 def fetch(
     repository: str, files: Sequence[str], revision: str | None = None, *, show: bool | None = None
 ) -> list[Path]:
-    """Paths of some files of a hub repository in the local cache, downloading what is missing, and nothing else.
+    """Paths of some files of a hub repository in the local cache; what is missing is downloaded, and nothing else.
 
-    Before the first byte the sizes are asked for and shown, and compared with the free space on the disk. A transfer
-    that was interrupted, even by kill -9, goes on from what it had. Large files are checked against the sha256 that the
-    hub states. Without network, files that are in the cache at this revision are taken from there, which is said.
+    The sizes are shown first and compared with the free disk space. An interrupted transfer, even by kill -9, is
+    resumed. Large files are checked against the sha256 that the hub states. Without network, files that are in the
+    cache at this revision are taken from there, with a message.
 
     Args:
         repository: Hub id, owner/name.
         files: Paths inside the repository.
         revision: Branch, tag or commit; the main branch if None. All files are of one commit.
-        show: Print the table of sizes on standard error; by default where there is something to download, on rank 0.
+        show: Print the table of sizes on standard error if there is something to download; by default on rank 0 only.
 
     Raises:
         NotInRepository: the repository does not hold one of the files.
@@ -87,7 +86,9 @@ def fetch(
         return cached
     if any(not file.is_cached for file in remote):
         if is_main_process() if show is None else show:
-            _print(sizes_table(repository, remote))
+            from rich.console import Console
+
+            sizes_table(repository, remote).print(Console(stderr=True))
         _check_space(remote)
     return [_complete(repository, file, revision) for file in remote]
 
@@ -101,11 +102,32 @@ def describe(repository: str, files: Sequence[str], revision: str | None = None)
 
 
 def sizes_table(repository: str, files: Sequence[RemoteFile]) -> Table:
-    """What a download takes, file by file."""
-    rows = [[file.name, in_words(file.size), _state(file)] for file in files]
+    """Size and state of each file."""
+
+    def state(file: RemoteFile) -> str:
+        if file.is_cached:
+            return "in the cache"
+        return f"{in_words(file.present)} of it are here" if file.present else "to download"
+
+    rows = [[file.name, in_words(file.size), state(file)] for file in files]
     left = sum(file.missing for file in files)
     caption = f"{in_words(left)} to download into {_cache()}"
     return Table(f"{repository} at {files[0].commit[:12]}", ["file", "size", "state"], rows, caption)
+
+
+def list_files(repository: str, revision: str | None = None) -> list[str]:
+    """Names of all files of a repository. FileNotFoundError, with the reason, if the hub does not give the list."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(repository, revision=revision)
+    except Exception as error:  # the HTTP library under huggingface_hub, and so its errors, differ by version
+        reason = str(error).strip().splitlines()
+        raise UserFileNotFoundError(
+            f"{repository} is not a path on this machine, and the list of its files could not be had from the Hugging "
+            f"Face hub ({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the name, the "
+            "revision, the network and your access, or give a local file or folder."
+        ) from error
 
 
 def in_words(size: int | None) -> str:
@@ -140,13 +162,11 @@ def _ask(repository: str, name: str, revision: str | None) -> RemoteFile:
     blob = _blob(repository, etag)
     if blob.exists():
         return RemoteFile(name, blob.stat().st_size, etag, commit, blob.stat().st_size, is_cached=True)
-    part = _part(blob)
-    present = part.stat().st_size if part.exists() else 0
-    return RemoteFile(name, answer.size, etag, commit, present, is_cached=False)
+    return RemoteFile(name, answer.size, etag, commit, _size(_part(blob)), is_cached=False)
 
 
 def _complete(repository: str, file: RemoteFile, revision: str | None) -> Path:
-    """Fill the cache's blob, and let huggingface_hub link it into its snapshot."""
+    """Complete the blob in the cache, and let huggingface_hub link it into its snapshot."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import WeakFileLock
 
@@ -170,7 +190,9 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    if file.size is None or (part.exists() and part.stat().st_size > file.size):
+    from qscope_posttrain.provenance import file_sha256
+
+    if file.size is None or _size(part) > file.size:
         part.unlink(missing_ok=True)
     url = hf_hub_url(repository, file.name, revision=file.commit)
     try:
@@ -184,23 +206,20 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
                 displayed_filename=file.name,
             )
     except Exception as error:
-        arrived = part.stat().st_size if part.exists() else 0
         raise Unreachable(
-            f"the download of {repository}/{file.name} stopped after {in_words(arrived)} of {in_words(file.size)} "
+            f"the download of {repository}/{file.name} stopped after {in_words(_size(part))} of {in_words(file.size)} "
             f"({_first_line(error)}). Run the same command again: it goes on from there."
         ) from error
     if _SHA256.fullmatch(file.etag) and (found := file_sha256(part)) != file.etag:
         part.unlink()
         raise UserValueError(
             f"{repository}/{file.name} arrived with sha256 {found[:16]}..., but the hub promised {file.etag[:16]}...: "
-            "it was thrown away; download it again."
+            "it was deleted; download it again."
         )
 
 
 def _check_space(files: Sequence[RemoteFile]) -> None:
-    folder = _cache()
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(place for place in (_cache(), *_cache().parents) if place.exists())
     needed, free = sum(file.missing for file in files), shutil.disk_usage(folder).free
     if needed > free:
         raise UserValueError(
@@ -229,26 +248,23 @@ def _explained(repository: str, name: str, revision: str | None, error: Exceptio
     )
 
     place = f"{repository} at {revision or 'its main branch'}"
-    if isinstance(error, OfflineModeIsEnabled):
-        reason = "HF_HUB_OFFLINE is set"
-        advice = "Unset it"
-    elif isinstance(error, GatedRepoError):
-        return FileNotFoundError(
+    if isinstance(error, GatedRepoError):
+        return UserFileNotFoundError(
             f"{repository} is gated: accept its terms at {constants.ENDPOINT}/{repository}, then `hf auth login`."
         )
-    elif isinstance(error, RepositoryNotFoundError):
-        return FileNotFoundError(
+    if isinstance(error, RepositoryNotFoundError):
+        return UserFileNotFoundError(
             f"no repository {repository} on {constants.ENDPOINT}, or it is private: check the name, or `hf auth login`."
         )
-    elif isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(
+    if isinstance(error, RevisionNotFoundError):
+        return UserFileNotFoundError(
             f"{repository} has no revision {revision!r}: give one of its branches, tags or commits."
         )
-    elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return NotInRepository(f"{place} holds no file {name}.")
-    else:
-        reason = f"no answer from {constants.ENDPOINT} ({_first_line(error)})"
-        advice = "Check the network and HF_ENDPOINT"
+    reason, advice = f"no answer from {constants.ENDPOINT} ({_first_line(error)})", "Check the network and HF_ENDPOINT"
+    if isinstance(error, OfflineModeIsEnabled):
+        reason, advice = "HF_HUB_OFFLINE is set", "Unset it"
     return _NotReachable(
         reason,
         f"{reason}, and {name} of {place} is not in the cache {_cache()}. {advice}, or fetch it where there is a "
@@ -270,18 +286,10 @@ def _part(blob: Path) -> Path:
     return blob.with_name(f"{blob.name}.incomplete")
 
 
-def _state(file: RemoteFile) -> str:
-    if file.is_cached:
-        return "in the cache"
-    return f"{in_words(file.present)} of it are here" if file.present else "to download"
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    table.print(Console(stderr=True))

@@ -1,6 +1,7 @@
-"""Which of many files hold an SAE, and of which layer, by their names alone: for folders and for hub repositories.
+"""Names of files, folders and sites: which files hold an SAE, and of which layer, in folders and hub repositories.
 
-A name only says where to look. What a file is, its contents decide.
+A name only says where to look; the contents of a file decide what it is. Layer n is the output of the n-th decoder
+layer, counted from 0: the residual stream after block n.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 
 LAYER_FILE = re.compile(r"layer(?P<layer>\d{1,6})\.sae\.(?:pt|safetensors)")
-"""Name of one layer's file: `layer{n}.sae.pt` in Qwen-Scope, `layer{n}.sae.safetensors` in the package's own format."""
+"""File name of one layer: `layer{n}.sae.pt` in Qwen-Scope, `layer{n}.sae.safetensors` in the package's own format."""
 
 _WEIGHTS = re.compile(
     r"(?:params\.(?:npz|safetensors)|sae_weights\.(?:safetensors|pt)|sae\.safetensors|ae\.pt)"
@@ -33,16 +34,32 @@ _OTHER_SITES = re.compile(
     r"transcoder|crosscoder|(?:^|[_/-])clt|attn_out|mlp_out|embedding|(?:^|[-/])L\d+[AMTP](?:[-/]|$)"
 )
 
+_STREAM = re.compile(
+    r"(?:[\w.]*\.)?(?:blocks|layers|h)[._](?P<layer>\d{1,6})"
+    r"(?:\.(?P<port>hook_resid_post|hook_resid_pre|hook_out|hook_in|output|output\.0|input))?"
+)
+_NAMED = re.compile(r"resid_post_(?:layer_)?(?P<layer>\d{1,6})")
+_BEFORE = ("hook_resid_pre", "hook_in", "input")
+
+_REASONS = (
+    (r"embed", "the embedding, before any layer"),
+    (r"attn|attention|hook_z|o_proj", "inside or behind the attention of a layer"),
+    (r"mlp|feedforward|transcoder", "inside or behind the MLP of a layer"),
+    (r"resid_mid", "the stream between attention and MLP"),
+    (r"norm|\bln", "a normalised stream"),
+)
+
 _MAX_DEPTH = 5
 _MAX_FILES = 100_000
 _SHOWN = 12
 
 
 def is_weights(name: str) -> bool:
-    """Whether a path, with / between its parts, is named like the weights of an SAE in some published layout."""
-    last = name.rpartition("/")[2]
-    behind = "/".join(name.split("/")[-2:])
-    return bool(LAYER_FILE.fullmatch(last) or _WEIGHTS.fullmatch(last) or _WEIGHTS.fullmatch(behind))
+    """Whether a path, with / between its parts, is named like the weights of an SAE in a published layout."""
+    parts = name.split("/")
+    return bool(
+        LAYER_FILE.fullmatch(parts[-1]) or _WEIGHTS.fullmatch(parts[-1]) or _WEIGHTS.fullmatch("/".join(parts[-2:]))
+    )
 
 
 def is_safe(name: str) -> bool:
@@ -51,7 +68,7 @@ def is_safe(name: str) -> bool:
 
 
 def layer_in_path(path: str) -> int | None:
-    """The layer that the file name, or else the nearest of the folders above it, is named after."""
+    """The layer that the file name says, or else the nearest of the folders above it."""
     *folders, last = path.split("/")
     if match := LAYER_FILE.fullmatch(last):
         return int(match["layer"])
@@ -62,8 +79,32 @@ def layer_in_path(path: str) -> int | None:
     return None
 
 
+def layer_of_site(site: str) -> int:
+    """Number of the layer whose output `site` names. ValueError for every other place, with the reason.
+
+    Known are blocks.n.hook_resid_post, blocks.n.hook_resid_pre (the output of layer n - 1), module paths that end in
+    layers.n, with or without .output, and resid_post_layer_n.
+    """
+    match = _STREAM.fullmatch(site)
+    if match is not None:
+        layer = int(match["layer"]) - (match["port"] in _BEFORE)
+        if layer < 0:
+            raise UserValueError(
+                f"it reads {site!r}, the embedding, before any layer: there is no layer to read it from"
+            )
+        return layer
+    named = _NAMED.fullmatch(site)
+    if named is not None:
+        return int(named["layer"])
+    reason = next((words for pattern, words in _REASONS if re.search(pattern, site)), "a site of unknown meaning")
+    raise UserValueError(
+        f"it reads {site[:200]!r}, {reason}: not the residual stream after a decoder layer, which is all that this "
+        "package reads and steers"
+    )
+
+
 def weights_in(folder: Path) -> list[str]:
-    """Paths of the weights in a folder and in those below it, relative to it."""
+    """Paths of the weights in a folder and its subfolders, relative to it."""
     found, seen = [], 0
     queue = [("", folder, 0)]
     while queue:
@@ -83,10 +124,10 @@ def weights_in(folder: Path) -> list[str]:
 def choose(names: Iterable[str], layer: int | None, where: str, above: str = "") -> str:
     """The weights of `layer` among `names`; with `layer` None, the only ones.
 
-    `above` is the path of the folder that the names are relative to: it may be what says the layer.
+    `above` is the path of the folder that the names are relative to: it may name the layer.
 
     Raises:
-        FileNotFoundError: none of them are weights.
+        FileNotFoundError: none of them is named like weights.
         ValueError: the layer is missing, or there are several candidates, which are listed.
     """
     weights = [name for name in sorted(set(names)) if is_weights(name) and is_safe(name)]

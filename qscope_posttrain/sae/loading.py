@@ -1,115 +1,147 @@
-"""From a located file to the tensors of a dictionary, or to some of its rows, through one and the same folding."""
+"""From a located file to the tensors of an SAE, or to some of its rows, with the same folding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.sae.activations import AbsTopK, Activation, GroupMax, TopK
-from qscope_posttrain.sae.folding import Rows, compute_dtype, fold_b_dec, fold_rows
+from qscope_posttrain.sae.checks import check_finite, check_tensor
+from qscope_posttrain.sae.containers.mapped import compute_dtype, copy_block, gather
 from qscope_posttrain.sae.formats import open_stored
-from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.mapped import copy_block, gather
-from qscope_posttrain.sae.rows import FeatureRows, feature_id_tensor
-from qscope_posttrain.sae.source import LocatedFile, locate
+from qscope_posttrain.sae.formats.stored import StoredSAE, fold_rows
+from qscope_posttrain.sae.source import LocatedFile, SAESource, locate
 
 WITH_K = (TopK, AbsTopK, GroupMax)
 """Activations that k describes."""
 
 _BLOCK_BYTES = 1 << 25
-"""Float32 rows of the encoder that are folded at a time while a whole dictionary is loaded."""
+"""Float32 rows of the encoder that are folded at a time while a whole SAE is loaded."""
 
 _PAGE_COLUMNS = 1024
 """Features stored as columns are read in multiples of a page of the file."""
 
 
+@dataclass(frozen=True, eq=False)
+class FeatureRows:
+    """Encoder and decoder rows of F features, in raw residual-stream units. Checked on construction."""
+
+    feature_ids: Tensor
+    """int64 [F], on the CPU."""
+    encoder: Tensor
+    """[F, d_model]"""
+    encoder_bias: Tensor
+    """[F]"""
+    decoder: Tensor
+    """Directions, [F, d_model]."""
+    source: SAESource
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self)
+        check_tensor("encoder", self.encoder, (count, None))
+        check_tensor("encoder_bias", self.encoder_bias, (count,))
+        check_tensor("decoder", self.decoder, (count, self.encoder.shape[1]))
+        for name in ("encoder", "encoder_bias", "decoder"):
+            check_finite(f"{name} of features {self.feature_ids.tolist()}", getattr(self, name))
+
+    def __len__(self) -> int:
+        return self.feature_ids.shape[0]
+
+
+def feature_id_tensor(feature_ids: Sequence[int] | Tensor, d_sae: int) -> Tensor:
+    """`feature_ids` as int64 [F] on the CPU. TypeError if not integers, ValueError if empty or out of range."""
+    ids = torch.as_tensor(feature_ids)
+    if ids.ndim != 1 or ids.numel() == 0:
+        raise UserValueError(f"feature_ids must be a non-empty list of integers, got {feature_ids!r}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise UserTypeError(f"feature_ids must be integers, got {ids.dtype}")
+    ids = ids.to(device="cpu", dtype=torch.int64)
+    bad = [number for number in ids.tolist() if not 0 <= number < d_sae]
+    if bad:
+        raise UserValueError(f"feature ids {bad} are out of range: the dictionary has features 0..{d_sae - 1}")
+    return ids
+
+
 def open_source(
     source: str | Path, layer: int | None, revision: str | None, d_model: int | None, input_scale: float | None
 ) -> tuple[LocatedFile, StoredSAE]:
-    """Find and open one layer's file: structure checked, no matrix read."""
+    """Find and open the file of one layer: its structure is checked, no matrix is read."""
     located = locate(source, layer, revision)
     stored = open_stored(located, input_scale)
-    if d_model is not None and stored.b_dec.shape[0] != d_model:
+    if d_model is not None and stored.d_model != d_model:
         raise UserValueError(
-            f"{stored.path} is for a residual stream of width {stored.b_dec.shape[0]}, but the model has {d_model}: "
+            f"{stored.path} is for a residual stream of width {stored.d_model}, but the model has {d_model}: "
             "this SAE belongs to another model"
         )
     return located, stored
 
 
 def load_tensors(stored: StoredSAE, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The four canonical tensors. Beyond them, no more than a block of rows is in memory at a time."""
+    """The four canonical tensors. Beyond them, at most one block of rows is in memory at a time."""
     d_sae, d_model = stored.W_enc.shape
+    b_dec = stored.b_dec.to(compute_dtype(stored.b_dec), copy=True)
     tensors = {
         "W_enc": torch.empty(d_sae, d_model, dtype=dtype, device=device),
         "b_enc": torch.empty(d_sae, dtype=dtype, device=device),
         "W_dec": torch.empty(d_sae, d_model, dtype=dtype, device=device),
-        "b_dec": fold_b_dec(stored.fold, stored.b_dec.to(compute_dtype(stored.b_dec), copy=True)).to(device, dtype),
     }
     step = max(1, _BLOCK_BYTES // (4 * d_model * _PAGE_COLUMNS)) * _PAGE_COLUMNS
     for start in range(0, d_sae, step):
         block = slice(start, min(start + step, d_sae))
-        rows = Rows(
+        rows = (
             copy_block(stored.W_enc[block], stored.memory_mapped),
             copy_block(stored.b_enc[block].unsqueeze(1), stored.memory_mapped).squeeze(1),
             copy_block(stored.W_dec[block], stored.memory_mapped),
         )
-        folded = fold_rows(stored.fold, rows, stored.b_dec, block)
-        tensors["W_enc"][block] = folded.encoder
-        tensors["b_enc"][block] = folded.bias
-        tensors["W_dec"][block] = folded.decoder
-    return tensors
+        for tensor, folded in zip(tensors.values(), fold_rows(stored.fold, *rows, stored.b_dec, block), strict=True):
+            tensor[block] = folded
+    return tensors | {"b_dec": (b_dec / stored.fold.output_scale).to(device, dtype)}
 
 
 def read_rows(located: LocatedFile, stored: StoredSAE, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
-    """Some features' rows as float32, touching only these in the file: see `mapped.gather`."""
-    ids = feature_id_tensor(feature_ids, stored.b_enc.shape[0])
+    """The rows of some features as float32; only these are read from the file, see `containers.mapped.gather`."""
+    ids = feature_id_tensor(feature_ids, stored.d_sae)
+    rows = (
+        gather(stored.W_enc, ids, stored.memory_mapped),
+        gather(stored.b_enc.unsqueeze(1), ids, stored.memory_mapped).squeeze(1),
+        gather(stored.W_dec, ids, stored.memory_mapped),
+    )
+    encoder, bias, decoder = (part.float() for part in fold_rows(stored.fold, *rows, stored.b_dec, ids))
     try:
-        rows = Rows(
-            gather(stored.W_enc, ids, stored.memory_mapped),
-            gather(stored.b_enc.unsqueeze(1), ids, stored.memory_mapped).squeeze(1),
-            gather(stored.W_dec, ids, stored.memory_mapped),
-        )
-        folded = fold_rows(stored.fold, rows, stored.b_dec, ids)
-        return FeatureRows(
-            feature_ids=ids,
-            encoder=folded.encoder.float(),
-            encoder_bias=folded.bias.float(),
-            decoder=folded.decoder.float(),
-            source=located.describe(stored.format, None, stored.origin),
-            layer=layer_of(located, stored),
-        )
+        source = located.describe(stored.format, None, stored.origin)
+        return FeatureRows(ids, encoder, bias, decoder, source, layer_of(located, stored))
     except ValueError as error:
         raise UserValueError(f"{stored.path}: {error}") from error
 
 
 def layer_of(located: LocatedFile, stored: StoredSAE) -> int | None:
-    """The layer by the file, else by its name or the caller."""
+    """The layer stated in the file, else by its name or the caller."""
     return located.layer if stored.layer is None else stored.layer
 
 
 def activation_of(located: LocatedFile, stored: StoredSAE, k: int | None) -> Activation:
     """The activation by file, release name and caller, which must not contradict each other."""
+    own = stored.activation
     known: dict[str, int] = {}
-    if isinstance(stored.activation, WITH_K):
-        known["the file"] = stored.activation.k
+    if isinstance(own, WITH_K):
+        known["the file"] = own.k
+    elif own is not None and k is not None:
+        raise UserValueError(f"{stored.path} has a {type(own).__name__} activation, so k={k} means nothing")
     if located.release is not None:
         known[f"the release name {located.release.name}"] = located.release.k
     if k is not None:
         known["the caller"] = k
-    if stored.activation is not None and not isinstance(stored.activation, WITH_K) and k is not None:
-        raise UserValueError(
-            f"{stored.path} has a {type(stored.activation).__name__} activation, so k={k} means nothing"
-        )
     if len(set(known.values())) > 1:
-        told = ", ".join(f"{who} says k={value}" for who, value in known.items())
-        raise UserValueError(f"{stored.path}: contradicting k: {told}")
-    if stored.activation is not None:
-        return stored.activation
+        stated = ", ".join(f"{who} says k={value}" for who, value in known.items())
+        raise UserValueError(f"{stored.path}: contradicting k: {stated}")
+    if own is not None:
+        return own
     if not known:
         raise UserValueError(
             f"{stored.path}: k is not in the file, and no folder above it is named like a release "
@@ -117,7 +149,7 @@ def activation_of(located: LocatedFile, stored: StoredSAE, k: int | None) -> Act
         )
     activation = TopK(next(iter(known.values())))
     try:
-        activation.check(stored.b_enc.shape[0])
+        activation.check(stored.d_sae)
     except ValueError as error:
         raise UserValueError(f"{stored.path}: {error}") from error
     return activation

@@ -24,7 +24,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.saving import write_qwen_scope
+from qscope_posttrain.sae.formats.qwen_scope import write_tensors
 from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes
 
 _BATCH = 64
@@ -154,7 +154,7 @@ def train_dictionaries(
     saes = train_saes(collect_activations(model, rows, layers), training)
     unseen = collect_activations(model, held_out, layers)
     for layer, sae in saes.items():
-        write_qwen_scope(sae, folder / f"layer{layer}.sae.pt")
+        write_tensors(folder / f"layer{layer}.sae.pt", sae)
     measured = {str(layer): explained_variance(sae, unseen[layer]) for layer, sae in saes.items()}
     (folder / _EXPLAINED).write_text(json.dumps(measured), encoding="utf-8")
 

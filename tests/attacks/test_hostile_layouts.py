@@ -250,7 +250,7 @@ def test_settings_that_lie(tmp_path: Path, settings: bytes | dict[str, Any], say
         ({"b_enc": torch.ones(D_SAE, dtype=torch.int64)}, "b_enc has dtype int64"),
         ({"b_enc": torch.full((D_SAE,), float("nan"))}, "NaN or infinite"),
         ({"threshold": torch.ones(D_SAE)}, "has extra threshold"),
-        ({"scaling_factor": torch.full((D_SAE,), 2.0)}, "do not say that it is to be used"),
+        ({"scaling_factor": torch.full((D_SAE,), 2.0)}, "do not enable it"),
     ],
 )
 def test_tensors_that_do_not_fit(tmp_path: Path, tensors: dict[str, Any], says: str) -> None:

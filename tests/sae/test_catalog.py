@@ -45,7 +45,7 @@ def test_every_entry_is_consistent(entry: catalog.CatalogEntry) -> None:
     assert entry.layers == tuple(sorted(set(entry.layers)))
     assert 0 <= entry.layers[0] <= entry.layers[-1] < entry.model_layers
     assert entry.d_sae > entry.d_model
-    assert entry.licence
+    assert entry.license
     assert entry.verified_by
     assert hasattr(transformers, entry.model_class)
     assert catalog.find(entry.name) is entry

@@ -143,7 +143,7 @@ def test_structural_faults_are_named(tmp_path: Path, qwen_tensors: dict[str, Ten
 
 def test_square_matrices_are_refused_and_the_reason_said(tmp_path: Path) -> None:
     square = {"W_enc": torch.eye(8), "W_dec": torch.eye(8), "b_enc": torch.zeros(8), "b_dec": torch.zeros(8)}
-    with pytest.raises(ValueError, match="orientation cannot be told"):
+    with pytest.raises(ValueError, match="do not show their orientation"):
         SparseAutoencoder.load(write(tmp_path / "layer0.sae.pt", square), k=2)
 
 

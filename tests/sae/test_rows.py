@@ -15,8 +15,8 @@ from golden_sae import D_SAE, K
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qscope_posttrain.sae import mapped
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.containers import mapped
 from qscope_posttrain.sae.containers.weights_file import open_weights
 
 MIB = 1 << 20

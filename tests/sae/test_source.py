@@ -15,8 +15,7 @@ from torch import Tensor
 from qscope_posttrain.sae import catalog, download
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.layout import choose
-from qscope_posttrain.sae.sites import layer_of_site
+from qscope_posttrain.sae.layout import choose, layer_of_site
 from qscope_posttrain.sae.source import Release, SAESource, locate, with_sha256
 
 HUB_ID = f"Qwen/{RELEASE}"

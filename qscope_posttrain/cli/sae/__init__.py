@@ -81,7 +81,7 @@ def show(options: argparse.Namespace) -> None:
         ["files", ", ".join((entry.file, *entry.companions))],
         ["size", f"{in_words(entry.layer_bytes)} per layer, uncompressed"],
         ["format", entry.format],
-        ["licence", entry.licence],
+        ["licence", entry.license],
         ["facts from", entry.verified_by],
     ]
     _print(Table(entry.name, ["what", "it is"], rows), options.markdown)

@@ -19,15 +19,13 @@ from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.text.data_sets import read_data_set
 
 if TYPE_CHECKING:
-    from qscope_posttrain.sae.training.config import SAETrainingConfig
-    from qscope_posttrain.sae.training.run import RunConfig
-    from qscope_posttrain.sae.training.stream_config import StreamConfig
+    from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
 
 _DECLARED = (
     ("qscope_posttrain.cli.sae.train", "TrainArguments"),
     ("qscope_posttrain.sae.training.config", "SAETrainingConfig"),
-    ("qscope_posttrain.sae.training.stream_config", "StreamConfig"),
-    ("qscope_posttrain.sae.training.run", "RunConfig"),
+    ("qscope_posttrain.sae.training.config", "StreamConfig"),
+    ("qscope_posttrain.sae.training.config", "RunConfig"),
 )
 """Dataclasses whose fields are the keys of the command"""
 
@@ -100,9 +98,7 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
         ValueError: unknown key, wrong value, or options that exclude each other.
     """
     print_declared(arguments, "qscope sae train", _DECLARED)
-    from qscope_posttrain.sae.training.config import SAETrainingConfig
-    from qscope_posttrain.sae.training.run import RunConfig
-    from qscope_posttrain.sae.training.stream_config import StreamConfig
+    from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
 
     kinds = (TrainArguments, SAETrainingConfig, StreamConfig, RunConfig)
     return SAERecipe(*CommandParser(kinds, prog="qscope sae train").build(arguments))

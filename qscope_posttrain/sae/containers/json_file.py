@@ -1,4 +1,4 @@
-"""Settings that lie beside weights as JSON: read with a cap, without duplicate keys, and asked for by type."""
+"""JSON settings beside the weights: limited in size, without duplicate keys, read by type."""
 
 from __future__ import annotations
 
@@ -25,20 +25,16 @@ class Settings:
     """
 
     name: str
-    """What messages call it, for example "cfg.json"."""
+    """Name in error messages, for example "cfg.json"."""
     values: dict[str, Any]
 
     def integer(self, key: str, default: Any = _REQUIRED, least: int = 1) -> Any:
         value = self._get(key, default)
-        if value is default:
-            return default
-        return as_integer(f"{key} in {self.name}", value, least)
+        return default if value is default else as_integer(f"{key} in {self.name}", value, least)
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._get(key, default)
-        if value is default:
-            return default
-        return as_number(f"{key} in {self.name}", value)
+        return default if value is default else as_number(f"{key} in {self.name}", value)
 
     def positive(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._get(key, default)

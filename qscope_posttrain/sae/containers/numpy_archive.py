@@ -103,7 +103,7 @@ def _header(path: Path, name: str, stream: IO[bytes]) -> tuple[tuple[int, ...], 
 
 
 def _data_offset(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where a stored member begins in the file: behind its local header, whose extra field has a length of its own."""
+    """Offset of a stored member in the file: after its local header, whose extra field has its own length."""
     with path.open("rb") as file:
         file.seek(member.header_offset)
         local = file.read(30)

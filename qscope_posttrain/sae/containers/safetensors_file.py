@@ -30,7 +30,7 @@ def read(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_header(path: Path, size: int) -> None:
-    """What the library does not refuse: a header too long for four tensors, thousands of them, a name given twice."""
+    """Refuse what the library accepts: a header too long for four tensors, thousands of tensors, a repeated name."""
     with path.open("rb") as file:
         claimed = int.from_bytes(file.read(8), "little")
         if size < 8 or claimed > min(size - 8, _MAX_HEADER_BYTES):

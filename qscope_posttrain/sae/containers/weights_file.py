@@ -1,4 +1,4 @@
-"""One file of weights, opened by what it is, and the settings beside it."""
+"""One file of weights, opened by its content, and the settings beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qscope_posttrain.files import check_is_file_with_data
 from qscope_posttrain.sae.checks import as_number, check_tensor
 from qscope_posttrain.sae.containers import json_file, numpy_archive, safetensors_file, torch_archive
 from qscope_posttrain.sae.containers.json_file import Settings
-from qscope_posttrain.sae.mapped import lies_in_a_file
+from qscope_posttrain.sae.containers.mapped import lies_in_a_file
 
 SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")
 """Names of the settings that some format keeps beside its weights."""
@@ -26,7 +26,7 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file holds: names and shapes are known, values are not yet read. Errors do not name the file."""
+    """The content of a file: names and shapes are known, values are not yet read. Errors do not name the file."""
 
     path: Path
     kind: str
@@ -113,25 +113,23 @@ class WeightsFile:
 
 
 def open_weights(path: Path) -> WeightsFile:
-    """Open a file by its first bytes (and, where these say nothing, by its suffix). ValueError names file and fault."""
+    """Open a file by its first bytes, or else by its suffix. ValueError names file and fault."""
     size = check_is_file_with_data(path)
     kind = _kind(path)
+    entries: Mapping[str, object]
+    metadata: dict[str, str] = {}
     if kind == "torch":
         entries = torch_archive.read(path, size)
         inner = entries.get("sae")
         if isinstance(inner, dict) and entries.keys() == {"sae", "version"}:  # lm-saes wraps its state dict
-            inner = {str(name): value for name, value in inner.items()}
-            return WeightsFile(path, kind, inner, {"version": str(entries["version"])[:80]}, _mapped(inner))
-        return WeightsFile(path, kind, entries, memory_mapped=_mapped(entries))
-    if kind == "npz":
-        arrays = numpy_archive.read(path, size)
-        return WeightsFile(path, kind, arrays, memory_mapped=_mapped(arrays))
-    tensors, metadata = safetensors_file.read(path, size)
-    return WeightsFile(path, kind, tensors, metadata, _mapped(tensors))
-
-
-def _mapped(entries: Mapping[str, object]) -> bool:
-    return lies_in_a_file(value for value in entries.values() if isinstance(value, Tensor))
+            metadata = {"version": str(entries["version"])[:80]}
+            entries = {str(name): value for name, value in inner.items()}
+    elif kind == "npz":
+        entries = numpy_archive.read(path, size)
+    else:
+        entries, metadata = safetensors_file.read(path, size)
+    mapped = lies_in_a_file(value for value in entries.values() if isinstance(value, Tensor))
+    return WeightsFile(path, kind, entries, metadata, mapped)
 
 
 def _kind(path: Path) -> str:
@@ -151,7 +149,7 @@ def _kind(path: Path) -> str:
         return "safetensors"
     if by_suffix is None:
         raise UserValueError(
-            f"{path}: no SAE format has the suffix {path.suffix!r}, nor do its first bytes tell what it is; "
+            f"{path}: no SAE format has the suffix {path.suffix!r}, nor do its first bytes identify it; "
             f"known are {', '.join(WEIGHTS_SUFFIXES)}"
         )
     return by_suffix

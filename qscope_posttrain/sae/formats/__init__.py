@@ -1,11 +1,9 @@
-"""One file per on-disk format. Which one a file is, its contents decide: `recognises` looks at the names of the tensors
-and at the settings beside them, `open_file` gives a memory-mapped `StoredSAE` in canonical orientation.
+"""One file per on-disk format. The contents of a file decide which one it is: `recognizes` looks at the names of the
+tensors and at the settings beside them, `open_file` gives a memory-mapped `StoredSAE` in canonical orientation.
+`write_file` exists for the formats in `WRITERS`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.containers.weights_file import WeightsFile, open_weights
@@ -24,7 +22,7 @@ from qscope_posttrain.sae.formats.stored import StoredSAE
 from qscope_posttrain.sae.layout import layer_in_path
 from qscope_posttrain.sae.source import LocatedFile
 
-FORMATS = (
+READERS = (
     native,
     qwen_scope,
     gemma_scope,
@@ -35,25 +33,34 @@ FORMATS = (
     sparsify,
     dictionary_learning,
 )
+WRITERS = {module.FORMAT: module.write_file for module in (native, sae_lens, qwen_scope)}
+"""Each is read back as the same function, bit for bit; an SAE that the format cannot express is refused."""
 
 
 def open_stored(located: LocatedFile, input_scale: float | None = None) -> StoredSAE:
     """Open a located file, checking its structure but reading none of its matrices.
 
-    `input_scale` is the factor of a normalisation that the file needs and does not hold. ValueError that names the file
-    and the fault, for everything that is not an SAE of the residual stream in a known format.
+    `input_scale` is the factor of a normalization that the file needs and does not hold. ValueError that names the file
+    and the fault for everything that is not an SAE of the residual stream in a known format.
     """
     weights = open_weights(located.path)
     try:
-        reader = _reader(weights)
-        if input_scale is not None and reader is not sae_lens.open_file:
+        module = _format_of(weights)
+        if input_scale is not None and module is not sae_lens:
             raise UserValueError(f"input_scale={input_scale} was given, but only SAELens files can need one")
-        stored = reader(weights, located, input_scale)
-        _check_entry(stored, located)
+        stored: StoredSAE = module.open_file(weights, located, input_scale)
+        entry, found = located.entry, tuple(stored.W_enc.shape)
+        if entry is not None and (entry.d_sae, entry.d_model) != found:
+            raise UserValueError(
+                f"it has {found[0]} latents for width {found[1]}, but by the catalogue {entry.name} has {entry.d_sae} "
+                f"for width {entry.d_model}: the file is another one, or the catalogue is wrong"
+            )
         if stored.activation is not None:
-            stored.activation.check(stored.b_enc.shape[0])
+            stored.activation.check(stored.d_sae)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserValueError(_naming(located.path, error)) from error
+        message = str(error)
+        message = message if str(located.path) in message else f"{located.path}: {message}"
+        raise UserValueError(message) from error
     if None not in (stored.layer, located.layer) and stored.layer != located.layer:
         by_path = layer_in_path(located.path.as_posix()) is not None
         said = f"by its path it is of layer {located.layer}" if by_path else f"layer {located.layer} was asked for"
@@ -61,10 +68,10 @@ def open_stored(located: LocatedFile, input_scale: float | None = None) -> Store
     return stored
 
 
-def _reader(weights: WeightsFile) -> Callable[[WeightsFile, LocatedFile, float | None], StoredSAE]:
-    found = [module for module in FORMATS if module.recognises(weights)]
+def _format_of(weights: WeightsFile):  # type: ignore[no-untyped-def] # one of READERS, a module
+    found = [module for module in READERS if module.recognizes(weights)]
     if len(found) == 1:
-        return found[0].open_file
+        return found[0]
     beside = [name for name in ("cfg.json", "config.json", "hyperparams.json") if weights.settings(name) is not None]
     holds = ", ".join(sorted(name[:80] for name in weights.names)[:16])
     holds += f" with {' and '.join(beside) or 'no settings'} beside it"
@@ -76,17 +83,3 @@ def _reader(weights: WeightsFile) -> Callable[[WeightsFile, LocatedFile, float |
         f"the metadata entry {native.METADATA_KEY!r}; SAELens and sparsify need their cfg.json, "
         "Llama Scope its hyperparams.json, lm-saes and dictionary_learning their config.json"
     )
-
-
-def _check_entry(stored: StoredSAE, located: LocatedFile) -> None:
-    entry, found = located.entry, tuple(stored.W_enc.shape)
-    if entry is not None and (entry.d_sae, entry.d_model) != found:
-        raise UserValueError(
-            f"it has {found[0]} latents for width {found[1]}, but by the catalogue {entry.name} has {entry.d_sae} for "
-            f"width {entry.d_model}: the file is another one, or the catalogue is wrong"
-        )
-
-
-def _naming(path: Path, error: Exception) -> str:
-    message = str(error)
-    return message if str(path) in message else f"{path}: {message}"

@@ -23,9 +23,8 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.folding import Fold
-from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.sites import layer_of_site
+from qscope_posttrain.sae.formats.stored import Fold, StoredSAE, read_stored
+from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
 
 FORMAT = "dictionary_learning"
@@ -33,33 +32,33 @@ FORMAT = "dictionary_learning"
 
 @dataclass(frozen=True)
 class _Class:
-    encoder: str
-    b_enc: str
-    decoder: str
-    b_dec: str
+    names: tuple[str, str, str, str]
+    """Of encoder, its bias, decoder, its bias."""
     more: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     subtracts: bool = True
 
     @property
     def keys(self) -> set[str]:
-        return {self.encoder, self.b_enc, self.decoder, self.b_dec, *self.more}
+        return {*self.names, *self.more}
 
 
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 _PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
 _CLASSES = {
-    "AutoEncoder": _Class(*_LINEAR, "bias"),
-    "AutoEncoderNew": _Class(*_LINEAR, "decoder.bias", subtracts=False),
-    "AutoEncoderTopK": _Class(*_LINEAR, "b_dec", ("k",), ("threshold",)),
-    "BatchTopKSAE": _Class(*_LINEAR, "b_dec", ("k", "threshold")),
-    "MatryoshkaBatchTopKSAE": _Class(*_PLAIN, ("k", "threshold", "group_sizes")),
-    "JumpReluAutoEncoder": _Class(*_PLAIN, ("threshold",), subtracts=False),
-    "GatedAutoEncoder": _Class("encoder.weight", "mag_bias", "decoder.weight", "decoder_bias", ("r_mag", "gate_bias")),
+    "AutoEncoder": _Class((*_LINEAR, "bias")),
+    "AutoEncoderNew": _Class((*_LINEAR, "decoder.bias"), subtracts=False),
+    "AutoEncoderTopK": _Class((*_LINEAR, "b_dec"), ("k",), ("threshold",)),
+    "BatchTopKSAE": _Class((*_LINEAR, "b_dec"), ("k", "threshold")),
+    "MatryoshkaBatchTopKSAE": _Class(_PLAIN, ("k", "threshold", "group_sizes")),
+    "JumpReluAutoEncoder": _Class(_PLAIN, ("threshold",), subtracts=False),
+    "GatedAutoEncoder": _Class(
+        ("encoder.weight", "mag_bias", "decoder.weight", "decoder_bias"), ("r_mag", "gate_bias")
+    ),
 }
 
 
-def recognises(weights: WeightsFile) -> bool:
+def recognizes(weights: WeightsFile) -> bool:
     if weights.kind != "torch" or weights.metadata or "W_E" in weights or "log_jumprelu_threshold" in weights:
         return False
     if {"encoder.weight", "decoder.weight"} <= weights.names or "group_sizes" in weights:
@@ -73,7 +72,7 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     name = _class_name(weights, trainer)
     kind = _CLASSES[name]
     weights.only(kind.keys, kind.optional)
-    b_enc, b_dec = weights.vector(kind.b_enc), weights.vector(kind.b_dec)
+    b_enc, b_dec = weights.vector(kind.names[1]), weights.vector(kind.names[3])
     d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
     if trainer is not None:
         stated = trainer.integer("dict_size", d_sae), trainer.integer("activation_dim", d_model)
@@ -81,20 +80,10 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
             raise UserValueError(
                 f"config.json states dict_size and activation_dim {stated}, it holds {(d_sae, d_model)}"
             )
-    rows, columns = ("columns", "rows") if kind.encoder == "W_enc" else ("rows", "columns")
+    features_in = "columns, rows" if kind.names == _PLAIN else "rows, columns"
     fold, activation = _activation(weights, name, trainer, b_enc, kind.subtracts)
-    return StoredSAE(
-        weights.path,
-        FORMAT,
-        weights.matrix(kind.encoder, d_sae, d_model, rows),
-        b_enc,
-        weights.matrix(kind.decoder, d_sae, d_model, columns),
-        b_dec,
-        weights.memory_mapped,
-        fold=fold,
-        activation=activation,
-        layer=None if trainer is None else _layer(trainer),
-    )
+    layer = None if trainer is None else _layer(trainer)
+    return read_stored(weights, FORMAT, kind.names, features_in, fold=fold, activation=activation, layer=layer)
 
 
 def _class_name(weights: WeightsFile, trainer: Settings | None) -> str:
@@ -113,8 +102,7 @@ def _class_name(weights: WeightsFile, trainer: Settings | None) -> str:
 def _activation(
     weights: WeightsFile, name: str, trainer: Settings | None, b_enc: Tensor, subtracts: bool
 ) -> tuple[Fold, Activation]:
-    d_sae = b_enc.shape[0]
-    fold = Fold(subtract_b_dec=subtracts)
+    d_sae, fold = b_enc.shape[0], Fold(subtract_b_dec=subtracts)
     if name == "GatedAutoEncoder":
         gain = weights.vector("r_mag", d_sae).float().exp()
         threshold = b_enc.float() - gain * weights.vector("gate_bias", d_sae).float()

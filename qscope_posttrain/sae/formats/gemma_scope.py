@@ -8,12 +8,13 @@ site are not in the file: they are taken from its path. Its attention, MLP, tran
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import JumpReLU
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.formats.stored import StoredSAE, read_stored
 from qscope_posttrain.sae.source import LocatedFile
 
 FORMAT = "gemma_scope"
@@ -22,27 +23,23 @@ KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _OTHER_SITES = ("transcoder", "crosscoder", "clt", "embedding", "-att", "-mlp", "attn_out", "mlp_out")
 
 
-def recognises(weights: WeightsFile) -> bool:
+def recognizes(weights: WeightsFile) -> bool:
     return weights.kind == "npz"
 
 
 def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
     refuse_other_sites(weights.path, located)
-    names = {name: _spelt(weights, name) for name in KEYS}
+    # Some files write w_enc for W_enc.
+    names = {name: name if name in weights or name.lower() not in weights else name.lower() for name in KEYS}
     weights.only(set(names.values()))
-    b_enc, b_dec = weights.vector(names["b_enc"]), weights.vector(names["b_dec"])
-    d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
-    return StoredSAE(
-        weights.path,
-        FORMAT,
-        weights.matrix(names["W_enc"], d_sae, d_model, "columns"),
-        b_enc,
-        weights.matrix(names["W_dec"], d_sae, d_model, "rows"),
-        b_dec,
-        weights.memory_mapped,
-        activation=JumpReLU(weights.vector(names["threshold"], d_sae).clone()),
-        layer=located.layer,
-    )
+    return read_jumprelu(weights, FORMAT, names, located.layer)
+
+
+def read_jumprelu(weights: WeightsFile, format: str, names: dict[str, str], layer: int | None) -> StoredSAE:
+    """The SAE of tensors in the layout of Gemma Scope; `names` has their names in the file."""
+    encoder, decoder, b_enc, b_dec = (names[name] for name in KEYS[:4])
+    stored = read_stored(weights, format, (encoder, b_enc, decoder, b_dec), "columns, rows", layer=layer)
+    return replace(stored, activation=JumpReLU(weights.vector(names["threshold"], stored.d_sae).clone()))
 
 
 def refuse_other_sites(path: Path, located: LocatedFile) -> None:
@@ -54,8 +51,3 @@ def refuse_other_sites(path: Path, located: LocatedFile) -> None:
             f"by {other!r} in its path it does not read the residual stream after a decoder layer, which is all that "
             "this package reads and steers"
         )
-
-
-def _spelt(weights: WeightsFile, name: str) -> str:
-    """Some files write w_enc for W_enc."""
-    return name if name in weights or name.lower() not in weights else name.lower()

@@ -9,19 +9,17 @@ Transcoders of the same layout may add an affine skip connection; they are refus
 from __future__ import annotations
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sae.activations import JumpReLU
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.formats.gemma_scope import refuse_other_sites
+from qscope_posttrain.sae.formats.gemma_scope import KEYS, read_jumprelu, refuse_other_sites
 from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.sites import layer_of_site
+from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
 
 FORMAT = "gemma_scope_2"
-KEYS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
 
 
-def recognises(weights: WeightsFile) -> bool:
+def recognizes(weights: WeightsFile) -> bool:
     return weights.kind == "safetensors" and ("w_enc" in weights or "w_dec" in weights)
 
 
@@ -29,21 +27,10 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     refuse_other_sites(weights.path, located)
     if any("affine" in name for name in weights.names):
         raise UserValueError("it has an affine skip connection: a transcoder, which does not reconstruct what it reads")
-    weights.only(set(KEYS))
-    b_enc, b_dec = weights.vector("b_enc"), weights.vector("b_dec")
-    d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
+    names = {name: name.lower() for name in KEYS}
+    weights.only(set(names.values()))
     settings = weights.settings("config.json")
-    return StoredSAE(
-        weights.path,
-        FORMAT,
-        weights.matrix("w_enc", d_sae, d_model, "columns"),
-        b_enc,
-        weights.matrix("w_dec", d_sae, d_model, "rows"),
-        b_dec,
-        weights.memory_mapped,
-        activation=JumpReLU(weights.vector("threshold", d_sae).clone()),
-        layer=None if settings is None else _layer(settings),
-    )
+    return read_jumprelu(weights, FORMAT, names, None if settings is None else _layer(settings))
 
 
 def _layer(settings: Settings) -> int | None:

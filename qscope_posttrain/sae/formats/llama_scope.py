@@ -13,24 +13,25 @@ measured after folding to raw units and a decoder of unit norm (OpenMOSS/Languag
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.checks import as_positive
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.folding import Fold
-from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.sites import layer_of_site
+from qscope_posttrain.sae.formats.stored import Fold, StoredSAE, read_stored
+from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
 
 FORMAT = "llama_scope"
 KEYS = ("encoder.weight", "encoder.bias", "decoder.weight")
 
 
-def recognises(weights: WeightsFile) -> bool:
+def recognizes(weights: WeightsFile) -> bool:
     return (
         weights.kind == "safetensors"
         and set(KEYS) <= weights.names
@@ -44,24 +45,22 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     weights.only(set(KEYS), {"decoder.bias"})
     layer = check_settings(settings)
     d_model, d_sae = settings.integer("d_model"), settings.integer("d_sae")
-    b_enc = weights.vector("encoder.bias", d_sae)
-    b_dec = weights.vector("decoder.bias", d_model) if "decoder.bias" in weights else torch.zeros(d_model)
     average = settings.section("dataset_average_activation_norm", None)
     inner = None if average is None else average.positive("in")
     outer = inner if average is None else average.positive("out", inner)
-    s = normalisation(settings, d_model, inner)
+    s = normalization(settings, d_model, inner)
     if inner is not None and outer is not None and not math.isclose(outer, inner, rel_tol=1e-3):
         raise UserValueError(f"dataset_average_activation_norm is {inner} in and {outer} out: a transcoder, not an SAE")
-    return StoredSAE(
-        weights.path,
+    b_enc = weights.vector("encoder.bias", d_sae)  # before a tensor of the stated length is made
+    return read_stored(
+        weights,
         FORMAT,
-        weights.matrix("encoder.weight", d_sae, d_model, "rows"),
-        b_enc,
-        weights.matrix("decoder.weight", d_sae, d_model, "columns"),
-        b_dec,
-        weights.memory_mapped,
+        (*KEYS, "decoder.bias"),
+        "rows, columns",
+        d_sae,
+        d_model,
         fold=Fold(s, s, 1 / s, subtracts_b_dec(settings), unit_decoder=True),
-        activation=_activation(settings, d_sae),
+        activation=activation_of(settings, lambda: torch.full(b_enc.shape, settings.number("jump_relu_threshold"))),
         layer=layer,
     )
 
@@ -77,7 +76,7 @@ def check_settings(settings: Settings) -> int:
     return layer_of_site(site)
 
 
-def normalisation(settings: Settings, d_model: int, average_norm: float | None) -> float:
+def normalization(settings: Settings, d_model: int, average_norm: float | None) -> float:
     """s, by which the weights expect x to be multiplied."""
     kind = settings.text("norm_activation", "token-wise")
     if kind == "inference":
@@ -97,10 +96,15 @@ def subtracts_b_dec(settings: Settings) -> bool:
     return has_bias and settings.flag("apply_decoder_bias_to_pre_encoder", True)
 
 
-def _activation(settings: Settings, d_sae: int) -> Activation:
+def activation_of(settings: Settings, thresholds: Callable[[], Tensor | None]) -> Activation:
     name = settings.text("act_fn").lower()
     if name == "jumprelu":
-        return JumpReLU(torch.full((d_sae,), settings.number("jump_relu_threshold")))
+        found = thresholds()
+        if found is None:
+            raise UserValueError("act_fn is 'jumprelu', but the thresholds are missing")
+        return JumpReLU(found)
+    if name == "batchtopk":
+        raise UserValueError("act_fn 'batchtopk' depends on the batch; convert it to jumprelu with lm-saes first")
     if name == "topk":
         return TopK(settings.integer("top_k"), "relu_before")
     if name == "relu":

@@ -13,15 +13,9 @@ Both are folded: an activation here is the library's, in raw units, times that n
 
 from __future__ import annotations
 
-import torch
-
-from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
-from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.folding import Fold
-from qscope_posttrain.sae.formats.llama_scope import check_settings, normalisation, subtracts_b_dec
-from qscope_posttrain.sae.formats.stored import StoredSAE
+from qscope_posttrain.sae.formats.llama_scope import activation_of, check_settings, normalization, subtracts_b_dec
+from qscope_posttrain.sae.formats.stored import Fold, StoredSAE, read_stored
 from qscope_posttrain.sae.source import LocatedFile
 
 FORMAT = "lm_saes"
@@ -29,13 +23,13 @@ FORMAT = "lm_saes"
 _NORM = "dataset_average_activation_norm."
 _THRESHOLD = "log_jumprelu_threshold"
 _VERSIONS = {
-    # encoder and where its features lie, its bias, decoder and where its features lie, its bias, threshold
-    1: ("encoder.weight", "rows", "encoder.bias", "decoder.weight", "columns", "decoder.bias", _THRESHOLD),
-    2: ("W_E", "columns", "b_E", "W_D", "rows", "b_D", f"activation_function.{_THRESHOLD}"),
+    # encoder, its bias, decoder, its bias; where the features lie; thresholds
+    1: (("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"), "rows, columns", _THRESHOLD),
+    2: (("W_E", "b_E", "W_D", "b_D"), "columns, rows", f"activation_function.{_THRESHOLD}"),
 }
 
 
-def recognises(weights: WeightsFile) -> bool:
+def recognizes(weights: WeightsFile) -> bool:
     if "W_E" in weights and "W_D" in weights:
         return True
     if "encoder.weight" not in weights or "decoder.weight" not in weights:
@@ -48,44 +42,23 @@ def recognises(weights: WeightsFile) -> bool:
 def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
     settings = weights.required_settings("config.json")
     layer = check_settings(settings)
-    encoder, encoder_lies, b_enc, decoder, decoder_lies, b_dec, threshold = _VERSIONS[2 if "W_E" in weights else 1]
+    names, features_in, threshold = _VERSIONS[2 if "W_E" in weights else 1]
     d_model = settings.integer("d_model")
     d_sae = settings.integer("d_sae", None) or d_model * settings.integer("expansion_factor")
     norms = {name for name in weights.names if name.startswith(_NORM)}
-    weights.only({encoder, b_enc, decoder}, norms | {b_dec, threshold})
+    weights.only(set(names[:3]), norms | {names[3], threshold})
     norm_name = _NORM + settings.text("hook_point_in")
-    s = normalisation(settings, d_model, weights.scalar(norm_name) if norm_name in weights else None)
+    s = normalization(settings, d_model, weights.scalar(norm_name) if norm_name in weights else None)
     thresholds = weights.vector(threshold, d_sae).float().exp() / s if threshold in weights else None
-    return StoredSAE(
-        weights.path,
+    unit_decoder = settings.flag("sparsity_include_decoder_norm", True)
+    return read_stored(
+        weights,
         FORMAT,
-        weights.matrix(encoder, d_sae, d_model, encoder_lies),
-        weights.vector(b_enc, d_sae),
-        weights.matrix(decoder, d_sae, d_model, decoder_lies),
-        weights.vector(b_dec, d_model) if b_dec in weights else torch.zeros(d_model),
-        weights.memory_mapped,
-        fold=Fold(
-            s,
-            s,
-            1 / s,
-            subtracts_b_dec(settings),
-            unit_decoder=settings.flag("sparsity_include_decoder_norm", True),
-        ),
-        activation=_activation(settings, thresholds),
+        names,
+        features_in,
+        d_sae,
+        d_model,
+        fold=Fold(s, s, 1 / s, subtracts_b_dec(settings), unit_decoder),
+        activation=activation_of(settings, lambda: thresholds),
         layer=layer,
     )
-
-
-def _activation(settings: Settings, thresholds: torch.Tensor | None) -> Activation:
-    name = settings.text("act_fn").lower()
-    if name == "jumprelu":
-        if thresholds is None:
-            raise UserValueError("act_fn is 'jumprelu', but the thresholds are missing")
-        return JumpReLU(thresholds)
-    if name == "topk":
-        return TopK(settings.integer("top_k"), "relu_before")
-    if name == "relu":
-        return ReLU()
-    if name == "batchtopk":
-        raise UserValueError("act_fn 'batchtopk' depends on the batch; convert it to jumprelu with lm-saes first")
-    raise UserValueError(f"act_fn is {name!r}; known are jumprelu, topk and relu")

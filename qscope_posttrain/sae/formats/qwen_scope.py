@@ -8,19 +8,28 @@ and without input scaling, so nothing has to be folded. k is not in the file: it
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import replacing
+from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.formats.stored import StoredSAE, unshared
+from qscope_posttrain.sae.source import LocatedFile, Release
+
+if TYPE_CHECKING:
+    from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 FORMAT = "qwen_scope"
 KEYS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
-def recognises(weights: WeightsFile) -> bool:
-    """A torch archive with any of the four, and nothing that only other libraries call so."""
+def recognizes(weights: WeightsFile) -> bool:
+    """A torch archive without any name that only other libraries use."""
     theirs = ("encoder.weight", "W_E", "W_D", "log_jumprelu_threshold", "r_mag", "group_sizes")
     if weights.kind != "torch" or weights.metadata or any(name in weights for name in theirs):
         return False
@@ -28,7 +37,6 @@ def recognises(weights: WeightsFile) -> bool:
 
 
 def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
-    """Open one layer. ValueError that names the fault if it is not a Qwen-Scope SAE."""
     weights.only(set(KEYS))
     W_enc, W_dec = (weights.any_matrix(name) for name in ("W_enc", "W_dec"))
     b_enc, b_dec = (weights.vector(name) for name in ("b_enc", "b_dec"))
@@ -40,27 +48,62 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     return StoredSAE(weights.path, FORMAT, W_enc, b_enc, W_dec.t(), b_dec, weights.memory_mapped, layer=located.layer)
 
 
+def write_file(path: Path, sae: StoredSAE, activation: Activation) -> Path:
+    """`path` is the file, or its folder; the folder must be named after width and k, since the file holds neither."""
+    if not isinstance(activation, TopK) or activation.variant == "signed":
+        raise UserValueError(f"a Qwen-Scope file is read as relu(topk(...)), it cannot express {activation}")
+    if sae.layer is None:
+        raise UserValueError(
+            "a Qwen-Scope file is named after its layer, and this SAE knows none: set it with replace()"
+        )
+    if sae.d_sae == sae.d_model:
+        raise UserValueError(f"the orientation of a Qwen-Scope file of {sae.d_sae} x {sae.d_sae} would be ambiguous")
+    name = f"layer{sae.layer}.sae.pt"
+    file = path if path.suffix == ".pt" else path / name
+    if file.name != name:
+        raise UserValueError(f"this SAE is of layer {sae.layer}: its Qwen-Scope file is named {name}, got {file.name}")
+    folder = file.absolute().parent.name
+    release = Release.parse(folder)
+    thousands, rest = divmod(sae.d_sae, 1024)
+    if rest:
+        raise UserValueError(f"Qwen-Scope states the width in units of 1024, which {sae.d_sae} latents are not")
+    if release is None or (release.d_sae, release.k) != (sae.d_sae, activation.k):
+        raise UserValueError(
+            f"the folder's name states width and k, and must be SAE-Res-<model>-W{thousands}K-L0_{activation.k}, "
+            f"got {folder!r}"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, sae)
+    return file
+
+
+def write_tensors(file: Path, sae: StoredSAE | SparseAutoencoder) -> None:
+    """Write the four tensors of a Qwen-Scope file, whatever the names of file and folder say."""
+    tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec.t(), "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    with replacing(file) as unfinished:
+        torch.save(unshared(tensors), unfinished)
+
+
 def _check_shapes(encoder: Tensor, b_enc: Tensor, decoder: Tensor, b_dec: Tensor) -> int:
-    """d_sae, or a ValueError that says which of the ways of being wrong this is."""
+    """d_sae, or a ValueError that says how the shapes are wrong."""
     d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
     upright, transposed = (d_sae, d_model), (d_model, d_sae)
     W_enc, W_dec = tuple(encoder.shape), tuple(decoder.shape)
     if d_sae == d_model and W_enc == W_dec == upright:
         raise UserValueError(
-            f"all matrices are {d_sae} x {d_sae}, so that their orientation cannot be told from the shapes and "
+            f"all matrices are {d_sae} x {d_sae}, so that the shapes do not show their orientation and "
             "a swapped file would pass unnoticed. No Qwen-Scope release is square; if you know the orientation, build "
             "SparseAutoencoder(...) yourself and save() it"
         )
     if (W_enc, W_dec) == (upright, transposed):
         return d_sae
-    found = f"W_enc {list(W_enc)}, W_dec {list(W_dec)}, b_enc [{d_sae}], b_dec [{d_model}]"
-    expected = "Qwen-Scope has W_enc [d_sae, d_model], W_dec [d_model, d_sae], b_enc [d_sae], b_dec [d_model]"
-    if (W_enc, W_dec) == (transposed, upright):
-        fault = "W_enc and W_dec (or b_enc and b_dec) are swapped"
-    elif (W_enc, W_dec) == (upright, upright):
-        fault = "W_dec is transposed"
-    elif (W_enc, W_dec) == (transposed, transposed):
-        fault = "W_enc is transposed"
-    else:
-        fault = "the shapes do not belong together"
-    raise UserValueError(f"{fault}: {found}. {expected}")
+    faults: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
+        (transposed, upright): "W_enc and W_dec (or b_enc and b_dec) are swapped",
+        (upright, upright): "W_dec is transposed",
+        (transposed, transposed): "W_enc is transposed",
+    }
+    raise UserValueError(
+        f"{faults.get((W_enc, W_dec), 'the shapes do not belong together')}: found W_enc {list(W_enc)}, W_dec "
+        f"{list(W_dec)}, b_enc [{d_sae}], b_dec [{d_model}]. "
+        "Qwen-Scope has W_enc [d_sae, d_model], W_dec [d_model, d_sae], b_enc [d_sae], b_dec [d_model]"
+    )

@@ -3,8 +3,7 @@
     encoder.weight (d_sae, d_in)    encoder.bias (d_sae,)    W_dec (d_sae, d_in)    b_dec (d_in,)
 
 Encoding is topk(relu(encoder(x - b_dec))), or groupmax in place of topk: b_dec is always subtracted. Transcoders and
-skip connections are refused.
-The site is the name of the folder ("layers.10").
+skip connections are refused. The site is the name of the folder ("layers.10").
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, GroupMax, TopK
 from qscope_posttrain.sae.containers.json_file import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.folding import Fold
-from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.sites import layer_of_site
+from qscope_posttrain.sae.formats.stored import Fold, StoredSAE, read_stored
+from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
 
 FORMAT = "sparsify"
@@ -24,7 +22,7 @@ KEYS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 _MODULE = ("layers", "blocks", "h.", "embed", "model.", "transformer.", "gpt_neox.")
 
 
-def recognises(weights: WeightsFile) -> bool:
+def recognizes(weights: WeightsFile) -> bool:
     return weights.kind == "safetensors" and {"encoder.weight", "b_dec"} <= weights.names
 
 
@@ -38,14 +36,13 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     d_model = settings.integer("d_in")
     d_sae = settings.integer("num_latents", 0, least=0) or d_model * settings.integer("expansion_factor", 32)
     hookpoint = weights.path.parent.name
-    return StoredSAE(
-        weights.path,
+    return read_stored(
+        weights,
         FORMAT,
-        weights.matrix("encoder.weight", d_sae, d_model, "rows"),
-        weights.vector("encoder.bias", d_sae),
-        weights.matrix("W_dec", d_sae, d_model, "rows"),
-        weights.vector("b_dec", d_model),
-        weights.memory_mapped,
+        KEYS,
+        "rows, rows",
+        d_sae,
+        d_model,
         fold=Fold(subtract_b_dec=True),
         activation=_activation(settings),
         layer=layer_of_site(hookpoint) if hookpoint.startswith(_MODULE) else None,

@@ -1,20 +1,55 @@
-"""What every format reader returns."""
+"""An SAE as a file stores it, and the folding of its format's quirks into the two matrices.
+
+A stored SAE computes, with the quirks that some format has,
+
+    z     = a * W (s x - [b_dec]) + b           s: input scale; [b_dec]: subtracted or not; a: per feature, on W only
+    z'    = u * n * z                           n: norm of the decoder row, or 1; u: unit of the activations
+    f'    = activation(z')
+    x_hat = (sum_j f'_j D_j / (u n_j) + b_dec) / t        D: decoder rows; t: output scale
+
+which is the canonical form of `autoencoder` with
+
+    encoder = u n a s W      bias = u n (b - a W [b_dec])      decoder = D / (u n t)      b_dec' = b_dec / t
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from qscope_posttrain.sae.activations import Activation
-from qscope_posttrain.sae.folding import Fold
+from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.source import SAESource
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """The quirks of one stored SAE. The defaults change nothing."""
+
+    input_scale: float = 1.0
+    """s: the encoder was trained on s * x."""
+    output_scale: float = 1.0
+    """t: the decoder yields t * x."""
+    activation_scale: float = 1.0
+    """u: an activation of 1 in the stored units is u here."""
+    subtract_b_dec: bool = False
+    """The encoder is fed s * x - b_dec."""
+    unit_decoder: bool = False
+    """Activations are multiplied by the norm of their decoder row before the activation function."""
+    encoder_scale: Tensor | None = None
+    """a, [d_sae]"""
+    decoder_scale: Tensor | None = None
+    """Factor on each decoder row before all this, [d_sae]."""
 
 
 @dataclass(frozen=True)
 class StoredSAE:
-    """A dictionary on disk, in canonical orientation: structure checked, values not yet read."""
+    """An SAE on disk, in canonical orientation: structure checked, values not yet read. Or one to be written."""
 
     path: Path
     format: str
@@ -27,11 +62,97 @@ class StoredSAE:
     b_dec: Tensor
     """[d_model]"""
     memory_mapped: bool
-    """The tensors are pages of the file, never written to: reading rows may hand such pages back to the kernel."""
+    """The tensors are pages of the file and never written to, so that pages may be released after reading."""
     fold: Fold = field(default_factory=Fold)
-    """What has to be folded into these four."""
+    """The quirks to fold into these four."""
     activation: Activation | None = None
-    """In units after folding; None where the file does not say it."""
+    """In units after folding; None where the file does not state it."""
     layer: int | None = None
     """Layer recorded in the file or its settings."""
     origin: SAESource | None = None
+
+    @property
+    def d_sae(self) -> int:
+        return self.b_enc.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.b_dec.shape[0]
+
+
+def read_stored(
+    weights: WeightsFile,
+    format: str,
+    names: tuple[str, str, str, str],
+    features_in: str,
+    d_sae: int | None = None,
+    d_model: int | None = None,
+    **more: Any,
+) -> StoredSAE:
+    """The SAE in a file; ValueError for tensors that are missing or do not belong together.
+
+    Args:
+        names: of encoder, its bias, decoder, its bias.
+        features_in: "rows" or "columns" of the encoder and of the decoder, for example "rows, columns".
+        d_sae: as the settings state it; by default the length of the encoder's bias.
+        d_model: the same for the decoder's bias.
+        more: further fields of StoredSAE.
+    """
+    encoder, b_enc, decoder, b_dec = names
+    bias = weights.vector(b_enc, d_sae)
+    # Some formats may leave the decoder's bias out.
+    shift = torch.zeros(d_model) if d_model and b_dec not in weights else weights.vector(b_dec, d_model)
+    d_sae, d_model = bias.shape[0], shift.shape[0]
+    encoder_in, decoder_in = features_in.split(", ")
+    return StoredSAE(
+        weights.path,
+        format,
+        weights.matrix(encoder, d_sae, d_model, encoder_in),
+        bias,
+        weights.matrix(decoder, d_sae, d_model, decoder_in),
+        shift,
+        weights.memory_mapped,
+        **more,
+    )
+
+
+def fold_rows(
+    fold: Fold, encoder: Tensor, bias: Tensor, decoder: Tensor, b_dec: Tensor, feature_ids: Tensor | slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(encoder [F, d_model], bias [F], decoder [F, d_model]) of the features `feature_ids` in canonical units.
+
+    `b_dec` [d_model] is the stored one. Every row is folded on its own, so that it does not matter which others are
+    given. Sums are taken in float64. The given rows may be overwritten.
+    """
+    if fold.encoder_scale is not None:
+        encoder = encoder.mul_(fold.encoder_scale[feature_ids].to(encoder.dtype).unsqueeze(1))
+    if fold.decoder_scale is not None:
+        decoder = decoder.mul_(fold.decoder_scale[feature_ids].to(decoder.dtype).unsqueeze(1))
+    if fold.subtract_b_dec:
+        bias = (bias.double() - (encoder.double() * b_dec.double()).sum(dim=1)).to(bias.dtype)
+    if fold.unit_decoder:
+        norms = decoder.double().square().sum(dim=1).sqrt()
+        encoder = encoder.mul_(norms.to(encoder.dtype).unsqueeze(1))
+        bias = (bias.double() * norms).to(bias.dtype)
+        decoder = decoder.div_(norms.masked_fill(norms == 0, 1.0).to(decoder.dtype).unsqueeze(1))
+    return (
+        _scaled(encoder, fold.activation_scale * fold.input_scale),
+        _scaled(bias, fold.activation_scale),
+        _scaled(decoder, 1 / (fold.activation_scale * fold.output_scale)),
+    )
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as files take them: on the CPU, contiguous, and each with a storage of its own."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in plain.items():
+        storage = tensor.untyped_storage()  # a view would be saved with all of its base
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            plain[name] = tensor.clone()
+        seen.add(storage.data_ptr())
+    return plain
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor.mul_(factor)

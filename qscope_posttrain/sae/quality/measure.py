@@ -1,10 +1,10 @@
-"""How well a sparse autoencoder fits a model's layer: one pass over text, and what is wrong where it does not fit.
+"""Measure how well an SAE fits a layer of a model in one pass over text, and find the fault if it does not fit.
 
-    FVU        sum |x - x_hat|^2 / sum |x - mean x|^2        share of the variance that is left unexplained
+    FVU        sum |x - x_hat|^2 / sum |x - mean x|^2        unexplained share of the variance
     recovered  (L_ablated - L_spliced) / (L_ablated - L_clean)
 
-x is the layer's output, L the loss on the next token. L_spliced is measured with x_hat in the place of x, L_ablated
-with the mean of x, or zeros, there. First tokens and norm outliers, which no SAE is trained on, are left as they are.
+x is the layer's output, L the loss on the next token. For L_spliced x is replaced by x_hat, for L_ablated by the mean
+of x or by zeros. First tokens and norm outliers, on which SAEs are not trained, stay as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.batches import (
     Text,
     TokenBatch,
-    TokenSequence,
     check_texts,
     input_device,
     longest_allowed,
@@ -35,15 +34,15 @@ from qscope_posttrain.models.scoring import model_logits, token_losses
 from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.quality.figures import SAEQuality, figures
-from qscope_posttrain.sae.quality.sums import LOSSES, Fit, QualitySums, Reconstructed, best_fit
+from qscope_posttrain.sae.quality.figures import LOSSES, QualitySums, SAEQuality, figures
+from qscope_posttrain.sae.quality.fit import Reconstructed, best_fit
 
 __all__ = ["SAEQuality", "measure_sae"]
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What every batch of the pass needs."""
+    """Settings of the pass."""
 
     model: nn.Module
     sae: SparseAutoencoder
@@ -71,19 +70,19 @@ def measure_sae(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> SAEQuality:
-    """Measure an SAE on the texts, with intervals over texts, and say where the numbers show that something is wrong.
+    """Measure an SAE on the texts, with intervals over texts and warnings about probable faults.
 
     Args:
         texts: `{language: texts}`, or texts alone. Strings or token ids, as for `statistics.collect_statistics`.
-        sae: in raw units, as every loader gives it.
-        layer: decoder layer, from 0; by default the one that the SAE names.
-        scan: neighbouring layers on either side on which the SAE is tried too, on a sample of the texts; 0 for none.
-        losses: also measure the loss with the reconstruction spliced in: four forwards instead of one.
-        expected_l0: firing latents a token that were promised; by default k of TopK.
+        sae: in raw units, as every loader returns it.
+        layer: decoder layer, from 0; by default the one that the SAE states.
+        scan: number of neighboring layers on either side to try the SAE on, with a sample of the texts; 0 for none.
+        losses: also measure the loss with the reconstruction spliced in: four forward passes instead of one.
+        expected_l0: firing latents per token that the release states; by default k of TopK.
         tokens_per_batch: tokens in a forward pass, padding included.
-        max_length: texts are cut after so many tokens.
-        outlier_factor: tokens whose norm exceeds so many times the median norm are left out and counted.
-        seed: of the bootstrap over texts.
+        max_length: truncate texts to this many tokens.
+        outlier_factor: leave out, and count, tokens whose norm exceeds this many times the median norm.
+        seed: seed of the bootstrap over texts.
 
     Raises:
         ValueError: no layer is known, it contradicts the SAE's own, or the SAE has another width than the model.
@@ -114,7 +113,18 @@ def measure_sae(
         batches = token_batches(sequences, tokens_per_batch, pad_id)
         for batch in progress(batches, description=f"measuring the SAE of layer {layer}", enabled=show_progress):
             _add_batch(sums, run, batch, places)
-    return _finished(sums, run, fit, sequences, names, expected_l0, seed)
+    return figures(
+        sums,
+        fit,
+        sae,
+        layer,
+        model_identity(model),
+        [names[s.language] for s in sequences],
+        skipped=sum(min(s.start, len(s.ids)) for s in sequences),
+        losses=losses,
+        expected_l0=expected_l0,
+        seed=seed,
+    )
 
 
 def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[tuple[int, int], int]) -> None:
@@ -128,8 +138,7 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
     sums.add("outliers", owner[positions // width], ~inside)
     positions, x = positions[inside], x[inside.to(x.device)]
     made = Reconstructed.of(run.sae, x)
-    b_dec = run.sae.b_dec.float()
-    sums.add_tokens(owner[positions // width], made, b_dec, run.reference)
+    sums.add_tokens(owner[positions // width], made, run.sae.b_dec.float(), run.reference)
     if logits is None:
         return
     at, labels = _predicting(batch)
@@ -146,7 +155,7 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
 
 
 def _forward(run: _Run, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
-    """(output of the layer, logits); without losses, nothing behind the layer runs and there are no logits."""
+    """(output of the layer, logits); without losses, nothing after the layer runs and there are no logits."""
     if not run.losses:
         ids = batch.input_ids.to(input_device(run.model))
         return forward_to_layer(run.model, [run.layer], input_ids=ids)[run.layer], None
@@ -186,28 +195,3 @@ def _checked_layer(model: nn.Module, sae: SparseAutoencoder, layer: int | None) 
             "belongs to another model"
         )
     return number
-
-
-def _finished(
-    sums: QualitySums,
-    run: _Run,
-    fit: Fit,
-    sequences: Sequence[TokenSequence],
-    names: Sequence[str],
-    expected_l0: float | None,
-    seed: int,
-) -> SAEQuality:
-    if sums.l0.sum() == 0:
-        raise UserValueError("every token was left out as a first token or a norm outlier: give longer texts")
-    return figures(
-        sums,
-        fit,
-        sae=run.sae,
-        layer=run.layer,
-        model=model_identity(run.model),
-        languages=[names[s.language] for s in sequences],
-        skipped=sum(min(s.start, len(s.ids)) for s in sequences),
-        losses=run.losses,
-        expected_l0=expected_l0,
-        seed=seed,
-    )

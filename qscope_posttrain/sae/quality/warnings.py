@@ -1,4 +1,4 @@
-"""What the measures of an SAE say is wrong: units, layer, model, b_dec, decoder or sparsity, each with its reason."""
+"""Warnings from the measures of an SAE: wrong units, layer, model, b_dec, decoder or sparsity, each with its reason."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any
 
 from qscope_posttrain.sae import catalog
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.catalog_entry import CatalogEntry
+from qscope_posttrain.sae.catalog import CatalogEntry
 from qscope_posttrain.sae.loading import WITH_K
-from qscope_posttrain.sae.quality.sums import Fit
+from qscope_posttrain.sae.quality.fit import Fit
 from qscope_posttrain.sae.source import SAESource
 
 REPAIRED = 0.1
-"""Share of the FVU, and at least 0.02, by which a change must lower it before it is called the repair."""
+"""A change counts as the repair if it lowers the FVU by more than this share of it, and by more than 0.02."""
 USELESS = 0.85
-"""Share of the chance FVU from which an SAE has nothing to do with the activations."""
+"""From this share of the chance FVU on, an SAE is unrelated to the activations."""
 MORE_LATENTS = 1.5
-"""A scale that lets more than so many times the latents fire explains more in any SAE: no sign of wrong units."""
+"""Ignore a rescaling that activates more than this many times the latents: it improves the reconstruction of any SAE,
+so it is no evidence of wrong units."""
 UNALIGNED = 0.05
 """Mean cosine of encoder rows and directions below which they do not belong together."""
 L0_FACTOR = 2.0
-"""How far L0 may be from what was promised, either way: it depends on the text."""
+"""Accepted factor between L0 and its stated value, either way: L0 depends on the text."""
 
 _TUNED = re.compile(r"[-_.](base|pt|it|instruct|chat|thinking|hf)(?=$|[-_.])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class SAEWarning:
-    """One thing that is probably wrong."""
+    """A probable fault."""
 
     kind: str
     """"units", "b_dec", "layer", "model", "tuning", "decoder" or "sparsity"."""
@@ -48,7 +49,7 @@ def warnings_of(
     model: Mapping[str, Any],
     expected_l0: float | None,
 ) -> tuple[SAEWarning, ...]:
-    """All warnings; where several changes would repair the fit, only the best of them is named."""
+    """All warnings. If several changes would repair the fit, only the best one is named."""
     return (*_catalogue(sae, model), *_misfit(fit, layer, expected_l0), *_sparsity(l0, sae, expected_l0))
 
 
@@ -66,12 +67,12 @@ def entry_of(source: SAESource) -> CatalogEntry | None:
 
 
 def _misfit(fit: Fit, layer: int, expected_l0: float | None) -> Iterator[SAEWarning]:
-    """At most one warning: the change that leaves least unexplained, or that there is none."""
-    useless = _useless(fit)
+    """At most one warning: the change that leaves least unexplained, or that nothing helps."""
+    useless = USELESS * min(fit.chance, 1.0)
     now = min(fit.fvu, 1.0)
     helpful = [
         (value, kind, reason)
-        for value, kind, reason in _repairs(fit, layer, expected_l0)
+        for value, kind, reason in _repairs(fit, layer, expected_l0, useless)
         if now - value > max(REPAIRED * now, 0.02) and value < useless
     ]
     explained = f"{fit.fvu:.3f} of the variance is unexplained, by chance it would be {fit.chance:.3f}"
@@ -89,12 +90,12 @@ def _misfit(fit: Fit, layer: int, expected_l0: float | None) -> Iterator[SAEWarn
     else:
         yield SAEWarning(
             "model",
-            f"{explained}, and neither another scale nor a neighbouring layer helps: it was trained on another model "
+            f"{explained}, and neither another scale nor a neighboring layer helps: it was trained on another model "
             "or another site, or its weights are damaged",
         )
 
 
-def _repairs(fit: Fit, layer: int, expected_l0: float | None) -> Iterator[tuple[float, str, str]]:
+def _repairs(fit: Fit, layer: int, expected_l0: float | None, useless: float) -> Iterator[tuple[float, str, str]]:
     """(FVU after it, kind, reason) of each change that could be the repair."""
     yield (
         fit.fvu_at_output_scale,
@@ -104,27 +105,19 @@ def _repairs(fit: Fit, layer: int, expected_l0: float | None) -> Iterator[tuple[
         "an output scale were not folded)",
     )
     usual_l0 = max(fit.l0, expected_l0 or 0.0)
-    if fit.fvu >= _useless(fit) or fit.l0_at_input_scale <= MORE_LATENTS * usual_l0:
+    if fit.fvu >= useless or fit.l0_at_input_scale <= MORE_LATENTS * usual_l0:
         yield (
             fit.fvu_at_input_scale,
             "units",
             f"fed with {fit.input_scale:.3g} x, it would leave {fit.fvu_at_input_scale:.3f} of the variance "
             f"unexplained instead of {fit.fvu:.3f}: it was trained on scaled activations, and the scale was not folded",
         )
-    for value, change, fault in (
-        (
-            fit.fvu_subtracting_b_dec,
-            "x - b_dec",
-            "b_dec has to be subtracted first, which was not folded into b_enc",
-        ),
-        (fit.fvu_adding_b_dec, "x + b_dec", "b_dec was subtracted from x once too often"),
-    ):
-        yield (
-            value,
-            "b_dec",
-            f"fed with {change}, it would leave {value:.3f} of the variance unexplained instead of {fit.fvu:.3f}: "
-            f"{fault}",
-        )
+    left = f"of the variance unexplained instead of {fit.fvu:.3f}"
+    subtracting, adding = fit.fvu_subtracting_b_dec, fit.fvu_adding_b_dec
+    fault = "b_dec has to be subtracted first, which was not folded into b_enc"
+    yield subtracting, "b_dec", f"fed with x - b_dec, it would leave {subtracting:.3f} {left}: {fault}"
+    fault = "b_dec was subtracted from x once too often"
+    yield adding, "b_dec", f"fed with x + b_dec, it would leave {adding:.3f} {left}: {fault}"
     other = min(fit.layers, key=lambda number: fit.layers[number])
     if fit.layers[layer] - fit.layers[other] > REPAIRED * fit.layers[layer]:
         yield (
@@ -133,11 +126,6 @@ def _repairs(fit: Fit, layer: int, expected_l0: float | None) -> Iterator[tuple[
             f"on layer {other} it leaves {fit.layers[other]:.3f} of the variance unexplained, on layer {layer} "
             f"{fit.layers[layer]:.3f}: it was trained on another layer, or layers are counted differently",
         )
-
-
-def _useless(fit: Fit) -> float:
-    """FVU from which on an SAE explains no more than an unrelated one would."""
-    return USELESS * min(fit.chance, 1.0)
 
 
 def _catalogue(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAEWarning]:
@@ -171,7 +159,7 @@ def _catalogue(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAE
 
 
 def _sparsity(l0: float, sae: SparseAutoencoder, expected: float | None) -> Iterator[SAEWarning]:
-    source = "was promised"
+    source = "is stated"
     if expected is None and isinstance(sae.activation, WITH_K):
         expected, source = float(sae.activation.k), "is its k"
     if expected is None or expected / L0_FACTOR <= l0 <= expected * L0_FACTOR:

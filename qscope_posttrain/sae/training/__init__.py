@@ -1,14 +1,13 @@
-"""Training of sparse autoencoders: the update of one layer, and a front for activations that are in memory.
+"""Training of sparse autoencoders, on text (`run`) or on activations in memory (`in_memory`).
 
-In units z = (x - centre) / scale, with the geometric median of the activations as centre:
+In units z = (x - center) / scale, with the geometric median of the activations as center:
 
     pre   = W_enc z + b_enc
     f     = topk(pre), batch_topk(pre) or jumprelu(pre)
     z_hat = W_dec^T f + b_dec
     loss  = mean (z_hat - z)^2 / variance + weight * AuxK (+ a penalty on L0 for jumprelu)
 
-Decoder rows keep norm 1. At the end everything is folded into raw units, a canonical `SparseAutoencoder`. A stream of
-activations from a running model is in `features.sae_training`.
+Decoder rows keep norm 1. At the end everything is folded into raw units: a canonical `SparseAutoencoder`.
 """
 
 from qscope_posttrain.sae.training.config import SAETrainingConfig

@@ -1,7 +1,7 @@
-"""Checkpoints of a training of SAEs: weights, optimiser and counters, and where in the text it stands; no activations.
+"""Checkpoints of a training of SAEs: weights, optimizer, counters and the position in the text; no activations.
 
-A checkpoint is a folder `step-<n>` with a safetensors file a layer and `state.json`. It appears under its name when it
-is complete, so that a run that is killed at any moment leaves whole checkpoints only.
+A checkpoint is a folder `step-<n>` with one safetensors file per layer and `state.json`. It gets its name when it is
+complete, so that a run that is killed at any moment leaves only whole checkpoints.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training stands, beside the tensors of its layers."""
+    """Progress of a training, without the tensors of its layers."""
 
     step: int
     """Updates that are done"""
     block: int
-    """Number of the block of activations from which the next update draws"""
+    """Number of the block of activations that the next update draws from"""
     update: int
     """Updates drawn from that block"""
     position: StreamPosition
-    """Where that block begins in the text"""
+    """Start of that block in the text"""
     medians: dict[int, float]
     """Median norm of each layer"""
     left_out: dict[int, int]
@@ -49,7 +49,7 @@ class TrainingState:
 
 def write_checkpoint(
     folder: Path, state: TrainingState, trainings: Mapping[int, LayerTraining], settings: Mapping[str, Any], keep: int
-) -> Path:
+) -> None:
     """Write `folder/step-<n>`, then delete all but the last `keep` checkpoints."""
     final = folder / f"step-{state.step:08d}"
     unfinished = folder / f".{final.name}.part"
@@ -67,7 +67,6 @@ def write_checkpoint(
     unfinished.rename(final)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -79,14 +78,19 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def read_checkpoint(
     place: Path, settings: Mapping[str, Any], config: SAETrainingConfig, devices: Mapping[int, torch.device]
 ) -> tuple[TrainingState, dict[int, LayerTraining]]:
-    """What `write_checkpoint` has written.
+    """Read a checkpoint of `write_checkpoint`; `devices` has the device of each layer.
 
     Raises:
-        ValueError: a damaged checkpoint, or one of other settings; the message names what differs.
+        ValueError: a damaged checkpoint, or one of other settings; the message names the differences.
     """
     try:
         content = json.loads((place / STATE).read_text(encoding="utf-8"))
-        written = content["settings"]
+        written, asked = content["settings"], json.loads(json.dumps(dict(settings)))
+        different = [
+            f"{name} was {written.get(name)!r} and is {asked.get(name)!r}"
+            for name in sorted({*written, *asked})
+            if written.get(name) != asked.get(name)
+        ]
         state = TrainingState(
             step=int(content["step"]),
             block=int(content["block"]),
@@ -98,9 +102,13 @@ def read_checkpoint(
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserValueError(
-            f"{place} is no checkpoint of a training of SAEs, or damaged ({error}): delete it"
+            f"{place} is not a checkpoint of a training of SAEs, or is damaged ({error}): delete it"
         ) from error
-    _check_settings(place, written, json.loads(json.dumps(dict(settings))))
+    if different:
+        raise UserValueError(
+            f"{place} belongs to another training: {'; '.join(different)}. Resume with the same settings, choose "
+            "another output folder, or start again with resume: false."
+        )
     trainings = {}
     for layer, device in devices.items():
         try:
@@ -115,16 +123,3 @@ def read_checkpoint(
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(place for place in folder.glob("step-*") if (place / STATE).is_file())
-
-
-def _check_settings(place: Path, written: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    different = [
-        f"{name} was {written.get(name)!r} and is {asked.get(name)!r}"
-        for name in sorted({*written, *asked})
-        if written.get(name) != asked.get(name)
-    ]
-    if different:
-        raise UserValueError(
-            f"{place} belongs to another training: {'; '.join(different)}. Go on with the same settings, choose "
-            "another output folder, or start anew with resume: false."
-        )

@@ -1,4 +1,4 @@
-"""Training on activations that are all in memory: what the testbed and a quick look need."""
+"""Training on activations that are all in memory, for small models and quick experiments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress as shown
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.checks import check_finite, check_tensor
-from qscope_posttrain.sae.training.calibration import calibrate
 from qscope_posttrain.sae.training.config import SAETrainingConfig
+from qscope_posttrain.sae.training.parameters import calibrate
 from qscope_posttrain.sae.training.update import LayerTraining
 
 _EVALUATION_TOKENS = 4096
@@ -21,13 +21,13 @@ _EVALUATION_TOKENS = 4096
 def train_saes(
     activations: Mapping[int, Tensor], config: SAETrainingConfig | None = None, progress: bool | None = None
 ) -> dict[int, SparseAutoencoder]:
-    """Train one dictionary per layer.
+    """Train one SAE per layer.
 
     Args:
         activations: Raw outputs of decoder layers, layer -> [tokens, d_model], any float dtype. Training runs on
             their device, in float32. Leave first tokens and norm outliers out: they would dominate scale and loss.
         config: Settings; defaults if None.
-        progress: Show a progress line per layer; by default where a progress bar is welcome.
+        progress: Show a progress line per layer; by default on a terminal.
 
     Returns:
         layer -> dictionary in raw units (float32, decoder rows of norm 1). A layer's result depends on its own

@@ -1,4 +1,4 @@
-"""What a training of SAEs leaves in its folder: dictionaries in two layouts, a model card, a table and a page."""
+"""Write the results of a training of SAEs: files in two layouts, a model card, a table and a page."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from qscope_posttrain.provenance import package_versions
 from qscope_posttrain.report.html import Figure, Section, write_html
 from qscope_posttrain.report.summary import write_summary, write_text
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.sae.training.config import SAETrainingConfig
+from qscope_posttrain.sae.training.config import SAETrainingConfig, StreamConfig
 from qscope_posttrain.sae.training.run import SAETrainingResult
-from qscope_posttrain.sae.training.stream_config import StreamConfig
 
 _PACKING = {
     "isolated": "Several documents share a sequence; none attends to another.",
@@ -33,7 +32,7 @@ def write_results(
 ) -> Table:
     """Write everything into `folder` and return the table of the layers.
 
-    `layer{n}.sae.safetensors` for this package; for TopK of a width in whole thousands also Qwen-Scope's own layout,
+    The files are `layer{n}.sae.safetensors`; for TopK of a width in multiples of 1024 also Qwen-Scope's layout,
     `SAE-Res-<model>-W{N}K-L0_{k}/layer{n}.sae.pt`; README.md, summary.json and report.html.
     """
     for layer, sae in result.saes.items():
@@ -56,7 +55,7 @@ def write_results(
 
 
 def qwen_scope_name(result: SAETrainingResult, config: SAETrainingConfig) -> str | None:
-    """The release name of Qwen-Scope's layout, or None where it cannot say what was trained."""
+    """The release name in Qwen-Scope's layout, or None if that layout cannot express what was trained."""
     sae = next(iter(result.saes.values()))
     thousands, rest = divmod(sae.d_sae, 1024)
     if config.architecture != "topk" or rest or sae.d_sae == sae.d_model:
@@ -65,7 +64,7 @@ def qwen_scope_name(result: SAETrainingResult, config: SAETrainingConfig) -> str
 
 
 def quality_table(result: SAETrainingResult) -> Table:
-    """A row a layer: the last measurement on held-out text, or the last means of training."""
+    """One row per layer: the last measurement on held-out text, or else the last means of training."""
     if result.quality:
         rows = [[layer, *(figures.get(name) for name in _COLUMNS)] for layer, figures in result.quality.items()]
         tokens = next(iter(result.quality.values()))["tokens"]
@@ -79,7 +78,7 @@ def quality_table(result: SAETrainingResult) -> Table:
 def model_card(
     result: SAETrainingResult, config: SAETrainingConfig, stream: StreamConfig, table: Table, published: str | None
 ) -> str:
-    """README.md: what was trained on what, how well it does, how to load it."""
+    """The text of README.md: model, data, quality, and how to load the SAEs."""
     layer = next(iter(result.saes))
     model, data = result.facts["model"], result.facts["data"]
     settings = [[f"`{name}`", str(value)] for name, value in {**asdict(config), **asdict(stream)}.items()]
@@ -94,11 +93,8 @@ def model_card(
         ["norm outliers left out, by layer", json.dumps(result.facts["outliers_left_out"])],
     ]
     code = f'sae = qp.SparseAutoencoder.load("PATH", layer={layer})'
-    other = (
-        f'\n# or in Qwen-Scope\'s layout: qp.SparseAutoencoder.load("PATH/{published}", layer={layer})'
-        if published
-        else ""
-    )
+    if published:
+        code += f'\n# or in Qwen-Scope\'s layout: qp.SparseAutoencoder.load("PATH/{published}", layer={layer})'
     return "\n".join(
         [
             "---",
@@ -112,7 +108,7 @@ def model_card(
             "```python",
             "import qscope_posttrain as qp",
             "",
-            code + other,
+            code,
             "values, indices = sae.encode(x)      # x [tokens, d_model], the raw output of the decoder layer",
             "x_hat = sae.decode(values, indices)",
             "```",
@@ -138,16 +134,11 @@ def _curves(result: SAETrainingResult) -> Section:
     from qscope_posttrain.report.plots import Curve, line_curves
 
     records = [record for record in result.records if "layers" in record]
+    tokens = [record["tokens"] for record in records]
     figures = []
     for name, label in (("fvu", "unexplained variance"), ("dead", "dead latents, share")):
-        curves = [
-            Curve(
-                f"layer {layer}",
-                [record["tokens"] for record in records],
-                [record["layers"][str(layer)][name] for record in records],
-            )
-            for layer in result.saes
-        ]
+        values = {n: [record["layers"][str(n)][name] for record in records] for n in result.saes}
+        curves = [Curve(f"layer {layer}", tokens, values[layer]) for layer in result.saes]
         svg = line_curves(curves, "tokens", label, log_y=name == "fvu")
         figures.append(Figure(svg, f"{label}, means over the updates between two records"))
     return Section("Training", figures=figures)

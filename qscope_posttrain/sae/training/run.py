@@ -1,10 +1,10 @@
-"""Train SAEs for many layers of a model from one forward stream over text: stream, update, checkpoint, measure.
+"""Train SAEs for many layers of a model in one pass over text: stream, update, checkpoint, measure.
 
     result = train_saes_on_text(model, tokenizer, "texts/", layers=[9, 18], config=SAETrainingConfig(...), output="run")
 
 Each block of text is read once, its activations stay in memory, and all layers take their updates from it in turn. The
-run can be killed at any moment: a checkpoint holds weights, optimiser, counters and the place in the text, and going on
-reads the block again, so that every further bit is that of a run that was never stopped.
+run can be killed at any moment: a checkpoint holds weights, optimizer, counters and the position in the text. Resuming
+reads the block again, and gives the same bits as a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import nn
 
 from qscope_posttrain.distributed import default_reduce, is_main_process, process_rank
-from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.layers import check_layers, decoder_layers
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress, status
@@ -29,60 +28,24 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.sae.quality.measure import measure_sae
 from qscope_posttrain.sae.training.activation_stream import ActivationStream
-from qscope_posttrain.sae.training.calibration import calibrate
 from qscope_posttrain.sae.training.checkpoint import (
     TrainingState,
     latest_checkpoint,
     read_checkpoint,
     write_checkpoint,
 )
-from qscope_posttrain.sae.training.config import SAETrainingConfig
+from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
 from qscope_posttrain.sae.training.log import TrainingLog
-from qscope_posttrain.sae.training.stream_config import StreamConfig
-from qscope_posttrain.sae.training.text_stream import StreamPosition, TextSource, open_source
+from qscope_posttrain.sae.training.parameters import calibrate
+from qscope_posttrain.sae.training.text_stream import TextSource, open_source
 from qscope_posttrain.sae.training.update import LayerTraining
 
 CHECKPOINTS = "checkpoints"
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """How a training is watched and kept."""
-
-    log_every: int = 10
-    """Updates between two records of the metrics."""
-    evaluate_every: int = 0
-    """Updates between two measurements on held-out text; 0: only at the end."""
-    held_out_documents: int = 32
-    """Documents at the start of the text that are never trained on, to measure the result; 0: nothing is measured."""
-    checkpoint_every: int = 500
-    """Updates between two checkpoints; 0: none."""
-    keep_checkpoints: int = 2
-    """Checkpoints that are kept, the last ones."""
-    resume: bool = True
-    """Go on from the last checkpoint in the output folder, if there is one."""
-    report_to: tuple[str, ...] = ()
-    """Trackers of accelerate beside metrics.jsonl: tensorboard, wandb, mlflow, ..."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "report_to", tuple(name for name in self.report_to if name != "none"))
-        for name, least in (
-            ("log_every", 1),
-            ("evaluate_every", 0),
-            ("held_out_documents", 0),
-            ("checkpoint_every", 0),
-            ("keep_checkpoints", 1),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserValueError(f"{name} must be an integer from {least}, got {value!r}")
-        if self.evaluate_every and not self.held_out_documents:
-            raise UserValueError("evaluate_every needs held_out_documents to measure on")
-
-
 @dataclass(frozen=True, eq=False)
 class SAETrainingResult:
-    """What a training has given."""
+    """Result of a training."""
 
     saes: dict[int, SparseAutoencoder]
     """By layer, in raw units"""
@@ -111,10 +74,10 @@ def train_saes_on_text(
     the result is that of one process up to the order of summation.
 
     Args:
-        texts: A list of documents, a file or folder (see `text_source.FileSource`), or a data set of `datasets`, also
-            with `streaming=True`. Text that ends is read again.
-        output: Folder for metrics.jsonl and checkpoints; the dictionaries are returned, see `sae_training_results`.
-        text_column: Of JSONL files and data sets.
+        texts: A list of documents, a file or folder (see `text_stream.FileSource`), or a data set of `datasets`, also
+            with `streaming=True`. At its end the text is read again.
+        output: Folder for metrics.jsonl and checkpoints. The SAEs are returned; `results.write_results` writes them.
+        text_column: The column of JSONL files and data sets that holds the documents.
 
     Raises:
         ValueError: settings that do not fit each other or the memory, checkpoints of other settings, activations that
@@ -148,7 +111,7 @@ class _Run:
         state = width * (2 * self.stream.d_model + 2) * 4
         buffer = stream.buffer_bytes(len(self.layers), self.stream.d_model, self.stream.processes)
         status(
-            f"memory of a process: activations {in_words(buffer)}, weights and optimiser "
+            f"memory per process: activations {in_words(buffer)}, weights and optimizer "
             f"{in_words(3 * state * len(self.layers))}, gradient {in_words(state)}"
         )
         self.settings = {
@@ -167,12 +130,12 @@ class _Run:
     def train(self) -> SAETrainingResult:
         started = time.monotonic()
         done = self._resume()
-        log = TrainingLog(self.output, self.layers, self.run.report_to, self.settings, done)
+        log = TrainingLog(self.output, self.run.report_to, self.settings, done)
         steps = progress(
             self._steps(done),
             total=self.config.steps - done,
             description=f"training SAEs of layer {', '.join(map(str, self.layers))}",
-            note=lambda: log.shown,
+            note=lambda: log.note,
         )
         for step in steps:
             for layer, training in self.trainings.items():
@@ -202,29 +165,27 @@ class _Run:
         return SAETrainingResult(saes, quality, log.records, self._facts())
 
     def _steps(self, done: int) -> Iterator[int]:
-        """Numbers of the updates, with the block of each in memory."""
+        """Numbers of the updates; the block of each is in memory when it is yielded."""
         for step in range(done, self.config.steps):
             if self.update == self.stream.updates_per_block or self.stream.block < 0:
                 self.stream.fill()
                 self.update = 0
             if not self.trainings:
-                self.trainings = {layer: self._started(layer) for layer in self.layers}
+                for layer in self.layers:
+                    units = calibrate(layer, self.stream.calibration_rows(layer), default_reduce())
+                    self.trainings[layer] = LayerTraining(layer, units, self.config)
             self.update += 1
             yield step
 
-    def _started(self, layer: int) -> LayerTraining:
-        units = calibrate(layer, self.stream.calibration_rows(layer), default_reduce())
-        return LayerTraining(layer, units, self.config)
-
     def _resume(self) -> int:
-        """Take up the last checkpoint, if there is one and it is wanted; the number of updates that are done."""
+        """Resume from the last checkpoint, if there is one and it is wanted. Returns the number of finished updates."""
         place = latest_checkpoint(self.output / CHECKPOINTS) if self.run.resume else None
         if place is None:
             return 0
         blocks = decoder_layers(self.model)
         devices = {layer: next(blocks[layer].parameters()).device for layer in self.layers}
         state, self.trainings = read_checkpoint(place, self.settings, self.config, devices)
-        status(f"going on from {place}")
+        status(f"resuming from {place}")
         self.stream.medians, self.stream.left_out = state.medians, dict(state.left_out)
         self.seconds, self.update = state.seconds, state.update
         self.stream.go_to(state.block, state.position)
@@ -233,7 +194,7 @@ class _Run:
         return state.step
 
     def _checkpoint(self, step: int, seconds: float) -> None:
-        """Rank 0 writes; the others wait, so that none is ahead of what can be taken up again."""
+        """Rank 0 writes; the others wait, so that none is ahead of the state that can be resumed."""
         if is_main_process():
             state = TrainingState(
                 step=step,
@@ -252,11 +213,11 @@ class _Run:
         return {layer: training.finished() for layer, training in self.trainings.items()}
 
     def _measure(self, saes: Mapping[int, SparseAutoencoder]) -> dict[int, dict[str, Any]]:
-        """Every process measures all of it: the passes over the model are the same on each."""
-        if not self.held_out:
-            return {}
-        quality = {}
-        for layer, sae in saes.items():
+        """Quality on held-out text by layer. Every process measures all of it."""
+        quality: dict[int, dict[str, Any]] = {}
+        stream = self.stream.config
+        options: dict[str, Any] = {"max_length": stream.context_length, "tokens_per_batch": stream.forward_tokens}
+        for layer, sae in saes.items() if self.held_out else ():
             found = measure_sae(
                 self.model,
                 self.tokenizer,
@@ -264,9 +225,8 @@ class _Run:
                 sae,
                 layer,
                 scan=0,
-                max_length=self.stream.config.context_length,
-                tokens_per_batch=self.stream.config.forward_tokens,
-                outlier_factor=self.stream.config.outlier_factor,
+                outlier_factor=stream.outlier_factor,
+                **options,
             )
             quality[layer] = {
                 "tokens": found.tokens,
@@ -280,7 +240,7 @@ class _Run:
         return quality
 
     def _facts(self) -> dict[str, Any]:
-        end: StreamPosition = self.stream.end
+        end = self.stream.end
         return {
             "model": model_identity(self.model),
             "data": {

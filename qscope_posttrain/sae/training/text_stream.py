@@ -1,36 +1,35 @@
-"""Documents as token sequences of one length, with a position from which the stream can be read again."""
+"""Turn documents into token sequences of one length, with a position from which the stream can be resumed."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
 from qscope_posttrain.files import check_is_file, read_lines, text_suffix
 from qscope_posttrain.models.batches import pad_token
+from qscope_posttrain.sae.training.config import ISOLATED, SEPARATE
 from qscope_posttrain.text.jsonl import parse_object
 
-ISOLATED, JOINED, SEPARATE = "isolated", "joined", "separate"
-PACKINGS = (ISOLATED, JOINED, SEPARATE)
 _DOCUMENTS_PER_CALL = 256
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Which token of the text comes next."""
+    """The next token of the text."""
 
     epoch: int = 0
-    """How often the text has been read to its end"""
+    """Number of times that the text has been read to its end"""
     document: int = 0
-    """Number of the document within the source"""
+    """Number of the document in the source"""
     offset: int = 0
-    """Its tokens that have been read"""
+    """Number of its tokens that have been read"""
     digest: str = ""
-    """SHA-256 chained over all documents before it, in the order in which they were read"""
+    """SHA-256 chained over all documents before it, in reading order"""
 
     def after(self, document: str) -> StreamPosition:
         """The start of the next document."""
@@ -44,22 +43,21 @@ class PackedSequence:
     """Tokens of one or more documents."""
 
     ids: tuple[int, ...]
-    """As many as the context length"""
     starts: tuple[int, ...]
-    """Where a document, or a piece of one that was cut, begins; ascending, the first is 0"""
+    """Positions where a document, or a piece of one that was cut, begins; ascending, the first is 0"""
     used: int
-    """Tokens before the padding"""
+    """Number of tokens before the padding"""
     end: StreamPosition
-    """Where the next sequence begins"""
+    """Start of the next sequence"""
 
     def positions(self) -> list[int]:
         """Distance of each token to the start of its piece."""
-        result, start = [], 0
-        starts = set(self.starts)
-        for place in range(len(self.ids)):
-            start = place if place in starts else start
-            result.append(place - start)
-        return result
+        bounds = [*self.starts, len(self.ids)]
+        return [place for first, last in pairwise(bounds) for place in range(last - first)]
+
+    def counted(self) -> list[bool]:
+        """Whether each token counts: it is neither the first of a piece nor padding."""
+        return [at > 0 and place < self.used for place, at in enumerate(self.positions())]
 
 
 def packed_sequences(
@@ -70,14 +68,14 @@ def packed_sequences(
     packing: str = ISOLATED,
     first_document: int = 0,
 ) -> Iterator[PackedSequence]:
-    """Sequences of `length` tokens without end: a text that ends is read again.
+    """Endless sequences of `length` tokens: at its end, the text is read again.
 
-    A document gets the tokenizer's own special tokens. What does not fit into a sequence begins the next one, as a
-    piece of its own. With packing "isolated" and "joined" the next document follows at once; what separates them is up
-    to the forward pass. With "separate" a sequence holds one piece, and padding.
+    A document gets the tokenizer's own special tokens. The rest of a document that does not fit into a sequence begins
+    the next one, as a piece of its own. With packing "isolated" and "joined" the next document follows immediately, and
+    the forward pass separates them or not. With "separate" a sequence holds one piece, and padding.
 
     Args:
-        position: Where to begin: the start, or the `end` of a sequence of the same stream.
+        position: Start of the text, or the `end` of a sequence of the same stream.
         first_document: Documents before this one are never read.
 
     Raises:
@@ -89,7 +87,7 @@ def packed_sequences(
     while True:
         at = replace(at, document=max(at.document, first_document))
         from_the_start, found = (at.document, at.offset) == (first_document, 0), False
-        for text, tokens in _tokenised(source, tokenizer, at.document):
+        for text, tokens in _tokenized(source, tokenizer, at.document):
             while at.offset < len(tokens):
                 found = True
                 piece = tokens[at.offset : at.offset + length - len(ids)]
@@ -109,25 +107,20 @@ def packed_sequences(
         at = StreamPosition(at.epoch + 1, first_document, 0, at.digest)
 
 
-def _tokenised(source: TextSource, tokenizer: Any, first: int) -> Iterator[tuple[str, list[int]]]:
-    group: list[str] = []
-    for text in source.documents(first):
-        group.append(text)
-        if len(group) == _DOCUMENTS_PER_CALL:
-            yield from zip(group, tokenizer(group, verbose=False)["input_ids"], strict=True)
-            group = []
-    if group:
+def _tokenized(source: TextSource, tokenizer: Any, first: int) -> Iterator[tuple[str, list[int]]]:
+    documents = source.documents(first)
+    while group := list(islice(documents, _DOCUMENTS_PER_CALL)):
         yield from zip(group, tokenizer(group, verbose=False)["input_ids"], strict=True)
 
 
 class TextSource(Protocol):
-    """Documents in a fixed order, which can be read again from any of them on."""
+    """Documents in a fixed order, which can be read again, starting from any of them."""
 
     def documents(self, skip: int = 0) -> Iterator[str]:
-        """The documents from number `skip` on, once through."""
+        """The documents from number `skip` on, once."""
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: what a model card says of the data, and what must agree for a training to go on."""
+        """JSON-able facts for the model card, which must agree when a training is resumed."""
 
 
 class ListSource:
@@ -135,7 +128,7 @@ class ListSource:
 
     def __init__(self, texts: Sequence[str]) -> None:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserTypeError("texts must be a list of strings, one a document")
+            raise UserTypeError("texts must be a list of strings, one per document")
         self.texts = list(texts)
 
     def documents(self, skip: int = 0) -> Iterator[str]:
@@ -146,9 +139,8 @@ class ListSource:
 
 
 class FileSource:
-    """Files in the order of their names: in `.txt` a document is a line, in `.jsonl` it is the field `column` of one.
-
-    Lines without text are left out.
+    """Files in the order of their names. A document is a line of a `.txt` file, or the field `column` of a line of a
+    `.jsonl` file. Blank lines are left out.
     """
 
     def __init__(self, path: str | Path, column: str = "text") -> None:
@@ -161,38 +153,32 @@ class FileSource:
             check_is_file(file, "text")
         if not _readable(self.files[0]):
             raise UserValueError(
-                f"'{location}' must be a .txt file (a document a line), a .jsonl file, or a folder of them."
+                f"'{location}' must be a .txt file (one document per line), a .jsonl file, or a folder of them."
             )
 
     def documents(self, skip: int = 0) -> Iterator[str]:
-        return islice(self._all(), skip, None)
+        lines = ((f, n, line) for f in self.files for n, line in enumerate(read_lines(f), start=1) if line.strip())
+        return islice((self._text(*found) for found in lines), skip, None)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "files", "path": str(self.path), "files": len(self.files), "column": self.column}
 
-    def _all(self) -> Iterator[str]:
-        for file in self.files:
-            for number, line in enumerate(read_lines(file), start=1):
-                if line.strip():
-                    yield line.strip() if text_suffix(file) == ".txt" else self._field(line, f"{file}, line {number}")
-
-    def _field(self, line: str, place: str) -> str:
+    def _text(self, file: Path, number: int, line: str) -> str:
+        if text_suffix(file) == ".txt":
+            return line.strip()
+        place = f"{file}, line {number}"
         row = parse_object(line, place)
-        text = row.get(self.column)
-        if not isinstance(text, str):
+        if not isinstance(text := row.get(self.column), str):
             raise UserValueError(f"{place}: expected an object with the string '{self.column}', got {sorted(row)}.")
         return text
 
 
 class DatasetSource:
-    """A `datasets.Dataset` or `IterableDataset` (`streaming=True`), of which one column holds the documents."""
+    """One column of a `datasets.Dataset` or `IterableDataset` (`streaming=True`)."""
 
     def __init__(self, dataset: Any, column: str = "text", name: str = "") -> None:
-        for method in ("skip", "select_columns"):
-            if not hasattr(dataset, method):
-                raise UserTypeError(
-                    f"expected a Dataset or IterableDataset of `datasets`, got {type(dataset).__name__}"
-                )
+        if not (hasattr(dataset, "skip") and hasattr(dataset, "select_columns")):
+            raise UserTypeError(f"expected a Dataset or IterableDataset of `datasets`, got {type(dataset).__name__}")
         names = dataset.column_names
         if names is not None and column not in names:
             raise UserValueError(

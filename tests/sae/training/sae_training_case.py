@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from qscope_posttrain.sae.training import SAETrainingConfig
-from qscope_posttrain.sae.training.run import RunConfig, SAETrainingResult, train_saes_on_text
-from qscope_posttrain.sae.training.stream_config import StreamConfig
+from qscope_posttrain.sae.training.config import RunConfig, StreamConfig
+from qscope_posttrain.sae.training.run import SAETrainingResult, train_saes_on_text
 
 STREAM = StreamConfig(
     context_length=16, block_tokens=160, forward_tokens=64, buffer_dtype="float32", calibration_tokens=96

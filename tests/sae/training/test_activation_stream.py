@@ -5,7 +5,7 @@ import torch
 
 from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.sae.training.activation_stream import ActivationStream
-from qscope_posttrain.sae.training.stream_config import StreamConfig
+from qscope_posttrain.sae.training.config import StreamConfig
 from qscope_posttrain.sae.training.text_stream import ListSource
 
 SMALL = StreamConfig(

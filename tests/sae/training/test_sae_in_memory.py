@@ -11,7 +11,7 @@ from torch import Tensor
 from qscope_posttrain.sae.activations import BatchTopK, JumpReLU, TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes
-from qscope_posttrain.sae.training.calibration import calibrate, geometric_median
+from qscope_posttrain.sae.training.parameters import calibrate, geometric_median
 from qscope_posttrain.sae.training.update import LayerTraining
 
 QUICK = SAETrainingConfig(width=96, k=6, steps=250, batch_tokens=256, learning_rate=1e-2, dead_after=20)

@@ -12,10 +12,15 @@ from torch import Tensor
 
 from qscope_posttrain.distributed import alone
 from qscope_posttrain.sae.training import SAETrainingConfig
-from qscope_posttrain.sae.training.calibration import Units, calibrate, geometric_median
-from qscope_posttrain.sae.training.codes import Code, batch_topk_code, jumprelu_code, topk_code
-from qscope_posttrain.sae.training.parameters import Parameters
-from qscope_posttrain.sae.training.update import LayerTraining, auxk_loss
+from qscope_posttrain.sae.training.parameters import Parameters, Units, calibrate, geometric_median
+from qscope_posttrain.sae.training.update import (
+    Code,
+    LayerTraining,
+    auxk_loss,
+    batch_topk_code,
+    jumprelu_code,
+    topk_code,
+)
 
 TOKENS, D_MODEL, D_SAE, K = 20, 6, 18, 3
 
@@ -117,7 +122,7 @@ def test_update_is_one_step_of_adam_on_the_written_out_loss(z: Tensor) -> None:
     x = (4 * z + 2).float()
     config = SAETrainingConfig(width=D_SAE, k=K, steps=10, learning_rate=1e-2, warmup_steps=0)
     training = LayerTraining(0, units(), config)
-    training._start(training.units.normalised(x), TOKENS, alone)
+    training._start(training.units.normalized(x), TOKENS, alone)
     before = {name: value.detach().clone() for name, value in training.parameters.named().items()}
     metrics = training.update(x, TOKENS, 1)
     W_enc, b_enc, W_dec, b_dec = (value.requires_grad_() for value in before.values())
@@ -143,9 +148,9 @@ def test_counters_follow_what_fires(z: Tensor) -> None:
     for step in range(5):
         with torch.no_grad():
             if step == 0:
-                training._start(training.units.normalised(x), TOKENS, alone)
+                training._start(training.units.normalized(x), TOKENS, alone)
                 training._start = lambda *_: None  # type: ignore[method-assign]
-            code = topk_code(training.units.normalised(x), training.parameters, 1)
+            code = topk_code(training.units.normalized(x), training.parameters, 1)
         fired.append(set(code.indices[code.values > 0].tolist()))
         metrics = training.update(x, TOKENS, step)
         last = [max((at for at in range(step + 1) if j in fired[at]), default=-1) for j in range(D_SAE)]
@@ -183,6 +188,6 @@ def test_geometric_median_of_points_on_which_it_stands() -> None:
 def test_units_make_variance_one_around_the_median(z: Tensor) -> None:
     x = (3 * z + 7).float()
     made = calibrate(0, x)
-    normal = made.normalised(x)
+    normal = made.normalized(x)
     assert float(normal.square().mean()) == pytest.approx(1, rel=1e-5)
     assert float(normal.var(dim=0, unbiased=False).mean()) == pytest.approx(float(made.variance), rel=1e-5)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.sae.training import SAETrainingConfig
-from qscope_posttrain.sae.training.calibration import calibrate
+from qscope_posttrain.sae.training.parameters import calibrate
 from qscope_posttrain.sae.training.update import LayerTraining
 
 
