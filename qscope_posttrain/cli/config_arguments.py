@@ -47,10 +47,14 @@ def config_from(kind: type[T], arguments: Any) -> T:
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass and of those that it extends, by field, as one line each."""
+    """The help of the fields of a dataclass: their metadata, or else the strings below them, as one line each."""
     found: dict[str, str] = {}
     for part in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(part):
+            continue
+        helps = {option.name: option.metadata["help"] for option in dataclasses.fields(part) if option.metadata}
+        if helps:
+            found |= helps
             continue
         body = cast("ast.ClassDef", ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]).body
         for previous, statement in itertools.pairwise(body):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from trl import SFTTrainer, get_peft_config, get_quantization_config
@@ -94,11 +93,10 @@ def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLoss
     """
     if recipe.penalty is None:
         return None
-    options = {option.name: getattr(recipe.penalty, option.name) for option in fields(recipe.penalty)}
     if recipe.run.method == "token_penalty":
-        return TokenPenaltyCallback(**options)
+        return TokenPenaltyCallback(config=recipe.penalty)
     if recipe.run.method == "kl_anchor":
-        return KLAnchorCallback(**options)
+        return KLAnchorCallback(config=recipe.penalty)
     if features is None:
         raise UserValueError("method sasft needs 'features'.")
-    return SASFTCallback(features, **options)
+    return SASFTCallback(features, config=recipe.penalty)

@@ -29,7 +29,7 @@ from qscope_posttrain.cli.sft_data import data_tokenizer, first_row, skips_prepa
 from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import if_many, progress
-from qscope_posttrain.sft.config import LossConfig, SASFTConfig
+from qscope_posttrain.sft.config import LossConfig
 from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.preparation import Preparation
@@ -98,7 +98,7 @@ def _callback(recipe: Recipe, model: torch.nn.Module) -> tuple[AuxiliaryLossCall
 
 
 def _needs_logits(settings: LossConfig) -> bool:
-    return not isinstance(settings, SASFTConfig) or settings.needs_logits
+    return settings.needs_logits
 
 
 def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
@@ -106,8 +106,7 @@ def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
     try:
         script = target_script(language_code(settings.target))
     except ValueError as error:
-        required = recipe.run.method == "token_penalty" or getattr(settings, "position_weight", "") == "risk"
-        if required:
+        if recipe.run.method == "token_penalty":
             raise UserValueError(f"{error} Only Python can name the tokens of another: target_token_ids=...") from error
         return (), "none: the anchor holds every token"
     ids = script_token_ids(tokenizer, script)

@@ -25,15 +25,6 @@ _RECORD = "SteeredGRPOTrainer"
 """Name of the record in checkpoints"""
 
 
-def generation_window(args: Any) -> int:
-    """Optimiser steps after which generation batches and steps end together.
-
-    TRL generates every `steps_per_generation * num_iterations` micro-batches, counted from 0 again in a resumed run.
-    """
-    micro_batches = args.steps_per_generation * args.num_iterations
-    return int(math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps)
-
-
 class SaveBetweenGenerations(TrainerCallback):
     """Puts off a checkpoint that falls inside a generation batch to the end of that batch.
 
@@ -42,8 +33,12 @@ class SaveBetweenGenerations(TrainerCallback):
     evaluations.
     """
 
-    def __init__(self, window: int) -> None:
-        self.window = window
+    def __init__(self, args: Any) -> None:
+        # TRL generates every so many micro-batches, counted from 0 again in a resumed run.
+        micro_batches = args.steps_per_generation * args.num_iterations
+        accumulated = args.gradient_accumulation_steps
+        self.window = math.lcm(micro_batches, accumulated) // accumulated
+        """Optimizer steps after which generation batches and steps end together"""
         self._due = False
 
     def on_train_begin(
@@ -79,8 +74,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """JSON values in which a resumed run must agree with the one before.
 
-    They are what the run does, not where it is written: a strength that is recorded with the features equals the same
-    one in the settings.
+    They say what the run does, not where that is written: a strength that is recorded with the features equals the
+    same one in the settings.
 
     Args:
         args: settled.
@@ -88,25 +83,23 @@ def run_identity(
         features: that the negatives are steered by, if there are any.
         rewards: name and weight of each reward function.
     """
-    if source is None:  # all else is TRL's, which does not ask
+    if source is None:  # all else is TRL's, which does not check
         return {"negatives_per_group": 0, "dynamic_sampling": args.dynamic_sampling}
     names = {field.name for field in fields(SteeredGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
     identity: dict[str, Any] = {name: getattr(args, name) for name in sorted({*names, "seed"})}
     identity["rewards"] = list(rewards)
     identity |= {"window_start": list(source.window_start), "window_length": source.window_length or 0}
-    steering = source.steering
-    if steering is not None:
-        (layer,) = steering.layers
-        identity |= {
-            "steering_layer": layer, "steering_strength": float(steering.strength), "steering_unit": steering.unit,
-        }  # fmt: skip
+    if source.steering is not None:
+        (layer,) = source.steering.layers
+        identity["steering_layer"], identity["steering_unit"] = layer, source.steering.unit
+        identity["steering_strength"] = float(source.steering.strength)
         if features is not None:
             identity["features_sha256"] = _fingerprint(features, layer)
     return dict(json.loads(json.dumps(identity)))
 
 
 def _fingerprint(features: FeatureSet, layer: int) -> str:
-    """Hash of the rows that make the direction, as stored: what is computed from them differs in its last bits from
+    """Hash of the rows that make the direction, as stored: values computed from them differ in their last bits from
     machine to machine."""
     rows = features.layers[layer]
     chosen = dict(features.settings.get(SETTINGS_KEY, {})).get("label")

@@ -1,7 +1,4 @@
-"""Packing that keeps the language of every token.
-
-`SFTTrainer(packing=True)` keeps only token ids and labels, so a packed row no longer says which documents it holds.
-"""
+"""Pack documents and keep the language of every token, which `SFTTrainer(packing=True)` drops."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from datasets import Dataset
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.sft.language_ids import LANGUAGE_NAMES, SCRIPT, TOKEN_LANGUAGES, LanguageRule, SampleLanguage
+from qscope_posttrain.sft.language_ids import SCRIPT, LanguageRule, SampleLanguage
 from qscope_posttrain.sft.preparation import Preparation, StandIn
-from qscope_posttrain.sft.train_data import languages_of
+from qscope_posttrain.sft.train_data import LANGUAGE_NAMES, TOKEN_LANGUAGES, languages_of
 from qscope_posttrain.text.language_labels import class_names
 
 if TYPE_CHECKING:

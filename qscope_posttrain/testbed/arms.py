@@ -60,7 +60,7 @@ class Arm:
 
 _PAPER: dict[str, Any] = {name: value for name, value in PAPER.items() if name != "weight"}
 _STANDARD: dict[str, Any] = {"readout": "decoder", "scale": "std", "combine": "none", "positions": "predicting"}
-_COMBINED: dict[str, Any] = {**_STANDARD, "combine": "effect", "position_weight": "risk"}
+_COMBINED: dict[str, Any] = {**_STANDARD, "combine": "effect"}
 
 _ALL = (
     Arm("sft", "SFT", "Plain supervised fine-tuning."),
@@ -89,7 +89,7 @@ _ALL = (
         "sasft_combined",
         "SASFT, combined",
         "One readout: the top 32 decoder directions of the last layer, weighted by their effect on the target's "
-        "log-probability; positions weighted by the probability of switching.",
+        "log-probability.",
         "features",
         top=32,
         options=_COMBINED,

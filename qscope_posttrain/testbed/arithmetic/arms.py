@@ -25,8 +25,6 @@ class Arm:
     in place of features, "window_means"."""
     rewards: tuple[str, ...] = ()
     """Reward functions beside the right answer, by the names of `rl.rewards.reward_function`, each with weight 1."""
-    negatives_until: float = 1.0
-    """Share of the updates over which the share of groups with negatives falls to 0; 1: it does not fall."""
 
     def to_dict(self) -> dict[str, Any]:
         """What decides how a run comes out, as JSON values: no words."""
@@ -35,7 +33,6 @@ class Arm:
             "overrides": dict(self.overrides),
             "steering": self.steering,
             "rewards": list(self.rewards),
-            "negatives_until": self.negatives_until,
         }
 
 
@@ -87,7 +84,7 @@ _ALL = (
         "copied, default, 0.25",
         "No SAE: a piece of the row's own text copied to the end; only the repeats in the loss, weight 0.25, since "
         "every such row loops, however seldom the model still would.",
-        {"negative": "copied", "window_start": [0, 40], "negative_weight": 0.25},
+        {**_SEEDED, "copies": 1000, "negative_weight": 0.25},
     ),
     Arm(
         "reward_penalty",
@@ -128,12 +125,6 @@ _ALL = (
         _ALL_TOKENS,
     ),
     Arm(
-        "likely",
-        "steered, likely tokens",
-        "Steered in a window, dropped unless it loops, tokens to which the policy gives at least 0.001, weight 1.",
-        {"negative_tokens": "likely"},
-    ),
-    Arm(
         "tail_four",
         "steered, weight 4",
         "The package's default with weight 4.",
@@ -152,13 +143,6 @@ _ALL = (
         {"negative_weight": 0.5},
     ),
     Arm(
-        "tail_exclude",
-        "steered, default, own baseline",
-        "The package's default, with a group baseline from ordinary rows only: a loop does not shrink what the group "
-        "says about wrong answers.",
-        {"baseline": "exclude"},
-    ),
-    Arm(
         "strong",
         "steered, strength 1.5",
         "The package's default with a push of one and a half median residual norms, whatever the curve chose.",
@@ -171,42 +155,6 @@ _ALL = (
         {"negatives_per_group": 2},
     ),
     Arm(
-        "half_share",
-        "steered, half of the groups",
-        "The package's default with a negative in every other group; the others hold ordinary rows only.",
-        {"negative_share": 0.5},
-    ),
-    Arm(
-        "decay",
-        "steered, fading",
-        "The package's default, with negatives in fewer and fewer groups, and in none from the middle of training on.",
-        negatives_until=0.5,
-    ),
-    Arm(
-        "stop",
-        "steered, until unlearnt",
-        "The package's default, without negatives once fewer than a tenth of the last sixteen looped.",
-        {"stop_below": 0.1, "stop_window": 16},
-    ),
-    Arm(
-        "exclude",
-        "steered, own baseline",
-        "All tokens, weight 0.25, and a group baseline from ordinary rows only.",
-        {**_ALL_TOKENS, "negative_weight": 0.25, "baseline": "exclude"},
-    ),
-    Arm(
-        "behaviour",
-        "steered, behaviour ratio",
-        "The default, with the old log-probabilities of the steered distribution.",
-        {"old_logps": "behaviour"},
-    ),
-    Arm(
-        "seeded_exclude",
-        "seeded, default, own baseline",
-        "As the seeded default, with a group baseline from ordinary rows only.",
-        {**_SEEDED, "baseline": "exclude"},
-    ),
-    Arm(
         "seeded_half",
         "seeded, weight 0.5",
         "As the seeded default, with weight 0.5.",
@@ -217,18 +165,6 @@ _ALL = (
         "seeded, all tokens, 0.25",
         "No SAE: two copies of a piece of the row's own text, then the model goes on; kept, all tokens, weight 0.25.",
         {**_SEEDED, "gate": "keep", **_ALL_TOKENS, "negative_weight": 0.25},
-    ),
-    Arm(
-        "copied",
-        "copied, likely tokens, 0.25",
-        "No SAE: a piece of the row's own text copied to the end; tokens with at least 0.001, weight 0.25.",
-        {
-            "negative": "copied",
-            "window_start": [0, 40],
-            "gate": "keep",
-            "negative_tokens": "likely",
-            "negative_weight": 0.25,
-        },
     ),
     Arm(
         "random_quarter",

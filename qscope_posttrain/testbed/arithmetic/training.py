@@ -80,7 +80,6 @@ def train(
         probes: measured before, every `config.probe_every` updates, and after.
         features: for arms that steer; with a choice of layer, strength and window in their settings.
     """
-    from qscope_posttrain.rl.checks import COPYING
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
     model = copy.deepcopy(language_model.model)
@@ -92,7 +91,7 @@ def train(
             model,
             [RightAnswer(language_model.tokenizer), *map(reward_function, arm.rewards)],
             grpo_arguments(arm, seed, config, folder),
-            features=None if arm.overrides.get("negative") in COPYING else features,
+            features=None if arm.overrides.get("negative") == "seeded" else features,
             train_dataset=prompt_data(config, seed),
             processing_class=language_model.tokenizer,
             callbacks=[watcher],
@@ -132,8 +131,6 @@ def grpo_arguments(arm: Arm, seed: int, config: ArithmeticConfig, folder: str) -
         "disable_tqdm": True,
         **arm.overrides,
     }
-    if arm.negatives_until < 1:
-        settings["negative_decay_steps"] = max(1, round(arm.negatives_until * config.updates))
     return SteeredGRPOConfig(**settings)
 
 
