@@ -130,10 +130,7 @@ class SASFTConfig(LossConfig):
     target: str = field(default="zh", metadata={"help": _TARGET})
     weight: float = field(
         default=0.1,
-        metadata={
-            "help": "lambda, for readouts in standard deviations (of the paper's form: PAPER). 0 only measures: "
-            "training is untouched."
-        },
+        metadata={"help": "lambda, for readouts in standard deviations. 0 only measures: training is untouched."},
     )
     layers: tuple[int, ...] | None = field(
         default=None, metadata={"help": "Decoder layers, counted from 0. None: all layers of the FeatureSet."}
