@@ -34,7 +34,7 @@ class SaveBetweenGenerations(TrainerCallback):
     """
 
     def __init__(self, args: Any) -> None:
-        # TRL generates every so many micro-batches, counted from 0 again in a resumed run.
+        # The distance between two generations, counted from 0 again in a resumed run.
         micro_batches = args.steps_per_generation * args.num_iterations
         accumulated = args.gradient_accumulation_steps
         self.window = math.lcm(micro_batches, accumulated) // accumulated
@@ -72,10 +72,7 @@ def run_identity(
     features: FeatureSet | None,
     rewards: Sequence[tuple[str, float]],
 ) -> dict[str, Any]:
-    """JSON values in which a resumed run must agree with the one before.
-
-    They say what the run does, not where that is written: a strength that is recorded with the features equals the
-    same one in the settings.
+    """JSON values in which a resumed run must agree with the one before, wherever they were set.
 
     Args:
         args: settled.

@@ -41,16 +41,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 class SteeredGRPOConfig(GRPOConfig):
     """`GRPOConfig` with DAPO's defaults, and a negative example in each group.
 
-    DAPO (arXiv 2503.14476): token-level loss, clip 0.2 below and 0.28 above, no KL term (the three are TRL's defaults
-    but for 0.28), soft overlong punishment. Dynamic sampling is an option.
+    DAPO (arXiv 2503.14476): token-level loss, clip 0.2 below and 0.28 above, no KL term, soft overlong punishment.
 
-    `mode` fills in the fields that are None below. "paper" is Algorithm 1 of the Qwen-Scope report (section 8) as
-    written: the last row of each group is steered at every generated token, scored by the same rewards, part of its
-    group's statistics, and enters the loss whole, weighted by the unsteered policy. "default" differs where our own
-    measurements say so (recipes/experiments/steered_dapo_rare.yaml): the steering stops after a window, so that the
-    model goes on by itself; a row that did not end up in a loop is dropped; of one that did, only the repeats are in
-    the loss. In those experiments a seeded negative, which needs no SAE, left far fewer loops than a steered one at
-    about the same accuracy; it is the default of a trainer without features.
+    `mode` fills in the fields that are None below. "paper" is Algorithm 1 of the Qwen-Scope report (section 8): the
+    last row of each group is steered at every generated token, and enters its group's statistics and the loss whole.
+    "default" differs where our experiments say so (recipes/experiments/steered_dapo_rare.yaml): the steering stops
+    after a window; a row that did not end up in a loop is dropped; of one that did, only the repeats are in the loss.
+    There a seeded negative, which needs no SAE, left far fewer loops than a steered one at about the same accuracy; it
+    is the default of a trainer without features.
 
     Raises:
         ValueError: a value out of range, a combination that would silently erase the negatives, or a field that

@@ -15,14 +15,7 @@ _ROWS_AT_A_TIME = 1000
 
 
 def check_data(trainer: Any, flag: str) -> None:
-    """Check the data sets of a `GRPOTrainer`.
-
-    Args:
-        flag: the name of a column that they must not have.
-
-    Raises:
-        ValueError: see `check_dataset`; a column named `flag`.
-    """
+    """`check_dataset` for the data sets of a `GRPOTrainer`, which must not have a column named `flag` either."""
     evaluated = trainer.eval_dataset
     if not isinstance(evaluated, dict):
         evaluated = {"": evaluated}
@@ -36,11 +29,7 @@ def check_data(trainer: Any, flag: str) -> None:
 
 
 def check_inputs(trainer: Any, inputs: Sequence[Mapping[str, Any]]) -> None:
-    """Check the prompts of a batch of a `GRPOTrainer`: streams and transforms show their rows there.
-
-    Raises:
-        ValueError: see `check_dataset`.
-    """
+    """`check_batch` for a batch of a `GRPOTrainer`, where streams and transforms show their rows."""
     if trainer.environment_factories is None:
         check_batch([row.get(PROMPT) for row in inputs], **_reads(trainer))
 

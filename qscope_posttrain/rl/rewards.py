@@ -34,9 +34,9 @@ class RepetitionPenalty:
 
         reward = max_penalty * (n - second copy) / n
 
-    for n tokens with a repeated tail (see `text.repetition.repeated_tail`), whose first copy is free; 0 without one. A
-    completion that leaves its loop, if only by its end token, which is one of TRL's `completion_ids`, costs nothing:
-    legitimate repetition ends. For a penalty on repeated phrases anywhere take the n-gram reward of TRL.
+    for n tokens with a repeated tail (see `text.repetition.repeated_tail`), whose first copy is free; 0 without one,
+    and for a completion that leaves its loop, if only by its end token: legitimate repetition ends. For a penalty on
+    repeated phrases anywhere take TRL's n-gram reward.
 
     Args:
         min_copies, min_tokens: definition of a loop; by default that of the evaluation.
@@ -102,11 +102,7 @@ class LanguageConsistency:
         return [script_share(completion_text(completion), language) for completion, language in pairs]
 
     def check_data(self, dataset: Any) -> None:
-        """Look at the column of a `datasets.Dataset`, all rows, before training does row by row.
-
-        Raises:
-            ValueError: no such column, or a row whose value is no language, with its number.
-        """
+        """ValueError unless all rows of a `datasets.Dataset` name a language."""
         if self.language is None:
             self._check_column(dataset.column_names)
             classes = class_names(dataset, self.column)
@@ -134,11 +130,7 @@ class LanguageConsistency:
 
 
 def check_reward_data(rewards: Iterable[Any], dataset: Any) -> None:
-    """Before training, look at all rows of a `datasets.Dataset` for what a reward of this module needs in them.
-
-    Raises:
-        ValueError: a row whose language is none, with its number.
-    """
+    """Before training, check all rows of a `datasets.Dataset` for what a reward of this module needs (ValueError)."""
     for reward in rewards:
         if isinstance(reward, LanguageConsistency) and isinstance(dataset, Dataset):
             reward.check_data(dataset)
@@ -188,7 +180,8 @@ def reward_function(spec: str | Mapping[str, Any]) -> RewardFunction:
         ValueError: an unknown name, a path that leads nowhere or to something else, or wrong options.
         TypeError: neither a string nor a mapping with a name.
     """
-    name, options = spec, {}
+    name: Any = spec
+    options: dict[str, Any] = {}
     if isinstance(spec, Mapping):
         name, options = spec.get("name"), {option: value for option, value in spec.items() if option != "name"}
     if not isinstance(name, str):

@@ -45,12 +45,11 @@ class SteeredGRPOTrainer(GRPOTrainer):
 
     The negative is scored by the same reward functions and weighted by the unsteered policy (Qwen-Scope report,
     Eq. 28). All else is TRL's: with `negatives_per_group=0` the trajectory is bit-identical to that of `GRPOTrainer`
-    with the same values, DAPO's `epsilon_high` and soft overlong punishment among them. In evaluation no row is ever
-    a negative.
+    with the same values (DAPO's `epsilon_high` and soft overlong punishment among them), and evaluation has no
+    negatives.
 
-    Reward functions get a keyword `steered`, one flag per row. TRL's reward metrics then describe the rows that are
-    part of the group statistics, its `completions/...` all rows; `ordinary/...` and `negative/...` describe the two
-    kinds separately.
+    Reward functions get a keyword `steered`, one flag per row. TRL's reward metrics then describe the rows in the group
+    statistics, its `completions/...` all rows; `ordinary/...` and `negative/...` the two kinds separately.
 
     Args:
         reward_funcs: DAPO's soft overlong punishment joins them unless `soft_overlong_cache` is 0; with

@@ -84,7 +84,7 @@ class AttachedRun:
 
     def restart(self) -> None:
         """Forget all counts: a training begins, or begins again with smaller batches."""
-        self.window = MetricWindow(self.loss.window_names())
+        self.window = MetricWindow()
         self.steps = self.micro_batches = self.hook_calls = 0
         self.eligible_in_window: Tensor | None = None
 
@@ -169,7 +169,7 @@ class AttachedRun:
             self.micro_batches += 1
             self.hook_calls += sum(capture.calls.values())
             term, sums = self._term(batch, layers, named, num_items_in_batch, plain)
-            self.window.add([value.to(loss.device) for value in sums])
+            self.window.add(sums, loss.device)
             if self.loss.config.weight > 0 or self.loss.config.anchor > 0:  # else it is only measured
                 loss = loss + term.to(loss)
             return (loss, *result[1:]) if return_outputs else loss
@@ -185,7 +185,7 @@ class AttachedRun:
         named: Mapping[str, Tensor],
         num_items_in_batch: Tensor | int | None,
         inputs: Mapping[str, Any],
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The term and its sums, computed while no capture is active: with PEFT the starting model is the trained one,
         and its forward must not be captured."""
         eligible, normalization = self.loss.eligible(batch), self.loss.config.normalization

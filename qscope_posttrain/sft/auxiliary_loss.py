@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,16 +84,12 @@ class AuxiliaryLoss(ABC):
     # What a subclass gives
 
     @abstractmethod
-    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
-        """The normalized term without its weight, and its further sums over this micro-batch."""
+    def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The normalized term without its weight, and sums over this micro-batch by name: scalars and vectors."""
 
     @abstractmethod
-    def sum_names(self) -> tuple[str, ...]:
-        """Names of the sums that `penalty` returns."""
-
-    @abstractmethod
-    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Values to log beside the terms, from sums over a logging window and over all ranks."""
+    def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        """Values to log beside the terms, from those sums over a logging window and over all ranks."""
 
     def eligible(self, batch: TokenBatch) -> Tensor:
         """Positions that the term acts on, bool `[batch, tokens]`; "paper" normalization counts them."""
@@ -100,19 +97,19 @@ class AuxiliaryLoss(ABC):
 
     # Common to all
 
-    def value(self, step: Step) -> tuple[Tensor, list[Tensor]]:
-        """The scalar to add to the loss, weights included, and the window's values in the order of `window_names`."""
+    def value(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to add to the loss, weights included, and what the window sums up."""
         weight, anchor_weight = self.config.weight, self.config.anchor
         # A term that only measures must not even contribute a zero gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
             penalty, sums = self.penalty(step)
         term = weight * penalty if weight else torch.zeros_like(penalty)
-        values = [penalty.detach() * step.normalizer.logged, *sums]
+        sums["penalty"] = penalty.detach() * step.normalizer.logged
         if anchor_weight > 0:
             anchor = step.normalizer(self.divergence(step, step.batch.eligible(self.target_id, "predicting")).sum())
             term = term + anchor_weight * anchor.to(term.device)
-            values.append(anchor.detach() * step.normalizer.logged)
-        return term, values
+            sums["anchor"] = anchor.detach() * step.normalizer.logged
+        return term, sums
 
     def divergence(self, step: Step, positions: Tensor) -> Tensor:
         """`KL(start || model)` at `positions`, over all tokens but the target's if these are known; `[positions]`."""
@@ -120,12 +117,9 @@ class AuxiliaryLoss(ABC):
             raise RuntimeError("The divergence needs a starting model, which this loss was made without.")
         return self.anchor.divergence(self.model, step.inputs, step.named[FINAL_NORM], positions, self.tokens)
 
-    def window_names(self) -> tuple[str, ...]:
-        return ("penalty", *self.sum_names(), *(("anchor",) if self.config.anchor > 0 else ()))
-
-    def metrics(self, totals: Mapping[str, float], steps: int, ranks: int) -> dict[str, float]:
+    def metrics(self, totals: Mapping[str, list[float]], steps: int, ranks: int) -> dict[str, float]:
         """Values to log, from sums over a logging window of `steps` optimizer steps and over `ranks` processes."""
-        terms = {name: totals[name] / (ranks * steps) for name in ("penalty", "anchor") if name in totals}
+        terms = {name: totals[name][0] / (ranks * steps) for name in ("penalty", "anchor") if name in totals}
         return terms | self.rates(totals)
 
     def identity(self) -> dict[str, Any]:
@@ -164,33 +158,25 @@ class AuxiliaryLoss(ABC):
 
 
 class MetricWindow:
-    """Running sums of named vectors, without a synchronization with the host until `totals()`.
+    """Running sums of named tensors, without a synchronization with the host until `totals()`.
 
-    `names` fixes the order of the sums, so that all ranks hold the same vector, also a rank that has seen no token of
-    interest.
+    Every rank adds the same names in every micro-batch, also one without a token of interest.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
         self._sums: Tensor | None = None
 
-    def add(self, values: Sequence[Tensor]) -> None:
-        """Add one micro-batch: scalars and vectors on one device that, in this order, cover `names`."""
-        flat = torch.cat([value.detach().reshape(-1).float() for value in values])
-        if flat.numel() != len(self.names):
-            raise UserValueError(f"Expected {len(self.names)} values for {', '.join(self.names)}; got {flat.numel()}.")
+    def add(self, values: Mapping[str, Tensor], device: torch.device) -> None:
+        """Add one micro-batch."""
+        self._sizes = {name: value.numel() for name, value in values.items()}
+        flat = torch.cat([value.detach().to(device).reshape(-1).float() for value in values.values()])
         # Token counts of a long window pass 2**24, where fp32 stops counting.
-        flat = flat.to(_sum_dtype(flat.device))
+        flat = flat.to(torch.float32 if device.type == "mps" else torch.float64)
         self._sums = flat if self._sums is None else self._sums + flat
 
-    def totals(self, accelerator: Accelerator) -> dict[str, float]:
+    def totals(self, accelerator: Accelerator) -> dict[str, list[float]]:
         """Sums over the window and over all ranks, by name; then empty. Every rank must call this."""
-        sums, self._sums = self._sums, None
-        if sums is None:
-            sums = torch.zeros(len(self.names), dtype=_sum_dtype(accelerator.device), device=accelerator.device)
-        gathered: Tensor = accelerator.reduce(sums, reduction="sum")
-        return dict(zip(self.names, gathered.tolist(), strict=True))
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+        numbers = iter(accelerator.reduce(self._sums, reduction="sum").tolist())
+        self._sums = None
+        return {name: list(itertools.islice(numbers, size)) for name, size in self._sizes.items()}

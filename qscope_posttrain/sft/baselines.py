@@ -130,20 +130,17 @@ class _TokenPenalty(AuxiliaryLoss):
             )
         super().__init__(trainer, callback)
 
-    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+    def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         positions, tokens = step.eligible, torch.as_tensor(self.tokens)
         if self.config.skip_target_labels:
             positions = positions & ~torch.isin(step.batch.next_labels(), tokens.to(positions.device))
         hidden = step.named[FINAL_NORM]
         surprise = target_surprise(LogitHead.of(self.model), hidden[positions.to(hidden.device)], tokens)
         probability = -torch.expm1(-surprise.detach())
-        return step.normalizer(surprise.sum()), [probability.sum(), positions.sum()]
+        return step.normalizer(surprise.sum()), {"probability": probability.sum(), "positions": positions.sum()}
 
-    def sum_names(self) -> tuple[str, ...]:
-        return ("probability", "positions")
-
-    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
-        return {"target_probability": totals["probability"] / max(totals["positions"], 1)}
+    def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        return {"target_probability": totals["probability"][0] / max(totals["positions"][0], 1)}
 
 
 class _KLAnchor(AuxiliaryLoss):
@@ -151,12 +148,12 @@ class _KLAnchor(AuxiliaryLoss):
 
     needs_anchor = True
 
-    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+    def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         divergence = self.divergence(step, step.eligible)
-        return step.normalizer(divergence.sum()), [divergence.detach().sum(), step.eligible.sum()]
+        return step.normalizer(divergence.sum()), {
+            "divergence": divergence.detach().sum(),
+            "positions": step.eligible.sum(),
+        }
 
-    def sum_names(self) -> tuple[str, ...]:
-        return ("divergence", "positions")
-
-    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
-        return {"divergence": totals["divergence"] / max(totals["positions"], 1)}
+    def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        return {"divergence": totals["divergence"][0] / max(totals["positions"][0], 1)}

@@ -101,11 +101,11 @@ class _FeaturePenalty(AuxiliaryLoss):
             return batch.published(self.target_id)
         return batch.eligible(self.target_id, self.config.positions)
 
-    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+    def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         eligible, normalizer = step.eligible, step.normalizer
         penalty = torch.zeros((), device=eligible.device)
         above = torch.zeros_like(eligible)
-        mean_excesses: list[Tensor] = []
+        excesses: list[Tensor] = []
         for i, layer in enumerate(self.penalties):
             hidden = step.layers[layer.layer]
             here = hidden.device
@@ -123,20 +123,17 @@ class _FeaturePenalty(AuxiliaryLoss):
             )
             penalty = penalty + normalizer.scaled(share).to(penalty.device)
             above |= found.above.to(above.device)
-            mean_excesses.append(found.excesses)
-        return penalty, [above.sum(), eligible.sum(), step.batch.labeled().sum(), *mean_excesses]
+            excesses.append(found.excesses)
+        counts = {"penalized": above.sum(), "eligible": eligible.sum(), "labeled": step.batch.labeled().sum()}
+        return penalty, {**counts, "excess": torch.cat([excess.to(eligible.device) for excess in excesses])}
 
-    def sum_names(self) -> tuple[str, ...]:
-        excesses = (f"excess/{name}" for layer in self.penalties for name in layer.names)
-        return ("penalised", "eligible", "labelled", *excesses)
-
-    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
-        eligible = max(totals["eligible"], 1)
-        values = {
-            "penalised_fraction": totals["penalised"] / eligible,
-            "eligible_fraction": totals["eligible"] / max(totals["labelled"], 1),
+    def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        eligible, names = max(totals["eligible"][0], 1), [name for layer in self.penalties for name in layer.names]
+        return {
+            "penalised_fraction": totals["penalized"][0] / eligible,
+            "eligible_fraction": totals["eligible"][0] / max(totals["labeled"][0], 1),
+            **{f"excess/{name}": sum_ / eligible for name, sum_ in zip(names, totals["excess"], strict=True)},
         }
-        return values | {key: value / eligible for key, value in totals.items() if key.startswith("excess/")}
 
 
 @dataclass(frozen=True, eq=False)

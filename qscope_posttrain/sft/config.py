@@ -75,9 +75,9 @@ class LossConfig:
                 object.__setattr__(self, option, float(value))  # a number of numpy is no JSON
         if self.target is not None and self.target in self.ignore_languages:
             raise UserValueError(f"The target language {self.target!r} cannot be in ignore_languages.")
-        listed = getattr(self, "languages", None)
-        if self.target is not None and listed is not None and self.target not in listed:
-            raise UserValueError(f"The target {self.target!r} is not among the languages {', '.join(listed)}.")
+        known: tuple[str, ...] | None = getattr(self, "languages", None)
+        if self.target is not None and known is not None and self.target not in known:
+            raise UserValueError(f"The target {self.target!r} is not among the languages {', '.join(known)}.")
 
     @classmethod
     def of(cls: type[Config], config: Config | None, **options: Any) -> Config:

@@ -59,17 +59,13 @@ def check_options(
 ) -> None:
     """Refuse options of `generate` under which a negative would be no negative, or like any other row.
 
-    An option that is not known to be harmless is refused, also one of a future transformers.
+    An option that is not known to be harmless is refused (ValueError), also one of a future transformers.
 
     Args:
         options: by name, as for `GenerationConfig`; None is no option.
         equal: values that the trainer relies on, of some of the options in `_OF_THE_TRAINER`.
         steered: whether negatives are steered, and not copied.
         source: where an option comes from, in words.
-
-    Raises:
-        TypeError: `options` is no mapping.
-        ValueError: the message names the option.
     """
     if not isinstance(options, Mapping):
         raise UserTypeError(f"generation_kwargs must be a dictionary of options of `generate`; got {options!r}.")
@@ -97,17 +93,13 @@ def check_effective(
 ) -> None:
     """`check_options` for what `model.generate(generation_config=config)` will do.
 
-    What `config` leaves open is taken from the model's own configuration.
-
     Args:
         config: that of the trainer.
-        model_config: that of the model.
+        model_config: that of the model, for all that `config` leaves open.
         given: the user's `generation_kwargs`, for the messages.
         equal, steered: as for `check_options`.
-
-    Raises:
-        ValueError: the message names the option and where it comes from.
     """
+    # Either may come from a transformers that did not know all options.
     own = {name: getattr(config, name, None) for name in vars(GenerationConfig())}
     options = {name: getattr(model_config, name, None) if value is None else value for name, value in own.items()}
     options |= {name: value for name, value in given.items() if name not in own}
