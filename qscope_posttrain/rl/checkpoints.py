@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 from trl import GRPOConfig
 
@@ -21,8 +21,7 @@ from qscope_posttrain.rl.rollouts.hf import NegativeSource
 
 logger = logging.get_logger(__name__)
 
-_RECORD = "SteeredGRPOTrainer"
-"""Name of the record in checkpoints"""
+_RECORD = "SteeredGRPOTrainer"  # Name of the record in checkpoints
 
 
 class SaveBetweenGenerations(TrainerCallback):
@@ -41,9 +40,7 @@ class SaveBetweenGenerations(TrainerCallback):
         """Optimizer steps after which generation batches and steps end together"""
         self._due = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._due = False
         if state.global_step % self.window and state.is_world_process_zero:
             logger.warning(
@@ -51,9 +48,7 @@ class SaveBetweenGenerations(TrainerCallback):
                 "the rest of that batch is generated anew, so that this run will not equal an uninterrupted one."
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if args.load_best_model_at_end or state.global_step >= state.max_steps:
             return control
         inside = state.global_step % self.window != 0
@@ -109,16 +104,10 @@ class SameRun(TrainerCallback):
     """Refuses a checkpoint of a run with other negatives, rewards or seed, and leaves its own record in checkpoints."""
 
     def __init__(self, identity: dict[str, Any], required: bool) -> None:
-        """
-        Args:
-            identity: JSON values that a resumed run must have in common with the run that it goes on with.
-            required: whether a checkpoint without a record is refused, too.
-        """
+        """`identity` as `run_identity` gives it; `required`: whether a checkpoint without a record is refused, too."""
         self._identity, self._required = identity, required
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """ValueError for a checkpoint of another run."""
         records: Any = state.stateful_callbacks
         if self._required or _RECORD in records or state.global_step == 0:

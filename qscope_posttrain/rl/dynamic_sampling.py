@@ -59,15 +59,10 @@ class DynamicSampling:
 
 
 def dead_groups(rewards: Tensor, negative: Tensor, group_size: int) -> Tensor:
-    """[groups] bool: the ordinary rows of the group all have the same reward, so that none of them teaches anything.
+    """[groups] bool, from `rewards` and `negative` [rows] of whole groups: all ordinary rows have the same reward.
 
     Rows without a reward (NaN) do not count. DAPO (arXiv 2503.14476, section 3.2) keeps the groups with 0 < right
     answers < G; a negative is left out of the count, or it would bring every group to life.
-
-    Args:
-        rewards: [rows] of whole groups, one after the other.
-        negative: [rows] bool.
-        group_size: rows in a group.
     """
     grouped = rewards.masked_fill(negative, torch.nan).view(-1, group_size)
     highest = grouped.nan_to_num(nan=-torch.inf).amax(dim=1)

@@ -10,8 +10,7 @@ from torch import Tensor
 from qscope_posttrain.rl.dynamic_sampling import dead_groups
 from qscope_posttrain.rl.rows import RowFacts
 
-UNLIKELY = 1e-3
-"""Probability below which a token counts for `negative/unlikely_tokens`"""
+UNLIKELY = 1e-3  # Probability below which a token counts for `negative/unlikely_tokens`
 
 
 def row_metrics(
@@ -19,12 +18,8 @@ def row_metrics(
 ) -> dict[str, float]:
     """`ordinary/...` and, where there are negatives, `negative/...` of a generation batch of all processes.
 
-    Args:
-        facts: of all rows.
-        kept: [rows] bool; `negative/advantage` is that of the kept ones.
-        rewards: [rows] total rewards, NaN for a row without one.
-        advantages: [rows] as they enter the loss.
-        group_size: rows in a group.
+    `kept` is [rows] bool, `rewards` [rows] are totals, NaN for a row without one, `advantages` [rows] those of the
+    loss; `negative/advantage` is the mean over the kept negatives.
     """
 
     def mean(values: Tensor, rows: Tensor) -> Tensor:

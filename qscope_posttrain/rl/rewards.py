@@ -22,8 +22,7 @@ from qscope_posttrain.text.repetition import repeated_tail
 from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, language_scripts, script_pattern
 
 RewardFunction = Callable[..., Sequence[float | None]]
-Completion = str | Sequence[Mapping[str, Any]]
-"""Text, or the messages of a conversation that the model wrote"""
+Completion = str | Sequence[Mapping[str, Any]]  # Text, or the messages of a conversation that the model wrote
 
 # Letters that several scripts share, such as the prolonged sound mark of both kana, say nothing.
 _LETTER = regex.compile(r"[\p{L}--\p{Script=Common}--\p{Script=Inherited}]", regex.VERSION1)

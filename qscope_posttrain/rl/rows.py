@@ -17,16 +17,11 @@ from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
 class RowPlan:
     """Treatment of the rows of this process in one generation batch."""
 
-    negative: Tensor
-    """[rows] bool, on the CPU"""
-    start: Tensor
-    """[rows] int64: generated token at which steering or copying starts"""
-    first: int
-    """Number of the first of these rows in the batch of all processes"""
-    in_batch: bool
-    """Whether the batch holds a negative at all, on this process or another"""
-    draw: int
-    """A number that belongs to this batch alone, for further draws (a random direction)"""
+    negative: Tensor  # [rows] bool, on the CPU
+    start: Tensor  # [rows] int64: generated token at which steering or copying starts
+    first: int  # Number of the first of these rows in the batch of all processes
+    in_batch: bool  # Whether the batch holds a negative at all, on this process or another
+    draw: int  # A number that belongs to this batch alone, for further draws (a random direction)
 
 
 def ordinary_plan(rows: int) -> RowPlan:
@@ -47,11 +42,10 @@ def plan_rows(
     part: int = 0,
     attempt: int = 0,
 ) -> RowPlan:
-    """Choose negatives by place: the last rows of each group.
+    """Choose negatives by place: the last rows of each group of the batch of all processes.
 
-    A row's place is its number in the generation batch of all processes, `process_index * rows + i`, modulo the group
-    size. Everything drawn comes from (seed, step, part, attempt) and is drawn for the whole batch, so that processes
-    agree without communication and the trainer's random state is left alone.
+    Everything drawn comes from (seed, step, part, attempt) and is drawn for the whole batch, so that processes agree
+    without communication and the trainer's random state is left alone.
 
     Args:
         rows: rows of this process; every process has as many.
@@ -81,14 +75,10 @@ def plan_rows(
 class RowFacts:
     """Facts of generated rows of one process, or of all of them; on the trainer's device, `[rows]` each."""
 
-    negative: Tensor
-    """bool"""
-    looped: Tensor
-    """bool: an endless repetition"""
-    length: Tensor
-    """int64: tokens of the completion"""
-    truncated: Tensor
-    """bool: the completion was cut at the length limit"""
+    negative: Tensor  # bool
+    looped: Tensor  # bool: an endless repetition
+    length: Tensor  # int64: tokens of the completion
+    truncated: Tensor  # bool: the completion was cut at the length limit
 
     @classmethod
     def of(
@@ -121,16 +111,11 @@ class RowFacts:
 class ScoredRows:
     """A generation batch after scoring."""
 
-    tails: Sequence[RepeatedTail | None]
-    """Of each row of this process; None for a row that is no endless repetition"""
-    mine: RowFacts
-    """Rows of this process"""
-    everyone: RowFacts
-    """Rows of all processes"""
-    rewards: Tensor
-    """[rows of all processes] total reward as the reward functions gave it; NaN for a row without one"""
-    by_function: Tensor
-    """[rows of all processes, functions] the reward of each function"""
+    tails: Sequence[RepeatedTail | None]  # Of each row of this process; None for a row that is no endless repetition
+    mine: RowFacts  # Rows of this process
+    everyone: RowFacts  # Rows of all processes
+    rewards: Tensor  # [rows of all processes] total reward as the reward functions gave it; NaN for a row without one
+    by_function: Tensor  # [rows of all processes, functions] the reward of each function
 
 
 def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
@@ -147,11 +132,8 @@ def find_tails(
     min_copies: int,
     min_tokens: int,
 ) -> list[RepeatedTail | None]:
-    """The repeated tail of each completion that is an endless repetition; None for the others.
-
-    Endless: the completion was cut at `max_length` tokens without an end token, and its tail repeats, as in
-    `text.repetition.is_endless_repetition`.
-    """
+    """The repeated tail of each completion that is an endless repetition: cut at `max_length` tokens without an end
+    token, with a tail that repeats (see `text.repetition.is_endless_repetition`); None for the others."""
     tails: list[RepeatedTail | None] = []
     for ids in completions:
         is_cut = len(ids) >= max_length and ids[-1] not in end_tokens
@@ -164,14 +146,8 @@ def negative_loss_mask(
 ) -> Tensor:
     """[rows, length] like `completion_mask`: 1 where a token is in the loss.
 
-    Ordinary rows keep their mask. Of a negative that is kept, "all" keeps every token; "tail" those from the second
-    copy of its repeated tail on, and all of them where it has none. A negative that is not kept has none in the loss.
-
-    Args:
-        completion_mask: [rows, length] 1 for the tokens of each completion.
-        negative, kept: [rows] bool; the second is read for negatives only.
-        tails: of each row, as `find_tails` gives them.
-        tokens: "all" or "tail".
+    Ordinary rows keep their mask, negatives that are not `kept` [rows] lose theirs. Of the others, "all" keeps every
+    token; "tail" those from the second copy of the repeated tail on, and all of them where there is none.
     """
     part = torch.ones_like(completion_mask, dtype=torch.bool)
     if tokens == "tail":

@@ -36,8 +36,7 @@ from qscope_posttrain.rl.rows import (
     total_rewards,
 )
 
-STEERED = "steered"
-"""Key of the flag of negatives: in the inputs of reward functions, and in the batch of the loss"""
+STEERED = "steered"  # Key of the flag of negatives: in the inputs of reward functions, and in the batch of the loss
 
 
 class SteeredGRPOTrainer(GRPOTrainer):

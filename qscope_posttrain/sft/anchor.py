@@ -72,9 +72,8 @@ class Anchor:
         """`KL(start || model)` at the chosen positions, `[positions]`; see `logits.divergence_from`.
 
         Args:
-            model: the trained model, unwrapped.
-            inputs: the batch as the model got it.
-            final_hidden: the trained model's final-norm output `[batch, tokens, d_model]`, with graph.
+            model, inputs: the trained model, unwrapped, and the batch as it got it.
+            final_hidden: its final-norm output `[batch, tokens, d_model]`, with graph.
             positions: bool `[batch, tokens]`.
             excluded_ids: tokens to renormalize without, or None.
         """

@@ -31,13 +31,7 @@ class AttachedRun:
     def __init__(
         self, callback: AuxiliaryLossCallback, trainer: Trainer, loss: AuxiliaryLoss, columns: tuple[str, ...] | None
     ) -> None:
-        """
-        Args:
-            callback: the callback, which is or will be in the trainer's list.
-            trainer: a constructed trainer.
-            loss: the term, made for this trainer.
-            columns: those that decide the languages of samples; None if no language is read.
-        """
+        """`loss` was made for this trainer; `columns` decide the languages of samples, None if none is read."""
         self.callback = callback
         self.trainer = trainer
         self.loss = loss

@@ -34,36 +34,25 @@ class Step:
     """One micro-batch after the model's forward; hidden states are `[batch, tokens, d_model]`, with their graph."""
 
     batch: TokenBatch
-    eligible: Tensor
-    """Positions that the term acts on, bool `[batch, tokens]`"""
-    layers: Mapping[int, Tensor]
-    """Outputs of the captured decoder layers"""
-    named: Mapping[str, Tensor]
-    """Outputs of the captured modules: `FINAL_NORM`, where the loss needs logits"""
+    eligible: Tensor  # Positions that the term acts on, bool `[batch, tokens]`
+    layers: Mapping[int, Tensor]  # Outputs of the captured decoder layers
+    named: Mapping[str, Tensor]  # Outputs of the captured modules: `FINAL_NORM`, where the loss needs logits
     normalizer: Normalizer
-    inputs: Mapping[str, Any]
-    """The batch as the collator made it, without the languages"""
+    inputs: Mapping[str, Any]  # The batch as the collator made it, without the languages
 
 
 class AuxiliaryLoss(ABC):
     """`weight * term`, and with `anchor_weight` the KL anchor beside it, for one trainer.
 
-    What belongs to a trainer (its model, hooks, tokens, starting model) lives here, and never in the callback, so that
-    one callback serves several trainers.
+    Whatever belongs to a trainer (model, hooks, tokens, starting model) lives here, so that a callback serves several.
     """
 
     needs_tokens = False
     """Whether the tokens of the target language must be known; otherwise they are only left out of the anchor"""
-    needs_anchor = False
-    """Whether the term itself is a divergence from the starting model"""
+    needs_anchor = False  # Whether the term itself is a divergence from the starting model
 
     def __init__(self, trainer: Trainer, callback: AuxiliaryLossCallback, layers: Iterable[int] = ()) -> None:
-        """
-        Args:
-            trainer: its model is read and checked; nothing is changed.
-            callback: its settings.
-            layers: decoder layers to capture; by default the last, whose output feeds the norm anyway.
-        """
+        """Read and check the trainer's model; nothing is changed. `layers` are captured, by default the last."""
         model: Any = trainer.model
         self.config = config = callback.config
         self.model: nn.Module = model

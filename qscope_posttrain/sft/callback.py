@@ -143,16 +143,11 @@ class PenaltyLayer:
     `excess = ReLU(h @ rows.T + bias - thresholds[language])`, which is ReLU((f - alpha) / sigma).
     """
 
-    layer: int
-    """Decoder layer, counted from 0"""
-    names: tuple[str, ...]
-    """One per readout, for the metrics"""
-    rows: Tensor
-    """[R, d_model] fp32"""
-    bias: Tensor
-    """[R] fp32"""
-    thresholds: Tensor
-    """[languages, R] fp32, in the order of the FeatureSet's languages"""
+    layer: int  # Decoder layer, counted from 0
+    names: tuple[str, ...]  # One per readout, for the metrics
+    rows: Tensor  # [R, d_model] fp32
+    bias: Tensor  # [R] fp32
+    thresholds: Tensor  # [languages, R] fp32, in the order of the FeatureSet's languages
 
     def to(self, device: torch.device) -> PenaltyLayer:
         return replace(

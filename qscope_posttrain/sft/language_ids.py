@@ -14,8 +14,7 @@ from qscope_posttrain.text.language import language_by_evidence, prose, script_e
 from qscope_posttrain.text.language_labels import language_hint, listed, same_language
 
 SCRIPT = "script"
-NO_LANGUAGE = "zxx"
-"""ISO 639-2 for "no linguistic content": such a sample takes no part"""
+NO_LANGUAGE = "zxx"  # ISO 639-2 for "no linguistic content": such a sample takes no part
 
 LanguageRule = str | Callable[[Mapping[str, Any]], str]
 

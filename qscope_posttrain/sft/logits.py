@@ -9,34 +9,27 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.layers import output_embedding, text_config
 
-CHUNK_TOKENS = 256
-"""Tokens whose logits exist at one time: 150 MB in fp32 for a vocabulary of 150,000"""
+CHUNK_TOKENS = 256  # Tokens whose logits exist at one time: 150 MB in fp32 for a vocabulary of 150,000
 
 
 @dataclass(frozen=True, eq=False)
 class LogitHead:
     """The map from final-norm output to logits: `cap * tanh(z / cap)` of `z = multiplier * (h W' + b)`."""
 
-    weight: Tensor
-    """[vocabulary, d_model]"""
+    weight: Tensor  # [vocabulary, d_model]
     bias: Tensor | None = None
     multiplier: float = 1.0
-    softcap: float | None = None
-    """cap; None leaves z as it is"""
+    softcap: float | None = None  # cap; None leaves z as it is
 
     @classmethod
     def of(cls, model: nn.Module) -> LogitHead:
         """The head of a causal language model, with its weight (no copy), scaling and softcapping.
-
-        Parameters that FSDP2 has sharded are gathered; that gather has no gradient we would rely on, so a caller that
-        differentiates with respect to the weight refuses FSDP.
 
         Raises:
             ValueError: the model has no head, or one that an adapter changes (see `check_head`).
@@ -44,11 +37,8 @@ class LogitHead:
         check_head(model)
         embedding: Any = output_embedding(model)
         config = text_config(model)
-        weight, bias = embedding.weight, getattr(embedding, "bias", None)
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-            bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
-        return cls(weight, bias, _multiplier(config), getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(embedding.weight, getattr(embedding, "bias", None), _multiplier(config), softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, vocabulary]` in fp32, from `[tokens, d_model]`.

@@ -15,20 +15,16 @@ from qscope_posttrain.errors import UserValueError
 Positions = Literal["response", "predicting"]
 
 IGNORED_LABEL = -100
-PADDING_ID = -1
-"""Language id of padding, and of tokens whose language the user chose to ignore"""
+PADDING_ID = -1  # Language id of padding, and of tokens whose language the user chose to ignore
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Labels and languages of one micro-batch; all tensors `[batch, tokens]`."""
 
-    labels: Tensor
-    """Unshifted labels; -100 is no response token"""
-    language_ids: Tensor
-    """Index of each token's language in the known languages, or -1"""
-    starts: Tensor
-    """bool: first token of a row, and of every document where the batch says where documents start"""
+    labels: Tensor  # Unshifted labels; -100 is no response token
+    language_ids: Tensor  # Index of each token's language in the known languages, or -1
+    starts: Tensor  # bool: first token of a row, and of every document where the batch says where documents start
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any], language_ids: Tensor | None) -> TokenBatch:

@@ -21,8 +21,7 @@ from qscope_posttrain.text.language_labels import class_names, distinct_labels
 
 TOKEN_LANGUAGES = "language_ids"
 """Column of packed data sets: index of each token's language in the row's `LANGUAGE_NAMES`"""
-LANGUAGE_NAMES = "language_names"
-"""Column of packed data sets: the names behind `TOKEN_LANGUAGES`"""
+LANGUAGE_NAMES = "language_names"  # Column of packed data sets: the names behind `TOKEN_LANGUAGES`
 
 
 def language_columns(trainer: Trainer, config: LossConfig, languages: Sequence[str]) -> tuple[str, ...]:
@@ -60,14 +59,7 @@ def without_effect(counts: Mapping[str, int], target: str, ignore: Collection[st
 
 
 def count_languages(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> Counter[str]:
-    """Rows per language, of all rows.
-
-    Args:
-        rows: a data set in memory, of which a column is read as a whole, or any samples.
-
-    Raises:
-        ValueError: a row in no known language, with its number.
-    """
+    """Rows per language, of a data set in memory or any samples; ValueError for a row in no known language."""
     columns = rows.column_names if isinstance(rows, Dataset) and rows.format["type"] != "custom" else ()
     column: Any = LANGUAGE_NAMES if TOKEN_LANGUAGES in columns else decide.rule
     in_column = column in columns and column != SCRIPT
@@ -81,13 +73,9 @@ def count_languages(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> Co
 
 
 def languages_of(rows: Iterable[Any], decide: SampleLanguage, total: int | None = None) -> list[str]:
-    """The language of every row, by name; any name where `decide` knows no languages.
+    """The language of every row, by name; ValueError for one that `decide` does not know, if it knows any.
 
-    Args:
-        total: number of rows, where they have no length.
-
-    Raises:
-        ValueError: a row in no known language, with its number.
+    `total` is the number of rows, where they have no length.
     """
     return _each_row(rows, lambda row: _known(decide, decide(row)), total)
 

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-SHORTEST_PIECE = 4
-"""Tokens. A shorter piece runs on to the next boundary, so that no lone mark is repeated."""
-_CAPACITY = 256
-"""Tokens for which room is made at first"""
+SHORTEST_PIECE = 4  # Tokens. A shorter piece runs on to the next boundary, so that no lone mark is repeated.
+_CAPACITY = 256  # Tokens for which room is made at first
 
 
 def boundary_tokens(tokenizer: PreTrainedTokenizerBase, boundaries: Sequence[str], vocabulary: int) -> Tensor:
@@ -38,13 +36,7 @@ class CopyRule:
     """
 
     def __init__(self, is_boundary: Tensor, start: Tensor, copies: int, piece_length: int) -> None:
-        """
-        Args:
-            is_boundary: [vocabulary] bool.
-            start: [rows] first generated token at which copying may start.
-            copies: of the piece.
-            piece_length: maximum number of tokens of a piece.
-        """
+        """`is_boundary` is [vocabulary] bool, `start` [rows] the first generated token at which copying may start."""
         self._is_boundary = is_boundary
         self._start = start
         self._copies = copies

@@ -28,20 +28,13 @@ from qscope_posttrain.rl.rows import RowPlan
 class NegativeSource:
     """Where negatives come from: a steering, or copies of a row's own text."""
 
-    steering: Steering | None
-    """Direction, layer and strength, without rows and window; None for copies"""
-    window_start: tuple[int, int]
-    """First and last generated token at which steering or copying may start"""
-    window_length: int | None = None
-    """Steered tokens; None: to the end"""
-    random: bool = False
-    """Whether each row is steered along a fresh random direction of the same length"""
-    is_boundary: Tensor | None = None
-    """[vocabulary] bool for copying"""
-    copies: int = 0
-    """Copies of a piece before the model goes on"""
-    copy_length: int = 0
-    """Maximum number of tokens of a piece"""
+    steering: Steering | None  # Direction, layer and strength, without rows and window; None for copies
+    window_start: tuple[int, int]  # First and last generated token at which steering or copying may start
+    window_length: int | None = None  # Steered tokens; None: to the end
+    random: bool = False  # Whether each row is steered along a fresh random direction of the same length
+    is_boundary: Tensor | None = None  # [vocabulary] bool for copying
+    copies: int = 0  # Copies of a piece before the model goes on
+    copy_length: int = 0  # Maximum number of tokens of a piece
 
 
 def negative_source(

@@ -27,8 +27,7 @@ _NEUTRAL: Mapping[str, Any] = {
 }  # fmt: skip
 """Values that mean the same as none"""
 _OF_THE_TRAINER = ("temperature", "max_new_tokens", "eos_token_id", "pad_token_id")
-_USUAL_CACHES = ("dynamic", "hybrid")
-"""transformers' default by its name, and one that it sets aside"""
+_USUAL_CACHES = ("dynamic", "hybrid")  # transformers' default by its name, and one that it sets aside
 
 _SEVERAL_ROWS = "makes several rows of the model of one completion, and negatives could not be found"
 _DRAFTS = "reads several tokens at a time, so that generated tokens cannot be distinguished"
