@@ -33,7 +33,10 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
         callback = TokenPenaltyCallback("zh", weight=40.0, anchor_weight=1.0)
         trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
 
-    The formula is in `TokenPenaltyConfig` (options). Logged, over the steps since the last log and over all ranks:
+    Options are the fields of `TokenPenaltyConfig`, which has the formula, or all of them in one object, `config`.
+    `target_token_ids`, `anchor_model`, `name`: see `AuxiliaryLossCallback`.
+
+    Logged, over the steps since the last log and over all ranks:
 
         token_penalty/penalty             the term as it enters a step's loss, without its weight; mean over steps
         token_penalty/target_probability  mean of P over the penalized positions
@@ -54,15 +57,6 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
         name: str = "token_penalty",
         **options: Any,
     ) -> None:
-        """
-        Args:
-            target, weight, language, normalization, options: the fields of `TokenPenaltyConfig`.
-            config: all of them in one object, in their place.
-            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`.
-
-        Raises:
-            ValueError, TypeError: an option that cannot work.
-        """
         options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
         config = TokenPenaltyConfig.of(config, **options)
         super().__init__(config, known_languages(config), name, target_token_ids, anchor_model)
@@ -77,7 +71,11 @@ class KLAnchorCallback(AuxiliaryLossCallback):
         callback = KLAnchorCallback(weight=1.0)               # every language; target="zh" leaves Chinese free
 
     Beside a penalty the same term is `anchor_weight`, an option of `SASFTCallback` and `TokenPenaltyCallback`.
-    The formula is in `KLAnchorConfig` (options). Logged, over the steps since the last log and over all ranks:
+    Options are the fields of `KLAnchorConfig`, which has the formula, or all of them in one object, `config`.
+    `target_token_ids`, `anchor_model`, `name`: see `AuxiliaryLossCallback`; without a target the distributions omit
+    only tokens that are named there.
+
+    Logged, over the steps since the last log and over all ranks:
 
         kl_anchor/penalty      the term as it enters a step's loss, without its weight; mean over steps
         kl_anchor/divergence   mean KL per position, in nats
@@ -97,16 +95,6 @@ class KLAnchorCallback(AuxiliaryLossCallback):
         name: str = "kl_anchor",
         **options: Any,
     ) -> None:
-        """
-        Args:
-            weight, target, language, normalization, options: the fields of `KLAnchorConfig`.
-            config: all of them in one object, in their place.
-            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`. Without a target no token is left out of
-                the distributions unless it is named here.
-
-        Raises:
-            ValueError, TypeError: an option that cannot work.
-        """
         options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
         config = KLAnchorConfig.of(config, **options)
         super().__init__(config, known_languages(config), name, target_token_ids, anchor_model)

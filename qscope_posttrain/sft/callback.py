@@ -30,7 +30,9 @@ class SASFTCallback(AuxiliaryLossCallback):
         trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
         trainer.train()
 
-    The formulas are in `SASFTConfig` (options) and `sft.loss` (the penalty and its divisor).
+    Options are the fields of `SASFTConfig`, which has the formulas, or all of them in one object, `config`; the penalty
+    and its divisor are in `sft.loss`. `features` may be a path. `target_token_ids` (of use to the anchor alone),
+    `anchor_model` and `name`: see `AuxiliaryLossCallback`.
 
     Logged through the trainer's metrics, over the steps since the last log and over all ranks:
 
@@ -56,16 +58,6 @@ class SASFTCallback(AuxiliaryLossCallback):
         name: str = "sasft",
         **options: Any,
     ) -> None:
-        """
-        Args:
-            features: a FeatureSet or the path of its file.
-            target, weight, language, normalization, options: the fields of `SASFTConfig`.
-            config: all of them in one object, in their place.
-            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`; the first is used by the anchor only.
-
-        Raises:
-            ValueError, TypeError, FileNotFoundError: a file, target, layer or option that cannot work.
-        """
         options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
         config = SASFTConfig.of(config, **options)
         self.features = features if isinstance(features, FeatureSet) else FeatureSet.load(features)

@@ -235,7 +235,7 @@ class LanguageCollator:
 
 
 def _real_tokens(lengths: list[int], batch: Mapping[str, Any]) -> Tensor:
-    """Where the collator put the rows' tokens: beside padding on any side, or one after another; bool `[B, T]`."""
+    """Positions of the rows' tokens in a batch, beside padding on any side or one after another: bool `[B, T]`."""
     input_ids = batch["input_ids"]
     attention_mask = batch.get("attention_mask")
     if attention_mask is not None and attention_mask.shape == input_ids.shape:

@@ -26,7 +26,7 @@ from qscope_posttrain.rl.rows import RowPlan
 
 @dataclass(frozen=True, eq=False)
 class NegativeSource:
-    """Where negatives come from: a steering, or copies of a row's own text."""
+    """Recipe of the negatives: a steering, or copies of a row's own text."""
 
     steering: Steering | None  # Direction, layer and strength, without rows and window; None for copies
     window_start: tuple[int, int]  # First and last generated token at which steering or copying may start
