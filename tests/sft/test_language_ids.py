@@ -172,7 +172,7 @@ class TestPacking:
             pack_with_languages(Dataset.from_list([]), tiny_tokenizer, max_length=8)
         with pytest.raises(ValueError, match="no column 'language'"):
             pack_with_languages(Dataset.from_list([{"text": "a"}]), tiny_tokenizer, max_length=8)
-        with pytest.raises(ValueError, match="Cannot tokenise"):
+        with pytest.raises(ValueError, match="Cannot tokenize"):
             pack_with_languages(Dataset.from_list([{"body": "a", "language": "en"}]), tiny_tokenizer, max_length=8)
         with pytest.raises(ValueError, match="needs languages="):
             pack_with_languages(Dataset.from_list([{"text": "a"}]), tiny_tokenizer, max_length=8, language="script")
