@@ -24,7 +24,7 @@ from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sft.callback import penalty_layers
 from qscope_posttrain.sft.config import SASFTConfig
-from qscope_posttrain.sft.loss import normalise
+from qscope_posttrain.sft.loss import sasft_loss
 
 REPETITIONS = 20
 
@@ -47,12 +47,8 @@ def penalty_step(features: FeatureSet, variant: str, hidden: torch.Tensor) -> Ca
         for _ in range(REPETITIONS):
             total = hidden.new_zeros(())
             for layer in layers:
-                total = total + normalise(
-                    layer.penalty(hidden, ids, mask).sums.sum(),
-                    features=len(layer),
-                    num_tokens=mask.sum(),
-                    normalization="token_mean",
-                )
+                readouts = {"rows": layer.rows, "bias": layer.bias, "groups": ids}
+                total = total + sasft_loss(hidden, layer.thresholds, mask, **readouts)
             total.backward()
 
     return run

@@ -44,7 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no negatives, again": {"negatives_per_group": 0},
     "steered, default": {},
     "steered, paper": {"mode": "paper"},
-    "steered, negative_tokens=likely": {"negative_tokens": "likely"},
     "seeded": {"negative": "seeded", "window_start": [4, 9]},
 }
 STEERING = {"label": "loop", "strength": 1.0, "unit": "relative", "window_start": [4, 9], "window_length": 30}

@@ -116,7 +116,7 @@ _REPETITION = (
         "copied, default, 0.25",
         "No SAE: a piece of the row's own text copied to the end; only the repeats in the loss, weight 0.25, since "
         "every such row loops, however seldom the model still would.",
-        {"negative": "copied", "window_start": [0, 40], "negative_weight": 0.25},
+        {**SEEDED, "copies": 1000, "negative_weight": 0.25},
     ),
     RepetitionArm(
         "reward_penalty",
@@ -156,23 +156,10 @@ _REPETITION = (
         "Steered in a window, dropped unless it loops, all tokens, weight 1.",
         _ALL_TOKENS,
     ),
-    RepetitionArm(
-        "likely",
-        "steered, likely tokens",
-        "Steered in a window, dropped unless it loops, tokens to which the policy gives at least 0.001, weight 1.",
-        {"negative_tokens": "likely"},
-    ),
     RepetitionArm("tail_four", "steered, weight 4", "The package's default with weight 4.", {"negative_weight": 4.0}),
     RepetitionArm("tail_two", "steered, weight 2", "The package's default with weight 2.", {"negative_weight": 2.0}),
     RepetitionArm(
         "tail_half", "steered, weight 0.5", "The package's default with weight 0.5.", {"negative_weight": 0.5}
-    ),
-    RepetitionArm(
-        "tail_exclude",
-        "steered, default, own baseline",
-        "The package's default, with a group baseline from ordinary rows only: a loop does not shrink what the group "
-        "says about wrong answers.",
-        {"baseline": "exclude"},
     ),
     RepetitionArm(
         "strong",
@@ -187,42 +174,6 @@ _REPETITION = (
         {"negatives_per_group": 2},
     ),
     RepetitionArm(
-        "half_share",
-        "steered, half of the groups",
-        "The package's default with a negative in every other group; the others hold ordinary rows only.",
-        {"negative_share": 0.5},
-    ),
-    RepetitionArm(
-        "decay",
-        "steered, fading",
-        "The package's default, with negatives in fewer and fewer groups, and in none from the middle of training on.",
-        negatives_until=0.5,
-    ),
-    RepetitionArm(
-        "stop",
-        "steered, until unlearnt",
-        "The package's default, without negatives once fewer than a tenth of the last sixteen looped.",
-        {"stop_below": 0.1, "stop_window": 16},
-    ),
-    RepetitionArm(
-        "exclude",
-        "steered, own baseline",
-        "All tokens, weight 0.25, and a group baseline from ordinary rows only.",
-        {**_ALL_TOKENS, "negative_weight": 0.25, "baseline": "exclude"},
-    ),
-    RepetitionArm(
-        "behaviour",
-        "steered, behaviour ratio",
-        "The default, with the old log-probabilities of the steered distribution.",
-        {"old_logps": "behaviour"},
-    ),
-    RepetitionArm(
-        "seeded_exclude",
-        "seeded, default, own baseline",
-        "As the seeded default, with a group baseline from ordinary rows only.",
-        {**SEEDED, "baseline": "exclude"},
-    ),
-    RepetitionArm(
         "seeded_half",
         "seeded, weight 0.5",
         "As the seeded default, with weight 0.5.",
@@ -233,18 +184,6 @@ _REPETITION = (
         "seeded, all tokens, 0.25",
         "No SAE: two copies of a piece of the row's own text, then the model goes on; kept, all tokens, weight 0.25.",
         {**SEEDED, "gate": "keep", **_ALL_TOKENS, "negative_weight": 0.25},
-    ),
-    RepetitionArm(
-        "copied",
-        "copied, likely tokens, 0.25",
-        "No SAE: a piece of the row's own text copied to the end; tokens with at least 0.001, weight 0.25.",
-        {
-            "negative": "copied",
-            "window_start": [0, 40],
-            "gate": "keep",
-            "negative_tokens": "likely",
-            "negative_weight": 0.25,
-        },
     ),
     RepetitionArm(
         "random_quarter",

@@ -1,1 +1,1 @@
-"""Steered-negative DAPO: one steered repetition rollout per group of a stock `trl.GRPOTrainer`."""
+"""DAPO with negatives: `trl.GRPOTrainer` with a repetition, seeded or steered, in each group."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 from trl import GRPOConfig
 
@@ -21,17 +21,7 @@ from qscope_posttrain.rl.rollouts.hf import NegativeSource
 
 logger = logging.get_logger(__name__)
 
-_RECORD = "SteeredGRPOTrainer"
-"""Name of the record in checkpoints"""
-
-
-def generation_window(args: Any) -> int:
-    """Optimiser steps after which generation batches and steps end together.
-
-    TRL generates every `steps_per_generation * num_iterations` micro-batches, counted from 0 again in a resumed run.
-    """
-    micro_batches = args.steps_per_generation * args.num_iterations
-    return int(math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps)
+_RECORD = "SteeredGRPOTrainer"  # Name of the record in checkpoints
 
 
 class SaveBetweenGenerations(TrainerCallback):
@@ -42,13 +32,15 @@ class SaveBetweenGenerations(TrainerCallback):
     evaluations.
     """
 
-    def __init__(self, window: int) -> None:
-        self.window = window
+    def __init__(self, args: Any) -> None:
+        # The distance between two generations, counted from 0 again in a resumed run.
+        micro_batches = args.steps_per_generation * args.num_iterations
+        accumulated = args.gradient_accumulation_steps
+        self.window = math.lcm(micro_batches, accumulated) // accumulated
+        """Optimizer steps after which generation batches and steps end together"""
         self._due = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._due = False
         if state.global_step % self.window and state.is_world_process_zero:
             logger.warning(
@@ -56,9 +48,7 @@ class SaveBetweenGenerations(TrainerCallback):
                 "the rest of that batch is generated anew, so that this run will not equal an uninterrupted one."
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if args.load_best_model_at_end or state.global_step >= state.max_steps:
             return control
         inside = state.global_step % self.window != 0
@@ -77,10 +67,7 @@ def run_identity(
     features: FeatureSet | None,
     rewards: Sequence[tuple[str, float]],
 ) -> dict[str, Any]:
-    """JSON values in which a resumed run must agree with the one before.
-
-    They are what the run does, not where it is written: a strength that is recorded with the features equals the same
-    one in the settings.
+    """JSON values in which a resumed run must agree with the one before, wherever they were set.
 
     Args:
         args: settled.
@@ -88,25 +75,23 @@ def run_identity(
         features: that the negatives are steered by, if there are any.
         rewards: name and weight of each reward function.
     """
-    if source is None:  # all else is TRL's, which does not ask
+    if source is None:  # all else is TRL's, which does not check
         return {"negatives_per_group": 0, "dynamic_sampling": args.dynamic_sampling}
     names = {field.name for field in fields(SteeredGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
     identity: dict[str, Any] = {name: getattr(args, name) for name in sorted({*names, "seed"})}
     identity["rewards"] = list(rewards)
     identity |= {"window_start": list(source.window_start), "window_length": source.window_length or 0}
-    steering = source.steering
-    if steering is not None:
-        (layer,) = steering.layers
-        identity |= {
-            "steering_layer": layer, "steering_strength": float(steering.strength), "steering_unit": steering.unit,
-        }  # fmt: skip
+    if source.steering is not None:
+        (layer,) = source.steering.layers
+        identity["steering_layer"], identity["steering_unit"] = layer, source.steering.unit
+        identity["steering_strength"] = float(source.steering.strength)
         if features is not None:
             identity["features_sha256"] = _fingerprint(features, layer)
     return dict(json.loads(json.dumps(identity)))
 
 
 def _fingerprint(features: FeatureSet, layer: int) -> str:
-    """Hash of the rows that make the direction, as stored: what is computed from them differs in its last bits from
+    """Hash of the rows that make the direction, as stored: values computed from them differ in their last bits from
     machine to machine."""
     rows = features.layers[layer]
     chosen = dict(features.settings.get(SETTINGS_KEY, {})).get("label")
@@ -119,16 +104,10 @@ class SameRun(TrainerCallback):
     """Refuses a checkpoint of a run with other negatives, rewards or seed, and leaves its own record in checkpoints."""
 
     def __init__(self, identity: dict[str, Any], required: bool) -> None:
-        """
-        Args:
-            identity: JSON values that a resumed run must have in common with the run that it goes on with.
-            required: whether a checkpoint without a record is refused, too.
-        """
+        """`identity` as `run_identity` gives it; `required`: whether a checkpoint without a record is refused, too."""
         self._identity, self._required = identity, required
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """ValueError for a checkpoint of another run."""
         records: Any = state.stateful_callbacks
         if self._required or _RECORD in records or state.global_step == 0:

@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling: groups that teach nothing are drawn again with other prompts."""
+"""DAPO's dynamic sampling: draw groups that teach nothing again, with other prompts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from qscope_posttrain.errors import UserValueError
 BatchDict = dict[str, Any]
 
 _LEFT = {"prompt_ids", "prompt_mask"}
-_PER_TOKEN = {
-    "completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps", "behaviour_logps",
-    "sampling_per_token_logps", "importance_sampling_ratio", *_LEFT,
-}  # fmt: skip
+_PER_TOKEN = _LEFT | {
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "behavior_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+}
 _PER_ROW = {"advantages", "steered"}
 
 
@@ -44,12 +50,24 @@ class DynamicSampling:
         """Inputs of `rows` rows from number `first` on, of a batch of `total`: one data set row per group.
 
         Args:
-            seed: the run's seed, the optimiser step, which generation batch of that step, and the attempt.
+            seed: the run's seed, the optimizer step, the generation batch within that step, and the attempt.
         """
         # The 1 sets these draws apart from those of the row plan.
         generator = np.random.default_rng((seed[0] % 2**32, *seed[1:], 1))
         drawn = generator.integers(len(self._dataset), size=total // group_size)
         return [dict(self._dataset[int(drawn[row // group_size])]) for row in range(first, first + rows)]
+
+
+def dead_groups(rewards: Tensor, negative: Tensor, group_size: int) -> Tensor:
+    """[groups] bool, from `rewards` and `negative` [rows] of whole groups: all ordinary rows have the same reward.
+
+    Rows without a reward (NaN) do not count. DAPO (arXiv 2503.14476, section 3.2) keeps the groups with 0 < right
+    answers < G; a negative is left out of the count, or it would bring every group to life.
+    """
+    grouped = rewards.masked_fill(negative, torch.nan).view(-1, group_size)
+    highest = grouped.nan_to_num(nan=-torch.inf).amax(dim=1)
+    lowest = grouped.nan_to_num(nan=torch.inf).amin(dim=1)
+    return ~(highest > lowest) | torch.isclose(highest, lowest)
 
 
 def rows_to_redraw(dead: Tensor, group_size: int, num_processes: int, process_index: int) -> Tensor:
@@ -68,8 +86,8 @@ def rows_to_redraw(dead: Tensor, group_size: int, num_processes: int, process_in
 def replace_rows(batch: BatchDict, rows: Tensor, other: BatchDict, other_rows: Tensor, padding_id: int) -> BatchDict:
     """`batch` with its rows `rows` replaced by the rows `other_rows` of `other`; padded to the longer of both.
 
-    Prompts are padded on the left, completions on the right; what has one column for a row keeps it. Numbers of the
-    whole batch (`num_items_in_batch`) stay as they are and have to be counted again.
+    Prompts are padded on the left, completions on the right. Numbers of the whole batch (`num_items_in_batch`) stay as
+    they are and have to be counted again.
 
     Raises:
         ValueError: the batch holds something that is neither a row nor a token, such as images.

@@ -1,4 +1,4 @@
-"""What a user wants to see of ordinary rows and of negatives, apart."""
+"""Training metrics, reported separately for ordinary rows and negatives."""
 
 from __future__ import annotations
 
@@ -7,64 +7,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_posttrain.rl.scored import RowFacts, dead_groups
+from qscope_posttrain.rl.dynamic_sampling import dead_groups
+from qscope_posttrain.rl.rows import RowFacts
+
+UNLIKELY = 1e-3  # Probability below which a token counts for `negative/unlikely_tokens`
 
 
 def row_metrics(
     facts: RowFacts, kept: Tensor, rewards: Tensor, advantages: Tensor, group_size: int
 ) -> dict[str, float]:
-    """Metrics of a generation batch from the rows of all processes.
+    """`ordinary/...` and, where there are negatives, `negative/...` of a generation batch of all processes.
 
-    Args:
-        facts: of all rows.
-        kept: [rows] bool.
-        rewards: [rows] total rewards, NaN for a row without one.
-        advantages: [rows] as they enter the loss.
-        group_size: rows in a group.
-
-    Returns:
-        `ordinary/...` and, where there are negatives, `negative/...`. `negative/advantage` is that of the kept ones.
+    `kept` is [rows] bool, `rewards` [rows] are totals, NaN for a row without one, `advantages` [rows] those of the
+    loss; `negative/advantage` is the mean over the kept negatives.
     """
+
+    def mean(values: Tensor, rows: Tensor) -> Tensor:
+        return values[rows].float().nanmean()
+
     negative, ordinary = facts.negative, ~facts.negative
     measured = {
-        "ordinary/reward": _mean(rewards, ordinary),
-        "ordinary/length": _mean(facts.length, ordinary),
-        "ordinary/repeat_ratio": _mean(facts.looped, ordinary),
-        "ordinary/advantage": _mean(advantages, ordinary),
+        "ordinary/reward": mean(rewards, ordinary),
+        "ordinary/length": mean(facts.length, ordinary),
+        "ordinary/repeat_ratio": mean(facts.looped, ordinary),
+        "ordinary/advantage": mean(advantages, ordinary),
         "ordinary/zero_std_groups": dead_groups(rewards, negative, group_size).float().mean(),
         "negative/rows": negative.sum().float(),
     }
     if bool(negative.any()):
         measured |= {
-            "negative/reward": _mean(rewards, negative),
-            "negative/length": _mean(facts.length, negative),
-            "negative/looped": _mean(facts.looped, negative),
-            "negative/kept": _mean(kept, negative),
-            "negative/advantage": _mean(advantages, negative & kept),
+            "negative/reward": mean(rewards, negative),
+            "negative/length": mean(facts.length, negative),
+            "negative/looped": mean(facts.looped, negative),
+            "negative/kept": mean(kept, negative),
+            "negative/advantage": mean(advantages, negative & kept),
         }
     return {name: float(value) for name, value in measured.items()}
 
 
-def _mean(values: Tensor, rows: Tensor) -> Tensor:
-    return values[rows].float().nanmean()
-
-
-def token_sums(
-    logps: Tensor, pull: Tensor, behaviour: Tensor, completion_mask: Tensor, negative: Tensor, floor: float,
-) -> Tensor:  # fmt: skip
+def token_sums(logps: Tensor, pull: Tensor, behavior: Tensor, completion_mask: Tensor, negative: Tensor) -> Tensor:
     """[5] sums over the tokens of a micro-batch, from which `token_metrics` follow; nothing leaves the device.
 
-    With p the policy's probability of a token: the negatives' tokens, those of them with p < `floor`, their sum of
-    log p - log(behaviour), and the sum of |d loss / d log p| (1 - p) over the tokens of negatives and of all rows: the
+    With p the policy's probability of a token: the negatives' tokens, those of them with p < `UNLIKELY`, their sum of
+    log p - log(behavior), and the sum of |d loss / d log p| (1 - p) over the tokens of negatives and of all rows: the
     size of the gradient of the loss with respect to the logit of the token. It is 0 where the ratio is clipped.
 
     Args:
         logps: [rows, length] of the policy that is trained, without gradient.
         pull: [rows, length] gradient of the loss with respect to `logps`.
-        behaviour: [rows, length] of the distribution the tokens were drawn from; read for negatives only.
+        behavior: [rows, length] of the distribution the tokens were drawn from; read for negatives only.
         completion_mask: [rows, length].
         negative: [rows] bool.
-        floor: probability below which a token counts as unlikely.
     """
     logps, own = logps.float(), (completion_mask.bool() & negative[:, None]).float()
     probability = logps.exp()
@@ -72,8 +65,8 @@ def token_sums(
     return torch.stack(
         [
             own.sum(),
-            (own * (probability < floor)).sum(),
-            (own * (logps - behaviour)).sum(),
+            (own * (probability < UNLIKELY)).sum(),
+            (own * (logps - behavior)).sum(),
             (size * negative[:, None]).sum(),
             size.sum(),
         ]

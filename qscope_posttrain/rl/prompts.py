@@ -1,4 +1,4 @@
-"""Prompts that GRPO can read: every row of a data set in memory, before the first step."""
+"""Checks of the prompts: every row of a data set in memory before the first step, other rows batch by batch."""
 
 from __future__ import annotations
 
@@ -21,52 +21,37 @@ _SAMPLED_ROWS = 64
 
 
 def check_data(trainer: Any, flag: str) -> None:
-    """Check the data sets of a `GRPOTrainer`.
-
-    Args:
-        flag: the name of a column that they must not have.
-
-    Raises:
-        ValueError: see `check_dataset`; a column named `flag`.
-    """
+    """`check_dataset` for the data sets of a `GRPOTrainer`, which must not have a column named `flag` either."""
     evaluated = trainer.eval_dataset
+    if not isinstance(evaluated, dict):
+        evaluated = {"": evaluated}
     named = {"training data": trainer.train_dataset}
-    named |= (
-        {f"evaluation data {name!r}": rows for name, rows in evaluated.items()}
-        if isinstance(evaluated, dict)
-        else {"evaluation data": evaluated}
-    )
-    reads = _reads(trainer)
+    named |= {f"evaluation data {name!r}" if name else "evaluation data": rows for name, rows in evaluated.items()}
     for name, dataset in named.items():
         if flag in (getattr(dataset, "column_names", None) or []):
             raise UserValueError(f"The data set has a column {flag!r}, the name of the flag of negatives; rename it.")
         if trainer.environment_factories is None:  # they make the prompts
-            check_dataset(dataset, **reads, name=name)
+            check_dataset(dataset, **_reads(trainer), name=name)
 
 
 def check_inputs(trainer: Any, inputs: Sequence[Mapping[str, Any]]) -> None:
-    """Check the prompts of a batch of a `GRPOTrainer`: streams and transforms show their rows there.
-
-    Raises:
-        ValueError: see `check_dataset`.
-    """
+    """`check_batch` for a batch of a `GRPOTrainer`, where streams and transforms show their rows."""
     if trainer.environment_factories is None:
         check_batch([row.get(PROMPT) for row in inputs], **_reads(trainer))
 
 
 def _reads(trainer: Any) -> dict[str, Any]:
     """The kinds of prompts that a trainer's tokenizer can read, as options of `check_batch`."""
-    templates = (trainer.chat_template, trainer.processing_class.chat_template)
     return {
         "empty_allowed": bool(trainer._tokenizer(text="")["input_ids"]),
-        "chat_allowed": any(template is not None for template in templates),
+        "chat_allowed": trainer.chat_template is not None or trainer.processing_class.chat_template is not None,
     }
 
 
 def check_dataset(
     dataset: Any, *, empty_allowed: bool = False, chat_allowed: bool = True, name: str = "data set"
 ) -> None:
-    """Check the prompt of every row of a data set in memory; streams and transforms show theirs row by row only.
+    """Check the prompt of every row of a data set in memory; streams and transforms are passed over.
 
     Args:
         dataset: rows with a column `prompt`.
@@ -96,32 +81,27 @@ def check_dataset(
 def check_batch(
     prompts: Iterable[Any], *, empty_allowed: bool = False, chat_allowed: bool = True, name: str = "batch"
 ) -> None:
-    """Check prompts that are trained on together.
-
-    Raises:
-        ValueError: see `check_dataset`.
-    """
-    first: type | None = None
+    """Check prompts that are trained on together; arguments and errors as for `check_dataset`."""
+    first = ""
     for row, prompt in enumerate(prompts):
-        wrong = _wrong(prompt, empty_allowed)
+        wrong = _fault(prompt, empty_allowed)
         if wrong:
             raise UserValueError(f"row {row} of the {name}: '{PROMPT}' must be text or a list of messages; {wrong}.")
-        kind: type = str if isinstance(prompt, str) else list
-        if kind is list and not chat_allowed:
+        kind = "text" if isinstance(prompt, str) else "messages"
+        if kind == "messages" and not chat_allowed:
             raise UserValueError(
                 "the prompts are conversations, and the tokenizer has no chat template. Start from a model that has "
                 "one (a base model gets it in supervised fine-tuning), or give prompts as text."
             )
         first = first or kind
-        if kind is not first:
-            words: dict[type, str] = {str: "text", list: "messages"}
+        if kind != first:
             raise UserValueError(
-                f"row {row} of the {name}: '{PROMPT}' is {words[kind]}, and row 0 has {words[first]}. TRL reads a "
-                "batch by its first row: make all of them one kind."
+                f"row {row} of the {name}: '{PROMPT}' is {kind}, and row 0 has {first}. TRL reads a batch by its first "
+                "row: make all of them one kind."
             )
 
 
-def _wrong(prompt: Any, empty_allowed: bool) -> str | None:
+def _fault(prompt: Any, empty_allowed: bool) -> str | None:
     """The fault of a prompt in words; None for a good one."""
     if isinstance(prompt, str):
         return None if prompt or empty_allowed else "it is an empty text"

@@ -1,8 +1,8 @@
 """Reward functions for TRL's GRPO trainers, and their names in recipes.
 
 A reward function is called with `prompts=`, `completions=`, `completion_ids=` and the columns of the data set, and
-returns one number per completion. Those defined here are plain objects that can be pickled, and never return None: a
-row of which all rewards are None leaves its group, and a negative would go unnoticed.
+returns one number per completion. Those defined here can be pickled, and never return None: a row of which all rewards
+are None leaves its group, and a negative would go unnoticed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import regex
@@ -23,8 +22,7 @@ from qscope_posttrain.text.repetition import repeated_tail
 from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, language_scripts, script_pattern
 
 RewardFunction = Callable[..., Sequence[float | None]]
-Completion = str | Sequence[Mapping[str, Any]]
-"""Text, or the messages of a conversation that the model wrote."""
+Completion = str | Sequence[Mapping[str, Any]]  # Text, or the messages of a conversation that the model wrote
 
 # Letters that several scripts share, such as the prolonged sound mark of both kana, say nothing.
 _LETTER = regex.compile(r"[\p{L}--\p{Script=Common}--\p{Script=Inherited}]", regex.VERSION1)
@@ -32,10 +30,6 @@ _GIVEN_BY_TRL = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "steered"}
 )
 """Keyword arguments of reward functions that are no columns"""
-_TRL_NAMES = {
-    "ngram_repetition": "get_repetition_penalty_reward",
-    "soft_overlong": "get_soft_overlong_punishment",
-}
 
 
 class RepetitionPenalty:
@@ -43,13 +37,13 @@ class RepetitionPenalty:
 
         reward = max_penalty * (n - second copy) / n
 
-    for n tokens with a repeated tail (see `text.repetition.repeated_tail`), whose first copy is free; 0 without one. A
-    completion that leaves its loop, if only by its end token, which is one of TRL's `completion_ids`, costs nothing:
-    legitimate repetition ends. For a penalty on repeated phrases anywhere take the n-gram reward of TRL.
+    for n tokens with a repeated tail (see `text.repetition.repeated_tail`), whose first copy is free; 0 without one,
+    and for a completion that leaves its loop, if only by its end token: legitimate repetition ends. For a penalty on
+    repeated phrases anywhere take TRL's n-gram reward.
 
     Args:
-        min_copies, min_tokens: what counts as a loop; by default what the evaluation counts.
-        max_penalty: approached by a completion that is nothing but a long loop; at most 0.
+        min_copies, min_tokens: definition of a loop; by default that of the evaluation.
+        max_penalty: limit for a completion that is nothing but a long loop; at most 0.
 
     Raises:
         ValueError: a value out of range.
@@ -66,24 +60,23 @@ class RepetitionPenalty:
         self.max_penalty = max_penalty
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float]:
-        return [self._penalty(tokens) for tokens in completion_ids]
-
-    def _penalty(self, tokens: Sequence[int]) -> float:
-        tail = repeated_tail(tokens, min_copies=self.min_copies, min_tokens=self.min_tokens)
-        return 0.0 if tail is None else self.max_penalty * (len(tokens) - tail.second_copy) / len(tokens)
+        rewards = []
+        for tokens in completion_ids:
+            tail = repeated_tail(tokens, min_copies=self.min_copies, min_tokens=self.min_tokens)
+            repeated = 0 if tail is None else len(tokens) - tail.second_copy
+            rewards.append(self.max_penalty * repeated / len(tokens) if repeated else 0.0)
+        return rewards
 
 
 class LanguageConsistency:
-    """Share of a completion's letters that are of the script, or scripts, of the language it should be in.
+    """Share of a completion's letters that are of the scripts of the language it should be in.
 
         reward = (letters of the language's scripts) / (letters of any script)
 
-    and 1 for a completion without letters, in which nothing is of another script. Digits, punctuation and symbols do
-    not count.
+    and 1 for a completion without letters. Digits, punctuation and symbols do not count.
 
-    Only scripts are told apart. Languages of one script are the same to it: English and French, Russian and Ukrainian,
-    also Chinese and the kanji of Japanese. Names, formulas and code in Latin letters lower the reward of text in other
-    scripts.
+    Only scripts are distinguished: English and French are the same to it, Russian and Ukrainian, also Chinese and the
+    kanji of Japanese. Names, formulas and code in Latin letters lower the reward of text in other scripts.
 
     Args:
         language: code such as "zh"; None takes each row's own from the data set.
@@ -102,21 +95,17 @@ class LanguageConsistency:
         self.__name__ = f"language_consistency_{language}" if language else "language_consistency"
 
     def __call__(self, completions: Sequence[Completion], **kwargs: Any) -> list[float]:
-        if self.language is not None:
-            return [script_share(completion_text(completion), self.language) for completion in completions]
-        self._check_column(kwargs)
-        languages = kwargs[self.column]
-        for row, language in enumerate(languages):
-            self._check_label(language, row)
+        languages: Sequence[Any] = [self.language] * len(completions)
+        if self.language is None:
+            self._check_column(kwargs)
+            languages = kwargs[self.column]
+            for row, language in enumerate(languages):
+                self._check_label(language, row)
         pairs = zip(completions, languages, strict=True)
         return [script_share(completion_text(completion), language) for completion, language in pairs]
 
     def check_data(self, dataset: Any) -> None:
-        """Look at the column of a `datasets.Dataset`, all rows, before training does row by row.
-
-        Raises:
-            ValueError: no such column, or a row whose value is no language, with its number.
-        """
+        """ValueError unless all rows of a `datasets.Dataset` name a language."""
         if self.language is None:
             self._check_column(dataset.column_names)
             classes = class_names(dataset, self.column)
@@ -144,29 +133,21 @@ class LanguageConsistency:
 
 
 def check_reward_data(rewards: Iterable[Any], dataset: Any) -> None:
-    """Before training, look at all rows of a `datasets.Dataset` for what a reward of this module needs in them.
-
-    Raises:
-        ValueError: a row whose language is none, with its number.
-    """
+    """Before training, check all rows of a `datasets.Dataset` for what a reward of this module needs (ValueError)."""
     for reward in rewards:
         if isinstance(reward, LanguageConsistency) and isinstance(dataset, Dataset):
             reward.check_data(dataset)
 
 
 def script_share(text: str, language: str) -> float:
-    """Letters of the scripts of `language` over letters of any script, 1 without letters.
-
-    Raises:
-        ValueError: an unknown language.
-    """
+    """Letters of the scripts of `language` over letters of any script, 1 without letters; ValueError if unknown."""
     scripts = language_scripts(language)
     letters = len(_LETTER.findall(text))
     return sum(len(script_pattern(script).findall(text)) for script in scripts) / letters if letters else 1.0
 
 
 def completion_text(completion: Completion) -> str:
-    """The text that the model wrote: a string as it is, or the contents of its messages, one below the other.
+    """The text that the model wrote: a string as it is, or the contents of its messages, joined by line breaks.
 
     Messages of other roles (results of tools) and parts that are no text are left out.
     """
@@ -186,13 +167,13 @@ def reward_function(spec: str | Mapping[str, Any]) -> RewardFunction:
     """The reward function that a recipe names.
 
     Known names are "repetition_penalty", "language_consistency", "ngram_repetition" and "soft_overlong" (both TRL's),
-    and every function of `trl.rewards`. Any other reward function is named by its path, `module.attribute`: a function,
-    an object, or a class, of which an instance is made. A mapping gives options beside the `name`: arguments of the
-    class, or keyword arguments of the function.
+    and every function of `trl.rewards`. Any other is named by its path, `module.attribute`: a function, an object, or a
+    class, of which an instance is made. A mapping gives options beside the `name`: arguments of the class, or keyword
+    arguments of the function.
 
     A path imports its module, and so runs any code: it is for the caller to trust. The command line takes a path from a
-    recipe only with `--allow-code`. What the path leads to must look like a reward function, one with a parameter
-    `completions` or `completion_ids`, before it is called.
+    recipe only with `--allow-code`. The object must look like a reward function, one with a parameter `completions` or
+    `completion_ids`, before it is called.
 
     Args:
         spec: e.g. "accuracy_reward", "my_rewards.brevity", or
@@ -202,50 +183,64 @@ def reward_function(spec: str | Mapping[str, Any]) -> RewardFunction:
         ValueError: an unknown name, a path that leads nowhere or to something else, or wrong options.
         TypeError: neither a string nor a mapping with a name.
     """
-    name, options = _name_and_options(spec)
+    name: Any = spec
+    options: dict[str, Any] = {}
+    if isinstance(spec, Mapping):
+        name, options = spec.get("name"), {option: value for option, value in spec.items() if option != "name"}
+    if not isinstance(name, str):
+        raise UserTypeError(f"A reward function is a name, or a mapping with a name and options; got {spec!r}.")
     if name.count(".") == 2:  # `trl.rewards.NAME` alone: what is deeper is a path like any other
         name = name.removeprefix("trl.rewards.")
-    if name in _own():
-        return _make(_own()[name], name, options)
-    if name in _from_trl():
-        function = _from_trl()[name]
-        finish = _make if function.__name__.startswith("get_") else _with_options
-        return finish(function, name, options)
-    if "." in name:
-        return _imported(name, options)
-    known = reward_names()
-    raise UserValueError(
-        f"No reward function '{name}'.{did_you_mean(name, known)} The known ones are {', '.join(known)}; name any "
-        "other by its path, such as my_rewards.brevity."
-    )
+    known = _known()
+    if name in known:
+        found = known[name]
+        makes = inspect.isclass(found) or found.__name__.startswith("get_")
+    elif "." in name:
+        found = _imported(name)
+        makes = inspect.isclass(found)
+    else:
+        names = reward_names()
+        raise UserValueError(
+            f"No reward function '{name}'.{did_you_mean(name, names)} The known ones are {', '.join(names)}; name any "
+            "other by its path, such as my_rewards.brevity."
+        )
+    parameters = inspect.signature(found).parameters
+    listed = ", ".join(str(value) for value in parameters.values() if not str(value).startswith("*")) or "none"
+    if makes:
+        try:
+            inspect.signature(found).bind(**options)
+        except TypeError as error:
+            raise UserValueError(f"Reward function '{name}': {error}. Its options are {listed}.") from error
+        made: RewardFunction = found(**options)
+        return made
+    # Its `**kwargs` would take any option, and lose it; so an option is one of the parameters that have a name.
+    unknown = sorted(set(options) - set(parameters))
+    if unknown:
+        raise UserValueError(f"Reward function '{name}' has no option '{unknown[0]}'; it has {listed}.")
+    return functools.partial(found, **options) if options else found  # TRL logs a `partial` by its function's name
 
 
 def reward_names() -> list[str]:
     """The names that `reward_function` knows, in order."""
-    return sorted({**_own(), **_from_trl()})
+    return sorted(_known())
 
 
-def _name_and_options(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if isinstance(spec, str):
-        return spec, {}
-    if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
-        return spec["name"], {option: value for option, value in spec.items() if option != "name"}
-    raise UserTypeError(f"A reward function is a name, or a mapping with a name and options; got {spec!r}.")
-
-
-def _own() -> dict[str, Callable[..., RewardFunction]]:
-    return {"repetition_penalty": RepetitionPenalty, "language_consistency": LanguageConsistency}
-
-
-@cache
-def _from_trl() -> dict[str, Callable[..., Any]]:
-    """TRL's reward functions and, named `get_*`, the functions that make one; two of these by a shorter name, too."""
+@functools.cache
+def _known() -> dict[str, Callable[..., Any]]:
+    """Our rewards, TRL's, and, named `get_*`, TRL's functions that make one; two of these by a shorter name, too."""
     module = importlib.import_module("trl.rewards")
     found = {name: getattr(module, name) for name in module.__all__ if inspect.isfunction(getattr(module, name))}
-    return {**found, **{name: found[target] for name, target in _TRL_NAMES.items()}}
+    return {
+        **found,
+        "ngram_repetition": found["get_repetition_penalty_reward"],
+        "soft_overlong": found["get_soft_overlong_punishment"],
+        "repetition_penalty": RepetitionPenalty,
+        "language_consistency": LanguageConsistency,
+    }
 
 
-def _imported(path: str, options: dict[str, Any]) -> RewardFunction:
+def _imported(path: str) -> Any:
+    """The object at a path, if calling it, or an instance of it, is what TRL does with a reward function."""
     module_name, _, attribute = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -259,12 +254,6 @@ def _imported(path: str, options: dict[str, Any]) -> RewardFunction:
         offered = [name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")]
         raise UserValueError(f"Reward function '{path}': the module has no '{attribute}', but {', '.join(offered)}.")
     found = getattr(module, attribute)
-    _check_is_reward(found, path)
-    return _make(found, path, options) if inspect.isclass(found) else _with_options(found, path, options)
-
-
-def _check_is_reward(found: Any, path: str) -> None:
-    """ValueError unless calling it, or an instance of it, is what TRL does with a reward function."""
     # A class that defines no __call__ has that of `type`, which makes instances and names no parameter.
     called = found.__call__ if inspect.isclass(found) else found
     try:
@@ -276,32 +265,7 @@ def _check_is_reward(found: Any, path: str) -> None:
             f"'{path}' is no reward function: expected one with a parameter 'completions' or 'completion_ids', or a "
             f"class of such objects; got a {type(found).__name__} with the parameters ({', '.join(parameters)})."
         )
-
-
-def _make(factory: Callable[..., Any], name: str, options: dict[str, Any]) -> RewardFunction:
-    """What `factory` makes of its options."""
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        raise UserValueError(f"Reward function '{name}': {error}. Its options are {_options_of(factory)}.") from error
-    made: RewardFunction = factory(**options)
-    return made
-
-
-def _with_options(function: RewardFunction, name: str, options: dict[str, Any]) -> RewardFunction:
-    """The function itself, with keyword arguments that stay the same. TRL logs a `partial` by its function's name.
-
-    Its `**kwargs` would take any option, and lose it; so an option is one of the parameters that have a name.
-    """
-    unknown = sorted(set(options) - set(inspect.signature(function).parameters))
-    if unknown:
-        raise UserValueError(f"Reward function '{name}' has no option '{unknown[0]}'; it has {_options_of(function)}.")
-    return functools.partial(function, **options) if options else function
-
-
-def _options_of(function: Callable[..., Any]) -> str:
-    names = [str(parameter) for parameter in inspect.signature(function).parameters.values()]
-    return ", ".join(name for name in names if not name.startswith("*")) or "none"
+    return found
 
 
 def reward_name(reward: RewardFunction) -> str:

@@ -1,32 +1,27 @@
-"""Which rows of a generation batch are negatives, and where their windows start: decided alike on every process."""
+"""Rows of a generation batch: which are negatives, how they came out, and which of their tokens are in the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import gather
 from torch import Tensor
 
-from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.text.repetition import RepeatedTail
+from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
 
 
 @dataclass(frozen=True, eq=False)
 class RowPlan:
-    """What becomes of the rows of this process in one generation batch."""
+    """Treatment of the rows of this process in one generation batch."""
 
-    negative: Tensor
-    """[rows] bool, on the CPU"""
-    start: Tensor
-    """[rows] int64: generated token at which steering or copying starts"""
-    first: int
-    """Number of the first of these rows in the batch of all processes"""
-    in_batch: bool
-    """Whether the batch holds a negative at all, on this process or another"""
-    draw: int
-    """A number that belongs to this batch alone, for further draws (a random direction)"""
+    negative: Tensor  # [rows] bool, on the CPU
+    start: Tensor  # [rows] int64: generated token at which steering or copying starts
+    first: int  # Number of the first of these rows in the batch of all processes
+    in_batch: bool  # Whether the batch holds a negative at all, on this process or another
+    draw: int  # A number that belongs to this batch alone, for further draws (a random direction)
 
 
 def ordinary_plan(rows: int) -> RowPlan:
@@ -41,40 +36,32 @@ def plan_rows(
     num_processes: int,
     group_size: int,
     negatives_per_group: int,
-    share: float,
     window_start: tuple[int, int],
     seed: int,
     step: int,
     part: int = 0,
     attempt: int = 0,
 ) -> RowPlan:
-    """Choose negatives by place: the last rows of each group, and of `share` of the groups.
+    """Choose negatives by place: the last rows of each group of the batch of all processes.
 
-    A row's place is its number in the generation batch of all processes, `process_index * rows + i`, modulo the group
-    size. Everything drawn comes from (seed, step, part, attempt) and is drawn for the whole batch, so that processes
-    agree without a word and the trainer's random state is left alone.
+    Everything drawn comes from (seed, step, part, attempt) and is drawn for the whole batch, so that processes agree
+    without communication and the trainer's random state is left alone.
 
     Args:
         rows: rows of this process; every process has as many.
-        share: of the groups; a fraction of a group is rounded up or down at random, so that the mean is exact.
         window_start: first and last token at which a window may start, both included.
-        step: optimiser step of the batch.
-        part: which of several generation batches of that step.
+        step: optimizer step of the batch.
+        part: number of the generation batch within that step.
         attempt: 0, or the number of the redraw under dynamic sampling.
     """
     generator = np.random.default_rng((seed % 2**32, step, part, attempt, 0))
     total = rows * num_processes
-    groups = total // group_size
-    wanted = groups * share
-    chosen = int(wanted) + int(generator.random() < wanted - int(wanted))
-    holds = np.zeros(groups, dtype=bool)
-    holds[generator.permutation(groups)[:chosen]] = True
+    generator.random()  # these two are not needed: they keep the windows of a seed what they are in published results
+    generator.permutation(total // group_size)
     start = generator.integers(window_start[0], window_start[1] + 1, size=total)
     draw = int(generator.integers(2**31))
-
-    place = np.arange(total)
-    negative = (place % group_size >= group_size - negatives_per_group) & holds[place // group_size]
     mine = slice(process_index * rows, (process_index + 1) * rows)
+    negative = np.arange(total) % group_size >= group_size - negatives_per_group
     return RowPlan(
         negative=torch.from_numpy(negative[mine].copy()),
         start=torch.from_numpy(start[mine].copy()),
@@ -84,40 +71,88 @@ def plan_rows(
     )
 
 
-def negative_loss_mask(
-    completion_mask: Tensor,
-    negative: Tensor,
-    kept: Tensor,
-    tails: Sequence[RepeatedTail | None],
-    tokens: str,
+@dataclass(frozen=True, eq=False)
+class RowFacts:
+    """Facts of generated rows of one process, or of all of them; on the trainer's device, `[rows]` each."""
+
+    negative: Tensor  # bool
+    looped: Tensor  # bool: an endless repetition
+    length: Tensor  # int64: tokens of the completion
+    truncated: Tensor  # bool: the completion was cut at the length limit
+
+    @classmethod
+    def of(
+        cls,
+        completions: Sequence[Sequence[int]],
+        tails: Sequence[RepeatedTail | None],
+        negative: Tensor,
+        end_tokens: Collection[int],
+    ) -> RowFacts:
+        """The facts of completions with these repeated tails, on the device of `negative` [rows]."""
+        device = negative.device
+        return cls(
+            negative=negative,
+            looped=torch.tensor([tail is not None for tail in tails], device=device),
+            length=torch.tensor([len(ids) for ids in completions], device=device),
+            truncated=torch.tensor([ids[-1] not in end_tokens for ids in completions], device=device),
+        )
+
+    def kept(self, gate: str) -> Tensor:
+        """[rows] bool: ordinary rows, and the negatives that stay in the loss."""
+        return ~self.negative | self.looped if gate == "drop" else torch.ones_like(self.negative)
+
+    def gathered(self) -> RowFacts:
+        """The facts of the rows of all processes, in their order."""
+        table = gather(torch.stack([self.negative, self.looped, self.length, self.truncated], dim=1))
+        return RowFacts(table[:, 0].bool(), table[:, 1].bool(), table[:, 2], table[:, 3].bool())
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """A generation batch after scoring."""
+
+    tails: Sequence[RepeatedTail | None]  # Of each row of this process; None for a row that is no endless repetition
+    mine: RowFacts  # Rows of this process
+    everyone: RowFacts  # Rows of all processes
+    rewards: Tensor  # [rows of all processes] total reward as the reward functions gave it; NaN for a row without one
+    by_function: Tensor  # [rows of all processes, functions] the reward of each function
+
+
+def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """[rows] weighted sum of `rewards` [rows, functions], leaving out NaN; NaN where all functions gave none."""
+    total = (rewards * weights).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
+def find_tails(
+    completions: Sequence[Sequence[int]],
+    max_length: int,
+    end_tokens: Collection[int],
     *,
-    policy_logps: Tensor | None = None,
-    floor: float = 1e-3,
+    min_copies: int,
+    min_tokens: int,
+) -> list[RepeatedTail | None]:
+    """The repeated tail of each completion that is an endless repetition: cut at `max_length` tokens without an end
+    token, with a tail that repeats (see `text.repetition.is_endless_repetition`); None for the others."""
+    tails: list[RepeatedTail | None] = []
+    for ids in completions:
+        is_cut = len(ids) >= max_length and ids[-1] not in end_tokens
+        tails.append(repeated_tail(ids, min_copies=min_copies, min_tokens=min_tokens) if is_cut else None)
+    return tails
+
+
+def negative_loss_mask(
+    completion_mask: Tensor, negative: Tensor, kept: Tensor, tails: Sequence[RepeatedTail | None], tokens: str
 ) -> Tensor:
     """[rows, length] like `completion_mask`: 1 where a token is in the loss.
 
-    Ordinary rows keep their mask. Of a negative that is kept, "all" keeps every token; "tail" those from the second
-    copy of its repeated tail on, and all of them where it has none; "likely" those to which the policy gives at
-    least `floor`. A negative that is not kept has no token in the loss.
-
-    Args:
-        completion_mask: [rows, length] 1 for the tokens of each completion.
-        negative: [rows] bool.
-        kept: [rows] bool; read for negatives only.
-        tails: of each row, as `text.repetition.repeated_tail` gives it.
-        tokens: "all", "tail" or "likely".
-        policy_logps: [rows, length], needed for "likely".
+    Ordinary rows keep their mask, negatives that are not `kept` [rows] lose theirs. Of the others, "all" keeps every
+    token; "tail" those from the second copy of the repeated tail on, and all of them where there is none.
     """
-    mask = completion_mask.clone()
+    part = torch.ones_like(completion_mask, dtype=torch.bool)
     if tokens == "tail":
-        column = torch.arange(mask.shape[1], device=mask.device)
-        first = torch.tensor([0 if tail is None else tail.second_copy for tail in tails], device=mask.device)
+        column = torch.arange(part.shape[1], device=part.device)
+        first = torch.tensor([0 if tail is None else tail.second_copy for tail in tails], device=part.device)
         part = column >= first[:, None]
-    elif tokens == "likely":
-        if policy_logps is None:
-            raise UserValueError("negative_tokens='likely' needs the log-probabilities of the policy.")
-        part = policy_logps.exp() >= floor
-    else:
-        part = torch.ones_like(mask, dtype=torch.bool)
     in_loss = torch.where(negative[:, None], part & kept[:, None], torch.ones_like(part))
-    return mask * in_loss.to(mask.dtype)
+    return completion_mask * in_loss.to(completion_mask.dtype)

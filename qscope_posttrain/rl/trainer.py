@@ -1,4 +1,4 @@
-"""TRL's `GRPOTrainer` with one steered negative in each group."""
+"""TRL's `GRPOTrainer` with a negative example in each group."""
 
 from __future__ import annotations
 
@@ -15,35 +15,40 @@ from trl.rewards import get_soft_overlong_punishment
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.rl.checkpoints import SameRun, SaveBetweenGenerations, generation_window, run_identity
+from qscope_posttrain.rl.checkpoints import SameRun, SaveBetweenGenerations, run_identity
 from qscope_posttrain.rl.checks import check_trainer_arguments
 from qscope_posttrain.rl.config import SteeredGRPOConfig
-from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, replace_rows, rows_to_redraw
+from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, dead_groups, replace_rows, rows_to_redraw
 from qscope_posttrain.rl.metrics import overwrite_last, row_metrics, token_metrics, token_sums
 from qscope_posttrain.rl.prompts import check_data, check_inputs
 from qscope_posttrain.rl.rewards import check_reward_data
 from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_rollout, negative_source
 from qscope_posttrain.rl.rollouts.options import check_trainer_generation
-from qscope_posttrain.rl.rows import RowPlan, negative_loss_mask, ordinary_plan, plan_rows
-from qscope_posttrain.rl.schedule import NegativeSchedule
-from qscope_posttrain.rl.scored import RowFacts, ScoredRows, dead_groups, excluded_advantages, find_tails, total_rewards
+from qscope_posttrain.rl.rows import (
+    RowFacts,
+    RowPlan,
+    ScoredRows,
+    find_tails,
+    negative_loss_mask,
+    ordinary_plan,
+    plan_rows,
+    total_rewards,
+)
 
-STEERED = "steered"
-"""Key of the row flag: in the inputs of reward functions, and in the batch of the loss."""
+STEERED = "steered"  # Key of the flag of negatives: in the inputs of reward functions, and in the batch of the loss
 
 
 class SteeredGRPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` for which the last row of each group is generated as a negative example.
+    """`GRPOTrainer` that generates the last row of each group as a negative example.
 
-    The negative is scored by the same reward functions and, unless configured otherwise, weighted by the unsteered
-    policy (Qwen-Scope report, Eq. 28). All else is TRL's: with `negatives_per_group=0` the trajectory is bit-identical
-    to that of `GRPOTrainer` with the same values, DAPO's `epsilon_high` and soft overlong punishment among them. In
-    evaluation no row is ever steered.
+    The negative is scored by the same reward functions and weighted by the unsteered policy (Qwen-Scope report,
+    Eq. 28). All else is TRL's: with `negatives_per_group=0` the trajectory is bit-identical to that of `GRPOTrainer`
+    with the same values (DAPO's `epsilon_high` and soft overlong punishment among them), and evaluation has no
+    negatives.
 
-    Reward functions get a keyword `steered`, one flag a row. TRL's reward metrics then describe the rows that
-    are part of the group statistics, its `completions/...` all rows; `ordinary/...` and `negative/...` describe the two
-    kinds apart.
+    Reward functions get a keyword `steered`, one flag per row. TRL's reward metrics then describe the rows in the group
+    statistics, its `completions/...` all rows; `ordinary/...` and `negative/...` the two kinds separately.
 
     Args:
         reward_funcs: DAPO's soft overlong punishment joins them unless `soft_overlong_cache` is 0; with
@@ -57,13 +62,11 @@ class SteeredGRPOTrainer(GRPOTrainer):
     Raises:
         TypeError: `args` is no `SteeredGRPOConfig`, or `features` neither a FeatureSet nor a path.
         ValueError: features that are missing, incomplete, another model's or of no use; arguments or options of
-            `generate` under which rows cannot be told apart; prompts that cannot be read.
+            `generate` under which rows cannot be distinguished; prompts that cannot be read.
     """
 
     args: SteeredGRPOConfig
     model: torch.nn.Module
-    _logps: Tensor | None
-    _token_sums: Tensor | None
 
     def __init__(
         self,
@@ -82,12 +85,8 @@ class SteeredGRPOTrainer(GRPOTrainer):
         if not isinstance(features, FeatureSet | None):
             raise UserTypeError(f"features must be a FeatureSet or its path; got {type(features).__name__}.")
         args = args.settled(features is not None)
-        check_trainer_arguments(args.has_negatives, args.dynamic_sampling, arguments)
-        self._negatives = args.negative_settings
-        schedule = NegativeSchedule(args.negative_share, args.negative_decay_steps, args.stop_below, args.stop_window)
-        own: list[TrainerCallback] = [schedule]
-        if args.has_negatives:
-            own.append(SaveBetweenGenerations(generation_window(args)))
+        check_trainer_arguments(args, arguments)
+        own = [SaveBetweenGenerations(args)] if args.has_negatives else []
         # TRL writes into the lists that it is given.
         rewards = [function for function in _as_list(reward_funcs) if function is not None]
         classes, weights = arguments.pop("reward_processing_classes", None), args.reward_weights
@@ -115,12 +114,12 @@ class SteeredGRPOTrainer(GRPOTrainer):
         self._plan = ordinary_plan(0)
         self._tap: GenerationTap | None = None
         self._rows: ScoredRows | None = None
-        self._logps = self._token_sums = None
+        self._logps: Tensor | None = None
+        self._token_sums: Tensor | None = None
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """As `GRPOTrainer.train`. A second call starts anew: with negatives again, from a fresh generation batch."""
+        """As `GRPOTrainer.train`. A second call with negatives starts from a fresh generation batch."""
         if self.args.has_negatives:
-            self._schedule.start()
             self._step, self._buffered_inputs = 0, None
         self._token_sums = None
         return super().train(*arguments, **options)
@@ -160,8 +159,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         return output, dead_groups(rows.rewards, rows.everyone.negative, self.args.generations)
 
     def _plan_rows(self, rows: int, attempt: int) -> RowPlan:
-        share = self._schedule.share_at(self.state.global_step)
-        if self._source is None or share == 0.0:
+        if self._source is None:
             return ordinary_plan(rows)
         return plan_rows(
             rows,
@@ -169,7 +167,6 @@ class SteeredGRPOTrainer(GRPOTrainer):
             num_processes=self.accelerator.num_processes,
             group_size=self.args.generations,
             negatives_per_group=self.args.negatives_per_group,
-            share=share,
             window_start=self._source.window_start,
             seed=self.args.seed,
             step=self.state.global_step,
@@ -179,7 +176,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
 
     @property
     def _part_of_step(self) -> int:
-        """Number of the micro-batch within the optimiser step: a step may take several generation batches."""
+        """Number of the micro-batch within the optimizer step: a step may take several generation batches."""
         return int(self._step % self.args.gradient_accumulation_steps)
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -192,113 +189,82 @@ class SteeredGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """TRL's rewards [rows of all processes, functions], NaN for rows outside of their group's statistics."""
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        rows = self._score_rows(completion_ids_list, rewards)
+        tails = find_tails(
+            completion_ids_list,
+            self.args.completion_limit,
+            self.eos_token_ids,
+            min_copies=self.args.loop_min_copies,
+            min_tokens=self.args.loop_min_tokens,
+        )
+        end_tokens = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        mine = RowFacts.of(completion_ids_list, tails, self._plan.negative.to(rewards.device), end_tokens)
+        total = total_rewards(rewards, self.reward_weights.to(rewards.device))
+        rows = ScoredRows(tails, mine, mine.gathered(), total, rewards)
         if self.args.has_negatives:  # of every batch: the table of completions needs columns of one length
-            self._log_completion_extra("steered", rows.mine.negative.tolist())
-            self._log_completion_extra("looped", rows.mine.looped.tolist())
+            self._log_completion_extra("steered", mine.negative.tolist())
+            self._log_completion_extra("looped", mine.looped.tolist())
         if not self.model.training:
             return rewards
         self._rows = rows
-        if not self._plan.in_batch:
-            return rewards
-        excluded = self._negatives.baseline == "exclude"
-        outside = rows.everyone.negative if excluded else ~rows.everyone.kept(self._negatives.gate)
-        return rewards.masked_fill(outside[:, None], torch.nan)
-
-    def _score_rows(self, completions: Sequence[Sequence[int]], rewards: Tensor) -> ScoredRows:
-        tails = find_tails(
-            completions, self.args.completion_limit, self.eos_token_ids, min_copies=self.args.loop_min_copies,
-            min_tokens=self.args.loop_min_tokens,
-        )  # fmt: skip
-        end_tokens = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        mine = RowFacts.of(completions, tails, self._plan.negative.to(rewards.device), end_tokens)
-        total = total_rewards(rewards, self.reward_weights.to(rewards.device))
-        return ScoredRows(tails, mine, mine.gathered(), total, rewards)
+        return rewards.masked_fill(~rows.everyone.kept(self._gate)[:, None], torch.nan)
 
     @property
-    def _schedule(self) -> NegativeSchedule:
-        # Looked up each time: transformers may put a restored one in its place.
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, NegativeSchedule))
+    def _gate(self) -> str:
+        return self.args.gate or "drop"
 
     def _enter_negatives(self, output: BatchDict, rows: ScoredRows, plan: RowPlan, mask_truncated: bool) -> None:
-        """Write into TRL's batch which rows are negatives, what they weigh, and what of them is in the loss."""
-        settings, negative = self._negatives, rows.mine.negative
-        kept = rows.mine.kept(settings.gate)
+        """Write into TRL's batch which rows are negatives, their advantages, and their tokens in the loss."""
+        args, negative, weight = self.args, rows.mine.negative, self.args.negative_weight or 0.0
         if mask_truncated and plan.in_batch:
             hidden = rows.mine.truncated & ~negative
             output["completion_mask"] = output["completion_mask"] * (~hidden).unsqueeze(1).int()
-        behaviour = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
+        behavior = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
         if self._tap is not None:
             self._tap.check_tokens(output["completion_ids"][negative], output["completion_mask"][negative])
             drawn = self._tap.log_probabilities(output["completion_ids"][negative])
             # What follows the end of a row was not drawn: where it should have copied, log 0 would turn sums to nan.
-            behaviour[negative] = drawn.masked_fill(output["completion_mask"][negative] == 0, 0.0)
+            behavior[negative] = drawn.masked_fill(output["completion_mask"][negative] == 0, 0.0)
             self._tap = None
-        policy = output.get("old_per_token_logps")
-        # Batches with and without negatives are merged under dynamic sampling, and must hold the same tensors.
-        may_matter = plan.in_batch or self._dynamic is not None
-        if policy is None and may_matter and (settings.tokens == "likely" or settings.old_logps == "behaviour"):
-            policy = self._policy_logps(output)
-        if policy is not None and settings.old_logps == "behaviour":
-            output["old_per_token_logps"] = torch.where(negative[:, None], behaviour, policy)
-
-        advantages = output["advantages"]
-        if settings.baseline == "exclude":
-            everyone = excluded_advantages(
-                rows.rewards, rows.everyone.negative, self.args.generations, self.scale_rewards != "none"
-            )
-            own = everyone[self._local(len(negative))] * kept
-            advantages = torch.where(negative, own, advantages)
-        output["advantages"] = torch.where(negative, settings.weight * advantages, advantages)
-
+        output["advantages"] = torch.where(negative, weight * output["advantages"], output["advantages"])
         output["tool_mask"] = negative_loss_mask(
-            output["completion_mask"], negative, kept, rows.tails, settings.tokens if may_matter else "all",
-            policy_logps=policy, floor=self.args.probability_floor,
-        )  # fmt: skip
-        output[STEERED], output["behaviour_logps"] = negative, behaviour
+            output["completion_mask"], negative, rows.mine.kept(self._gate), rows.tails, args.negative_tokens or "tail"
+        )
+        output[STEERED], output["behavior_logps"] = negative, behavior
         self._count_loss_tokens(output)
 
     def _count_loss_tokens(self, output: BatchDict) -> None:
         in_loss = (output["completion_mask"] * output["tool_mask"]).sum()
         output["num_items_in_batch"] = self.accelerator.gather(in_loss).sum()
 
-    @torch.no_grad()
-    def _policy_logps(self, output: BatchDict) -> Tensor:
-        """[rows, length] log-probabilities of the completions under the unsteered policy that generated them."""
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        length = output["completion_ids"].shape[1]
-        # All rows, also where a process has no negative: sharded models need every process in every forward.
-        batch_size = self.args.per_device_train_batch_size
-        return self._get_per_token_logps_and_entropies(self.model, ids, attention, length, batch_size)[0]
-
-    def _local(self, rows: int) -> slice:
-        first = self.accelerator.process_index * rows
-        return slice(first, first + rows)
-
     # ---- Dynamic sampling
 
     def _redraw_dead_groups(self, output: BatchDict, dead: Tensor, dynamic: DynamicSampling) -> BatchDict:
         """Replace dead groups by living ones of further attempts; those that stay dead leave the loss."""
         processes, mine = self.accelerator.num_processes, self.accelerator.process_index
-        self._metrics["train"]["dynamic_sampling/dead_groups"].append(dead.float().mean().item())
+        metrics, group_size = self._metrics["train"], self.args.generations
+        metrics["dynamic_sampling/dead_groups"].append(dead.float().mean().item())
         attempt = 0
+
+        def own(groups: Tensor, rows: int) -> Tensor:
+            """[rows] of this process, of a flag per group of the whole batch."""
+            return groups.repeat_interleave(group_size)[mine * rows : (mine + 1) * rows]
+
         while bool(dead.any()) and attempt < self.args.dynamic_sampling_attempts:
             attempt += 1
-            rows = rows_to_redraw(dead, self.args.generations, processes, mine)
+            rows = rows_to_redraw(dead, group_size, processes, mine)
             total = len(rows) * processes
             seed = (self.args.seed, self.state.global_step, self._part_of_step, attempt)
-            inputs = dynamic.prompts(len(rows), mine * len(rows), total, self.args.generations, seed)
+            inputs = dynamic.prompts(len(rows), mine * len(rows), total, group_size, seed)
             other, other_dead = self._generate_and_score_attempt(inputs, attempt)
-            redrawn = dead.nonzero().squeeze(1) if total < dead.numel() * self.args.generations else None
-            places = torch.arange(len(dead), device=dead.device) if redrawn is None else redrawn
+            whole_batch = total == dead.numel() * group_size
+            places = torch.arange(len(dead), device=dead.device) if whole_batch else dead.nonzero().squeeze(1)
             revived = dead[places] & ~other_dead
-            own = revived.repeat_interleave(self.args.generations)[self._local(len(rows))]
-            output = replace_rows(output, rows[own], other, own.nonzero().squeeze(1), self._tokenizer.pad_token_id)
+            taken = own(revived, len(rows))
+            output = replace_rows(output, rows[taken], other, taken.nonzero().squeeze(1), self._tokenizer.pad_token_id)
             dead[places[revived]] = False
-        self._metrics["train"]["dynamic_sampling/attempts"].append(float(attempt))
-        self._metrics["train"]["dynamic_sampling/left_dead"].append(dead.float().mean().item())
-        alive = ~dead.repeat_interleave(self.args.generations)[self._local(len(output["completion_mask"]))]
+        metrics["dynamic_sampling/attempts"].append(float(attempt))
+        metrics["dynamic_sampling/left_dead"].append(dead.float().mean().item())
+        alive = ~own(dead, len(output["completion_mask"]))
         output["tool_mask"] = output["tool_mask"] * alive[:, None].to(output["tool_mask"].dtype)
         self._count_loss_tokens(output)
         return output
@@ -323,10 +289,8 @@ class SteeredGRPOTrainer(GRPOTrainer):
             raise RuntimeError("TRL computed its loss without log-probabilities.")
         # From the loss back to the log-probabilities only: elementwise, and right whatever the loss type and its clips.
         (pull,) = torch.autograd.grad(loss, self._logps, retain_graph=True)
-        sums = token_sums(
-            self._logps.detach(), pull, inputs["behaviour_logps"], inputs["completion_mask"], inputs[STEERED],
-            self.args.probability_floor,
-        )  # fmt: skip
+        batch = (inputs["behavior_logps"], inputs["completion_mask"], inputs[STEERED])
+        sums = token_sums(self._logps.detach(), pull, *batch)
         self._token_sums = sums if self._token_sums is None else self._token_sums + sums
         if self.accelerator.sync_gradients:
             for name, value in token_metrics(self.accelerator.reduce(self._token_sums, reduction="sum")).items():
@@ -334,12 +298,11 @@ class SteeredGRPOTrainer(GRPOTrainer):
             self._token_sums = None
 
     def _log_rows(self, rows: ScoredRows, advantages: Tensor) -> None:
-        """Metrics, the schedule's record, and the completions table, from the rows of all processes."""
+        """Log metrics and correct the completions table, from the rows of all processes."""
         advantages = self.accelerator.gather(advantages)
-        kept = rows.everyone.kept(self._negatives.gate)
+        kept = rows.everyone.kept(self._gate)
         for name, value in row_metrics(rows.everyone, kept, rows.rewards, advantages, self.args.generations).items():
             self._metrics["train"][name].append(value)
-        self._schedule.record(rows.everyone.looped[rows.everyone.negative].tolist(), self.state.global_step)
         logs: Any = self._logs
         overwrite_last(logs["advantages"], advantages)
         for name, column in zip(self.reward_func_names, rows.by_function.unbind(dim=1), strict=True):

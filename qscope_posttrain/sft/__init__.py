@@ -1,1 +1,1 @@
-"""SASFT: sparse autoencoder features as an auxiliary loss of a stock `trl.SFTTrainer`."""
+"""Auxiliary losses for supervised fine-tuning on a stock `trl.SFTTrainer`: SASFT, token penalty, KL anchor."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.models.layers import pretrained_model, text_config
-from qscope_posttrain.sft.attachment_checks import is_sharded
+from qscope_posttrain.models.layers import evaluation_mode, pretrained_model, text_config
 from qscope_posttrain.sft.logits import LogitHead, check_head, divergence_from
 
 
@@ -40,7 +40,7 @@ class Anchor:
                 or a head that is adapted.
         """
         model: Any = trainer.model
-        scheme = is_sharded(trainer)
+        scheme = sharding_of(trainer)
         if scheme is not None:
             raise UserValueError(
                 f"anchor_weight needs whole logits of the starting and the trained model; under {scheme} no rank "
@@ -54,7 +54,12 @@ class Anchor:
             return cls(given)
         if hasattr(model, "disable_adapter"):
             return cls(None)
-        return cls(_frozen_copy(pretrained_model(model)))
+        frozen: nn.Module = copy.deepcopy(pretrained_model(model))
+        # A copy carries the hooks of the original along, which would report the copy's outputs as the original's.
+        for module in frozen.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        return cls(frozen.eval().requires_grad_(False))
 
     def divergence(
         self,
@@ -67,11 +72,10 @@ class Anchor:
         """`KL(start || model)` at the chosen positions, `[positions]`; see `logits.divergence_from`.
 
         Args:
-            model: the trained model, unwrapped.
-            inputs: the batch as the model got it.
-            final_hidden: the trained model's final-norm output `[batch, tokens, d_model]`, with graph.
+            model, inputs: the trained model, unwrapped, and the batch as it got it.
+            final_hidden: its final-norm output `[batch, tokens, d_model]`, with graph.
             positions: bool `[batch, tokens]`.
-            excluded_ids: tokens to renormalise without, or None.
+            excluded_ids: tokens to renormalize without, or None.
         """
         start_hidden, start_head = self.start(model, inputs)
         # The layers of a model that is split over devices end on another one than that of the labels.
@@ -83,14 +87,14 @@ class Anchor:
     def start(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, LogitHead]:
         """The starting model's final-norm output `[batch, tokens, d_model]` for a batch, and its head."""
         adapted: Any = model
-        without_adapter: AbstractContextManager[Any] = (
-            adapted.disable_adapter() if self.frozen is None else nullcontext()
-        )
-        start = model if self.frozen is None else self._placed(self.frozen, inputs)
+        start = model if self.frozen is None else self.frozen
+        if self._to_place:  # once, since a walk over all parameters costs time
+            start.to(next(value.device for value in inputs.values() if isinstance(value, Tensor)))
+            self._to_place = False
         # The backbone is all but the LM head; labels would only make it compute a loss.
         backbone: Any = pretrained_model(start).base_model
         arguments = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
-        with without_adapter, _evaluating(start):
+        with adapted.disable_adapter() if self.frozen is None else nullcontext(), evaluation_mode(start):
             hidden = backbone(**arguments).last_hidden_state
             head = LogitHead.of(start)
         return hidden, head
@@ -106,25 +110,19 @@ class Anchor:
                 digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _placed(self, frozen: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
-        """`frozen` on the device of the batch; moved once, since a walk over all parameters costs time."""
-        if self._to_place:
-            frozen.to(next(value.device for value in inputs.values() if isinstance(value, Tensor)))
-            self._to_place = False
-        return frozen
 
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode (no dropout), then each as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def sharding_of(trainer: Trainer) -> str | None:
+    """The name of the scheme under which no rank holds whole parameters (FSDP, ZeRO-3, ...), or None."""
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        return "DeepSpeed ZeRO-3"
+    model: Any = trainer.model
+    at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)  # not in transformers 5.10
+    if at_load or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "sharded loading (DTensor parameters)"
+    return "tensor parallelism" if trainer.get_tp_size() > 1 else None
 
 
 def _check_given(given: nn.Module, model: nn.Module) -> None:
@@ -142,16 +140,7 @@ def _check_given(given: nn.Module, model: nn.Module) -> None:
 
 
 def _can_move(model: nn.Module) -> bool:
-    """Whether `.to(device)` is right: not for quantised weights, nor where a device_map placed the modules."""
+    """Whether `.to(device)` is right: not for quantized weights, nor where a device_map placed the modules."""
     causal_lm: Any = pretrained_model(model)
     places = set((getattr(causal_lm, "hf_device_map", None) or {}).values())
     return len(places) <= 1 and getattr(causal_lm, "hf_quantizer", None) is None
-
-
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    # A copy carries the hooks of the original along, which would report the copy's outputs as the original's.
-    for module in model.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return model.eval().requires_grad_(False)

@@ -1,12 +1,11 @@
-"""One callback attached to one trainer: what it changes on the trainer, what it counts, and how it leaves."""
+"""One callback attached to one trainer: its changes to the trainer, its counts, and how it leaves."""
 
 from __future__ import annotations
 
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, MetricWindow, Step
+from qscope_posttrain.sft.loss import Normalizer, count_in_window
 from qscope_posttrain.sft.masks import TokenBatch
-from qscope_posttrain.sft.normalization import count_in_window, micro_batch_normaliser
 from qscope_posttrain.sft.train_data import with_languages
 
 if TYPE_CHECKING:
@@ -27,19 +25,13 @@ if TYPE_CHECKING:
 class AttachedRun:
     """Lives on the trainer, in the methods that it wraps, and dies with it; the callback only knows it weakly.
 
-    Between two trainings of the trainer a wrapped `train` is all that is left, which comes back with the rest.
+    Between two trainings of the trainer only a wrapped `train` is left, which brings the rest back.
     """
 
     def __init__(
         self, callback: AuxiliaryLossCallback, trainer: Trainer, loss: AuxiliaryLoss, columns: tuple[str, ...] | None
     ) -> None:
-        """
-        Args:
-            callback: the callback, which is or will be in the trainer's list.
-            trainer: a constructed trainer.
-            loss: the term, made for this trainer.
-            columns: those that decide the languages of samples; None if no language is looked at.
-        """
+        """`loss` was made for this trainer; `columns` decide the languages of samples, None if none is read."""
         self.callback = callback
         self.trainer = trainer
         self.loss = loss
@@ -82,16 +74,17 @@ class AttachedRun:
         self._entry.restore()
         self.callback.runs.discard(self)
 
-    # Counting
+    # Counts
 
     def restart(self) -> None:
-        """Forget what was counted: a training begins, or begins again with smaller batches."""
-        self.window = MetricWindow(self.loss.window_names())
+        """Forget all counts: a training begins, or begins again with smaller batches."""
+        self.window = MetricWindow()
         self.steps = self.micro_batches = self.hook_calls = 0
         self.eligible_in_window: Tensor | None = None
 
-    def require_micro_batches(self) -> None:
-        """RuntimeError where a step was taken without the term."""
+    def count_step(self) -> None:
+        """Count an optimizer step; RuntimeError where it was taken without the term."""
+        self.steps += 1
         if self.micro_batches < self.steps:
             raise RuntimeError(
                 f"A step was taken without the loss of {type(self.callback).__name__}: this trainer's compute_loss was "
@@ -134,16 +127,8 @@ class AttachedRun:
                 self.leave()
 
     def _get_train_dataloader(self, original: Any) -> Any:
-        callback, config = self.callback, self.callback.config
-        return with_languages(
-            original,
-            self.trainer,
-            self.columns or (),
-            config.language,
-            callback.languages,
-            config.ignore_languages,
-            self.key,
-        )
+        callback = self.callback
+        return with_languages(original, self.trainer, self.columns or (), callback.config, callback.languages, self.key)
 
     def _get_batch_samples(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         batches, num_items_in_batch = original(*args, **kwargs)
@@ -177,26 +162,38 @@ class AttachedRun:
             layers, named = self.loss.captured(batch.labels)
             self.micro_batches += 1
             self.hook_calls += sum(capture.calls.values())
-            eligible = self.loss.eligible(batch)
-            normaliser = micro_batch_normaliser(
-                self.trainer,
-                self.loss.config.normalization,
-                batch,
-                eligible,
-                num_items_in_batch,
-                self.eligible_in_window,
-            )
-            # With PEFT the starting model is the trained one: its forward is no business of any capture.
-            with _paused(self.callback.captures_on(self.trainer)):
-                term, sums = self.loss.value(Step(batch, eligible, layers, named, normaliser, plain))
-            self.window.add([value.to(loss.device) for value in sums])
-            if not self.callback.measures_only:
+            term, sums = self._term(batch, layers, named, num_items_in_batch, plain)
+            self.window.add(sums, loss.device)
+            if self.loss.config.weight > 0 or self.loss.config.anchor > 0:  # else it is only measured
                 loss = loss + term.to(loss)
             return (loss, *result[1:]) if return_outputs else loss
         finally:
             capture.active = False
             # The captured tensors hold the graph of the whole forward.
             capture.clear()
+
+    def _term(
+        self,
+        batch: TokenBatch,
+        layers: Mapping[int, Tensor],
+        named: Mapping[str, Tensor],
+        num_items_in_batch: Tensor | int | None,
+        inputs: Mapping[str, Any],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The term and its sums, computed while no capture is active: with PEFT the starting model is the trained one,
+        and its forward must not be captured."""
+        eligible, normalization = self.loss.eligible(batch), self.loss.config.normalization
+        normalizer = Normalizer.of(
+            self.trainer, normalization, batch, eligible, num_items_in_batch, self.eligible_in_window
+        )
+        active = [capture for capture in self.callback.captures_on(self.trainer) if capture.active]
+        for capture in active:
+            capture.active = False
+        try:
+            return self.loss.value(Step(batch, eligible, layers, named, normalizer, inputs))
+        finally:
+            for capture in active:
+                capture.active = True
 
     def _token_batch(self, inputs: Mapping[str, Any]) -> TokenBatch:
         if self.columns is None:
@@ -207,19 +204,6 @@ class AttachedRun:
                 f"get_train_dataloader() with {type(self.callback).__name__} attached."
             )
         return TokenBatch.from_inputs(inputs, inputs[self.key])
-
-
-@contextmanager
-def _paused(captures: Sequence[LayerCapture]) -> Iterator[None]:
-    """None of `captures` active, then each as it was."""
-    active = [capture for capture in captures if capture.active]
-    for capture in active:
-        capture.active = False
-    try:
-        yield
-    finally:
-        for capture in active:
-            capture.active = True
 
 
 _ABSENT = object()
@@ -270,15 +254,13 @@ class _Wrapper:
         self.alive = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.alive:
-            return self.original(*args, **kwargs)
-        return self.function(self.original, *args, **kwargs)
+        return self.function(self.original, *args, **kwargs) if self.alive else self.original(*args, **kwargs)
 
 
 def calling_trainer(callback: object) -> Trainer:
     """The trainer whose constructor is now calling `callback.on_init_end`.
 
-    transformers tells callbacks nothing about their trainer, but its `__init__` is on the stack at this moment.
+    transformers passes callbacks no trainer, but its `__init__` is on the stack at this moment.
 
     Raises:
         RuntimeError: no such frame; says how to attach instead.
@@ -289,8 +271,7 @@ def calling_trainer(callback: object) -> Trainer:
         if isinstance(candidate, Trainer):
             return candidate
         frame = frame.f_back  # type: ignore[assignment]
-    name = type(callback).__name__
     raise RuntimeError(
-        f"{name} could not find the trainer that it was given to. Attach it by hand after construction: "
-        f"trainer = SFTTrainer(...); callback.attach(trainer)."
+        f"{type(callback).__name__} could not find the trainer that it was given to. Attach it by hand after "
+        "construction: trainer = SFTTrainer(...); callback.attach(trainer)."
     )

@@ -1,4 +1,4 @@
-"""The base of every auxiliary loss on a stock `SFTTrainer`: attaching, adding, logging, leaving."""
+"""The base of every auxiliary loss on a stock `SFTTrainer`: attach, refuse what cannot work, leave."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.models.capture import LayerCapture
+from qscope_posttrain.provenance import check_resumed
 from qscope_posttrain.sft.attached_run import AttachedRun, calling_trainer
-from qscope_posttrain.sft.attachment_checks import check_resumed, check_trainer
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss
 from qscope_posttrain.sft.config import LossConfig
 from qscope_posttrain.sft.train_data import language_columns
@@ -31,24 +31,21 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
 
     One object serves several trainers, one after another or in turns: it holds settings, and each trainer holds the
     state of its own runs.
-
-    A subclass says what the term is.
     """
 
     def __init__(
         self,
         config: LossConfig,
-        *,
-        name: str,
         languages: tuple[str, ...],
+        name: str,
         target_token_ids: Tensor | None = None,
         anchor_model: nn.Module | None = None,
     ) -> None:
         """
         Args:
             config: the settings.
-            name: prefix of the metrics; distinct for callbacks on the same trainer.
             languages: known languages; a token's language id is an index into them.
+            name: prefix of the metrics; distinct for callbacks on the same trainer.
             target_token_ids: `[n]` int64, the tokens that write the target language. By default the entries of the
                 trainer's tokenizer that write the target's script.
             anchor_model: the starting model of the anchor, by default the model without its adapter (PEFT) or a
@@ -63,14 +60,12 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
                 f"anchor_model is the starting model of the KL anchor, and {type(config).__name__}.anchor_weight is 0, "
                 "so that it would do nothing. Give anchor_weight=1.0, say, or leave anchor_model out."
             )
-        self.name = name
-        self.config = config
+        self.config: Any = config
         self.languages = languages
+        self.name = name
         self.target_token_ids = target_token_ids
         self.anchor_model = anchor_model
         self.runs: WeakSet[AttachedRun] = WeakSet()
-
-    # What a subclass gives
 
     @abstractmethod
     def prepare(self, trainer: Trainer) -> AuxiliaryLoss:
@@ -86,19 +81,12 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     @property
     def weight(self) -> float:
         """The factor of the term."""
-        return self.config.weight
-
-    @property
-    def measures_only(self) -> bool:
-        """Whether the term is computed for the metrics alone, without gradient, and never added."""
-        return self.config.weight == 0 and self.config.anchor == 0
+        return float(self.config.weight)
 
     @property
     def reads_languages(self) -> bool:
         """Whether the language of a sample makes a difference."""
         return self.config.target is not None
-
-    # Coming and going
 
     @property
     def attached(self) -> bool:
@@ -117,8 +105,15 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             if run.hooked:
                 raise RuntimeError(f"This {type(self).__name__} is already attached to the trainer; detach() it first.")
             run.leave()
-        check_trainer(trainer, type(self).__name__)
-        self._check_name(trainer)
+        _check_trainer(trainer, type(self).__name__)
+        self._check_once(trainer)
+        for other in trainer.callback_handler.callbacks:
+            same = isinstance(other, AuxiliaryLossCallback) and other is not self and other.name == self.name
+            if same and other.runs_on(trainer):
+                raise UserValueError(
+                    f"A callback named {self.name!r} is already attached to this trainer; give one of the two another "
+                    f"name, for example name='{self.name}_2', so that their metrics stay apart."
+                )
         columns = self.columns_of(trainer)
         self.runs.add(AttachedRun(self, trainer, self.prepare(trainer), columns))
         if self not in trainer.callback_handler.callbacks:
@@ -126,7 +121,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         return self
 
     def detach(self) -> None:
-        """Leave every trainer for good: hooks, methods, list of callbacks. What trains on does so without the term."""
+        """Leave every trainer for good: hooks, methods, list of callbacks. Training goes on without the term."""
         for run in list(self.runs):
             if not run.removed:
                 run.trainer.remove_callback(self)
@@ -142,7 +137,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         self.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what is read back from a pickle, is attached to nothing."""
+        """A copy, or an object read back from a pickle, is attached to nothing."""
         return {name: value for name, value in vars(self).items() if name != "runs"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -157,35 +152,20 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         callbacks = [other for other in trainer.callback_handler.callbacks if isinstance(other, AuxiliaryLossCallback)]
         return [run.loss.capture for other in callbacks for run in other.runs_on(trainer)]
 
+    def columns_of(self, trainer: Trainer) -> tuple[str, ...] | None:
+        """The columns that decide the languages of the trainer's data; None if no language is read."""
+        return language_columns(trainer, self.config, self.languages) if self.reads_languages else None
+
     def _running(self, state: TrainerState) -> AttachedRun:
-        """The run of the trainer that an event comes from, of which transformers tells a callback only the state."""
+        """The run of the trainer that an event comes from, which transformers identifies by its state alone."""
         for run in self.runs:
             if run.trainer.state is state and run.hooked:
                 return run
-        name = type(self).__name__
         raise RuntimeError(
-            f"{name} is among the callbacks of this trainer but not attached to it: it was added with "
+            f"{type(self).__name__} is among the callbacks of this trainer but not attached to it: it was added with "
             f"trainer.add_callback after the trainer had been made, when it can no longer see the training data. "
             "Use callback.attach(trainer) instead, or give it to SFTTrainer(callbacks=[...])."
         )
-
-    def columns_of(self, trainer: Trainer) -> tuple[str, ...] | None:
-        """The columns that decide the languages of the trainer's data; None if no language is looked at."""
-        config = self.config
-        if config.target is None:
-            return None
-        return language_columns(trainer, config.language, self.languages, config.ignore_languages, config.target)
-
-    def _check_name(self, trainer: Trainer) -> None:
-        self._check_once(trainer)
-        for other in trainer.callback_handler.callbacks:
-            if not isinstance(other, AuxiliaryLossCallback) or other is self or other.name != self.name:
-                continue
-            if other.runs_on(trainer):
-                raise UserValueError(
-                    f"A callback named {self.name!r} is already attached to this trainer; give one of the two another "
-                    f"name, for example name='{self.name}_2', so that their metrics stay apart."
-                )
 
     def _check_once(self, trainer: Trainer) -> None:
         if sum(other is self for other in trainer.callback_handler.callbacks) > 1:
@@ -193,26 +173,43 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
 
     # Events of the trainer
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.attach(calling_trainer(self))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         run = self._running(state)
         self._check_once(run.trainer)
         run.restart()
         check_resumed(state, f"qscope_posttrain/{self.name}", {**self.identity(), **run.loss.identity()})
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         run = self._running(state)
-        run.steps += 1
-        run.require_micro_batches()
+        run.count_step()
         if control.should_log or control.should_training_stop:
             run.flush()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log:
             self._running(state).flush()
+
+
+def _check_trainer(trainer: Trainer, callback_name: str) -> None:
+    """Refuse trainers whose loss or batches are not what the penalties rely on."""
+    from trl import SFTTrainer
+
+    if not isinstance(trainer, SFTTrainer):
+        raise UserTypeError(
+            f"{callback_name} attaches to trl.SFTTrainer (or a subclass), got {type(trainer).__name__}."
+        )
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_size > 1 or parallelism.sp_size > 1):
+        raise UserValueError(
+            f"{callback_name} does not work with context or sequence parallelism (cp_size={parallelism.cp_size}, "
+            f"sp_size={parallelism.sp_size}): they split a sequence over ranks inside the training step, so labels and "
+            "languages no longer match the captured tokens. Use data parallelism, FSDP2 or ZeRO instead."
+        )
+    if trainer.args.n_gpu > 1:
+        raise UserValueError(
+            f"{callback_name} does not work with nn.DataParallel, whose replicas run in threads of one process. "
+            "Launch with `accelerate launch` or torchrun, or make one GPU visible."
+        )

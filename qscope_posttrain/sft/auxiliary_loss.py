@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,16 @@ from transformers import Trainer
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.models.layers import decoder_layers, final_norm
-from qscope_posttrain.models.target_tokens import fingerprint
+from qscope_posttrain.models.target_tokens import find_target_tokens, fingerprint
 from qscope_posttrain.sft.anchor import Anchor
-from qscope_posttrain.sft.config import LossConfig
 from qscope_posttrain.sft.logits import check_head
+from qscope_posttrain.sft.loss import Normalizer
 from qscope_posttrain.sft.masks import TokenBatch
-from qscope_posttrain.sft.normalization import Normaliser
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 
 FINAL_NORM = "final_norm"
 
@@ -33,108 +34,81 @@ class Step:
     """One micro-batch after the model's forward; hidden states are `[batch, tokens, d_model]`, with their graph."""
 
     batch: TokenBatch
-    eligible: Tensor
-    """Positions that the term acts on, bool `[batch, tokens]`"""
-    layers: Mapping[int, Tensor]
-    """Outputs of the captured decoder layers"""
-    named: Mapping[str, Tensor]
-    """Outputs of the captured modules"""
-    normaliser: Normaliser
-    inputs: Mapping[str, Any]
-    """The batch as the collator made it, without the languages"""
-
-    @property
-    def final(self) -> Tensor:
-        """The final norm's output."""
-        return self.named[FINAL_NORM]
+    eligible: Tensor  # Positions that the term acts on, bool `[batch, tokens]`
+    layers: Mapping[int, Tensor]  # Outputs of the captured decoder layers
+    named: Mapping[str, Tensor]  # Outputs of the captured modules: `FINAL_NORM`, where the loss needs logits
+    normalizer: Normalizer
+    inputs: Mapping[str, Any]  # The batch as the collator made it, without the languages
 
 
 class AuxiliaryLoss(ABC):
     """`weight * term`, and with `anchor_weight` the KL anchor beside it, for one trainer.
 
-    What belongs to a trainer (its model, hooks, tokens, starting model) lives here, and never in the callback, so that
-    one callback serves several trainers.
+    Whatever belongs to a trainer (model, hooks, tokens, starting model) lives here, so that a callback serves several.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        config: LossConfig,
-        *,
-        target_id: int | None,
-        layers: Iterable[int] = (),
-        tokens: Tensor | None = None,
-        anchor: Anchor | None = None,
-        needs_logits: bool = True,
-    ) -> None:
-        """
-        Args:
-            trainer: its model is read and checked; nothing is changed.
-            config: the settings.
-            target_id: index of the target language, None if there is none.
-            layers: decoder layers to capture; by default the last, whose output feeds the norm anyway.
-            tokens: `[n]`, the tokens of the target language, where they are needed.
-            anchor: the starting model, where the divergence from it is needed.
-            needs_logits: whether to capture the final norm's output.
-        """
+    needs_tokens = False
+    """Whether the tokens of the target language must be known; otherwise they are only left out of the anchor"""
+    needs_anchor = False  # Whether the term itself is a divergence from the starting model
+
+    def __init__(self, trainer: Trainer, callback: AuxiliaryLossCallback, layers: Iterable[int] = ()) -> None:
+        """Read and check the trainer's model; nothing is changed. `layers` are captured, by default the last."""
         model: Any = trainer.model
-        if needs_logits:
-            check_head(model)
-        self.config = config
+        self.config = config = callback.config
         self.model: nn.Module = model
-        self.target_id = target_id
-        self.tokens = tokens
-        self.anchor = anchor
+        self.target_id = None if config.target is None else callback.languages.index(config.target)
+        self.tokens: Tensor | None = None
+        self.anchor: Anchor | None = None
+        if config.needs_logits:
+            check_head(model)
+            given = callback.target_token_ids
+            if config.target is not None or given is not None:
+                self.tokens = find_target_tokens(trainer, config.target or "the anchor", given, self.needs_tokens)
+        if self.needs_anchor or config.anchor > 0:
+            self.anchor = Anchor.for_trainer(trainer, callback.anchor_model)
         chosen = tuple(layers) or (len(decoder_layers(model)) - 1,)
-        self.capture = LayerCapture(model, chosen, {FINAL_NORM: final_norm(model)} if needs_logits else None)
+        self.capture = LayerCapture(model, chosen, {FINAL_NORM: final_norm(model)} if config.needs_logits else None)
         self.capture.active = False
 
     # What a subclass gives
 
     @abstractmethod
-    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
-        """The normalised term without its weight, and its further sums over this micro-batch."""
+    def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The normalized term without its weight, and sums over this micro-batch by name: scalars and vectors."""
 
     @abstractmethod
-    def sum_names(self) -> tuple[str, ...]:
-        """Names of the sums that `penalty` returns."""
-
-    @abstractmethod
-    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """What to log beside the terms, from sums over a logging window and over all ranks."""
+    def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        """Values to log beside the terms, from those sums over a logging window and over all ranks."""
 
     def eligible(self, batch: TokenBatch) -> Tensor:
-        """Positions that the term acts on, bool `[batch, tokens]`; what "paper" normalisation counts."""
+        """Positions that the term acts on, bool `[batch, tokens]`; "paper" normalization counts them."""
         return batch.eligible(self.target_id, "predicting")
 
-    # What all have
+    # Common to all
 
-    def value(self, step: Step) -> tuple[Tensor, list[Tensor]]:
-        """The scalar to add to the loss, weights included, and the window's values in the order of `window_names`."""
+    def value(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to add to the loss, weights included, and what the window sums up."""
         weight, anchor_weight = self.config.weight, self.config.anchor
         # A term that only measures must not even contribute a zero gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
             penalty, sums = self.penalty(step)
         term = weight * penalty if weight else torch.zeros_like(penalty)
-        values = [penalty.detach() * step.normaliser.logged, *sums]
+        sums["penalty"] = penalty.detach() * step.normalizer.logged
         if anchor_weight > 0:
-            anchor = step.normaliser(self.divergence(step, step.batch.eligible(self.target_id, "predicting")).sum())
+            anchor = step.normalizer(self.divergence(step, step.batch.eligible(self.target_id, "predicting")).sum())
             term = term + anchor_weight * anchor.to(term.device)
-            values.append(anchor.detach() * step.normaliser.logged)
-        return term, values
+            sums["anchor"] = anchor.detach() * step.normalizer.logged
+        return term, sums
 
     def divergence(self, step: Step, positions: Tensor) -> Tensor:
         """`KL(start || model)` at `positions`, over all tokens but the target's if these are known; `[positions]`."""
         if self.anchor is None:
             raise RuntimeError("The divergence needs a starting model, which this loss was made without.")
-        return self.anchor.divergence(self.model, step.inputs, step.final, positions, self.tokens)
+        return self.anchor.divergence(self.model, step.inputs, step.named[FINAL_NORM], positions, self.tokens)
 
-    def window_names(self) -> tuple[str, ...]:
-        return ("penalty", *self.sum_names(), *(("anchor",) if self.config.anchor > 0 else ()))
-
-    def metrics(self, totals: Mapping[str, float], steps: int, ranks: int) -> dict[str, float]:
-        """Values to log, from sums over a logging window of `steps` optimiser steps and over `ranks` processes."""
-        terms = {name: totals[name] / (ranks * steps) for name in ("penalty", "anchor") if name in totals}
+    def metrics(self, totals: Mapping[str, list[float]], steps: int, ranks: int) -> dict[str, float]:
+        """Values to log, from sums over a logging window of `steps` optimizer steps and over `ranks` processes."""
+        terms = {name: totals[name][0] / (ranks * steps) for name in ("penalty", "anchor") if name in totals}
         return terms | self.rates(totals)
 
     def identity(self) -> dict[str, Any]:
@@ -173,34 +147,25 @@ class AuxiliaryLoss(ABC):
 
 
 class MetricWindow:
-    """Running sums of named vectors, without a synchronisation with the host until `totals()`.
+    """Running sums of named tensors, without a synchronization with the host until `totals()`.
 
-    `names` fixes what is summed and in what order, so that all ranks hold the same vector, also a rank that has seen
-    no token of interest.
+    Every rank adds the same names in every micro-batch, also one without a token of interest.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
         self._sums: Tensor | None = None
 
-    def add(self, values: Sequence[Tensor]) -> None:
-        """Add one micro-batch: scalars and vectors on one device that, in this order, cover `names`."""
-        flat = torch.cat([value.detach().reshape(-1).float() for value in values])
-        if flat.numel() != len(self.names):
-            raise UserValueError(f"Expected {len(self.names)} values for {', '.join(self.names)}; got {flat.numel()}.")
+    def add(self, values: Mapping[str, Tensor], device: torch.device) -> None:
+        """Add one micro-batch."""
+        self._sizes = {name: value.numel() for name, value in values.items()}
+        flat = torch.cat([value.detach().to(device).reshape(-1).float() for value in values.values()])
         # Token counts of a long window pass 2**24, where fp32 stops counting.
-        flat = flat.to(_sum_dtype(flat.device))
+        flat = flat.to(torch.float32 if device.type == "mps" else torch.float64)
         self._sums = flat if self._sums is None else self._sums + flat
 
-    def totals(self, accelerator: Accelerator) -> dict[str, float]:
+    def totals(self, accelerator: Accelerator) -> dict[str, list[float]]:
         """Sums over the window and over all ranks, by name; then empty. Every rank must call this."""
-        sums = self._sums
-        if sums is None:
-            sums = torch.zeros(len(self.names), dtype=_sum_dtype(accelerator.device), device=accelerator.device)
+        numbers = iter(accelerator.reduce(self._sums, reduction="sum").tolist())
         self._sums = None
-        gathered: Tensor = accelerator.reduce(sums, reduction="sum")
-        return dict(zip(self.names, gathered.tolist(), strict=True))
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+        return {name: list(itertools.islice(numbers, size)) for name, size in self._sizes.items()}

@@ -1,4 +1,4 @@
-"""Losses beside SASFT that need no SAE and no FeatureSet, with the same interface: token penalty, KL anchor alone.
+"""Losses that need no SAE and no FeatureSet, with the interface of SASFT: token penalty, KL anchor alone.
 
 The difference of means and random features are FeatureSets, so they run through `SASFTCallback` itself (see
 `features.directions`).
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.models.target_tokens import find_target_tokens
-from qscope_posttrain.sft.anchor import Anchor
+from qscope_posttrain.sft.anchor import sharding_of
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-from qscope_posttrain.sft.attachment_checks import is_sharded
-from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, Step
+from qscope_posttrain.sft.auxiliary_loss import FINAL_NORM, AuxiliaryLoss, Step
 from qscope_posttrain.sft.config import (
     KLAnchorConfig,
     LanguageOf,
@@ -26,19 +24,22 @@ from qscope_posttrain.sft.config import (
     TokenPenaltyConfig,
     known_languages,
 )
-from qscope_posttrain.sft.logits import LogitHead, check_head, target_surprise
+from qscope_posttrain.sft.logits import LogitHead, target_surprise
 
 
 class TokenPenaltyCallback(AuxiliaryLossCallback):
-    """Penalises probability on tokens of the target language, at non-target positions that predict a response token.
+    """Penalizes probability on tokens of the target language, at non-target positions that predict a response token.
 
         callback = TokenPenaltyCallback("zh", weight=40.0, anchor_weight=1.0)
         trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
 
-    The formula is in `TokenPenaltyConfig` (options). Logged, over the steps since the last log and over all ranks:
+    Options are the fields of `TokenPenaltyConfig`, which has the formula, or all of them in one object, `config`.
+    `target_token_ids`, `anchor_model`, `name`: see `AuxiliaryLossCallback`.
+
+    Logged, over the steps since the last log and over all ranks:
 
         token_penalty/penalty             the term as it enters a step's loss, without its weight; mean over steps
-        token_penalty/target_probability  mean of P over the penalised positions
+        token_penalty/target_probability  mean of P over the penalized positions
         token_penalty/anchor              the KL term, like the penalty; only with anchor_weight
         token_penalty/hook_calls          hook calls per micro-batch and captured module: 1
     """
@@ -50,45 +51,18 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
         language: str | LanguageOf = TokenPenaltyConfig.language,
         normalization: TokenNormalization = TokenPenaltyConfig.normalization,
         *,
+        config: TokenPenaltyConfig | None = None,
         target_token_ids: Tensor | None = None,
         anchor_model: nn.Module | None = None,
         name: str = "token_penalty",
         **options: Any,
     ) -> None:
-        """
-        Args:
-            target, weight, language, normalization, options: the fields of `TokenPenaltyConfig`.
-            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`.
-
-        Raises:
-            ValueError, TypeError: an option that cannot work.
-        """
-        config = TokenPenaltyConfig(
-            target=target, weight=weight, language=language, normalization=normalization, **options
-        )
-        self.config: TokenPenaltyConfig
-        super().__init__(
-            config,
-            name=name,
-            languages=known_languages(config),
-            target_token_ids=target_token_ids,
-            anchor_model=anchor_model,
-        )
+        options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
+        config = TokenPenaltyConfig.of(config, **options)
+        super().__init__(config, known_languages(config), name, target_token_ids, anchor_model)
 
     def prepare(self, trainer: Trainer) -> AuxiliaryLoss:
-        config = self.config
-        scheme = is_sharded(trainer)
-        if scheme is not None:
-            raise UserValueError(
-                f"The token penalty needs the whole output embedding with gradient, which no rank holds under {scheme} "
-                "outside of the model's forward. Use DDP or ZeRO-1/2."
-            )
-        model: Any = trainer.model
-        check_head(model)
-        tokens = find_target_tokens(trainer, config.target, self.target_token_ids, required=True)
-        anchor = Anchor.for_trainer(trainer, self.anchor_model) if config.anchor_weight > 0 else None
-        target_id = self.languages.index(config.target)
-        return _TokenPenalty(trainer, config, target_id=target_id, tokens=tokens, anchor=anchor)
+        return _TokenPenalty(trainer, self)
 
 
 class KLAnchorCallback(AuxiliaryLossCallback):
@@ -97,7 +71,11 @@ class KLAnchorCallback(AuxiliaryLossCallback):
         callback = KLAnchorCallback(weight=1.0)               # every language; target="zh" leaves Chinese free
 
     Beside a penalty the same term is `anchor_weight`, an option of `SASFTCallback` and `TokenPenaltyCallback`.
-    The formula is in `KLAnchorConfig` (options). Logged, over the steps since the last log and over all ranks:
+    Options are the fields of `KLAnchorConfig`, which has the formula, or all of them in one object, `config`.
+    `target_token_ids`, `anchor_model`, `name`: see `AuxiliaryLossCallback`; without a target the distributions omit
+    only tokens that are named there.
+
+    Logged, over the steps since the last log and over all ranks:
 
         kl_anchor/penalty      the term as it enters a step's loss, without its weight; mean over steps
         kl_anchor/divergence   mean KL per position, in nats
@@ -111,74 +89,59 @@ class KLAnchorCallback(AuxiliaryLossCallback):
         language: str | LanguageOf = KLAnchorConfig.language,
         normalization: TokenNormalization = KLAnchorConfig.normalization,
         *,
+        config: KLAnchorConfig | None = None,
         target_token_ids: Tensor | None = None,
         anchor_model: nn.Module | None = None,
         name: str = "kl_anchor",
         **options: Any,
     ) -> None:
-        """
-        Args:
-            weight, target, language, normalization, options: the fields of `KLAnchorConfig`.
-            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`. Without a target no token is left out of
-                the distributions unless it is named here.
-
-        Raises:
-            ValueError, TypeError: an option that cannot work.
-        """
-        config = KLAnchorConfig(target=target, weight=weight, language=language, normalization=normalization, **options)
-        self.config: KLAnchorConfig
-        super().__init__(
-            config,
-            name=name,
-            languages=known_languages(config),
-            target_token_ids=target_token_ids,
-            anchor_model=anchor_model,
-        )
+        options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
+        config = KLAnchorConfig.of(config, **options)
+        super().__init__(config, known_languages(config), name, target_token_ids, anchor_model)
 
     def prepare(self, trainer: Trainer) -> AuxiliaryLoss:
-        target, given = self.config.target, self.target_token_ids
-        model: Any = trainer.model
-        check_head(model)
-        tokens = None
-        if target is not None or given is not None:
-            tokens = find_target_tokens(trainer, target or "the anchor", given, required=False)
-        anchor = Anchor.for_trainer(trainer, self.anchor_model)
-        target_id = None if target is None else self.languages.index(target)
-        return _KLAnchor(trainer, self.config, target_id=target_id, tokens=tokens, anchor=anchor)
+        return _KLAnchor(trainer, self)
 
 
 class _TokenPenalty(AuxiliaryLoss):
     """The token penalty for one trainer."""
 
     config: TokenPenaltyConfig
+    needs_tokens = True
 
-    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+    def __init__(self, trainer: Trainer, callback: TokenPenaltyCallback) -> None:
+        scheme = sharding_of(trainer)
+        if scheme is not None:
+            raise UserValueError(
+                f"The token penalty needs the whole output embedding with gradient, which no rank holds under {scheme} "
+                "outside of the model's forward. Use DDP or ZeRO-1/2."
+            )
+        super().__init__(trainer, callback)
+
+    def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         positions, tokens = step.eligible, torch.as_tensor(self.tokens)
         if self.config.skip_target_labels:
             positions = positions & ~torch.isin(step.batch.next_labels(), tokens.to(positions.device))
-        hidden = step.final
+        hidden = step.named[FINAL_NORM]
         surprise = target_surprise(LogitHead.of(self.model), hidden[positions.to(hidden.device)], tokens)
         probability = -torch.expm1(-surprise.detach())
-        return step.normaliser(surprise.sum()), [probability.sum(), positions.sum()]
+        return step.normalizer(surprise.sum()), {"probability": probability.sum(), "positions": positions.sum()}
 
-    def sum_names(self) -> tuple[str, ...]:
-        return ("probability", "positions")
-
-    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
-        return {"target_probability": totals["probability"] / max(totals["positions"], 1)}
+    def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        return {"target_probability": totals["probability"][0] / max(totals["positions"][0], 1)}
 
 
 class _KLAnchor(AuxiliaryLoss):
     """The KL anchor alone, for one trainer."""
 
-    config: KLAnchorConfig
+    needs_anchor = True
 
-    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+    def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         divergence = self.divergence(step, step.eligible)
-        return step.normaliser(divergence.sum()), [divergence.detach().sum(), step.eligible.sum()]
+        return step.normalizer(divergence.sum()), {
+            "divergence": divergence.detach().sum(),
+            "positions": step.eligible.sum(),
+        }
 
-    def sum_names(self) -> tuple[str, ...]:
-        return ("divergence", "positions")
-
-    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
-        return {"divergence": totals["divergence"] / max(totals["positions"], 1)}
+    def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        return {"divergence": totals["divergence"][0] / max(totals["positions"][0], 1)}

@@ -16,26 +16,23 @@ from transformers import Trainer
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.kernels.penalty import FeaturePenalty, feature_penalty
-from qscope_posttrain.models.target_tokens import find_target_tokens
-from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-from qscope_posttrain.sft.attachment_checks import TENSOR_PARALLEL, ZERO_3, is_sharded
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, Step
 from qscope_posttrain.sft.config import Combine, LanguageOf, SASFTConfig
-from qscope_posttrain.sft.logits import LogitHead, check_head, risk_weights
-from qscope_posttrain.sft.loss import Normalization
+from qscope_posttrain.sft.loss import Normalization, excess_and_loss
 from qscope_posttrain.sft.masks import TokenBatch
 
 
 class SASFTCallback(AuxiliaryLossCallback):
-    """Penalises features of a target language on responses in other languages (SASFT, arXiv 2507.14894).
+    """Penalizes features of a target language on responses in other languages (SASFT, arXiv 2507.14894).
 
         callback = SASFTCallback(features, target="zh", weight=0.1, language="language")
         trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
         trainer.train()
 
-    The formulas are in `SASFTConfig` (options), `sft.loss` (the penalty) and `sft.normalisation` (its divisor).
+    Options are the fields of `SASFTConfig`, which has the formulas, or all of them in one object, `config`; the penalty
+    and its divisor are in `sft.loss`. `features` may be a path. `target_token_ids` (of use to the anchor alone),
+    `anchor_model` and `name`: see `AuxiliaryLossCallback`.
 
     Logged through the trainer's metrics, over the steps since the last log and over all ranks:
 
@@ -55,65 +52,31 @@ class SASFTCallback(AuxiliaryLossCallback):
         language: str | LanguageOf = SASFTConfig.language,
         normalization: Normalization = SASFTConfig.normalization,
         *,
+        config: SASFTConfig | None = None,
         target_token_ids: Tensor | None = None,
         anchor_model: nn.Module | None = None,
         name: str = "sasft",
         **options: Any,
     ) -> None:
-        """
-        Args:
-            features: a FeatureSet or the path of its file.
-            target, weight, language, normalization, options: the fields of `SASFTConfig`.
-            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`; the first is used by risk weights and
-                the anchor only.
-
-        Raises:
-            ValueError, TypeError, FileNotFoundError: a file, target, layer or option that cannot work.
-        """
-        config = SASFTConfig(target=target, weight=weight, language=language, normalization=normalization, **options)
-        self.config: SASFTConfig
+        options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
+        config = SASFTConfig.of(config, **options)
         self.features = FeatureSet.load(features)
         self.layers: tuple[PenaltyLayer, ...] = penalty_layers(self.features, config)
-        super().__init__(
-            config,
-            name=name,
-            languages=self.features.languages,
-            target_token_ids=target_token_ids,
-            anchor_model=anchor_model,
-        )
+        super().__init__(config, self.features.languages, name, target_token_ids, anchor_model)
 
     def prepare(self, trainer: Trainer) -> AuxiliaryLoss:
-        config = self.config
         model: Any = trainer.model
         self.features.check_model(model)
-        risk, tokens = config.position_weight == "risk", None
-        if config.needs_logits:
-            check_head(model)
-            tokens = find_target_tokens(trainer, config.target, self.target_token_ids, required=risk)
-        scheme = is_sharded(trainer)
-        # The others keep DTensors, which `LogitHead` gathers.
-        if risk and scheme in (ZERO_3, TENSOR_PARALLEL):
-            raise UserValueError(
-                f'position_weight="risk" reads the output embedding, which under {scheme} is not whole outside of the '
-                "model's forward. Use ZeRO-1/2, DDP or FSDP2, or uniform weights."
-            )
-        anchor = Anchor.for_trainer(trainer, self.anchor_model) if config.anchor_weight > 0 else None
-        target_id = self.features.language_index(config.target)
-        return _FeaturePenalty(
-            trainer, config, target_id=target_id, penalties=self.layers, tokens=tokens, anchor=anchor
-        )
+        return _FeaturePenalty(trainer, self)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "features_sha256": self._fingerprint()}
-
-    def _fingerprint(self) -> str:
-        """Hash of the rows, biases and thresholds in use: the same features give the same hash, wherever they lie."""
+        # The same features give the same hash, wherever they are stored.
         digest = hashlib.sha256()
         for layer in self.layers:
             digest.update(str(layer.layer).encode())
             for tensor in (layer.rows, layer.bias, layer.thresholds):
                 digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return {**super().identity(), "features_sha256": digest.hexdigest()}
 
 
 class _FeaturePenalty(AuxiliaryLoss):
@@ -121,66 +84,48 @@ class _FeaturePenalty(AuxiliaryLoss):
 
     config: SASFTConfig
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        config: SASFTConfig,
-        *,
-        target_id: int,
-        penalties: tuple[PenaltyLayer, ...],
-        tokens: Tensor | None,
-        anchor: Anchor | None,
-    ) -> None:
-        super().__init__(
-            trainer,
-            config,
-            target_id=target_id,
-            layers=[layer.layer for layer in penalties],
-            tokens=tokens,
-            anchor=anchor,
-            needs_logits=config.needs_logits,
-        )
-        self.penalties = list(penalties)
+    def __init__(self, trainer: Trainer, callback: SASFTCallback) -> None:
+        super().__init__(trainer, callback, [layer.layer for layer in callback.layers])
+        self.penalties = list(callback.layers)
 
     def eligible(self, batch: TokenBatch) -> Tensor:
         if self.config.normalization == "official":
             return batch.published(self.target_id)
         return batch.eligible(self.target_id, self.config.positions)
 
-    def penalty(self, step: Step) -> tuple[Tensor, list[Tensor]]:
-        eligible, weights = step.eligible, None
-        if self.config.position_weight == "risk" and self.tokens is not None:
-            weights = risk_weights(LogitHead.of(self.model), step.final, eligible, self.tokens)
+    def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        eligible, normalizer = step.eligible, step.normalizer
         penalty = torch.zeros((), device=eligible.device)
         above = torch.zeros_like(eligible)
-        mean_excesses: list[Tensor] = []
+        excesses: list[Tensor] = []
         for i, layer in enumerate(self.penalties):
             hidden = step.layers[layer.layer]
             here = hidden.device
             if layer.rows.device != here:
                 layer = self.penalties[i] = layer.to(here)
-            found = layer.penalty(
+            found, share = excess_and_loss(
                 hidden,
-                step.batch.language_ids.to(here),
+                layer.thresholds,
                 eligible.to(here),
-                None if weights is None else weights.to(here),
+                normalizer.normalization,
+                normalizer.num_tokens.to(here),
+                rows=layer.rows,
+                bias=layer.bias,
+                groups=step.batch.language_ids.to(here),
             )
-            penalty = penalty + step.normaliser(found.sums.sum(), features=len(layer)).to(penalty.device)
+            penalty = penalty + normalizer.scaled(share).to(penalty.device)
             above |= found.above.to(above.device)
-            mean_excesses.append(found.excesses)
-        return penalty, [above.sum(), eligible.sum(), step.batch.labelled().sum(), *mean_excesses]
+            excesses.append(found.excesses)
+        counts = {"penalized": above.sum(), "eligible": eligible.sum(), "labeled": step.batch.labeled().sum()}
+        return penalty, {**counts, "excess": torch.cat([excess.to(eligible.device) for excess in excesses])}
 
-    def sum_names(self) -> tuple[str, ...]:
-        excesses = (f"excess/{name}" for layer in self.penalties for name in layer.names)
-        return ("penalised", "eligible", "labelled", *excesses)
-
-    def rates(self, totals: Mapping[str, float]) -> dict[str, float]:
-        eligible = max(totals["eligible"], 1)
-        values = {
-            "penalised_fraction": totals["penalised"] / eligible,
-            "eligible_fraction": totals["eligible"] / max(totals["labelled"], 1),
+    def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        eligible, names = max(totals["eligible"][0], 1), [name for layer in self.penalties for name in layer.names]
+        return {
+            "penalised_fraction": totals["penalized"][0] / eligible,
+            "eligible_fraction": totals["eligible"][0] / max(totals["labeled"][0], 1),
+            **{f"excess/{name}": sum_ / eligible for name, sum_ in zip(names, totals["excess"], strict=True)},
         }
-        return values | {key: value / eligible for key, value in totals.items() if key.startswith("excess/")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,16 +135,11 @@ class PenaltyLayer:
     `excess = ReLU(h @ rows.T + bias - thresholds[language])`, which is ReLU((f - alpha) / sigma).
     """
 
-    layer: int
-    """Decoder layer, counted from 0"""
-    names: tuple[str, ...]
-    """One per readout, for the metrics"""
-    rows: Tensor
-    """[R, d_model] fp32"""
-    bias: Tensor
-    """[R] fp32"""
-    thresholds: Tensor
-    """[languages, R] fp32, in the order of the FeatureSet's languages"""
+    layer: int  # Decoder layer, counted from 0
+    names: tuple[str, ...]  # One per readout, for the metrics
+    rows: Tensor  # [R, d_model] fp32
+    bias: Tensor  # [R] fp32
+    thresholds: Tensor  # [languages, R] fp32, in the order of the FeatureSet's languages
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -207,21 +147,6 @@ class PenaltyLayer:
     def to(self, device: torch.device) -> PenaltyLayer:
         return replace(
             self, rows=self.rows.to(device), bias=self.bias.to(device), thresholds=self.thresholds.to(device)
-        )
-
-    def penalty(
-        self, hidden: Tensor, language_ids: Tensor, mask: Tensor, weights: Tensor | None = None
-    ) -> FeaturePenalty:
-        """Sums of every readout's excess over its language's threshold, in at least fp32.
-
-        Args:
-            hidden: residual stream `[batch, tokens, d_model]`, with graph.
-            language_ids: `[batch, tokens]`; tokens with a negative id must be masked.
-            mask: `[batch, tokens]`, bool: tokens that count.
-            weights: `[batch, tokens]`, factors of the tokens, or None.
-        """
-        return feature_penalty(
-            hidden, self.rows, self.bias, self.thresholds, mask, groups=language_ids, weights=weights
         )
 
 
@@ -261,7 +186,7 @@ def _penalty_layer(layer: int, features: LayerFeatures, others: list[int], confi
 
 
 def combination_weights(features: LayerFeatures, combine: Combine, layer: int) -> Tensor:
-    """Non-negative weights `[F]` that sum to 1; see `SASFTConfig.combine`. A single row, whatever it is, has weight 1.
+    """Non-negative weights `[F]` that sum to 1; see `SASFTConfig.combine`. A single feature has weight 1.
 
     Raises:
         ValueError: the FeatureSet lacks the numbers, or none of them is positive.
@@ -279,6 +204,6 @@ def combination_weights(features: LayerFeatures, combine: Combine, layer: int) -
     if not math.isfinite(total) or total <= 0:
         raise UserValueError(
             f"combine={combine!r}: no row of layer {layer} has a positive weight ({raw.tolist()}), so there is "
-            'nothing to penalise. Select other rows, or use combine="none".'
+            'nothing to penalize. Select other rows, or use combine="none".'
         )
     return weights / total

@@ -1,27 +1,20 @@
-"""The language of every token of a batch: decided per sample, carried through padding, flattening and packing."""
+"""The language of a sample: a column, a function, or the script of its response."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import regex
-import torch
-from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.masks import IGNORED_LABEL, PADDING_ID
 from qscope_posttrain.text.language import language_by_evidence, prose, script_evidence
 from qscope_posttrain.text.language_labels import language_hint, listed, same_language
 
-TOKEN_LANGUAGES = "language_ids"
-"""Column of packed data sets: index of each token's language in the row's `LANGUAGE_NAMES`"""
-LANGUAGE_NAMES = "language_names"
-"""Column of packed data sets: the names behind `TOKEN_LANGUAGES`"""
 SCRIPT = "script"
-NO_LANGUAGE = "zxx"
-"""ISO 639-2 for "no linguistic content": such a sample takes no part"""
+NO_LANGUAGE = "zxx"  # ISO 639-2 for "no linguistic content": such a sample takes no part
 
 LanguageRule = str | Callable[[Mapping[str, Any]], str]
 
@@ -58,10 +51,10 @@ class SampleLanguage:
         self._ids |= {name: i for i, name in enumerate(self.languages) if name not in self.ignore}
 
     def __call__(self, example: Mapping[str, Any]) -> str:
-        """The language's name, of which `id` is not asked yet.
+        """The language's name, known or not (see `id`).
 
         Raises:
-            ValueError: it cannot be told, with the remedy.
+            ValueError: it cannot be decided, with the remedy.
         """
         if callable(self.rule):
             return self.name(self.rule(example))
@@ -75,11 +68,7 @@ class SampleLanguage:
         return self.name(example[self.rule])
 
     def name(self, label: Any) -> str:
-        """The name that a column or a function gave.
-
-        Raises:
-            ValueError: no name, a number without a name behind it, or nothing.
-        """
+        """The name that a column or a function gave; ValueError for anything that is no name, and no ClassLabel."""
         if self.classes and hasattr(label, "__index__"):  # formats of `datasets` give numbers as tensors
             label = operator.index(label)
             if 0 <= label < len(self.classes):
@@ -98,11 +87,7 @@ class SampleLanguage:
         )
 
     def id(self, language: str) -> int:
-        """Index of a language, or `PADDING_ID` where it is ignored.
-
-        Raises:
-            ValueError: an unknown language; the message lists the known ones.
-        """
+        """Index of a language, or `PADDING_ID` where it is ignored; ValueError for an unknown one."""
         if language in self._ids:
             return self._ids[language]
         known = [*self.languages, *sorted(self.ignore)]
@@ -144,104 +129,6 @@ class SampleLanguage:
         return NO_LANGUAGE
 
 
-class LanguageCollator:
-    """Wraps a collator of `SFTTrainer` and adds the language of every token to its batches.
-
-    Adds `batch[key]`, int64, of the shape of `input_ids`: an index into `SampleLanguage.languages`, or -1 for padding
-    and ignored languages. A sample's language holds for all its tokens; rows of `pack_with_languages` bring one per
-    token. The rule "script" goes by the labels that `inner` has made.
-
-    Args:
-        inner: the trainer's own collator, padded or padding-free.
-        language: decides the language of a sample.
-        key: name of the entry in the batch.
-        drop: columns that were kept in the data set for the language only, and that `inner` must not see.
-    """
-
-    def __init__(
-        self,
-        inner: Callable[[list[dict[str, Any]]], Any],
-        language: SampleLanguage,
-        key: str,
-        drop: Iterable[str] = (),
-    ) -> None:
-        self.inner = inner
-        self.language = language
-        self.key = key
-        self.drop = frozenset(drop)
-        self._read = 0
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        lengths = [_length(example) for example in examples]
-        batch = self.inner([{k: v for k, v in example.items() if k not in self.drop} for example in examples])
-        real = _real_tokens(lengths, batch)
-        labels: Any = [None] * len(examples)
-        if self.language.rule == SCRIPT and "labels" in batch:
-            labels = batch["labels"][real].split(lengths)
-        rows = []
-        for place, (example, own) in enumerate(zip(examples, labels, strict=True)):
-            try:
-                rows.append(self._token_ids(example if own is None else {**example, "labels": own.tolist()}))
-            except UserValueError as error:
-                where = f"sample {place} of the batch, number {self._read + place} that this process has read"
-                raise UserValueError(f"{error} (In {where}.)") from error
-        self._read += len(examples)
-        ids = torch.full_like(batch["input_ids"], PADDING_ID)
-        ids[real] = torch.cat(rows)
-        batch[self.key] = ids
-        return batch
-
-    def _token_ids(self, example: Mapping[str, Any]) -> Tensor:
-        """[tokens] language ids of one row of the data set."""
-        length = len(example["input_ids"])
-        if TOKEN_LANGUAGES not in example:
-            return torch.full((length,), self.language.id(self.language(example)))
-        local = torch.as_tensor(example[TOKEN_LANGUAGES], dtype=torch.long)
-        if len(local) != length:
-            raise UserValueError(
-                f"A row has {length} tokens but {len(local)} language ids. Truncate with "
-                "pack_with_languages(max_length=...); the trainer's max_length does not shorten extra columns."
-            )
-        if LANGUAGE_NAMES not in example:
-            raise UserValueError(
-                f"A row has {TOKEN_LANGUAGES!r} but no {LANGUAGE_NAMES!r}; make such data with pack_with_languages."
-            )
-        ids = torch.tensor([self.language.id(name) for name in example[LANGUAGE_NAMES]])
-        return ids[local]
-
-
-def _length(example: Mapping[str, Any]) -> int:
-    if "input_ids" not in example:
-        raise UserValueError(
-            f"Expected tokenised samples with 'input_ids', got the columns {', '.join(example)}. "
-            "Vision data sets, which TRL tokenises in the collator, are not supported."
-        )
-    return len(example["input_ids"])
-
-
-def _real_tokens(lengths: list[int], batch: Mapping[str, Any]) -> Tensor:
-    """Where the collator put the rows' tokens, in their order: beside padding on any side, or one after another.
-
-    Bool, of the shape of `input_ids`.
-    """
-    input_ids = batch["input_ids"]
-    attention_mask = batch.get("attention_mask")
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
-        real: Tensor = attention_mask.bool()
-        counts = real.sum(1).tolist()
-        if counts != lengths:
-            raise UserValueError(
-                f"The collator made rows of {counts} tokens out of samples of {lengths}; truncate before collating."
-            )
-        return real
-    if input_ids.shape[0] == 1 and sum(lengths) <= input_ids.shape[1]:
-        return torch.arange(input_ids.shape[1])[None] < sum(lengths)
-    raise UserValueError(
-        f"Cannot tell where a batch of shape {list(input_ids.shape)} without attention mask holds the tokens of "
-        f"samples of {lengths} tokens; use the trainer's own collator."
-    )
-
-
 _MASKS = ("completion_mask", "assistant_masks")
 _TURNS = ("messages", "conversations", "completion", "prompt")
 _ASSISTANT = ("assistant", "model", "gpt", "chatbot", "bot")
@@ -264,7 +151,7 @@ def response_texts(example: Mapping[str, Any], decode: Callable[[list[int]], str
     1. The response without code, formulas and marks of templates, and without `<think>` blocks if letters are left: a
        model may think in another language than the one it answers in. The response is what carries the loss: tokens
        with labels, or under `completion_mask` and `assistant_masks`. Where all tokens carry it, or the sample is not
-       tokenised, the assistant's turns of a conversation, the completion, or the whole text.
+       tokenized, the assistant's turns of a conversation, the completion, or the whole text.
     2. The whole sample without them.
     3. The response, then the whole sample, as they are.
 
@@ -283,7 +170,10 @@ def response_texts(example: Mapping[str, Any], decode: Callable[[list[int]], str
 
 def _response(example: Mapping[str, Any], decode: Callable[[list[int]], str] | None) -> str:
     ids = list(example.get("input_ids") or ())
-    learned = _learned(example, len(ids))
+    masks = [example[mask] for mask in _MASKS if example.get(mask) is not None]
+    learned = [all(flags) for flags in zip(*masks, strict=False)] if masks else [True] * len(ids)
+    if example.get("labels") is not None:
+        learned = [label != IGNORED_LABEL for label in example["labels"]]
     # Nothing predicts the first token of a document, which some collators leave without a label.
     if ids and decode is not None and not all(learned[1:]):
         return _assistant_turns(decode([token for token, flag in zip(ids, learned, strict=False) if flag]))
@@ -299,14 +189,6 @@ def _assistant_turns(text: str) -> str:
     return _ROLE_LINE.sub("", own)
 
 
-def _learned(example: Mapping[str, Any], tokens: int) -> list[bool]:
-    """Which tokens carry the loss."""
-    if example.get("labels") is not None:
-        return [label != IGNORED_LABEL for label in example["labels"]]
-    masks = [example[mask] for mask in _MASKS if example.get(mask) is not None]
-    return [all(flags) for flags in zip(*masks, strict=False)] if masks else [True] * tokens
-
-
 def _whole(example: Mapping[str, Any], decode: Callable[[list[int]], str] | None) -> str:
     parts = [_contents(example[column]) for column in ("text", *_TURNS) if example.get(column)]
     if not any(parts) and decode is not None and example.get("input_ids") is not None:
@@ -315,7 +197,7 @@ def _whole(example: Mapping[str, Any], decode: Callable[[list[int]], str] | None
 
 
 def _contents(value: str | Sequence[Mapping[str, Any]], roles: Sequence[str] | None = None) -> str:
-    """A text as it is, or the contents of the turns of these roles, one below the other."""
+    """A text as it is, or the contents of the turns of these roles, joined by line breaks."""
     if isinstance(value, str):
         return value
     texts: list[str] = []

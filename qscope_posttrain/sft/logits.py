@@ -9,34 +9,27 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.layers import output_embedding, text_config
 
-CHUNK_TOKENS = 256
-"""Tokens whose logits exist at one time: 150 MB in fp32 for a vocabulary of 150,000"""
+CHUNK_TOKENS = 256  # Tokens whose logits exist at one time: 150 MB in fp32 for a vocabulary of 150,000
 
 
 @dataclass(frozen=True, eq=False)
 class LogitHead:
     """The map from final-norm output to logits: `cap * tanh(z / cap)` of `z = multiplier * (h W' + b)`."""
 
-    weight: Tensor
-    """[vocabulary, d_model]"""
+    weight: Tensor  # [vocabulary, d_model]
     bias: Tensor | None = None
     multiplier: float = 1.0
-    softcap: float | None = None
-    """cap; None leaves z as it is"""
+    softcap: float | None = None  # cap; None leaves z as it is
 
     @classmethod
     def of(cls, model: nn.Module) -> LogitHead:
         """The head of a causal language model, with its weight (no copy), scaling and softcapping.
-
-        Parameters that FSDP2 has sharded are gathered; that gather has no gradient we would rely on, so a caller that
-        differentiates with respect to the weight refuses FSDP.
 
         Raises:
             ValueError: the model has no head, or one that an adapter changes (see `check_head`).
@@ -44,11 +37,8 @@ class LogitHead:
         check_head(model)
         embedding: Any = output_embedding(model)
         config = text_config(model)
-        weight, bias = embedding.weight, getattr(embedding, "bias", None)
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-            bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
-        return cls(weight, bias, _multiplier(config), getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(embedding.weight, getattr(embedding, "bias", None), _multiplier(config), softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, vocabulary]` in fp32, from `[tokens, d_model]`.
@@ -58,6 +48,18 @@ class LogitHead:
         hidden = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
         logits = linear(hidden.to(self.weight.device), self.weight, self.bias).float() * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def _multiplier(config: object) -> float:
+    """The factor (Cohere, Falcon-H1) or divisor (Granite) of an architecture's logits, as a factor."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    return float(divisor) if getattr(config, "model_type", "") == "hyperclovax" else 1.0 / float(divisor)
 
 
 def check_head(model: nn.Module) -> None:
@@ -76,21 +78,9 @@ def check_head(model: nn.Module) -> None:
     if active:
         raise UserValueError(
             f"The output embedding carries the adapter {', '.join(active)} ({type(head).__module__}), so its weight "
-            "does not give the model's logits, which risk weights, the anchor and the token penalty need. Take the "
-            'head out of target_modules, train it whole (modules_to_save=["lm_head"]), or leave these options out.'
+            "does not give the model's logits, which the anchor and the token penalty need. Take the head out of "
+            'target_modules, train it whole (modules_to_save=["lm_head"]), or leave these options out.'
         )
-
-
-def target_probability(head: LogitHead, hidden: Tensor, target_ids: Tensor) -> Tensor:
-    """P(next token is one of `target_ids`), `[tokens]` in fp32, without gradient, from `[tokens, d_model]`."""
-
-    def chunk(hidden: Tensor) -> Tensor:
-        logits = head.logits(hidden)
-        targets = logits.index_select(-1, target_ids.to(logits.device))
-        return (targets.logsumexp(-1) - logits.logsumexp(-1)).exp()
-
-    with torch.no_grad():
-        return _in_chunks(chunk, hidden)
 
 
 def target_surprise(head: LogitHead, hidden: Tensor, target_ids: Tensor) -> Tensor:
@@ -111,7 +101,7 @@ def divergence_from(
 ) -> Tensor:
     """`KL(start || model)` per token, `[tokens]` in fp32, from final-norm outputs `[tokens, d_model]`.
 
-    With `excluded_ids` both distributions are renormalised over the other tokens. Gradient goes to `hidden` and `head`.
+    With `excluded_ids` both distributions are renormalized over the other tokens. Gradient goes to `hidden` and `head`.
     """
 
     def log_probabilities(head: LogitHead, hidden: Tensor) -> Tensor:
@@ -131,24 +121,6 @@ def divergence_from(
     return _in_chunks(chunk, hidden, start_hidden)
 
 
-def risk_weights(head: LogitHead, hidden: Tensor, eligible: Tensor, target_ids: Tensor) -> Tensor:
-    """`w_t = P_t / mean(P over the eligible positions of this micro-batch)`, 0 elsewhere; `[batch, tokens]`, detached.
-
-    P_t is the model's probability that a target token follows position t.
-
-    Args:
-        head: the model's head.
-        hidden: final-norm output `[batch, tokens, d_model]`.
-        eligible: bool `[batch, tokens]`, on any device.
-        target_ids: `[n]`.
-    """
-    probability = target_probability(head, hidden.detach()[eligible.to(hidden.device)], target_ids)
-    smallest = torch.finfo(probability.dtype).tiny
-    weights = torch.zeros(eligible.shape, dtype=probability.dtype, device=probability.device)
-    weights[eligible.to(weights.device)] = probability / probability.mean().clamp(min=smallest)
-    return weights
-
-
 def _without(logits: Tensor, excluded_ids: Tensor) -> Tensor:
     return logits.index_fill(-1, excluded_ids.to(logits.device), float("-inf"))
 
@@ -164,15 +136,3 @@ def _in_chunks(function: Callable[..., Tensor], hidden: Tensor, *more: Tensor) -
         else:
             results.append(function(*parts))
     return torch.cat(results)
-
-
-def _multiplier(config: object) -> float:
-    """What architectures multiply (Cohere, Falcon-H1) or divide (Granite) their logits by."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
-    return float(divisor) if getattr(config, "model_type", "") == "hyperclovax" else 1.0 / float(divisor)

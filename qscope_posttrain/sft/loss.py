@@ -1,14 +1,19 @@
-"""The SASFT penalty as plain functions of tensors, for the callback and for hand-written training loops."""
+"""The SASFT penalty as a function of tensors, and the divisor that makes a micro-batch's sum its share of the loss."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.kernels.penalty import masked_excess
+from qscope_posttrain.kernels.penalty import FeaturePenalty, feature_penalty, masked_excess
+from qscope_posttrain.sft.masks import IGNORED_LABEL, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 Normalization = Literal["token_mean", "paper", "official"]
 
@@ -21,10 +26,13 @@ def sasft_loss(
     *,
     num_tokens: Tensor | int | None = None,
     weights: Tensor | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """The SASFT penalty of one layer; add the values of several layers, then multiply by the weight lambda.
 
-    With m_t = 1 for a penalised token (a response token of a sample that is not in the target language), w_t a
+    With m_t = 1 for a penalized token (a response token of a sample that is not in the target language), w_t a
     position weight (1 unless given), F features, N = `num_tokens`:
 
         S          = sum_t m_t w_t sum_s ReLU(f_ts - alpha_ts)
@@ -33,7 +41,7 @@ def sasft_loss(
         official   = S / (F N + 1)
 
     "paper" is Eq. 26 of the Qwen-Scope report (arXiv 2605.11887) with both expectations taken over tokens:
-    L_reduce = E_x sum_{s in S_L} ReLU(f_s(x) - alpha_j), so N counts the penalised tokens. "official" is the
+    L_reduce = E_x sum_{s in S_L} ReLU(f_s(x) - alpha_j), so N counts the penalized tokens. "official" is the
     published code (github.com/Aatrox103/SASFT, train.py), per micro-batch: N counts all response tokens, those of
     the target language included.
 
@@ -42,34 +50,64 @@ def sasft_loss(
         thresholds: alpha, `[T, F]`, or anything that broadcasts to it.
         mask: m, `[T]`, bool.
         normalization: which of the three.
-        num_tokens: N. By default the number of penalised tokens, which is right for "paper" without accumulation;
+        num_tokens: N. By default the number of penalized tokens, which is right for "paper" without accumulation;
             give the response tokens of the whole accumulation window over all ranks for "token_mean" inside a
             training loop, and the response tokens of the micro-batch for "official".
-        weights: w, `[T]`, for example risk weights; no gradient is taken through them.
+        weights: w, `[T]`; no gradient is taken through them.
+        rows, bias: `[F, D]` and `[F]`, as the callback gives them: then the first argument is the residual stream h,
+            `[..., D]`, and f = h . rows + bias is formed in a fused kernel that keeps no tensor of T x F floats.
+        groups: with `rows`, `[T]`: the row of `thresholds` `[G, F]` for each token.
 
     Returns:
-        A scalar; exactly 0 (with a graph) where no token is penalised.
+        A scalar; exactly 0 (with a graph) where no token is penalized.
 
     Raises:
         ValueError: an unknown normalization, or shapes that do not fit.
     """
-    if mask.shape != pre_activations.shape[:-1]:
-        raise UserValueError(
-            f"mask must have one entry per token, {list(pre_activations.shape[:-1])}, got {list(mask.shape)}."
-        )
-    excess = masked_excess(_at_least_fp32(pre_activations), thresholds, mask)
-    if weights is not None:
-        excess = excess * weights.detach().unsqueeze(-1)
-    return normalise(
-        excess.sum(),
-        features=pre_activations.shape[-1],
-        num_tokens=mask.sum() if num_tokens is None else num_tokens,
-        normalization=normalization,
-    )
+    return excess_and_loss(
+        pre_activations,
+        thresholds,
+        mask,
+        normalization,
+        num_tokens,
+        weights=weights,
+        rows=rows,
+        bias=bias,
+        groups=groups,
+    )[1]
 
 
-def normalise(total: Tensor, *, features: int, num_tokens: Tensor | int, normalization: Normalization) -> Tensor:
-    """Divide the summed excess S of one layer as `sasft_loss` defines it. No synchronisation with the host."""
+def excess_and_loss(
+    inputs: Tensor,
+    thresholds: Tensor,
+    mask: Tensor,
+    normalization: Normalization,
+    num_tokens: Tensor | int | None,
+    *,
+    weights: Tensor | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> tuple[FeaturePenalty, Tensor]:
+    """`sasft_loss`, and before it the sums that metrics need."""
+    if mask.shape != inputs.shape[:-1]:
+        raise UserValueError(f"mask must have one entry per token, {list(inputs.shape[:-1])}, got {list(mask.shape)}.")
+    if rows is None:
+        wide = inputs if inputs.dtype == torch.float64 else inputs.float()
+        excess = masked_excess(wide, thresholds, mask)
+        weighted = excess if weights is None else excess * weights.detach().masked_fill(~mask, 0).unsqueeze(-1)
+        sums, excesses = weighted.flatten(0, -2).sum(0), excess.detach().flatten(0, -2).sum(0)
+        found = FeaturePenalty(sums, excesses, (excess > 0).any(-1))
+    else:
+        bias = rows.new_zeros(len(rows)) if bias is None else bias
+        found = feature_penalty(inputs, rows, bias, thresholds, mask, groups=groups, weights=weights)
+    count = mask.sum() if num_tokens is None else num_tokens
+    loss = normalize(found.sums.sum(), features=len(found.sums), num_tokens=count, normalization=normalization)
+    return found, loss
+
+
+def normalize(total: Tensor, *, features: int, num_tokens: Tensor | int, normalization: Normalization) -> Tensor:
+    """Divide the summed excess S of one layer as `sasft_loss` defines it. No synchronization with the host."""
     count = torch.as_tensor(num_tokens, device=total.device)
     if normalization == "token_mean":
         return total / (features * count.clamp(min=1))
@@ -80,5 +118,80 @@ def normalise(total: Tensor, *, features: int, num_tokens: Tensor | int, normali
     raise UserValueError(f"normalization must be one of {', '.join(get_args(Normalization))}, got {normalization!r}.")
 
 
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+@dataclass(frozen=True, eq=False)
+class Normalizer:
+    """Turns the sum S over one micro-batch into the term that is added to its loss.
+
+    token_mean: S / (F N), N the trainer's `num_items_in_batch`: all tokens of the accumulation window and of all ranks
+        that the cross-entropy counts. Tokens of the target language are among them, and add nothing to S.
+    paper: S / N, N the penalized tokens of the accumulation window and of all ranks.
+    official: S / (F N + 1), N the response tokens of the micro-batch. The published trainer adds this mean once per
+        micro-batch and does not divide it by their number, so that its weight grows with gradient accumulation.
+
+    Where N counts all ranks the term is multiplied by their number, because DDP averages gradients over ranks.
+    """
+
+    normalization: Normalization
+    num_tokens: Tensor
+    factor: float
+    logged: float
+    """Factor that the trainer will still apply: below 1 where it divides by the number of accumulated micro-batches"""
+
+    @classmethod
+    def of(
+        cls,
+        trainer: Trainer,
+        normalization: Normalization,
+        batch: TokenBatch,
+        eligible: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        eligible_in_window: Tensor | None,
+    ) -> Normalizer:
+        """The normalizer of one micro-batch.
+
+        Args:
+            trainer: gives the number of ranks and how it treats accumulation.
+            normalization: see the class.
+            batch: the micro-batch.
+            eligible: its penalized positions, bool.
+            num_items_in_batch: as the trainer passed it to `compute_loss`.
+            eligible_in_window: see `count_in_window`; None outside of a training loop.
+        """
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers >= 5.19
+        if scaled is None:
+            counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or trainer.compute_loss_func is not None
+        later = 1 if scaled else trainer.current_gradient_accumulation_steps
+        ranks = data_parallel_size(trainer)
+        if normalization == "official":
+            return cls(normalization, batch.labeled().sum(), 1, 1 / later)
+        if normalization == "paper":
+            if eligible_in_window is None:
+                return cls(normalization, eligible.sum(), 1, 1 / later)
+            return cls(normalization, eligible_in_window, ranks * later, 1 / later)
+        if num_items_in_batch is None:
+            # A mean over the micro-batch; the trainer divides by the number of micro-batches later.
+            return cls(normalization, (batch.labels[..., 1:] != IGNORED_LABEL).sum(), 1, 1 / later)
+        factor = ranks if trainer.args.average_tokens_across_devices else 1
+        return cls(normalization, torch.as_tensor(num_items_in_batch, device=batch.labels.device), factor, 1 / later)
+
+    def __call__(self, total: Tensor, features: int = 1) -> Tensor:
+        """The normalized term of a sum over `features` features."""
+        count = self.num_tokens.to(total.device)
+        return self.scaled(normalize(total, features=features, num_tokens=count, normalization=self.normalization))
+
+    def scaled(self, share: Tensor) -> Tensor:
+        """This rank's normalized share as the trainer's later averages need it."""
+        return share if self.factor == 1 else share * self.factor
+
+
+def count_in_window(trainer: Trainer, count: Tensor) -> Tensor:
+    """This rank's count in an accumulation window, summed over the ranks that hold different data."""
+    summed: Tensor = trainer.accelerator.reduce(count.to(trainer.accelerator.device), reduction="sum")
+    tensor_parallel = trainer.get_tp_size()
+    return summed if tensor_parallel == 1 else summed / tensor_parallel
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """Ranks that hold different data: all, divided by the size of a tensor-parallel group."""
+    return int(trainer.accelerator.num_processes // trainer.get_tp_size())

@@ -1,4 +1,4 @@
-"""Which token positions of a batch a penalty acts on."""
+"""Token positions of a batch that a penalty acts on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,16 @@ from qscope_posttrain.errors import UserValueError
 Positions = Literal["response", "predicting"]
 
 IGNORED_LABEL = -100
-PADDING_ID = -1
-"""Language id of padding, and of tokens whose language the user chose to ignore"""
+PADDING_ID = -1  # Language id of padding, and of tokens whose language the user chose to ignore
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """What the penalties need to know of one micro-batch; all tensors `[batch, tokens]`."""
+    """Labels and languages of one micro-batch; all tensors `[batch, tokens]`."""
 
-    labels: Tensor
-    """Unshifted labels; -100 is no response token"""
-    language_ids: Tensor
-    """Index of each token's language in the known languages, or -1"""
-    starts: Tensor
-    """bool: first token of a row, and of every document where the batch says where documents start"""
+    labels: Tensor  # Unshifted labels; -100 is no response token
+    language_ids: Tensor  # Index of each token's language in the known languages, or -1
+    starts: Tensor  # bool: first token of a row, and of every document where the batch says where documents start
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any], language_ids: Tensor | None) -> TokenBatch:
@@ -55,20 +51,20 @@ class TokenBatch:
         starts[:, 0] = True
         return cls(labels, language_ids, starts)
 
-    def labelled(self) -> Tensor:
+    def labeled(self) -> Tensor:
         """Tokens that carry a label, as the published code takes them: `labels != -100`, unshifted."""
         return self.labels != IGNORED_LABEL
 
     def published(self, target: int | None) -> Tensor:
-        """The published mask, bool: every labelled token of a sample that is not in the target language."""
-        of_interest = self.labelled() & (self.language_ids >= 0)
+        """The published mask, bool: every labeled token of a sample that is not in the target language."""
+        of_interest = self.labeled() & (self.language_ids >= 0)
         return of_interest if target is None else of_interest & (self.language_ids != target)
 
     def eligible(self, target: int | None, positions: Positions) -> Tensor:
         """Positions of response tokens that are not in the target language (bool); without a target, of all.
 
         "response": the position of the response token itself, as published. The last prompt token, which predicts
-        the first response token, is not penalised; the end-of-turn token is.
+        the first response token, is not penalized; the end-of-turn token is.
         "predicting": the position before it, whose logits predict it.
 
         First tokens of a document are never eligible as response tokens: nothing predicts them, and their residuals

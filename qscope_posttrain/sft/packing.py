@@ -1,7 +1,4 @@
-"""Packing that keeps the language of every token.
-
-`SFTTrainer(packing=True)` keeps only token ids and labels, so a packed row no longer says which documents it holds.
-"""
+"""Pack documents and keep the language of every token, which `SFTTrainer(packing=True)` drops."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from datasets import Dataset
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.sft.language_ids import LANGUAGE_NAMES, SCRIPT, TOKEN_LANGUAGES, LanguageRule, SampleLanguage
+from qscope_posttrain.sft.language_ids import SCRIPT, LanguageRule, SampleLanguage
 from qscope_posttrain.sft.preparation import Preparation, StandIn
-from qscope_posttrain.sft.train_data import languages_of
+from qscope_posttrain.sft.train_data import LANGUAGE_NAMES, TOKEN_LANGUAGES, languages_of
 from qscope_posttrain.text.language_labels import class_names
 
 if TYPE_CHECKING:
@@ -40,7 +37,7 @@ def pack_with_languages(
 ) -> Dataset:
     """Prepare a data set as `SFTTrainer(packing=True)` does, and keep the language of every token.
 
-    TRL itself tokenises, labels and packs, so that the rows are the ones it would train on. Train on the result with
+    TRL itself tokenizes, labels and packs, so that the rows are the ones it would train on. Train on the result with
 
         SFTConfig(packing=False, padding_free=True, max_length=None,
                   dataset_kwargs={"skip_prepare_dataset": True}, ...)
@@ -52,23 +49,23 @@ def pack_with_languages(
         dataset: any data set of text that `SFTTrainer` takes, with the columns that it reads (`tools`,
             `chat_template_kwargs`, ...). A `formatting_func` is applied before, with `dataset.map`.
         tokenizer: with a chat template where samples are conversations. It is not changed.
-        max_length: tokens of a packed row.
+        max_length: number of tokens of a packed row.
         strategy: as in `trl.pack_dataset`. "bfd" cuts off what exceeds `max_length`, "bfd_split" packs it too.
         language: a column, "script", or a function of the example; see `SASFTConfig.language`.
-        languages: what "script" may decide between; not needed otherwise.
+        languages: those that "script" decides between; not needed otherwise.
         completion_only_loss: as in `SFTConfig`, like the next five. None: if there are prompts and completions.
         assistant_only_loss: labels on assistant turns only.
         dataset_text_field: the column of plain text.
         eos_token: what a text or completion ends with; None is the tokenizer's own.
         chat_template_path: a template file (.jinja, .j2), or a model that has one.
-        dataset_num_proc: processes; each packs its own share of the rows.
+        dataset_num_proc: number of processes; each packs its own share of the rows.
         shuffle_seed: shuffle the rows before and after packing, as `shuffle_dataset` does with `seed`; None does not.
 
     Returns:
         A data set with `input_ids`, `labels`, `language_ids`, `language_names` and, unless wrapped, `seq_lengths`.
 
     Raises:
-        ValueError: an empty data set, a sample that TRL cannot prepare, or a language that cannot be told.
+        ValueError: an empty data set, a sample that TRL cannot prepare, or a language that cannot be decided.
         TypeError: no `Dataset`.
     """
     from trl import pack_dataset
@@ -127,6 +124,6 @@ def _samples(dataset: Dataset, prepared: Dataset, language: LanguageRule, text_f
     if isinstance(language, str) and language != SCRIPT and language in dataset.column_names:
         yield from dataset.select_columns(language)
         return
-    # What TRL drops or renames while it prepares may still tell the language.
+    # A column that TRL drops or renames while it prepares may still hold the language.
     for given, made in zip(dataset, prepared.select_columns(["input_ids", "labels"]), strict=True):
         yield {**given, **({"text": given[text_field]} if text_field in given else {}), **made}

@@ -1,4 +1,4 @@
-"""The data preparation of TRL's trainers, run by their own methods before there is a model."""
+"""Prepare data by the methods of TRL's trainers before there is a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TEMPLATE_FILES = (".jinja", ".j2")
-"""Names of files that TRL reads as a chat template; any other `chat_template_path` is a model to take it from"""
+"""Files that TRL reads as a chat template; any other `chat_template_path` is a model to take it from"""
 _FAULTS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, TemplateError)
 """Errors of TRL, a tokenizer or a chat template for data that they cannot read"""
 
@@ -28,7 +28,7 @@ _FAULTS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeE
 class StandIn(SimpleNamespace):
     """Takes the place of a trainer, or of its arguments, in a method of TRL that reads the attributes given here.
 
-    A version of TRL that reads another one is stopped: an attribute that is guessed could change the tokens.
+    A version of TRL that reads another one is refused: an attribute that is guessed could change the tokens.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -90,8 +90,8 @@ class Preparation:
         images = sorted({"image", "images"} & set(sample))
         if images:
             raise UserValueError(
-                f"The data has a column {images[0]!r}. TRL tokenises vision data in the collator, which neither packs "
-                "nor tells languages by token: train on text."
+                f"The data has a column {images[0]!r}. TRL tokenizes vision data in the collator, which neither packs "
+                "nor assigns languages to tokens: train on text."
             )
         self.args = args
         self.tokenizer = trained_tokenizer(tokenizer, args.eos_token, args.chat_template_path)
@@ -119,12 +119,12 @@ class Preparation:
         )
 
     def __call__(self, dataset: T, *, packing: bool = False, name: str = "train", first: int = 0) -> T:
-        """Tokenise, label, and truncate or pack; the other columns stay unless TRL packs.
+        """Tokenize, label, and truncate or pack; the other columns stay unless TRL packs.
 
         Args:
             dataset: a `Dataset` or `IterableDataset`, whole or a piece.
             packing: whether TRL packs it, which takes the place of truncation.
-            name: how TRL's progress bars call it.
+            name: shown in TRL's progress bars.
             first: the number of the first row, for errors.
 
         Raises:
@@ -174,7 +174,7 @@ def _inner(tokenizer: Any) -> Any:
 def _with_template_of(tokenizer: Any, model: str) -> Any:
     """The tokenizer with the chat template, the added tokens and the end token of another model's, as TRL clones them.
 
-    TRL also resizes the embeddings of the model that is trained; a model of one number per token stands in for it.
+    TRL also resizes the trained model's embeddings; a model of one number per token stands in for it.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
     from trl import clone_chat_template
@@ -193,7 +193,7 @@ def _explained(error: Exception, dataset: Any) -> str:
     if isinstance(error, KeyError):
         columns = ", ".join(getattr(dataset, "column_names", None) or ())
         return (
-            f"Cannot tokenise a sample with the columns {columns} ({error} is missing); expected text, 'messages', "
+            f"Cannot tokenize a sample with the columns {columns} ({error} is missing); expected text, 'messages', "
             "'conversations' of from and value, 'prompt' and 'completion', or 'input_ids'."
         )
     return str(error) if isinstance(error, ValueError | RuntimeError | TemplateError) else f"{error!r}"

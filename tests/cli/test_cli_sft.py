@@ -96,7 +96,7 @@ def test_command_line_overrides_the_recipe(world, tmp_path):
         {**TOKEN_PENALTY, "packing": True, "max_length": 64, "token_penalty_language": "script"},
         KL_ANCHOR,
         {**KL_ANCHOR, "packing": True, "max_length": 64},
-        {"sasft_combine": "monolinguality", "sasft_scale": "std", "sasft_position_weight": "risk",
+        {"sasft_combine": "monolinguality", "sasft_scale": "std", "sasft_anchor_weight": 0.5,
          "sasft_positions": "predicting", "sasft_readout": "decoder", "sasft_language": "script",
          "sasft_ignore_languages": ["en", "fr"]},
     ],
@@ -315,7 +315,7 @@ def test_without_a_gpu_a_recipe_for_one_is_refused_with_what_to_do(world, tmp_pa
 
 
 def test_dry_run_passes_and_trains_nothing(world, tmp_path, capsys):
-    path = world.recipe(tmp_path / "recipe.yaml", use_peft=True, sasft_position_weight="risk")
+    path = world.recipe(tmp_path / "recipe.yaml", use_peft=True, sasft_anchor_weight=0.5)
     assert main(["sft", "--config", path, "--dry_run"]) == 0
     shown = capsys.readouterr().out
     for words in ("can be written", "4 layers of width 64", "a chat template", "parameters are trained", "write Han",

@@ -264,13 +264,13 @@ def test_a_reward_that_fails_in_a_later_step_keeps_its_traceback(recipe, tmp_pat
 
 
 def test_dry_run_says_what_would_happen_and_trains_nothing(recipe, tmp_path, capsys):
-    path = recipe(tmp_path, use_peft=True, per_device_train_batch_size=8, negatives_per_group=2, stop_below=0.1)
+    path = recipe(tmp_path, use_peft=True, per_device_train_batch_size=8, negatives_per_group=2)
     assert main(["grpo", "--config", path, "--dry_run"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in ("can be written", "4 layers of width 64", "parameters are trained", "fit the model",
                   "the last 2 rows of a group of 4", "on layer 3, strength 1.5 relative",
                   "from a generated token drawn in 1 to 3 for 4 tokens, then free",
-                  "mode default: gate keep, tokens all, weight 1", "until fewer than 0.1 of 64 loop",
+                  "mode default: gate keep, tokens all, weight 1",
                   "20 rows with prompt, language, solution", "text; the first 20 have",
                   "1 x repetition_penalty (0 for a prompt repeated)",
                   "over the last 2 tokens", "= 8 completions at a time, 2 groups of 4, 4 negatives",

@@ -42,10 +42,7 @@ CASES = {
         "batches": [THREE], "rows": 3, "gradient_accumulation_steps": 2, "mask_truncated_completions": True,
         "soft_overlong_cache": 8, "gate": "keep",
     },
-    "likely, excluded": {
-        "batches": [THREE], "rows": 6, "negative_tokens": "likely", "probability_floor": 2e-4, "baseline": "exclude",
-    },
-    "behaviour": {"batches": [THREE], "rows": 6, "old_logps": "behaviour", "gate": "keep", "negative_tokens": "all"},
+    "all tokens": {"batches": [THREE], "rows": 6, "gate": "keep", "negative_tokens": "all"},
     "a dead group of one process": {
         "batches": [[*dead(240), *living(400), *TWO[:4]], [*living(310), *TWO[4:], *dead(440)]],
         "rows": 6, "dynamic_sampling": True,
@@ -59,7 +56,7 @@ CASES = {
     },
 }  # fmt: skip
 SAMPLED = {
-    "share": {**RANDOM, "negative_share": 0.5, "per_device_train_batch_size": 6, "seed": 3},
+    "three groups": {**RANDOM, "per_device_train_batch_size": 6, "seed": 3},
     "two negatives": {**RANDOM, "negatives_per_group": 2, "per_device_train_batch_size": 2},
 }
 DYNAMIC = [name for name in CASES if CASES[name].get("dynamic_sampling")]
@@ -154,7 +151,7 @@ def test_the_plan_is_that_of_one_process(results, name):
     rows = options["per_device_train_batch_size"]
     whole = plan_rows(
         2 * rows, process_index=0, num_processes=1, group_size=4,
-        negatives_per_group=options.get("negatives_per_group", 1), share=options.get("negative_share", 1.0),
+        negatives_per_group=options.get("negatives_per_group", 1),
         window_start=(2, 5), seed=options.get("seed", 0), step=0,
     )  # fmt: skip
     assert [flag for rank in ranks for flag in rank["flags"]] == whole.negative.tolist()

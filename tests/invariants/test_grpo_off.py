@@ -131,14 +131,6 @@ def test_lora_with_kl_is_bit_identical(model, tiny_tokenizer):
     assert ours.state.log_history[-2]["kl"] > 0
 
 
-def test_a_schedule_without_negatives_is_bit_identical(model, tiny_tokenizer):
-    masked = {"mask_truncated_completions": True}
-    plain = train(GRPOTrainer, plain_config(**masked), model, tiny_tokenizer, [reward])
-    settings = {"old_logps": "behaviour", "negative_tokens": "likely", "baseline": "exclude"}
-    args = make_args(**RUN, **STEERED, **masked, **settings, negative_share=0.0)
-    assert_same_run(train(SteeredGRPOTrainer, args, model, tiny_tokenizer, [reward]), plain)
-
-
 def test_negatives_change_the_run(model, tiny_tokenizer):
     plain = train(GRPOTrainer, plain_config(max_steps=2), model, tiny_tokenizer, [reward])
     ours = train(

@@ -23,7 +23,7 @@ VARIANTS = {
     },
     "paper": {"mode": "paper"},
     "seeded": {"negative": "seeded", "copy_length": 4, "window_start": [4, 6]},
-    "copied": {"negative": "copied", "copy_length": 4, "window_start": [4, 6]},
+    "copied to the end": {"negative": "seeded", "copies": 100, "copy_length": 4, "window_start": [4, 6]},
 }  # fmt: skip
 
 
@@ -105,18 +105,10 @@ def test_ordinary_rows_keep_their_tokens(model, tiny_tokenizer, features, plain,
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_negatives_stand_at_the_end_of_their_group(model, tiny_tokenizer, plain, count):
-    ours = generate(SteeredGRPOTrainer, model, tiny_tokenizer, negatives_per_group=count, **VARIANTS["copied"])
+    ours = generate(SteeredGRPOTrainer, model, tiny_tokenizer, negatives_per_group=count, **VARIANTS["seeded"])
     group = [False] * (4 - count) + [True] * count
     assert ours["flags"] == group * 2
     for ours_row, plain_row, negative in zip(ours["said"], plain["said"], group * 2, strict=True):
-        assert negative or ours_row == plain_row
-
-
-def test_a_share_of_the_groups(model, tiny_tokenizer, plain):
-    """Half of two groups: one of them holds a negative, the other is plain to the last bit."""
-    ours = generate(SteeredGRPOTrainer, model, tiny_tokenizer, negative_share=0.5, **VARIANTS["copied"])
-    assert sorted([ours["flags"][:4], ours["flags"][4:]]) == [[False] * 4, [False, False, False, True]]
-    for ours_row, plain_row, negative in zip(ours["said"], plain["said"], ours["flags"], strict=True):
         assert negative or ours_row == plain_row
 
 
@@ -130,9 +122,9 @@ def test_lora(model, tiny_tokenizer, features):
 
 def test_what_copies_look_like(model, tiny_tokenizer, plain):
     """Nothing is a boundary here, so that pieces are 4 tokens: the one that ends at the window's start is repeated."""
-    given = {"copy_boundary": ["\x00"], "copy_length": 4, "window_start": [8, 8], "copies": 2}
-    seeded = generate(SteeredGRPOTrainer, model, tiny_tokenizer, **given, negative="seeded")
-    copied = generate(SteeredGRPOTrainer, model, tiny_tokenizer, **given, negative="copied")
+    given = {"copy_boundary": ["\x00"], "copy_length": 4, "window_start": [8, 8], "negative": "seeded"}
+    seeded = generate(SteeredGRPOTrainer, model, tiny_tokenizer, **given, copies=2)
+    copied = generate(SteeredGRPOTrainer, model, tiny_tokenizer, **given, copies=100)
     for row in (3, 7):
         piece = plain["said"][row][4:8]
         assert END not in piece

@@ -1,4 +1,4 @@
-"""Risk weights, the KL anchor and the token penalty in a real step, against losses written out by hand."""
+"""A combined readout, the KL anchor and the token penalty in a real step, against losses written out by hand."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def features(model):
 
 @pytest.mark.parametrize("positions", ["response", "predicting"])
 @pytest.mark.parametrize("normalization", ["token_mean", "paper"])
-def test_risk_weighted_combined_decoder_readout(model, features, tiny_tokenizer, positions, normalization):
+def test_combined_decoder_readout(model, features, tiny_tokenizer, positions, normalization):
     options = {"readout": "decoder", "scale": "std", "combine": "effect", "layers": (2,)}
 
     def term(others):
@@ -85,19 +85,17 @@ def test_risk_weighted_combined_decoder_readout(model, features, tiny_tokenizer,
         weights = rows.effects / rows.effects.sum()
         pooled = [features.language_index(name) for name in ("en", "fr")]
         sigma = features.layers[2].pooled_std("decoder", pooled, weights.double()).float()
-        values, risks = [], []
+        values = []
         for record in others:
             alpha = rows.decoder_mean[features.languages.index(record["row"]["language"])] @ weights
             excess = torch.relu((record["states"][2] @ rows.decoder.T @ weights - alpha) / sigma)
             response = record["labels"] != -100
             chosen = response if positions == "response" else torch.cat([response[1:], torch.tensor([False])])
             values.append(excess[chosen])
-            risks.append(probability(record)[chosen].detach())
-        risk = torch.cat(risks)
-        return WEIGHT * (torch.cat(values) * risk / risk.mean()).sum()
+        return WEIGHT * torch.cat(values).sum()
 
     callback = SASFTCallback(
-        features, weight=WEIGHT, position_weight="risk", target_token_ids=TARGETS, positions=positions,
+        features, weight=WEIGHT, positions=positions,
         normalization=normalization, **options,
     )  # fmt: skip
     found, _ = one_step(model, callback, tiny_tokenizer)
@@ -280,10 +278,10 @@ def test_target_tokens_come_from_the_script(model, features, tiny_tokenizer):
     tokens = callback.prepare(make_trainer(copy.deepcopy(model), ROWS, processing_class=tiny_tokenizer)).tokens.tolist()
     assert tiny_tokenizer("河水")["input_ids"][0] in tokens
     assert not set(tiny_tokenizer("The river")["input_ids"]) & set(tokens)
-    latin = SASFTCallback(make_features(model, label="en"), target="en", position_weight="risk")
+    latin = TokenPenaltyCallback("en")
     with pytest.raises(ValueError, match="target_token_ids"):
         one_step(model, latin, tiny_tokenizer)
-    outside = SASFTCallback(features, position_weight="risk", target_token_ids=torch.tensor([512]))
+    outside = SASFTCallback(features, anchor_weight=1.0, target_token_ids=torch.tensor([512]))
     with pytest.raises(ValueError, match="among the model's 512 tokens"):
         one_step(model, outside, tiny_tokenizer)
 

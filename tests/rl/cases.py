@@ -258,12 +258,10 @@ class Formula:
     gate: str = "drop"
     negative_tokens: str = "tail"
     negative_weight: float = 1.0
-    baseline: str = "include"
     scale_rewards: str = "group"
     mask_truncated_completions: bool = False
     importance_sampling_level: str = "token"
     loss_type: str = "dapo"
-    probability_floor: float = 1e-3
     soft_overlong_cache: int = 0
     epsilon: float = 0.2
     epsilon_high: float = 0.28
@@ -282,18 +280,13 @@ def advantages(rows: Sequence[Row], formula: Formula) -> list[float]:
     result: list[float] = []
     for group in (rows[i : i + G] for i in range(0, len(rows), G)):
         kept = [not row.negative or formula.gate == "keep" or row.tail is not None for row in group]
-        member = [k and (not row.negative or formula.baseline == "include") for k, row in zip(kept, group, strict=True)]
         rewards = torch.tensor([total_reward(row, formula) for row in group], dtype=torch.float64)
-        inside = rewards[torch.tensor(member)]
-        for row, reward, is_member, is_kept in zip(group, rewards, member, kept, strict=True):
-            if is_member:
+        inside = rewards[torch.tensor(kept)]
+        for row, reward, is_kept in zip(group, rewards, kept, strict=True):
+            if is_kept:
                 value = reward - inside.mean()
                 if formula.scale_rewards == "group":
                     value = value / (inside.std(unbiased=True) + 1e-4)
-            elif is_kept:
-                value = reward - inside.mean()
-                if formula.scale_rewards == "group":
-                    value = (G - 1) / G**0.5 * value.clamp(-1, 1)
             else:
                 value = torch.zeros(())
             result.append(float(value) * (formula.negative_weight if row.negative else 1.0))
@@ -307,8 +300,8 @@ def row_logps(model, prompt: Sequence[int], completion: Sequence[int], temperatu
     return logps.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
 
 
-def in_loss(row: Row, formula: Formula, policy: Tensor) -> Tensor:
-    """[length] float: which tokens of a row are in the loss; `policy` is the probability of each when it was said."""
+def in_loss(row: Row, formula: Formula) -> Tensor:
+    """[length] float: which tokens of a row are in the loss."""
     everything = torch.ones(len(row.completion))
     if not row.negative:
         return everything * (not (formula.mask_truncated_completions and row.truncated))
@@ -316,8 +309,6 @@ def in_loss(row: Row, formula: Formula, policy: Tensor) -> Tensor:
         return 0 * everything
     if formula.negative_tokens == "tail" and row.tail is not None:
         return (torch.arange(len(row.completion)) >= row.tail).float()
-    if formula.negative_tokens == "likely":
-        return (policy >= formula.probability_floor).float()
     return everything
 
 
@@ -327,7 +318,6 @@ def written_loss(
     formula: Formula,
     *,
     old_model=None,
-    behaviour: Callable[[Sequence[int], Row], Tensor] | None = None,
     left_out: Sequence[int] = (),
     micro_batches: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
@@ -336,7 +326,6 @@ def written_loss(
     Args:
         said: prompt and row of the whole groups of all processes, in order.
         old_model: the policy that spoke, if it is not `model`.
-        behaviour: log-probabilities [length] of a negative where the loss is to use them in place of the policy's.
         left_out: rows that are not in the loss at all.
         micro_batches: numbers of the rows of each, for the loss type that averages within each of them.
     """
@@ -348,9 +337,7 @@ def written_loss(
         if old_model is not None:
             with torch.no_grad():
                 old = row_logps(old_model, prompt, row.completion, formula.temperature)
-        mask = in_loss(row, formula, old.exp()) * (number not in left_out)
-        if behaviour is not None and row.negative:
-            old = behaviour(prompt, row)
+        mask = in_loss(row, formula) * (number not in left_out)
         log_ratio = logps - old
         if formula.importance_sampling_level == "sequence":
             log_ratio = ((log_ratio * mask).sum() / mask.sum().clamp(min=1)).expand_as(logps)

@@ -8,8 +8,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qscope_posttrain.rl.dynamic_sampling import DynamicSampling, replace_rows, rows_to_redraw
-from qscope_posttrain.rl.scored import dead_groups
+from qscope_posttrain.rl.dynamic_sampling import DynamicSampling, dead_groups, replace_rows, rows_to_redraw
 
 NAN = float("nan")
 PADDING = 9

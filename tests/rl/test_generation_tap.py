@@ -102,7 +102,7 @@ def test_columns_that_were_never_generated_are_zero(model, tiny_tokenizer):
 
 
 def test_forced_tokens_are_certain(model, tiny_tokenizer):
-    options = {"negative": "copied", "copy_length": 4, "copy_boundary": ["\x00"], "window_start": [0, 9]}
+    options = {"negative": "seeded", "copies": 100, "copy_length": 4, "copy_boundary": ["\x00"], "window_start": [0, 9]}
     _, completions, found = rollout(model, tiny_tokenizer, [0, 4, 0, 4, 8], **options)
     for row, recorded, start in zip(completions[torch.tensor(NEGATIVE)], found, [4, 4, 8], strict=True):
         if END in row[:start]:
@@ -145,8 +145,8 @@ def test_a_row_that_ended_before_it_was_to_copy(model, tiny_tokenizer):
     early = [Row((50 + i, 51, END), -1.0, negative=True) for i in range(2)]
     rows = [ended(7, 0.5), ended(12, -0.2), ended(9, 1.0, first=80), early[0], *prescribed()[4:7], early[1]]
     outcome = run_prescribed(
-        model, tiny_tokenizer, [rows], negative="copied", copy_length=4, copy_boundary=["\x00"], window_start=[4, 4],
-        window_length=None, old_logps="behaviour", gate="keep", negative_tokens="all",
+        model, tiny_tokenizer, [rows], negative="seeded", copies=100, copy_length=4, copy_boundary=["\x00"],
+        window_start=[4, 4], window_length=None, gate="keep", negative_tokens="all",
     )  # fmt: skip
     assert all(bool(gradient.isfinite().all()) for gradient in outcome.gradients.values())
     logged = outcome.trainer.state.log_history[0]

@@ -29,7 +29,7 @@ from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
 ROWS = prescribed()
 ORDINARY = [row for row in ROWS if not row.negative]
-FLOOR = 2e-4
+FLOOR = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +58,18 @@ def steered_model(model, features, width):
     return model
 
 
-@pytest.mark.parametrize("baseline", ["include", "exclude"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_every_metric_of_a_known_batch(model, tiny_tokenizer, baseline, accumulation):
+def test_every_metric_of_a_known_batch(model, tiny_tokenizer, accumulation):
     features = loop_features(model, norm=3.0)
     outcome = run_prescribed(
         model, tiny_tokenizer, [ROWS], features=features, negative="feature", window_start=None, window_length=None,
-        baseline=baseline, probability_floor=FLOOR, per_device_train_batch_size=8 // accumulation,
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     logged = outcome.trainer.state.log_history[0]
-    formula = Formula(baseline=baseline)
+    formula = Formula()
     known = advantages(ROWS, formula)
     kept = known[3]
-    inside = [row.reward for i, row in enumerate(ROWS) if not row.negative or (i == 3 and baseline == "include")]
+    inside = [row.reward for i, row in enumerate(ROWS) if not row.negative or i == 3]
     expected = {
         "ordinary/reward": mean(row.reward for row in ORDINARY),
         "ordinary/length": mean(len(row.completion) for row in ORDINARY),
@@ -95,48 +93,16 @@ def test_every_metric_of_a_known_batch(model, tiny_tokenizer, baseline, accumula
     for (prompt, row), advantage in zip(outcome.said[0], known, strict=True):
         with torch.no_grad():
             policy = row_logps(model, prompt, row.completion, 0.9)
-            behaviour = row_logps(steered_model(model, features, len(prompt)), prompt, row.completion, 0.9)
+            behavior = row_logps(steered_model(model, features, len(prompt)), prompt, row.completion, 0.9)
         if row.negative:
             unlikely += (policy.exp() < FLOOR).tolist()
-            ratios += (policy - behaviour).tolist()
-        pulls[row.negative] += float((abs(advantage) * (1 - policy.exp()) * in_loss(row, formula, policy.exp())).sum())
+            ratios += (policy - behavior).tolist()
+        pulls[row.negative] += float((abs(advantage) * (1 - policy.exp()) * in_loss(row, formula)).sum())
     assert 0.1 < mean(unlikely) < 0.9
     assert logged["negative/unlikely_tokens"] == pytest.approx(mean(unlikely), abs=1e-6)
     assert abs(mean(ratios)) > 0.05
     assert logged["negative/log_ratio"] == pytest.approx(mean(ratios), abs=1e-4)
     assert logged["negative/gradient_share"] == pytest.approx(pulls[True] / sum(pulls.values()), rel=1e-4)
-
-
-def test_clipped_tokens_have_no_share_of_the_gradient(model, tiny_tokenizer):
-    """The behaviour's old log-probabilities clip away what steering caused, and the metric says so."""
-    features = loop_features(model, norm=20.0)
-    options = {"gate": "keep", "negative_tokens": "all"}
-    shares = {}
-    for old in ("policy", "behaviour"):
-        outcome = run_prescribed(
-            model, tiny_tokenizer, [ROWS], features=features, negative="feature", window_start=None,
-            window_length=0, old_logps=old, **options,
-        )  # fmt: skip
-        shares[old] = outcome.trainer.state.log_history[0]["negative/gradient_share"]
-        (batch,) = outcome.losses
-    known = advantages(ROWS, Formula(gate="keep", negative_tokens="all"))
-    behaviour = {tuple(t for t in ids if t): logps for ids, logps in
-                 zip(batch["completion_ids"].tolist(), batch["behaviour_logps"], strict=True)}  # fmt: skip
-    pulls = {True: 0.0, False: 0.0}
-    clipped = 0
-    for (prompt, row), advantage in zip(outcome.said[0], known, strict=True):
-        with torch.no_grad():
-            policy = row_logps(model, prompt, row.completion, 0.9)
-        ratio = torch.ones_like(policy)
-        if row.negative:
-            ratio = (policy - behaviour[row.completion]).exp()
-            assert advantage < 0
-            clipped += int((ratio < 0.8).sum())
-            ratio = ratio * (ratio >= 0.8)
-        pulls[row.negative] += float((abs(advantage) * ratio * (1 - policy.exp())).sum())
-    assert clipped >= 5
-    assert shares["behaviour"] == pytest.approx(pulls[True] / sum(pulls.values()), rel=1e-4)
-    assert abs(shares["behaviour"] - shares["policy"]) > 0.02
 
 
 def test_a_dead_group_is_counted_without_its_negative(model, tiny_tokenizer):
@@ -160,10 +126,9 @@ def tables(trainer):
     return [pandas.read_parquet(file) for file in files]
 
 
-@pytest.mark.parametrize("baseline", ["include", "exclude"])
-def test_the_table_of_completions(model, tiny_tokenizer, baseline):
+def test_the_table_of_completions(model, tiny_tokenizer):
     outcome = run_prescribed(
-        model, tiny_tokenizer, [ROWS], log_completions=True, baseline=baseline, negative_weight=0.5,
+        model, tiny_tokenizer, [ROWS], log_completions=True, negative_weight=0.5,
         per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
     (table,) = tables(outcome.trainer)
@@ -171,7 +136,7 @@ def test_the_table_of_completions(model, tiny_tokenizer, baseline):
     assert table["looped"].tolist() == [row.tail is not None for row in ROWS]
     torch.testing.assert_close(
         torch.tensor(table["advantage"].tolist()),
-        torch.tensor(advantages(ROWS, Formula(baseline=baseline, negative_weight=0.5))),
+        torch.tensor(advantages(ROWS, Formula(negative_weight=0.5))),
     )
     rewards = torch.tensor(table["reward"].tolist())
     torch.testing.assert_close(rewards, torch.tensor([row.reward for row in ROWS]))
@@ -181,8 +146,7 @@ def test_the_table_of_completions(model, tiny_tokenizer, baseline):
 
 
 def test_tables_of_batches_with_and_without_negatives(model, tiny_tokenizer):
-    """Some batches have no negative, evaluation never has one; each table marks its own rows, also beside a column of
-    the user's."""
+    """Evaluation never has a negative; each table marks its own rows, also beside a column of the user's."""
     flags = []
 
     def reward(completion_ids, steered, log_extra, **_):
@@ -191,7 +155,7 @@ def test_tables_of_batches_with_and_without_negatives(model, tiny_tokenizer):
         return [float(sum(ids) % 5) for ids in completion_ids]
 
     args = make_args(
-        negative="copied", negative_share=0.4, max_steps=6, log_completions=True, per_device_train_batch_size=4,
+        max_steps=6, log_completions=True, per_device_train_batch_size=4,
         eval_strategy="steps", eval_steps=3, num_generations_eval=4, per_device_eval_batch_size=4, seed=1,
     )  # fmt: skip
     prompts = Dataset.from_dict({"prompt": PROMPTS})
@@ -202,8 +166,7 @@ def test_tables_of_batches_with_and_without_negatives(model, tiny_tokenizer):
     trainer.train()
     training, evaluation = [flags[i] for i in (0, 1, 2, 4, 5, 6)], [flags[i] for i in (3, 7)]
     assert len(flags) == 8
-    assert any(training[1]) or any(training[2]), "the evaluation was meant to come after a negative"
-    assert {any(rows) for rows in training} == {True, False}
+    assert training == [[False, False, False, True]] * 6
     assert evaluation == [[False] * 4] * 2
     found = [table["steered"].tolist() for table in tables(trainer)]
     assert found == [*training[:2], evaluation[0], *training[3:5], evaluation[1]]

@@ -20,7 +20,6 @@ RANDOM = {"steering_layer": LAYER, "steering_strength": 4.0, "steering_unit": "n
           "window_length": 4}  # fmt: skip
 KINDS = {
     "seeded": {"negative": "seeded"},
-    "copied": {"negative": "copied"},
     "random": {"negative": "random", **RANDOM},
     "feature": {"negative": "feature"},
     "plain": {"negatives_per_group": 0},
@@ -59,7 +58,7 @@ def checkpoints(model, tiny_tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [*((kind, kind) for kind in KINDS), ("seeded", "copied"), ("feature", "seeded"), ("random", "feature"),
+    [*((kind, kind) for kind in KINDS), ("feature", "seeded"), ("random", "feature"),
      ("plain", "seeded"), ("feature", "plain")],
 )  # fmt: skip
 def test_another_kind_of_negative(model, tiny_tokenizer, checkpoints, tmp_path, before, after):
@@ -82,7 +81,6 @@ CHANGES = {
     "window": ({"window_start": [1, 2]}, r"window_start was \[0, 2\], is \[1, 2\]"),
     "gate": ({"gate": "keep"}, "gate was 'drop', is 'keep'"),
     "weight": ({"negative_weight": 0.5}, "negative_weight was 1.0, is 0.5"),
-    "share": ({"negative_share": 0.5}, "negative_share was 1.0, is 0.5"),
     "overlong": ({"soft_overlong_cache": 4}, "soft_overlong_cache was 0, is 4"),
     "weights": ({"reward_weights": [0.5]}, r"rewards was \[\['first', 1.0\]\], is \[\['first', 0.5\]\]"),
     "rewards": ({"reward": second}, r"rewards was \[\['first', 1.0\]\], is \[\['second', 1.0\]\]"),
@@ -92,7 +90,7 @@ CHANGES = {
 def test_settings_of_one_run_only_are_named_without_values(model, tiny_tokenizer, checkpoints, tmp_path):
     resumed = build(model, tiny_tokenizer, tmp_path, "plain", max_steps=2)
     with pytest.raises(
-        ValueError, match=r"negatives_per_group was 1, is 0; only one of the two has baseline, "
+        ValueError, match=r"negatives_per_group was 1, is 0; only one of the two has copies, "
     ) as raised:
         resumed.train(resume_from_checkpoint=checkpoints["seeded"])
     assert "None" not in str(raised.value)

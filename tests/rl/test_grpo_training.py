@@ -21,7 +21,6 @@ from rl.cases import (
 from sft.cases import relative_error, with_lora
 from trl import GRPOTrainer
 
-from qscope_posttrain.rl.schedule import NegativeSchedule
 from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
 ROWS = prescribed()
@@ -71,7 +70,7 @@ def uncheckpointed(model, tiny_tokenizer, features):
     return {
         kind: run_prescribed(
             with_lora(copy.deepcopy(model)) if kind == "lora" else model, tiny_tokenizer, [ROWS], features=features,
-            negative="feature", window_start=[2, 2], window_length=None, gate="keep", old_logps="behaviour",
+            negative="feature", window_start=[2, 2], window_length=None, gate="keep",
         )
         for kind in ("full", "lora")
     }  # fmt: skip
@@ -80,11 +79,11 @@ def uncheckpointed(model, tiny_tokenizer, features):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_gradients(model, tiny_tokenizer, features, uncheckpointed, kind, reentrant):
-    """Also that a checkpointed model decodes with its cache: behaviour log-probabilities are those of steering."""
+    """Also that a checkpointed model decodes with its cache: rollouts have the log-probabilities of steering."""
     expected = uncheckpointed[kind]
     found = run_prescribed(
         with_lora(copy.deepcopy(model)) if kind == "lora" else model, tiny_tokenizer, [ROWS], features=features,
-        negative="feature", window_start=[2, 2], window_length=None, gate="keep", old_logps="behaviour",
+        negative="feature", window_start=[2, 2], window_length=None, gate="keep",
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )  # fmt: skip
     assert relative_error(found.gradients, expected.gradients) <= 1e-6
@@ -129,8 +128,8 @@ def parameters_equal(first, second):
 
 NEGATIVES = {
     "off": {"negatives_per_group": 0},
-    "steered": {"negative": "feature", "negative_decay_steps": 4},
-    "stopping": {"negative": "seeded", "copies": 1, "copy_length": 4, "stop_below": 1.0, "stop_window": 6},
+    "steered": {"negative": "feature"},
+    "seeded": {"negative": "seeded", "copies": 1, "copy_length": 4},
 }
 
 
@@ -151,38 +150,8 @@ def test_resumed_equals_uninterrupted(model, tiny_tokenizer, features, tmp_path,
         assert not different, a["step"]
     if kind == "grpo":
         return
-    schedules = [
-        next(c for c in t.callback_handler.callbacks if isinstance(c, NegativeSchedule)) for t in (whole, resumed)
-    ]
-    assert schedules[0].state() == schedules[1].state()
     rows = [entry["negative/rows"] for entry in second]
-    if kind == "stopping":
-        assert schedules[1].stopped_at == 2, "the memory of six rows is that of three steps"
-        assert rows == [2, 2, 2, 0]
-        assert len(schedules[1].recent) == 6
-    elif kind == "steered":
-        assert len(set(rows)) > 1
-    else:
-        assert rows == [0] * 4
-
-
-def test_a_schedule_that_transformers_restores(model, tiny_tokenizer, tmp_path):
-    """`restore_callback_states_from_checkpoint` puts a new callback in the place of the trainer's own."""
-    options = {**NEGATIVES["stopping"], "max_steps": 4, "restore_callback_states_from_checkpoint": True}
-    saving = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
-    whole = train(model, tiny_tokenizer, **options, **saving)
-    resumed = train(model, tiny_tokenizer, resume=str(tmp_path / "checkpoint-2"), **options)
-    assert parameters_equal(whole, resumed)
-    assert [entry["negative/rows"] for entry in entries(resumed)] == [2, 2, 2, 0]
-
-
-def test_resuming_without_the_memory_would_be_another_run(model, tiny_tokenizer, tmp_path, monkeypatch):
-    options = {**NEGATIVES["stopping"], "max_steps": 4}
-    saving = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
-    whole = train(model, tiny_tokenizer, **options, **saving)
-    monkeypatch.setattr(NegativeSchedule, "on_train_begin", lambda *_, **__: None)
-    forgetful = train(model, tiny_tokenizer, resume=str(tmp_path / "checkpoint-2"), **options)
-    assert not parameters_equal(whole, forgetful)
+    assert rows == [0 if kind == "off" else 2] * 4
 
 
 def checkpoints(folder):
@@ -249,7 +218,7 @@ def test_dynamic_sampling_keeps_the_columns(model, tiny_tokenizer):
         return [float(i) if a % 2 == 0 else 0.0 for i, a in enumerate(answer)]
 
     trainer = train(
-        model, tiny_tokenizer, dataset=dataset, reward=watched, max_steps=1, negative="copied", dynamic_sampling=True,
+        model, tiny_tokenizer, dataset=dataset, reward=watched, max_steps=1, negative="seeded", dynamic_sampling=True,
         dynamic_sampling_attempts=20,
     )  # fmt: skip
     assert seen[0] == [1, 3]

@@ -1,4 +1,4 @@
-"""Which rows become negatives: by place, by share, and alike however the rows are split over processes."""
+"""Which rows become negatives: by place, and alike however the rows are split over processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qscope_posttrain.rl.rows import ordinary_plan, plan_rows
 
 def plan(rows, processes=1, process=0, **options):
     settings = {
-        "group_size": 4, "negatives_per_group": 1, "share": 1.0, "window_start": (3, 9), "seed": 0, "step": 5,
+        "group_size": 4, "negatives_per_group": 1, "window_start": (3, 9), "seed": 0, "step": 5,
     }  # fmt: skip
     return plan_rows(rows, process_index=process, num_processes=processes, **{**settings, **options})
 
@@ -22,19 +22,15 @@ def plan(rows, processes=1, process=0, **options):
     groups=st.integers(1, 6),
     processes=st.integers(1, 6),
     negatives=st.integers(1, 2),
-    share=st.floats(0, 1),
     seed=st.integers(-3, 2**40),
     step=st.integers(0, 100),
     attempt=st.integers(0, 3),
 )
-def test_every_split_over_processes_is_the_same_plan(
-    group_size, groups, processes, negatives, share, seed, step, attempt
-):
+def test_every_split_over_processes_is_the_same_plan(group_size, groups, processes, negatives, seed, step, attempt):
     """Groups may be split at any row, also over more processes than there are groups."""
     total = group_size * groups * processes
     options = {
-        "group_size": group_size, "negatives_per_group": negatives, "share": share, "seed": seed, "step": step,
-        "attempt": attempt,
+        "group_size": group_size, "negatives_per_group": negatives, "seed": seed, "step": step, "attempt": attempt,
     }  # fmt: skip
     whole = plan(total, **options)
     parts = [plan(total // processes, processes, index, **options) for index in range(processes)]
@@ -46,20 +42,9 @@ def test_every_split_over_processes_is_the_same_plan(
     by_group = whole.negative.view(-1, group_size)
     last = torch.arange(group_size) >= group_size - negatives
     for group in by_group:
-        assert torch.equal(group, last) or not bool(group.any())
-    holding = int(by_group.any(dim=1).sum())
-    assert share * len(by_group) - 1 < holding < share * len(by_group) + 1
-    assert whole.in_batch == bool(holding)
+        assert torch.equal(group, last)
+    assert whole.in_batch
     assert bool(((whole.start >= 3) & (whole.start <= 9)).all())
-
-
-def test_the_share_is_right_on_average():
-    """A fraction of a group is rounded at random: 0.3 of 2 groups is 0 or 1 of them."""
-    held = torch.tensor([float(plan(8, share=0.3, step=step).negative.sum()) for step in range(2000)])
-    assert set(held.tolist()) == {0.0, 1.0}
-    assert abs(held.mean() - 0.6) < 4 * (0.24 / 2000) ** 0.5
-    first = torch.tensor([bool(plan(8, share=0.5, step=step).negative[3]) for step in range(2000)])
-    assert abs(first.float().mean() - 0.5) < 4 * (0.25 / 2000) ** 0.5, "no group is preferred"
 
 
 def test_windows_start_anywhere_in_their_range_and_not_elsewhere():
@@ -79,7 +64,7 @@ def test_the_random_state_is_left_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    plan(8, share=0.5)
+    plan(8)
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -44,11 +44,10 @@ def test_lora_on_the_head_is_refused(model):
         LogitHead.of(adapted(model, target_modules=["q_proj", "lm_head"]))
 
 
-@pytest.mark.parametrize("name", ["risk", "anchor", "token"])
+@pytest.mark.parametrize("name", ["anchor", "token"])
 def test_it_is_refused_at_attach(model, tiny_tokenizer, name):
     features = make_features(model)
     callback = {
-        "risk": SASFTCallback(features, position_weight="risk"),
         "anchor": SASFTCallback(features, anchor_weight=1.0),
         "token": TokenPenaltyCallback(languages=features.languages),
     }[name]

@@ -28,8 +28,9 @@ def model(make_model):
 def trainer_of(model):
     """A trainer that has not placed its model, as under DeepSpeed."""
     return SimpleNamespace(
-        model=model, is_fsdp_enabled=False, accelerator=SimpleNamespace(state=SimpleNamespace(), num_processes=1)
-    )
+        model=model, is_fsdp_enabled=False, get_tp_size=lambda: 1,
+        accelerator=SimpleNamespace(state=SimpleNamespace(), num_processes=1),
+    )  # fmt: skip
 
 
 def device_of(model) -> str:

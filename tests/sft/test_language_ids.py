@@ -11,9 +11,11 @@ from sft.cases import LANGUAGES, case_model, make_features, make_rows, make_trai
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qscope_posttrain.kernels.penalty import feature_penalty
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.language_ids import LanguageCollator, SampleLanguage
+from qscope_posttrain.sft.language_ids import SampleLanguage
 from qscope_posttrain.sft.packing import pack_with_languages
+from qscope_posttrain.sft.train_data import LanguageCollator
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ class TestPacking:
             pack_with_languages(Dataset.from_list([]), tiny_tokenizer, max_length=8)
         with pytest.raises(ValueError, match="no column 'language'"):
             pack_with_languages(Dataset.from_list([{"text": "a"}]), tiny_tokenizer, max_length=8)
-        with pytest.raises(ValueError, match="Cannot tokenise"):
+        with pytest.raises(ValueError, match="Cannot tokenize"):
             pack_with_languages(Dataset.from_list([{"body": "a", "language": "en"}]), tiny_tokenizer, max_length=8)
         with pytest.raises(ValueError, match="needs languages="):
             pack_with_languages(Dataset.from_list([{"text": "a"}]), tiny_tokenizer, max_length=8, language="script")
@@ -188,4 +190,6 @@ def test_tokens_of_several_languages_in_one_row_get_their_own_threshold(make_mod
         alone = torch.zeros(1, 4, dtype=torch.bool)
         alone[0, token] = True
         expected = torch.relu(f[0, token] - layer.thresholds[language])
-        assert torch.allclose(layer.penalty(hidden, ids, alone).sums, expected)
+        assert torch.allclose(
+            feature_penalty(hidden, layer.rows, layer.bias, layer.thresholds, alone, groups=ids).sums, expected
+        )

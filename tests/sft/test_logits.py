@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.other_device import elsewhere
 
 from qscope_posttrain.sft import logits
 from qscope_posttrain.sft.logits import (
     LogitHead,
     divergence_from,
-    risk_weights,
-    target_probability,
     target_surprise,
 )
 
@@ -45,10 +42,9 @@ def test_head_gives_the_models_own_logits(make_model, architecture):
         assert torch.allclose(LogitHead.of(model).logits(hidden), expected, atol=1e-6)
 
 
-def test_target_probability_and_surprise(case):
+def test_target_surprise(case):
     head, hidden, plain = case
     expected = plain.softmax(-1)[:, TARGETS].sum(-1)
-    assert torch.allclose(target_probability(head, hidden, TARGETS), expected, atol=1e-6)
     assert torch.allclose(target_surprise(head, hidden, TARGETS), -torch.log(1 - expected), atol=1e-5)
 
 
@@ -84,27 +80,8 @@ def test_divergence_from_the_start(case, excluded):
     assert float(same.detach().abs().max()) < 1e-6
 
 
-def test_risk_weights_have_mean_one_over_eligible_positions(case):
-    head, hidden, plain = case
-    eligible = torch.tensor([[True, False, True, True, False]])
-    probability = plain.softmax(-1)[:, TARGETS].sum(-1)
-    weights = risk_weights(head, hidden[None], eligible, TARGETS)
-    mean = probability[eligible[0]].mean()
-    assert torch.allclose(weights[0], torch.where(eligible[0], probability / mean, 0.0), atol=1e-6)
-    assert float(weights[eligible].mean()) == pytest.approx(1.0, rel=1e-5)
-
-
-def test_the_mask_comes_to_the_last_layers_device(case):
-    head, hidden, _ = case
-    eligible = torch.tensor([[True, False, True, True, False]])
-    expected = risk_weights(head, hidden[None], eligible, TARGETS)
-    assert torch.equal(risk_weights(head, hidden[None], elsewhere(eligible), TARGETS), expected)
-
-
 def test_no_position_is_no_error(case):
     head, hidden, _ = case
-    nowhere = torch.zeros(1, 5, dtype=torch.bool)
-    assert float(risk_weights(head, hidden[None], nowhere, TARGETS).abs().max()) == 0.0
     variable = hidden.clone().requires_grad_()
     total = target_surprise(head, variable[:0], TARGETS).sum()
     total.backward()

@@ -80,6 +80,24 @@ def test_gradient_against_finite_differences(case):
     assert torch.autograd.gradcheck(lambda x: sasft_loss(x, alpha, mask, "paper"), (f,))
 
 
+@pytest.mark.parametrize("normalization", ["token_mean", "paper", "official"])
+def test_readouts_of_the_residual_stream_give_the_same(case, normalization):
+    """The form of the callback: rows and bias in a fused kernel, a row of thresholds for each language."""
+    _, _, mask = case
+    generator = torch.Generator().manual_seed(1)
+    rows, bias = torch.randn(3, 5, generator=generator), torch.randn(3, generator=generator)
+    thresholds, groups = torch.randn(2, 3, generator=generator), torch.tensor([0, 1, 0, 1, 1, 0, 1])
+    weights = torch.rand(7, generator=generator)
+    fused, plain = (torch.randn(7, 5, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in range(2))
+    options = {"num_tokens": 9, "weights": weights}
+    found = sasft_loss(fused, thresholds, mask, normalization, rows=rows, bias=bias, groups=groups, **options)
+    expected = sasft_loss(plain @ rows.T + bias, thresholds[groups], mask, normalization, **options)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    found.backward()
+    expected.backward()
+    assert torch.allclose(fused.grad, plain.grad, atol=1e-6)
+
+
 def test_errors(case):
     f, alpha, mask = case
     with pytest.raises(ValueError, match="one entry per token"):

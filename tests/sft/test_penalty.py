@@ -9,6 +9,7 @@ import torch
 from sft.cases import make_features
 
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.kernels.penalty import feature_penalty
 from qscope_posttrain.sft.callback import penalty_layers
 from qscope_posttrain.sft.config import PAPER, SASFTConfig
 
@@ -53,7 +54,12 @@ def excess_of(features, hidden, language, **options):
     (layer,) = penalty_layers(features, SASFTConfig(**options))
     ids = torch.full((1, len(hidden)), features.languages.index(language))
     alone = torch.eye(len(hidden), dtype=torch.bool)
-    return torch.stack([layer.penalty(hidden[None], ids, token[None]).sums for token in alone])
+    readouts = (layer.rows, layer.bias, layer.thresholds)
+
+    def penalty(mask):
+        return feature_penalty(hidden[None], *readouts, mask, groups=ids)
+
+    return torch.stack([penalty(token[None]).sums for token in alone])
 
 
 @pytest.mark.parametrize("readout", ["encoder", "decoder"])

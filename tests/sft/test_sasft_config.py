@@ -78,6 +78,28 @@ def test_defaults_are_the_settings():
     assert (TokenPenaltyConfig().weight, KLAnchorConfig().weight) == (20.0, 1.0)
 
 
+def test_a_config_takes_the_place_of_options(make_model):
+    features = make_features(case_model(make_model))
+    for config, make in (
+        (SASFTConfig(weight=0.5, top=2), lambda **given: SASFTCallback(features, **given)),
+        (TokenPenaltyConfig(target="ko", weight=3.0), TokenPenaltyCallback),
+        (KLAnchorConfig(weight=0.5), KLAnchorCallback),
+    ):
+        assert make(config=config).config is config
+        with pytest.raises(TypeError, match="Give weight in the config, or leave the config out; got both"):
+            make(config=config, weight=7.0)
+        with pytest.raises(TypeError, match=f"config must be a {type(config).__name__}; got dict"):
+            make(config={})
+
+
+def test_an_unknown_option_is_named_with_the_nearest(make_model):
+    features = make_features(case_model(make_model))
+    with pytest.raises(TypeError, match=r"SASFTConfig has no option 'anchor_weigth'.*Did you mean 'anchor_weight'\?"):
+        SASFTCallback(features, anchor_weigth=1.0)
+    with pytest.raises(TypeError, match="SASFTConfig has no option 'position_weight'"):
+        SASFTCallback(features, position_weight="risk")
+
+
 @pytest.mark.parametrize("target", ["zh", "ja", "ru", "ko", "th"])
 def test_every_language_but_the_target_is_another_one(target):
     """Without a list: a column may hold any code, and letters need only tell the target's script from the others."""

@@ -12,10 +12,9 @@ from sft.cases import case_model, make_features, make_rows, make_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from qscope_posttrain.sft.attachment_checks import tensor_parallel_size
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.normalization import data_parallel_size
+from qscope_posttrain.sft.loss import data_parallel_size
 
 
 @pytest.fixture
@@ -33,14 +32,13 @@ def zero_3(trainer, monkeypatch):
 def callbacks(trainer):
     features = make_features(trainer.model)
     return {
-        "risk": SASFTCallback(features, position_weight="risk"),
         "anchor": SASFTCallback(features, anchor_weight=1.0),
         "token": TokenPenaltyCallback(languages=features.languages),
         "plain": SASFTCallback(features),
     }
 
 
-@pytest.mark.parametrize("name", ["risk", "anchor", "token"])
+@pytest.mark.parametrize("name", ["anchor", "token"])
 def test_zero_3_refuses_what_needs_the_head(zero_3, name):
     with pytest.raises(ValueError, match="ZeRO-3"):
         callbacks(zero_3)[name].attach(zero_3)
@@ -78,13 +76,12 @@ def test_sharding_at_load_is_found_by_the_trainers_word(trainer):
         callbacks(trainer)["anchor"].attach(trainer)
 
 
-@pytest.mark.parametrize("name", ["risk", "anchor", "token"])
+@pytest.mark.parametrize("name", ["anchor", "token"])
 def test_tensor_parallelism_of_deepspeed(trainer, name):
     """It is not in accelerate's parallelism_config."""
     trainer.is_deepspeed_enabled = True
     trainer.args.hf_deepspeed_config = SimpleNamespace(config={"tensor_parallel": {"autotp_size": 4}})
     trainer.accelerator = SimpleNamespace(num_processes=8, state=SimpleNamespace(), parallelism_config=None)
-    assert tensor_parallel_size(trainer) == 4
     assert data_parallel_size(trainer) == 2
     with pytest.raises(ValueError, match="under tensor parallelism"):
         callbacks(trainer)[name].attach(trainer)

@@ -161,7 +161,7 @@ def _describe_negatives(config: SteeredGRPOConfig, source: NegativeSource) -> st
         f"from generated token {first} on" if first == last else f"from a generated token drawn in {first} to {last}"
     )
     if source.steering is None:
-        often = "to the end" if source.copies is None else f"{source.copies} times, after which the model runs free"
+        often = f"{source.copies} times, after which the model runs free"
         return f"{config.negative}: {begin}, the piece of text just written is repeated {often}"
     steering = source.steering
     layer = steering.layers[0]
@@ -177,21 +177,8 @@ def _describe_negatives(config: SteeredGRPOConfig, source: NegativeSource) -> st
 
 def _loss(recipe: GRPORecipe, source: NegativeSource) -> tuple[SteeredGRPOConfig, str]:
     config = recipe.training
-    settings = config.negative_settings
-    words = [
-        f"gate {settings.gate}",
-        f"tokens {settings.tokens}",
-        f"weight {settings.weight:.4g}",
-        f"old log-probabilities of the {settings.old_logps}",
-        f"baseline {settings.baseline}",
-    ]
-    if config.negative_share < 1:
-        words.append(f"in a share of {config.negative_share:.4g} of the groups")
-    if config.negative_decay_steps:
-        words.append(f"falling to 0 over {config.negative_decay_steps} steps")
-    if config.stop_below:
-        words.append(f"until fewer than {config.stop_below:.4g} of {config.stop_window} loop")
-    return config, f"mode {config.mode}: {', '.join(words)}"
+    words = f"gate {config.gate}, tokens {config.negative_tokens}, weight {config.negative_weight:.4g}"
+    return config, f"mode {config.mode}: {words}"
 
 
 def _prompts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qscope_posttrain.cli.parsing.parser import CommandParser
@@ -178,14 +178,13 @@ def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLoss
 
     if recipe.penalty is None:
         return None
-    options = {option.name: getattr(recipe.penalty, option.name) for option in fields(recipe.penalty)}
     if recipe.run.method == "token_penalty":
-        return TokenPenaltyCallback(**options)
+        return TokenPenaltyCallback(config=recipe.penalty)
     if recipe.run.method == "kl_anchor":
-        return KLAnchorCallback(**options)
+        return KLAnchorCallback(config=recipe.penalty)
     if features is None:
         raise UserValueError("method sasft needs 'features'.")
-    return SASFTCallback(features, **options)
+    return SASFTCallback(features, config=recipe.penalty)
 
 
 def skips_preparation(training: Any) -> bool:

@@ -27,7 +27,6 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-from qscope_posttrain.sft.config import SASFTConfig
 from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.preparation import Preparation, trained_tokenizer
@@ -52,7 +51,7 @@ def check_recipe(recipe: Recipe) -> Checks:
     if penalty is not None:
         what = "features" if recipe.run.method == "sasft" else "method"
         callback = checks.check(what, _callback, recipe, model)
-        if penalty.target is not None and (not isinstance(penalty, SASFTConfig) or penalty.needs_logits):
+        if penalty.target is not None and penalty.needs_logits:
             checks.check("target tokens", _target_tokens, recipe, tokenizer)
     rows = checks.check("data", check_data, recipe, recipe.script.dataset_train_split)
     if evaluates:
@@ -98,8 +97,7 @@ def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
     try:
         script = target_script(language_code(settings.target))
     except ValueError as error:
-        required = recipe.run.method == "token_penalty" or getattr(settings, "position_weight", "") == "risk"
-        if required:
+        if recipe.run.method == "token_penalty":
             raise UserValueError(f"{error} Only Python can name the tokens of another: target_token_ids=...") from error
         return (), "none: the anchor holds every token"
     ids = script_token_ids(tokenizer, script)

@@ -1,1 +1,1 @@
-"""How the negatives of a generation batch come about while the batch is generated."""
+"""Generation of a batch with negatives among its rows."""

@@ -1,4 +1,4 @@
-"""Negatives without an SAE: a row repeats a piece of its own text, and then goes on by itself or never stops."""
+"""Negatives without an SAE: a row repeats a piece of its own text, and then goes on by itself."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-SHORTEST_PIECE = 4
-"""Tokens. A shorter piece runs on to the next boundary, so that no lone mark is repeated."""
-
-_CAPACITY = 256
-"""Tokens for which room is made at first."""
+SHORTEST_PIECE = 4  # Tokens. A shorter piece runs on to the next boundary, so that no lone mark is repeated.
+_CAPACITY = 256  # Tokens for which room is made at first
 
 
 def boundary_tokens(tokenizer: PreTrainedTokenizerBase, boundaries: Sequence[str], vocabulary: int) -> Tensor:
@@ -34,18 +31,12 @@ class CopyRule:
     """Forces rows to repeat the piece of text that they have just written, from a given token on.
 
     A piece lies between two boundaries, or is `piece_length` tokens long where none comes. At the first boundary at
-    or after generated token `start` of a row, the piece that ends there is said again, `copies` times or for ever.
-    Everything before is the row's own, and everything after it too. All state is on the device of the logits.
+    or after generated token `start` of a row, the piece that ends there is repeated `copies` times. Everything before
+    is the row's own, and everything after it too. All state is on the device of the logits.
     """
 
-    def __init__(self, is_boundary: Tensor, start: Tensor, copies: int | None, piece_length: int) -> None:
-        """
-        Args:
-            is_boundary: [vocabulary] bool.
-            start: [rows] first generated token at which copying may start.
-            copies: of the piece; None for ever.
-            piece_length: tokens after which a piece ends at the latest.
-        """
+    def __init__(self, is_boundary: Tensor, start: Tensor, copies: int, piece_length: int) -> None:
+        """`is_boundary` is [vocabulary] bool, `start` [rows] the first generated token at which copying may start."""
         self._is_boundary = is_boundary
         self._start = start
         self._copies = copies
@@ -63,9 +54,8 @@ class CopyRule:
         self._tokens[self._said] = token
         self._said = step = self._said + 1
         size = step - self._piece
-        ends = ((self._is_boundary[token] & (size >= SHORTEST_PIECE)) | (size >= self._piece_length)) & (
-            self._begin < 0
-        )
+        is_end = (self._is_boundary[token] & (size >= SHORTEST_PIECE)) | (size >= self._piece_length)
+        ends = is_end & (self._begin < 0)
         begins = ends & (step >= self._start)
         self._begin = torch.where(begins, step, self._begin)
         self._length = torch.where(begins, size, self._length)
@@ -76,9 +66,7 @@ class CopyRule:
         if not self._said:
             return logits
         since = step - self._begin
-        copying = self._begin >= 0
-        if self._copies is not None:
-            copying = copying & (since < self._copies * self._length)
+        copying = (self._begin >= 0) & (since < self._copies * self._length)
         source = torch.where(copying, self._piece + since % self._length, 0)
         forced = self._tokens.gather(0, source[None])[0]
         only = torch.full_like(logits, -torch.inf).scatter(1, forced[:, None], 0.0)

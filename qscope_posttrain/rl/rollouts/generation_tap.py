@@ -1,10 +1,10 @@
-"""Watch a model generate, token by token, and have a say in the next one."""
+"""Watch a model generate, token by token, and change the distribution of the next one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,7 @@ from torch import Tensor, nn
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.layers import pretrained_model
 from qscope_posttrain.models.steering import other_rows
-
-
-class LogitsRule(Protocol):
-    """What rows may say next."""
-
-    def read(self, token: Tensor) -> None:
-        """Take note of the token `[rows]` that each row has just said."""
-
-    def __call__(self, step: int, logits: Tensor) -> Tensor:
-        """The logits `[rows, vocabulary]` from which generated token `step` is drawn."""
+from qscope_posttrain.rl.rollouts.copying import CopyRule
 
 
 class GenerationTap:
@@ -30,8 +21,7 @@ class GenerationTap:
     Both are kept on the model's device; nothing waits for the host while the model generates.
     """
 
-    def __init__(self, rows: Tensor, temperature: float) -> None:
-        self._rows = rows
+    def __init__(self, temperature: float) -> None:
         self._temperature = temperature
         self._tokens: list[Tensor] = []
         self._logps: list[Tensor] = []
@@ -55,17 +45,12 @@ class GenerationTap:
         self._next = torch.log_softmax(logits.float() / self._temperature, dim=-1)
 
     def check_tokens(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
-        """Compare what the tapped rows said with what came out of the generation, both [rows, length].
-
-        Raises:
-            RuntimeError: the rows that were tapped are not these.
-        """
+        """RuntimeError unless the tapped rows are those that came out of the generation, both [rows, length]."""
         width = min(len(self._tokens), completion_ids.shape[1])
         if width == 0:
             return
         said = torch.stack(self._tokens[:width], dim=1).to(completion_ids.device)
-        other = (said != completion_ids[:, :width]) & completion_mask[:, :width].bool()
-        if bool(other.any()):
+        if bool(((said != completion_ids[:, :width]) & completion_mask[:, :width].bool()).any()):
             raise RuntimeError(
                 "Negatives came out as other rows than those that were made negatives: the generation has put the rows "
                 "of the batch in another order, or wrote into them. Negatives need the model's own `generate`."
@@ -94,12 +79,12 @@ def generation_tap(
     model: nn.Module,
     rows: Tensor,
     temperature: float,
-    rule: LogitsRule | None = None,
+    rule: CopyRule | None = None,
     batch_rows: int | None = None,
 ) -> Iterator[GenerationTap]:
     """Tap rows `rows` (their numbers in the batch) of what `model.generate` does inside the block.
 
-    With a `rule`, the logits of these rows are replaced by what it returns; the other rows stay bit-identical.
+    With a `rule`, the logits of these rows are replaced by its own; the other rows stay bit-identical.
 
     Args:
         batch_rows: rows of the batch; None takes any number.
@@ -110,7 +95,7 @@ def generation_tap(
     """
     causal_lm = pretrained_model(model)
     index = rows.to(causal_lm.device)
-    tap = GenerationTap(index, temperature)
+    tap = GenerationTap(temperature)
     forwards = 0
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from qscope_posttrain.features.steering import SETTINGS_KEY, feature_steering
 from qscope_posttrain.models.layers import check_layers, text_config, unwrapped
 from qscope_posttrain.models.positions import check_counted
 from qscope_posttrain.models.steering import Steering, Window, steer
+from qscope_posttrain.rl.checks import check_window
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.rollouts.copying import CopyRule, boundary_tokens
 from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap, generation_tap
@@ -25,27 +26,21 @@ from qscope_posttrain.rl.rows import RowPlan
 
 @dataclass(frozen=True, eq=False)
 class NegativeSource:
-    """Where negatives come from: a steering, or copies of a row's own text."""
+    """Recipe of the negatives: a steering, or copies of a row's own text."""
 
-    steering: Steering | None
-    """Direction, layer and strength, without rows and window"""
-    window_start: tuple[int, int]
-    """First and last generated token at which steering or copying may start"""
-    window_length: int | None
-    """Steered tokens; None: to the end"""
-    random: bool
-    """Whether each row is steered along a fresh random direction of the same length"""
-    is_boundary: Tensor | None
-    """[vocabulary] bool for copying"""
-    copies: int | None
-    """Copies of a piece before the model goes on; None: for ever"""
-    copy_length: int
+    steering: Steering | None  # Direction, layer and strength, without rows and window; None for copies
+    window_start: tuple[int, int]  # First and last generated token at which steering or copying may start
+    window_length: int | None = None  # Steered tokens; None: to the end
+    random: bool = False  # Whether each row is steered along a fresh random direction of the same length
+    is_boundary: Tensor | None = None  # [vocabulary] bool for copying
+    copies: int = 0  # Copies of a piece before the model goes on
+    copy_length: int = 0  # Maximum number of tokens of a piece
 
 
 def negative_source(
     config: SteeredGRPOConfig, features: FeatureSet | None, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> NegativeSource:
-    """What `config` and `features` say about the negatives, checked against the model.
+    """The negatives that `config` and `features` describe, checked against the model.
 
     Raises:
         ValueError: features are missing or belong to another model, or neither they nor the config say where, how
@@ -54,15 +49,9 @@ def negative_source(
     config = config.settled(features is not None)
     if not config.is_steered:
         first, last = config.window_start or [0, 0]
-        vocabulary = text_config(model).vocab_size
+        boundaries = boundary_tokens(tokenizer, config.copy_boundary, text_config(model).vocab_size)
         return NegativeSource(
-            steering=None,
-            window_start=(first, last),
-            window_length=None,
-            random=False,
-            is_boundary=boundary_tokens(tokenizer, config.copy_boundary, vocabulary),
-            copies=config.copies if config.negative == "seeded" else None,
-            copy_length=config.copy_length,
+            None, (first, last), is_boundary=boundaries, copies=config.copies, copy_length=config.copy_length
         )
     steering = _steering(config, features, model)
     check_layers(model, steering.layers)
@@ -84,15 +73,9 @@ def negative_source(
             f"The negatives need {missing}, set or recorded with features. window_start=[4, 9] and window_length=30 "
             f"steer some thirty tokens, [0, 0] and 0 steer to the end{found if features is not None else ''}."
         )
-    config.check_window((int(start[0]), int(start[1])))
+    check_window(config, (int(start[0]), int(start[1])))
     return NegativeSource(
-        steering=steering,
-        window_start=(int(start[0]), int(start[1])),
-        window_length=int(length) or None,
-        random=config.negative == "random",
-        is_boundary=None,
-        copies=None,
-        copy_length=config.copy_length,
+        steering, (int(start[0]), int(start[1])), int(length) or None, random=config.negative == "random"
     )
 
 
@@ -118,17 +101,19 @@ def negative_rollout(
     """Inside the block, `model.generate` makes the rows of `plan` negatives and leaves the others bit-identical.
 
     Args:
-        source: how.
         plan: which rows of the batch, at least one, and when.
         model: the model that generates, plain or wrapped.
         temperature: of the sampling, for the log-probabilities that the tap records.
     """
     model = unwrapped(model)
-    rows = plan.negative.nonzero().squeeze(1)
-    if source.steering is None:
-        rule = _copy_rule(source, plan.start[rows], model)
-        with generation_tap(model, rows, temperature, rule, batch_rows=len(plan.negative)) as tap:
+    rows, count = plan.negative.nonzero().squeeze(1), len(plan.negative)
+    if source.is_boundary is not None:
+        device = next(model.parameters()).device
+        start = plan.start[rows].to(device)
+        rule = CopyRule(source.is_boundary.to(device), start, source.copies, source.copy_length)
+        with generation_tap(model, rows, temperature, rule, batch_rows=count) as tap:
             yield tap
+    if source.steering is None:
         return
     steering = replace(
         source.steering,
@@ -139,28 +124,18 @@ def negative_rollout(
     # A batch whose rows all end with their first token is rare, but no fault.
     with (
         steer(model, steering, require_generated=False),
-        generation_tap(model, rows, temperature, batch_rows=len(plan.negative)) as tap,
+        generation_tap(model, rows, temperature, batch_rows=count) as tap,
     ):
         yield tap
     if tap.reads_everything_again:
         raise RuntimeError(
             "The model generated without a cache and read the whole text at every token, so that steering could not "
-            "tell generated tokens from the prompt and did nothing. Leave use_cache on."
+            "distinguish generated tokens from the prompt and did nothing. Leave use_cache on."
         )
 
 
-def _copy_rule(source: NegativeSource, start: Tensor, model: nn.Module) -> CopyRule:
-    if source.is_boundary is None:
-        raise UserValueError("A source without steering needs the boundaries at which a piece of text ends.")
-    device = next(model.parameters()).device
-    return CopyRule(source.is_boundary.to(device), start.to(device), source.copies, source.copy_length)
-
-
 def _random_directions(steering: Steering, plan: RowPlan) -> Tensor:
-    """[rows, d_model] directions of the length of the steering's, one a row, each from the row's own seed.
-
-    A row gets the same direction whatever process generates it.
-    """
+    """[rows, d_model] directions of the length of the steering's, one per row, whatever process generates it."""
     drawn = []
     for row in range(len(plan.negative)):
         generator = torch.Generator().manual_seed(plan.draw + plan.first + row)

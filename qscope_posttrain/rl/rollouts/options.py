@@ -1,4 +1,4 @@
-"""Which options of `generate` leave negatives what they are: a list of those allowed, everything else is refused."""
+"""Options of `generate` that leave negatives what they are: a list of those allowed; everything else is refused."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _NEUTRAL: Mapping[str, Any] = {
     "use_cache": True,
 }  # fmt: skip
 """Values that mean the same as none"""
-_USUAL_CACHES = ("dynamic", "hybrid")
-"""transformers' default by its name, and one that it sets aside"""
+_OF_THE_TRAINER = ("temperature", "max_new_tokens", "eos_token_id", "pad_token_id")
+_USUAL_CACHES = ("dynamic", "hybrid")  # transformers' default by its name, and one that it sets aside
 
-_SEVERAL_ROWS = "makes several rows of the model of one completion, so that negatives cannot be told from other rows"
-_DRAFTS = "reads several tokens at a time, so that generated tokens cannot be told apart"
+_SEVERAL_ROWS = "makes several rows of the model of one completion, and negatives could not be found"
+_DRAFTS = "reads several tokens at a time, so that generated tokens cannot be distinguished"
 _FORBIDS = "may forbid a token that a negative has to repeat"
 _ENDS = "ends rows that a negative should carry on with to the end"
-_CACHE = "changes the cache, by which generated tokens are told from the prompt"
+_CACHE = "changes the cache, by which generated tokens are distinguished from the prompt"
 _REASONS: Mapping[str, str] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale", "penalty_alpha"),
                     _SEVERAL_ROWS),
@@ -43,7 +43,7 @@ _REASONS: Mapping[str, str] = {
     **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "max_time", "stop_strings"), _ENDS),
     **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size"), _CACHE),
     "temperature": "is not the temperature of the trainer, with which it weighs tokens: set its own `temperature`",
-    "max_new_tokens": "is not the limit by which the trainer tells endless repetitions: set `max_completion_length`",
+    "max_new_tokens": "is not the limit by which the trainer knows endless repetitions: set `max_completion_length`",
     "eos_token_id": "names other ends than the trainer knows: set the end tokens in the model's generation_config",
     "pad_token_id": "is not the padding that the trainer knows: set it in the tokenizer",
 }  # fmt: skip
@@ -56,20 +56,15 @@ def check_options(
     steered: bool = False,
     source: Callable[[str], str] = lambda name: "generation_kwargs",
 ) -> None:
-    """Refuse options of `generate` under which a negative would be no negative, or could not be told from other rows.
+    """Refuse options of `generate` under which a negative would be no negative, or like any other row.
 
-    An option that is not known to be harmless is refused, also one of a transformers to come.
+    An option that is not known to be harmless is refused (ValueError), also one of a future transformers.
 
     Args:
         options: by name, as for `GenerationConfig`; None is no option.
-        equal: options that must have one value, since the trainer relies on it; those that it leaves out are not
-            looked at.
+        equal: values that the trainer relies on, of some of the options in `_OF_THE_TRAINER`.
         steered: whether negatives are steered, and not copied.
         source: where an option comes from, in words.
-
-    Raises:
-        TypeError: `options` is no mapping.
-        ValueError: the message names the option.
     """
     if not isinstance(options, Mapping):
         raise UserTypeError(f"generation_kwargs must be a dictionary of options of `generate`; got {options!r}.")
@@ -97,17 +92,13 @@ def check_effective(
 ) -> None:
     """`check_options` for what `model.generate(generation_config=config)` will do.
 
-    What `config` leaves open is taken from the model's own configuration.
-
     Args:
         config: that of the trainer.
-        model_config: that of the model.
+        model_config: that of the model, for all that `config` leaves open.
         given: the user's `generation_kwargs`, for the messages.
         equal, steered: as for `check_options`.
-
-    Raises:
-        ValueError: the message names the option and where it comes from.
     """
+    # Either may come from a transformers that did not know all options.
     own = {name: getattr(config, name, None) for name in vars(GenerationConfig())}
     options = {name: getattr(model_config, name, None) if value is None else value for name, value in own.items()}
     options |= {name: value for name, value in given.items() if name not in own}
@@ -135,7 +126,7 @@ def check_trainer_generation(trainer: Any, steered: bool) -> None:
 
 def _is_off(name: str, value: Any, equal: Mapping[str, Any], steered: bool) -> bool:
     """Whether a value of an option that is not allowed as such changes nothing."""
-    if name in ("temperature", "max_new_tokens", "eos_token_id", "pad_token_id"):
+    if name in _OF_THE_TRAINER:
         return name not in equal or _as_set(value) == _as_set(equal[name])
     if name == "use_cache" and not steered:
         return True

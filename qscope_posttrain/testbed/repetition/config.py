@@ -30,8 +30,6 @@ class Arm:
     """Way to steer (see `features.WAYS`) for which layer, rows and strength were chosen."""
     rewards: tuple[str, ...] = ()
     """Reward functions beside the right answer, by the names of `rl.rewards.reward_function`, each with weight 1."""
-    negatives_until: float = 1.0
-    """Share of the updates over which the share of groups with negatives falls to 0; 1: it does not fall."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what decides the result of a run, as JSON values."""

@@ -94,7 +94,6 @@ def train(
     `features`, with a choice of layer, strength and window in their settings, are for arms that steer. The time of the
     `watcher` does not count.
     """
-    from qscope_posttrain.rl.checks import COPYING
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
     model = copy.deepcopy(language_model.model)
@@ -103,7 +102,7 @@ def train(
             model,
             [RightAnswer(language_model.tokenizer), *map(reward_function, arm.rewards)],
             grpo_arguments(arm, seed, config, folder),
-            features=None if arm.overrides.get("negative") in COPYING else features,
+            features=None if arm.overrides.get("negative") == "seeded" else features,
             train_dataset=prompt_data(config, seed),
             processing_class=language_model.tokenizer,
             callbacks=[] if watcher is None else [watcher],
@@ -130,8 +129,6 @@ def grpo_arguments(arm: Arm, seed: int, config: RepetitionConfig, folder: str) -
         "lr_scheduler_type": "constant",
         **arm.overrides,
     }
-    if arm.negatives_until < 1:
-        settings["negative_decay_steps"] = max(1, round(arm.negatives_until * config.updates))
     return SteeredGRPOConfig(**settings)
 
 

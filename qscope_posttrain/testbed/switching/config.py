@@ -62,7 +62,7 @@ class Arm:
 
 
 STANDARD: dict[str, Any] = {"readout": "decoder", "scale": "std", "combine": "none", "positions": "predicting"}
-COMBINED: dict[str, Any] = {**STANDARD, "combine": "effect", "position_weight": "risk"}
+COMBINED: dict[str, Any] = {**STANDARD, "combine": "effect"}
 
 _ALL = (
     Arm("sft", "SFT", "Plain supervised fine-tuning."),
@@ -91,7 +91,7 @@ _ALL = (
         "sasft_combined",
         "SASFT, combined",
         "One direction: the top 32 decoder directions of the last layer, weighted by their effect on the target's "
-        "log-probability; positions weighted by the probability of switching.",
+        "log-probability.",
         "features",
         top=32,
         options=COMBINED,

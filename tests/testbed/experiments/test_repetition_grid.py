@@ -81,8 +81,8 @@ def test_the_grid_yields_the_rows_of_each_start_and_runs_nothing_twice(
 
 def test_which_arms_steer() -> None:
     steered = {name for name, arm in ARMS.items() if arm.steers}
-    assert {"paper", "default", "random", "difference_of_means", "decay"} <= steered
-    assert not steered & {"plain", "seeded", "copied", "copied_default", "reward_penalty", "plain_right"}
+    assert {"paper", "default", "random", "difference_of_means"} <= steered
+    assert not steered & {"plain", "seeded", "copied_default", "reward_penalty", "plain_right"}
 
 
 class _Features(RepetitionFeatures):

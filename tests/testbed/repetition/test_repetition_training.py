@@ -41,13 +41,9 @@ def test_every_arm_is_a_valid_configuration_with_the_common_settings(name: str, 
     assert (arguments.top_p, arguments.top_k, arguments.temperature) == (1.0, 0, 1.0)
 
 
-def test_negatives_fade_out_by_a_share_of_the_updates_and_the_device_decides_on_the_cpu(tmp_path) -> None:
-    assert ARMS["decay"].negatives_until == 0.5
-    arguments = grpo_arguments(ARMS["decay"], 0, replace(CONFIG, updates=40), str(tmp_path))
-    assert arguments.negative_decay_steps == 20
-    assert grpo_arguments(ARMS["default"], 0, CONFIG, str(tmp_path)).negative_decay_steps == 0
-    assert arguments.use_cpu
-    assert not grpo_arguments(ARMS["decay"], 0, replace(CONFIG, device="cuda"), str(tmp_path)).use_cpu
+def test_the_device_decides_on_the_cpu(tmp_path) -> None:
+    assert grpo_arguments(ARMS["default"], 0, CONFIG, str(tmp_path)).use_cpu
+    assert not grpo_arguments(ARMS["default"], 0, replace(CONFIG, device="cuda"), str(tmp_path)).use_cpu
 
 
 def test_an_arm_may_bring_a_reward_of_its_own(tiny: LanguageModel) -> None:
