@@ -1,4 +1,4 @@
-"""Penalise a handful of features where they exceed a threshold: value and gradient with one pass over x.
+"""Penalize a handful of features where they exceed a threshold: value and gradient with one pass over x.
 
 e[t, s] = m[t] ReLU(x[t] . rows[s] + bias[s] - thresholds[group of t, s])
 sums[s] = sum_t w[t] e[t, s]                          d sums[s] / d x[t] = w[t] 1[e[t, s] > 0] rows[s]
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import check_indices, check_same_device, check_shape, exact_dtype
+from qscope_posttrain.kernels.checks import check_indices, check_same, check_shape, exact_dtype
 from qscope_posttrain.kernels.readout import accumulation_dtype, check_rows, input_gradient, token_tiles
 
 
@@ -36,7 +36,7 @@ def feature_penalty(
     groups: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> FeaturePenalty:
-    """Per-feature sums of the excess over a threshold, differentiable with respect to x.
+    """Sum the excess of each feature over its threshold, differentiable with respect to x.
 
     Args:
         x: `[..., D]`, any floating dtype; T tokens in all.
@@ -49,9 +49,8 @@ def feature_penalty(
 
     Products, sums and comparisons are in at least fp32, whatever autocast or tf32 setting is active. Saved for backward
     is a bool `[T, F]` beside rows and weights, never x; a half-precision x is widened by tiles of 1024 tokens on the
-    CPU and not at all on CUDA. Scale the result with a device tensor (a loss scale, a token count): it reaches the
-    gradient as one, and nothing here waits for the device. Deterministic. On CUDA two launches forward (one reads x,
-    one adds the blocks' sums in a fixed order) and one backward.
+    CPU and not at all on CUDA. Nothing waits for the device, also not a scale of the result that is a device tensor.
+    Deterministic. On CUDA two launches forward and one backward.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit, or rows that require a gradient.
@@ -61,16 +60,10 @@ def feature_penalty(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, bias, thresholds)):
         raise ValueError("feature_penalty has no gradient for rows, bias and thresholds: detach() them.")
     thresholds, groups = _rows_of_thresholds(thresholds, groups, mask, rows.shape[0])
-    sums, excesses, above, _ = _feature_penalty(
-        x.reshape(-1, x.shape[-1]),
-        rows,
-        bias,
-        thresholds,
-        groups,
-        mask.reshape(-1),
-        # A masked token's weight may be anything, too.
-        None if weights is None else weights.detach().masked_fill(~mask, 0).reshape(-1),
-    )
+    if weights is not None:  # a masked token's weight may be anything, too
+        weights = weights.detach().masked_fill(~mask, 0).reshape(-1)
+    flat = x.reshape(-1, x.shape[-1])
+    sums, excesses, above, _ = _feature_penalty(flat, rows, bias, thresholds, groups, mask.reshape(-1), weights)
     return FeaturePenalty(sums, excesses.detach(), above.view(mask.shape))
 
 
@@ -91,7 +84,7 @@ def _check_tokens(x: Tensor, thresholds: Tensor, mask: Tensor, groups: Tensor | 
     if groups is not None:
         check_indices("groups", groups)
     given = {"mask": mask, "thresholds": thresholds, "groups": groups, "weights": weights}
-    check_same_device(x=x, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    check_same("device", x=x, **{name: tensor for name, tensor in given.items() if tensor is not None})
 
 
 def _rows_of_thresholds(
@@ -110,18 +103,12 @@ def _rows_of_thresholds(
 
 @torch.library.custom_op("qscope_posttrain::feature_penalty", mutates_args=())
 def _feature_penalty(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor,
-    thresholds: Tensor,
-    groups: Tensor,
-    mask: Tensor,
-    weights: Tensor | None,
+    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sums [F], excesses [F], above [T], active [T, F])."""
     wide = accumulation_dtype(x, rows)
     if x.is_cuda and wide == torch.float32:
-        from qscope_posttrain.kernels.triton.penalty import feature_penalty as on_cuda
+        from qscope_posttrain.kernels.triton.readout import feature_penalty as on_cuda
 
         return on_cuda(x, rows, bias, thresholds, groups, mask, weights)
     exact = exact_dtype(wide, x.device)
@@ -146,9 +133,9 @@ def _penalty_gradient(
 ) -> Tensor:
     """`sum_s gradient[s] w[t] active[t, s] rows[s]`: `[T, D]` in `dtype`, summed in the gradient's."""
     if active.is_cuda and gradient.dtype == torch.float32:
-        from qscope_posttrain.kernels.triton.readout import spread_active
+        from qscope_posttrain.kernels.triton.readout import spread
 
-        return spread_active(gradient, active, weights, rows, dtype)
+        return spread(active, rows, dtype, gradient, weights)
     coefficients = active * gradient
     if weights is not None:
         coefficients *= weights.to(gradient.dtype).unsqueeze(-1)
@@ -157,22 +144,16 @@ def _penalty_gradient(
 
 @_feature_penalty.register_fake
 def _(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor,
-    thresholds: Tensor,
-    groups: Tensor,
-    mask: Tensor,
-    weights: Tensor | None,
+    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, features = x.shape[0], rows.shape[0]
     sums = x.new_empty(features, dtype=accumulation_dtype(x, rows))
     return sums, torch.empty_like(sums), mask.new_empty(tokens), mask.new_empty(tokens, features)
 
 
-@_penalty_gradient.register_fake
-def _(gradient: Tensor, active: Tensor, weights: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return gradient.new_empty(active.shape[0], rows.shape[1], dtype=dtype)
+_penalty_gradient.register_fake(
+    lambda gradient, active, _, rows, dtype: gradient.new_empty(active.shape[0], rows.shape[1], dtype=dtype)
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -182,11 +163,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, gradient: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    active, weights, rows = ctx.saved_tensors
-    if gradient is None:
-        return (None,) * 7
-    return _penalty_gradient(gradient, active, weights, rows, ctx.dtype), *(None,) * 6
+def _backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    of_x = None if gradient is None else _penalty_gradient(gradient, *ctx.saved_tensors, ctx.dtype)
+    return of_x, *(None,) * 6
 
 
 _feature_penalty.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,4 @@
-"""Read a handful of features out of the residual stream, without a copy of it in a wider dtype.
-
-f[t, s] = x[t] . rows[s] + bias[s]                          [T, F], in at least fp32
-"""
+"""Pre-activations of a handful of features: x[t] . rows[s] + bias[s] in at least fp32, without a wider copy of x."""
 
 from __future__ import annotations
 
@@ -11,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import check_floating, check_same_device, check_shape, exact_dtype
+from qscope_posttrain.kernels.checks import check_floating, check_same, check_shape, exact_dtype
 
 TILE_TOKENS = 1024
 """Tokens of a half-precision x that are widened at a time on the CPU."""
 
 HANDFUL = 256
-"""Rows up to which CUDA takes the kernel that reads x in its own dtype, once for every 64 of them; for more of them a
-library's matrix product of widened tiles is the better choice."""
+"""Rows up to which CUDA takes the kernel that reads x in its own dtype, once for every 64 of them; for more a library's
+matrix product of widened tiles is better."""
 
 
 def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """`x @ rows.T + bias` with products and sums in at least fp32, whatever autocast or tf32 setting is active.
+    """Compute `x @ rows.T + bias` with products and sums in at least fp32, whatever autocast or tf32 setting is active.
 
     Args:
         x: `[..., D]`, any floating dtype and any strides.
@@ -51,7 +48,7 @@ def check_rows(x: Tensor, rows: Tensor, bias: Tensor) -> None:
     if x.ndim == 0 or x.shape[-1] != rows.shape[1]:
         raise ValueError(f"x must be [..., {rows.shape[1]}] for rows {list(rows.shape)}, got {list(x.shape)}")
     check_floating(x=x, rows=rows, bias=bias)
-    check_same_device(x=x, rows=rows, bias=bias)
+    check_same("device", x=x, rows=rows, bias=bias)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -101,14 +98,12 @@ def input_gradient(gradient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor
     return result
 
 
-@_feature_preactivations.register_fake
-def _(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], rows.shape[0], dtype=accumulation_dtype(x, rows))
-
-
-@input_gradient.register_fake
-def _(gradient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return gradient.new_empty(gradient.shape[0], rows.shape[1], dtype=dtype)
+_feature_preactivations.register_fake(
+    lambda x, rows, bias: x.new_empty(x.shape[0], rows.shape[0], dtype=accumulation_dtype(x, rows))
+)
+input_gradient.register_fake(
+    lambda gradient, rows, dtype: gradient.new_empty(gradient.shape[0], rows.shape[1], dtype=dtype)
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -19,48 +19,37 @@ FAST_TOKENS = 1024
 CUDA_FEATURES = 8192
 """Features of a tile on CUDA: what one program of the Triton kernel holds; 1024 tokens of it, 32 MiB, stay in L2."""
 
-CUDA_ELEMENTS = 1024 * CUDA_FEATURES
-
 WIDENED_ELEMENTS = 1 << 23
-"""Weights held in another dtype than they are stored in, where the product asks for it: 32 MiB in float32."""
+"""Weights converted at a time to the dtype of the product: 32 MiB in float32."""
 
 
 class Tile(NamedTuple):
-    """A piece of the pre-activations. `pre` is overwritten by the next tile."""
+    """A piece of the pre-activations from row `token` of x and `feature` on. `pre` is overwritten by the next tile."""
 
     token: int
-    """First row of x."""
     feature: int
-    """First feature."""
     pre: Tensor
-    """[tokens of this tile, features of this tile], contiguous."""
+    """[tokens of this tile, features of this tile], contiguous"""
 
 
 def tile_shape(
-    x: Tensor,
-    W_enc: Tensor,
-    dtype: torch.dtype,
-    tile_tokens: int | None,
-    tile_features: int | None,
-    limit: int = BUFFER_ELEMENTS,
+    x: Tensor, W_enc: Tensor, dtype: torch.dtype, tokens: int | None, features: int | None, limit: int = BUFFER_ELEMENTS
 ) -> tuple[int, int]:
-    """(tokens, features) of a tile of the product in `dtype`, at most `limit` elements unless asked for.
+    """(tokens, features) of a tile of the product in `dtype`: as given, or so that it has at most `limit` elements.
 
     Many tokens matter more than many features: a product packs its weights once for each tile of tokens.
     """
-    tokens, (d_sae, d_model) = max(1, x.shape[0]), W_enc.shape
+    rows, (d_sae, d_model) = max(1, x.shape[0]), W_enc.shape
     if x.is_cuda:
-        limit = min(limit, CUDA_ELEMENTS)
-    if tile_features is None:
-        tile_features = max(1, limit // min(tile_tokens or FAST_TOKENS, tokens))
+        limit = min(limit, 1024 * CUDA_FEATURES)
+    if features is None:
+        features = max(1, limit // min(tokens or FAST_TOKENS, rows))
         if x.is_cuda:
-            tile_features = min(tile_features, CUDA_FEATURES)
+            features = min(features, CUDA_FEATURES)
         if W_enc.dtype != dtype:
-            tile_features = min(tile_features, max(1, WIDENED_ELEMENTS // max(1, d_model)))
-    tile_features = min(tile_features, d_sae)
-    if tile_tokens is None:
-        tile_tokens = max(1, limit // tile_features)
-    return min(tile_tokens, tokens), tile_features
+            features = min(features, max(1, WIDENED_ELEMENTS // max(1, d_model)))
+    features = min(features, d_sae)
+    return min(max(1, limit // features) if tokens is None else tokens, rows), features
 
 
 def result_dtype(W_enc: Tensor) -> torch.dtype:

@@ -1,4 +1,6 @@
-"""Readouts of a handful of features on CUDA, and the way back. x is read in its own dtype; products are fp32.
+"""Pre-activations of a handful of features on CUDA, their gradient, and their penalty.
+
+x is read in its own dtype; products are fp32.
 
 `tf32x3` splits each fp32 factor into three tf32 parts: fp32's precision, on tensor cores.
 """
@@ -53,8 +55,8 @@ def products(
 
 @triton.jit
 def _spread(
-    coefficients, active, weights, scale, rows, out, tokens, features, d_model,
-    FROM_ACTIVE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    coefficients, weights, scale, rows, out, tokens, features, d_model,
+    HAS_SCALE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -67,13 +69,11 @@ def _spread(
         known = feature < features
         at = token[:, None] * features + feature[None, :]
         both = live[:, None] & known[None, :]
-        if FROM_ACTIVE:
-            factor = tl.load(active + at, mask=both, other=0).to(tl.float32)
+        factor = tl.load(coefficients + at, mask=both, other=0).to(tl.float32)
+        if HAS_SCALE:
             factor *= tl.load(scale + feature, mask=known, other=0).to(tl.float32)[None, :]
-            if HAS_WEIGHTS:
-                factor *= tl.load(weights + token, mask=live, other=0).to(tl.float32)[:, None]
-        else:
-            factor = tl.load(coefficients + at, mask=both, other=0).to(tl.float32)
+        if HAS_WEIGHTS:
+            factor *= tl.load(weights + token, mask=live, other=0).to(tl.float32)[:, None]
         row = tl.load(
             rows + feature[:, None].to(tl.int64) * d_model + column[None, :],
             mask=known[:, None] & inside[None, :], other=0,
@@ -100,31 +100,25 @@ def preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def spread(coefficients: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """`coefficients @ rows`, `[T, D]` in `dtype`, of fp32 coefficients `[T, F]`."""
-    return _launch_spread(coefficients.contiguous(), None, None, None, rows, coefficients.shape[0], dtype)
+def spread(
+    coefficients: Tensor, rows: Tensor, dtype: torch.dtype, scale: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """`coefficients @ rows`, `[T, D]` in `dtype`, of fp32 coefficients `[T, F]`, in one launch.
 
-
-def spread_active(gradient: Tensor, active: Tensor, weights: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(active * gradient * weights[:, None]) @ rows`, `[T, D]` in `dtype`, in one launch."""
-    # Triton reads a bool as what it is stored in.
-    flags = active.contiguous().view(torch.uint8)
-    weights = None if weights is None else weights.contiguous()
-    return _launch_spread(None, flags, weights, gradient.contiguous(), rows, active.shape[0], dtype)
-
-
-def _launch_spread(
-    coefficients: Tensor | None, active: Tensor | None, weights: Tensor | None, scale: Tensor | None,
-    rows: Tensor, tokens: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    features, d_model = rows.shape
+    With `scale` `[F]` and perhaps `weights` `[T]`, the coefficients are bool, and each is multiplied by both.
+    """
+    (tokens, features), d_model = coefficients.shape, rows.shape[1]
     out = rows.new_empty(tokens, d_model, dtype=dtype)
     if out.numel() == 0:
         return out
+    coefficients = coefficients.contiguous()
+    if scale is not None:
+        coefficients = coefficients.view(torch.uint8)  # Triton reads a bool as what it is stored in.
     with torch.cuda.device_of(rows):
         _spread[(triton.cdiv(tokens, TOKENS), triton.cdiv(d_model, COLUMNS))](
-            coefficients, active, weights, scale, rows.contiguous(), out, tokens, features, d_model,
-            FROM_ACTIVE=active is not None, HAS_WEIGHTS=weights is not None,
+            coefficients, None if weights is None else weights.contiguous(),
+            None if scale is None else scale.contiguous(), rows.contiguous(), out, tokens, features, d_model,
+            HAS_SCALE=scale is not None, HAS_WEIGHTS=weights is not None,
             TOKENS=TOKENS, FEATURES=feature_block(rows), COLUMNS=COLUMNS,
         )  # fmt: skip
     return out
@@ -133,3 +127,56 @@ def _launch_spread(
 def feature_block(rows: Tensor) -> int:
     """Features of a tile: all of them up to 64, at least the 16 that a matrix product needs."""
     return min(64, max(16, triton.next_power_of_2(rows.shape[0])))
+
+
+@triton.jit
+def _penalty(
+    x, rows, bias, thresholds, groups, mask, weights, active, partial,
+    tokens, features, d_model, token_stride, column_stride,
+    HAS_WEIGHTS: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    live = token < tokens
+    known = feature < features
+    total = products(
+        x, rows, token, feature, tokens, features, d_model, token_stride, column_stride, TOKENS, FEATURES, COLUMNS
+    )
+    total += tl.load(bias + feature, mask=known, other=0).to(tl.float32)[None, :]
+    group = tl.maximum(tl.load(groups + token, mask=live, other=0).to(tl.int64), 0)
+    both = live[:, None] & known[None, :]
+    total -= tl.load(thresholds + group[:, None] * features + feature[None, :], mask=both, other=0).to(tl.float32)
+    counted = both & (tl.load(mask + token, mask=live, other=0) != 0)[:, None]
+    # Written so that a NaN of a token that counts stays one, and that of another is dropped.
+    excess = tl.where(counted & ~(total <= 0), total, 0.0)
+    tl.store(active + token[:, None] * features + feature[None, :], (excess > 0).to(tl.uint8), mask=both)
+    tl.store(partial + block * 2 * features + feature, tl.sum(excess, axis=0), mask=known)
+    if HAS_WEIGHTS:
+        excess *= tl.load(weights + token, mask=live, other=0).to(tl.float32)[:, None]
+    tl.store(partial + (block * 2 + 1) * features + feature, tl.sum(excess, axis=0), mask=known)
+
+
+def feature_penalty(
+    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(sums [F], excesses [F], above [T], active [T, F]); see `kernels.penalty`.
+
+    One launch reads x and leaves a bool per token and feature, and one sum per block of tokens; the blocks are added in
+    a fixed order.
+    """
+    tokens, features = x.shape[0], rows.shape[0]
+    active = mask.new_empty(tokens, features)
+    blocks = triton.cdiv(tokens, TOKENS)
+    partial = x.new_empty(blocks, 2, features, dtype=torch.float32)
+    if active.numel():
+        block = feature_block(rows)
+        with torch.cuda.device_of(x):
+            _penalty[(blocks, triton.cdiv(features, block))](
+                x, rows.contiguous(), bias.contiguous(), thresholds.contiguous(), groups.contiguous(),
+                mask.contiguous().view(torch.uint8), None if weights is None else weights.contiguous(),
+                active.view(torch.uint8), partial, tokens, features, rows.shape[1], *x.stride(),
+                HAS_WEIGHTS=weights is not None, TOKENS=TOKENS, FEATURES=block, COLUMNS=COLUMNS,
+            )  # fmt: skip
+    excesses, sums = partial.sum(0)
+    return sums.clone(), excesses.clone(), active.any(-1), active
