@@ -1,8 +1,7 @@
-"""Text files that other programs wrote: the one place where the package opens a user's text.
+"""Read text files that other programs wrote, and replace files in one step.
 
-Read are UTF-8, UTF-16 and UTF-32 with a byte order mark, line ends of every system, and large texts
-packed with gzip, bzip2 or xz, by their first bytes and whatever the file is called. Anything else is an error that
-names the file, and the line where there is one.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark, with line ends of every system, and may be packed with gzip,
+bzip2 or xz, recognized by its first bytes. Anything else is an error that names the file, and the line if there is one.
 """
 
 from __future__ import annotations
@@ -48,16 +47,16 @@ _SUFFIXES = (".gz", ".bz2", ".xz")
 
 
 def text_suffix(path: str | os.PathLike[str]) -> str:
-    """The kind of text that a file name promises: `.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
+    """The suffix that says what a text holds: `.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
     place = Path(path)
     return Path(place.stem).suffix if place.suffix in _SUFFIXES else place.suffix
 
 
 def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
-    """`path` as a Path, if there is a regular file; `what` is the word for it in an error.
+    """Check that `path` is a regular file, and return it as a Path; `what` is the word for it in an error.
 
     Raises:
-        FileNotFoundError: there is none, with what is there instead: nothing, a folder, a link that leads nowhere.
+        FileNotFoundError: nothing is there, or a folder, or a link that leads nowhere.
         ValueError: a pipe or a device.
     """
     place = Path(path)
@@ -76,11 +75,10 @@ def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
 
 
 def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | None = None, marked: bool = True) -> str:
-    """The first line that is not blank, of a file that is to be read by another library: UTF-8 throughout, with at most
-    one byte order mark. "" where every line is blank.
+    """Check that another library can read a file, UTF-8 throughout, and return its first line that is not blank, or "".
 
     Args:
-        head: Look at this number of lines alone, of a file that will be read as a stream, which must not be compressed.
+        head: Check this number of lines only, of a file that will be read as a stream, which must not be compressed.
         marked: Whether it may begin with a byte order mark.
 
     Raises:
@@ -115,14 +113,11 @@ def bare_name(path: str | os.PathLike[str]) -> str:
 
 
 def read_lines(path: str | os.PathLike[str], what: str = "file", packed: bool = True) -> Iterator[str]:
-    r"""The lines of a text file as a stream, each ending in `\n` (but perhaps the last).
+    r"""Yield the lines of a text file, each ending in `\n` (except perhaps the last).
 
-    Split at the line ends of Unix, Windows and old Macs alone: U+2028, at which `str.splitlines` also splits, may stand
-    inside a JSON string. Byte order marks are left out, also where files were joined.
-
-    Args:
-        what: What an error calls it.
-        packed: Whether it may be compressed.
+    Lines end as on Unix, Windows or old Macs: U+2028, at which `str.splitlines` also splits, may stand inside a JSON
+    string. Byte order marks are left out, also where files were joined. `what` names the file in an error; `packed`
+    tells whether it may be compressed.
 
     Raises:
         FileNotFoundError: no such file.
@@ -135,20 +130,15 @@ def read_lines(path: str | os.PathLike[str], what: str = "file", packed: bool = 
 
 
 def read_text(path: str | os.PathLike[str], what: str = "file") -> str:
-    """A text file as one string, as `read_lines` reads it; it must not be compressed."""
+    """Read a text file, which must not be compressed, as one string."""
     return "".join(read_lines(path, what, packed=False))
 
 
 def read_csv(
     path: str | os.PathLike[str], what: str = "table", separator: str = ","
 ) -> Iterator[tuple[int, list[str]]]:
-    """Line number (from 1, of the last line of a row) and cells of every row that is not blank. With tabs between the
-    cells there are no quotes, as in most published sets.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not text, or not CSV.
-    """
+    """Yield the line number (from 1, of the last line of a row) and the cells of every row that is not blank. With tabs
+    between the cells there are no quotes, as in most published sets. Errors as of `read_lines`, and for other CSV."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # csv has no limit by reader
     quoting: Any = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     rows = csv.reader(read_lines(path, what), delimiter=separator, quoting=quoting)
@@ -224,13 +214,10 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; when the block ends well, that file is flushed to disk and becomes `path`.
+    """Yield a name beside `path` to write to; when the block ends, that file is flushed to disk and becomes `path`.
 
-    When the block raises, the unfinished file is removed and `path` is as it was.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: the file cannot be written, with the reason.
+    When the block raises, the unfinished file is removed and `path` is as it was. FileNotFoundError where the folder
+    does not exist; OSError, with the reason, where the file cannot be written.
     """
     if not path.parent.is_dir():
         raise UserFileNotFoundError(f"cannot write '{path}': the folder '{path.parent}' does not exist.")

@@ -1,4 +1,4 @@
-"""Recipes on disk: YAML that can hold values and nothing else."""
+"""Read recipes: YAML that can hold values and nothing else."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ class _Loader(yaml.SafeLoader):
     """Numbers as YAML 1.2 reads them: 1e-5 is one; 1:30, 010 and 2026-01-01 are text."""
 
 
-class _WrittenLoader(yaml.BaseLoader):
-    """Every plain value as the text that stands in the file."""
-
-
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -41,10 +37,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | os.PathLike[str], as_written: bool = False) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Args:
-        as_written: Leave every plain value as the text that stands in the file, `no` and `007` for example.
+    """Read a YAML file that holds a mapping; `as_written` keeps every plain value (`no`, `007`) as text.
 
     Raises:
         FileNotFoundError: no such file.
@@ -56,7 +49,7 @@ def read_yaml(path: str | os.PathLike[str], as_written: bool = False) -> dict[st
     text = read_text(path)
     loader: Any = None
     try:
-        loader = (_WrittenLoader if as_written else _Loader)(text)
+        loader = (yaml.BaseLoader if as_written else _Loader)(text)
         node = loader.get_single_node()
         _size(node, str(path), {})
         content = None if node is None else loader.construct_document(node)
@@ -78,8 +71,8 @@ def read_yaml(path: str | os.PathLike[str], as_written: bool = False) -> dict[st
 
 
 def _size(node: yaml.Node | None, path: str, known: dict[int, int]) -> int:
-    """Nodes below and with `node`, counted as often as they are referred to. ValueError for too many, for a node that
-    holds itself, and for a key given twice, of which YAML readers keep the last without a word."""
+    """Count `node` and those below it as often as they are referred to. ValueError for too many, for a node that holds
+    itself, and for a key given twice, of which YAML readers silently keep the last."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) in known:

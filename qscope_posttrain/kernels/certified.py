@@ -74,7 +74,7 @@ class CertifiedCode(NamedTuple):
 
 
 def certified_weights(W_enc: Tensor, b_enc: Tensor) -> CertifiedWeights:
-    """Compute the bfloat16 copy and the norms in one pass over W_enc; keep them as long as the weights do not change."""
+    """Compute the bfloat16 copy and the norms in one pass over W_enc. They are valid until the weights change."""
     W_low, b_low = W_enc.bfloat16(), b_enc.bfloat16()
     norms = W_enc.new_zeros(4, dtype=torch.float64)
     step = max(1, _GATHERED_ELEMENTS // max(1, 2 * W_enc.shape[1]))
