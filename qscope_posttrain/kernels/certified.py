@@ -44,11 +44,8 @@ from qscope_posttrain.kernels.tiles import product_dtype
 
 BAND = 96
 """Candidates beyond k: more cost little, since only those within the bound are evaluated."""
-
 _ROUNDING = 2.0**-8 + 2.0**-16
-
 _NORM_TOKENS = 256
-
 _GATHERED_ELEMENTS = 1 << 22
 """Weights gathered at a time: 16 MiB."""
 

@@ -12,7 +12,6 @@ from qscope_posttrain.kernels.checks import check_floating, check_same, check_sh
 
 TILE_TOKENS = 1024
 """Tokens of a half-precision x that are widened at a time on the CPU."""
-
 HANDFUL = 256
 """Rows up to which CUDA takes the kernel that reads x in its own dtype, once for every 64 of them; for more a library's
 matrix product of widened tiles is better."""

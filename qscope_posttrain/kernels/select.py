@@ -14,10 +14,8 @@ from qscope_posttrain.kernels import native
 from qscope_posttrain.kernels.tiles import preactivation_tiles, tile_shape
 
 _LOW = 0xFFFFFFFF
-
 GROUP = 16
 """Elements of a group: the first stage leaves (k + SLACK) * GROUP candidates of d_sae."""
-
 SLACK = 16
 """Kept beyond the k first, for those that equal the k-th."""
 

@@ -1,4 +1,4 @@
-"""Norms of the residual stream on a fixed sample of the texts, which decide what an outlier is."""
+"""Norms of the residual stream on a fixed sample of the texts, from which the limit of outliers is derived."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LanguageRows:
 def layer_rows(
     model: nn.Module, layers: Sequence[int], batch: TokenBatch
 ) -> Iterator[tuple[int, Tensor, list[LanguageRows]]]:
-    """For each layer the residual vectors [tokens, d_model] of the tokens that count, and whose they are."""
+    """Yield for each layer the residual vectors [tokens, d_model] of the tokens that count, and their languages."""
     hidden = forward_to_layer(model, layers, input_ids=batch.input_ids.to(input_device(model)))
     positions = batch.positions()
     groups = language_rows(batch)
@@ -57,12 +57,12 @@ def language_rows(batch: TokenBatch) -> list[LanguageRows]:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A fixed sample of the texts, read ahead of the rest to learn what an outlier is."""
+    """A fixed sample of the texts, read ahead of the rest to find the limit of outliers."""
 
     medians: dict[int, float]
     """Median residual norm of each layer"""
     devices: dict[int, torch.device]
-    """Where each layer is"""
+    """Device of each layer"""
     rows: list[tuple[int, Tensor, list[LanguageRows]]]
     """Result of `layer_rows` for the sample, kept so that it need not be computed again"""
 

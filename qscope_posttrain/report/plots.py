@@ -22,13 +22,10 @@ if TYPE_CHECKING:
 
 COLORS = ("#3f7fd0", "#df7f3b", "#2f9e77", "#b062b3", "#c59f1d", "#d3545f", "#56a5c4", "#8c8c8c")
 """Middle tones that hold on white and on near-black paper."""
-
 INK = "#010203"
 """Stands for the text color while matplotlib draws; replaced by currentColor in the SVG."""
-
 DASHED: Any = {"color": INK, "linewidth": 0.8, "alpha": 0.45, "linestyle": (0, (4, 3))}
 """Line of a reference or a budget"""
-
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qscope_posttrain",  # the same numbers give the same file

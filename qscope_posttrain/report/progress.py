@@ -11,7 +11,6 @@ from typing import TypeVar
 from qscope_posttrain.distributed import is_main_process
 
 T = TypeVar("T")
-
 QUIET = "QSCOPE_QUIET"
 """Environment variable that, unless it is empty, leaves progress and status lines out"""
 MANY_ROWS = 100_000

@@ -18,7 +18,6 @@ _NAME = regex.compile(r"(?<!\p{Latin})\p{Latin}*\p{Lu}\p{Latin}*")
 _NAME_WORTH = 0.25
 _STARTS_SENTENCE = regex.compile(r"(?:\A|[.!?。！？:：\n])[\p{P}\p{Z}\s]*\Z")
 _BEFORE_NAME = 8  # characters in which a sentence's beginning shows
-
 _NOT_PROSE = regex.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`|(?<=\n[ \t]*\n)(?:(?: {4}|\t)[^\n]*\n?)+"  # code
     r"|<tool_call>.*?(?:</tool_call>|\Z)"
