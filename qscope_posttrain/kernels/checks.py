@@ -92,6 +92,11 @@ def lowered_to(device: torch.device) -> str | None:
     return None if found in ("none", "ieee") else found
 
 
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 if one of them is, else fp32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
 def exact_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """`dtype`, or fp64 where it is fp32 and products of it are lowered: those of fp64 never are."""
     return torch.float64 if dtype == torch.float32 and lowered_to(device) is not None else dtype

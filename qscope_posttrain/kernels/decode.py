@@ -1,7 +1,5 @@
 """Sum decoder rows by a sparse code, without a dense code and without a tensor [tokens, width, d_model].
 
-    x_hat[t] = sum_j values[t, j] W_dec[indices[t, j]] + b_dec
-
 All three directions are sums of rows by a sparse matrix A [tokens, d_sae]: the forward is A W_dec, the gradient of
 W_dec is A' g with the entries sorted by feature, and that of the values is the part of g W_dec' where A has entries.
 
@@ -45,9 +43,6 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
 
     Deterministic, forward and backward, at a given number of threads: sums are made in a fixed order, never by atomics.
     Entries of value 0 add nothing where the row is finite. Not affected by autocast.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit.
     """
     check_shape("W_dec", W_dec, ("d_sae", "d_model"))
     check_shape("values", values, ("tokens", "width"))

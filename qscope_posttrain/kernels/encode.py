@@ -51,9 +51,6 @@ def topk_encode(
     may change the rounding of the product, never the order of equal values. Not affected by autocast.
 
     Differentiable with respect to x, W_enc and b_enc (the choice of the features is not). Saves x, values and indices.
-
-    Raises:
-        ValueError, TypeError: shapes, devices, dtypes or options that do not fit.
     """
     check_encoder(x, W_enc, b_enc, k)
     check_choice("precision", precision, PRECISIONS)
@@ -72,16 +69,9 @@ def topk_encode(
 
 @torch.library.custom_op("qscope_posttrain::topk_encode", mutates_args=())
 def _topk_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    fp32: bool,
-    relu: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, fp32: bool, relu: bool, tokens: int | None, features: int | None
 ) -> tuple[Tensor, Tensor]:
-    values, indices = topk_product(x, W_enc, b_enc, k, product_dtype(W_enc, fp32), tile_tokens, tile_features)
+    values, indices = topk_product(x, W_enc, b_enc, k, product_dtype(W_enc, fp32), tokens, features)
     return (values.relu_() if relu else values), indices
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import check_floating, check_same, check_shape
-from qscope_posttrain.kernels.readout import accumulation_dtype
+from qscope_posttrain.kernels.checks import accumulation_dtype, check_floating, check_same, check_shape
 
 
 def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
@@ -25,9 +24,6 @@ def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
 
     Differentiable with respect to all three; saves directions and strengths. One launch on CUDA, and nothing of the
     size of `hidden` beside the result; one tensor `[B, T, D]` elsewhere. Deterministic. Not affected by autocast.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit.
     """
     steered: Tensor = _steer_add(hidden, directions, _expanded(hidden, directions, strengths))
     return steered

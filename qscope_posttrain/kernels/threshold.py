@@ -84,14 +84,11 @@ def batch_topk_encode(
 
 
 class Entries(NamedTuple):
-    """Some entries of the pre-activations, in any order."""
+    """Some entries of the pre-activations, in any order: rows and columns int64 [n], values [n]."""
 
     rows: Tensor
-    """int64, [n]."""
     columns: Tensor
-    """int64, [n]."""
     values: Tensor
-    """[n]."""
 
     def where(self, mask: Tensor) -> Entries:
         return Entries(*(part[mask] for part in self))
@@ -118,21 +115,15 @@ def pack(entries: Entries, rows: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("qscope_posttrain::threshold_encode", mutates_args=())
 def _threshold_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    thresholds: Tensor,
-    fp32: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, thresholds: Tensor, fp32: bool, tokens: int | None, features: int | None
 ) -> tuple[Tensor, Tensor]:
     result = result_dtype(W_enc)
     bounds = thresholds.to(result).clamp(min=0).expand(W_enc.shape[0])
     dtype = product_dtype(W_enc, fp32)
-    tokens, features = tile_shape(x, W_enc, dtype, tile_tokens, tile_features)
+    step, span = tile_shape(x, W_enc, dtype, tokens, features)
     packed: list[tuple[Tensor, Tensor]] = []
     parts: list[Entries] = []
-    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, tokens, features):
+    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, step, span):
         end = tile.feature + tile.pre.shape[1]
         row, column = (tile.pre > bounds[tile.feature : end]).nonzero(as_tuple=True)
         parts.append(Entries(row, column + tile.feature, tile.pre[row, column].to(result)))
@@ -143,7 +134,7 @@ def _threshold_encode(
     values = x.new_zeros(x.shape[0], width, dtype=result)
     indices = x.new_zeros(x.shape[0], width, dtype=torch.int32)
     for number, (found, where) in enumerate(packed):
-        start = number * tokens
+        start = number * step
         values[start : start + len(found), : found.shape[1]] = found
         indices[start : start + len(found), : found.shape[1]] = where
     return values, indices
@@ -151,20 +142,14 @@ def _threshold_encode(
 
 @torch.library.custom_op("qscope_posttrain::batch_topk_encode", mutates_args=())
 def _batch_topk_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    fp32: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, fp32: bool, tokens: int | None, features: int | None
 ) -> tuple[Tensor, Tensor]:
     result, wanted = result_dtype(W_enc), k * x.shape[0]
     dtype = product_dtype(W_enc, fp32)
-    tokens, features = tile_shape(x, W_enc, dtype, tile_tokens, tile_features, _BATCH_TILE)
+    step, span = tile_shape(x, W_enc, dtype, tokens, features, _BATCH_TILE)
     none, threshold = x.new_empty(0, dtype=torch.int64), x.new_zeros(1, dtype=result)
     pool = Entries(none, none, threshold[:0])
-    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, tokens, features):
+    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, step, span):
         row, column = ((tile.pre >= threshold) & (tile.pre > 0)).nonzero(as_tuple=True)
         found = Entries(row + tile.token, column + tile.feature, tile.pre[row, column].to(result))
         pool = _joined(pool, found)

@@ -70,34 +70,27 @@ def product_dtype(W_enc: Tensor, fp32: bool) -> torch.dtype:
 
 
 def preactivation_tiles(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    dtype: torch.dtype,
-    tile_tokens: int,
-    tile_features: int,
-    add_bias: bool = True,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype, tokens: int, features: int, add_bias: bool = True
 ) -> Iterator[Tile]:
     """Tiles of x W_enc^T + b_enc, computed in `dtype`: all features of the first tokens, then the next tokens.
 
-    Weights of another dtype are converted a tile at a time. One buffer is used for all tiles: in `dtype`, on CUDA in at
-    least float32, so that nothing is rounded between the product and the selection. Without `add_bias`, x W_enc^T.
+    Weights of another dtype are converted a tile at a time. One buffer is used for all tiles. Without `add_bias`,
+    x W_enc^T.
     """
+    # On CUDA nothing is rounded between the product and the selection.
     wide_result = x.is_cuda and dtype in (torch.bfloat16, torch.float16)
-    buffer = x.new_empty(tile_tokens * tile_features, dtype=torch.float32 if wide_result else dtype)
-    for token in range(0, x.shape[0], tile_tokens):
-        rows = x[token : token + tile_tokens].to(dtype)
-        for feature in range(0, W_enc.shape[0], tile_features):
-            weight = W_enc[feature : feature + tile_features].to(dtype).t()
-            bias = b_enc[feature : feature + tile_features]
+    buffer = x.new_empty(tokens * features, dtype=torch.float32 if wide_result else dtype)
+    for token in range(0, x.shape[0], tokens):
+        rows = x[token : token + tokens].to(dtype)
+        for feature in range(0, W_enc.shape[0], features):
+            weight = W_enc[feature : feature + features].to(dtype).t()
+            bias = b_enc[feature : feature + features]
             pre = buffer[: rows.shape[0] * weight.shape[1]].view(rows.shape[0], weight.shape[1])
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                if wide_result:
-                    torch.mm(rows, weight, out_dtype=torch.float32, out=pre)
-                    if add_bias:
-                        pre.add_(bias)
-                elif add_bias:
+                if add_bias and not wide_result:
                     torch.addmm(bias.to(dtype), rows, weight, out=pre)
                 else:
-                    torch.mm(rows, weight, out=pre)
+                    torch.mm(rows, weight, **({"out_dtype": torch.float32} if wide_result else {}), out=pre)
+                    if add_bias:
+                        pre.add_(bias)
             yield Tile(token, feature, pre)

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from qscope_posttrain.kernels.decode import _sparse_decode, _values_gradient, _weight_gradient
-from qscope_posttrain.kernels.penalty import _feature_penalty, _penalty_gradient
-from qscope_posttrain.kernels.readout import _feature_preactivations, input_gradient
+from qscope_posttrain.kernels.penalty import (
+    _feature_penalty,
+    _feature_preactivations,
+    _penalty_gradient,
+    input_gradient,
+)
 from qscope_posttrain.kernels.statistics import _feature_statistics_
 from qscope_posttrain.kernels.steering import _steer_add
 
@@ -101,7 +105,7 @@ def test_sparse_decode_of_nothing(triton_device):
     ("tokens", "features", "d_model"), [(1, 1, 16), (37, 16, 70), (33, 65, 20), (0, 3, 8), (4, 0, 8)]
 )
 def test_readout_and_back(triton_device, dtype, tokens, features, d_model):
-    from qscope_posttrain.kernels.triton.readout import preactivations, spread
+    from qscope_posttrain.kernels.triton.penalty import preactivations, spread
 
     x, rows, bias = normal(2 * tokens, d_model, dtype=dtype)[::2], normal(features, d_model, seed=1), normal(features)
     on_device = [tensor.to(triton_device) for tensor in (x, rows, bias)]
@@ -118,7 +122,7 @@ def test_readout_and_back(triton_device, dtype, tokens, features, d_model):
 @pytest.mark.parametrize("with_weights", [True, False])
 @pytest.mark.parametrize(("tokens", "features", "d_model"), [(37, 3, 70), (33, 70, 20), (0, 3, 8)])
 def test_penalty(triton_device, dtype, with_weights, tokens, features, d_model):
-    from qscope_posttrain.kernels.triton.readout import feature_penalty, spread
+    from qscope_posttrain.kernels.triton.penalty import feature_penalty, spread
 
     generator = torch.Generator().manual_seed(1)
     x, rows, bias = normal(tokens, d_model, dtype=dtype), normal(features, d_model, seed=1), normal(features)
@@ -139,7 +143,7 @@ def test_penalty(triton_device, dtype, with_weights, tokens, features, d_model):
 
 
 def test_a_nan_of_a_counted_token_shows(triton_device):
-    from qscope_posttrain.kernels.triton.readout import feature_penalty
+    from qscope_posttrain.kernels.triton.penalty import feature_penalty
 
     x = torch.zeros(3, 16, device=triton_device)
     x[1] = torch.nan
@@ -196,7 +200,7 @@ def test_steering(triton_device, dtype):
 
 def test_offsets_beyond_int32(triton_device):
     """Rows 2**31 elements apart. Of the memory between them no page is ever touched."""
-    from qscope_posttrain.kernels.triton.readout import feature_penalty, preactivations
+    from qscope_posttrain.kernels.triton.penalty import feature_penalty, preactivations
     from qscope_posttrain.kernels.triton.steering import steer_add
 
     far = torch.empty(2, 2**31 + 8, dtype=torch.bfloat16, device=triton_device)[:, :8]
