@@ -1,7 +1,8 @@
 """Read text files that other programs wrote, and replace files in one step.
 
 Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark, with line ends of every system, and may be packed with gzip,
-bzip2 or xz, recognized by its first bytes. Anything else is an error that names the file, and the line if there is one.
+bzip2 or xz, recognized by its first bytes. Anything else is a ValueError that names the file, and the line if there is
+one; a missing file is a FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -80,10 +81,6 @@ def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | No
     Args:
         head: Check this number of lines only, of a file that will be read as a stream, which must not be compressed.
         marked: Whether it may begin with a byte order mark.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: other or damaged text, with the line.
     """
     place = check_is_file(path, what)
     first = ""
@@ -118,10 +115,6 @@ def read_lines(path: str | os.PathLike[str], what: str = "file", packed: bool = 
     Lines end as on Unix, Windows or old Macs: U+2028, at which `str.splitlines` also splits, may stand inside a JSON
     string. Byte order marks are left out, also where files were joined. `what` names the file in an error; `packed`
     tells whether it may be compressed.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not text, or damaged.
     """
     place = check_is_file(path, what)
     with _opened(place, packed) as stream:
@@ -138,7 +131,7 @@ def read_csv(
     path: str | os.PathLike[str], what: str = "table", separator: str = ","
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number (from 1, of the last line of a row) and the cells of every row that is not blank. With tabs
-    between the cells there are no quotes, as in most published sets. Errors as of `read_lines`, and for other CSV."""
+    between the cells there are no quotes, as in most published sets."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # csv has no limit by reader
     quoting: Any = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     rows = csv.reader(read_lines(path, what), delimiter=separator, quoting=quoting)

@@ -36,9 +36,6 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
         (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
     The n outcomes must be independent. Several samples of one prompt are not: see `bootstrap_over_prompts`.
-
-    Raises:
-        ValueError: `n` < 1, `successes` outside 0..n, or `level` outside (0, 1).
     """
     _check_level(level)
     if n < 1 or not 0 <= successes <= n:
@@ -81,9 +78,6 @@ def bootstrap_over_prompts(
         resamples: bootstrap replicates.
         level: coverage.
         seed: of the resampling; the same seed gives the same interval.
-
-    Raises:
-        ValueError: a matrix is not `[prompts, samples]`, is empty, or holds values that are not finite.
     """
     is_strata = isinstance(outcomes, (list, tuple)) and bool(outcomes) and np.ndim(outcomes[0]) == 2
     strata: list[Any] = list(outcomes) if is_strata else [outcomes]  # type: ignore[arg-type]

@@ -72,11 +72,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def text_fingerprint(texts: Mapping[str, Iterable[str]]) -> str:
-    """Hexadecimal SHA-256 of texts by language: the order of languages does not matter, the order of texts does.
-
-    Raises:
-        TypeError: an entry is one string instead of a sequence of strings, or holds something that is not a string.
-    """
+    """Hexadecimal SHA-256 of texts by language: the order of languages does not matter, the order of texts does."""
     digest = hashlib.sha256()
 
     def add(text: str) -> None:
@@ -228,9 +224,6 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
 
     The record lies in `TrainerState.stateful_callbacks`, hence in each checkpoint's trainer_state.json, but not as an
     `ExportableState`: transformers would rebuild such a callback from JSON, unattached.
-
-    Raises:
-        ValueError: the checkpoint was trained with other settings or features, or without them.
     """
     records: Any = state.stateful_callbacks
     stored = records.get(key)

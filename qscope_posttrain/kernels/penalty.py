@@ -50,7 +50,6 @@ def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
 
 
 def check_rows(x: Tensor, rows: Tensor, bias: Tensor) -> None:
-    """x [..., D], rows [F, D], bias [F], floating point, on one device."""
     check_shape("rows", rows, ("features", "d_model"))
     check_shape("bias", bias, (rows.shape[0],))
     if x.ndim == 0 or x.shape[-1] != rows.shape[1]:

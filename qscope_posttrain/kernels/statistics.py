@@ -39,9 +39,6 @@ def feature_statistics_(
     One launch on CUDA; nothing waits for the device, and nothing of size `[T, S]` exists. Counts and maxima do not
     depend on the order of the tokens or their division into calls. The last bits of fp64 sums do, and on CUDA, where
     they are added by atomics, also change from run to run.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit; an index out of range.
     """
     check_shape("values", values, ("tokens", "width"))
     check_shape("indices", indices, tuple(values.shape))

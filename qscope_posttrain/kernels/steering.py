@@ -34,9 +34,6 @@ def steer_add_(hidden: Tensor, directions: Tensor, strengths: Tensor) -> None:
 
     On CUDA one launch that allocates nothing and waits for nothing: it can be captured in a CUDA graph, and replayed
     with other strengths written into the same tensor.
-
-    Raises:
-        ValueError, TypeError: as for `steer_add`; or `hidden` requires a gradient.
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise ValueError("steer_add_ changes hidden states without a gradient; use steer_add where one is needed.")

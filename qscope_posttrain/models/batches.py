@@ -143,10 +143,6 @@ def tokenize_texts(
 
     Texts without a token are left out. `languages` restricts the work to some languages of `texts`; the language
     index of a sequence always counts in the order of `texts`. Tokens whose ids are `ignored` never count.
-
-    Raises:
-        TypeError: the tokenizer is not callable or returns no `input_ids`.
-        ValueError: a language has no text of at least two tokens (the first one never counts).
     """
     if not callable(tokenizer):
         raise UserTypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
@@ -208,7 +204,7 @@ def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad
         stop = min(start + max(1, tokens_per_batch // longest), len(ordered))
         while len(ordered[stop - 1].ids) < SHORTEST_SHARE * longest:
             stop -= 1
-        chosen = sorted(ordered[start:stop], key=lambda sequence: sequence.language)
+        chosen = sorted(ordered[start:stop], key=operator.attrgetter("language"))
         rows = [sequence.ids + (pad_id,) * (longest - len(sequence.ids)) for sequence in chosen]
         lengths = torch.tensor([len(sequence.ids) for sequence in chosen])
         batches.append(TokenBatch(tuple(chosen), torch.tensor(rows), lengths))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -44,14 +46,10 @@ def layer_rows(
 def language_rows(batch: TokenBatch) -> list[LanguageRows]:
     """Where the rows of each language lie among the tokens of a batch that count."""
     groups: list[LanguageRows] = []
-    start = 0
-    for sequence in batch.sequences:
-        stop = start + sequence.counted
-        if groups and groups[-1].language == sequence.language:
-            groups[-1] = LanguageRows(sequence.language, groups[-1].start, stop)
-        else:
-            groups.append(LanguageRows(sequence.language, start, stop))
-        start = stop
+    stop = 0
+    for language, sequences in groupby(batch.sequences, key=attrgetter("language")):
+        start, stop = stop, stop + sum(sequence.counted for sequence in sequences)
+        groups.append(LanguageRows(language, start, stop))
     return groups
 
 

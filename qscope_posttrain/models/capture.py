@@ -26,12 +26,7 @@ def hidden_states(output: Any) -> Tensor:
 
 
 def residual_stream(output: Any, width: int) -> Tensor:
-    """The hidden states `[batch, tokens, d_model]` in a decoder layer's output, for a model of `hidden_size` `width`.
-
-    Raises:
-        TypeError: no tensor in the output.
-        ValueError: another shape, as of a model with several residual streams.
-    """
+    """The hidden states `[batch, tokens, d_model]` in a decoder layer's output, for a model of `hidden_size` `width`."""
     hidden = hidden_states(output)
     if hidden.dim() != 3 or hidden.shape[-1] != width:
         raise UserValueError(

@@ -171,9 +171,6 @@ def sample_tokens(
     Args:
         tokenizer: gives end and padding tokens; without one, only the model's generation defaults have end tokens.
         names: of the prompts in errors; "Prompt 0" and so on by default.
-
-    Raises:
-        ValueError: no prompts, an empty one, or one too long for the model.
     """
     _check_lengths(model, prompt_ids, settings.max_new_tokens, names)
     # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.

@@ -128,12 +128,7 @@ def output_embedding(model: nn.Module) -> nn.Module:
 
 
 def check_layers(model: nn.Module, layers: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """Check the numbers of decoder layers, and return them as a tuple of ints, in the given order.
-
-    Raises:
-        TypeError: an entry is not an integer.
-        ValueError: no layer, a repeated one, or one the model does not have.
-    """
+    """Check the numbers of decoder layers, and return them as a tuple of ints, in the given order."""
     try:
         numbers = tuple(operator.index(layer) for layer in layers)
     except TypeError as error:

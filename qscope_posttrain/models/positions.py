@@ -22,12 +22,7 @@ _STATES = ("cache_params", "state", "mems")
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Generated tokens `start <= t < start + length` of each row, counted from 0.
-
-    Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a value is out of range.
-    """
+    """Generated tokens `start <= t < start + length` of each row, counted from 0."""
 
     start: int | Tensor = 0
     """First token of the window, or one for every row: integers `[rows]`."""

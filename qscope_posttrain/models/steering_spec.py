@@ -36,10 +36,6 @@ class Steering:
     `ablate` and `clamp` treat d as what an SAE feature writes and f as its activation (of a TopK or JumpReLU SAE the
     one that it has where it is selected): strength 1 takes the feature's contribution out, and `clamp` in raw units
     makes its activation s, in the other units its contribution a vector of that length.
-
-    Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a value is out of range, or fields do not go together; the message says which.
     """
 
     direction: Tensor

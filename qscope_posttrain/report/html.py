@@ -88,11 +88,7 @@ def write_html(
     subtitle: str = "",
     facts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the report and return its path; `facts` (versions, machine, settings) are the small print at its end.
-
-    Raises:
-        ValueError: the file cannot be written, or an example names an unknown script.
-    """
+    """Write the report and return its path; `facts` (versions, machine, settings) are the small print at its end."""
     target = Path(path)
     writable_folder(target.parent)
     page = _environment().get_template("report.html.jinja")
@@ -101,11 +97,7 @@ def write_html(
 
 
 def script_runs(text: str, script: str) -> list[tuple[str, bool]]:
-    """Split a text into runs `(run, whether it is of the script)`, which joined are the text; "" is no script.
-
-    Raises:
-        ValueError: `script` is no Unicode script name.
-    """
+    """Split a text into runs `(run, whether it is of the script)`, which joined are the text; "" is no script."""
     if not script:
         return [(text, False)]
     try:

@@ -148,9 +148,6 @@ def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, refere
         label: Of the horizontal axis.
         percent: The values are shares in [0, 1]; the axis shows per cent.
         reference: Name of the bar to which the others are compared: it is gray, with a line through the plot.
-
-    Raises:
-        ValueError: no bars, or no bar of the name `reference`.
     """
     if not bars:
         raise UserValueError("interval_bars needs at least one bar.")
@@ -194,9 +191,6 @@ def line_curves(
         log_y: Logarithmic vertical axis, for losses and perplexities that fall over decades.
         percent: The values are shares in [0, 1]; the vertical axis shows per cent.
         x_marks: Positions, above 0, to mark on a logarithmic horizontal axis; None leaves it linear.
-
-    Raises:
-        ValueError: no curves.
     """
     if not curves:
         raise UserValueError("line_curves needs at least one curve.")
@@ -226,11 +220,7 @@ def line_curves(
 def scatter_with_intervals(
     marks: Sequence[Mark], x_label: str, y_label: str, x_percent: bool = False, y_percent: bool = False
 ) -> str:
-    """Draw points with an interval on each axis and their names beside them: the gain of methods against their cost.
-
-    Raises:
-        ValueError: no points.
-    """
+    """Draw points with an interval on each axis and their names beside them: the gain of methods against their cost."""
     if not marks:
         raise UserValueError("scatter_with_intervals needs at least one point.")
 
@@ -275,9 +265,6 @@ def heat_map(
     Args:
         values: `[rows, columns]`, 0 or more; NaN leaves a cell empty.
         peak: the value of full color; by default the largest one.
-
-    Raises:
-        ValueError: no values, or names of another number.
     """
     if not rows or len(values) != len(rows) or any(len(row) != len(columns) for row in values):
         raise UserValueError(f"expected {len(rows)} rows of {len(columns)} values, at least one.")

@@ -28,12 +28,7 @@ def read_data_set(*arguments: Any, **options: Any) -> Any:
 
 
 def read_file(path: str | os.PathLike[str], split: str = "train", streaming: bool = False, what: str = "file") -> Any:
-    """Read a local file in one of the formats of READERS as the data set {split: rows}.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read as its name promises, with the line, or has no rows.
-    """
+    """Read a local file in one of the formats of READERS as the data set {split: rows}."""
     from datasets import load_dataset
 
     place = check_data_file(path, streaming, what)

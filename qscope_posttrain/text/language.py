@@ -65,9 +65,6 @@ def language_by_script(text: str, languages: Collection[str]) -> str | None:
 
     None where scripts do not decide: no letters, two scripts equally frequent, no candidate that writes the script, or
     several of them (English and French). Of text in Han alone, Chinese goes before Japanese.
-
-    Raises:
-        ValueError: a language whose scripts are not known.
     """
     return language_by_evidence(script_evidence(text), languages)
 

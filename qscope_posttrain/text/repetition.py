@@ -52,9 +52,6 @@ def repeated_tail(
         min_copies: whole copies, at least 2.
         min_tokens: elements of all copies together, so that "!!!" is no loop.
         max_period: longest period; by default as long as `min_copies` copies fit.
-
-    Raises:
-        ValueError: `min_copies` < 2, `min_tokens` < 1 or `max_period` < 1.
     """
     if min_copies < 2 or min_tokens < 1 or (max_period is not None and max_period < 1):
         raise UserValueError(

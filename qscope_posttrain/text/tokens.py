@@ -42,9 +42,6 @@ def script_token_ids(tokenizer: PreTrainedTokenizerBase, script: str) -> Tensor:
 
     Returns:
         int64 `[entries]` on the CPU; empty if the vocabulary cannot write the script. Special tokens are never in it.
-
-    Raises:
-        ValueError: Unicode has no such script, or no block of its name.
     """
     _beginnings(script)  # also where no entry asks for them: an unknown script is an error
     found = [
