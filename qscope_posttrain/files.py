@@ -27,12 +27,7 @@ from safetensors import SafetensorError
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserOSError, UserValueError
 
-_BYTE_ORDER_MARKS = {
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
+_BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Beginning -> encoding; the longer ones first, for one begins as another does. UTF-8 is the default."""
 _COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open}
 _COMPRESSED |= {b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)}

@@ -22,20 +22,9 @@ from qscope_posttrain.files import check_is_file
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-RECORDED_PACKAGES = (
-    "qscope-posttrain",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "liger-kernel",
-    "deepspeed",
-    "vllm",
+RECORDED_PACKAGES = tuple(
+    "qscope-posttrain torch transformers trl accelerate peft datasets safetensors tokenizers numpy liger-kernel "
+    "deepspeed vllm".split()
 )
 """Distributions whose version can change a number that this package reports."""
 

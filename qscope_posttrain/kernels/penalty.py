@@ -110,7 +110,7 @@ input_gradient.register_fake(
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, rows, bias = inputs
-    ctx.save_for_preactivations_backward(x if ctx.needs_input_grad[1] else None, rows)
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, rows)
     ctx.dtypes = x.dtype, bias.dtype
 
 

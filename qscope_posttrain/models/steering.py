@@ -16,7 +16,6 @@ from qscope_posttrain.models.positions import ColumnTracker, Positions, Span, Wi
 from qscope_posttrain.models.steering_spec import Change, Mode, Steering, Unit
 
 __all__ = ["Mode", "Positions", "Steering", "Unit", "Window", "steer"]
-
 LayerHook = Callable[[nn.Module, Any, Any], Any]
 
 

@@ -43,7 +43,6 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9.5,
 }
-
 _NUMBERS_UP_TO = 20
 """Rows of a heat map whose cells have room for their numbers."""
 

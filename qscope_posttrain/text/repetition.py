@@ -21,10 +21,8 @@ class RepeatedTail:
 
     start: int
     """First position from which the rest of the sequence has the period."""
-
     period: int
     """Elements of one copy."""
-
     copies: int
     """Whole copies, (n - start) // period; a last one that was cut off does not count."""
 

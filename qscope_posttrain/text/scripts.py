@@ -53,7 +53,6 @@ SCRIPTS_OF_LANGUAGE: dict[str, tuple[str, ...]] = {
     "sr": ("Cyrillic", "Latin"),
 }
 """The scripts in which a language (ISO 639 code) is written, by their Unicode names."""
-
 # A full stop ends a sentence only before white space, so that "3.5" stays whole.
 _SENTENCE_END = regex.compile(r"(?<=[。！？｡．])|(?<=[.!?…])\s+|[\r\n]+")
 
