@@ -22,9 +22,9 @@ from qscope_posttrain.files import check_is_file
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-RECORDED_PACKAGES = tuple(
+RECORDED_PACKAGES = (
     "qscope-posttrain torch transformers trl accelerate peft datasets safetensors tokenizers numpy liger-kernel "
-    "deepspeed vllm".split()
+    "deepspeed vllm"
 )
 """Distributions whose version can change a number that this package reports."""
 
@@ -32,7 +32,7 @@ RECORDED_PACKAGES = tuple(
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that can change a result; packages that are not installed are left out."""
     versions = {"python": platform.python_version()}
-    for name in RECORDED_PACKAGES:
+    for name in RECORDED_PACKAGES.split():
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions

@@ -26,7 +26,7 @@ def hidden_states(output: Any) -> Tensor:
 
 
 def residual_stream(output: Any, width: int) -> Tensor:
-    """The hidden states `[batch, tokens, d_model]` in a decoder layer's output, for a model of `hidden_size` `width`."""
+    """The hidden states `[batch, tokens, width]` in a decoder layer's output, for a model of that `hidden_size`."""
     hidden = hidden_states(output)
     if hidden.dim() != 3 or hidden.shape[-1] != width:
         raise UserValueError(
