@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import os
 import platform
 import sys
@@ -20,6 +19,7 @@ from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.files import check_is_file
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import TrainerState
 
 RECORDED_PACKAGES = (
@@ -159,25 +159,25 @@ def embedding_agreement(sketch: Any, model: Any) -> float | None:
     if found is None:
         return None
     there = [row for row in _sketched(sketch["rows"]) if row < _embedding_weight(model).shape[0]]
-    pairs = list(zip(stored, _sketch_numbers(found), strict=True))[: len(there)]
-    lengths = [math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)) for a, b in pairs]
-    dots = [sum(x * y for x, y in zip(a, b, strict=True)) for a, b in pairs]
-    return sum(dot / length if length else 0.0 for dot, length in zip(dots, lengths, strict=True)) / len(pairs)
+    dots = (stored * _sketch_numbers(found)).sum(dim=1)
+    lengths = (stored.norm(dim=1) * _sketch_numbers(found).norm(dim=1)).clamp_min(1)
+    return float((dots / lengths)[: len(there)].mean())
 
 
 def _sketched(rows: int) -> list[int]:
     return [i * rows // _SKETCH_ROWS for i in range(_SKETCH_ROWS)]
 
 
-def _sketch_numbers(sketch: Any) -> list[tuple[int, ...]]:
+def _sketch_numbers(sketch: Any) -> Tensor:
+    import torch
+
     try:
         count, content = sketch["rows"], base64.b64decode(sketch["sketch"], validate=True)
         if type(count) is not int or not 0 < count < 2**31 or len(content) != _SKETCH_ROWS * _SKETCH_WIDTH:
             raise ValueError("of another size")
     except (TypeError, KeyError, ValueError) as error:
         raise UserValueError(f"the sketch of the embedding is damaged ({error}).") from error
-    numbers = [byte - 256 if byte > 127 else byte for byte in content]
-    return [tuple(numbers[i : i + _SKETCH_WIDTH]) for i in range(0, len(numbers), _SKETCH_WIDTH)]
+    return torch.frombuffer(bytearray(content), dtype=torch.int8).view(_SKETCH_ROWS, _SKETCH_WIDTH).double()
 
 
 def _embedding_weight(model: Any) -> Any:

@@ -13,14 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import (
-    accumulation_dtype,
-    check_floating,
-    check_indices,
-    check_same,
-    check_shape,
-    exact_dtype,
-)
+from qscope_posttrain.kernels import checks
+from qscope_posttrain.kernels.checks import accumulation_dtype, exact_dtype
 
 TILE_TOKENS = 1024
 """Tokens of a half-precision x that are widened at a time on the CPU."""
@@ -50,12 +44,12 @@ def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
 
 
 def check_rows(x: Tensor, rows: Tensor, bias: Tensor) -> None:
-    check_shape("rows", rows, ("features", "d_model"))
-    check_shape("bias", bias, (rows.shape[0],))
+    checks.check_shape("rows", rows, ("features", "d_model"))
+    checks.check_shape("bias", bias, (rows.shape[0],))
     if x.ndim == 0 or x.shape[-1] != rows.shape[1]:
         raise ValueError(f"x must be [..., {rows.shape[1]}] for rows {list(rows.shape)}, got {list(x.shape)}")
-    check_floating(x=x, rows=rows, bias=bias)
-    check_same("device", x=x, rows=rows, bias=bias)
+    checks.check_floating(x=x, rows=rows, bias=bias)
+    checks.check_same("device", x=x, rows=rows, bias=bias)
 
 
 def token_tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -198,9 +192,9 @@ def _check_tokens(x: Tensor, thresholds: Tensor, mask: Tensor, groups: Tensor | 
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     if groups is not None:
-        check_indices("groups", groups)
+        checks.check_indices("groups", groups)
     given = {"mask": mask, "thresholds": thresholds, "groups": groups, "weights": weights}
-    check_same("device", x=x, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    checks.check_same("device", x=x, **{name: tensor for name, tensor in given.items() if tensor is not None})
 
 
 def _rows_of_thresholds(
@@ -208,12 +202,12 @@ def _rows_of_thresholds(
 ) -> tuple[Tensor, Tensor]:
     """(thresholds [G, F], groups [T]) for all three forms of thresholds."""
     if groups is not None:
-        check_shape("thresholds", thresholds, ("groups", features))
+        checks.check_shape("thresholds", thresholds, ("groups", features))
         return thresholds, groups.reshape(-1)
     if thresholds.ndim == 1:
-        check_shape("thresholds", thresholds, (features,))
+        checks.check_shape("thresholds", thresholds, (features,))
         return thresholds.unsqueeze(0), mask.new_zeros(mask.numel(), dtype=torch.int32)
-    check_shape("thresholds", thresholds, (*mask.shape, features))
+    checks.check_shape("thresholds", thresholds, (*mask.shape, features))
     return thresholds.reshape(-1, features), torch.arange(mask.numel(), device=mask.device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, SupportsIndex
 
@@ -77,9 +77,9 @@ class LayerCapture:
     ) -> None:
         self.layers = check_layers(model, layers)
         blocks = decoder_layers(model)
-        self._blocks = {layer: blocks[layer] for layer in self.layers}
+        self._modules: dict[int | str, nn.Module] = {layer: blocks[layer] for layer in self.layers}
+        self._modules |= modules or {}
         self._width = text_config(model).hidden_size
-        self._modules = dict(modules or {})
         self._handles: list[RemovableHandle] = []
         self.active = True
         self.clear()
@@ -93,8 +93,6 @@ class LayerCapture:
         """Register the hooks. RuntimeError if they already are."""
         if self.attached:
             raise RuntimeError("This LayerCapture is already attached; remove() it first.")
-        for layer, block in self._blocks.items():
-            self._handles.append(block.register_forward_hook(partial(self._look, layer)))
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(partial(self._look, name)))
         return self
@@ -108,12 +106,11 @@ class LayerCapture:
     def clear(self) -> None:
         """Forget all outputs and counts, releasing the graphs they hold."""
         self.tensors, self.named = {}, {}
-        self.calls = dict.fromkeys((*self.layers, *self._modules), 0)
+        self.calls = dict.fromkeys(self._modules, 0)
 
     def require(self) -> dict[int, Tensor]:
         """Return `tensors`. RuntimeError if a layer or named module has not fired since `clear()`, with a reason."""
-        missing = [str(layer) for layer in self.layers if layer not in self.tensors]
-        missing += [name for name in self._modules if name not in self.named]
+        missing = [str(name) for name in self._modules if name not in self.tensors and name not in self.named]
         if not missing:
             return self.tensors
         if not self.attached:
@@ -154,10 +151,7 @@ def forward_to_layer(model: nn.Module, layers: Iterable[SupportsIndex], **inputs
 
     Train or eval mode is the caller's choice; `use_cache` is False unless given. A DDP or `torch.compile` wrapper is
     bypassed: the first would wait for the other processes, the second would compile a graph for a forward that never
-    ends.
-
-    Returns:
-        `{layer: [batch, tokens, d_model]}` in the order of `layers`.
+    ends. Returns `{layer: [batch, tokens, d_model]}` in the order of `layers`.
     """
     capture = LayerCapture(model, layers)
 
@@ -166,13 +160,8 @@ def forward_to_layer(model: nn.Module, layers: Iterable[SupportsIndex], **inputs
 
     with capture:
         # Registered after the capture's own hook, hence run after it.
-        handle = decoder_layers(model)[max(capture.layers)].register_forward_hook(stop)
-        try:
+        with decoder_layers(model)[max(capture.layers)].register_forward_hook(stop), suppress(_DeepestLayerReached):
             unwrapped(model)(**{"use_cache": False, **inputs})
-        except _DeepestLayerReached:
-            pass
-        finally:
-            handle.remove()
         return {layer: capture.require()[layer] for layer in capture.layers}
 
 
@@ -199,10 +188,7 @@ def spliced(model: nn.Module, layer: int, states: Tensor) -> Iterator[None]:
         inside = states.to(hidden.device, hidden.dtype)
         return (inside, *output[1:]) if isinstance(output, tuple) else inside
 
-    handle = decoder_layers(model)[number].register_forward_hook(replace)
-    try:
+    with decoder_layers(model)[number].register_forward_hook(replace):
         yield
-    finally:
-        handle.remove()
     if calls == 0:
         raise RuntimeError(f"Layer {number} never ran inside the block, so nothing was put in its place.")

@@ -182,7 +182,7 @@ class ColumnTracker:
             raise RuntimeError(
                 f"A forward reads {width} tokens after a cache of {first}: a prompt in pieces (chunked prefill, a "
                 "further turn) or speculative decoding. The start of the generated tokens is unknown then; pass "
-                " steer(..., prompt_length=...)."
+                "steer(..., prompt_length=...)."
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -71,17 +71,14 @@ def steer(
     layers = decoder_layers(model)
     columns = ColumnTracker(prompt_length)
     calls = {layer: 0 for steering in steerings for layer in steering.layers}
-    handles = []
-    try:
+    with ExitStack() as hooks:
         if any(steering.positions != "all" for steering in steerings):
-            handles.append(columns.attach(model))
+            hooks.enter_context(columns.attach(model))
         for steering in steerings:
             for layer in steering.layers:
-                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, width, calls, columns)))
+                hook = _hook(steering, layer, width, calls, columns)
+                hooks.enter_context(layers[layer].register_forward_hook(hook))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
     _check_effect(steerings, calls, columns, require_generated)
 
 

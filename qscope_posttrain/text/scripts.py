@@ -115,7 +115,7 @@ def language_code(name: str) -> str:
 def scripts_of_name(name: str) -> tuple[str, ...]:
     """The scripts of the language that a FeatureSet or a file calls `name`; none for the name of another class."""
     code = name if name in SCRIPTS_OF_LANGUAGE else same_language(name, SCRIPTS_OF_LANGUAGE)
-    return SCRIPTS_OF_LANGUAGE[code] if code is not None else ()
+    return () if code is None else SCRIPTS_OF_LANGUAGE[code]
 
 
 def language_scripts(language: str) -> tuple[str, ...]:
@@ -174,10 +174,8 @@ def contains_language_script(text: str, target: str, source: str | None = None) 
     script = target_script(target)
     if source is not None:
         check_source(target, source)
-    if not contains_script(text, script):
-        return False
     if script != "Han" or not has_kana(text):
-        return True
+        return contains_script(text, script)
     return any(contains_script(sentence, script) and not has_kana(sentence) for sentence in sentences(text))
 
 
