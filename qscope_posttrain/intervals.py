@@ -54,10 +54,8 @@ def rate_difference(first: tuple[int, int], second: tuple[int, int], level: floa
 
 
 def hybrid_difference(one: Interval, two: Interval) -> Interval:
-    """Newcombe's hybrid interval of p1 - p2 from the limits l and u of two independent estimates:
-
-    p1 - p2  -  sqrt((p1 - l1)^2 + (u2 - p2)^2)  ..  p1 - p2  +  sqrt((u1 - p1)^2 + (p2 - l2)^2)
-    """
+    """Newcombe's hybrid interval of p1 - p2 from the limits l and u of two independent estimates: from
+    p1 - p2 - sqrt((p1 - l1)^2 + (u2 - p2)^2) to p1 - p2 + sqrt((u1 - p1)^2 + (p2 - l2)^2)."""
     difference = one.estimate - two.estimate
     below = math.hypot(one.estimate - one.low, two.high - two.estimate)
     above = math.hypot(one.high - one.estimate, two.estimate - two.low)
@@ -87,11 +85,8 @@ def bootstrap_over_prompts(
 def bootstrap_difference(
     first: ArrayLike, second: ArrayLike, resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Paired bootstrap interval of mean(first) - mean(second), measured on the same prompts.
-
-    Both are `[prompts, samples]`, with as many samples as each has, and resampled by the same prompts (row n of both),
-    so that what makes a prompt easy or hard cancels. Other arguments and errors as for `bootstrap_over_prompts`.
-    """
+    """Paired bootstrap interval of mean(first) - mean(second), both `[prompts, samples]`: row n of both, of one prompt,
+    is resampled together, so that what makes a prompt easy or hard cancels. See `bootstrap_over_prompts`."""
     first_means, second_means = _prompt_means(first), _prompt_means(second)
     if len(first_means) != len(second_means):
         raise UserValueError(

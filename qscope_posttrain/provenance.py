@@ -209,11 +209,9 @@ def _without_wrappers(model: Any) -> Any:
 
 
 def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> None:
-    """Compare `identity` with the settings of a resumed checkpoint, and record it for the checkpoints to come.
-
-    The record lies in `TrainerState.stateful_callbacks`, hence in each checkpoint's trainer_state.json, but not as an
-    `ExportableState`: transformers would rebuild such a callback from JSON, unattached.
-    """
+    """Compare `identity` with the settings of a resumed checkpoint, and record it for the checkpoints to come."""
+    # It lies in each checkpoint's trainer_state.json, but not as an `ExportableState`: transformers would rebuild such
+    # a callback from JSON, unattached.
     records: Any = state.stateful_callbacks
     stored = records.get(key)
     if state.global_step > 0:

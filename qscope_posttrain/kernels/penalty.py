@@ -178,10 +178,8 @@ def feature_penalty(
 
 
 def masked_excess(pre_activations: Tensor, thresholds: Tensor, mask: Tensor) -> Tensor:
-    """`m ReLU(f - threshold)`: `[..., F]` of f `[..., F]`, thresholds that broadcast to it, a bool mask `[...]`.
-
-    Filled, not multiplied: a masked token may hold anything, and 0 * nan is nan.
-    """
+    """`m ReLU(f - threshold)`: `[..., F]` of f `[..., F]`, thresholds that broadcast to it, a bool mask `[...]`."""
+    # Filled, not multiplied: a masked token may hold anything, and 0 * nan is nan.
     return torch.relu(pre_activations - thresholds).masked_fill(~mask.unsqueeze(-1), 0)
 
 

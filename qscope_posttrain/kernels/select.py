@@ -29,10 +29,8 @@ def topk_product(
     tile_features: int | None = None,
     triton: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(values [tokens, k], indices int32 [tokens, k]) in the order of `select`, no ReLU; the product is in `dtype`.
-
-    `triton`: select with the Triton kernel; by default on CUDA, and elsewhere in tests, interpreted.
-    """
+    """(values [tokens, k], indices int32 [tokens, k]) in the order above, no ReLU, of a product in `dtype`. `triton`:
+    select with the Triton kernel; by default on CUDA, and elsewhere in tests, interpreted."""
     triton = x.is_cuda if triton is None else triton
     values = x.new_empty(x.shape[0], k, dtype=torch.promote_types(dtype, torch.float32))
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
@@ -103,10 +101,8 @@ def select_tile(pre: Tensor, k: int, threshold: Tensor | None = None) -> tuple[T
 
 
 def best(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k first of `values` [rows, n] in the order above, sorted, with their `indices` [rows, n] (distinct in a row).
-
-    Values come back in float32 (float64 if they are), indices in int64.
-    """
+    """The k first of `values` [rows, n] in the order above, sorted, in float32 (float64 if they are), with their
+    `indices` [rows, n] (distinct in a row), in int64."""
     if values.shape[1] <= 2 * (k + SLACK):
         return _ranked(values, indices, k)
     some, places = values.topk(k + SLACK, dim=-1)

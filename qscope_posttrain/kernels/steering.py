@@ -30,11 +30,8 @@ def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
 
 
 def steer_add_(hidden: Tensor, directions: Tensor, strengths: Tensor) -> None:
-    """Do the same in place, without gradient.
-
-    On CUDA one launch that allocates nothing and waits for nothing: it can be captured in a CUDA graph, and replayed
-    with other strengths written into the same tensor.
-    """
+    """Do the same in place, without gradient. On CUDA one launch that allocates nothing and waits for nothing: it can
+    be captured in a CUDA graph, and replayed with other strengths written into the same tensor."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise ValueError("steer_add_ changes hidden states without a gradient; use steer_add where one is needed.")
     _steer_add_(hidden, directions.detach(), _expanded(hidden, directions, strengths).detach())

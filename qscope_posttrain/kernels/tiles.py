@@ -32,10 +32,8 @@ class Tile(NamedTuple):
 def tile_shape(
     x: Tensor, W_enc: Tensor, dtype: torch.dtype, tokens: int | None, features: int | None, limit: int = BUFFER_ELEMENTS
 ) -> tuple[int, int]:
-    """(tokens, features) of a tile of the product in `dtype`: as given, or so that it has at most `limit` elements.
-
-    Many tokens matter more than many features: a product packs its weights once for each tile of tokens.
-    """
+    """(tokens, features) of a tile of the product in `dtype`: as given, or so that it has at most `limit` elements."""
+    # Many tokens matter more than many features: a product packs its weights once for each tile of tokens.
     rows, (d_sae, d_model) = max(1, x.shape[0]), W_enc.shape
     if x.is_cuda:
         limit = min(limit, 1024 * CUDA_FEATURES)
@@ -72,11 +70,8 @@ def product_dtype(W_enc: Tensor, fp32: bool) -> torch.dtype:
 def preactivation_tiles(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype, tokens: int, features: int, add_bias: bool = True
 ) -> Iterator[Tile]:
-    """Tiles of x W_enc^T + b_enc, computed in `dtype`: all features of the first tokens, then the next tokens.
-
-    Weights of another dtype are converted a tile at a time. One buffer is used for all tiles. Without `add_bias`,
-    x W_enc^T.
-    """
+    """Yield tiles of x W_enc^T + b_enc (without `add_bias`, of x W_enc^T), computed in `dtype` in one buffer: all features
+    of the first tokens, then the next tokens. Weights of another dtype are converted a tile at a time."""
     # On CUDA nothing is rounded between the product and the selection.
     wide_result = x.is_cuda and dtype in (torch.bfloat16, torch.float16)
     buffer = x.new_empty(tokens * features, dtype=torch.float32 if wide_result else dtype)

@@ -72,10 +72,8 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences padded on the right, grouped by language.
-
-    No attention mask is needed: under causal attention a token never sees what stands to its right.
-    """
+    """Sequences padded on the right, grouped by language. No attention mask is needed: under causal attention a token
+    never sees what stands to its right."""
 
     sequences: tuple[TokenSequence, ...]
     input_ids: Tensor

@@ -191,11 +191,8 @@ def sample_batch(
     prompt_ids: Sequence[Sequence[int]],
     settings: SamplingSettings,
 ) -> list[Response]:
-    """Draw one response to each encoded prompt, all of them in one batch, with the rows in the order given.
-
-    For a caller who does something to certain rows meanwhile (see `steering.steer`). `samples_per_prompt` and
-    `batch_size` play no part. Errors as for `sample_tokens`.
-    """
+    """Draw one response to each encoded prompt, all in one batch with the rows in the order given, for a caller who
+    does something to certain rows meanwhile (see `steering.steer`). `samples_per_prompt` and `batch_size` are not used."""
     _check_lengths(model, prompt_ids, settings.max_new_tokens)
     with _sampling(model, tokenizer, settings) as generate:
         return generate(prompt_ids)

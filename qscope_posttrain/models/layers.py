@@ -71,18 +71,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def text_backbone(model: nn.Module) -> nn.Module:
-    """The module that holds the token embedding and the decoder layers, and runs whenever they run.
-
-    ValueError for an encoder-decoder, or where the decoder layers were not found.
-    """
+    """The module that holds the token embedding and the decoder layers, and runs whenever they run."""
     return _text_backbone(model)[0]
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last decoder layer and the output embedding.
-
-    ValueError if there is none, or several, or a projection lies between the norm and the output embedding.
-    """
+    """The norm between the last decoder layer and the output embedding; ValueError if it is not exactly one, or if a
+    projection follows it."""
     backbone, layers = _text_backbone(model)
     children = list(backbone.named_children())
     place = [child for _, child in children].index(layers)
@@ -180,10 +175,8 @@ def _module_lists(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.
 
 
 def _owners(root: nn.Module, embedding: nn.Module) -> list[nn.Module]:
-    """The modules that directly hold `embedding`, without a look into the lists beside it.
-
-    Nearly all modules of a model are in its layers: skipping them makes this cheap enough for every forward.
-    """
+    """The modules that directly hold `embedding`, without a look into the lists beside it: nearly all modules of a
+    model are in its layers, and skipping them makes this cheap enough for every forward."""
     owners: list[nn.Module] = []
     waiting, seen = [root], {root}
     while waiting:

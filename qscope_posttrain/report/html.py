@@ -128,10 +128,8 @@ _DEEPEST = (214, 96, 32)
 
 
 def print_shaded(group: ShadedTexts, console: Console | None = None) -> None:
-    """Print the title, and every passage with a background as deep as its tokens' share of the peak.
-
-    Where there is no color (a pipe, a log, NO_COLOR), tokens with a value stand between << and >>.
-    """
+    """Print the title, and every passage with a background as deep as its tokens' share of the peak; without color (a
+    pipe, a log, NO_COLOR), tokens with a value stand between << and >>."""
     from rich.console import Console
     from rich.style import Style
     from rich.text import Text

@@ -58,10 +58,8 @@ def write_summary(
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
-    """Make the folder `path` with its parents, check that a file can be written there, and return it.
-
-    Call it before the work starts, so that hours of it are not lost to a mistyped path. ValueError, with the reason.
-    """
+    """Make a folder with its parents and check that a file can be written there; ValueError, with the reason. Call it
+    before the work starts, so that hours of it are not lost to a mistyped path."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,10 +84,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """Convert tables, dataclasses, paths, tensors and arrays for `json.dumps`; NaN and infinities become null.
-
-    TypeError for a value that has no obvious JSON form.
-    """
+    """Convert tables, dataclasses, paths, tensors and arrays for `json.dumps`; NaN and infinities become null."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

@@ -15,10 +15,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_jsonl(path: str | os.PathLike[str], packed: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number (from 1) and the object of every line that is not blank.
-
-    FileNotFoundError and ValueError as of `files.read_lines`; ValueError also for a line that is no JSON object.
-    """
+    """Yield the number (from 1) and the object of every line that is not blank; ValueError for anything else."""
     return parse_jsonl(read_lines(path, packed=packed), path)
 
 
@@ -35,10 +32,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def parse_object(line: str, place: str) -> dict[str, Any]:
-    """The JSON object that a line holds.
-
-    ValueError, with its place, for anything else, nested too deeply, or with half of a surrogate pair in a string.
-    """
+    """The JSON object that a line holds; ValueError, with its place, for anything else, nested too deeply, or with half
+    of a surrogate pair in a string."""
     found = _parse(line, place)
     if not isinstance(found, dict):
         raise UserValueError(f"{place}: expected a JSON object, got {type(found).__name__}.")

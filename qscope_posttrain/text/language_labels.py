@@ -63,10 +63,8 @@ def class_names(dataset: Any, column: Any) -> tuple[str, ...]:
 
 
 def distinct_labels(dataset: Any, column: str) -> list[Label]:
-    """Find the distinct values of a column of a `datasets.Dataset`, in the order of their first rows.
-
-    The column is read without a Python object per row. Entries of lists count one by one.
-    """
+    """Find the distinct values of a column of a `datasets.Dataset`, in the order of their first rows, without a Python
+    object per row. Entries of lists count one by one."""
     import pyarrow
 
     found: dict[str, Label] = {}  # by its text: NaN differs from itself

@@ -109,11 +109,8 @@ def _elements(tokens: Sequence[Any]) -> Sequence[Any]:
 
 
 def _self_matches(sequence: Sequence[Any], last: int) -> Iterator[tuple[int, int]]:
-    """(shift, z) for the shifts 1..last: `sequence[shift:]` begins with the same z elements as `sequence`, no more.
-
-    `left` and `right` bound the match that reaches furthest. Inside it the answer is known already, so elements are
-    compared beyond `right` alone.
-    """
+    """(shift, z) for the shifts 1..last: `sequence[shift:]` begins with the same z elements as `sequence`, no more."""
+    # `left` and `right` bound the match that reaches furthest: inside it the answer is known already.
     length = len(sequence)
     known = [0] * (last + 1)
     left = right = 0

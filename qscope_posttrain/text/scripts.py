@@ -59,10 +59,8 @@ _SENTENCE_END = regex.compile(r"(?<=[。！？｡．])|(?<=[.!?…])\s+|[\r\n]+"
 
 @cache
 def script_pattern(script: str) -> regex.Pattern[str]:
-    """Pattern of one letter of `script`, e.g. "Han"; "Katakana_Or_Hiragana" is either kana.
-
-    ValueError if Unicode has no such script, and for "Common" and "Inherited", the characters of all scripts.
-    """
+    """Pattern of one letter of `script`, e.g. "Han"; "Katakana_Or_Hiragana" is either kana. ValueError if Unicode has
+    no such script, and for "Common" and "Inherited", the characters of all scripts."""
     members = "".join(rf"\p{{Script={name}}}" for name in (KANA if script == JAPANESE else (script,)))
     # Letters only: an empty name, or one with a brace, would compile to something else.
     if script.replace("_", "").isalpha() and script not in ("Common", "Inherited"):
@@ -102,10 +100,8 @@ def has_kana(text: str) -> bool:
 
 
 def language_code(name: str) -> str:
-    """The code in `SCRIPTS_OF_LANGUAGE` for the language that a FeatureSet or a file calls `name`: "zh" for "zh-CN".
-
-    ValueError, with the known codes, if it names none.
-    """
+    """The code in `SCRIPTS_OF_LANGUAGE` for the language that a FeatureSet or a file calls `name` ("zh" for "zh-CN");
+    ValueError, with the known codes, if it names none."""
     code = name if name in SCRIPTS_OF_LANGUAGE else same_language(name, SCRIPTS_OF_LANGUAGE)
     if code is None:
         raise _unknown(name)

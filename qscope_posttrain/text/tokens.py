@@ -74,10 +74,8 @@ def _entries(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, str | by
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """The byte behind each of the 256 characters in which GPT-2 writes bytes.
-
-    Printable Latin-1 characters stand for themselves; the other bytes, in order, are the characters from U+0100 on.
-    """
+    """The byte behind each of the 256 characters in which GPT-2 writes bytes: printable Latin-1 characters stand for
+    themselves; the other bytes, in order, are the characters from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}

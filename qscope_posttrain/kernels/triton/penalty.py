@@ -103,10 +103,8 @@ def preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
 def spread(
     coefficients: Tensor, rows: Tensor, dtype: torch.dtype, scale: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """`coefficients @ rows`, `[T, D]` in `dtype`, of fp32 coefficients `[T, F]`, in one launch.
-
-    With `scale` `[F]` and perhaps `weights` `[T]`, the coefficients are bool, and each is multiplied by both.
-    """
+    """`coefficients @ rows`, `[T, D]` in `dtype`, of fp32 coefficients `[T, F]`, in one launch. With `scale` `[F]` and
+    perhaps `weights` `[T]`, the coefficients are bool, and each is multiplied by both."""
     (tokens, features), d_model = coefficients.shape, rows.shape[1]
     out = rows.new_empty(tokens, d_model, dtype=dtype)
     if out.numel() == 0:
@@ -160,11 +158,8 @@ def _penalty(
 def feature_penalty(
     x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sums [F], excesses [F], above [T], active [T, F]); see `kernels.penalty`.
-
-    One launch reads x and leaves a bool per token and feature, and one sum per block of tokens; the blocks are added in
-    a fixed order.
-    """
+    """(sums [F], excesses [F], above [T], active [T, F]); see `kernels.penalty`. One launch reads x and leaves a bool
+    per token and feature, and one sum per block of tokens; the blocks are added in a fixed order."""
     tokens, features = x.shape[0], rows.shape[0]
     active = mask.new_empty(tokens, features)
     blocks = triton.cdiv(tokens, TOKENS)
