@@ -42,10 +42,9 @@ def topk_product(
 
             bias = b_enc[tile.feature : tile.feature + tile.pre.shape[1]]
             on_cuda.merge_(values[rows], indices[rows], filled, tile.pre, tile.feature, bias)
-        elif native.can_merge(tile.pre):
-            native.merge_(values[rows], indices[rows], filled, tile.pre, tile.feature)
         else:
-            merge_(values[rows], indices[rows], filled, tile.pre, tile.feature)
+            merge = native.merge_ if native.can_merge(tile.pre) else merge_
+            merge(values[rows], indices[rows], filled, tile.pre, tile.feature)
     if triton:
         values, places = best(values, indices.long(), k)
         indices = places.to(torch.int32)

@@ -70,8 +70,8 @@ def product_dtype(W_enc: Tensor, fp32: bool) -> torch.dtype:
 def preactivation_tiles(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype, tokens: int, features: int, add_bias: bool = True
 ) -> Iterator[Tile]:
-    """Yield tiles of x W_enc^T + b_enc (without `add_bias`, of x W_enc^T), computed in `dtype` in one buffer: all features
-    of the first tokens, then the next tokens. Weights of another dtype are converted a tile at a time."""
+    """Yield tiles of x W_enc^T + b_enc (b_enc only with `add_bias`), computed in `dtype` in one buffer: all features of
+    the first tokens, then the next tokens. Weights of another dtype are converted a tile at a time."""
     # On CUDA nothing is rounded between the product and the selection.
     wide_result = x.is_cuda and dtype in (torch.bfloat16, torch.float16)
     buffer = x.new_empty(tokens * features, dtype=torch.float32 if wide_result else dtype)

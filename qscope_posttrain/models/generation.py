@@ -153,7 +153,7 @@ def encode_prompts(
     chat: bool = False,
     chat_template_options: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Token ids of prompts as `generate_samples` encodes them; it also documents the arguments and the errors."""
+    """Encode prompts as `generate_samples` does, where arguments and errors are documented."""
     return [prompt.ids for prompt in _encoded(tokenizer, {"": prompts}, chat, dict(chat_template_options or {}))]
 
 
@@ -192,7 +192,7 @@ def sample_batch(
     settings: SamplingSettings,
 ) -> list[Response]:
     """Draw one response to each encoded prompt, all in one batch with the rows in the order given, for a caller who
-    does something to certain rows meanwhile (see `steering.steer`). `samples_per_prompt` and `batch_size` are not used."""
+    does something to certain rows meanwhile (see `steering.steer`). Ignores `samples_per_prompt` and `batch_size`."""
     _check_lengths(model, prompt_ids, settings.max_new_tokens)
     with _sampling(model, tokenizer, settings) as generate:
         return generate(prompt_ids)

@@ -191,8 +191,8 @@ def _check_number(name: str, value: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """h' = h + shift - g(h) write, with g(h) = h . read, or relu(h . read + bias) if `rectified`. Vectors are `[d_model]`,
-    or `[rows, 1, d_model]` for one per row; None leaves its part out."""
+    """h' = h + shift - g(h) write, with g(h) = h . read, or relu(h . read + bias) if `rectified`. Vectors are
+    `[d_model]`, or `[rows, 1, d_model]` for one per row; None leaves its part out."""
 
     shift: Tensor | None = None
     read: Tensor | None = None

@@ -19,7 +19,7 @@ MISSING = "-"
 
 @dataclass(frozen=True, init=False)
 class Table:
-    """A titled table of plain values, with a caption that explains the columns."""
+    """A titled table of plain values, with a caption that explains the columns; lists are stored as tuples."""
 
     title: str
     columns: tuple[str, ...]
@@ -27,11 +27,9 @@ class Table:
     caption: str = ""
 
     def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> None:
-        """Lists are accepted and stored as tuples; every row must have one cell for each column."""
-        object.__setattr__(self, "title", title)
-        object.__setattr__(self, "columns", tuple(columns))
-        object.__setattr__(self, "rows", tuple(tuple(row) for row in rows))
-        object.__setattr__(self, "caption", caption)
+        stored = {"title": title, "columns": tuple(columns), "rows": tuple(map(tuple, rows)), "caption": caption}
+        for name, value in stored.items():
+            object.__setattr__(self, name, value)
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise UserValueError(

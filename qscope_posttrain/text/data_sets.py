@@ -55,11 +55,7 @@ def saved_data_set(folder: str | os.PathLike[str]) -> Any:
 
 def check_data_file(path: str | os.PathLike[str], streaming: bool = False, what: str = "file") -> Path:
     """Check that `datasets` will read a file rightly: it misreads some text silently, or refuses it without its place.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another encoding, damaged text (with the line), no text at all. Of a stream, in its beginning alone.
-    """
+    ValueError, with the line, for damaged text, another encoding or no text; of a stream, in its beginning alone."""
     place = check_is_file(path, what)
     if text_suffix(place) == ".parquet":
         return place
@@ -73,12 +69,8 @@ def check_data_file(path: str | os.PathLike[str], streaming: bool = False, what:
 
 @contextmanager
 def reading(name: str, place: Path | None = None) -> Iterator[None]:
-    """Turn what `datasets` raises while it reads `name` into errors for users; `place` is the file, if it is one.
-
-    Raises:
-        ValueError: it cannot be read as a data set, with the deepest reason, or has no rows.
-        FileNotFoundError: no such data set.
-    """
+    """Turn what `datasets` raises while it reads `name` into FileNotFoundError or ValueError for users, the latter with
+    the deepest reason; `place` is the file, if it is one."""
     try:
         yield
     except UserError:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 import regex
 
-from qscope_posttrain.text.scripts import KANA, SCRIPTS_OF_LANGUAGE, language_code, script_counts, sentences
+from qscope_posttrain.text.scripts import KANA, SCRIPTS_OF_LANGUAGE, has_kana, language_code, script_counts, sentences
 
 # Letters of an alphabet that say as much as one of these. In the translations of MGSM and Tatoeba, English has 2.8
 # times the letters of Chinese and 2.1 times the syllables of Korean, and 0.9 to 1.1 times the letters of Russian and
@@ -43,10 +43,7 @@ def script_evidence(text: str) -> dict[str, float]:
     "Hiragana", which stands for all of Japanese.
     """
     counts: defaultdict[str, float] = defaultdict(float)
-    pieces = [script_counts(text)]
-    if set(KANA) & set(pieces[0]):
-        pieces = [script_counts(sentence) for sentence in sentences(text)]
-    for letters in pieces:
+    for letters in map(script_counts, sentences(text) if has_kana(text) else [text]):
         japanese = set(KANA) & set(letters)  # which mixes three scripts in a sentence
         for script, count in letters.items():
             name = "Hiragana" if japanese and script in (*KANA, "Han") else script
