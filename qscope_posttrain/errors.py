@@ -45,11 +45,8 @@ def library_refusals(what: str = "", kind: type[Exception] = Exception) -> Itera
     """Turn what a library raises into a UserError, in a block that only hands over what the user gave (a model, say).
 
     Errors that this package raises itself stay as they are, and those of code that is in no library, such as a reward
-    function of the user. Errors of the file system are the user's wherever they are raised.
-
-    Args:
-        what: Put before the library's words: "cannot load the model 'x'".
-        kind: The errors that are meant: OSError where results are written, and anything else is a bug.
+    function of the user. Errors of the file system are the user's wherever they are raised. `what` comes before the
+    library's words ("cannot load the model 'x'"); `kind` limits the errors, to OSError where results are written.
     """
     try:
         yield

@@ -50,11 +50,7 @@ def text_suffix(path: str | os.PathLike[str]) -> str:
 
 def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
     """Check that `path` is a regular file, and return it as a Path; `what` is the word for it in an error.
-
-    Raises:
-        FileNotFoundError: nothing is there, or a folder, or a link that leads nowhere.
-        ValueError: a pipe or a device.
-    """
+    FileNotFoundError for nothing, a folder, or a link that leads nowhere; ValueError for a pipe or a device."""
     place = Path(path)
     try:
         mode = place.stat().st_mode
@@ -72,11 +68,8 @@ def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
 
 def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | None = None, marked: bool = True) -> str:
     """Check that another library can read a file, UTF-8 throughout, and return its first line that is not blank, or "".
-
-    Args:
-        head: Check this number of lines only, of a file that will be read as a stream, which must not be compressed.
-        marked: Whether it may begin with a byte order mark.
-    """
+    With `head`, check only this number of lines, of a file that will be read as a stream, which must not be compressed.
+    It may begin with a byte order mark if `marked`."""
     place = check_is_file(path, what)
     first = ""
     with _opened(place, packed=head is None) as stream:

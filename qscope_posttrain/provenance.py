@@ -96,11 +96,8 @@ def model_identity(model: Any) -> dict[str, Any]:
 
 def model_shape(model: Any) -> dict[str, Any]:
     """`{"name_or_path", "model_type", "hidden_size", "num_hidden_layers", "vocab_size"}` of a model, also a wrapped one
-    (DDP, `torch.compile`, PEFT); of a multimodal model those of its language model.
-
-    Raises:
-        TypeError: the model has no transformers configuration.
-    """
+    (DDP, `torch.compile`, PEFT); of a multimodal model those of its language model. TypeError without transformers'
+    configuration."""
     base = _without_wrappers(model)
     config = getattr(base, "config", None)
     if config is None or not hasattr(config, "get_text_config"):

@@ -37,12 +37,8 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | os.PathLike[str], as_written: bool = False) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; `as_written` keeps every plain value (`no`, `007`) as text.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not text, not YAML, not a mapping, a key given twice, or far too large for a recipe.
-    """
+    """Read a YAML file that holds a mapping; `as_written` keeps every plain value (`no`, `007`) as text. ValueError for
+    what is not text, not YAML, not a mapping, has a key twice, or is far too large for a recipe."""
     size = check_is_file(path, "recipe").stat().st_size
     if size > MAX_BYTES:
         raise UserValueError(f"'{path}' has {size} bytes; a recipe has a few thousand, at most {MAX_BYTES}.")

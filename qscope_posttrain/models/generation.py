@@ -117,8 +117,7 @@ def generate_samples(
     tokenizer and the global random state are afterwards as before.
 
     Args:
-        model: a causal language model of transformers, plain or wrapped.
-        tokenizer: its tokenizer; the padding side does not matter.
+        model, tokenizer: a causal language model of transformers, plain or wrapped, and its tokenizer.
         prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
         settings: how to draw; by default `SamplingSettings()`.
         chat: whether a string is the message of a user to a chat model, rather than text to continue.
@@ -136,8 +135,8 @@ def generate_samples(
     settings = settings or SamplingSettings()
     encoded = _encoded(tokenizer, prompts, chat, dict(chat_template_options or {}))
     ids = [prompt.ids for prompt in encoded]
-    names = [_named(prompt.language, prompt.index) for prompt in encoded]
-    drawn = sample_tokens(model, tokenizer, ids, settings, names=names, show_progress=show_progress)
+    _check_lengths(model, ids, settings.max_new_tokens, [_named(prompt.language, prompt.index) for prompt in encoded])
+    drawn = sample_tokens(model, tokenizer, ids, settings, show_progress=show_progress)
     samples = []
     for (language, index, text, prompt_tokens), responses in zip(encoded, drawn, strict=True):
         for number, (tokens, ended) in enumerate(responses):
@@ -163,16 +162,11 @@ def sample_tokens(
     prompt_ids: Sequence[Sequence[int]],
     settings: SamplingSettings,
     *,
-    names: Sequence[str] | None = None,
     show_progress: bool | None = None,
 ) -> list[list[Response]]:
-    """Draw `settings.samples_per_prompt` responses to each encoded prompt, as `generate_samples` does.
-
-    Args:
-        tokenizer: gives end and padding tokens; without one, only the model's generation defaults have end tokens.
-        names: of the prompts in errors; "Prompt 0" and so on by default.
-    """
-    _check_lengths(model, prompt_ids, settings.max_new_tokens, names)
+    """Draw `settings.samples_per_prompt` responses to each encoded prompt, as `generate_samples` does. Without a
+    tokenizer, only the model's generation defaults have end tokens."""
+    _check_lengths(model, prompt_ids, settings.max_new_tokens)
     # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.
     by_length = sorted(range(len(prompt_ids)), key=lambda place: -len(prompt_ids[place]))
     rows = [(place, sample) for place in by_length for sample in range(settings.samples_per_prompt)]

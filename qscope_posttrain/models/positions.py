@@ -159,7 +159,7 @@ class ColumnTracker:
         batch, width = tokens.shape[:2]
         cache = inputs.get(_CACHE)
         if not self._counted and any(inputs.get(name) is not None for name in _STATES):
-            raise UserValueError(_uncounted(module))
+            raise _uncounted(module)
         # An int; of a StaticCache a tensor, whose reading waits for the device.
         first = 0 if cache is None else int(cache.get_seq_length())
         if self._given is None:
@@ -190,11 +190,11 @@ def check_counted(model: nn.Module) -> None:
     """ValueError for a model whose forwards do not say how many tokens they have read before (Mamba, RWKV)."""
     backbone = text_backbone(model)
     if _CACHE not in inspect.signature(backbone.forward).parameters:
-        raise UserValueError(_uncounted(backbone))
+        raise _uncounted(backbone)
 
 
-def _uncounted(backbone: nn.Module) -> str:
-    return (
+def _uncounted(backbone: nn.Module) -> UserValueError:
+    return UserValueError(
         f"{type(backbone).__name__} has no cache of keys and values, which would tell how many tokens it has read; a "
         "state, such as Mamba's, does not count them. So prompt and generated tokens cannot be distinguished: steer "
         "positions 'all', or run one forward over the whole text with steer(..., prompt_length=...)."

@@ -40,8 +40,8 @@ def steer(
       after it. Other positions break the graph at the steered layers: they are right, but slow.
     - A backward that recomputes layers (gradient checkpointing) must run inside the block and, with positions other
       than "all", before the next forward.
-    - Hooks belong to the model: forwards from other threads are steered too. Use one thread.
-    - A batch packed into one row has one column count for all its texts: only positions "all" make sense there.
+    - Forwards from other threads are steered too. A batch packed into one row has one column count for all its texts:
+      only positions "all" make sense there.
     - In a mixture of experts a steered row may go to other experts, which regroups the matrix products of the remaining
       rows and may change their last bits.
 
@@ -51,8 +51,7 @@ def steer(
         require_generated: whether it is an error if steerings wait for generated tokens and none was read. A rollout
             may end with its first token, which is chosen but never read.
 
-    Yields:
-        Hook calls so far per layer; a compiled layer counts once.
+    Yields the hook calls so far per layer; a compiled layer counts once.
 
     Raises:
         ValueError: no steering, a layer that the model does not have, or another width or number of rows than the

@@ -27,18 +27,13 @@ def write_summary(
     results: Mapping[str, Any],
     seeds: Sequence[int] | None = None,
 ) -> Path:
-    """Write `summary.json` into `folder`, in one step, and return its path.
+    """Write `summary.json` into `folder`, which is made if missing, in one step, and return its path.
 
     Args:
-        folder: Made if it does not exist.
         command: The command that ran, for example `"features find"`.
         settings: Everything that was asked for.
         results: Everything that came out; see `to_json`.
         seeds: The seeds of the run; by default those found in `settings` as `seed` or `seeds`.
-
-    Raises:
-        ValueError: the folder cannot be written.
-        TypeError: a value has no JSON form.
     """
     if seeds is None:
         found = settings.get("seeds", settings.get("seed"))

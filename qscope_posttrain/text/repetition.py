@@ -1,8 +1,7 @@
 """Repetition in a sequence of token ids, words or characters: n-grams, the repeated tail, compression.
 
 The n-gram rate finds any repeated phrase, but also grows with the length of ordinary text. The repeated tail is exact,
-and finds only a loop that lasts to the end. The compression ratio needs no tokenizer and finds loops with small
-variations, too.
+and finds only a loop that lasts to the end. The compression ratio also finds loops with small variations.
 """
 
 from __future__ import annotations
@@ -67,13 +66,8 @@ def repeated_tail(
 
 
 def is_endless_repetition(tokens: Sequence[Any], *, ended: bool, min_copies: int = 4, min_tokens: int = 12) -> bool:
-    """Whether a response was in a loop when it was cut off: it did not end by itself, and has a `repeated_tail`.
-
-    Args:
-        tokens: token ids of the response, up to its end token.
-        ended: whether it has an end token, rather than all the tokens that it was allowed.
-        min_copies, min_tokens: see `repeated_tail`.
-    """
+    """Whether a response (its tokens up to the end token) was in a loop when it was cut off: it has not `ended` by
+    itself, and has a `repeated_tail`."""
     return not ended and repeated_tail(tokens, min_copies=min_copies, min_tokens=min_tokens) is not None
 
 
@@ -94,11 +88,9 @@ def ngram_repetition_rate(tokens: Sequence[Any], n: int = 3) -> float:
 
 
 def compression_ratio(text: str) -> float:
-    """Bytes of the text in UTF-8 over bytes after zlib (level 9): about 2 for prose, above 10 for most loops.
-
-    Below 1 for a text of a few words, which zlib's header makes longer; 1 for none at all. Blocks that lie more than
-    32 KiB apart are not seen as equal. The third digit depends on the build of zlib.
-    """
+    """Bytes of the text in UTF-8 over bytes after zlib (level 9): about 2 for prose, above 10 for most loops, below 1
+    for a few words, 1 for none. Blocks that lie more than 32 KiB apart are not seen as equal. The third digit depends on
+    the build of zlib."""
     raw = text.encode("utf-8", errors="surrogatepass")
     return len(raw) / len(zlib.compress(raw, 9)) if raw else 1.0
 
