@@ -104,10 +104,7 @@ def bootstrap_of_sums(
 ) -> Interval:
     """Percentile bootstrap interval of a statistic of column sums, such as a ratio, resampling whole rows.
 
-    Args:
-        rows: `[rows, columns]`, not empty, for example the sums of each text.
-        statistic: from column sums `[..., columns]` to values `[...]`.
-        resamples, level, seed: as for `bootstrap_over_prompts`.
+    `statistic` maps column sums `[..., columns]` to values `[...]`. See `bootstrap_over_prompts`.
     """
     matrix = np.asarray(rows, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:

@@ -50,9 +50,8 @@ def text_config(model: nn.Module) -> PreTrainedConfig:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers in order: the output of element n is the residual stream after block n, counted from 0.
 
-    Raises:
-        ValueError: the model is an encoder-decoder, has several residual streams, or no single list of
-            `num_hidden_layers` blocks lies beside its token embedding.
+    ValueError for an encoder-decoder, a model with several residual streams, or one without a single list of
+    `num_hidden_layers` blocks beside its token embedding.
     """
     layers = _text_backbone(model)[1]
     config = text_config(model)

@@ -99,18 +99,13 @@ def draw_svg(
     size: tuple[float, float],
     *,
     labels: tuple[str, str] = ("", ""),
-    percent: Sequence[bool] = (False, False),
+    percent: tuple[bool, bool] = (False, False),
     legend: bool = False,
-    grid: bool = True,
 ) -> str:
-    """Draw on fresh axes and return the SVG element.
+    """Draw on fresh axes of `size` (width and height in inches) and return the SVG element.
 
-    Args:
-        size: Width and height in inches.
-        labels: Of the horizontal and the vertical axis.
-        percent: For each axis, whether its values are shares in [0, 1], shown as per cent.
-        legend: Whether a legend stands at the right.
-        grid: Whether grid lines are drawn for each labeled axis.
+    `labels` and `percent` (values are shares in [0, 1], shown as per cent) are of the horizontal and the vertical axis.
+    Labeled axes have grid lines; a `legend` stands at the right.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -127,7 +122,7 @@ def draw_svg(
         for axis, label, shares in zip((axes.xaxis, axes.yaxis), labels, percent, strict=True):
             if label:
                 axis.set_label_text(label)
-                axis.grid(grid)
+                axis.grid(True)
             if shares:
                 axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
         if legend:

@@ -89,8 +89,8 @@ def ngram_repetition_rate(tokens: Sequence[Any], n: int = 3) -> float:
 
 def compression_ratio(text: str) -> float:
     """Bytes of the text in UTF-8 over bytes after zlib (level 9): about 2 for prose, above 10 for most loops, below 1
-    for a few words, 1 for none. Blocks that lie more than 32 KiB apart are not seen as equal. The third digit depends on
-    the build of zlib."""
+    for a few words, 1 for none. Blocks more than 32 KiB apart are not seen as equal. The third digit depends on the
+    build of zlib."""
     raw = text.encode("utf-8", errors="surrogatepass")
     return len(raw) / len(zlib.compress(raw, 9)) if raw else 1.0
 

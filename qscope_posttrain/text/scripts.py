@@ -129,11 +129,8 @@ def _unknown(language: str) -> UserValueError:
 def target_script(language: str) -> str:
     """The script by which text in `language` is recognized: "Han" for "zh", both kana for "ja" (kanji are Han).
 
-    Related languages may share it (Cyrillic: Russian and Ukrainian); SASFT detects by script alone, too.
-
-    Raises:
-        ValueError: the language is unknown, is written in several scripts of other languages, or in Latin letters,
-            which occur in text of every language (names, formulas, code).
+    Related languages may share it (Cyrillic: Russian and Ukrainian); SASFT detects by script alone, too. ValueError for
+    an unknown language, one of several scripts, or one in Latin letters, which occur in text of every language.
     """
     scripts = language_scripts(language)
     if set(KANA) <= set(scripts):
@@ -161,11 +158,8 @@ def contains_language_script(text: str, target: str, source: str | None = None) 
 
     SASFT counts a response as switched if any single character is of the target's script (report, Eq. 24). One thing
     is added for Chinese: Han in a sentence that also contains kana is Japanese and does not count. A sentence of
-    kanji alone cannot be distinguished from Chinese and does. A switch to Japanese is any kana.
-
-    Raises:
-        ValueError: a language is unknown, `target` has no script of its own, or `source`, the language that the
-            response should be in, is written with it.
+    kanji alone cannot be distinguished from Chinese and does. A switch to Japanese is any kana. ValueError where a
+    language is unknown, `target` has no script of its own, or `source`, the response's language, is written with it.
     """
     script = target_script(target)
     if source is not None:
