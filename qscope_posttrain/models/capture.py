@@ -167,8 +167,8 @@ def forward_to_layer(model: nn.Module, layers: Iterable[SupportsIndex], **inputs
 
 @contextmanager
 def spliced(model: nn.Module, layer: int, states: Tensor) -> Iterator[None]:
-    """Replace the output of decoder layer `layer` by `states` [batch, tokens, d_model], in its own dtype. ValueError for
-    a layer that does not exist or has another shape; RuntimeError if no forward inside the block reached it."""
+    """Replace the output of decoder layer `layer` by `states` [batch, tokens, d_model], in its own dtype.
+    ValueError for a missing layer or another shape; RuntimeError if no forward inside the block reached it."""
     (number,) = check_layers(model, [layer])
     width = text_config(model).hidden_size
     calls = 0

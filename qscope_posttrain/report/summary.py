@@ -29,11 +29,7 @@ def write_summary(
 ) -> Path:
     """Write `summary.json` into `folder`, which is made if missing, in one step, and return its path.
 
-    Args:
-        command: The command that ran, for example `"features find"`.
-        settings: Everything that was asked for.
-        results: Everything that came out; see `to_json`.
-        seeds: The seeds of the run; by default those found in `settings` as `seed` or `seeds`.
+    `command` is for example "features find"; the seeds are by default those in `settings` as `seed` or `seeds`.
     """
     if seeds is None:
         found = settings.get("seeds", settings.get("seed"))

@@ -23,8 +23,7 @@ class Label(NamedTuple):
 def same_language(label: Any, known: Collection[str]) -> str | None:
     """Find the one of `known` that names the language of `label`; of several, one of the same script goes first.
 
-    Labels are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639-2 and 639-3 ("zho", "cmn"), retired codes ("iw") and English
-    names ("Chinese").
+    Labels are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639 codes ("zho", "iw"), and English names ("Chinese").
     """
     if not isinstance(label, str):
         return None

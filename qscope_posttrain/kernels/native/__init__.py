@@ -82,8 +82,7 @@ def _in_threads(work: Callable[[int, int], None], rows: int) -> None:
 
 def _function(name: str, *kinds: int) -> Callable[..., None]:
     """A function of the library; `kinds` counts its arguments: pointers, integers, pointers, integers .."""
-    function = getattr(library(), name)
-    types = (ctypes.c_void_p, ctypes.c_int64)
+    function, types = getattr(library(), name), (ctypes.c_void_p, ctypes.c_int64)
     function.argtypes = [types[place % 2] for place, count in enumerate(kinds) for _ in range(count)]
     function.restype = None
     return function
