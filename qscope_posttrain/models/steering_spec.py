@@ -204,8 +204,8 @@ class Change:
     def to(self, device: torch.device, dtype: torch.dtype) -> Change:
         """Prepare for hidden states of `dtype`: the shift of a pure addition in that dtype, all else at least fp32."""
         wide = dtype if self.read is None else torch.promote_types(dtype, torch.float32)
-        vectors = (self.shift, self.read, self.write)
-        return Change(*(v if v is None else v.to(device, wide) for v in vectors), self.bias, self.rectified)
+        shift, read, write = (v if v is None else v.to(device, wide) for v in (self.shift, self.read, self.write))
+        return Change(shift, read, write, self.bias, self.rectified)
 
     def apply(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Change `hidden` `[rows, tokens, d_model]` into a new tensor of the same dtype; the rest of it stays
