@@ -135,7 +135,7 @@ def generate_samples(
     settings = settings or SamplingSettings()
     encoded = _encoded(tokenizer, prompts, chat, dict(chat_template_options or {}))
     ids = [prompt.ids for prompt in encoded]
-    _check_lengths(model, ids, settings.max_new_tokens, [_named(prompt.language, prompt.index) for prompt in encoded])
+    _check_lengths(model, ids, settings.max_new_tokens, [_named(prompt.language, prompt.number) for prompt in encoded])
     drawn = sample_tokens(model, tokenizer, ids, settings, show_progress=show_progress)
     samples = []
     for (language, index, text, prompt_tokens), responses in zip(encoded, drawn, strict=True):
@@ -194,7 +194,7 @@ def sample_batch(
 
 class _Encoded(NamedTuple):
     language: str
-    index: int
+    number: int
     text: str
     """The text that the model reads"""
     ids: list[int]
