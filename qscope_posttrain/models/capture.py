@@ -77,8 +77,8 @@ class LayerCapture:
     ) -> None:
         self.layers = check_layers(model, layers)
         blocks = decoder_layers(model)
-        own: dict[int | str, nn.Module] = {layer: blocks[layer] for layer in self.layers}
-        self._modules = {**own, **(modules or {})}
+        self._modules: dict[int | str, nn.Module] = {layer: blocks[layer] for layer in self.layers}
+        self._modules.update((modules or {}).items())
         self._width = text_config(model).hidden_size
         self._handles: list[RemovableHandle] = []
         self.active = True
