@@ -1,7 +1,4 @@
-"""Processes that work together: which one this is, how to join them, and sums over all of them.
-
-Torch is imported when it is needed: a process that prints a help text has no use for it.
-"""
+"""Processes that work together: rank, joining, and sums over all of them. Torch is imported only when needed."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Reduce: TypeAlias = "Callable[[Tensor], Tensor]"
-"""Adds a tensor up over all processes, in place, and returns it."""
+"""Adds up a tensor over all processes, in place, and returns it."""
 
 
 def process_rank() -> tuple[int, int]:

@@ -1,7 +1,6 @@
-"""Errors that are a user's mistake, as opposed to a bug.
+"""Errors that are a user's mistake: the command line prints them as one line; anything else keeps its traceback.
 
-Each is also the built-in error that the Python API promises, so that `except ValueError` keeps working. The command
-line prints them as one line; anything else keeps its traceback.
+Each is also the built-in error that the Python API promises, so that `except ValueError` works.
 """
 
 from __future__ import annotations
@@ -43,15 +42,11 @@ _HERE = str(Path(__file__).parent)
 
 @contextmanager
 def library_refusals(what: str = "", kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turn what a library raises in this block into a UserError, with its cause: for blocks that do nothing but hand
-    over what the user gave, such as a configuration, a model or a data set.
+    """Turn what a library raises into a UserError, in a block that only hands over what the user gave (a model, say).
 
-    Errors that this package raises itself stay as they are. So do those of code that is in no library: a reward
-    function of the user, for example. Only errors of the file system are the user's wherever they are raised.
-
-    Args:
-        what: What could not be done, put before the library's words: "cannot load the model 'x'".
-        kind: The errors that are meant: OSError where results are written, and anything else is a bug.
+    Errors that this package raises itself stay as they are, and those of code that is in no library, such as a reward
+    function of the user. Errors of the file system are the user's wherever they are raised. `what` comes before the
+    library's words ("cannot load the model 'x'"); `kind` limits the errors, to OSError where results are written.
     """
     try:
         yield
@@ -62,16 +57,13 @@ def library_refusals(what: str = "", kind: type[Exception] = Exception) -> Itera
             raise
         reason = str(error) if isinstance(error, _PLAIN) and str(error) else f"{type(error).__name__}: {error}"
         message = f"{what}: {reason}" if what else reason
-        if isinstance(error, FileNotFoundError):
-            raise UserFileNotFoundError(message) from error
         if isinstance(error, OSError):
-            raise UserOSError(message) from error
+            raise (UserFileNotFoundError if isinstance(error, FileNotFoundError) else UserOSError)(message) from error
         raise (UserTypeError if isinstance(error, TypeError) else UserValueError)(message) from error
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without its line breaks, and without the traceback in which torch wraps the errors of the
-    processes that load data."""
+    """The message of an error without line breaks, and without the traceback that torch's data loaders put into it."""
     message = str(error)
     if message.startswith("Caught ") and "\nOriginal Traceback" in message:
         message = message.rpartition(f"{type(error).__name__}: ")[2]

@@ -1,8 +1,8 @@
-"""Text files that other programs wrote: the one place where the package opens a user's text.
+"""Read text files that other programs wrote, and replace files in one step.
 
-Read are UTF-8, UTF-16 and UTF-32 with a byte order mark, line ends of every system, and large texts
-packed with gzip, bzip2 or xz, by their first bytes and whatever the file is called. Anything else is an error that
-names the file, and the line where there is one.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark, with line ends of every system, and may be packed with gzip,
+bzip2 or xz, recognized by its first bytes. Anything else is a ValueError that names the file, and the line if there is
+one; a missing file is a FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -27,12 +27,7 @@ from safetensors import SafetensorError
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserOSError, UserValueError
 
-_BYTE_ORDER_MARKS = {
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
+_BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Beginning -> encoding; the longer ones first, for one begins as another does. UTF-8 is the default."""
 _COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open}
 _COMPRESSED |= {b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)}
@@ -48,18 +43,14 @@ _SUFFIXES = (".gz", ".bz2", ".xz")
 
 
 def text_suffix(path: str | os.PathLike[str]) -> str:
-    """The kind of text that a file name promises: `.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
+    """The suffix that says what a text holds: `.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
     place = Path(path)
     return Path(place.stem).suffix if place.suffix in _SUFFIXES else place.suffix
 
 
 def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
-    """`path` as a Path, if there is a regular file; `what` is the word for it in an error.
-
-    Raises:
-        FileNotFoundError: there is none, with what is there instead: nothing, a folder, a link that leads nowhere.
-        ValueError: a pipe or a device.
-    """
+    """Check that `path` is a regular file, and return it as a Path; `what` is the word for it in an error.
+    FileNotFoundError for nothing, a folder, or a link that leads nowhere; ValueError for a pipe or a device."""
     place = Path(path)
     try:
         mode = place.stat().st_mode
@@ -89,17 +80,9 @@ def check_is_file_with_data(path: Path) -> int:
 
 
 def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | None = None, marked: bool = True) -> str:
-    """The first line that is not blank, of a file that is to be read by another library: UTF-8 throughout, with at most
-    one byte order mark. "" where every line is blank.
-
-    Args:
-        head: Look at this number of lines alone, of a file that will be read as a stream, which must not be compressed.
-        marked: Whether it may begin with a byte order mark.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: other or damaged text, with the line.
-    """
+    """Check that another library can read a file, UTF-8 throughout, and return its first line that is not blank, or "".
+    With `head`, check only this number of lines, of a file that will be read as a stream, which must not be compressed.
+    It may begin with a byte order mark if `marked`."""
     place = check_is_file(path, what)
     first = ""
     with _opened(place, packed=head is None) as stream:
@@ -128,18 +111,11 @@ def bare_name(path: str | os.PathLike[str]) -> str:
 
 
 def read_lines(path: str | os.PathLike[str], what: str = "file", packed: bool = True) -> Iterator[str]:
-    r"""The lines of a text file as a stream, each ending in `\n` (but perhaps the last).
+    r"""Yield the lines of a text file, each ending in `\n` (except perhaps the last).
 
-    Split at the line ends of Unix, Windows and old Macs alone: U+2028, at which `str.splitlines` also splits, may stand
-    inside a JSON string. Byte order marks are left out, also where files were joined.
-
-    Args:
-        what: What an error calls it.
-        packed: Whether it may be compressed.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not text, or damaged.
+    Lines end as on Unix, Windows or old Macs: U+2028, at which `str.splitlines` also splits, may stand inside a JSON
+    string. Byte order marks are left out, also where files were joined. `what` names the file in an error; `packed`
+    tells whether it may be compressed.
     """
     place = check_is_file(path, what)
     with _opened(place, packed) as stream:
@@ -148,20 +124,15 @@ def read_lines(path: str | os.PathLike[str], what: str = "file", packed: bool = 
 
 
 def read_text(path: str | os.PathLike[str], what: str = "file") -> str:
-    """A text file as one string, as `read_lines` reads it; it must not be compressed."""
+    """Read a text file, which must not be compressed, as one string."""
     return "".join(read_lines(path, what, packed=False))
 
 
 def read_csv(
     path: str | os.PathLike[str], what: str = "table", separator: str = ","
 ) -> Iterator[tuple[int, list[str]]]:
-    """Line number (from 1, of the last line of a row) and cells of every row that is not blank. With tabs between the
-    cells there are no quotes, as in most published sets.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not text, or not CSV.
-    """
+    """Yield the line number (from 1, of the last line of a row) and the cells of every row that is not blank. With tabs
+    between the cells there are no quotes, as in most published sets."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # csv has no limit by reader
     quoting: Any = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     rows = csv.reader(read_lines(path, what), delimiter=separator, quoting=quoting)
@@ -237,13 +208,10 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; when the block ends well, that file is flushed to disk and becomes `path`.
+    """Yield a name beside `path` to write to; when the block ends, that file is flushed to disk and becomes `path`.
 
-    When the block raises, the unfinished file is removed and `path` is as it was.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: the file cannot be written, with the reason.
+    When the block raises, the unfinished file is removed and `path` is as it was. FileNotFoundError where the folder
+    does not exist; OSError, with the reason, where the file cannot be written.
     """
     if not path.parent.is_dir():
         raise UserFileNotFoundError(f"cannot write '{path}': the folder '{path.parent}' does not exist.")

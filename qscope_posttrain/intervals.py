@@ -39,10 +39,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 
         (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
-    It takes the n outcomes for independent. Several samples of one prompt are not: see `bootstrap_over_prompts`.
-
-    Raises:
-        ValueError: `n` < 1, `successes` outside 0..n, or `level` outside (0, 1).
+    The n outcomes must be independent. Several samples of one prompt are not: see `bootstrap_over_prompts`.
     """
     _check_level(level)
     if n < 1 or not 0 <= successes <= n:
@@ -56,21 +53,13 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 
 
 def rate_difference(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> Interval:
-    """Interval of p1 - p2 for two independent rates, each given as (successes, n).
-
-    Newcombe's hybrid score interval (1998, method 10): `hybrid_difference` of the Wilson limits of each rate.
-
-    Raises:
-        ValueError: as for `wilson`.
-    """
+    """Interval of p1 - p2 for two independent rates, each given as (successes, n): Newcombe 1998, method 10."""
     return hybrid_difference(wilson(*first, level), wilson(*second, level))
 
 
 def hybrid_difference(one: Interval, two: Interval) -> Interval:
-    """Newcombe's interval of the difference of two independent estimates p1, p2, from the limits l and u of each:
-
-    p1 - p2  -  sqrt((p1 - l1)^2 + (u2 - p2)^2)  ..  p1 - p2  +  sqrt((u1 - p1)^2 + (p2 - l2)^2)
-    """
+    """Newcombe's hybrid interval of p1 - p2 from the limits l and u of two independent estimates: from
+    p1 - p2 - sqrt((p1 - l1)^2 + (u2 - p2)^2) to p1 - p2 + sqrt((u1 - p1)^2 + (p2 - l2)^2)."""
     difference = one.estimate - two.estimate
     below = math.hypot(one.estimate - one.low, two.high - two.estimate)
     above = math.hypot(one.high - one.estimate, two.estimate - two.low)
@@ -82,44 +71,26 @@ def bootstrap_over_prompts(
 ) -> Interval:
     """Percentile bootstrap interval of a mean, resampling whole prompts: samples of one prompt stay together.
 
+    The width is 0 where all prompts agree: then the data hold no information on the spread between prompts, and the
+    Wilson interval is the one to read.
+
     Args:
         outcomes: `[prompts, samples]`, or a list of such matrices, one per stratum (e.g. language). With strata, each
             one is resampled by itself, and the estimate is the unweighted mean of their means.
         resamples: bootstrap replicates.
         level: coverage.
         seed: of the resampling; the same seed gives the same interval.
-
-    Returns:
-        The interval. Zero width is possible where all prompts agree: then the data hold no information on the spread
-        between prompts, and the Wilson interval is the one to read.
-
-    Raises:
-        ValueError: a matrix is not `[prompts, samples]`, is empty, or holds values that are not finite.
     """
     is_strata = isinstance(outcomes, (list, tuple)) and bool(outcomes) and np.ndim(outcomes[0]) == 2
     strata: list[Any] = list(outcomes) if is_strata else [outcomes]  # type: ignore[arg-type]
-    means = [_prompt_means(stratum) for stratum in strata]
-    return _percentile_interval(means, resamples, level, seed)
+    return _percentile_interval([_prompt_means(stratum) for stratum in strata], resamples, level, seed)
 
 
 def bootstrap_difference(
     first: ArrayLike, second: ArrayLike, resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Paired bootstrap interval of mean(first) - mean(second), measured on the same prompts.
-
-    Both are resampled by the same prompts, so that what makes a prompt easy or hard cancels. The number of samples
-    per prompt may differ.
-
-    Args:
-        first: `[prompts, samples]`.
-        second: `[prompts, samples]`, row n from the same prompt as row n of `first`.
-        resamples: bootstrap replicates.
-        level: coverage.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: different numbers of prompts, or as for `bootstrap_over_prompts`.
-    """
+    """Paired bootstrap interval of mean(first) - mean(second), both `[prompts, samples]`: row n of both, of one prompt,
+    is resampled together, so that what makes a prompt easy or hard cancels. See `bootstrap_over_prompts`."""
     first_means, second_means = _prompt_means(first), _prompt_means(second)
     if len(first_means) != len(second_means):
         raise UserValueError(
@@ -137,38 +108,24 @@ def bootstrap_of_sums(
 ) -> Interval:
     """Percentile bootstrap interval of a statistic of column sums, such as a ratio, resampling whole rows.
 
-    Args:
-        rows: `[rows, columns]`, for example the sums of each text.
-        statistic: from column sums `[..., columns]` to values `[...]`.
-        resamples: bootstrap replicates.
-        level: coverage.
-        seed: of the resampling; the same seed gives the same interval.
-
-    Raises:
-        ValueError: `rows` is not `[rows, columns]`, or empty.
+    `statistic` maps column sums `[..., columns]` to values `[...]`. See `bootstrap_over_prompts`.
     """
-    _check_level(level)
     matrix = np.asarray(rows, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:
         raise UserValueError(f"Expected sums as [rows, columns], not empty; got the shape {list(matrix.shape)}.")
-    generator = np.random.default_rng(seed)
-    count = len(matrix)
-    step = max(1, _CELLS_AT_ONCE // count)
-    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
-    draws = [generator.multinomial(count, np.full(count, 1 / count), size=size) @ matrix for size in sizes]
-    low, high = np.quantile(statistic(np.concatenate(draws)), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(statistic(matrix.sum(axis=0))), float(low), float(high))
+    generator, count = np.random.default_rng(seed), len(matrix)
+    draws = _in_pieces(
+        lambda size: generator.multinomial(count, np.full(count, 1 / count), size=size) @ matrix, resamples, count
+    )
+    return _between_quantiles(float(statistic(matrix.sum(axis=0))), statistic(draws), level)
 
 
 def seed_noise(outcomes: ArrayLike) -> float:
     """Half width of the 95 % range of the difference between the means of two runs with different seeds.
 
-    1.96 sqrt(2) times the standard error of the mean over seeds, the prompts being fixed. The variance of one prompt's
-    responses is estimated by the unbiased p (1 - p) s / (s - 1) from its s samples. With a single sample it is unknown,
-    and p (1 - p) over all prompts, never less on average, stands in for it.
-
-    Args:
-        outcomes: `[prompts, samples]`, 0 or 1.
+    1.96 sqrt(2) times the standard error of the mean of `outcomes` `[prompts, samples]` (0 or 1) over seeds, the
+    prompts being fixed. The variance of one prompt's responses is estimated by the unbiased p (1 - p) s / (s - 1) from
+    its s samples. With a single sample it is unknown, and p (1 - p) over all prompts, on average not less, is taken.
     """
     matrix = np.asarray(outcomes, dtype=np.float64)
     prompts, samples = matrix.shape
@@ -182,24 +139,30 @@ def seed_noise(outcomes: ArrayLike) -> float:
 
 def _percentile_interval(strata: list[NDArray[np.float64]], resamples: int, level: float, seed: int) -> Interval:
     """Interval of the mean of the strata's means of per-prompt values `[prompts]`."""
-    _check_level(level)
+    generator = np.random.default_rng(seed)
+
+    def means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        def draw(size: int) -> NDArray[np.float64]:
+            return values[generator.integers(len(values), size=(size, len(values)))].mean(axis=1)
+
+        return _in_pieces(draw, resamples, len(values))
+
+    replicates = np.mean([means(values) for values in strata], axis=0)
+    return _between_quantiles(float(np.mean([values.mean() for values in strata])), replicates, level)
+
+
+def _in_pieces(draw: Callable[[int], NDArray[np.float64]], resamples: int, count: int) -> NDArray[np.float64]:
+    """`draw(size)` for pieces of `resamples`, each of `count` entries, that fit into memory."""
     if resamples < 1:
         raise UserValueError(f"resamples must be at least 1; got {resamples}.")
-    generator = np.random.default_rng(seed)
-    replicates = np.mean([_resampled_means(values, resamples, generator) for values in strata], axis=0)
+    step = max(1, _CELLS_AT_ONCE // count)
+    return np.concatenate([draw(min(step, resamples - start)) for start in range(0, resamples, step)])
+
+
+def _between_quantiles(estimate: float, replicates: NDArray[np.float64], level: float) -> Interval:
+    _check_level(level)
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(np.mean([values.mean() for values in strata])), float(low), float(high))
-
-
-def _resampled_means(
-    values: NDArray[np.float64], resamples: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """Means `[resamples]` of draws with replacement from `values`."""
-    step = max(1, _CELLS_AT_ONCE // len(values))
-    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
-    return np.concatenate(
-        [values[generator.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes]
-    )
+    return Interval(estimate, float(low), float(high))
 
 
 def _prompt_means(outcomes: ArrayLike) -> NDArray[np.float64]:

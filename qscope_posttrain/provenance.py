@@ -1,18 +1,17 @@
 """Where a result came from: package versions, the machine, fingerprints of files, texts and models.
 
-Every artefact of the package (feature sets, caches, summaries) carries these, so that a reader can distinguish two
-results and a cache knows when it is stale. Nothing here imports torch at module level.
+Every artifact of the package (feature sets, caches, summaries) carries these. Torch is imported only when needed.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -20,137 +19,85 @@ from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.files import check_is_file
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import TrainerState
 
 RECORDED_PACKAGES = (
-    "qscope-posttrain",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "liger-kernel",
-    "deepspeed",
-    "vllm",
+    "qscope-posttrain torch transformers trl accelerate peft datasets safetensors tokenizers numpy liger-kernel "
+    "deepspeed vllm"
 )
 """Distributions whose version can change a number that this package reports."""
-
-_READ_BLOCK = 1 << 20
 
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that can change a result; packages that are not installed are left out."""
     versions = {"python": platform.python_version()}
-    for name in RECORDED_PACKAGES:
-        try:
+    for name in RECORDED_PACKAGES.split():
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
 def machine() -> dict[str, str]:
-    """The machine in words: platform, architecture, logical CPUs, accelerator (only if torch is already imported).
-
-    torch is never imported for this: a command that did not use it has no accelerator to report.
-    """
+    """The machine in words: platform, architecture, logical CPUs, and with torch imported threads and accelerator."""
     facts = {
         "platform": platform.platform(),
         "architecture": platform.machine(),
         "cpus": str(os.cpu_count() or "unknown"),
     }
-    torch = sys.modules.get("torch")
+    torch = sys.modules.get("torch")  # a command that did not use it has no accelerator to report
     if torch is not None:
         facts["threads"] = str(torch.get_num_threads())
-        facts["accelerator"] = _accelerator(torch)
+        facts["accelerator"] = "mps" if torch.backends.mps.is_available() else "none"
+        if torch.cuda.is_available():
+            facts["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return facts
 
 
-def _accelerator(torch: Any) -> str:
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return f"{count} x {torch.cuda.get_device_name(0)}"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "none"
-
-
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file's content, read in blocks of 1 MiB.
-
-    Raises:
-        FileNotFoundError: there is no file at `path`.
-    """
-    location = check_is_file(path, "file to fingerprint")
-    digest = hashlib.sha256()
-    with location.open("rb") as stream:
-        while block := stream.read(_READ_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    """Hexadecimal SHA-256 of a file's content. FileNotFoundError where there is no file."""
+    with check_is_file(path, "file to fingerprint").open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def text_fingerprint(texts: Mapping[str, Iterable[str]]) -> str:
-    """Hexadecimal SHA-256 of texts by language: the order of languages does not matter, the order of texts does.
-
-    Every string is preceded by its length in bytes, so that moving a boundary between two texts changes the result.
-
-    Raises:
-        TypeError: an entry is one string instead of a sequence of strings, or holds something that is not a string.
-    """
+    """Hexadecimal SHA-256 of texts by language: the order of languages does not matter, the order of texts does."""
     digest = hashlib.sha256()
+
+    def add(text: str) -> None:
+        # A lone surrogate, which JSON can carry, must not stop a fingerprint.
+        encoded = text.encode("utf-8", errors="surrogatepass")
+        # With its length, so that moving a boundary between two texts changes the result.
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+
     for language in sorted(texts):
         entries = texts[language]
         if isinstance(entries, str):
             raise UserTypeError(
                 f"texts['{language}'] is one string; give a list of strings, for example ['{entries[:20]}']."
             )
-        _digest_string(digest, language)
+        add(language)
         count = 0
         for text in entries:
             if not isinstance(text, str):
                 raise UserTypeError(f"texts['{language}'][{count}] is a {type(text).__name__}, expected a string.")
-            _digest_string(digest, text)
+            add(text)
             count += 1
         digest.update(b"end" + count.to_bytes(8, "little"))
     return digest.hexdigest()
 
 
-def _digest_string(digest: Any, text: str) -> None:
-    # A lone surrogate, which JSON can carry, must not stop a fingerprint.
-    encoded = text.encode("utf-8", errors="surrogatepass")
-    digest.update(len(encoded).to_bytes(8, "little"))
-    digest.update(encoded)
-
-
 def model_identity(model: Any) -> dict[str, Any]:
-    """The facts by which a feature set recognises the model that it was made for; JSON values.
-
-    Returns:
-        What `model_shape` gives, and `{"embedding": embedding_sketch(model)}` where the embedding can be read.
-
-    Raises:
-        TypeError: the model has no transformers configuration.
-    """
+    """The facts by which a feature set recognizes its model, as JSON values: `model_shape`, and its `embedding_sketch`
+    as "embedding" where the embedding can be read."""
     shape, sketch = model_shape(model), embedding_sketch(model)
     return shape if sketch is None else {**shape, "embedding": sketch}
 
 
 def model_shape(model: Any) -> dict[str, Any]:
-    """Name and shape of a model, whatever its weights.
-
-    DDP, `torch.compile` and PEFT wrappers are looked through; for a multimodal model the numbers are those of its
-    language model.
-
-    Returns:
-        `{"name_or_path", "model_type", "hidden_size", "num_hidden_layers", "vocab_size"}`
-
-    Raises:
-        TypeError: the model has no transformers configuration.
-    """
+    """`{"name_or_path", "model_type", "hidden_size", "num_hidden_layers", "vocab_size"}` of a model, also a wrapped one
+    (DDP, `torch.compile`, PEFT); of a multimodal model those of its language model. TypeError without transformers'
+    configuration."""
     base = _without_wrappers(model)
     config = getattr(base, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -169,19 +116,18 @@ _SKETCH_ROWS, _SKETCH_WIDTH = 64, 8
 
 
 def embedding_sketch(model: Any, rows: int | None = None) -> dict[str, Any] | None:
-    """64 rows of the input embedding, spread over the vocabulary, each as 8 numbers: enough to distinguish models.
+    """Sketch 64 rows of the input embedding, spread over the vocabulary, by 8 numbers each: models differ in them.
 
-    The mean over the rows is taken away, each row is projected on 8 fixed directions of signs of its own, and what is
-    left is brought to length 1. So another dtype, adapters, tokens added at the end and fine-tuning change it little,
-    and another model of the same shape has nothing in common with it: also where all rows of a model share a direction,
-    as those of frequent tokens do, since every row sees it from another side.
+    The mean over the rows is subtracted, each row is projected on 8 fixed directions of signs of its own, and the
+    result is scaled to length 1. So another dtype, adapters, tokens added at the end and fine-tuning change it little,
+    and another model of the same shape has nothing in common with it, even if all rows of a model share a direction.
 
     Args:
         rows: Spread over this number of first rows, as an earlier sketch was; by default over all.
 
     Returns:
         `{"rows", "sketch"}`, the numbers as bytes in base64. None where the weights are not at hand (on the meta
-        device, sharded over processes, quantised), and where all rows are alike.
+        device, sharded over processes, quantized), and where all rows are alike.
     """
     weight = _embedding_weight(model)
     if weight is None:
@@ -204,38 +150,31 @@ def embedding_sketch(model: Any, rows: int | None = None) -> dict[str, Any] | No
 
 def embedding_agreement(sketch: Any, model: Any) -> float | None:
     """Mean cosine of the rows of a sketch with those of `model`: 1 for equal embeddings, about 0 for another model.
-    None where the model's weights are not at hand.
-
-    Raises:
-        ValueError: not what `embedding_sketch` gives.
-    """
+    None where the model's weights are not at hand; ValueError for a damaged sketch."""
     stored = _sketch_numbers(sketch)
     found = embedding_sketch(model, sketch["rows"])
     if found is None:
         return None
     there = [row for row in _sketched(sketch["rows"]) if row < _embedding_weight(model).shape[0]]
-    cosines = list(map(_cosine, stored, _sketch_numbers(found)))[: len(there)]
-    return sum(cosines) / len(cosines)
+    dots = (stored * _sketch_numbers(found)).sum(dim=1)
+    lengths = (stored.norm(dim=1) * _sketch_numbers(found).norm(dim=1)).clamp_min(1)
+    return float((dots / lengths)[: len(there)].mean())
 
 
 def _sketched(rows: int) -> list[int]:
     return [i * rows // _SKETCH_ROWS for i in range(_SKETCH_ROWS)]
 
 
-def _sketch_numbers(sketch: Any) -> list[tuple[int, ...]]:
+def _sketch_numbers(sketch: Any) -> Tensor:
+    import torch
+
     try:
         count, content = sketch["rows"], base64.b64decode(sketch["sketch"], validate=True)
         if type(count) is not int or not 0 < count < 2**31 or len(content) != _SKETCH_ROWS * _SKETCH_WIDTH:
             raise ValueError("of another size")
     except (TypeError, KeyError, ValueError) as error:
         raise UserValueError(f"the sketch of the embedding is damaged ({error}).") from error
-    numbers = [byte - 256 if byte > 127 else byte for byte in content]
-    return [tuple(numbers[i : i + _SKETCH_WIDTH]) for i in range(0, len(numbers), _SKETCH_WIDTH)]
-
-
-def _cosine(a: Sequence[int], b: Sequence[int]) -> float:
-    length = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / length if length else 0.0
+    return torch.frombuffer(bytearray(content), dtype=torch.int8).view(_SKETCH_ROWS, _SKETCH_WIDTH).double()
 
 
 def _embedding_weight(model: Any) -> Any:
@@ -249,7 +188,7 @@ def _embedding_weight(model: Any) -> Any:
     import torch
 
     weight: Any = getattr(module, "weight", None)
-    # A DTensor is sharded, and so are parameters of other shapes; quantised weights have a class of their own, too.
+    # A DTensor is sharded, and so are parameters of other shapes; quantized weights have a class of their own, too.
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point() and not weight.is_meta
     return weight if plain and weight.dim() == 2 and 0 not in weight.shape else None
 
@@ -267,14 +206,9 @@ def _without_wrappers(model: Any) -> Any:
 
 
 def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> None:
-    """Compare with what a resumed checkpoint was trained with, and record it for the checkpoints to come.
-
-    The record lies in `TrainerState.stateful_callbacks`, hence in each checkpoint's trainer_state.json, but not as an
-    `ExportableState`: transformers would rebuild such a callback from JSON, unattached.
-
-    Raises:
-        ValueError: the checkpoint was trained with other settings or features, or without them.
-    """
+    """Compare `identity` with the settings of a resumed checkpoint, and record it for the checkpoints to come."""
+    # It lies in each checkpoint's trainer_state.json, but not as an `ExportableState`: transformers would rebuild such
+    # a callback from JSON, unattached.
     records: Any = state.stateful_callbacks
     stored = records.get(key)
     if state.global_step > 0:
@@ -284,8 +218,7 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
                 "settings. A resumed run must have the same losses: start a new run from the checkpoint's weights "
                 "instead, or resume without it."
             )
-        found = stored["attributes"]
-        different = _differences(found, identity)
+        different = _differences(stored["attributes"], identity)
         if different:
             raise UserValueError(
                 f"The checkpoint at step {state.global_step} was trained with other settings of {key}: "

@@ -1,4 +1,4 @@
-"""Recipes on disk: YAML that can hold values and nothing else."""
+"""Read recipes: YAML that can hold values and nothing else."""
 
 from __future__ import annotations
 
@@ -21,10 +21,6 @@ class _Loader(yaml.SafeLoader):
     """Numbers as YAML 1.2 reads them: 1e-5 is one; 1:30, 010 and 2026-01-01 are text."""
 
 
-class _WrittenLoader(yaml.BaseLoader):
-    """Every plain value as the text that stands in the file."""
-
-
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -42,22 +38,15 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | os.PathLike[str], as_written: bool = False) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Args:
-        as_written: Leave every plain value as the text that stands in the file, `no` and `007` for example.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not text, not YAML, not a mapping, a key given twice, or far too large for a recipe.
-    """
+    """Read a YAML file that holds a mapping; `as_written` keeps every plain value (`no`, `007`) as text. ValueError for
+    what is not text, not YAML, not a mapping, has a key twice, or is far too large for a recipe."""
     size = check_is_file(path, "recipe").stat().st_size
     if size > MAX_BYTES:
         raise UserValueError(f"'{path}' has {size} bytes; a recipe has a few thousand, at most {MAX_BYTES}.")
     text = read_text(path)
     loader: Any = None
     try:
-        loader = (_WrittenLoader if as_written else _Loader)(text)
+        loader = (yaml.BaseLoader if as_written else _Loader)(text)
         node = loader.get_single_node()
         _size(node, str(path), {})
         content = None if node is None else loader.construct_document(node)
@@ -88,8 +77,8 @@ def as_text(value: Any) -> Any:
 
 
 def _size(node: yaml.Node | None, path: str, known: dict[int, int]) -> int:
-    """Nodes below and with `node`, counted as often as they are referred to. ValueError for too many, for a node that
-    holds itself, and for a key given twice, of which YAML readers keep the last without a word."""
+    """Count `node` and those below it as often as they are referred to. ValueError for too many, for a node that holds
+    itself, and for a key given twice, of which YAML readers silently keep the last."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) in known:

@@ -8,13 +8,14 @@ from typing import Any
 
 from benchmarks.experiments.cell_results import CellResult, cell_results
 from benchmarks.experiments.clustered import ClusteredInterval
+from benchmarks.experiments.cost_curves import CostCurve, cost_curves
 from benchmarks.experiments.equal_cost import BUDGETS, cost_curve
 from benchmarks.experiments.models_section import models_section
 from benchmarks.experiments.switching_rows import Measure, switching_rows
 from benchmarks.experiments.switching_tables import cell_tables, verdict_table
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
-from qscope_posttrain.report.plots import CostCurve, Mark, cost_curves
+from qscope_posttrain.report.plots import Mark
 from qscope_posttrain.report.tables import Table
 
 _SHOWN_BUDGETS = 4.0

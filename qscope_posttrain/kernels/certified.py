@@ -31,25 +31,21 @@ The norms are computed in float64, and eps is enlarged by 2^-20 of itself for th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qscope_posttrain.kernels import native
-from qscope_posttrain.kernels.checks import check_encoder, check_k, check_same_device, check_shape
-from qscope_posttrain.kernels.encode_gradient import register_gradient
+from qscope_posttrain.kernels.checks import check_encoder, check_same, check_shape
+from qscope_posttrain.kernels.decode import register_encoder_gradient
 from qscope_posttrain.kernels.select import best, topk_product
 from qscope_posttrain.kernels.tiles import product_dtype
 
 BAND = 96
 """Candidates beyond k: more cost little, since only those within the bound are evaluated."""
-
 _ROUNDING = 2.0**-8 + 2.0**-16
-
 _NORM_TOKENS = 256
-
 _GATHERED_ELEMENTS = 1 << 22
 """Weights gathered at a time: 16 MiB."""
 
@@ -75,7 +71,7 @@ class CertifiedCode(NamedTuple):
 
 
 def certified_weights(W_enc: Tensor, b_enc: Tensor) -> CertifiedWeights:
-    """The bfloat16 copy and the norms: one pass over W_enc, to be kept as long as the weights do not change."""
+    """Compute the bfloat16 copy and the norms in one pass over W_enc. They are valid until the weights change."""
     W_low, b_low = W_enc.bfloat16(), b_enc.bfloat16()
     norms = W_enc.new_zeros(4, dtype=torch.float64)
     step = max(1, _GATHERED_ELEMENTS // max(1, 2 * W_enc.shape[1]))
@@ -102,19 +98,17 @@ def certified_encode(
     tile_tokens: int | None = None,
     tile_features: int | None = None,
 ) -> CertifiedCode:
-    """`topk_encode(precision="certified")` with the number of rows that had to be done in float32."""
-    check_encoder(x, W_enc, b_enc)
-    check_k(k, W_enc.shape[0])
+    """`topk_encode(precision="certified")` with the number of rows that had to be encoded in float32."""
+    check_encoder(x, W_enc, b_enc, k)
     if W_enc.dtype == torch.float64:
         raise ValueError("certified results are float32: for float64 weights use precision='fp32' or 'model'")
     weights = certified_weights(W_enc, b_enc) if weights is None else weights
-    check_shape("weights.W_low", weights.W_low, tuple(W_enc.shape))
-    check_shape("weights.b_low", weights.b_low, tuple(b_enc.shape))
-    check_shape("weights.norms", weights.norms, (4,))
-    check_same_device(W_enc=W_enc, **{f"weights.{name}": tensor for name, tensor in weights._asdict().items()})
-    for name, dtype in (("W_low", torch.bfloat16), ("b_low", torch.bfloat16), ("norms", torch.float64)):
-        if getattr(weights, name).dtype != dtype:
-            raise TypeError(f"weights.{name} must be {dtype}, got {getattr(weights, name).dtype}")
+    for (name, tensor), shape in zip(weights._asdict().items(), (W_enc.shape, b_enc.shape, (4,)), strict=True):
+        check_shape(f"weights.{name}", tensor, tuple(shape))
+        check_same("device", W_enc=W_enc, **{f"weights.{name}": tensor})
+        dtype = torch.float64 if name == "norms" else torch.bfloat16
+        if tensor.dtype != dtype:
+            raise TypeError(f"weights.{name} must be {dtype}, got {tensor.dtype}")
     return CertifiedCode(*_certified(x, W_enc, b_enc, *weights, k, variant != "signed", tile_tokens, tile_features))
 
 
@@ -186,46 +180,30 @@ def _rescore(
 def dot_products(
     out: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, first: Tensor, last: Tensor
 ) -> None:
-    """out[t, j] = x[t] . W_enc[indices[t, j]] + b_enc[..] in float32 for at least first[t] <= j < last[t], in place.
-
-    On CUDA one launch, in which nothing waits for the device; how fast it is there has not been measured.
-    """
+    """out[t, j] = x[t] . W_enc[indices[t, j]] + b_enc[..] in float32 for at least first[t] <= j < last[t], in place."""
     if x.is_cuda:
-        from qscope_posttrain.kernels.triton.decode import chosen_preactivations_
+        from qscope_posttrain.kernels.triton.decode import dot_rows_
 
-        chosen_preactivations_(out, x, W_enc, b_enc, indices, first, last)
-        return
-    if native.can_multiply(x, W_enc, b_enc):
+        dot_rows_(out, x, indices, W_enc, b_enc, first, last)
+    elif native.can_multiply(x, W_enc, b_enc):
         native.dot_products(out, x, W_enc, b_enc, indices, first, last)
-        return
-    step = max(1, _GATHERED_ELEMENTS // max(1, indices.shape[1] * x.shape[1]))
-    for start in range(0, x.shape[0], step):
-        rows = slice(start, start + step)
-        begin, end = int(first[rows].min()), int(last[rows].max())
-        if begin < end:
-            chosen = indices[rows, begin:end].long()
-            product = torch.bmm(W_enc[chosen].float(), x[rows, :, None]).squeeze(2)
-            out[rows, begin:end] = product + b_enc[chosen].float()
+    else:
+        step = max(1, _GATHERED_ELEMENTS // max(1, indices.shape[1] * x.shape[1]))
+        for start in range(0, x.shape[0], step):
+            rows = slice(start, start + step)
+            begin, end = int(first[rows].min()), int(last[rows].max())
+            if begin < end:
+                chosen = indices[rows, begin:end].long()
+                product = torch.bmm(W_enc[chosen].float(), x[rows, :, None]).squeeze(2)
+                out[rows, begin:end] = product + b_enc[chosen].float()
 
 
 @_certified.register_fake
 def _(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_low: Tensor,
-    b_low: Tensor,
-    norms: Tensor,
-    k: int,
-    relu: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
-) -> Sequence[Tensor]:
-    return (
-        x.new_empty(x.shape[0], k, dtype=torch.float32),
-        x.new_empty(x.shape[0], k, dtype=torch.int32),
-        x.new_empty((), dtype=torch.int64),
-    )
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_low: Tensor, b_low: Tensor, norms: Tensor, k: int, *_: object
+) -> tuple[Tensor, ...]:
+    values = x.new_empty(x.shape[0], k, dtype=torch.float32)
+    return values, torch.empty_like(values, dtype=torch.int32), x.new_empty((), dtype=torch.int64)
 
 
-register_gradient(_certified, relu=lambda inputs: inputs[7])
+register_encoder_gradient(_certified, relu=lambda inputs: inputs[7])

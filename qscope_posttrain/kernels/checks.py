@@ -1,10 +1,9 @@
-"""Checks of the arguments of operators. They look at shapes, dtypes and devices
-only, never at values, so none of them waits for a device.
-"""
+"""Checks of operators' arguments: shapes, dtypes and devices, never values, so that none waits for a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,20 +37,15 @@ def check_indices(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
 
 
-def check_same_device(**tensors: Tensor) -> None:
-    """All tensors must lie on the device of the first."""
+def check_same(attribute: str, **tensors: Tensor) -> None:
+    """All tensors must have the "device" or "dtype" of the first."""
     (first, leader), *others = tensors.items()
     for name, tensor in others:
-        if tensor.device != leader.device:
-            raise ValueError(f"{name} is on {tensor.device}, {first} on {leader.device}: move one with .to(device)")
-
-
-def check_same_dtype(**tensors: Tensor) -> None:
-    """All tensors must have the dtype of the first."""
-    (first, leader), *others = tensors.items()
-    for name, tensor in others:
-        if tensor.dtype != leader.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, {first} is {leader.dtype}: they must share one dtype")
+        have, want = getattr(tensor, attribute), getattr(leader, attribute)
+        if have != want and attribute == "device":
+            raise ValueError(f"{name} is on {have}, {first} on {want}: move one with .to(device)")
+        if have != want:
+            raise TypeError(f"{name} is {have}, {first} is {want}: they must share one dtype")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -67,22 +61,20 @@ def check_count(name: str, value: int, at_least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
-def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int | None = None) -> None:
     """x [tokens, d_model], W_enc [d_sae, d_model], b_enc [d_sae], on one device; the weights share a dtype."""
     check_shape("W_enc", W_enc, ("d_sae", "d_model"))
     check_shape("b_enc", b_enc, (W_enc.shape[0],))
     check_shape("x", x, ("tokens", W_enc.shape[1]))
     check_floating(x=x, W_enc=W_enc, b_enc=b_enc)
-    check_same_dtype(W_enc=W_enc, b_enc=b_enc)
-    check_same_device(x=x, W_enc=W_enc, b_enc=b_enc)
+    check_same("dtype", W_enc=W_enc, b_enc=b_enc)
+    check_same("device", x=x, W_enc=W_enc, b_enc=b_enc)
     if W_enc.shape[0] > MAX_FEATURES:
         raise ValueError(f"d_sae = {W_enc.shape[0]} does not fit int32 indices")
-
-
-def check_k(k: int, d_sae: int) -> None:
-    check_count("k", k)
-    if k > d_sae:
-        raise ValueError(f"k={k} features of each token were asked for, but the dictionary has only {d_sae}")
+    if k is not None:
+        check_count("k", k)
+        if k > W_enc.shape[0]:
+            raise ValueError(f"k={k} features per token were asked for, but the dictionary has only {W_enc.shape[0]}")
 
 
 def check_tiles(tile_tokens: int | None, tile_features: int | None) -> None:
@@ -92,15 +84,17 @@ def check_tiles(tile_tokens: int | None, tile_features: int | None) -> None:
 
 
 def lowered_to(device: torch.device) -> str | None:
-    """Format ("tf32", "bf16") to which libraries round the factors of fp32 products on `device`; None if they do not.
-
-    Asked of the backend, because that answers whichever of torch's two interfaces set it; once
-    `torch.backends.fp32_precision` was used (transformers' `tf32=True` does), `torch.get_float32_matmul_precision()`
-    raises.
-    """
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    found = str(backend.fp32_precision)
+    """Format ("tf32", "bf16") to which factors of fp32 products on `device` are rounded; None if they are not."""
+    # The backend knows it whichever of torch's two interfaces set it: `torch.get_float32_matmul_precision()` raises
+    # once `torch.backends.fp32_precision` was used, as transformers' `tf32=True` does.
+    backends: Any = torch.backends
+    found = str((backends.cuda if device.type == "cuda" else backends.mkldnn).matmul.fp32_precision)
     return None if found in ("none", "ieee") else found
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 if one of them is, else fp32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def exact_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

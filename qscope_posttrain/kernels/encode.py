@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from qscope_posttrain.kernels.certified import CertifiedWeights, certified_encode
-from qscope_posttrain.kernels.checks import check_choice, check_encoder, check_k, check_tiles
-from qscope_posttrain.kernels.encode_gradient import register_gradient
+from qscope_posttrain.kernels.checks import check_choice, check_encoder, check_tiles
+from qscope_posttrain.kernels.decode import register_encoder_gradient
 from qscope_posttrain.kernels.select import topk_product
 from qscope_posttrain.kernels.tiles import product_dtype, result_dtype
 
@@ -29,21 +27,19 @@ def topk_encode(
     tile_tokens: int | None = None,
     tile_features: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k largest of W_enc x + b_enc for each token, without the [tokens, d_sae] matrix.
+    """Compute the k largest of W_enc x + b_enc for each token.
 
     Args:
         x: [tokens, d_model], any floating point dtype, converted to that of the product; need not be contiguous.
-        W_enc: [d_sae, d_model], a feature's encoder row is a row.
-        b_enc: [d_sae], in the dtype of W_enc.
+        W_enc, b_enc: [d_sae, d_model] and [d_sae], of one dtype.
         k: At most d_sae.
         precision: "model": the product is in the dtype of W_enc. A bfloat16 or float16 product rounds its results, so
             that about 1 % of the kept features differ from those of a float32 product.
             "fp32": in float32 whatever the weights are stored in (float64 for float64 weights).
-            "certified": a float32 result at nearly the cost of the bfloat16 product, proved row by row: see
-            `certified.certified_encode`, which also tells how many rows had to be done in float32.
+            "certified": a float32 result at nearly the cost of the bfloat16 product, proved row by row (`certified`).
         variant: "relu_after" relu(topk(z)); "relu_before" topk(relu(z)), the same values; "signed" topk(z).
-        weights: For "certified", `certified_weights(W_enc, b_enc)`, so as not to be made again by each call.
-        tile_tokens, tile_features: Size of the tile. By default the tile has 2^24 elements at most.
+        weights: For "certified": `certified_weights(W_enc, b_enc)`; None makes them in each call.
+        tile_tokens, tile_features: Size of the tile. By default it has at most 2^24 elements.
 
     Returns:
         values [tokens, k], float32 (float64 for float64 weights), sorted, the largest first; indices [tokens, k],
@@ -54,14 +50,9 @@ def topk_encode(
     Memory: a tile, and 12 bytes for each of tokens * k entries. Deterministic for a given tile size; another tile size
     may change the rounding of the product, never the order of equal values. Not affected by autocast.
 
-    Differentiable with respect to x, W_enc and b_enc (the choice of the features is not): see `encode_gradient`. Saves
-    x, values and indices.
-
-    Raises:
-        ValueError, TypeError: shapes, devices, dtypes or options that do not fit.
+    Differentiable with respect to x, W_enc and b_enc (the choice of the features is not). Saves x, values and indices.
     """
-    check_encoder(x, W_enc, b_enc)
-    check_k(k, W_enc.shape[0])
+    check_encoder(x, W_enc, b_enc, k)
     check_choice("precision", precision, PRECISIONS)
     check_choice("variant", variant, VARIANTS)
     check_tiles(tile_tokens, tile_features)
@@ -78,31 +69,15 @@ def topk_encode(
 
 @torch.library.custom_op("qscope_posttrain::topk_encode", mutates_args=())
 def _topk_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    fp32: bool,
-    relu: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, fp32: bool, relu: bool, tokens: int | None, features: int | None
 ) -> tuple[Tensor, Tensor]:
-    values, indices = topk_product(x, W_enc, b_enc, k, product_dtype(W_enc, fp32), tile_tokens, tile_features)
+    values, indices = topk_product(x, W_enc, b_enc, k, product_dtype(W_enc, fp32), tokens, features)
     return (values.relu_() if relu else values), indices
 
 
 @_topk_encode.register_fake
-def _(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    fp32: bool,
-    relu: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
-) -> Sequence[Tensor]:
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k, dtype=result_dtype(W_enc)), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
 
-register_gradient(_topk_encode, relu=lambda inputs: inputs[5])
+register_encoder_gradient(_topk_encode, relu=lambda inputs: inputs[5])

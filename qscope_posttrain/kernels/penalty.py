@@ -1,18 +1,131 @@
-"""Penalise a handful of features where they exceed a threshold: value and gradient with one pass over x.
+"""Pre-activations of a handful of features, and a penalty where they exceed a threshold, with one pass over x.
 
-e[t, s] = m[t] ReLU(x[t] . rows[s] + bias[s] - thresholds[group of t, s])
+f[t, s] = x[t] . rows[s] + bias[s]                    in at least fp32, without a wider copy of x
+e[t, s] = m[t] ReLU(f[t, s] - thresholds[group of t, s])
 sums[s] = sum_t w[t] e[t, s]                          d sums[s] / d x[t] = w[t] 1[e[t, s] > 0] rows[s]
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import check_indices, check_same_device, check_shape, exact_dtype
-from qscope_posttrain.kernels.readout import accumulation_dtype, check_rows, input_gradient, token_tiles
+from qscope_posttrain.kernels import checks
+from qscope_posttrain.kernels.checks import accumulation_dtype, exact_dtype
+
+TILE_TOKENS = 1024
+"""Tokens of a half-precision x that are widened at a time on the CPU."""
+HANDFUL = 256
+"""Rows up to which CUDA takes the kernel that reads x in its own dtype, once for every 64 of them; for more a library's
+matrix product of widened tiles is better."""
+
+
+def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+    """Compute `x @ rows.T + bias` with products and sums in at least fp32, whatever autocast or tf32 setting is active.
+
+    Args:
+        x: `[..., D]`, any floating dtype and any strides.
+        rows: `[F, D]`, floating point.
+        bias: `[F]`.
+
+    Returns:
+        `[..., F]`, fp32, or fp64 where x or rows are.
+
+    Differentiable with respect to all three. Saves `rows`; and x only if `rows` requires a gradient. Beside the result
+    a half-precision x takes one tile of `[1024, D]` fp32, on CUDA only beyond 256 rows, and half-precision rows an fp32
+    copy. Where fp32 products are lowered (tf32, bf16), the CPU multiplies in fp64. Deterministic.
+    """
+    check_rows(x, rows, bias)
+    flat: Tensor = _feature_preactivations(x.reshape(-1, x.shape[-1]), rows, bias)
+    return flat.view(*x.shape[:-1], rows.shape[0])
+
+
+def check_rows(x: Tensor, rows: Tensor, bias: Tensor) -> None:
+    checks.check_shape("rows", rows, ("features", "d_model"))
+    checks.check_shape("bias", bias, (rows.shape[0],))
+    if x.ndim == 0 or x.shape[-1] != rows.shape[1]:
+        raise ValueError(f"x must be [..., {rows.shape[1]}] for rows {list(rows.shape)}, got {list(x.shape)}")
+    checks.check_floating(x=x, rows=rows, bias=bias)
+    checks.check_same("device", x=x, rows=rows, bias=bias)
+
+
+def token_tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, x of these tokens in `dtype`): all at once where that takes no copy."""
+    step = max(len(x), 1) if x.dtype == dtype else TILE_TOKENS
+    for start in range(0, len(x), step):
+        yield slice(start, start + step), x[start : start + step].to(dtype)
+
+
+@torch.library.custom_op("qscope_posttrain::feature_preactivations", mutates_args=())
+def _feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+    wide = accumulation_dtype(x, rows)
+    exact = exact_dtype(wide, x.device)
+    if x.is_cuda and wide == torch.float32 and (rows.shape[0] <= HANDFUL or exact != wide):
+        from qscope_posttrain.kernels.triton.penalty import preactivations
+
+        return preactivations(x, rows, bias)
+    found = x.new_empty(x.shape[0], rows.shape[0], dtype=exact)
+    weight, offset = rows.to(exact).t(), bias.to(exact)
+    with torch.autocast(x.device.type, enabled=False):
+        for tokens, tile in token_tiles(x, exact):
+            torch.addmm(offset, tile, weight, out=found[tokens])
+    return found.to(wide)
+
+
+@torch.library.custom_op("qscope_posttrain::feature_preactivations_gradient", mutates_args=())
+def input_gradient(gradient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient @ rows`, `[T, D]`, summed in the gradient's dtype and stored in `dtype`."""
+    if gradient.is_cuda and gradient.dtype == torch.float32:
+        from qscope_posttrain.kernels.triton.penalty import spread
+
+        return spread(gradient, rows, dtype)
+    exact = exact_dtype(gradient.dtype, gradient.device)
+    wide = rows.to(exact)
+    with torch.autocast(gradient.device.type, enabled=False):
+        if dtype == gradient.dtype == exact:
+            return gradient @ wide
+        result = gradient.new_empty(gradient.shape[0], rows.shape[1], dtype=dtype)
+        for start in range(0, len(gradient), TILE_TOKENS):
+            tokens = slice(start, start + TILE_TOKENS)
+            result[tokens].copy_(gradient[tokens].to(exact) @ wide)
+    return result
+
+
+_feature_preactivations.register_fake(
+    lambda x, rows, bias: x.new_empty(x.shape[0], rows.shape[0], dtype=accumulation_dtype(x, rows))
+)
+input_gradient.register_fake(
+    lambda gradient, rows, dtype: gradient.new_empty(gradient.shape[0], rows.shape[1], dtype=dtype)
+)
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, rows, bias = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, rows)
+    ctx.dtypes = x.dtype, bias.dtype
+
+
+def _preactivations_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, rows = ctx.saved_tensors
+    needs_x, needs_rows, needs_bias = ctx.needs_input_grad
+    gradient_of_rows = None
+    if needs_rows:
+        exact = exact_dtype(gradient.dtype, gradient.device)
+        gradient_of_rows = torch.zeros_like(rows, dtype=exact)
+        with torch.autocast(gradient.device.type, enabled=False):
+            for tokens, tile in token_tiles(x, exact):
+                gradient_of_rows.addmm_(gradient[tokens].to(exact).t(), tile)
+    return (
+        input_gradient(gradient, rows, ctx.dtypes[0]) if needs_x else None,
+        None if gradient_of_rows is None else gradient_of_rows.to(rows.dtype),
+        gradient.sum(0).to(ctx.dtypes[1]) if needs_bias else None,
+    )
+
+
+_feature_preactivations.register_autograd(_preactivations_backward, setup_context=_save_rows)
 
 
 class FeaturePenalty(NamedTuple):
@@ -36,7 +149,7 @@ def feature_penalty(
     groups: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> FeaturePenalty:
-    """Per-feature sums of the excess over a threshold, differentiable with respect to x.
+    """Sum the excess of each feature over its threshold, differentiable with respect to x.
 
     Args:
         x: `[..., D]`, any floating dtype; T tokens in all.
@@ -49,36 +162,24 @@ def feature_penalty(
 
     Products, sums and comparisons are in at least fp32, whatever autocast or tf32 setting is active. Saved for backward
     is a bool `[T, F]` beside rows and weights, never x; a half-precision x is widened by tiles of 1024 tokens on the
-    CPU and not at all on CUDA. Scale the result with a device tensor (a loss scale, a token count): it reaches the
-    gradient as one, and nothing here waits for the device. Deterministic. On CUDA two launches forward (one reads x,
-    one adds the blocks' sums in a fixed order) and one backward.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit, or rows that require a gradient.
+    CPU and not at all on CUDA. Nothing waits for the device: scale the result (by a token count, say) with a
+    device tensor. Deterministic. On CUDA two launches forward and one backward.
     """
     check_rows(x, rows, bias)
     _check_tokens(x, thresholds, mask, groups, weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, bias, thresholds)):
         raise ValueError("feature_penalty has no gradient for rows, bias and thresholds: detach() them.")
     thresholds, groups = _rows_of_thresholds(thresholds, groups, mask, rows.shape[0])
-    sums, excesses, above, _ = _feature_penalty(
-        x.reshape(-1, x.shape[-1]),
-        rows,
-        bias,
-        thresholds,
-        groups,
-        mask.reshape(-1),
-        # A masked token's weight may be anything, too.
-        None if weights is None else weights.detach().masked_fill(~mask, 0).reshape(-1),
-    )
+    if weights is not None:  # a masked token's weight may be anything, too
+        weights = weights.detach().masked_fill(~mask, 0).reshape(-1)
+    flat = x.reshape(-1, x.shape[-1])
+    sums, excesses, above, _ = _feature_penalty(flat, rows, bias, thresholds, groups, mask.reshape(-1), weights)
     return FeaturePenalty(sums, excesses.detach(), above.view(mask.shape))
 
 
 def masked_excess(pre_activations: Tensor, thresholds: Tensor, mask: Tensor) -> Tensor:
-    """`m ReLU(f - threshold)`: `[..., F]` of f `[..., F]`, thresholds that broadcast to it, a bool mask `[...]`.
-
-    Filled, not multiplied: a masked token may hold anything, and 0 * nan is nan.
-    """
+    """`m ReLU(f - threshold)`: `[..., F]` of f `[..., F]`, thresholds that broadcast to it, a bool mask `[...]`."""
+    # Filled, not multiplied: a masked token may hold anything, and 0 * nan is nan.
     return torch.relu(pre_activations - thresholds).masked_fill(~mask.unsqueeze(-1), 0)
 
 
@@ -89,9 +190,9 @@ def _check_tokens(x: Tensor, thresholds: Tensor, mask: Tensor, groups: Tensor | 
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     if groups is not None:
-        check_indices("groups", groups)
+        checks.check_indices("groups", groups)
     given = {"mask": mask, "thresholds": thresholds, "groups": groups, "weights": weights}
-    check_same_device(x=x, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    checks.check_same("device", x=x, **{name: tensor for name, tensor in given.items() if tensor is not None})
 
 
 def _rows_of_thresholds(
@@ -99,24 +200,18 @@ def _rows_of_thresholds(
 ) -> tuple[Tensor, Tensor]:
     """(thresholds [G, F], groups [T]) for all three forms of thresholds."""
     if groups is not None:
-        check_shape("thresholds", thresholds, ("groups", features))
+        checks.check_shape("thresholds", thresholds, ("groups", features))
         return thresholds, groups.reshape(-1)
     if thresholds.ndim == 1:
-        check_shape("thresholds", thresholds, (features,))
+        checks.check_shape("thresholds", thresholds, (features,))
         return thresholds.unsqueeze(0), mask.new_zeros(mask.numel(), dtype=torch.int32)
-    check_shape("thresholds", thresholds, (*mask.shape, features))
+    checks.check_shape("thresholds", thresholds, (*mask.shape, features))
     return thresholds.reshape(-1, features), torch.arange(mask.numel(), device=mask.device)
 
 
 @torch.library.custom_op("qscope_posttrain::feature_penalty", mutates_args=())
 def _feature_penalty(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor,
-    thresholds: Tensor,
-    groups: Tensor,
-    mask: Tensor,
-    weights: Tensor | None,
+    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sums [F], excesses [F], above [T], active [T, F])."""
     wide = accumulation_dtype(x, rows)
@@ -146,9 +241,9 @@ def _penalty_gradient(
 ) -> Tensor:
     """`sum_s gradient[s] w[t] active[t, s] rows[s]`: `[T, D]` in `dtype`, summed in the gradient's."""
     if active.is_cuda and gradient.dtype == torch.float32:
-        from qscope_posttrain.kernels.triton.readout import spread_active
+        from qscope_posttrain.kernels.triton.penalty import spread
 
-        return spread_active(gradient, active, weights, rows, dtype)
+        return spread(active, rows, dtype, gradient, weights)
     coefficients = active * gradient
     if weights is not None:
         coefficients *= weights.to(gradient.dtype).unsqueeze(-1)
@@ -157,22 +252,16 @@ def _penalty_gradient(
 
 @_feature_penalty.register_fake
 def _(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor,
-    thresholds: Tensor,
-    groups: Tensor,
-    mask: Tensor,
-    weights: Tensor | None,
+    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, features = x.shape[0], rows.shape[0]
     sums = x.new_empty(features, dtype=accumulation_dtype(x, rows))
     return sums, torch.empty_like(sums), mask.new_empty(tokens), mask.new_empty(tokens, features)
 
 
-@_penalty_gradient.register_fake
-def _(gradient: Tensor, active: Tensor, weights: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return gradient.new_empty(active.shape[0], rows.shape[1], dtype=dtype)
+_penalty_gradient.register_fake(
+    lambda gradient, active, _, rows, dtype: gradient.new_empty(active.shape[0], rows.shape[1], dtype=dtype)
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -182,11 +271,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, gradient: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    active, weights, rows = ctx.saved_tensors
-    if gradient is None:
-        return (None,) * 7
-    return _penalty_gradient(gradient, active, weights, rows, ctx.dtype), *(None,) * 6
+def _backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    of_x = None if gradient is None else _penalty_gradient(gradient, *ctx.saved_tensors, ctx.dtype)
+    return of_x, *(None,) * 6
 
 
 _feature_penalty.register_autograd(_backward, setup_context=_setup_context)

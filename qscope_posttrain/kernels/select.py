@@ -1,5 +1,4 @@
-"""Exact selection of the k first of each row, in plain torch (the definition that the other selectors reproduce) and
-over the tiles of a product.
+"""Exact selection of the k first of each row, in plain torch (as the other selectors do it) and over tiles.
 
 The order is total: by value, NaN above +Inf, -0.0 equal to 0.0; where values are equal, the lowest index first. So the
 result depends neither on the size of a tile, nor on how a library breaks ties, nor on other rows.
@@ -14,10 +13,8 @@ from qscope_posttrain.kernels import native
 from qscope_posttrain.kernels.tiles import preactivation_tiles, tile_shape
 
 _LOW = 0xFFFFFFFF
-
 GROUP = 16
 """Elements of a group: the first stage leaves (k + SLACK) * GROUP candidates of d_sae."""
-
 SLACK = 16
 """Kept beyond the k first, for those that equal the k-th."""
 
@@ -32,10 +29,8 @@ def topk_product(
     tile_features: int | None = None,
     triton: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(values [tokens, k], indices int32 [tokens, k]) in the order of `select`, no ReLU; the product is in `dtype`.
-
-    `triton`: select with the Triton kernel; by default on CUDA, and elsewhere in tests, interpreted.
-    """
+    """(values [tokens, k], indices int32 [tokens, k]) in the order above, no ReLU, of a product in `dtype`. `triton`:
+    select with the Triton kernel; by default on CUDA, and elsewhere in tests, interpreted."""
     triton = x.is_cuda if triton is None else triton
     values = x.new_empty(x.shape[0], k, dtype=torch.promote_types(dtype, torch.float32))
     indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
@@ -47,10 +42,9 @@ def topk_product(
 
             bias = b_enc[tile.feature : tile.feature + tile.pre.shape[1]]
             on_cuda.merge_(values[rows], indices[rows], filled, tile.pre, tile.feature, bias)
-        elif native.can_merge(tile.pre):
-            native.merge_(values[rows], indices[rows], filled, tile.pre, tile.feature)
         else:
-            merge_(values[rows], indices[rows], filled, tile.pre, tile.feature)
+            merge = native.merge_ if native.can_merge(tile.pre) else merge_
+            merge(values[rows], indices[rows], filled, tile.pre, tile.feature)
     if triton:
         values, places = best(values, indices.long(), k)
         indices = places.to(torch.int32)
@@ -58,14 +52,10 @@ def topk_product(
 
 
 def merge_(values: Tensor, indices: Tensor, filled: int, pre: Tensor, offset: int) -> None:
-    """Merge a tile into the k first so far, in place.
+    """Merge a tile, the pre-activations `pre` [rows, n] of features `offset`, offset + 1 .., into the k first so far.
 
-    Args:
-        values: [rows, k] float32 (float64 for a float64 tile), sorted; the first `filled` of each row are meant.
-        indices: [rows, k] int32, of the features of `values`, all below `offset`.
-        filled: min(k, offset), the features seen so far.
-        pre: [rows, n], the pre-activations of features offset, offset + 1 ..; only read, and only once.
-        offset: The first feature of the tile.
+    `values` [rows, k], sorted, float32 (float64 for a float64 tile) and `indices` [rows, k], int32, change in place:
+    their first `filled` = min(k, offset) columns hold the k first so far.
     """
     k = values.shape[1]
     found, where = select_tile(pre, min(k, pre.shape[1]), values[:, k - 1] if filled == k else None)
@@ -81,13 +71,11 @@ def merge_(values: Tensor, indices: Tensor, filled: int, pre: Tensor, offset: in
 
 
 def select_tile(pre: Tensor, k: int, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k first of each row of `pre` [rows, n] as `best` gives them, or fewer, if none above `threshold` is lost.
-
-    `threshold` [rows]: elements at or below it are of no use (they come after k others already known).
+    """The k first of each row of `pre` [rows, n] as `best` gives them, without some at or below `threshold` [rows].
 
     Exact in two stages. The n elements form groups; let t be the k-th largest maximum of a group. k distinct elements
     are at least t, so an element below t is not among the k first, and one of at least t lies in a group whose maximum
-    is at least t. k + SLACK groups are looked at: all with a maximum of at least t, unless still more tie at t; rows
+    is at least t. k + SLACK groups are searched: all with a maximum of at least t, unless still more tie at t; rows
     where that cannot be excluded are done again without groups.
     """
     rows, n = pre.shape
@@ -112,10 +100,8 @@ def select_tile(pre: Tensor, k: int, threshold: Tensor | None = None) -> tuple[T
 
 
 def best(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k first of `values` [rows, n] in the order above, sorted, with their `indices` [rows, n] (distinct in a row).
-
-    Values come back in float32 (float64 if they are), indices in int64.
-    """
+    """The k first of `values` [rows, n] in the order above, sorted, in float32 (float64 if they are), with their
+    `indices` [rows, n] (distinct in a row), in int64."""
     if values.shape[1] <= 2 * (k + SLACK):
         return _ranked(values, indices, k)
     some, places = values.topk(k + SLACK, dim=-1)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import (
-    check_floating,
-    check_indices,
-    check_same_device,
-    check_shape,
-)
+from qscope_posttrain.kernels.checks import check_floating, check_indices, check_same, check_shape
 
 ENTRIES_AT_A_TIME = 1 << 20
 """Entries widened to fp64 and int64 at a time outside of CUDA: 24 MiB."""
+DTYPES = {"activation_sum": (torch.float64,), "firing_count": (torch.int64,), "maximum": (torch.float32, torch.float64)}
 
 
 def feature_statistics_(
@@ -36,12 +32,9 @@ def feature_statistics_(
         firing_count: int64: number of values above 0; a negative survivor of a signed top-k does not fire.
         maximum: fp32 or fp64: the largest value so far. Start from 0 for activations, from -inf for signed codes.
 
-    No shape depends on the data, nothing waits for the device, and nothing of size `[T, S]` exists. Counts and maxima
-    do not depend on the order of the tokens or their division into calls. fp64 sums do by their last bits; on the CPU
-    they are reproducible, on CUDA, where they are added by atomics, only up to that. One launch on CUDA.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit; an index out of range.
+    One launch on CUDA; nothing waits for the device, and nothing of size `[T, S]` exists. Counts and maxima do not
+    depend on the order of the tokens or their division into calls. The last bits of fp64 sums do, and on CUDA, where
+    they are added by atomics, also change from run to run.
     """
     check_shape("values", values, ("tokens", "width"))
     check_shape("indices", indices, tuple(values.shape))
@@ -55,17 +48,7 @@ def feature_statistics_(
     sums = {name: tensor for name, tensor in given.items() if tensor is not None}
     if not sums:
         raise ValueError("nothing to add to: give activation_sum, firing_count or maximum")
-    check_same_device(values=values, indices=indices, groups=groups, **sums)
-    _check_sums(sums)
-    _feature_statistics_(values.detach(), indices, groups, activation_sum, firing_count, maximum)
-
-
-def _check_sums(sums: dict[str, Tensor]) -> None:
-    kinds = {
-        "activation_sum": (torch.float64,),
-        "firing_count": (torch.int64,),
-        "maximum": (torch.float32, torch.float64),
-    }
+    check_same("device", values=values, indices=indices, groups=groups, **sums)
     shape = next(iter(sums.values())).shape
     for name, tensor in sums.items():
         if tensor.ndim != 2 or tensor.shape != shape or not tensor.is_contiguous():
@@ -73,8 +56,9 @@ def _check_sums(sums: dict[str, Tensor]) -> None:
                 f"{name} must be contiguous [groups, d_sae], like the others, got {list(tensor.shape)} with strides "
                 f"{list(tensor.stride())}"
             )
-        if tensor.dtype not in kinds[name]:
-            raise TypeError(f"{name} must be {' or '.join(map(str, kinds[name]))}, got {tensor.dtype}")
+        if tensor.dtype not in DTYPES[name]:
+            raise TypeError(f"{name} must be {' or '.join(map(str, DTYPES[name]))}, got {tensor.dtype}")
+    _feature_statistics_(values.detach(), indices, groups, activation_sum, firing_count, maximum)
 
 
 @torch.library.custom_op(

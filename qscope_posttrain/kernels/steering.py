@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import check_floating, check_same_device, check_shape
-from qscope_posttrain.kernels.readout import accumulation_dtype
+from qscope_posttrain.kernels.checks import accumulation_dtype, check_floating, check_same, check_shape
 
 
 def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
-    """`hidden[b, t] + sum_n strengths[b, t, n] * directions[n]`, as a new tensor.
+    """Compute `hidden[b, t] + sum_n strengths[b, t, n] * directions[n]` as a new tensor.
 
     Args:
         hidden: `[B, T, D]`, any floating dtype.
@@ -23,36 +22,27 @@ def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
         `[B, T, D]` in the dtype of `hidden`: the sum is made in at least fp32 and rounded once. A token whose strengths
         are all 0 keeps its entries bit for bit, also -0.0, NaN and Inf.
 
-    Differentiable with respect to all three; saves directions and strengths. Beside the result no memory of the size of
-    `hidden` is taken on CUDA (one launch), one tensor `[B, T, D]` elsewhere. Deterministic. Not affected by autocast.
-
-    Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit.
+    Differentiable with respect to all three; saves directions and strengths. One launch on CUDA, and nothing of the
+    size of `hidden` beside the result; one tensor `[B, T, D]` elsewhere. Deterministic. Not affected by autocast.
     """
     steered: Tensor = _steer_add(hidden, directions, _expanded(hidden, directions, strengths))
     return steered
 
 
 def steer_add_(hidden: Tensor, directions: Tensor, strengths: Tensor) -> None:
-    """The same in place, without gradient: `hidden` is changed, nothing is returned.
-
-    On CUDA one launch that allocates nothing and waits for nothing: it can be captured in a CUDA graph, and replayed
-    with other strengths written into the same tensor.
-
-    Raises:
-        ValueError, TypeError: as for `steer_add`; or `hidden` requires a gradient.
-    """
+    """Do the same in place, without gradient. On CUDA one launch that allocates nothing and waits for nothing: it can
+    be captured in a CUDA graph, and replayed with other strengths written into the same tensor."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise ValueError("steer_add_ changes hidden states without a gradient; use steer_add where one is needed.")
     _steer_add_(hidden, directions.detach(), _expanded(hidden, directions, strengths).detach())
 
 
 def _expanded(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
-    """Strengths as a view [B, T, N], after all checks."""
+    """Check everything, and return the strengths as a view [B, T, N]."""
     check_shape("hidden", hidden, ("rows", "tokens", "d_model"))
     check_shape("directions", directions, ("directions", hidden.shape[2]))
     check_floating(hidden=hidden, directions=directions, strengths=strengths)
-    check_same_device(hidden=hidden, directions=directions, strengths=strengths)
+    check_same("device", hidden=hidden, directions=directions, strengths=strengths)
     shape = (*hidden.shape[:2], directions.shape[0])
     try:
         return strengths.expand(shape)
@@ -93,14 +83,11 @@ def _steer_add_(hidden: Tensor, directions: Tensor, strengths: Tensor) -> None:
         hidden.copy_(_steer_add(hidden, directions, strengths))
 
 
-@_steer_add.register_fake
-def _(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
-    return torch.empty_like(hidden)
+_steer_add.register_fake(lambda hidden, directions, strengths: torch.empty_like(hidden))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, directions, strengths = inputs
-    ctx.save_for_backward(directions, strengths)
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,22 +6,13 @@ them at the end. NaN never fires, since no comparison with it holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import (
-    check_choice,
-    check_count,
-    check_encoder,
-    check_floating,
-    check_same_device,
-    check_shape,
-    check_tiles,
-)
-from qscope_posttrain.kernels.encode_gradient import register_gradient
+from qscope_posttrain.kernels import checks
+from qscope_posttrain.kernels.decode import register_encoder_gradient
 from qscope_posttrain.kernels.tiles import preactivation_tiles, product_dtype, result_dtype, tile_shape
 
 _BATCH_TILE = 1 << 22
@@ -38,7 +29,7 @@ def threshold_encode(
     tile_tokens: int | None = None,
     tile_features: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """relu(z) of the features with z = W_enc x + b_enc above their threshold: JumpReLU, ReLU, BatchTopK in inference.
+    """Compute relu(z) where z = W_enc x + b_enc exceeds a threshold: JumpReLU, ReLU, BatchTopK in inference.
 
     Args:
         x, W_enc, b_enc, tile_tokens, tile_features: As for `topk_encode`.
@@ -52,17 +43,16 @@ def threshold_encode(
         does): it depends on the data, so finding it waits for the device. The rest is filled with value 0 and index 0.
 
     Memory: a tile with a mask of its size, and twice the result. Differentiable and deterministic as `topk_encode`.
-    A NaN pre-activation does not fire.
     """
-    check_encoder(x, W_enc, b_enc)
-    check_choice("precision", precision, ("model", "fp32"))
-    check_tiles(tile_tokens, tile_features)
+    checks.check_encoder(x, W_enc, b_enc)
+    checks.check_choice("precision", precision, ("model", "fp32"))
+    checks.check_tiles(tile_tokens, tile_features)
     if not isinstance(thresholds, Tensor):
         thresholds = torch.full((), thresholds, dtype=torch.float64, device=x.device)
-    check_floating(thresholds=thresholds)
-    check_same_device(x=x, thresholds=thresholds)
+    checks.check_floating(thresholds=thresholds)
+    checks.check_same("device", x=x, thresholds=thresholds)
     if thresholds.ndim:
-        check_shape("thresholds", thresholds, (W_enc.shape[0],))
+        checks.check_shape("thresholds", thresholds, (W_enc.shape[0],))
     if thresholds.requires_grad:
         raise ValueError("thresholds get no gradient here: pass thresholds.detach()")
     code = _threshold_encode(x, W_enc, b_enc, thresholds, precision == "fp32", tile_tokens, tile_features)
@@ -79,41 +69,33 @@ def batch_topk_encode(
     tile_tokens: int | None = None,
     tile_features: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """relu(z) of the k * tokens largest z of the whole batch: BatchTopK in training (Bussmann et al. 2024, eq. 2).
+    """Compute relu(z) of the k * tokens largest z of a batch: BatchTopK in training (Bussmann et al. 2024, eq. 2).
 
     Arguments, result, memory, gradient and determinism as for `threshold_encode`. Fewer than k * tokens features fire
     if fewer are positive. Of equal values at the boundary, those of the first tokens are kept, then those of the lowest
-    indices. A NaN pre-activation is never kept, so that it takes nothing from other tokens.
+    indices.
     """
-    check_encoder(x, W_enc, b_enc)
-    check_choice("precision", precision, ("model", "fp32"))
-    check_count("k", k)
-    check_tiles(tile_tokens, tile_features)
+    checks.check_encoder(x, W_enc, b_enc)
+    checks.check_choice("precision", precision, ("model", "fp32"))
+    checks.check_count("k", k)
+    checks.check_tiles(tile_tokens, tile_features)
     code = _batch_topk_encode(x, W_enc, b_enc, k, precision == "fp32", tile_tokens, tile_features)
     return code[0], code[1]
 
 
 class Entries(NamedTuple):
-    """Some entries of the pre-activations, in any order."""
+    """Some entries of the pre-activations, in any order: rows and columns int64 [n], values [n]."""
 
     rows: Tensor
-    """int64, [n]."""
     columns: Tensor
-    """int64, [n]."""
     values: Tensor
-    """[n]."""
 
     def where(self, mask: Tensor) -> Entries:
         return Entries(*(part[mask] for part in self))
 
 
-def _joined(parts: Sequence[Entries], like: Entries) -> Entries:
-    return Entries(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))) if parts else like
-
-
-def _nothing(x: Tensor, dtype: torch.dtype) -> Entries:
-    none = x.new_empty(0, dtype=torch.int64)
-    return Entries(none, none, x.new_empty(0, dtype=dtype))
+def _joined(*parts: Entries) -> Entries:
+    return Entries(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def pack(entries: Entries, rows: int) -> tuple[Tensor, Tensor]:
@@ -133,32 +115,26 @@ def pack(entries: Entries, rows: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("qscope_posttrain::threshold_encode", mutates_args=())
 def _threshold_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    thresholds: Tensor,
-    fp32: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, thresholds: Tensor, fp32: bool, tokens: int | None, features: int | None
 ) -> tuple[Tensor, Tensor]:
     result = result_dtype(W_enc)
     bounds = thresholds.to(result).clamp(min=0).expand(W_enc.shape[0])
     dtype = product_dtype(W_enc, fp32)
-    tokens, features = tile_shape(x, W_enc, dtype, tile_tokens, tile_features)
+    step, span = tile_shape(x, W_enc, dtype, tokens, features)
     packed: list[tuple[Tensor, Tensor]] = []
     parts: list[Entries] = []
-    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, tokens, features):
+    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, step, span):
         end = tile.feature + tile.pre.shape[1]
         row, column = (tile.pre > bounds[tile.feature : end]).nonzero(as_tuple=True)
         parts.append(Entries(row, column + tile.feature, tile.pre[row, column].to(result)))
         if end == W_enc.shape[0]:
-            packed.append(pack(_joined(parts, parts[0]), tile.pre.shape[0]))
+            packed.append(pack(_joined(*parts), tile.pre.shape[0]))
             parts = []
     width = max((values.shape[1] for values, _ in packed), default=0)
     values = x.new_zeros(x.shape[0], width, dtype=result)
     indices = x.new_zeros(x.shape[0], width, dtype=torch.int32)
     for number, (found, where) in enumerate(packed):
-        start = number * tokens
+        start = number * step
         values[start : start + len(found), : found.shape[1]] = found
         indices[start : start + len(found), : found.shape[1]] = where
     return values, indices
@@ -166,22 +142,17 @@ def _threshold_encode(
 
 @torch.library.custom_op("qscope_posttrain::batch_topk_encode", mutates_args=())
 def _batch_topk_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    k: int,
-    fp32: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, fp32: bool, tokens: int | None, features: int | None
 ) -> tuple[Tensor, Tensor]:
     result, wanted = result_dtype(W_enc), k * x.shape[0]
     dtype = product_dtype(W_enc, fp32)
-    tokens, features = tile_shape(x, W_enc, dtype, tile_tokens, tile_features, _BATCH_TILE)
-    pool, threshold = _nothing(x, result), x.new_zeros(1, dtype=result)
-    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, tokens, features):
+    step, span = tile_shape(x, W_enc, dtype, tokens, features, _BATCH_TILE)
+    none, threshold = x.new_empty(0, dtype=torch.int64), x.new_zeros(1, dtype=result)
+    pool = Entries(none, none, threshold[:0])
+    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, step, span):
         row, column = ((tile.pre >= threshold) & (tile.pre > 0)).nonzero(as_tuple=True)
         found = Entries(row + tile.token, column + tile.feature, tile.pre[row, column].to(result))
-        pool = _joined([pool, found], pool)
+        pool = _joined(pool, found)
         if len(pool.values) > wanted:  # the threshold only rises, and its ties stay: nothing of the result is lost
             threshold = pool.values.topk(wanted, sorted=False).values.amin().expand(1)
             pool = pool.where(pool.values >= threshold)
@@ -196,30 +167,11 @@ def _batch_topk_encode(
 
 
 @_threshold_encode.register_fake
-def _(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    thresholds: Tensor,
-    fp32: bool,
-    tile_tokens: int | None,
-    tile_features: int | None,
-) -> tuple[Tensor, Tensor]:
-    return _fake_rectangle(x, W_enc)
-
-
 @_batch_topk_encode.register_fake
-def _(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, fp32: bool, tile_tokens: int | None, tile_features: int | None
-) -> tuple[Tensor, Tensor]:
-    return _fake_rectangle(x, W_enc)
-
-
-def _fake_rectangle(x: Tensor, W_enc: Tensor) -> tuple[Tensor, Tensor]:
-    width = torch.library.get_ctx().new_dynamic_size()
-    shape = (x.shape[0], width)
+def _(x: Tensor, W_enc: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], torch.library.get_ctx().new_dynamic_size())
     return x.new_empty(shape, dtype=result_dtype(W_enc)), x.new_empty(shape, dtype=torch.int32)
 
 
-register_gradient(_threshold_encode, relu=lambda inputs: True)
-register_gradient(_batch_topk_encode, relu=lambda inputs: True)
+register_encoder_gradient(_threshold_encode, relu=lambda inputs: True)
+register_encoder_gradient(_batch_topk_encode, relu=lambda inputs: True)

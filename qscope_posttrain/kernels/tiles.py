@@ -12,55 +12,39 @@ from qscope_posttrain.kernels.checks import lowered_to
 
 BUFFER_ELEMENTS = 1 << 24
 """Pre-activations held at a time by default: 32 MiB in bfloat16, 64 MiB in float32."""
-
 FAST_TOKENS = 1024
 """Tokens of a tile from which on more bring little."""
-
 CUDA_FEATURES = 8192
 """Features of a tile on CUDA: what one program of the Triton kernel holds; 1024 tokens of it, 32 MiB, stay in L2."""
-
-CUDA_ELEMENTS = 1024 * CUDA_FEATURES
-
 WIDENED_ELEMENTS = 1 << 23
-"""Weights held in another dtype than they are stored in, where the product asks for it: 32 MiB in float32."""
+"""Weights converted at a time to the dtype of the product: 32 MiB in float32."""
 
 
 class Tile(NamedTuple):
-    """A piece of the pre-activations. `pre` is overwritten by the next tile."""
+    """A piece of the pre-activations from row `token` of x and `feature` on. `pre` is overwritten by the next tile."""
 
     token: int
-    """First row of x."""
     feature: int
-    """First feature."""
     pre: Tensor
-    """[tokens of this tile, features of this tile], contiguous."""
+    """[tokens of this tile, features of this tile], contiguous"""
 
 
 def tile_shape(
-    x: Tensor,
-    W_enc: Tensor,
-    dtype: torch.dtype,
-    tile_tokens: int | None,
-    tile_features: int | None,
-    limit: int = BUFFER_ELEMENTS,
+    x: Tensor, W_enc: Tensor, dtype: torch.dtype, tokens: int | None, features: int | None, limit: int = BUFFER_ELEMENTS
 ) -> tuple[int, int]:
-    """(tokens, features) of a tile of the product in `dtype`, at most `limit` elements unless asked for.
-
-    Many tokens matter more than many features: a product packs its weights once for each tile of tokens.
-    """
-    tokens, (d_sae, d_model) = max(1, x.shape[0]), W_enc.shape
+    """(tokens, features) of a tile of the product in `dtype`: as given, or so that it has at most `limit` elements."""
+    # Many tokens matter more than many features: a product packs its weights once for each tile of tokens.
+    rows, (d_sae, d_model) = max(1, x.shape[0]), W_enc.shape
     if x.is_cuda:
-        limit = min(limit, CUDA_ELEMENTS)
-    if tile_features is None:
-        tile_features = max(1, limit // min(tile_tokens or FAST_TOKENS, tokens))
+        limit = min(limit, 1024 * CUDA_FEATURES)
+    if features is None:
+        features = max(1, limit // min(tokens or FAST_TOKENS, rows))
         if x.is_cuda:
-            tile_features = min(tile_features, CUDA_FEATURES)
+            features = min(features, CUDA_FEATURES)
         if W_enc.dtype != dtype:
-            tile_features = min(tile_features, max(1, WIDENED_ELEMENTS // max(1, d_model)))
-    tile_features = min(tile_features, d_sae)
-    if tile_tokens is None:
-        tile_tokens = max(1, limit // tile_features)
-    return min(tile_tokens, tokens), tile_features
+            features = min(features, max(1, WIDENED_ELEMENTS // max(1, d_model)))
+    features = min(features, d_sae)
+    return min(max(1, limit // features) if tokens is None else tokens, rows), features
 
 
 def result_dtype(W_enc: Tensor) -> torch.dtype:
@@ -84,34 +68,24 @@ def product_dtype(W_enc: Tensor, fp32: bool) -> torch.dtype:
 
 
 def preactivation_tiles(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    dtype: torch.dtype,
-    tile_tokens: int,
-    tile_features: int,
-    add_bias: bool = True,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype, tokens: int, features: int, add_bias: bool = True
 ) -> Iterator[Tile]:
-    """Tiles of x W_enc^T + b_enc, computed in `dtype`: all features of the first tokens, then the next tokens.
-
-    Weights of another dtype are converted a tile at a time. One buffer is used for all tiles: in `dtype`, on CUDA in at
-    least float32, so that nothing is rounded between the product and the selection. Without `add_bias`, x W_enc^T.
-    """
+    """Yield tiles of x W_enc^T + b_enc (b_enc only with `add_bias`), computed in `dtype` in one buffer: all features of
+    the first tokens, then the next tokens. Weights of another dtype are converted a tile at a time."""
+    # On CUDA nothing is rounded between the product and the selection.
     wide_result = x.is_cuda and dtype in (torch.bfloat16, torch.float16)
-    buffer = x.new_empty(tile_tokens * tile_features, dtype=torch.float32 if wide_result else dtype)
-    for token in range(0, x.shape[0], tile_tokens):
-        rows = x[token : token + tile_tokens].to(dtype)
-        for feature in range(0, W_enc.shape[0], tile_features):
-            weight = W_enc[feature : feature + tile_features].to(dtype).t()
-            bias = b_enc[feature : feature + tile_features]
+    buffer = x.new_empty(tokens * features, dtype=torch.float32 if wide_result else dtype)
+    for token in range(0, x.shape[0], tokens):
+        rows = x[token : token + tokens].to(dtype)
+        for feature in range(0, W_enc.shape[0], features):
+            weight = W_enc[feature : feature + features].to(dtype).t()
+            bias = b_enc[feature : feature + features]
             pre = buffer[: rows.shape[0] * weight.shape[1]].view(rows.shape[0], weight.shape[1])
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                if wide_result:
-                    torch.mm(rows, weight, out_dtype=torch.float32, out=pre)
-                    if add_bias:
-                        pre.add_(bias)
-                elif add_bias:
+                if add_bias and not wide_result:
                     torch.addmm(bias.to(dtype), rows, weight, out=pre)
                 else:
-                    torch.mm(rows, weight, out=pre)
+                    torch.mm(rows, weight, **({"out_dtype": torch.float32} if wide_result else {}), out=pre)
+                    if add_bias:
+                        pre.add_(bias)
             yield Tile(token, feature, pre)

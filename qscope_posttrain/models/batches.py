@@ -1,4 +1,4 @@
-"""From texts by language to padded batches within a token budget, independent of the order of the texts."""
+"""Turn texts by language into padded batches within a token budget, independent of the order of the texts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.models.layers import text_config
 
 TEXTS_PER_TOKENIZER_CALL = 1000
-
 SHORTEST_SHARE = 0.75
 """A batch takes no sequence shorter than this share of its longest one: at most a quarter of it is padding."""
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """A text as token ids, of which only those from `start` on count: what stands before them is their context."""
+    """A text as token ids, of which only those from `start` on count: those before are their context."""
 
     ids: tuple[int, ...]
     start: int = 1
@@ -46,7 +45,7 @@ Text = str | TokenText | Sequence[int]
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenised text."""
+    """One tokenized text."""
 
     language: int
     """Index into the languages"""
@@ -73,10 +72,8 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences padded on the right, grouped by language.
-
-    No attention mask is needed: under causal attention a token never sees what stands to its right.
-    """
+    """Sequences padded on the right, grouped by language. No attention mask is needed: under causal attention a token
+    never sees what stands to its right."""
 
     sequences: tuple[TokenSequence, ...]
     input_ids: Tensor
@@ -96,10 +93,7 @@ class TokenBatch:
 
 
 def check_texts(texts: Mapping[str, Sequence[Text]]) -> tuple[str, ...]:
-    """The languages of `texts`; TypeError or ValueError when it is not {language: non-empty list of texts}.
-
-    A text is a string, a `TokenText`, or a list of token ids.
-    """
+    """Return the languages of `texts`; TypeError or ValueError when it is not {language: non-empty list of `Text`}."""
     if not isinstance(texts, Mapping):
         raise UserTypeError(
             f'texts must be a mapping such as {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.'
@@ -117,23 +111,19 @@ def check_texts(texts: Mapping[str, Sequence[Text]]) -> tuple[str, ...]:
             raise UserValueError(f"Language {language!r} has no texts; remove it or give it some.")
         for line in lines:
             if isinstance(line, bytes) or not isinstance(line, (str, TokenText, Sequence)):
-                raise UserTypeError(f"texts[{language!r}] must hold strings or lists of token ids, got {_kind(line)}.")
-            if not isinstance(line, (str, TokenText)) and not all(_is_token_id(token) for token in line):
-                wrong = next(token for token in line if not _is_token_id(token))
-                raise UserTypeError(f"texts[{language!r}] holds a list with {wrong!r} in it, which is no token id.")
+                kind = type(line).__name__
+                raise UserTypeError(f"texts[{language!r}] must hold strings or lists of token ids, got {kind}.")
+            if not isinstance(line, (str, TokenText)):
+                for token in line:
+                    if isinstance(token, bool) or not isinstance(token, int):
+                        raise UserTypeError(
+                            f"texts[{language!r}] holds a list with {token!r} in it, which is no token id."
+                        )
     return tuple(texts)
 
 
-def _is_token_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
-
-
 def describe_text(text: Text) -> str:
-    """A string that identifies a text, for `provenance.text_fingerprint`: itself, or its ids and where they count."""
+    """Identify a text by a string, for `provenance.text_fingerprint`: itself, or its ids and where they count."""
     if isinstance(text, str):
         return text
     known = text if isinstance(text, TokenText) else TokenText(tuple(text))
@@ -147,14 +137,10 @@ def tokenize_texts(
     languages: Sequence[str] | None = None,
     ignored: Collection[int] = (),
 ) -> list[TokenSequence]:
-    """Token ids of all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens.
+    """Tokenize all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens.
 
     Texts without a token are left out. `languages` restricts the work to some languages of `texts`; the language
     index of a sequence always counts in the order of `texts`. Tokens whose ids are `ignored` never count.
-
-    Raises:
-        TypeError: the tokenizer is not callable or returns no `input_ids`.
-        ValueError: a language has no text of at least two tokens (the first one never counts).
     """
     if not callable(tokenizer):
         raise UserTypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
@@ -185,30 +171,24 @@ def tokenize_texts(
 def _token_texts(tokenizer: Any, texts: Sequence[Text]) -> Iterator[TokenText]:
     for start in range(0, len(texts), TEXTS_PER_TOKENIZER_CALL):
         part = texts[start : start + TEXTS_PER_TOKENIZER_CALL]
-        encoded = _encoded(tokenizer, [text for text in part if isinstance(text, str)])
+        lines = [text for text in part if isinstance(text, str)]
+        # verbose=False: a text beyond the model's length is cut by us, not worth the tokenizer's warning
+        encoded = tokenizer(lines, verbose=False) if lines else {"input_ids": []}
+        if "input_ids" not in encoded:
+            raise UserTypeError(f"{type(tokenizer).__name__} returns no input_ids, got {list(encoded)}.")
+        ids = iter(encoded["input_ids"])
         for text in part:
             if isinstance(text, TokenText):
                 yield text
             else:
-                yield TokenText(tuple(next(encoded) if isinstance(text, str) else text))
-
-
-def _encoded(tokenizer: Any, lines: list[str]) -> Iterator[Sequence[int]]:
-    if not lines:
-        return
-    # verbose=False: a text beyond the model's length is cut by us, not worth the tokenizer's warning
-    encoded = tokenizer(lines, verbose=False)
-    if "input_ids" not in encoded:
-        raise UserTypeError(f"{type(tokenizer).__name__} returns no input_ids, got {list(encoded)}.")
-    yield from encoded["input_ids"]
+                yield TokenText(tuple(next(ids) if isinstance(text, str) else text))
 
 
 def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_id: int = 0) -> list[TokenBatch]:
-    """Batches of similar length, longest first, each with at most `tokens_per_batch` tokens including padding.
+    """Form batches of similar length, longest first, with at most `tokens_per_batch` tokens including padding.
 
-    A sequence longer than that gets a batch of its own, and much shorter ones (see `SHORTEST_SHARE`) do not share one
-    with it. The batches depend on the set of sequences only, not on
-    their order. Within a batch the sequences of a language are neighbours.
+    A longer sequence gets a batch of its own; much shorter ones (see `SHORTEST_SHARE`) share none with it. The batches
+    depend on the set of sequences, not on their order. Within a batch the sequences of a language are neighbors.
     """
     if tokens_per_batch < 1:
         raise UserValueError(f"tokens_per_batch must be positive, got {tokens_per_batch}.")
@@ -222,16 +202,12 @@ def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad
         stop = min(start + max(1, tokens_per_batch // longest), len(ordered))
         while len(ordered[stop - 1].ids) < SHORTEST_SHARE * longest:
             stop -= 1
-        batches.append(_pad(sorted(ordered[start:stop], key=lambda sequence: sequence.language), pad_id))
+        chosen = sorted(ordered[start:stop], key=operator.attrgetter("language"))
+        rows = [sequence.ids + (pad_id,) * (longest - len(sequence.ids)) for sequence in chosen]
+        lengths = torch.tensor([len(sequence.ids) for sequence in chosen])
+        batches.append(TokenBatch(tuple(chosen), torch.tensor(rows), lengths))
         start = stop
     return batches
-
-
-def _pad(sequences: Sequence[TokenSequence], pad_id: int) -> TokenBatch:
-    longest = max(len(sequence.ids) for sequence in sequences)
-    rows = [sequence.ids + (pad_id,) * (longest - len(sequence.ids)) for sequence in sequences]
-    lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
-    return TokenBatch(tuple(sequences), torch.tensor(rows), lengths)
 
 
 def longest_allowed(model: nn.Module, max_length: int) -> int:
@@ -241,11 +217,11 @@ def longest_allowed(model: nn.Module, max_length: int) -> int:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """Any valid id will do, because padding is never looked at."""
+    """The id for padding: any valid one will do, because padding is never read."""
     pad_id = getattr(tokenizer, "pad_token_id", None)
     return 0 if pad_id is None else int(pad_id)
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter, where the token ids have to go."""
+    """Device of the first parameter, where the token ids have to be."""
     return next(model.parameters()).device

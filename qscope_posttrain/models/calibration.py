@@ -1,10 +1,12 @@
-"""Norms of the residual stream on a fixed sample of the texts, which decide what an outlier is."""
+"""Norms of the residual stream on a fixed sample of the texts, from which the limit of outliers is derived."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -32,7 +34,7 @@ class LanguageRows:
 def layer_rows(
     model: nn.Module, layers: Sequence[int], batch: TokenBatch
 ) -> Iterator[tuple[int, Tensor, list[LanguageRows]]]:
-    """For each layer the residual vectors [tokens, d_model] of the tokens that count, and whose they are."""
+    """Yield for each layer the residual vectors [tokens, d_model] of the tokens that count, and their languages."""
     hidden = forward_to_layer(model, layers, input_ids=batch.input_ids.to(input_device(model)))
     positions = batch.positions()
     groups = language_rows(batch)
@@ -44,25 +46,21 @@ def layer_rows(
 def language_rows(batch: TokenBatch) -> list[LanguageRows]:
     """Where the rows of each language lie among the tokens of a batch that count."""
     groups: list[LanguageRows] = []
-    start = 0
-    for sequence in batch.sequences:
-        stop = start + sequence.counted
-        if groups and groups[-1].language == sequence.language:
-            groups[-1] = LanguageRows(sequence.language, groups[-1].start, stop)
-        else:
-            groups.append(LanguageRows(sequence.language, start, stop))
-        start = stop
+    stop = 0
+    for language, sequences in groupby(batch.sequences, key=attrgetter("language")):
+        start, stop = stop, stop + sum(sequence.counted for sequence in sequences)
+        groups.append(LanguageRows(language, start, stop))
     return groups
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A fixed sample of the texts, read ahead of the rest to learn what an outlier is."""
+    """A fixed sample of the texts, read ahead of the rest to find the limit of outliers."""
 
     medians: dict[int, float]
     """Median residual norm of each layer"""
     devices: dict[int, torch.device]
-    """Where each layer is"""
+    """Device of each layer"""
     rows: list[tuple[int, Tensor, list[LanguageRows]]]
     """Result of `layer_rows` for the sample, kept so that it need not be computed again"""
 

@@ -1,10 +1,10 @@
-"""Read the residual stream: keep references to chosen layers' outputs, with their graph."""
+"""Read the residual stream (with its graph) at chosen layers, or replace it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
@@ -14,11 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.models.layers import check_layers, decoder_layers, text_config, unwrapped
 
-ForwardHook = Callable[[nn.Module, Any, Any], None]
-
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states `[..., d_model]` in a module's output: the output itself, or the first entry of a tuple."""
+    """The hidden states `[..., d_model]` in a module's output: itself, or the first entry of a tuple."""
     hidden = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(hidden, Tensor):
         raise UserTypeError(
@@ -28,12 +26,7 @@ def hidden_states(output: Any) -> Tensor:
 
 
 def residual_stream(output: Any, width: int) -> Tensor:
-    """The hidden states `[batch, tokens, d_model]` in a decoder layer's output, for a model of `hidden_size` `width`.
-
-    Raises:
-        TypeError: no tensor in the output.
-        ValueError: another shape: a model with several residual streams, which a hook cannot take for one.
-    """
+    """The hidden states `[batch, tokens, width]` in a decoder layer's output, for a model of that `hidden_size`."""
     hidden = hidden_states(output)
     if hidden.dim() != 3 or hidden.shape[-1] != width:
         raise UserValueError(
@@ -47,13 +40,13 @@ def residual_stream(output: Any, width: int) -> Tensor:
 class LayerCapture:
     """Forward hooks that keep the first output of chosen decoder layers since the last `clear()`.
 
-    The hooks only look: they return nothing and change nothing. The *first* output is the one to keep under gradient
-    checkpointing. transformers before 5.23 runs hooks inside the checkpoint, so that they fire again when backward
-    recomputes the layer; and under reentrant checkpointing the first output is made without grad mode and receives
-    its `grad_fn` afterwards, in place. That is why nothing here looks at `torch.is_grad_enabled()`.
+    The *first* output is the one to keep under gradient checkpointing. transformers before 5.23 runs hooks inside the
+    checkpoint, so that they fire again when backward recomputes the layer; and under reentrant checkpointing the first
+    output is made without grad mode and receives its `grad_fn` afterwards, in place. That is why nothing here asks
+    `torch.is_grad_enabled()`.
 
-    A captured tensor keeps its whole graph alive: call `clear()` as soon as it has been used. Other hooks that
-    replace a layer's output are seen if they were registered before this one.
+    A captured tensor keeps its whole graph alive: call `clear()` as soon as it has been used. Outputs that other hooks
+    replace are captured if those were registered before this one.
 
     Under `torch.compile`, attach before the model's first forward, because a graph that exists never learns of a new
     hook, and `clear()` before each forward, because a graph is compiled for the counts it starts from.
@@ -63,37 +56,30 @@ class LayerCapture:
         with LayerCapture(model, layers=[20, 21]) as capture:
             model(**inputs)
             tensors = capture.require()     # {20: [batch, tokens, d_model], 21: ...}
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped.
+        layers: numbers of decoder layers, from 0.
+        modules: further modules to read under names of one's own, e.g. `{"final_norm": final_norm(model)}`.
     """
 
     active: bool
     """Whether outputs are kept and counted; switch it off for forwards that are of no interest."""
-
     tensors: dict[int, Tensor]
     """First output of each layer since `clear()`: `[batch, tokens, d_model]`, with its graph."""
-
     named: dict[str, Tensor]
     """First output of each module in `modules`, by its name there."""
-
     calls: dict[int | str, int]
     """How often each layer (and named module) fired since `clear()`, recomputation included."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Iterable[SupportsIndex],
-        modules: Mapping[str, nn.Module] | None = None,
+        self, model: nn.Module, layers: Iterable[SupportsIndex], modules: Mapping[str, nn.Module] | None = None
     ) -> None:
-        """
-        Args:
-            model: a causal language model of transformers, plain or wrapped.
-            layers: numbers of decoder layers, from 0.
-            modules: further modules to read under names of one's own, e.g. `{"final_norm": final_norm(model)}`.
-        """
         self.layers = check_layers(model, layers)
         blocks = decoder_layers(model)
-        self._blocks = {layer: blocks[layer] for layer in self.layers}
+        self._modules: dict[int | str, nn.Module] = {layer: blocks[layer] for layer in self.layers}
+        self._modules.update((modules or {}).items())
         self._width = text_config(model).hidden_size
-        self._modules = dict(modules or {})
         self._handles: list[RemovableHandle] = []
         self.active = True
         self.clear()
@@ -107,10 +93,8 @@ class LayerCapture:
         """Register the hooks. RuntimeError if they already are."""
         if self.attached:
             raise RuntimeError("This LayerCapture is already attached; remove() it first.")
-        for layer, block in self._blocks.items():
-            self._handles.append(block.register_forward_hook(self._layer_hook(layer)))
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._module_hook(name)))
+            self._handles.append(module.register_forward_hook(partial(self._look, name)))
         return self
 
     def remove(self) -> None:
@@ -121,19 +105,12 @@ class LayerCapture:
 
     def clear(self) -> None:
         """Forget all outputs and counts, releasing the graphs they hold."""
-        self.tensors = {}
-        self.named = {}
-        self.calls = dict.fromkeys((*self.layers, *self._modules), 0)
+        self.tensors, self.named = {}, {}
+        self.calls = dict.fromkeys(self._modules, 0)
 
     def require(self) -> dict[int, Tensor]:
-        """`tensors`, complete.
-
-        Raises:
-            RuntimeError: a layer or named module has not fired since `clear()`; the message says which and why that
-                can be.
-        """
-        missing = [str(layer) for layer in self.layers if layer not in self.tensors]
-        missing += [name for name in self._modules if name not in self.named]
+        """Return `tensors`. RuntimeError if a layer or named module has not fired since `clear()`, with a reason."""
+        missing = [str(name) for name in self._modules if name not in self.tensors and name not in self.named]
         if not missing:
             return self.tensors
         if not self.attached:
@@ -150,28 +127,18 @@ class LayerCapture:
     def __enter__(self) -> LayerCapture:
         return self.attach()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def _layer_hook(self, layer: int) -> ForwardHook:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self.active:
-                self.calls[layer] += 1
-                if layer not in self.tensors:
-                    self.tensors[layer] = residual_stream(output, self._width)
-
-        return hook
-
-    def _module_hook(self, name: str) -> ForwardHook:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self.active:
-                self.calls[name] += 1
-                if name not in self.named:
-                    self.named[name] = hidden_states(output)
-
-        return hook
+    def _look(self, name: int | str, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.active:
+            return
+        self.calls[name] += 1
+        if isinstance(name, str):
+            if name not in self.named:
+                self.named[name] = hidden_states(output)
+        elif name not in self.tensors:
+            self.tensors[name] = residual_stream(output, self._width)
 
 
 class _DeepestLayerReached(BaseException):
@@ -182,18 +149,9 @@ class _DeepestLayerReached(BaseException):
 def forward_to_layer(model: nn.Module, layers: Iterable[SupportsIndex], **inputs: Any) -> dict[int, Tensor]:
     """Run `model(**inputs)` without gradient up to the deepest of `layers` and return their outputs.
 
-    Layers behind the deepest one, the final norm and the LM head never run. Train or eval mode is the caller's
-    choice. A DDP or `torch.compile` wrapper is stepped around: the first would wait for the other processes, the
-    second would compile a graph for a forward that never ends.
-
-    Args:
-        model: a causal language model of transformers, plain or wrapped.
-        layers: numbers of decoder layers, from 0.
-        inputs: what the model's forward takes (`input_ids [batch, tokens]`, `attention_mask`, ...). `use_cache`
-            is False unless given.
-
-    Returns:
-        `{layer: [batch, tokens, d_model]}` in the order of `layers`.
+    Train or eval mode is the caller's choice; `use_cache` is False unless given. A DDP or `torch.compile` wrapper is
+    bypassed: the first would wait for the other processes, the second would compile a graph for a forward that never
+    ends. Returns `{layer: [batch, tokens, d_model]}` in the order of `layers`.
     """
     capture = LayerCapture(model, layers)
 
@@ -202,26 +160,15 @@ def forward_to_layer(model: nn.Module, layers: Iterable[SupportsIndex], **inputs
 
     with capture:
         # Registered after the capture's own hook, hence run after it.
-        handle = decoder_layers(model)[max(capture.layers)].register_forward_hook(stop)
-        try:
+        with decoder_layers(model)[max(capture.layers)].register_forward_hook(stop), suppress(_DeepestLayerReached):
             unwrapped(model)(**{"use_cache": False, **inputs})
-        except _DeepestLayerReached:
-            pass
-        finally:
-            handle.remove()
         return {layer: capture.require()[layer] for layer in capture.layers}
 
 
 @contextmanager
 def spliced(model: nn.Module, layer: int, states: Tensor) -> Iterator[None]:
-    """The output of decoder layer `layer` is `states` [batch, tokens, d_model] inside the block, in its own dtype.
-
-    The hook is removed at the end, also after an exception.
-
-    Raises:
-        ValueError: the layer does not exist, or its output has another shape than `states`.
-        RuntimeError: no forward inside the block reached the layer.
-    """
+    """Replace the output of decoder layer `layer` by `states` [batch, tokens, d_model], in its own dtype.
+    ValueError for a missing layer or another shape; RuntimeError if no forward inside the block reached it."""
     (number,) = check_layers(model, [layer])
     width = text_config(model).hidden_size
     calls = 0
@@ -237,10 +184,7 @@ def spliced(model: nn.Module, layer: int, states: Tensor) -> Iterator[None]:
         inside = states.to(hidden.device, hidden.dtype)
         return (inside, *output[1:]) if isinstance(output, tuple) else inside
 
-    handle = decoder_layers(model)[number].register_forward_hook(replace)
-    try:
+    with decoder_layers(model)[number].register_forward_hook(replace):
         yield
-    finally:
-        handle.remove()
     if calls == 0:
         raise RuntimeError(f"Layer {number} never ran inside the block, so nothing was put in its place.")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -21,7 +21,6 @@ Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """Text to continue, the messages of a chat (`{"role": ..., "content": ...}`), or a row of TRL's data sets: one of these
 as `prompt`, with `tools` and `chat_template_kwargs` of its own for the chat template. Messages that end with the
 assistant's are continued there."""
-
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns of TRL's data sets that are passed to the chat template"""
 
@@ -31,23 +30,18 @@ class SamplingSettings:
     """How responses are drawn. The defaults are those of the SASFT evaluation, except that it allows 2048 tokens."""
 
     samples_per_prompt: int = 8
-    """Responses drawn for each prompt."""
-
+    """Number of responses to each prompt."""
     temperature: float = 1.0
     """Divides the logits; 0 decodes greedily. Switching depends strongly on it: always report it."""
-
     top_p: float = 0.8
     """Nucleus: the likeliest tokens with together at least this probability are kept; 1 keeps all. No top-k, no
     penalties."""
-
     max_new_tokens: int = 256
     """Longest response, in tokens. The longer it is, the more room to switch: always report it."""
-
     seed: int = 0
     """Of the sampling. The same settings give the same responses on the same machine; `batch_size` is one of them."""
-
     batch_size: int = 32
-    """Responses generated at a time."""
+    """Number of responses generated at a time."""
 
     def __post_init__(self) -> None:
         for name in ("samples_per_prompt", "max_new_tokens", "batch_size"):
@@ -73,25 +67,18 @@ class Sample:
 
     language: str
     """Source language: the language of the prompt, in which the response should be."""
-
     prompt_index: int
-    """Which prompt of its language, from 0."""
-
+    """Number of the prompt within its language, from 0."""
     sample_index: int
-    """Which of the responses to that prompt, from 0."""
-
+    """Number of the response to that prompt, from 0."""
     prompt: str
     """The text that the model read, chat template included."""
-
     response: str
     """The text that it wrote, without special tokens."""
-
     ended: bool
     """Whether it ended by itself, rather than at `max_new_tokens`."""
-
     prompt_tokens: tuple[int, ...] = ()
     """Token ids of the prompt; empty where they were not kept."""
-
     tokens: tuple[int, ...] = ()
     """Token ids of the response up to, not including, the end token; empty where they were not kept."""
 
@@ -106,6 +93,13 @@ class Sample:
         return values if tokens else {name: values[name] for name in values if not name.endswith("tokens")}
 
 
+class Response(NamedTuple):
+    """The new tokens up to, not including, the end token, and whether there was one."""
+
+    tokens: list[int]
+    ended: bool
+
+
 def generate_samples(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,13 +112,12 @@ def generate_samples(
 ) -> list[Sample]:
     """Draw `settings.samples_per_prompt` responses to every prompt with the model's `generate`.
 
-    Only what `settings` says shapes the distribution: defaults that come with a model (top-k, repetition penalty) are
-    set aside for the time, its end tokens are kept. The model samples in eval mode. Its mode, its generation
-    defaults, the tokenizer and the global random state are afterwards as before.
+    Only `settings` shape the distribution: defaults that come with a model (top-k, repetition penalty) are set aside
+    for the time, its end tokens are kept. The model samples in eval mode. Its mode, its generation defaults, the
+    tokenizer and the global random state are afterwards as before.
 
     Args:
-        model: a causal language model of transformers, plain or wrapped.
-        tokenizer: its tokenizer; the padding side does not matter.
+        model, tokenizer: a causal language model of transformers, plain or wrapped, and its tokenizer.
         prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
         settings: how to draw; by default `SamplingSettings()`.
         chat: whether a string is the message of a user to a chat model, rather than text to continue.
@@ -140,24 +133,15 @@ def generate_samples(
         TypeError: a string where a list of prompts is expected.
     """
     settings = settings or SamplingSettings()
-    texts, ids = _encoded_prompts(tokenizer, prompts, chat, dict(chat_template_options or {}))
-    _check_lengths(model, texts, ids, settings.max_new_tokens)
-
-    # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.
-    by_length = sorted(range(len(texts)), key=lambda place: -len(ids[place]))
-    rows = [(place, sample) for place in by_length for sample in range(settings.samples_per_prompt)]
-    batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
-    responses: dict[tuple[int, int], tuple[list[int], bool]] = {}
-    with _sampling(model, tokenizer, settings) as end_ids:
-        for batch in progress(batches, description="sampling responses", enabled=show_progress):
-            new_tokens = _generate(model, tokenizer, [ids[place] for place, _ in batch])
-            responses.update(zip(batch, _until_end(new_tokens, end_ids), strict=True))
+    encoded = _encoded(tokenizer, prompts, chat, dict(chat_template_options or {}))
+    ids = [prompt.ids for prompt in encoded]
+    _check_lengths(model, ids, settings.max_new_tokens, [_named(prompt.language, prompt.number) for prompt in encoded])
+    drawn = sample_tokens(model, tokenizer, ids, settings, show_progress=show_progress)
     samples = []
-    for place, (language, index, text) in enumerate(texts):
-        for number in range(settings.samples_per_prompt):
-            tokens, ended = responses[place, number]
+    for (language, index, text, prompt_tokens), responses in zip(encoded, drawn, strict=True):
+        for number, (tokens, ended) in enumerate(responses):
             response = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            samples.append(Sample(language, index, number, text, response, ended, tuple(ids[place]), tuple(tokens)))
+            samples.append(Sample(language, index, number, text, response, ended, tuple(prompt_tokens), tuple(tokens)))
     return samples
 
 
@@ -168,112 +152,114 @@ def encode_prompts(
     chat: bool = False,
     chat_template_options: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Token ids of prompts as `generate_samples` encodes them; it also documents the arguments and the errors."""
-    return _encoded_prompts(tokenizer, {"": prompts}, chat, dict(chat_template_options or {}))[1]
+    """Encode prompts as `generate_samples` does, where arguments and errors are documented."""
+    return [prompt.ids for prompt in _encoded(tokenizer, {"": prompts}, chat, dict(chat_template_options or {}))]
+
+
+def sample_tokens(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt_ids: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    *,
+    show_progress: bool | None = None,
+) -> list[list[Response]]:
+    """Draw `settings.samples_per_prompt` responses to each encoded prompt, as `generate_samples` does. Without a
+    tokenizer, only the model's generation defaults have end tokens."""
+    _check_lengths(model, prompt_ids, settings.max_new_tokens)
+    # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.
+    by_length = sorted(range(len(prompt_ids)), key=lambda place: -len(prompt_ids[place]))
+    rows = [(place, sample) for place in by_length for sample in range(settings.samples_per_prompt)]
+    batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+    responses: dict[tuple[int, int], Response] = {}
+    with _sampling(model, tokenizer, settings) as generate:
+        for batch in progress(batches, description="sampling responses", enabled=show_progress):
+            responses.update(zip(batch, generate([prompt_ids[place] for place, _ in batch]), strict=True))
+    samples = range(settings.samples_per_prompt)
+    return [[responses[place, sample] for sample in samples] for place in range(len(prompt_ids))]
 
 
 def sample_batch(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompt_ids: Sequence[Sequence[int]],
     settings: SamplingSettings,
-) -> list[tuple[list[int], bool]]:
-    """One response to each encoded prompt, all of them in one batch, with the rows in the order given.
-
-    What `generate_samples` does, for a caller who does something to certain rows meanwhile (see `steering.steer`).
-    `samples_per_prompt` and `batch_size` play no part.
-
-    Returns:
-        For each prompt the new tokens up to, not including, the end token, and whether there was one.
-
-    Raises:
-        ValueError: no prompts, an empty one, or one too long for the model.
-    """
-    if not prompt_ids:
-        raise UserValueError("No prompts given.")
-    _check_lengths(model, [("", index, "") for index in range(len(prompt_ids))], prompt_ids, settings.max_new_tokens)
-    with _sampling(model, tokenizer, settings) as end_ids:
-        return list(_until_end(_generate(model, tokenizer, prompt_ids), end_ids))
+) -> list[Response]:
+    """Draw one response to each encoded prompt, all in one batch with the rows in the order given, for a caller who
+    does something to certain rows meanwhile (see `steering.steer`). Ignores `samples_per_prompt` and `batch_size`."""
+    _check_lengths(model, prompt_ids, settings.max_new_tokens)
+    with _sampling(model, tokenizer, settings) as generate:
+        return generate(prompt_ids)
 
 
-def _until_end(new_tokens: Tensor, end_ids: frozenset[int]) -> Iterator[tuple[list[int], bool]]:
-    """Tokens of each row before its end token, and whether it has one."""
-    for tokens in new_tokens.tolist():
-        end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
-        yield tokens[:end], end is not None
+class _Encoded(NamedTuple):
+    language: str
+    number: int
+    text: str
+    """The text that the model reads"""
+    ids: list[int]
 
 
-def _encoded_prompts(
+def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[Prompt]],
     chat: bool,
     template_options: dict[str, Any],
-) -> tuple[list[tuple[str, int, str]], list[list[int]]]:
-    """`_prompt_texts`, and the token ids of each: a chat template writes the special tokens itself."""
-    texts, ids = [], []
-    for language, index, text, templated in _prompt_texts(tokenizer, prompts, chat, template_options):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserValueError(
-                f"{_named(language, index)} is damaged: character {error.start} is half of a surrogate pair "
-                f"({text[error.start]!r}), as a cut emoji leaves it. Mend or remove the prompt."
-            ) from error
-        texts.append((language, index, text))
-        ids.append(list(tokenizer(text, add_special_tokens=not templated)["input_ids"]))
-    return texts, ids
-
-
-def _prompt_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, Sequence[Prompt]],
-    chat: bool,
-    template_options: dict[str, Any],
-) -> Iterator[tuple[str, int, str, bool]]:
-    """Language, index within the language, the text that the model will read, and whether a template wrote it."""
+) -> list[_Encoded]:
     if not prompts:
         raise UserValueError("No prompts given; expected a list of prompts for at least one source language.")
+    encoded = []
     for language, group in prompts.items():
         if isinstance(group, str):
             raise UserTypeError(f"Prompts of {language!r} must be a list of prompts; got one string.")
         if len(group) == 0:
             raise UserValueError(f"No prompts for the source language {language!r}; give some or leave it out.")
         for index, given in enumerate(group):
-            row: Mapping[str, Any] = given if isinstance(given, Mapping) else {"prompt": given}
-            prompt, own = row.get("prompt"), {key for key in TEMPLATE_COLUMNS if row.get(key)}
-            if not prompt:
-                raise UserValueError(f"{_named(language, index)} is empty.")
-            if isinstance(prompt, str) and not chat:
-                if own:
-                    raise UserValueError(
-                        f"{_named(language, index)} is text to continue, which has no use for {min(own)!r}; give "
-                        "messages, or chat=True (--chat)."
-                    )
-                yield language, index, prompt, False
-                continue
-            if tokenizer.chat_template is None:
-                raise UserValueError("The tokenizer has no chat template; give plain strings and chat=False.")
+            name = _named(language, index)
+            text, templated = _prompt_text(tokenizer, name, given, chat, template_options)
             try:
-                text = _templated(tokenizer, prompt, row, template_options)
-            except (ValueError, TypeError, KeyError, TemplateError) as error:
-                raise UserValueError(f"{_named(language, index)}: the chat template refuses it: {error}") from error
-            yield language, index, text, True
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserValueError(
+                    f"{name} is damaged: character {error.start} is half of a surrogate pair "
+                    f"({text[error.start]!r}), as a cut emoji leaves it. Mend or remove the prompt."
+                ) from error
+            # A chat template writes the special tokens itself.
+            ids = list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+            encoded.append(_Encoded(language, index, text, ids))
+    return encoded
 
 
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, row: Mapping[str, Any], template_options: dict[str, Any]
-) -> str:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    tools = row.get("tools") or None
-    continues = messages[-1].get("role") == "assistant"
-    options = {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        "add_generation_prompt": not continues,
-        "continue_final_message": continues,
-        **template_options,
-        **(row.get("chat_template_kwargs") or {}),
-    }
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+def _prompt_text(
+    tokenizer: PreTrainedTokenizerBase, name: str, given: Prompt, chat: bool, template_options: dict[str, Any]
+) -> tuple[str, bool]:
+    """The text that the model will read, and whether a template wrote it."""
+    row: Mapping[str, Any] = given if isinstance(given, Mapping) else {"prompt": given}
+    prompt, own = row.get("prompt"), {key for key in TEMPLATE_COLUMNS if row.get(key)}
+    if not prompt:
+        raise UserValueError(f"{name} is empty.")
+    if isinstance(prompt, str) and not chat:
+        if own:
+            raise UserValueError(
+                f"{name} is text to continue, which has no use for {min(own)!r}; give messages, or chat=True (--chat)."
+            )
+        return prompt, False
+    if tokenizer.chat_template is None:
+        raise UserValueError("The tokenizer has no chat template; give plain strings and chat=False.")
+    try:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        tools = row.get("tools") or None
+        continues = messages[-1].get("role") == "assistant"
+        options = {
+            "tools": json.loads(tools) if isinstance(tools, str) else tools,
+            "add_generation_prompt": not continues,
+            "continue_final_message": continues,
+            **template_options,
+            **(row.get("chat_template_kwargs") or {}),
+        }
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options)), True
+    except (ValueError, TypeError, KeyError, TemplateError) as error:
+        raise UserValueError(f"{name}: the chat template refuses it: {error}") from error
 
 
 def _named(language: str, index: int) -> str:
@@ -281,35 +267,54 @@ def _named(language: str, index: int) -> str:
 
 
 def _check_lengths(
-    model: nn.Module, texts: Sequence[tuple[str, int, str]], ids: Sequence[Sequence[int]], max_new_tokens: int
+    model: nn.Module, ids: Sequence[Sequence[int]], max_new_tokens: int, names: Sequence[str] | None = None
 ) -> None:
-    """ValueError for a prompt of no token, or one that leaves no room for its response."""
+    """ValueError for no prompt, a prompt of no token, or one that leaves no room for its response."""
+    if not ids:
+        raise UserValueError("No prompts given.")
     longest = getattr(text_config(model), "max_position_embeddings", None)
-    for (language, index, _), tokens in zip(texts, ids, strict=True):
+    for index, tokens in enumerate(ids):
+        name = names[index] if names else _named("", index)
         if len(tokens) == 0:
-            raise UserValueError(f"{_named(language, index)} has no tokens.")
+            raise UserValueError(f"{name} has no tokens.")
         if longest is not None and len(tokens) + max_new_tokens > longest:
             raise UserValueError(
-                f"{_named(language, index)} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that "
-                f"exceeds the {longest} positions of the model. Shorten the prompt or the response."
+                f"{name} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that exceeds the {longest} "
+                "positions of the model. Shorten the prompt or the response."
             )
 
 
 @contextmanager
 def _sampling(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings
-) -> Iterator[frozenset[int]]:
-    """Make `generate` follow `settings` and nothing else, and put everything back. Yields the end-of-text tokens."""
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, settings: SamplingSettings
+) -> Iterator[Callable[[Sequence[Sequence[int]]], list[Response]]]:
+    """Make `generate` follow `settings` and nothing else, and put everything back. Yields its form for a batch."""
     causal_lm = pretrained_model(model)
     defaults = causal_lm.generation_config
-    end_ids = _as_set(defaults.eos_token_id) | _as_set(tokenizer.eos_token_id)
+    eos = None if tokenizer is None else tokenizer.eos_token_id
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    # Any valid id pads: it is masked before a prompt, and cut off after the end of a response.
+    padding_id: Any = next((given for given in (pad, eos) if given is not None), 0)
+    end_ids = _as_set(defaults.eos_token_id) | _as_set(eos)
     shape = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+
+    def generate(prompts: Sequence[Sequence[int]]) -> list[Response]:
+        width, device = max(map(len, prompts)), causal_lm.device
+        input_ids = torch.tensor([[padding_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
+        responses = []
+        for tokens in output[:, width:].tolist():
+            end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
+            responses.append(Response(tokens[:end], end is not None))
+        return responses
+
     # `generate` fills what a given configuration leaves open from the model's own one; hence the model's own is set.
     causal_lm.generation_config = GenerationConfig(
         do_sample=settings.temperature > 0,
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=sorted(end_ids) or None,
-        pad_token_id=_padding_id(tokenizer),
+        pad_token_id=padding_id,
         bos_token_id=defaults.bos_token_id,
         **shape,
     )
@@ -317,27 +322,9 @@ def _sampling(
     try:
         with torch.random.fork_rng(devices=devices), evaluation_mode(model):
             torch.manual_seed(settings.seed)
-            yield end_ids
+            yield generate
     finally:
         causal_lm.generation_config = defaults
-
-
-def _generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """New tokens `[prompts, new tokens]` after each prompt, padded on the left for the model."""
-    width = max(map(len, prompts))
-    padding_id = _padding_id(tokenizer)
-    device = pretrained_model(model).device
-    input_ids = torch.tensor([[padding_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
-    return output[:, width:]
-
-
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any valid id does: padding is masked before a prompt, and cut off after the end of a response."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def _as_set(ids: int | Sequence[int] | None) -> frozenset[int]:

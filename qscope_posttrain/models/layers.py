@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qscope_posttrain.errors import UserTypeError, UserValueError
 
 _STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
-"""Entries of a configuration that say how many residual streams a model has (AltUp, hyper-connections)"""
+"""Entries of a configuration that hold the number of residual streams (AltUp, hyper-connections)"""
 
 
 def pretrained_model(model: nn.Module) -> PreTrainedModel:
@@ -50,9 +50,8 @@ def text_config(model: nn.Module) -> PreTrainedConfig:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers in order: the output of element n is the residual stream after block n, counted from 0.
 
-    Raises:
-        ValueError: the model is an encoder-decoder, has several residual streams, or no single list of
-            `num_hidden_layers` blocks lies beside its token embedding; the message names the lists that were found.
+    ValueError for an encoder-decoder, a model with several residual streams, or one without a single list of
+    `num_hidden_layers` blocks beside its token embedding.
     """
     layers = _text_backbone(model)[1]
     config = text_config(model)
@@ -71,20 +70,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def text_backbone(model: nn.Module) -> nn.Module:
-    """The module that holds the token embedding and the decoder layers, and runs whenever they run.
-
-    Raises:
-        ValueError: the model is an encoder-decoder, or its decoder layers were not found.
-    """
+    """The module that holds the token embedding and the decoder layers, and runs whenever they run."""
     return _text_backbone(model)[0]
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last decoder layer and the output embedding.
-
-    Raises:
-        ValueError: there is none, or there are several, or a projection lies between the norm and the output embedding.
-    """
+    """The norm between the last decoder layer and the output embedding; ValueError if it is not exactly one, or if a
+    projection follows it."""
     backbone, layers = _text_backbone(model)
     children = list(backbone.named_children())
     place = [child for _, child in children].index(layers)
@@ -121,11 +113,7 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def output_embedding(model: nn.Module) -> nn.Module:
-    """The LM head, from final-norm output `[..., d_model]` to logits `[..., vocabulary]`.
-
-    Raises:
-        ValueError: the model has none (a backbone without a head).
-    """
+    """The LM head, from final-norm output `[..., d_model]` to logits `[..., vocabulary]`. ValueError without one."""
     causal_lm = pretrained_model(model)
     head = causal_lm.get_output_embeddings()
     if head is None:
@@ -134,12 +122,7 @@ def output_embedding(model: nn.Module) -> nn.Module:
 
 
 def check_layers(model: nn.Module, layers: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """`layers` as a tuple of ints, in the given order.
-
-    Raises:
-        TypeError: an entry is not an integer.
-        ValueError: no layer, a repeated one, or one the model does not have; the message states the valid range.
-    """
+    """Check the numbers of decoder layers, and return them as a tuple of ints, in the given order."""
     try:
         numbers = tuple(operator.index(layer) for layer in layers)
     except TypeError as error:
@@ -172,22 +155,11 @@ def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
             f"{name} does not say where its token embedding is, so its decoder cannot be found."
         ) from error
     expected = text_config(causal_lm).num_hidden_layers
-
-    beside_embedding = [
-        (owner, child_name, child)
-        for owner in _owners(causal_lm, embedding)
-        for child_name, child in owner.named_children()
-        if isinstance(child, nn.ModuleList)
-    ]
+    beside_embedding = _module_lists(_owners(causal_lm, embedding))
     matching = [(owner, child) for owner, _, child in beside_embedding if len(child) == expected]
     if len(matching) == 1:
         return matching[0]
-    found = beside_embedding or [
-        (owner, child_name, child)
-        for owner in causal_lm.modules()
-        for child_name, child in owner.named_children()
-        if isinstance(child, nn.ModuleList)
-    ]
+    found = beside_embedding or _module_lists(causal_lm.modules())
     listed = ", ".join(f"{type(owner).__name__}.{child_name} ({len(child)})" for owner, child_name, child in found)
     raise UserValueError(
         f"Expected one list of {expected} decoder layers (config.num_hidden_layers) beside the token embedding of "
@@ -195,12 +167,15 @@ def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
-def _owners(root: nn.Module, embedding: nn.Module) -> list[nn.Module]:
-    """The modules that directly hold `embedding`, without a look into the lists beside it.
+def _module_lists(owners: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.ModuleList]]:
+    """(owner, name, list) of the module lists that the owners directly hold."""
+    children = ((owner, name, child) for owner in owners for name, child in owner.named_children())
+    return [(owner, name, child) for owner, name, child in children if isinstance(child, nn.ModuleList)]
 
-    Nearly all modules of a model are in its layers: not walking through them makes finding the layers cheap enough to
-    do it in every forward.
-    """
+
+def _owners(root: nn.Module, embedding: nn.Module) -> list[nn.Module]:
+    """The modules that directly hold `embedding`, without a look into the lists beside it: nearly all modules of a
+    model are in its layers, and skipping them makes this cheap enough for every forward."""
     owners: list[nn.Module] = []
     waiting, seen = [root], {root}
     while waiting:
@@ -221,7 +196,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every module gets its own training flag back, also after an exception."""
+    """Put a model into eval mode, and restore each module's training flag at the end, also after an exception."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

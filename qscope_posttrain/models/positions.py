@@ -1,4 +1,4 @@
-"""Which tokens a running model reads: columns of prompt and generated tokens, over the forwards of a generation."""
+"""Follow the tokens that a running model reads: columns of prompt and generated tokens over a generation's forwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from qscope_posttrain.models.layers import text_backbone, virtual_tokens
 
 ENDLESS = torch.iinfo(torch.int64).max // 4
 """Stands for a column behind every sequence; far from the end of int64, so that sums with it do not wrap."""
-
 _CACHE = "past_key_values"
 _STATES = ("cache_params", "state", "mems")
 """Arguments that models without such a cache receive from their last forward"""
@@ -23,26 +22,18 @@ _STATES = ("cache_params", "state", "mems")
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Generated tokens `start <= t < start + length` of each row, counted from 0.
-
-    Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a value is out of range.
-    """
+    """Generated tokens `start <= t < start + length` of each row, counted from 0."""
 
     start: int | Tensor = 0
     """First token of the window, or one for every row: integers `[rows]`."""
-
     length: int | None = None
-    """Tokens in the window; None reaches to the end."""
+    """Number of tokens in the window; None reaches to the end."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", whole_numbers("Window.start", self.start))
-        if self.length is None:
-            return
-        if isinstance(self.length, bool) or not isinstance(self.length, int):
+        if isinstance(self.length, bool) or not isinstance(self.length, int | None):
             raise UserTypeError(f"Window.length must be a whole number or None; got {self.length!r}.")
-        if self.length < 1:
+        if self.length is not None and self.length < 1:
             raise UserValueError(f"Window.length must be at least 1, or None for no end; got {self.length}.")
 
 
@@ -50,12 +41,7 @@ Positions = Literal["all", "prompt", "generated"] | Window
 
 
 def whole_numbers(name: str, value: int | Tensor) -> int | Tensor:
-    """`value` if it is an int >= 0, or `[rows]` of them, then on the CPU: they are compared on the host.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: a negative number, or a tensor of another shape.
-    """
+    """Check an int >= 0, or a tensor `[rows]` of them, which comes back on the CPU: they are compared on the host."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise UserTypeError(f"{name} must hold integers; got a tensor of {value.dtype}.")
@@ -76,16 +62,11 @@ class Span:
     """Columns `start <= column < stop` of each row, and which of them lie in a forward.
 
     Where the whole batch agrees, host integers decide; only a forward that some rows are inside of, and others not,
-    needs a mask.
+    needs a mask. `start` and `stop` are one number, or one for each row; `rows` (bool `[rows]`) says which rows matter:
+    the answer for the others is arbitrary.
     """
 
     def __init__(self, start: int | Tensor, stop: int | Tensor, rows: Tensor | None = None) -> None:
-        """
-        Args:
-            start: first column, or one for each row.
-            stop: column behind the last one, likewise.
-            rows: bool `[rows]`, which rows matter: the others may be answered either way.
-        """
         self._start, self._stop = torch.as_tensor(start).view(-1), torch.as_tensor(stop).view(-1)
         starts, stops = torch.broadcast_tensors(self._start, self._stop)
         if rows is not None and starts.numel() > 1:
@@ -107,11 +88,8 @@ class Span:
         return cls(start, ENDLESS if window.length is None else start + window.length, rows)
 
     def mask(self, first: int, width: int, device: torch.device) -> bool | Tensor:
-        """Which of the columns `first` to `first + width - 1` lie inside.
-
-        Returns:
-            True or False for all of them in every row that matters, else bool `[rows or 1, width]` on `device`.
-        """
+        """Find which of the columns `first` to `first + width - 1` lie inside: True or False for all of them in every
+        row that matters, else bool `[rows or 1, width]` on `device`."""
         if self._empty:
             return False
         first_start, last_start, first_stop, last_stop = self._bounds
@@ -127,33 +105,25 @@ class Span:
 
 
 class ColumnTracker:
-    """Follows a model's forwards: the columns that the present one reads, and where generated tokens begin.
+    """Follow a model's forwards: the columns that the current one reads, and where generated tokens begin.
 
-    A hook on the text backbone looks, before each forward, at the width of the input and the length of the cache.
+    A hook on the text backbone reads, before each forward, the width of the input and the length of the cache.
     Without `prompt_length`, a forward that starts with an empty cache reads the prompt, and one-token forwards on a
     cache read generated tokens. The virtual tokens of a prompt-learning adapter are columns in front of the prompt.
     """
 
     prompt_length: int | Tensor | None
     """Columns of the prompt, or one number for each row (on the CPU); None before the first forward."""
-
     first: int
-    """Column of the first token of the present forward."""
-
+    """Column of the first token of the current forward."""
     width: int
-    """Columns of the present forward; 0 before the first one."""
-
+    """Columns of the current forward; 0 before the first one."""
     prompt_seen: bool
     """Whether a forward has read a token of a prompt."""
-
     generated_seen: bool
     """Whether a forward has read a generated token."""
 
     def __init__(self, prompt_length: int | Tensor | None = None) -> None:
-        """
-        Raises:
-            TypeError, ValueError: `prompt_length` is neither None nor a whole number nor `[rows]` of them.
-        """
         self._given = None if prompt_length is None else whole_numbers("prompt_length", prompt_length)
         self.prompt_length = None
         self.first = self.width = 0
@@ -163,11 +133,7 @@ class ColumnTracker:
         self._counted = True
 
     def attach(self, model: nn.Module) -> RemovableHandle:
-        """Look before every forward of `model` until the handle is removed.
-
-        Raises:
-            ValueError: see `check_counted`.
-        """
+        """Look before every forward of `model` until the handle is removed. ValueError: see `check_counted`."""
         backbone = text_backbone(model)
         names = list(inspect.signature(backbone.forward).parameters)
         self._virtual = virtual_tokens(model)
@@ -193,7 +159,7 @@ class ColumnTracker:
         batch, width = tokens.shape[:2]
         cache = inputs.get(_CACHE)
         if not self._counted and any(inputs.get(name) is not None for name in _STATES):
-            raise UserValueError(_uncounted(module))
+            raise _uncounted(module)
         # An int; of a StaticCache a tensor, whose reading waits for the device.
         first = 0 if cache is None else int(cache.get_seq_length())
         if self._given is None:
@@ -216,7 +182,7 @@ class ColumnTracker:
             raise RuntimeError(
                 f"A forward reads {width} tokens after a cache of {first}: a prompt in pieces (chunked prefill, a "
                 "further turn) or speculative decoding. The start of the generated tokens is unknown then; pass "
-                " steer(..., prompt_length=...)."
+                "steer(..., prompt_length=...)."
             )
 
 
@@ -224,11 +190,11 @@ def check_counted(model: nn.Module) -> None:
     """ValueError for a model whose forwards do not say how many tokens they have read before (Mamba, RWKV)."""
     backbone = text_backbone(model)
     if _CACHE not in inspect.signature(backbone.forward).parameters:
-        raise UserValueError(_uncounted(backbone))
+        raise _uncounted(backbone)
 
 
-def _uncounted(backbone: nn.Module) -> str:
-    return (
+def _uncounted(backbone: nn.Module) -> UserValueError:
+    return UserValueError(
         f"{type(backbone).__name__} has no cache of keys and values, which would tell how many tokens it has read; a "
         "state, such as Mamba's, does not count them. So prompt and generated tokens cannot be distinguished: steer "
         "positions 'all', or run one forward over the whole text with steer(..., prompt_length=...)."

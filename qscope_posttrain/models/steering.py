@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,16 +16,12 @@ from qscope_posttrain.models.positions import ColumnTracker, Positions, Span, Wi
 from qscope_posttrain.models.steering_spec import Change, Mode, Steering, Unit
 
 __all__ = ["Mode", "Positions", "Steering", "Unit", "Window", "steer"]
-
 LayerHook = Callable[[nn.Module, Any, Any], Any]
 
 
 @contextmanager
 def steer(
-    model: nn.Module,
-    *steerings: Steering,
-    prompt_length: int | Tensor | None = None,
-    require_generated: bool = True,
+    model: nn.Module, *steerings: Steering, prompt_length: int | Tensor | None = None, require_generated: bool = True
 ) -> Iterator[dict[int, int]]:
     """Apply `steerings` to every forward of `model` inside the `with` block.
 
@@ -38,29 +34,28 @@ def steer(
     Without `prompt_length` it is the width of the forward that starts with an empty cache: what `generate` does with
     prompts padded on the left. Another `generate` inside the block starts again.
 
-    What to know:
+    Limits:
 
     - `torch.compile`: with positions "all" a model must make its first forward inside the block, and compiles again
       after it. Other positions break the graph at the steered layers: they are right, but slow.
     - A backward that recomputes layers (gradient checkpointing) must run inside the block and, with positions other
       than "all", before the next forward.
-    - Hooks belong to the model: forwards from other threads are steered too. Use one thread.
-    - A batch packed into one row has one column count for all its texts: only positions "all" make sense there.
-    - In a mixture of experts a steered row may go to other experts, which changes how the matrix products of the
-      remaining rows are grouped, and with it their last bits.
+    - Forwards from other threads are steered too. A batch packed into one row has one column count for all its texts:
+      only positions "all" make sense there.
+    - In a mixture of experts a steered row may go to other experts, which regroups the matrix products of the remaining
+      rows and may change their last bits.
 
     Args:
         prompt_length: columns of the prompt, padding included; one number, or `[rows]`. Needed for a single forward
             over prompts and completions, a prompt read in pieces, and `use_cache=False`.
-        require_generated: whether a block whose steerings wait for generated tokens, but in which none was read, is
-            an error. A rollout may end with its first token, which is chosen but never read.
+        require_generated: whether it is an error if steerings wait for generated tokens and none was read. A rollout
+            may end with its first token, which is chosen but never read.
 
-    Yields:
-        Hook calls so far per layer; a compiled layer counts once.
+    Yields the hook calls so far per layer; a compiled layer counts once.
 
     Raises:
-        ValueError: no steering, a layer that the model does not have, a direction of another size, or a number of
-            rows that is not the batch's.
+        ValueError: no steering, a layer that the model does not have, or another width or number of rows than the
+            model's or the batch's.
         RuntimeError: on exit without another exception, if a steered layer never ran, or no token was read that a
             steering waits for; in a forward, if the start of the generated tokens is unknown.
     """
@@ -75,17 +70,14 @@ def steer(
     layers = decoder_layers(model)
     columns = ColumnTracker(prompt_length)
     calls = {layer: 0 for steering in steerings for layer in steering.layers}
-    handles = []
-    try:
+    with ExitStack() as hooks:
         if any(steering.positions != "all" for steering in steerings):
-            handles.append(columns.attach(model))
+            hooks.enter_context(columns.attach(model))
         for steering in steerings:
             for layer in steering.layers:
-                handles.append(layers[layer].register_forward_hook(_hook(steering, layer, width, calls, columns)))
+                hook = _hook(steering, layer, width, calls, columns)
+                hooks.enter_context(layers[layer].register_forward_hook(hook))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
     _check_effect(steerings, calls, columns, require_generated)
 
 
@@ -113,7 +105,7 @@ def _check_effect(
 
 
 def _hook(steering: Steering, layer: int, width: int, calls: dict[int, int], columns: ColumnTracker) -> LayerHook:
-    """Forward hook that steers one layer, for an output that is a tensor or a tuple."""
+    """Forward hook that steers one layer."""
     # Cast and moved once per device and dtype, not at every token of a generation.
     prepared: dict[tuple[torch.device, torch.dtype], tuple[Change, Tensor | None]] = {}
     batch_rows = steering.batch_rows
@@ -151,7 +143,7 @@ def other_rows(what: str, expected: int, found: int) -> str:
 
 
 class _Selection:
-    """Which columns of the present forward a steering changes."""
+    """The columns of the current forward that a steering changes."""
 
     def __init__(self, steering: Steering, columns: ColumnTracker) -> None:
         self._steering, self._columns = steering, columns

@@ -36,46 +36,33 @@ class Steering:
     `ablate` and `clamp` treat d as what an SAE feature writes and f as its activation (of a TopK or JumpReLU SAE the
     one that it has where it is selected): strength 1 takes the feature's contribution out, and `clamp` in raw units
     makes its activation s, in the other units its contribution a vector of that length.
-
-    Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a value is out of range, or fields do not go together; the message says which.
     """
 
     direction: Tensor
     """Direction `[d_model]` in the residual stream, or one for every row of the batch, `[rows, d_model]`; floating
     point, finite and not zero. Kept detached."""
-
     layers: tuple[int, ...]
     """Numbers of the decoder layers, from 0, whose output is changed."""
-
     strength: float = 1.0
-    """How much: for `add` and `clamp` a multiple of `unit`, negative for the other way; for `project_out` and `ablate`
+    """For `add` and `clamp` a multiple of `unit`, negative for the opposite direction; for `project_out` and `ablate`
     the share that is removed (1: all of it)."""
-
     mode: Mode = "add"
     """`add` shifts hidden states by the same vector; `project_out` removes their component along the direction;
     `ablate` removes a feature's contribution; `clamp` replaces it by a fixed one."""
-
     unit: Unit = "raw"
     """Meaning of strength 1 for `add` and `clamp`: the direction as it is (`raw`), a vector of length 1 along it
     (`norm`), or one as long as the median hidden state of that layer (`relative`, with `residual_norms`)."""
-
     positions: Positions = "all"
     """Tokens that are steered where they are read: `all`, those of the prompt, the generated ones, or a `Window` of the
     generated ones. The first generated token is chosen at the last token of the prompt: only `all` and `prompt` can
     change it. Padding in front of a prompt counts as prompt."""
-
     rows: Tensor | None = None
-    """Rows of the batch that are steered, bool `[rows]`; None steers all. The others stay bit-identical. Kept on the
-    CPU."""
-
+    """Rows of the batch that are steered, bool `[rows]`, kept on the CPU; None steers all. The others stay
+    bit-identical."""
     encoder: Tensor | None = None
-    """`ablate` and `clamp`: what the feature reads, `[d_model]`, or `[rows, d_model]` with such a direction."""
-
+    """`ablate` and `clamp`: the feature's encoder row, `[d_model]`, or `[rows, d_model]` with such a direction."""
     encoder_bias: float = 0.0
     """`ablate` and `clamp`: the feature's encoder bias."""
-
     residual_norms: Mapping[int, float] | None = None
     """unit `relative`: median L2 norm of the hidden states by layer, for every one of `layers`."""
 
@@ -128,14 +115,10 @@ class Steering:
 
     def _row_counts(self) -> dict[str, int]:
         """Rows of each field that has one entry per row."""
-        counts = {}
-        if self.direction.dim() == 2:
-            counts["direction"] = len(self.direction)
-        if self.rows is not None:
-            counts["rows"] = len(self.rows)
-        if isinstance(self.positions, Window) and isinstance(self.positions.start, Tensor):
-            counts["positions.start"] = len(self.positions.start)
-        return counts
+        start = self.positions.start if isinstance(self.positions, Window) else None
+        direction = self.direction if self.direction.dim() == 2 else None
+        fields = {"direction": direction, "rows": self.rows, "positions.start": start}
+        return {name: len(value) for name, value in fields.items() if isinstance(value, Tensor)}
 
     def _check_rows(self) -> None:
         rows = self.rows
@@ -164,11 +147,11 @@ class Steering:
                 f"mode {self.mode!r} needs encoder, what the feature reads [d_model], and its encoder_bias."
             )
         _check_vectors("encoder", self.encoder)
-        allowed = (self.direction.shape, self.direction.shape[-1:])
-        if self.encoder.shape not in allowed:
+        shape = self.direction.shape
+        if self.encoder.shape not in (shape, shape[-1:]):
             raise UserValueError(
-                f"encoder must have the shape of direction {list(self.direction.shape)} or "
-                f"{list(self.direction.shape[-1:])}; got {list(self.encoder.shape)}."
+                f"encoder must have the shape of direction {list(shape)} or {list(shape[-1:])}; "
+                f"got {list(self.encoder.shape)}."
             )
         object.__setattr__(self, "encoder", self.encoder.detach())
 
@@ -208,10 +191,8 @@ def _check_number(name: str, value: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """h' = h + shift - g(h) write, with g(h) = h . read, or relu(h . read + bias) if `rectified`.
-
-    Vectors are `[d_model]`, or `[rows, 1, d_model]` for one per row. None leaves its part out.
-    """
+    """h' = h + shift - g(h) write, with g(h) = h . read, or relu(h . read + bias) if `rectified`. Vectors are
+    `[d_model]`, or `[rows, 1, d_model]` for one per row; None leaves its part out."""
 
     shift: Tensor | None = None
     read: Tensor | None = None
@@ -221,31 +202,24 @@ class Change:
     rectified: bool = False
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Change:
-        """Ready for hidden states of `dtype`: the shift of a pure addition in that dtype, all else at least fp32."""
+        """Prepare for hidden states of `dtype`: the shift of a pure addition in that dtype, all else at least fp32."""
         wide = dtype if self.read is None else torch.promote_types(dtype, torch.float32)
-
-        def moved(vector: Tensor | None) -> Tensor | None:
-            return None if vector is None else vector.to(device, wide)
-
-        return Change(moved(self.shift), moved(self.read), moved(self.write), self.bias, self.rectified)
+        shift, read, write = (v if v is None else v.to(device, wide) for v in (self.shift, self.read, self.write))
+        return Change(shift, read, write, self.bias, self.rectified)
 
     def apply(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`hidden` `[rows, tokens, d_model]` changed; a new tensor of the same dtype.
-
-        With a bool mask that broadcasts to `[rows, tokens]`, only where it is True: the rest stays bit-identical.
-        """
+        """Change `hidden` `[rows, tokens, d_model]` into a new tensor of the same dtype; the rest of it stays
+        bit-identical where a bool mask, which broadcasts to `[rows, tokens]`, is False."""
         if mask is None:
             return self._everywhere(hidden)
         if hidden.is_cuda and self.read is None and self.shift is not None and self.shift.dim() == 1:
             return self.added(hidden, mask)
-        # Chosen, not shifted by zero: that would turn -0.0 to 0.0, and a readout of inf times zero into nan.
+        # Chosen, not shifted by zero: that would turn -0.0 to 0.0, and an activation of inf times zero into nan.
         return torch.where(mask.unsqueeze(-1), self._everywhere(hidden), hidden)
 
     def added(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """The same for a pure shift `[d_model]`, by one operator: half the memory traffic on CUDA.
-
-        For one token on a CPU its dispatch takes longer than the two small operations that it replaces.
-        """
+        """Do the same for a pure shift `[d_model]` by one operator: half the memory traffic on CUDA, but slower for one
+        token on a CPU, where its dispatch takes longer than the two small operations that it replaces."""
         if self.shift is None:
             return hidden
         return steer_add(hidden, self.shift.unsqueeze(0), mask.unsqueeze(-1).to(self.shift.dtype))
@@ -254,10 +228,10 @@ class Change:
         if self.read is None or self.write is None:
             return hidden if self.shift is None else hidden + self.shift
         with torch.autocast(hidden.device.type, enabled=False):  # it would round both factors
-            readout = hidden.to(self.read.dtype) @ self.read
+            activation = hidden.to(self.read.dtype) @ self.read
         if self.rectified:
-            readout = (readout + self.bias).relu()
-        change = -readout * self.write
+            activation = (activation + self.bias).relu()
+        change = -activation * self.write
         if self.shift is not None:
             change = change + self.shift
         return hidden + change.to(hidden.dtype)

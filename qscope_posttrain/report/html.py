@@ -34,10 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answers side by side, one a method; characters of the script `highlight` are marked.
-
-    `highlight` is a Unicode script name such as "Han" or "Cyrillic"; empty marks nothing.
-    """
+    """A prompt and its answers by method, side by side; characters of the Unicode script `highlight` are marked."""
 
     prompt: str
     answers: Mapping[str, str]
@@ -46,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ShadedText:
-    """A passage as tokens, each shaded by a value: what a feature fires on."""
+    """A passage as tokens, each shaded by a value such as a feature's activation."""
 
     tokens: Sequence[str]
     values: Sequence[float]
@@ -58,7 +55,7 @@ class ShadedText:
 
 @dataclass(frozen=True)
 class ShadedTexts:
-    """Passages shaded on one common scale, from 0 to `peak` (by default their largest value)."""
+    """Passages shaded on a common scale, from 0 to `peak` (by default their largest value)."""
 
     title: str
     passages: Sequence[ShadedText]
@@ -91,15 +88,7 @@ def write_html(
     subtitle: str = "",
     facts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the report and return its path.
-
-    Args:
-        subtitle: One line below the title.
-        facts: Small print at the end: versions, machine, settings.
-
-    Raises:
-        ValueError: the file cannot be written, or an example names an unknown script.
-    """
+    """Write the report and return its path; `facts` (versions, machine, settings) are the small print at its end."""
     target = Path(path)
     writable_folder(target.parent)
     page = _environment().get_template("report.html.jinja")
@@ -108,62 +97,39 @@ def write_html(
 
 
 def script_runs(text: str, script: str) -> list[tuple[str, bool]]:
-    """Split a text into runs `(run, whether it is of the script)`; nothing is lost: the runs joined are the text.
-
-    Raises:
-        ValueError: `script` is no Unicode script name.
-    """
+    """Split a text into runs `(run, whether it is of the script)`, which joined are the text; "" is no script."""
     if not script:
         return [(text, False)]
     try:
-        pattern = regex.compile(rf"\p{{Script={script}}}+")
+        runs = regex.split(rf"(\p{{Script={script}}}+)", text)
     except regex.error as error:
         raise UserValueError(f"'{script}' is no Unicode script name; examples are Han, Hangul, Cyrillic.") from error
-    runs: list[tuple[str, bool]] = []
-    end = 0
-    for match in pattern.finditer(text):
-        if match.start() > end:
-            runs.append((text[end : match.start()], False))
-        runs.append((match.group(), True))
-        end = match.end()
-    if end < len(text):
-        runs.append((text[end:], False))
-    return runs
-
-
-def _markdown(text: str) -> str:
-    from markdown_it import MarkdownIt
-    from markupsafe import Markup
-
-    # Raw HTML in the source is shown as text, so that a data set cannot inject markup into a report.
-    return Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(text))
+    return [(run, place % 2 == 1) for place, run in enumerate(runs) if run]
 
 
 @cache
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markdown_it import MarkdownIt
+    from markupsafe import Markup
 
+    # Raw HTML in the source is shown as text, so that a data set cannot inject markup into a report.
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["markdown"] = _markdown
-    environment.filters["script_runs"] = script_runs
+    environment.filters |= {"markdown": lambda text: Markup(markdown.render(text)), "script_runs": script_runs}
     return environment
 
 
 _DEEPEST = (214, 96, 32)
-"""The colour of the peak; weaker values lie between it and white."""
+"""The color of the peak; weaker values lie between it and white."""
 
 
 def print_shaded(group: ShadedTexts, console: Console | None = None) -> None:
-    """Print the title, and every passage with a background as deep as its tokens' share of the peak.
-
-    Where there is no colour (a pipe, a log, NO_COLOR), what has a value stands between << and >>.
-    """
+    """Print the title, and every passage with a background as deep as its tokens' share of the peak; without color (a
+    pipe, a log, NO_COLOR), tokens with a value stand between << and >>."""
     from rich.console import Console
     from rich.style import Style
     from rich.text import Text

@@ -1,32 +1,55 @@
-"""Plots as inline SVG: interval bars, curves with bands, gain against cost. matplotlib is imported on first use.
+"""Plots as inline SVG: interval bars, curves with bands, gain against cost, heat maps.
 
 Every function takes numbers and returns one `<svg>` element as a string, for `report.html.Figure`. Axes and text are
 drawn in `currentColor` and text stays text, so that a figure follows the reader's light or dark theme and fonts.
+matplotlib is imported on first use, and without pyplot: no window, no open figure, no backend for the whole program.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.svg import INK, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
-COLOURS = ("#3f7fd0", "#df7f3b", "#2f9e77", "#b062b3", "#c59f1d", "#d3545f", "#56a5c4", "#8c8c8c")
+COLORS = ("#3f7fd0", "#df7f3b", "#2f9e77", "#b062b3", "#c59f1d", "#d3545f", "#56a5c4", "#8c8c8c")
 """Middle tones that hold on white and on near-black paper."""
-
-_MARKERS = "osD^vP"
+INK = "#010203"
+"""Stands for the text color while matplotlib draws; replaced by currentColor in the SVG."""
+DASHED: Any = {"color": INK, "linewidth": 0.8, "alpha": 0.45, "linestyle": (0, (4, 3))}
+"""Line of a reference or a budget"""
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qscope_posttrain",  # the same numbers give the same file
+    "text.parse_math": False,  # a dollar sign in a label is a dollar sign
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
+    ),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width", "grid.linewidth"), 0.7),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.13,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+}
+_NUMBERS_UP_TO = 20
+"""Rows of a heat map whose cells have room for their numbers."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its value, its interval, and the single measurements behind it (one a seed), drawn as dots."""
+    """One bar: its value, its interval, and the single measurements behind it (one per seed), drawn as dots."""
 
     name: str
     value: float
@@ -63,31 +86,62 @@ class Mark:
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
 
+    def draw_intervals(self, axes: Axes, **style: Any) -> None:
+        """Draw a line along each interval."""
+        if self.x_interval is not None:
+            axes.plot(self.x_interval, [self.y, self.y], solid_capstyle="butt", **style)
+        if self.y_interval is not None:
+            axes.plot([self.x, self.x], self.y_interval, solid_capstyle="butt", **style)
 
-@dataclass(frozen=True)
-class CostCurve:
-    """Gain of one method at each cost: points in the order of its coefficient, a line from (0, 0) through them."""
 
-    name: str
-    marks: Sequence[Mark]
-    """Their names are not shown."""
-    dashed: bool = False
+def draw_svg(
+    draw: Callable[[Axes], None],
+    size: tuple[float, float],
+    *,
+    labels: tuple[str, str] = ("", ""),
+    percent: tuple[bool, bool] = (False, False),
+    legend: bool = False,
+) -> str:
+    """Draw on fresh axes of `size` (width and height in inches) and return the SVG element.
 
-    def __post_init__(self) -> None:
-        if not self.marks:
-            raise UserValueError(f"curve '{self.name}' has no points.")
+    `labels` and `percent` (values are shares in [0, 1], shown as per cent) are of the horizontal and the vertical axis.
+    Labeled axes have grid lines; a `legend` stands at the right.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings(), io.StringIO() as stream:
+        # Text stays text: the reader's browser has the glyphs that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure = Figure(figsize=size)
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        draw(axes)
+        for axis, label, shares in zip((axes.xaxis, axes.yaxis), labels, percent, strict=True):
+            if label:
+                axis.set_label_text(label)
+                axis.grid(True)
+            if shares:
+                axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+        if legend:
+            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.05, metadata=metadata)
+        drawn = stream.getvalue()
+    element = drawn[drawn.index("<svg") :].strip()  # an XML prologue has no place inside HTML
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    return element.replace(INK, "currentColor")
 
 
 def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, reference: str | None = None) -> str:
-    """Horizontal bars with intervals, the first bar on top.
+    """Draw horizontal bars with intervals, the first bar on top.
 
     Args:
-        label: What the horizontal axis measures.
+        label: Of the horizontal axis.
         percent: The values are shares in [0, 1]; the axis shows per cent.
-        reference: Name of the bar to which the others are compared: it is grey, with a line through the plot.
-
-    Raises:
-        ValueError: no bars, or no bar of the name `reference`.
+        reference: Name of the bar to which the others are compared: it is gray, with a line through the plot.
     """
     if not bars:
         raise UserValueError("interval_bars needs at least one bar.")
@@ -97,8 +151,8 @@ def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, refere
 
     def draw(axes: Axes) -> None:
         for row, bar in enumerate(bars):
-            colour = COLOURS[-1] if bar.name == reference else COLOURS[0]
-            axes.barh(row, bar.value, height=0.58, color=colour, alpha=0.72, linewidth=0)
+            color = COLORS[-1] if bar.name == reference else COLORS[0]
+            axes.barh(row, bar.value, height=0.58, color=color, alpha=0.72, linewidth=0)
             if bar.low is not None and bar.high is not None:
                 axes.plot([bar.low, bar.high], [row, row], color=INK, linewidth=1.3, solid_capstyle="butt")
                 axes.plot([bar.low, bar.high], [row, row], "|", color=INK, markersize=8, markeredgewidth=1.3)
@@ -107,18 +161,14 @@ def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, refere
             end = max(value for value in (bar.value, bar.high, *bar.points) if value is not None)
             axes.annotate(text, (end, row), (7, 0), textcoords="offset points", va="center", fontsize=9.5)
             if bar.name == reference:
-                axes.axvline(bar.value, color=INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
+                axes.axvline(bar.value, **DASHED)
         axes.set_yticks(range(len(bars)), names)
         axes.set_ylim(len(bars) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.12)
-        axes.grid(axis="x")
-        axes.set_xlabel(label)
-        if percent:
-            _percent(axes.xaxis)
 
-    return draw_svg(draw, width=7.6, height=0.85 + 0.36 * len(bars))
+    return draw_svg(draw, (7.6, 0.85 + 0.36 * len(bars)), labels=(label, ""), percent=(percent, False))
 
 
 def line_curves(
@@ -129,15 +179,12 @@ def line_curves(
     percent: bool = False,
     x_marks: Sequence[float] | None = None,
 ) -> str:
-    """Curves with optional bands on common axes, with a legend at the right.
+    """Draw curves with optional bands on common axes, with a legend at the right.
 
     Args:
         log_y: Logarithmic vertical axis, for losses and perplexities that fall over decades.
         percent: The values are shares in [0, 1]; the vertical axis shows per cent.
         x_marks: Positions, above 0, to mark on a logarithmic horizontal axis; None leaves it linear.
-
-    Raises:
-        ValueError: no curves.
     """
     if not curves:
         raise UserValueError("line_curves needs at least one curve.")
@@ -145,11 +192,11 @@ def line_curves(
 
     def draw(axes: Axes) -> None:
         for index, curve in enumerate(curves):
-            colour = COLOURS[index % len(COLOURS)]
-            dashes = "-" if index < len(COLOURS) else "--"
-            axes.plot(curve.x, curve.y, dashes, color=colour, linewidth=1.7, label=curve.name)
+            color = COLORS[index % len(COLORS)]
+            dashes = "-" if index < len(COLORS) else "--"
+            axes.plot(curve.x, curve.y, dashes, color=color, linewidth=1.7, label=curve.name)
             if curve.low is not None and curve.high is not None:
-                axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
+                axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.16, linewidth=0)
         if log_y:
             axes.set_yscale("log")
         if x_marks is not None:
@@ -158,106 +205,28 @@ def line_curves(
             axes.xaxis.set_minor_locator(NullLocator())
         elif all(float(x).is_integer() for curve in curves for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))  # no step 1.5
-        axes.grid(axis="both")
         axes.margins(x=0.01)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        if percent:
-            _percent(axes.yaxis)
-        if len(curves) > 1:
-            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
-    return draw_svg(draw, width=7.6, height=3.5)
+    several = len(curves) > 1
+    return draw_svg(draw, (7.6, 3.5), labels=(x_label, y_label), percent=(False, percent), legend=several)
 
 
 def scatter_with_intervals(
     marks: Sequence[Mark], x_label: str, y_label: str, x_percent: bool = False, y_percent: bool = False
 ) -> str:
-    """Points with an interval on each axis and their names beside them: what a method gains against what it costs.
-
-    Raises:
-        ValueError: no points.
-    """
+    """Draw points with an interval on each axis and their names beside them: the gain of methods against their cost."""
     if not marks:
         raise UserValueError("scatter_with_intervals needs at least one point.")
 
     def draw(axes: Axes) -> None:
         for index, mark in enumerate(marks):
-            colour = COLOURS[index % len(COLOURS)]
-            line: dict[str, Any] = {"color": colour, "linewidth": 1.2, "alpha": 0.6, "solid_capstyle": "butt"}
-            if mark.x_interval is not None:
-                axes.plot(mark.x_interval, [mark.y, mark.y], **line)
-            if mark.y_interval is not None:
-                axes.plot([mark.x, mark.x], mark.y_interval, **line)
-            axes.plot(mark.x, mark.y, "o", color=colour, markersize=7, mew=0)
-        axes.grid(axis="both")
+            color = COLORS[index % len(COLORS)]
+            mark.draw_intervals(axes, color=color, linewidth=1.2, alpha=0.6)
+            axes.plot(mark.x, mark.y, "o", color=color, markersize=7, mew=0)
         axes.margins(0.09)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        if x_percent:
-            _percent(axes.xaxis)
-        if y_percent:
-            _percent(axes.yaxis)
         _name_marks(axes, marks)
 
-    return draw_svg(draw, width=7.6, height=4.4)
-
-
-def cost_curves(
-    curves: Sequence[CostCurve], x_label: str, y_label: str, budgets: Sequence[float] = (), x_limit: float | None = None
-) -> str:
-    """Gain against cost, one line a method from the reference at (0, 0), with markers and intervals at its points.
-
-    Values are shares; both axes show per cent. Intervals may leave the plot: the points decide on the axes.
-
-    Args:
-        budgets: Costs at which a vertical line is drawn.
-        x_limit: Largest cost shown; lines that go on leave the plot there.
-
-    Raises:
-        ValueError: no curves.
-    """
-    if not curves:
-        raise UserValueError("cost_curves needs at least one curve.")
-
-    def draw(axes: Axes) -> None:
-        for index, curve in enumerate(curves):
-            colour = COLOURS[index % len(COLOURS)]
-            marker = _MARKERS[(index // len(COLOURS) + index) % len(_MARKERS)]
-            bars: dict[str, Any] = {"color": colour, "linewidth": 1.0, "alpha": 0.45, "solid_capstyle": "butt"}
-            for mark in curve.marks:
-                if mark.x_interval is not None:
-                    axes.plot(mark.x_interval, [mark.y, mark.y], **bars)
-                if mark.y_interval is not None:
-                    axes.plot([mark.x, mark.x], mark.y_interval, **bars)
-            x, y = [0.0, *(mark.x for mark in curve.marks)], [0.0, *(mark.y for mark in curve.marks)]
-            line = axes.plot(x, y, "--" if curve.dashed else "-", color=colour, linewidth=1.5, label=curve.name)[0]
-            line.set(marker=marker, markersize=6, markeredgewidth=1.2, markevery=slice(1, None))
-            line.set_markerfacecolor("none" if curve.dashed else colour)
-        for budget in budgets:
-            axes.axvline(budget, color=INK, linewidth=0.8, alpha=0.45, linestyle=(0, (4, 3)))
-        axes.plot(0, 0, "+", color=INK, markersize=9, markeredgewidth=1.3)
-        marks = [mark for curve in curves for mark in curve.marks]
-        shown = [mark.x for mark in marks if x_limit is None or mark.x <= x_limit]
-        right = max([0.0, *budgets, *shown]) if x_limit is None or len(shown) == len(marks) else x_limit
-        heights = [mark.y for mark in marks if mark.x <= right]
-        _limits(axes.set_xlim, [0.0, right, *shown])
-        _limits(axes.set_ylim, [0.0, *heights])
-        axes.grid(axis="both")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        _percent(axes.xaxis)
-        _percent(axes.yaxis)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-    return draw_svg(draw, width=7.6, height=4.6)
-
-
-def _limits(setter: Any, values: Sequence[float]) -> None:
-    """Limits around the values with some room; never empty."""
-    low, high = min(values), max(values)
-    room = 0.06 * (high - low) or 0.01
-    setter(low - room, high + room)
+    return draw_svg(draw, (7.6, 4.4), labels=(x_label, y_label), percent=(x_percent, y_percent))
 
 
 def _name_marks(axes: Axes, marks: Sequence[Mark], line_height: float = 13.0) -> None:
@@ -268,48 +237,28 @@ def _name_marks(axes: Axes, marks: Sequence[Mark], line_height: float = 13.0) ->
     heights = [to_pixels.transform((mark.x, mark.y))[1] for mark in marks]
     next_free = box.y1 + line_height * scale
     for index in sorted(range(len(marks)), key=lambda number: -heights[number]):
-        mark, colour = marks[index], COLOURS[index % len(COLOURS)]
+        mark = marks[index]
         next_free = min(heights[index], next_free - line_height * scale)
-        height = (next_free - box.y0) / box.height
+        arrow: Any = {"arrowstyle": "-", "linewidth": 0.8, "linestyle": ":", "shrinkA": 1, "shrinkB": 4}
         axes.annotate(
             mark.name,
             xy=(mark.x, mark.y),
-            xytext=(1.03, height),
+            xytext=(1.03, (next_free - box.y0) / box.height),
             textcoords="axes fraction",
             verticalalignment="center",
             fontsize=9.5,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.8,
-                "linestyle": ":",
-                "shrinkA": 1,
-                "shrinkB": 4,
-            },
+            arrowprops={**arrow, "color": COLORS[index % len(COLORS)]},
         )
-
-
-def _percent(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-
-
-_NUMBERS_UP_TO = 20
-"""Rows of a matrix whose cells have room for their numbers."""
 
 
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], peak: float | None = None
 ) -> str:
-    """A cell for every value, the deeper the colour the larger; the first row on top.
+    """Draw a cell for every value, the deeper the color the larger; the first row on top.
 
     Args:
         values: `[rows, columns]`, 0 or more; NaN leaves a cell empty.
-        peak: the value of full colour; by default the largest one.
-
-    Raises:
-        ValueError: no values, or names of another number.
+        peak: the value of full color; by default the largest one.
     """
     if not rows or len(values) != len(rows) or any(len(row) != len(columns) for row in values):
         raise UserValueError(f"expected {len(rows)} rows of {len(columns)} values, at least one.")
@@ -319,12 +268,11 @@ def heat_map(
     def draw(axes: Axes) -> None:
         from matplotlib.patches import Rectangle
 
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                if not math.isfinite(value):
-                    continue
+        cells = [(row, column, value) for row, line in enumerate(values) for column, value in enumerate(line)]
+        for row, column, value in cells:
+            if math.isfinite(value):
                 share = min(max(value / full, 0.0), 1.0) if full > 0 else 0.0
-                axes.add_patch(Rectangle((column, row), 1, 1, facecolor=COLOURS[0], alpha=0.85 * share, linewidth=0))
+                axes.add_patch(Rectangle((column, row), 1, 1, facecolor=COLORS[0], alpha=0.85 * share, linewidth=0))
                 if len(rows) <= _NUMBERS_UP_TO:
                     axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8.5)
         axes.set_xlim(0, len(columns))
@@ -335,4 +283,4 @@ def heat_map(
         for spine in axes.spines.values():
             spine.set(visible=True, color=INK, alpha=0.25)
 
-    return draw_svg(draw, width=1.8 + 0.56 * len(columns), height=1.3 + 0.42 * len(rows))
+    return draw_svg(draw, (1.8 + 0.56 * len(columns), 1.3 + 0.42 * len(rows)))

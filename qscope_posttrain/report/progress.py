@@ -11,11 +11,10 @@ from typing import TypeVar
 from qscope_posttrain.distributed import is_main_process
 
 T = TypeVar("T")
-
 QUIET = "QSCOPE_QUIET"
 """Environment variable that, unless it is empty, leaves progress and status lines out"""
 MANY_ROWS = 100_000
-"""Rows from which on a look at all of them shows how far it is"""
+"""Rows from which on a pass over all of them shows its progress"""
 SECONDS_BETWEEN_LINES = 5.0
 """Pause between plain lines: often enough to see that the loop lives, seldom enough for a log file."""
 
@@ -27,7 +26,7 @@ def progress(
     enabled: bool | None = None,
     note: Callable[[], str] | None = None,
 ) -> Iterator[T]:
-    """Yield the items of `iterable`, showing how far the loop is on standard error.
+    """Yield the items of `iterable` and show on standard error how far the loop is.
 
     Args:
         total: Number of items; by default `len(iterable)` where it has one. Without it no share and no remaining time
@@ -54,7 +53,7 @@ def if_many(rows: int | None) -> bool | None:
 def status(message: str, enabled: bool | None = None) -> None:
     """Print one plain line on standard error, under the same conditions as `progress`."""
     if _shown(enabled):
-        print(message, file=sys.stderr, flush=True)
+        _print_line(message)
 
 
 def _shown(enabled: bool | None) -> bool:
@@ -66,26 +65,19 @@ def _shown(enabled: bool | None) -> bool:
 def _with_bar(
     iterable: Iterable[T], total: int | None, description: str, note: Callable[[], str] | None
 ) -> Iterator[T]:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total, note="")
         for item in iterable:
             yield item
@@ -97,39 +89,32 @@ def _with_lines(
 ) -> Iterator[T]:
     started = last_line = time.monotonic()
     done = 0
-    _line(description, 0, total, 0.0, "")
+    _print_line(f"{description}: {_count(0, total)}")
     try:
         for item in iterable:
             yield item
             done += 1
             now = time.monotonic()
             if now - last_line >= SECONDS_BETWEEN_LINES and done != total:  # the end has a line of its own
-                last_line = now
-                _line(description, done, total, now - started, note() if note is not None else "")
+                last_line, elapsed = now, now - started
+                left = f"{_clock(elapsed / done * (total - done))} left" if total is not None and total > done else ""
+                words = note() if note is not None else ""
+                _print_line(f"{description}: {_count(done, total)}", _rate(done, elapsed), left, words)
     except (Exception, KeyboardInterrupt, GeneratorExit):
-        print(f"{description}: stopped after {_count(done, total)}", file=sys.stderr, flush=True)
+        _print_line(f"{description}: stopped after {_count(done, total)}")
         raise
     elapsed = time.monotonic() - started
-    words = [f"{description}: {_count(done, total)} in {_clock(elapsed)}", _rate(done, elapsed)]
-    words += [note()] if note is not None and done else []
-    print(", ".join(word for word in words if word), file=sys.stderr, flush=True)
+    words = note() if note is not None and done else ""
+    _print_line(f"{description}: {_count(done, total)} in {_clock(elapsed)}", _rate(done, elapsed), words)
 
 
-def _line(description: str, done: int, total: int | None, elapsed: float, note: str) -> None:
-    words = [f"{description}: {_count(done, total)}"]
-    if done:
-        words.append(_rate(done, elapsed))
-        if total is not None and total > done:
-            words.append(f"{_clock(elapsed / done * (total - done))} left")
-    words.append(note)
-    print(", ".join(word for word in words if word), file=sys.stderr, flush=True)
+def _print_line(*parts: str) -> None:
+    print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
 
 def _count(done: int, total: int | None) -> str:
-    if total is None:
-        return str(done)
     share = f" ({100 * done // total} %)" if total else ""
-    return f"{done}/{total}{share}"
+    return str(done) if total is None else f"{done}/{total}{share}"
 
 
 def _rate(done: int, elapsed: float) -> str:

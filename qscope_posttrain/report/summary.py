@@ -1,4 +1,4 @@
-"""`summary.json`: what a command did and found, for scripts to read."""
+"""`summary.json`: the settings and results of a command, for scripts to read."""
 
 from __future__ import annotations
 
@@ -27,19 +27,9 @@ def write_summary(
     results: Mapping[str, Any],
     seeds: Sequence[int] | None = None,
 ) -> Path:
-    """Write `summary.json` into `folder` and return its path. An older one is replaced in one step, never half-written.
+    """Write `summary.json` into `folder`, which is made if missing, in one step, and return its path.
 
-    Args:
-        folder: Made if it does not exist.
-        command: The command that ran, for example `"features find"`.
-        settings: Everything that was asked for.
-        results: Everything that came out. Tables, dataclasses, paths, tensors and arrays are converted; NaN and
-            infinities become null, because JSON has no word for them.
-        seeds: The seeds of the run; by default those found in `settings` as `seed` or `seeds`.
-
-    Raises:
-        ValueError: the folder cannot be written.
-        TypeError: a value has no JSON form.
+    `command` is for example "features find"; the seeds are by default those in `settings` as `seed` or `seeds`.
     """
     if seeds is None:
         found = settings.get("seeds", settings.get("seed"))
@@ -59,13 +49,8 @@ def write_summary(
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
-    """Make the folder `path` with its parents, check that a file can be written there, and return it.
-
-    Called before the work starts, so that hours of it are not lost for a mistyped path.
-
-    Raises:
-        ValueError: it cannot be made or written, with the reason.
-    """
+    """Make a folder with its parents and check that a file can be written there; ValueError, with the reason. Call it
+    before the work starts, so that hours of it are not lost to a mistyped path."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,11 +65,7 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file in one step: a reader sees the old content or the new one, never a part.
-
-    Raises:
-        ValueError: the file cannot be written, with the reason.
-    """
+    """Write a UTF-8 text file in one step: a reader sees the old content or the new. ValueError, with the reason."""
     target = Path(path)
     try:
         with replacing(target) as unfinished:
@@ -94,11 +75,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """Turn settings and results into what `json.dumps` accepts.
-
-    Raises:
-        TypeError: the value has no obvious JSON form.
-    """
+    """Convert tables, dataclasses, paths, tensors and arrays for `json.dumps`; NaN and infinities become null."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

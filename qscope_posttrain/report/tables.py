@@ -14,13 +14,12 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | bool | None
 """Content of a cell; None and NaN mean "not measured" and are shown as a dash."""
-
 MISSING = "-"
 
 
 @dataclass(frozen=True, init=False)
 class Table:
-    """A titled table of plain values, and a caption for what the columns mean."""
+    """A titled table of plain values, with a caption that explains the columns; lists are stored as tuples."""
 
     title: str
     columns: tuple[str, ...]
@@ -28,11 +27,9 @@ class Table:
     caption: str = ""
 
     def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> None:
-        """Lists are accepted and stored as tuples; every row must have one cell for each column."""
-        object.__setattr__(self, "title", title)
-        object.__setattr__(self, "columns", tuple(columns))
-        object.__setattr__(self, "rows", tuple(tuple(row) for row in rows))
-        object.__setattr__(self, "caption", caption)
+        stored = {"title": title, "columns": tuple(columns), "rows": tuple(map(tuple, rows)), "caption": caption}
+        for name, value in stored.items():
+            object.__setattr__(self, name, value)
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise UserValueError(
@@ -58,17 +55,19 @@ class Table:
         console.print(shown)
 
     def to_markdown(self) -> str:
-        """The table as GitHub-flavoured Markdown, with its title as a bold line and its caption below."""
+        """The table as GitHub-flavored Markdown, with its title as a bold line and its caption below."""
         marks = ["---:" if self.is_numeric(index) else "---" for index in range(len(self.columns))]
+        rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in self.formatted()]
         lines = [f"**{self.title}**", ""] if self.title else []
-        lines += [_markdown_row(self.columns), _markdown_row(marks)]
-        lines += [_markdown_row([_escape(cell) for cell in row]) for row in self.formatted()]
+        lines += [f"| {' | '.join(row)} |" for row in (self.columns, marks, *rows)]
         lines += ["", self.caption] if self.caption else []
         return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: title, columns, rows with full precision (NaN and infinities become None), caption."""
-        rows = [[None if _is_not_finite(cell) else cell for cell in row] for row in self.rows]
+        rows = [
+            [None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in self.rows
+        ]
         return {"title": self.title, "columns": list(self.columns), "rows": rows, "caption": self.caption}
 
     def formatted(self) -> tuple[tuple[str, ...], ...]:
@@ -90,15 +89,3 @@ def format_cell(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.4g}"
     return str(cell)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
-
-
-def _is_not_finite(cell: Cell) -> bool:
-    return isinstance(cell, float) and not math.isfinite(cell)

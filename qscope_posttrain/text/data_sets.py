@@ -1,8 +1,9 @@
-"""Data sets that `datasets` reads, with its own errors in words that a user can act on."""
+"""Read data sets with `datasets`, and turn its errors into words that a user can act on."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +16,11 @@ from qscope_posttrain.text.jsonl import read_json, read_jsonl
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 """Suffix of a local file (see `files.text_suffix`) -> the reader of `datasets`."""
 _HEAD = 1000
-"""Lines of a stream that are looked at beforehand."""
+"""Lines of a stream that are checked beforehand."""
 
 
 def read_data_set(*arguments: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`.
-
-    Raises:
-        ValueError: what is there cannot be read as a data set, with the reason that was found deepest, or has no rows.
-        FileNotFoundError: no such data set.
-    """
+    """Call `datasets.load_dataset`. Raises as `reading` does."""
     from datasets import load_dataset
 
     with reading(str(arguments[0])):
@@ -32,12 +28,7 @@ def read_data_set(*arguments: Any, **options: Any) -> Any:
 
 
 def read_file(path: str | os.PathLike[str], split: str = "train", streaming: bool = False, what: str = "file") -> Any:
-    """A local file in one of the formats of READERS, as the data set {split: rows}.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read as what it is called, with the line, or has no rows.
-    """
+    """Read a local file in one of the formats of READERS as the data set {split: rows}."""
     from datasets import load_dataset
 
     place = check_data_file(path, streaming, what)
@@ -52,11 +43,7 @@ def read_file(path: str | os.PathLike[str], split: str = "train", streaming: boo
 
 
 def saved_data_set(folder: str | os.PathLike[str]) -> Any:
-    """The data set that `save_to_disk` has written into `folder`: rows, or rows by split; None where there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Read what `save_to_disk` wrote into `folder`: rows, or rows by split. None if nothing, ValueError if damaged."""
     from datasets import load_from_disk
 
     place = Path(folder)
@@ -67,13 +54,8 @@ def saved_data_set(folder: str | os.PathLike[str]) -> Any:
 
 
 def check_data_file(path: str | os.PathLike[str], streaming: bool = False, what: str = "file") -> Path:
-    """`path`, if `datasets` reads it as we would. Of text that it misreads without a word, or refuses without saying
-    where, the line is named; of a stream only the beginning is looked at.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another encoding, damaged text, no text at all.
-    """
+    """Check that `datasets` will read a file rightly: it misreads some text silently, or refuses it without its place.
+    ValueError, with the line, for damaged text, another encoding or no text; of a stream, in its beginning alone."""
     place = check_is_file(path, what)
     if text_suffix(place) == ".parquet":
         return place
@@ -87,7 +69,8 @@ def check_data_file(path: str | os.PathLike[str], streaming: bool = False, what:
 
 @contextmanager
 def reading(name: str, place: Path | None = None) -> Iterator[None]:
-    """Turn what `datasets` raises while it reads `name` into errors for users; `place` is the file, if it is one."""
+    """Turn what `datasets` raises while it reads `name` into FileNotFoundError or ValueError for users, the latter with
+    the deepest reason; `place` is the file, if it is one."""
     try:
         yield
     except UserError:
@@ -104,14 +87,12 @@ def reading(name: str, place: Path | None = None) -> Iterator[None]:
 def _faulty_line(place: Path) -> str:
     """The words of our own readers, which name the line, for a file that `datasets` refused; "" if they take it."""
     suffix = text_suffix(place)
-    rows: Iterator[Any] = iter(())
-    if READERS[suffix] == "json":
-        rows = read_jsonl(place)
-    elif READERS[suffix] == "csv":
-        rows = read_csv(place, separator="\t" if suffix == ".tsv" else ",")
+    kind = READERS[suffix]
     try:
-        for _ in rows:
-            pass
+        if kind == "json":
+            deque(read_jsonl(place), maxlen=0)
+        elif kind == "csv":
+            deque(read_csv(place, separator="\t" if suffix == ".tsv" else ","), maxlen=0)
     except UserValueError as error:
         return f" ({error})"
     return ""

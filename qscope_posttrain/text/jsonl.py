@@ -1,4 +1,4 @@
-"""JSON Lines: one object a line."""
+"""Read JSON and JSON Lines (one object per line)."""
 
 from __future__ import annotations
 
@@ -15,38 +15,25 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_jsonl(path: str | os.PathLike[str], packed: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and object of every line that is not blank; see `files.read_lines`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not text, or a line that is not a JSON object, with its number.
-    """
+    """Yield the number (from 1) and the object of every line that is not blank; ValueError for anything else."""
     return parse_jsonl(read_lines(path, packed=packed), path)
 
 
 def parse_jsonl(lines: Iterable[str], path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `read_jsonl`, of lines that are read already; `path` is what an error calls them."""
+    """Do the same for lines that are read already; `path` stands for them in errors."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, parse_object(line, f"{path}, line {number}")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The JSON value that a file holds.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not text, or not JSON, with the line.
-    """
+    """Read the JSON value that a file holds. FileNotFoundError, or ValueError with the line."""
     return _parse("".join(read_lines(path)), str(path), by_line=True)
 
 
 def parse_object(line: str, place: str) -> dict[str, Any]:
-    """The JSON object that a line holds.
-
-    Raises:
-        ValueError: anything else, nested too deeply, or with half of a surrogate pair in a string, with its place.
-    """
+    """The JSON object that a line holds; ValueError, with its place, for anything else, nested too deeply, or with half
+    of a surrogate pair in a string."""
     found = _parse(line, place)
     if not isinstance(found, dict):
         raise UserValueError(f"{place}: expected a JSON object, got {type(found).__name__}.")

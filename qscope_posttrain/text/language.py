@@ -1,4 +1,4 @@
-"""Tell the language of a text by its scripts alone: exact, offline, and silent where scripts cannot decide."""
+"""Detect the language of a text by its scripts alone: exact, offline, and silent where scripts cannot decide."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from collections.abc import Collection, Mapping
 
 import regex
 
-from qscope_posttrain.text.scripts import (
-    KANA,
-    SCRIPTS_OF_LANGUAGE,
-    language_code,
-    script_counts,
-    sentences,
-)
+from qscope_posttrain.text.scripts import KANA, SCRIPTS_OF_LANGUAGE, has_kana, language_code, script_counts, sentences
 
 # Letters of an alphabet that say as much as one of these. In the translations of MGSM and Tatoeba, English has 2.8
 # times the letters of Chinese and 2.1 times the syllables of Korean, and 0.9 to 1.1 times the letters of Russian and
@@ -24,7 +18,6 @@ _NAME = regex.compile(r"(?<!\p{Latin})\p{Latin}*\p{Lu}\p{Latin}*")
 _NAME_WORTH = 0.25
 _STARTS_SENTENCE = regex.compile(r"(?:\A|[.!?。！？:：\n])[\p{P}\p{Z}\s]*\Z")
 _BEFORE_NAME = 8  # characters in which a sentence's beginning shows
-
 _NOT_PROSE = regex.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`|(?<=\n[ \t]*\n)(?:(?: {4}|\t)[^\n]*\n?)+"  # code
     r"|<tool_call>.*?(?:</tool_call>|\Z)"
@@ -43,19 +36,15 @@ def prose(text: str) -> str:
 
 
 def script_evidence(text: str) -> dict[str, float]:
-    """How much of `text` each script writes, in letters of an alphabet, most first.
+    """Measure how much of `text` each script writes, in letters of an alphabet, most first.
 
-    A Han character counts as much as 3 letters, a syllable of Hangul, kana or Ethiopic as 2. Where several scripts
-    are mixed, Latin words with a capital within a sentence, mostly names, count a quarter. Han in a sentence with kana
-    counts as "Hiragana", which stands for all of Japanese.
+    A Han character counts as 3 letters, a syllable of Hangul, kana or Ethiopic as 2. Where several scripts are mixed,
+    Latin words with a capital within a sentence, mostly names, count a quarter. Han in a sentence with kana counts as
+    "Hiragana", which stands for all of Japanese.
     """
     counts: defaultdict[str, float] = defaultdict(float)
-    pieces = [script_counts(text)]
-    if set(KANA) & set(pieces[0]):
-        pieces = [script_counts(sentence) for sentence in sentences(text)]
-    for letters in pieces:
-        # One entry stands for all of Japanese, which mixes three scripts in a sentence.
-        japanese = set(KANA) & set(letters)
+    for letters in map(script_counts, sentences(text) if has_kana(text) else [text]):
+        japanese = set(KANA) & set(letters)  # which mixes three scripts in a sentence
         for script, count in letters.items():
             name = "Hiragana" if japanese and script in (*KANA, "Han") else script
             counts[name] += count * _LETTERS_WORTH.get(script, 1.0)
@@ -69,25 +58,16 @@ def script_evidence(text: str) -> dict[str, float]:
 
 
 def language_by_script(text: str, languages: Collection[str]) -> str | None:
-    """The one of `languages` that writes the script of which `text` has most, by `script_evidence`.
+    """Find the one of `languages` (codes, or names such as "zh-CN") that writes the script of which `text` has most.
 
-    Where only Han speaks, Chinese goes before Japanese.
-
-    Args:
-        languages: codes, or other names of languages such as "zh-CN".
-
-    Returns:
-        The language, or None where scripts do not decide: no letters, two scripts equally frequent, no candidate
-        that writes the script, or several of them (English and French).
-
-    Raises:
-        ValueError: a language whose scripts are not known.
+    None where scripts do not decide: no letters, two scripts equally frequent, no candidate that writes the script, or
+    several of them (English and French). Of text in Han alone, Chinese goes before Japanese.
     """
     return language_by_evidence(script_evidence(text), languages)
 
 
 def language_by_evidence(evidence: Mapping[str, float], languages: Collection[str]) -> str | None:
-    """`language_by_script` of a text from its `script_evidence`."""
+    """Do the same for a text of this `script_evidence`."""
     scripts_of = {language: SCRIPTS_OF_LANGUAGE[language_code(language)] for language in languages}
     ranked = list(evidence.items())[:2]
     if not ranked or (len(ranked) > 1 and ranked[0][1] == ranked[1][1]):

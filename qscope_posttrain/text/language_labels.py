@@ -1,4 +1,4 @@
-"""Labels that data give to languages: the known language that a label means, and the distinct labels of a column."""
+"""Labels of languages in data: find the known language that a label means, and the distinct labels of a column."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ class Label(NamedTuple):
 
 
 def same_language(label: Any, known: Collection[str]) -> str | None:
-    """The one of `known` that names the language of `label`, or None.
+    """Find the one of `known` that names the language of `label`; of several, one of the same script goes first.
 
-    Read are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639-2 and 639-3 ("zho", "cmn"), retired codes ("iw") and English
-    names ("Chinese"). Of several that do, one of the same script goes first.
+    Labels are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639 codes ("zho", "iw"), and English names ("Chinese").
     """
     if not isinstance(label, str):
         return None
@@ -37,7 +36,7 @@ def same_language(label: Any, known: Collection[str]) -> str | None:
 
 
 def language_hint(label: Any, known: Collection[str]) -> str:
-    """ " Did you mean 'zh'?", to stand in a message after the label that was given, or nothing."""
+    """Suggest a known label (" Did you mean 'zh'?"), or nothing, after the given label in a message."""
     meant = same_language(label, known)
     if meant is None and isinstance(label, str) and len(label) == 2 and label.isalpha() and label.isascii():
         spoken = langcodes.Language.get(f"und-{label}").maximize().language  # a country, cn or jp; en if it is none
@@ -63,10 +62,8 @@ def class_names(dataset: Any, column: Any) -> tuple[str, ...]:
 
 
 def distinct_labels(dataset: Any, column: str) -> list[Label]:
-    """The distinct values of a column of a `datasets.Dataset`, of all its rows, in the order of their first rows.
-
-    Read column-wise, without a Python object per row. Entries of lists count one by one.
-    """
+    """Find the distinct values of a column of a `datasets.Dataset`, in the order of their first rows, without a Python
+    object per row. Entries of lists count one by one."""
     import pyarrow
 
     found: dict[str, Label] = {}  # by its text: NaN differs from itself
@@ -85,8 +82,11 @@ def _counted(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
     import numpy as np
     import pyarrow.compute as pc
 
-    for start, values in _columns(dataset, column):
-        rows = np.arange(len(values))
+    start = 0
+    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
+        values = table.column(0).combine_chunks()
+        count_of_rows = len(values)
+        rows = np.arange(count_of_rows)
         if hasattr(values.type, "value_type"):
             rows = pc.list_parent_indices(values).to_numpy()
             values = pc.list_flatten(values)
@@ -95,6 +95,7 @@ def _counted(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
         names = encoded.dictionary.to_pylist()
         for code, first, count in zip(codes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
             yield names[code], start + int(rows[first]), count
+        start += count_of_rows
 
 
 def _counted_one_by_one(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
@@ -105,19 +106,12 @@ def _counted_one_by_one(dataset: Any, column: str) -> Iterator[tuple[Any, int, i
             yield entry, row, 1
 
 
-def _columns(dataset: Any, column: str) -> Iterator[tuple[int, Any]]:
-    """First row and Arrow array of each piece of a column."""
-    start = 0
-    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
-        values = table.column(0).combine_chunks()
-        yield start, values
-        start += len(values)
-
-
 def _tag(label: str) -> langcodes.Language | None:
     """The label as a tag of a registered language, its macrolanguage for languages that have one; else None."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE  # English names -> codes
+
     text = label.strip().partition(".")[0]  # en_US.UTF-8
-    text = _english_names().get(text.casefold(), text)
+    text = TO_LANGUAGE_CODE.get(text.casefold(), text)
     try:
         tag = langcodes.Language.get(langcodes.standardize_tag(text, macro=True)) if text else None
     except langcodes.LanguageTagError:
@@ -126,9 +120,3 @@ def _tag(label: str) -> langcodes.Language | None:
         return None
     # The two written standards of Norwegian are mostly labelled as one.
     return tag.update_dict({"language": "no"}) if tag.language in ("nb", "nn") else tag
-
-
-def _english_names() -> dict[str, str]:
-    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-
-    return TO_LANGUAGE_CODE

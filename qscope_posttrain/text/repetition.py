@@ -1,8 +1,7 @@
 """Repetition in a sequence of token ids, words or characters: n-grams, the repeated tail, compression.
 
-Three views that miss different things. The n-gram rate sees any repeated phrase, but also grows with the length of
-ordinary text. The repeated tail is exact and sees nothing else than a sequence that runs in a circle to its end. The
-compression ratio needs no tokenizer and also sees loops with small variations.
+The n-gram rate finds any repeated phrase, but also grows with the length of ordinary text. The repeated tail is exact,
+and finds only a loop that lasts to the end. The compression ratio also finds loops with small variations.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ class RepeatedTail:
 
     start: int
     """First position from which the rest of the sequence has the period."""
-
     period: int
     """Elements of one copy."""
-
     copies: int
     """Whole copies, (n - start) // period; a last one that was cut off does not count."""
 
@@ -37,15 +34,12 @@ class RepeatedTail:
 def repeated_tail(
     tokens: Sequence[Any], *, min_copies: int = 3, min_tokens: int = 12, max_period: int | None = None
 ) -> RepeatedTail | None:
-    """The repeated block with which a sequence ends, if it does.
+    """Find the repeated block with which a sequence ends, if any.
 
     For every period p let L(p) be the length of the longest suffix that repeats itself after p elements. The result is
-    the smallest p with
-
-        L(p) // p >= min_copies    and    L(p) >= min_tokens,
-
-    together with start = n - L(p). The last copy may be cut off at any element. A block that itself ends in enough
-    copies of a smaller one (`| --- | --- | --- |` in a table that repeats) is reported by the smaller one.
+    the smallest p with L(p) // p >= min_copies and L(p) >= min_tokens. The last copy may be cut off at any element. A
+    block that itself ends in enough copies of a smaller one (`| --- | --- | --- |` in a table that repeats) is reported
+    by the smaller one.
 
     L(p) = p + z(p), where z(p) is the length of the common prefix of the reversed sequence and of the same without its
     first p elements. All z are found in at most 2 n comparisons (the Z algorithm; Gusfield 1997, section 1.4).
@@ -54,10 +48,7 @@ def repeated_tail(
         tokens: token ids, words, or a string (whose elements are its characters); also a 1-D array or tensor.
         min_copies: whole copies, at least 2.
         min_tokens: elements of all copies together, so that "!!!" is no loop.
-        max_period: longest period looked for; by default as long as `min_copies` copies fit.
-
-    Raises:
-        ValueError: `min_copies` < 2, `min_tokens` < 1 or `max_period` < 1.
+        max_period: longest period; by default as long as `min_copies` copies fit.
     """
     if min_copies < 2 or min_tokens < 1 or (max_period is not None and max_period < 1):
         raise UserValueError(
@@ -75,15 +66,8 @@ def repeated_tail(
 
 
 def is_endless_repetition(tokens: Sequence[Any], *, ended: bool, min_copies: int = 4, min_tokens: int = 12) -> bool:
-    """Whether a response ran in a circle when it was cut off: it did not end, and `repeated_tail` finds its tail.
-
-    A response that repeats a block and then ends by itself is no endless repetition, however often it did.
-
-    Args:
-        tokens: token ids of the response, without what follows its end token.
-        ended: whether the response has an end token, rather than all the tokens that it was allowed.
-        min_copies, min_tokens: see `repeated_tail`.
-    """
+    """Whether a response (its tokens up to the end token) was in a loop when it was cut off: it has not `ended` by
+    itself, and has a `repeated_tail`."""
     return not ended and repeated_tail(tokens, min_copies=min_copies, min_tokens=min_tokens) is not None
 
 
@@ -92,9 +76,6 @@ def ngram_repetition_rate(tokens: Sequence[Any], n: int = 3) -> float:
 
     On token ids, -1 times it is TRL's repetition penalty reward (`get_repetition_penalty_reward(n, -1.0)`). On the
     words of a text, `text.split()`, it is the measure of "Demystifying Long Chain-of-Thought Reasoning", Appendix C.2.
-
-    Raises:
-        ValueError: `n` < 1.
     """
     if n < 1:
         raise UserValueError(f"n must be at least 1; got {n}.")
@@ -107,11 +88,9 @@ def ngram_repetition_rate(tokens: Sequence[Any], n: int = 3) -> float:
 
 
 def compression_ratio(text: str) -> float:
-    """Bytes of the text in UTF-8 over bytes after zlib (level 9): about 2 for prose, above 10 for most loops.
-
-    Below 1 for a text of a few words, which zlib's header makes longer; 1 for none at all. Blocks that lie more than
-    32 KiB apart are not seen as equal. The third digit depends on the build of zlib.
-    """
+    """Bytes of the text in UTF-8 over bytes after zlib (level 9): about 2 for prose, above 10 for most loops, below 1
+    for a few words, 1 for none. Blocks more than 32 KiB apart are not seen as equal. The third digit depends on the
+    build of zlib."""
     raw = text.encode("utf-8", errors="surrogatepass")
     return len(raw) / len(zlib.compress(raw, 9)) if raw else 1.0
 
@@ -122,11 +101,8 @@ def _elements(tokens: Sequence[Any]) -> Sequence[Any]:
 
 
 def _self_matches(sequence: Sequence[Any], last: int) -> Iterator[tuple[int, int]]:
-    """(shift, z) for the shifts 1..last: `sequence[shift:]` begins with the same z elements as `sequence`, no more.
-
-    `left` and `right` bound the match that reaches furthest. Within it the sequence equals its own beginning, where
-    the answer is known already; elements are compared beyond `right` alone, so each of them matches once at most.
-    """
+    """(shift, z) for the shifts 1..last: `sequence[shift:]` begins with the same z elements as `sequence`, no more."""
+    # `left` and `right` bound the match that reaches furthest: inside it the answer is known already.
     length = len(sequence)
     known = [0] * (last + 1)
     left = right = 0

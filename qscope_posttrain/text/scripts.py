@@ -1,4 +1,4 @@
-"""Unicode scripts in text, and which of them identify a language.
+"""Unicode scripts in text, and the languages that they identify.
 
 A character belongs to a script if it is a letter (general category L) whose Unicode property Script names it. Digits,
 punctuation, white space, symbols and emoji never belong to one, also where Unicode assigns them (Thai digits, say).
@@ -8,8 +8,8 @@ CJK punctuation such as "，" and "。" has the script Common and is no sign of 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from functools import cache
-from typing import NoReturn
 
 import regex
 
@@ -46,35 +46,27 @@ _WRITTEN_IN = {
 }
 KANA = ("Hiragana", "Katakana")
 JAPANESE = "Katakana_Or_Hiragana"
-"""Both kana by one name, that of Unicode: the script by which a switch to Japanese is seen"""
-
+"""Unicode's name for both kana: the script by which a switch to Japanese is detected"""
 SCRIPTS_OF_LANGUAGE: dict[str, tuple[str, ...]] = {
     **{language: (script,) for script, languages in _WRITTEN_IN.items() for language in languages.split()},
     "ja": (*KANA, "Han"),
     "sr": ("Cyrillic", "Latin"),
 }
 """The scripts in which a language (ISO 639 code) is written, by their Unicode names."""
-
 # A full stop ends a sentence only before white space, so that "3.5" stays whole.
 _SENTENCE_END = regex.compile(r"(?<=[。！？｡．])|(?<=[.!?…])\s+|[\r\n]+")
 
 
 @cache
 def script_pattern(script: str) -> regex.Pattern[str]:
-    """Pattern of one letter of `script`, e.g. "Han"; "Katakana_Or_Hiragana" is either kana.
-
-    ValueError if Unicode has no such script, and for "Common" and "Inherited", the characters of all scripts.
-    """
+    """Pattern of one letter of `script`, e.g. "Han"; "Katakana_Or_Hiragana" is either kana. ValueError if Unicode has
+    no such script, and for "Common" and "Inherited", the characters of all scripts."""
     members = "".join(rf"\p{{Script={name}}}" for name in (KANA if script == JAPANESE else (script,)))
-    try:
-        # Letters only: an empty name, or one with a brace, would compile to something else.
-        well_formed = script.replace("_", "").isalpha() and script not in ("Common", "Inherited")
-        pattern = regex.compile(rf"[\p{{L}}&&[{members}]]", regex.VERSION1) if well_formed else None
-    except regex.error:
-        pattern = None
-    if pattern is None:
-        raise UserValueError(f"{script!r} is not a Unicode script; expected a name such as Han, Hangul or Cyrillic.")
-    return pattern
+    # Letters only: an empty name, or one with a brace, would compile to something else.
+    if script.replace("_", "").isalpha() and script not in ("Common", "Inherited"):
+        with suppress(regex.error):
+            return regex.compile(rf"[\p{{L}}&&[{members}]]", regex.VERSION1)
+    raise UserValueError(f"{script!r} is not a Unicode script; expected a name such as Han, Hangul or Cyrillic.")
 
 
 def contains_script(text: str, script: str) -> bool:
@@ -108,40 +100,37 @@ def has_kana(text: str) -> bool:
 
 
 def language_code(name: str) -> str:
-    """The code in `SCRIPTS_OF_LANGUAGE` for the language that a FeatureSet or a file calls `name`: "zh" for "zh-CN".
-
-    ValueError, with the known codes, if it names none.
-    """
+    """The code in `SCRIPTS_OF_LANGUAGE` for the language that a FeatureSet or a file calls `name` ("zh" for "zh-CN");
+    ValueError, with the known codes, if it names none."""
     code = name if name in SCRIPTS_OF_LANGUAGE else same_language(name, SCRIPTS_OF_LANGUAGE)
-    return code if code is not None else _unknown(name)
+    if code is None:
+        raise _unknown(name)
+    return code
 
 
 def scripts_of_name(name: str) -> tuple[str, ...]:
     """The scripts of the language that a FeatureSet or a file calls `name`; none for the name of another class."""
     code = name if name in SCRIPTS_OF_LANGUAGE else same_language(name, SCRIPTS_OF_LANGUAGE)
-    return SCRIPTS_OF_LANGUAGE[code] if code is not None else ()
+    return () if code is None else SCRIPTS_OF_LANGUAGE[code]
 
 
 def language_scripts(language: str) -> tuple[str, ...]:
     """The scripts of `language`. ValueError, with the code that was meant, if it is not in `SCRIPTS_OF_LANGUAGE`."""
-    return SCRIPTS_OF_LANGUAGE[language if language in SCRIPTS_OF_LANGUAGE else _unknown(language)]
+    if language not in SCRIPTS_OF_LANGUAGE:
+        raise _unknown(language)
+    return SCRIPTS_OF_LANGUAGE[language]
 
 
-def _unknown(language: str) -> NoReturn:
-    known = ", ".join(sorted(SCRIPTS_OF_LANGUAGE))
-    hint = language_hint(language, SCRIPTS_OF_LANGUAGE)
-    raise UserValueError(f"Unknown language {language!r}.{hint} Expected one of: {known}.")
+def _unknown(language: str) -> UserValueError:
+    known, hint = ", ".join(sorted(SCRIPTS_OF_LANGUAGE)), language_hint(language, SCRIPTS_OF_LANGUAGE)
+    return UserValueError(f"Unknown language {language!r}.{hint} Expected one of: {known}.")
 
 
 def target_script(language: str) -> str:
-    """The script by which text in `language` is recognised, e.g. "Han" for "zh", and both kana for "ja".
+    """The script by which text in `language` is recognized: "Han" for "zh", both kana for "ja" (kanji are Han).
 
-    Related languages may share it (Cyrillic: Russian and Ukrainian); SASFT detects by script alone, too. Japanese is
-    seen by its kana, not by kanji, which are Chinese characters.
-
-    Raises:
-        ValueError: the language is unknown, is written in several scripts of other languages, or in Latin letters,
-            which occur in text of every language (names, formulas, code) and say nothing.
+    Related languages may share it (Cyrillic: Russian and Ukrainian); SASFT detects by script alone, too. ValueError for
+    an unknown language, one of several scripts, or one in Latin letters, which occur in text of every language.
     """
     scripts = language_scripts(language)
     if set(KANA) <= set(scripts):
@@ -165,27 +154,18 @@ def check_source(target: str, source: str) -> None:
 
 
 def contains_language_script(text: str, target: str, source: str | None = None) -> bool:
-    """Whether `text` contains any character of the script of `target`: the switching detector of SASFT.
+    """Whether `text`, a response, contains any character of the script of `target`: the switching detector of SASFT.
 
     SASFT counts a response as switched if any single character is of the target's script (report, Eq. 24). One thing
     is added for Chinese: Han in a sentence that also contains kana is Japanese and does not count. A sentence of
-    kanji alone cannot be distinguished from Chinese and does. A switch to Japanese is any kana, whatever the source.
-
-    Args:
-        text: the response.
-        target: language code with a script of its own, e.g. "zh", or "ja".
-        source: language that the response should be in, if known.
-
-    Raises:
-        ValueError: a language is unknown, `target` has no script of its own, or `source` is written with it.
+    kanji alone cannot be distinguished from Chinese and does. A switch to Japanese is any kana. ValueError where a
+    language is unknown, `target` has no script of its own, or `source`, the response's language, is written with it.
     """
     script = target_script(target)
     if source is not None:
         check_source(target, source)
-    if not contains_script(text, script):
-        return False
     if script != "Han" or not has_kana(text):
-        return True
+        return contains_script(text, script)
     return any(contains_script(sentence, script) and not has_kana(sentence) for sentence in sentences(text))
 
 

@@ -1,4 +1,4 @@
-"""Which entries of a vocabulary write a script, also where a tokenizer cuts characters into bytes."""
+"""Find the entries of a vocabulary that write a script, also where a tokenizer cuts characters into bytes."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ _BYTE_TOKEN = regex.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def script_token_ids(tokenizer: PreTrainedTokenizerBase, script: str) -> Tensor:
-    """Ids of the vocabulary entries that write `script`, e.g. "Han", ascending.
+    """Find the ids of the vocabulary entries that write `script`, e.g. "Han", ascending.
 
     An entry belongs to the script if it contains a whole letter of it, or if it ends within one: its last bytes are
     the beginning of the UTF-8 encoding of a letter of the script, with a lead byte that occurs in the script's main
     Unicode block. The lead bytes are E4..E9 for Han, D0..D3 for Cyrillic, EA..ED for Hangul. The main block keeps out
     the byte E3, which begins rare ideographs but nearly always means kana or CJK punctuation. Where scripts share a
-    lead byte (E0: Thai and all scripts of India), that byte alone belongs to each of them. Only kana ask for two bytes
-    (E3 81 to E3 83): E3 alone begins CJK punctuation as well, which Chinese text is full of.
-
-    Bytes that only continue a character (80..BF) are the same for all scripts and never decide: a switch to the
-    script shows at its lead byte.
+    lead byte (E0: Thai and all scripts of India), that byte alone belongs to each of them. Only kana need two bytes
+    (E3 81 to E3 83): E3 alone begins CJK punctuation as well. Bytes that only continue a character (80..BF) are the
+    same for all scripts and never decide.
 
     Args:
         tokenizer: byte-level BPE (Qwen, Llama 3, GPT-2), or one whose entries are text, with or without single-byte
@@ -44,26 +42,23 @@ def script_token_ids(tokenizer: PreTrainedTokenizerBase, script: str) -> Tensor:
 
     Returns:
         int64 `[entries]` on the CPU; empty if the vocabulary cannot write the script. Special tokens are never in it.
-
-    Raises:
-        ValueError: Unicode has no such script, or no block of its name.
     """
-    _beginnings(script)
-    return torch.tensor(
-        sorted(
-            index
-            for index, entry in _entries(tokenizer)
-            if (contains_script(entry, script) if isinstance(entry, str) else _bytes_write(entry, script))
-        ),
-        dtype=torch.int64,
-    )
+    _beginnings(script)  # also where no entry asks for them: an unknown script is an error
+    found = [
+        index
+        for index, entry in _entries(tokenizer)
+        if (contains_script(entry, script) if isinstance(entry, str) else _bytes_write(entry, script))
+    ]
+    return torch.tensor(sorted(found), dtype=torch.int64)
 
 
 def _entries(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, str | bytes]]:
     """Id and content of every entry that is not special: bytes where the tokenizer works on bytes, else text."""
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
-    byte_level = _is_byte_level(tokenizer)
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    # In the GPT-2 alphabet of bytes these three are one Han character.
+    byte_level = decoder is not None and decoder.decode(["ä½ł"]) == "你"
     for piece, index in tokenizer.get_vocab().items():
         if index in special:
             continue
@@ -77,19 +72,10 @@ def _entries(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, str | by
             yield index, piece
 
 
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether vocabulary entries are bytes in the GPT-2 alphabet: then its decoder reads "ä½ł" as one Han character."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = getattr(backend, "decoder", None)
-    return decoder is not None and decoder.decode(["ä½ł"]) == "你"
-
-
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """The byte behind each of the 256 characters in which GPT-2 writes bytes.
-
-    Printable Latin-1 characters stand for themselves; the other bytes, in order, are the characters from U+0100 on.
-    """
+    """The byte behind each of the 256 characters in which GPT-2 writes bytes: printable Latin-1 characters stand for
+    themselves; the other bytes, in order, are the characters from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}

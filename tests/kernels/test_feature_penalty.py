@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qscope_posttrain.kernels.penalty import _feature_penalty, _penalty_gradient, feature_penalty
-from qscope_posttrain.kernels.readout import _feature_preactivations, feature_preactivations, input_gradient
+from qscope_posttrain.kernels.penalty import (
+    _feature_penalty,
+    _feature_preactivations,
+    _penalty_gradient,
+    feature_penalty,
+    feature_preactivations,
+    input_gradient,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(11, 1, 32), (7, 16, 33), (1030, 3, 8), (5, 64, 20), (0, 3, 8), (6, 0, 8)]

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from qscope_posttrain.kernels.decode import _sparse_decode, _values_gradient, _weight_gradient
-from qscope_posttrain.kernels.penalty import _feature_penalty, _penalty_gradient
-from qscope_posttrain.kernels.readout import _feature_preactivations, input_gradient
+from qscope_posttrain.kernels.penalty import (
+    _feature_penalty,
+    _feature_preactivations,
+    _penalty_gradient,
+    input_gradient,
+)
 from qscope_posttrain.kernels.statistics import _feature_statistics_
 from qscope_posttrain.kernels.steering import _steer_add
 
@@ -28,7 +32,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_sparse_decode(triton_device, dtype, with_bias):
-    from qscope_posttrain.kernels.triton.decode import dot_rows, sum_rows
+    from qscope_posttrain.kernels.triton.decode import dot_rows_, sum_rows
 
     tokens, width, d_sae, d_model = 5, 19, 13, 21
     values, table = normal(tokens, width, dtype=dtype), normal(d_sae, d_model, dtype=dtype, seed=1)
@@ -39,7 +43,9 @@ def test_sparse_decode(triton_device, dtype, with_bias):
     b = None if bias is None else bias.to(triton_device)
     found = sum_rows(v.flatten(), i.flatten(), t, segments=tokens, bias=b)
     assert_close(found, _sparse_decode(values, indices, table, bias))
-    assert_close(dot_rows(g, i, t), _values_gradient(gradient, indices, table))
+    dots = torch.empty_like(v)
+    dot_rows_(dots, g, i, t)
+    assert_close(dots, _values_gradient(gradient, indices, table))
     features, order = i.flatten().sort(stable=True)
     bounds = torch.searchsorted(features, torch.arange(d_sae + 3, dtype=torch.int32, device=triton_device))
     found = sum_rows(v.flatten()[order], order // width, g, segments=d_sae + 2, starts=bounds)
@@ -67,7 +73,7 @@ def test_strided_and_expanded_biases_are_read_right(triton_device, column):
 @pytest.mark.parametrize("d_model", [1, 21, 600])
 def test_chosen_preactivations(triton_device, dtype, d_model):
     """Entries in their ranges within the error that the proof in `certified` allows; no other is touched."""
-    from qscope_posttrain.kernels.triton.decode import chosen_preactivations_
+    from qscope_posttrain.kernels.triton.decode import dot_rows_
 
     tokens, width, d_sae = 9, 37, 40
     x, W_enc = normal(tokens, d_model), normal(d_sae, d_model, dtype=dtype, seed=1)
@@ -76,7 +82,7 @@ def test_chosen_preactivations(triton_device, dtype, d_model):
     first = torch.tensor([0, 0, 3, 16, 17, 30, 36, 5, 20], dtype=torch.int32)
     last = torch.tensor([37, 0, 40, 32, 17, 31, 37, 4, 37], dtype=torch.int32)
     out = torch.full((tokens, width), 99.0, device=triton_device)
-    chosen_preactivations_(out, *(tensor.to(triton_device) for tensor in (x, W_enc, b_enc, indices, first, last)))
+    dot_rows_(out, *(tensor.to(triton_device) for tensor in (x, indices, W_enc, b_enc, first, last)))
     place = torch.arange(width)
     inside = (place >= first[:, None]) & (place < last[:, None])
     assert bool((out.cpu()[~inside] == 99).all())
@@ -99,7 +105,7 @@ def test_sparse_decode_of_nothing(triton_device):
     ("tokens", "features", "d_model"), [(1, 1, 16), (37, 16, 70), (33, 65, 20), (0, 3, 8), (4, 0, 8)]
 )
 def test_readout_and_back(triton_device, dtype, tokens, features, d_model):
-    from qscope_posttrain.kernels.triton.readout import preactivations, spread
+    from qscope_posttrain.kernels.triton.penalty import preactivations, spread
 
     x, rows, bias = normal(2 * tokens, d_model, dtype=dtype)[::2], normal(features, d_model, seed=1), normal(features)
     on_device = [tensor.to(triton_device) for tensor in (x, rows, bias)]
@@ -116,8 +122,7 @@ def test_readout_and_back(triton_device, dtype, tokens, features, d_model):
 @pytest.mark.parametrize("with_weights", [True, False])
 @pytest.mark.parametrize(("tokens", "features", "d_model"), [(37, 3, 70), (33, 70, 20), (0, 3, 8)])
 def test_penalty(triton_device, dtype, with_weights, tokens, features, d_model):
-    from qscope_posttrain.kernels.triton.penalty import feature_penalty
-    from qscope_posttrain.kernels.triton.readout import spread_active
+    from qscope_posttrain.kernels.triton.penalty import feature_penalty, spread
 
     generator = torch.Generator().manual_seed(1)
     x, rows, bias = normal(tokens, d_model, dtype=dtype), normal(features, d_model, seed=1), normal(features)
@@ -133,7 +138,7 @@ def test_penalty(triton_device, dtype, with_weights, tokens, features, d_model):
     assert torch.equal(found[2].cpu(), expected[2])
     assert torch.equal(found[3].cpu(), expected[3])
     gradient = normal(features, seed=5)
-    back = spread_active(gradient.to(triton_device), found[3], moved[6], moved[1], dtype)
+    back = spread(found[3], moved[1], dtype, gradient.to(triton_device), moved[6])
     assert_close(back, _penalty_gradient(gradient, expected[3], weights, rows, dtype))
 
 
@@ -195,8 +200,7 @@ def test_steering(triton_device, dtype):
 
 def test_offsets_beyond_int32(triton_device):
     """Rows 2**31 elements apart. Of the memory between them no page is ever touched."""
-    from qscope_posttrain.kernels.triton.penalty import feature_penalty
-    from qscope_posttrain.kernels.triton.readout import preactivations
+    from qscope_posttrain.kernels.triton.penalty import feature_penalty, preactivations
     from qscope_posttrain.kernels.triton.steering import steer_add
 
     far = torch.empty(2, 2**31 + 8, dtype=torch.bfloat16, device=triton_device)[:, :8]

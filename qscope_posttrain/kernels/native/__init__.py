@@ -28,7 +28,7 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 def enabled() -> bool:
-    """Whether the compiled functions are wanted (QSCOPE_NATIVE is not "0") and there."""
+    """Whether the compiled functions are wanted (QSCOPE_NATIVE is not "0") and available."""
     return os.environ.get("QSCOPE_NATIVE", "1") != "0" and library() is not None
 
 
@@ -82,11 +82,8 @@ def _in_threads(work: Callable[[int, int], None], rows: int) -> None:
 
 def _function(name: str, *kinds: int) -> Callable[..., None]:
     """A function of the library; `kinds` counts its arguments: pointers, integers, pointers, integers .."""
-    function = getattr(library(), name)
-    pairs = enumerate(kinds)
-    function.argtypes = [
-        ctypes.c_int64 if place % 2 else ctypes.c_void_p for place, count in pairs for _ in range(count)
-    ]
+    function, types = getattr(library(), name), (ctypes.c_void_p, ctypes.c_int64)
+    function.argtypes = [types[place % 2] for place, count in enumerate(kinds) for _ in range(count)]
     function.restype = None
     return function
 

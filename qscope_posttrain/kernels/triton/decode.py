@@ -94,35 +94,22 @@ def sum_rows(
     return out
 
 
-def dot_rows(gradient: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """`gradient[t] . table[indices[t, j]]`, `[T, w]` in the dtype of `table`."""
-    out = table.new_empty(indices.shape)
-    _launch_dots(out, gradient, indices, table, None, None, None)
-    return out
-
-
-def chosen_preactivations_(
-    out: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, first: Tensor, last: Tensor
-) -> None:
-    """`out[t, j] = x[t] . W_enc[indices[t, j]] + b_enc[..]` for `first[t] <= j < last[t]`, in place; one launch.
+def dot_rows_(
+    out: Tensor, x: Tensor, indices: Tensor, table: Tensor, bias: Tensor | None = None,
+    first: Tensor | None = None, last: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`out[t, j] = x[t] . table[indices[t, j]] + bias[indices[t, j]]`, in place, in one launch.
 
     Args:
-        out: `[T, w]` fp32, contiguous; other entries are left as they are.
+        out, indices: `[T, w]`; `out` is contiguous.
         x: `[T, D]`.
-        W_enc, b_enc: `[S, D]` and `[S]`, at most fp32: products and sums are in fp32.
-        indices: `[T, w]`.
-        first, last: `[T]`, integers.
+        table, bias: `[S, D]` and `[S]`; products and sums are in fp32, or fp64 where the table is.
+        first, last: `[T]`, integers: other entries than `first[t] <= j < last[t]` are left as they are.
     """
-    _launch_dots(out, x, indices, W_enc, b_enc.contiguous(), first.contiguous(), last.contiguous())
-
-
-def _launch_dots(
-    out: Tensor, x: Tensor, indices: Tensor, table: Tensor,
-    bias: Tensor | None, first: Tensor | None, last: Tensor | None,
-) -> None:  # fmt: skip
     tokens, width = indices.shape
     if out.numel() == 0:
         return
+    bias, first, last = (None if part is None else part.contiguous() for part in (bias, first, last))
     with torch.cuda.device_of(table):
         _dot_rows[(tokens, triton.cdiv(width, ENTRIES))](
             x.contiguous(), indices.contiguous(), table.contiguous(), bias, first, last, out, width, table.shape[1],

@@ -64,9 +64,7 @@ def _merge(
 
 def merge_(values: Tensor, indices: Tensor, filled: int, pre: Tensor, offset: int, bias: Tensor | None = None) -> None:
     """As `kernels.select.merge_`, but the k entries are left in the order of their indices; adds `bias` [n] to `pre`.
-
-    No host synchronisation; one launch per 8192 features.
-    """
+    One launch per 8192 features, and no synchronization."""
     rows, k = values.shape
     wide = values.dtype == torch.float64
     for start in range(0, pre.shape[1], BLOCK):

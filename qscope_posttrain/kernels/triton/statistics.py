@@ -29,20 +29,13 @@ def _statistics(
         tl.atomic_max(maximum + at, value.to(maximum.dtype.element_ty), mask=live)
 
 
-def feature_statistics_(
-    values: Tensor,
-    indices: Tensor,
-    groups: Tensor,
-    activation_sum: Tensor | None,
-    firing_count: Tensor | None,
-    maximum: Tensor | None,
-) -> None:
-    """See `kernels.statistics`."""
-    d_sae = next(sums.shape[1] for sums in (activation_sum, firing_count, maximum) if sums is not None)
+def feature_statistics_(values: Tensor, indices: Tensor, groups: Tensor, *sums: Tensor | None) -> None:
+    """See `kernels.statistics`; `sums` are activation_sum, firing_count and maximum."""
+    d_sae = next(tensor.shape[1] for tensor in sums if tensor is not None)
+    has_sum, has_count, has_maximum = (tensor is not None for tensor in sums)
     with torch.cuda.device_of(values):
         _statistics[(triton.cdiv(values.numel(), BLOCK),)](
-            values.contiguous(), indices.contiguous(), groups.contiguous(), activation_sum, firing_count, maximum,
-            values.numel(), values.shape[1], d_sae,
-            HAS_SUM=activation_sum is not None, HAS_COUNT=firing_count is not None, HAS_MAXIMUM=maximum is not None,
+            values.contiguous(), indices.contiguous(), groups.contiguous(), *sums, values.numel(), values.shape[1],
+            d_sae, HAS_SUM=has_sum, HAS_COUNT=has_count, HAS_MAXIMUM=has_maximum,
             WIDE=tl.float64 if values.dtype == torch.float64 else tl.float32, BLOCK=BLOCK,
         )  # fmt: skip
