@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.analyze_inputs import add_options, collect, read_benchmarks, read_performance
 from qscope_posttrain.cli.options import OptionParser
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
     options = _parser().parse(arguments)
+    require_extra("analysis", "report")
     {"redundancy": redundancy, "overlap": overlap}[options.action](options)
     return 0
 

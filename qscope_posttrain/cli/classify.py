@@ -22,7 +22,7 @@ from qscope_posttrain.cli.classify_data import (
 )
 from qscope_posttrain.cli.classify_data import column as column_of
 from qscope_posttrain.cli.options import OptionParser, add_model_options
-from qscope_posttrain.errors import UserValueError, library_refusals
+from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -32,6 +32,7 @@ FILE_NAME = "classifier.safetensors"
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
     options = _parser().parse(arguments)
+    require_extra("analysis", *(["report"] if options.action == "report" else []))
     {"fit": fit, "predict": predict, "report": report}[options.action](options)
     return 0
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.errors import require_extra
 from qscope_posttrain.files import read_text
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -48,6 +49,7 @@ def rank(options: argparse.Namespace) -> None:
     from qscope_posttrain.features.contrastive import rank_response_features
     from qscope_posttrain.residual.layers import decoder_layers
 
+    require_extra("analysis")
     output = writable_folder(options.output)
     response = _text(options.response, options.response_file, "response")
     prompt = _text(options.prompt, options.prompt_file, "prompt") if options.prompt or options.prompt_file else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.endpoint_options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import add_model_options
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -29,6 +29,7 @@ def explain(options: argparse.Namespace) -> None:
     from qscope_posttrain.features.find import load_sae
     from qscope_posttrain.residual.layers import decoder_layers
 
+    require_extra("report")
     check_endpoint_options(options)
     output = writable_folder(options.output)
     templates = explain_templates(options.templates)
@@ -87,6 +88,8 @@ def tokens(options: argparse.Namespace) -> None:
 
     if (options.text is None) == (options.texts is None):
         raise UserValueError("give --text, words on the command line, or --texts, a file.")
+    if options.html is not None:
+        require_extra("report")
     texts = options.text or read_text_list(options.texts, options.max_texts)
     features = _feature_set(options.features).select(options.language, options.layer, options.top)
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, load_tokenizer, parse_layers, read_prompts, template_options
 from qscope_posttrain.cli.options import add_model_options
-from qscope_posttrain.errors import UserError, UserValueError
+from qscope_posttrain.errors import UserError, UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 from qscope_posttrain.report.tables import Table
@@ -35,6 +35,8 @@ def find_repetition(options: argparse.Namespace) -> None:
         raise UserValueError("find-repetition runs in one process; start it without a launcher.")
     if options.prompts is None and options.loops is None:
         raise UserValueError("give --prompts, to sample on, or --loops, completions that are there already.")
+    if options.prompts is not None and options.curve:
+        require_extra("report")  # for the figures of the steering curve
     output = writable_folder(options.output)
     chat: dict[str, Any] = {
         "chat": options.chat,

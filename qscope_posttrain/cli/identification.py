@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.inputs import read_texts
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.text.language_labels import language_hint
 
@@ -63,6 +63,7 @@ def identification_texts(identify: str, folder: str | None, target: str) -> dict
             "--identify words learns words from text: give --identify-texts, a folder of <language>.txt with text of "
             "the target and of every language of the prompts."
         )
+    require_extra("analysis")
     texts = read_texts(folder)
     if target not in texts:
         raise UserValueError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import choose_device, load_config, load_model, parse_layers, read_texts
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.errors import require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -26,6 +27,8 @@ HARMLESS = ("tuning",)
 
 def check(options: argparse.Namespace) -> int:
     """Print what the SAEs are and how they fit; status 1 where the figures show that something is wrong."""
+    if options.output is not None:
+        require_extra("report")
     output = None if options.output is None else writable_folder(options.output)
     texts = None if options.texts is None else read_texts(options.texts, options.max_texts)
     d_model, depth = _shape(options.model, options.revision)

@@ -11,7 +11,7 @@ from qscope_posttrain.cli.config_arguments import arguments_of, config_from
 from qscope_posttrain.cli.inputs import load_config, load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.features.stream_config import StreamConfig
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
@@ -106,6 +106,7 @@ def train(recipe: SAERecipe) -> None:
     from qscope_posttrain.residual.layers import decoder_layers
 
     own = recipe.arguments
+    require_extra("report")
     output = writable_folder(own.output)
     _join_processes(own)
     texts = own.texts if own.texts is not None else _dataset(own)

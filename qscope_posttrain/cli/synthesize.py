@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.endpoint_options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_text_list
 from qscope_posttrain.cli.options import OptionParser, add_model_options
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 
@@ -41,6 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     from qscope_posttrain.synthesis.relevance import write_relevance
 
     options = _parser().parse(arguments)
+    require_extra("analysis", "report")
     check_endpoint_options(options)
     settings = _settings(options)
     output = writable_folder(options.output)

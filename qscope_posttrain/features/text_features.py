@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.features.accumulator import calibrate, calibration_sample, layer_rows, process_rank
 from qscope_posttrain.features.batches import (
     Text,
@@ -109,8 +109,10 @@ def collect_text_features(
         {layer: TextFeatures}, rows in the order of `texts`.
 
     Raises:
+        ImportError: scipy is missing.
         TypeError, ValueError: no texts, an unknown pooling, a layer out of range, an SAE of another width.
     """
+    require_extra("analysis")
     if pooling not in get_args(Pooling):
         raise UserValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}.")
     check_texts({"texts": texts})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.summary import writable_folder, write_text
 from qscope_posttrain.report.tables import Table
 
@@ -97,8 +97,10 @@ def write_html(
         facts: Small print at the end: versions, machine, settings.
 
     Raises:
+        ImportError: jinja2, markdown-it-py or matplotlib is missing.
         ValueError: the file cannot be written, or an example names an unknown script.
     """
+    require_extra("report")
     target = Path(path)
     writable_folder(target.parent)
     page = _environment().get_template("report.html.jinja")

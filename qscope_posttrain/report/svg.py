@@ -10,6 +10,8 @@ import re
 import warnings
 from typing import Any
 
+from qscope_posttrain.errors import require_extra
+
 INK = "#010203"
 """Stands for the text colour while matplotlib draws; replaced by currentColor in the SVG."""
 
@@ -40,6 +42,7 @@ _STYLE: Any = {
 
 def draw_svg(draw: Any, width: float, height: float) -> str:
     """Draw on fresh axes of `width` x `height` inches and return the SVG element."""
+    require_extra("report")
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
