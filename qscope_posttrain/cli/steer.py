@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.inputs import load_model, read_prompts, sampling_settings, template_options
 from qscope_posttrain.cli.options import OptionParser, add_model_options
 from qscope_posttrain.cli.steer_curve import add_curve_options, check_curve_options, run_curve
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -31,6 +31,8 @@ def run(arguments: Sequence[str]) -> int:
     from qscope_posttrain.residual.steering import steer
 
     options = _parser().parse(arguments)
+    if options.curve is not None and options.output is not None:
+        require_extra("report")
     output = None if options.output is None else writable_folder(options.output)
     prompts = {"all": options.prompt} if options.prompt else read_prompts(options.prompts, language="all")
     chat_options = template_options(options.chat_template_options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, read_prompts, read_text_list, template_options
 from qscope_posttrain.cli.options import given_options
-from qscope_posttrain.errors import UserValueError, require_extra
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -24,8 +24,6 @@ def run_curve(options: argparse.Namespace, features: FeatureSet, settings: Sampl
     """Measure the curve, print its table, and write `summary.json`, `curve.svg` and `report.html` where asked."""
     from qscope_posttrain.evaluation.dose_curve import FEATURE, dose_curve
 
-    if options.output is not None:
-        require_extra("report")
     effect = _effect(options)
     prompts = options.prompt or [p for group in read_prompts(options.prompts, language="all").values() for p in group]
     texts = [] if options.other_texts is None else read_text_list(options.other_texts, options.max_other_texts)
