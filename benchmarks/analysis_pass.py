@@ -25,8 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qscope_posttrain.evaluation.benchmarks.feature_sets import collect_item_features
-from qscope_posttrain.evaluation.benchmarks.items import BenchmarkItems
+from qscope_posttrain.analysis.benchmarks.feature_sets import collect_item_features
+from qscope_posttrain.analysis.benchmarks.items import BenchmarkItems
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.activations import TopK

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from qscope_posttrain.evaluation.classifier.examples import Examples, collect_examples
-from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
-from qscope_posttrain.evaluation.classifier.methods import all_methods, methods_named
-from qscope_posttrain.evaluation.classifier.report import CURVES, TRANSFER, draw_interval, make_report
+from qscope_posttrain.analysis.classifier.examples import Examples, collect_examples
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
+from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+from qscope_posttrain.analysis.classifier.report import CURVES, TRANSFER, draw_interval, make_report
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.progress import status

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from qscope_posttrain.kernels import feature_penalty
+from qscope_posttrain.models.capture import LayerCapture
+from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.capture import LayerCapture
-from qscope_posttrain.residual.steering import Steering, steer
 
 SIZES = {
     "1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},

@@ -29,8 +29,8 @@ import numpy as np
 import yaml
 from own_order import correct_orders
 
+from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.cli.main import main as qscope
-from qscope_posttrain.evaluation.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.testbed.cache import Cache, default_cache_folder
 from qscope_posttrain.testbed.config import TestbedConfig
 from qscope_posttrain.testbed.dictionaries import make_dictionaries

@@ -22,9 +22,9 @@ from sasft_overhead import LANGUAGES, VARIANTS, build_features, build_model, par
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
+from qscope_posttrain.sft.callback import penalty_layers
 from qscope_posttrain.sft.config import SASFTConfig
 from qscope_posttrain.sft.loss import normalise
-from qscope_posttrain.sft.penalty import penalty_layers
 
 REPETITIONS = 20
 

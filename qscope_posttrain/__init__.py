@@ -16,10 +16,10 @@ _HOME = {
     "FeatureSet": "qscope_posttrain.features.feature_set",
     "SAETrainingConfig": "qscope_posttrain.sae.training",
     "train_saes": "qscope_posttrain.sae.training",
-    "train_saes_on_text": "qscope_posttrain.features.sae_training",
-    "find_language_features": "qscope_posttrain.features.find",
-    "find_repetition_features": "qscope_posttrain.features.find_repetition",
-    "measure_sae": "qscope_posttrain.features.sae_quality",
+    "train_saes_on_text": "qscope_posttrain.sae.training.run",
+    "find_language_features": "qscope_posttrain.features.find.language",
+    "find_repetition_features": "qscope_posttrain.features.find.repetition",
+    "measure_sae": "qscope_posttrain.sae.quality.measure",
     "SASFTCallback": "qscope_posttrain.sft.callback",
     "TokenPenaltyCallback": "qscope_posttrain.sft.baselines",
     "KLAnchorCallback": "qscope_posttrain.sft.baselines",
@@ -27,9 +27,9 @@ _HOME = {
     "SteeredGRPOTrainer": "qscope_posttrain.rl.trainer",
     "pack_with_languages": "qscope_posttrain.sft.packing",
     "sasft_loss": "qscope_posttrain.sft.loss",
-    "Steering": "qscope_posttrain.residual.steering",
-    "Window": "qscope_posttrain.residual.positions",
-    "steer": "qscope_posttrain.residual.steering",
+    "Steering": "qscope_posttrain.models.steering",
+    "Window": "qscope_posttrain.models.positions",
+    "steer": "qscope_posttrain.models.steering",
     "evaluate_code_switching": "qscope_posttrain.evaluation.code_switching",
     "evaluate_repetition": "qscope_posttrain.evaluation.repetition",
 }
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
     from qscope_posttrain.evaluation.code_switching import evaluate_code_switching as evaluate_code_switching
     from qscope_posttrain.evaluation.repetition import evaluate_repetition as evaluate_repetition
     from qscope_posttrain.features.feature_set import FeatureSet as FeatureSet
-    from qscope_posttrain.features.find import find_language_features as find_language_features
-    from qscope_posttrain.features.find_repetition import find_repetition_features as find_repetition_features
-    from qscope_posttrain.features.sae_quality import measure_sae as measure_sae
-    from qscope_posttrain.features.sae_training import train_saes_on_text as train_saes_on_text
-    from qscope_posttrain.residual.positions import Window as Window
-    from qscope_posttrain.residual.steering import Steering as Steering
-    from qscope_posttrain.residual.steering import steer as steer
+    from qscope_posttrain.features.find.language import find_language_features as find_language_features
+    from qscope_posttrain.features.find.repetition import find_repetition_features as find_repetition_features
+    from qscope_posttrain.models.positions import Window as Window
+    from qscope_posttrain.models.steering import Steering as Steering
+    from qscope_posttrain.models.steering import steer as steer
     from qscope_posttrain.rl.config import SteeredGRPOConfig as SteeredGRPOConfig
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer as SteeredGRPOTrainer
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder as SparseAutoencoder
+    from qscope_posttrain.sae.quality.measure import measure_sae as measure_sae
     from qscope_posttrain.sae.training import SAETrainingConfig as SAETrainingConfig
     from qscope_posttrain.sae.training import train_saes as train_saes
+    from qscope_posttrain.sae.training.run import train_saes_on_text as train_saes_on_text
     from qscope_posttrain.sft.baselines import KLAnchorCallback as KLAnchorCallback
     from qscope_posttrain.sft.baselines import TokenPenaltyCallback as TokenPenaltyCallback
     from qscope_posttrain.sft.callback import SASFTCallback as SASFTCallback

@@ -15,6 +15,7 @@ import lzma
 import os
 import stat
 import sys
+import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from safetensors import SafetensorError
+
+from qscope_posttrain.errors import UserFileNotFoundError, UserOSError, UserValueError
 
 _BYTE_ORDER_MARKS = {
     b"\xff\xfe\0\0": "utf-32",
@@ -217,3 +220,31 @@ def _fault(rest: str) -> str:
 
 def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; when the block ends well, that file is flushed to disk and becomes `path`.
+
+    When the block raises, the unfinished file is removed and `path` is as it was.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: the file cannot be written, with the reason.
+    """
+    if not path.parent.is_dir():
+        raise UserFileNotFoundError(f"cannot write '{path}': the folder '{path.parent}' does not exist.")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserOSError(f"cannot write '{path}' ({error.strerror or error}).") from error
+    except SafetensorError as error:  # also what is wrong with the tensors
+        if "I/O error" not in str(error):
+            raise
+        raise UserOSError(f"cannot write '{path}' ({error}).") from error
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Where a result came from: package versions, the machine, fingerprints of files, texts and models.
 
-Every artefact of the package (feature sets, caches, summaries) carries these, so that a reader can tell two results
-apart and a cache can tell when it is stale. Nothing here imports torch at module level.
+Every artefact of the package (feature sets, caches, summaries) carries these, so that a reader can distinguish two
+results and a cache knows when it is stale. Nothing here imports torch at module level.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.files import check_is_file
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 RECORDED_PACKAGES = (
     "qscope-posttrain",
@@ -166,7 +169,7 @@ _SKETCH_ROWS, _SKETCH_WIDTH = 64, 8
 
 
 def embedding_sketch(model: Any, rows: int | None = None) -> dict[str, Any] | None:
-    """64 rows of the input embedding, spread over the vocabulary, each as 8 numbers: enough to tell models apart.
+    """64 rows of the input embedding, spread over the vocabulary, each as 8 numbers: enough to distinguish models.
 
     The mean over the rows is taken away, each row is projected on 8 fixed directions of signs of its own, and what is
     left is brought to length 1. So another dtype, adapters, tokens added at the end and fine-tuning change it little,
@@ -261,3 +264,47 @@ def _without_wrappers(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> None:
+    """Compare with what a resumed checkpoint was trained with, and record it for the checkpoints to come.
+
+    The record lies in `TrainerState.stateful_callbacks`, hence in each checkpoint's trainer_state.json, but not as an
+    `ExportableState`: transformers would rebuild such a callback from JSON, unattached.
+
+    Raises:
+        ValueError: the checkpoint was trained with other settings or features, or without them.
+    """
+    records: Any = state.stateful_callbacks
+    stored = records.get(key)
+    if state.global_step > 0:
+        if stored is None:
+            raise UserValueError(
+                f"The checkpoint at step {state.global_step} was trained without {key}, or before it recorded its "
+                "settings. A resumed run must have the same losses: start a new run from the checkpoint's weights "
+                "instead, or resume without it."
+            )
+        found = stored["attributes"]
+        different = _differences(found, identity)
+        if different:
+            raise UserValueError(
+                f"The checkpoint at step {state.global_step} was trained with other settings of {key}: "
+                f"{'; '.join(different)}. Resume with the same settings and features, or start a new run."
+            )
+    records[key] = {"args": {}, "attributes": identity}
+
+
+def _differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for name in sorted({*stored} & {*current}):
+        before, now = stored[name], current[name]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            lines += _differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            lines.append(f"{prefix}{name} was {before!r}, is {now!r}")
+    # Without negatives, for example, a run has none of their settings: their values would hide the one that matters.
+    alone = [name for name, value in sorted({**stored, **current}.items()) if value is not None]
+    alone = [f"{prefix}{name}" for name in alone if name not in stored or name not in current]
+    if alone:
+        lines.append(f"only one of the two has {', '.join(alone)}")
+    return lines

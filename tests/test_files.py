@@ -16,17 +16,17 @@ import pytest
 from datasets import disable_progress_bars
 
 import qscope_posttrain
+from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
+from qscope_posttrain.analysis.benchmarks.performance import read_scores
 from qscope_posttrain.cli.evaluate_safety import read_safety_prompts
 from qscope_posttrain.cli.inputs import read_prompts, read_text_list, read_texts
 from qscope_posttrain.endpoint.templates import PromptTemplates
 from qscope_posttrain.errors import UserError
-from qscope_posttrain.evaluation.benchmarks.items import ItemSource, read_items
-from qscope_posttrain.evaluation.benchmarks.performance import read_scores
-from qscope_posttrain.features.explanation_file import read_explanations
-from qscope_posttrain.features.text_source import FileSource
+from qscope_posttrain.features.explain.explanation_file import read_explanations
 from qscope_posttrain.files import check_is_file, read_lines, read_text
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.sae.containers import json_file
+from qscope_posttrain.sae.training.text_stream import FileSource
 from qscope_posttrain.synthesis.relevance import read_relevance
 from qscope_posttrain.testbed.corpus import load_files
 from qscope_posttrain.text.data_sets import read_file

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,53 @@ def test_every_public_name_resolves(name):
 def test_unknown_name_lists_what_exists():
     with pytest.raises(AttributeError, match="SASFTCallback"):
         qp.no_such_name  # noqa: B018
+
+
+ROOMS = [
+    "kernels",
+    "text",
+    "report",
+    "models",
+    "sae",
+    "endpoint",
+    "features",
+    "sft",
+    "rl",
+    "evaluation",
+    "analysis",
+    "synthesis",
+    "integrations",
+    "testbed",
+    "cli",
+]
+"""The folders of the package; each imports only from those before it (and the top files, which import none of them)."""
+
+
+def _arrows() -> list[tuple[str, str, str]]:
+    root = Path(qp.__file__).parent
+    found = []
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        room = parts[0] if len(parts) > 1 else ""
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                target = name.split(".")
+                if target[0] == "qscope_posttrain" and len(target) > 1 and (root / target[1]).is_dir():
+                    found.append((str(file.relative_to(root)), room, target[1]))
+    return found
+
+
+def test_imports_point_one_way():
+    arrows = _arrows()
+    assert {room for _, room, _ in arrows if room} | {target for *_, target in arrows} <= set(ROOMS)
+    wrong = [
+        f"{file} imports {target}"
+        for file, room, target in arrows
+        if file not in ("__init__.py", "__main__.py") and (not room or ROOMS.index(target) > ROOMS.index(room))
+    ]
+    assert not wrong

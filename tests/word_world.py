@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from qscope_posttrain.features.explanation import Explanation
-from qscope_posttrain.features.explanation_file import write_explanations
+from qscope_posttrain.features.explain.explanation import Explanation
+from qscope_posttrain.features.explain.explanation_file import write_explanations
 from qscope_posttrain.sae.activations import ReLU
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

@@ -11,8 +11,8 @@ import torch
 from benchmarks.experiments.recipe import SwitchingCell
 from qscope_posttrain.evaluation.span_identification import SpanIdentifier, fit_span_identifier
 from qscope_posttrain.evaluation.switch_detector import ScriptDetector, SwitchDetector
+from qscope_posttrain.models.generation import Sample
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.residual.sampling import Sample
 from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.cache import open_cache
 from qscope_posttrain.testbed.config import TestbedConfig

@@ -27,11 +27,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def redundancy(options: argparse.Namespace) -> None:
     """R-hat and coverage of every benchmark; with per-item correctness R, and how the two go together."""
-    from qscope_posttrain.evaluation.benchmarks import tables
-    from qscope_posttrain.evaluation.benchmarks.agreement import redundancy_agreement
-    from qscope_posttrain.evaluation.benchmarks.performance import performance_redundancy
-    from qscope_posttrain.evaluation.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.evaluation.benchmarks.report_page import agreement_figure, redundancy_section
+    from qscope_posttrain.analysis.benchmarks import tables
+    from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
+    from qscope_posttrain.analysis.benchmarks.performance import performance_redundancy
+    from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
+    from qscope_posttrain.analysis.benchmarks.report_page import agreement_figure, redundancy_section
 
     output = writable_folder(options.output)
     benchmarks = read_benchmarks(options)
@@ -78,12 +78,12 @@ def redundancy(options: argparse.Namespace) -> None:
 
 def overlap(options: argparse.Namespace) -> None:
     """Overlaps of all pairs, nearest benchmarks, a recommendation; with scores, how overlap and performance agree."""
-    from qscope_posttrain.evaluation.benchmarks import tables
-    from qscope_posttrain.evaluation.benchmarks.agreement import similarity_agreement
-    from qscope_posttrain.evaluation.benchmarks.overlap import measure_overlap
-    from qscope_posttrain.evaluation.benchmarks.recommendation import recommend
-    from qscope_posttrain.evaluation.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.evaluation.benchmarks.report_page import overlap_results, overlap_section
+    from qscope_posttrain.analysis.benchmarks import tables
+    from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
+    from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
+    from qscope_posttrain.analysis.benchmarks.recommendation import recommend
+    from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
+    from qscope_posttrain.analysis.benchmarks.report_page import overlap_results, overlap_section
 
     output = writable_folder(options.output)
     benchmarks = read_benchmarks(options)

@@ -15,9 +15,9 @@ from qscope_posttrain.errors import UserValueError, did_you_mean
 from qscope_posttrain.recipe_file import read_yaml
 
 if TYPE_CHECKING:
-    from qscope_posttrain.evaluation.benchmarks.feature_sets import ItemFeatures
-    from qscope_posttrain.evaluation.benchmarks.items import BenchmarkItems, ItemSource
-    from qscope_posttrain.evaluation.benchmarks.performance import ScoreTable
+    from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
+    from qscope_posttrain.analysis.benchmarks.items import BenchmarkItems, ItemSource
+    from qscope_posttrain.analysis.benchmarks.performance import ScoreTable
 
 TOKENS = "tokens, no model"
 
@@ -52,7 +52,7 @@ def read_benchmarks(options: argparse.Namespace) -> list[BenchmarkItems]:
     Raises:
         FileNotFoundError, ValueError: as `items.read_items`, or a name given twice.
     """
-    from qscope_posttrain.evaluation.benchmarks.items import read_items
+    from qscope_posttrain.analysis.benchmarks.items import read_items
 
     sources = benchmark_sources(options.benchmarks, options.max_items)
     return [read_items(source, options.prompt.replace("\\n", "\n")) for source in sources]
@@ -65,7 +65,7 @@ def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[It
         FileNotFoundError: no such YAML file.
         ValueError: an unknown key, a word of another form, or a name given twice.
     """
-    from qscope_posttrain.evaluation.benchmarks.items import ItemSource
+    from qscope_posttrain.analysis.benchmarks.items import ItemSource
 
     if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml"):
         entries, written = read_yaml(words[0]), read_yaml(words[0], as_written=True)
@@ -86,7 +86,7 @@ def read_performance(
     Raises:
         FileNotFoundError, ValueError: no such file, one of another form, or not one row an item.
     """
-    from qscope_posttrain.evaluation.benchmarks.performance import read_correctness, read_scores, scores_of
+    from qscope_posttrain.analysis.benchmarks.performance import read_correctness, read_scores, scores_of
 
     table = read_scores(options.scores) if getattr(options, "scores", None) else None
     if options.correctness is None:
@@ -105,9 +105,9 @@ def collect(
     options: argparse.Namespace, benchmarks: Sequence[BenchmarkItems], token_control: bool = False
 ) -> tuple[dict[int | str, list[ItemFeatures]], dict[str, Any]]:
     """Feature sets by layer, with `token_control` also those of token ids; and where all of it came from."""
-    from qscope_posttrain.evaluation.benchmarks.feature_sets import collect_item_features, token_sets
+    from qscope_posttrain.analysis.benchmarks.feature_sets import collect_item_features, token_sets
+    from qscope_posttrain.models.layers import decoder_layers
     from qscope_posttrain.provenance import model_shape, text_fingerprint
-    from qscope_posttrain.residual.layers import decoder_layers
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
@@ -148,7 +148,7 @@ def collect(
 
 
 def _source(name: str, entry: Any, written: Any, path: str) -> ItemSource:
-    from qscope_posttrain.evaluation.benchmarks.items import ItemSource
+    from qscope_posttrain.analysis.benchmarks.items import ItemSource
 
     if not isinstance(entry, dict):
         raise UserValueError(f"{path}: '{name}' must map keys such as source and field to values, got {entry!r}.")

@@ -9,10 +9,11 @@ import yaml
 
 from qscope_posttrain.cli.recipe import TrainingRecipe
 from qscope_posttrain.cli.recipe_keys import code_requests
+from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.feature_set_file import feature_set_path
 from qscope_posttrain.provenance import file_sha256, package_versions
-from qscope_posttrain.report.progress import is_main_process, status
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import write_text
 
 RESOLVED = "resolved.yaml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,11 +122,6 @@ def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
     with library_refusals(f"'{state}' is no state of a trainer"):
         TrainerState.load_from_json(str(state))
     return path, f"resuming from {path}"
-
-
-def world_size() -> int:
-    """Processes of this launch: what a launcher says, else 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def amount(number: int) -> str:

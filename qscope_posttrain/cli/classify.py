@@ -41,7 +41,7 @@ def fit(options: argparse.Namespace) -> None:
     """Learn from a labelled table, print the features, write `classifier.safetensors` and `summary.json`."""
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-    from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
+    from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 
     output = writable_folder(options.output)
     table = read_table(options.data, options.split, options.max_texts)
@@ -59,7 +59,7 @@ def fit(options: argparse.Namespace) -> None:
     if options.layer_by == "validation":
         grid["layer"] = sorted(features)
     if max(map(len, grid.values())) > 1:
-        from qscope_posttrain.evaluation.classifier.columns import stack
+        from qscope_posttrain.analysis.classifier.columns import stack
 
         with library_refusals(f"--folds {options.folds}"):
             folds = StratifiedKFold(options.folds, shuffle=True, random_state=options.seed)
@@ -85,7 +85,7 @@ def fit(options: argparse.Namespace) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     """Score every row of a table, and write the table with the score and the decision, or without some rows."""
-    from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
+    from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 
     target = Path(options.output)
     if target.suffix and target.suffix not in WRITERS:
@@ -120,9 +120,9 @@ def predict(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Compare the classifiers with probes and controls, print the tables, write `report.html` and `summary.json`."""
-    from qscope_posttrain.evaluation.classifier.examples import collect_examples
-    from qscope_posttrain.evaluation.classifier.methods import all_methods, methods_named
-    from qscope_posttrain.evaluation.classifier.report import make_report
+    from qscope_posttrain.analysis.classifier.examples import collect_examples
+    from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+    from qscope_posttrain.analysis.classifier.report import make_report
     from qscope_posttrain.provenance import machine, package_versions
     from qscope_posttrain.report.html import write_html
 

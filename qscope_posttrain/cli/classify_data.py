@@ -16,7 +16,7 @@ from qscope_posttrain.text.data_sets import READERS, read_data_set, read_file, s
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
+    from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 
 WRITERS = (".jsonl", ".csv", ".parquet")
 _TRUTHS = {"1": True, "true": True, "0": False, "false": False}
@@ -155,9 +155,9 @@ def split_rows(groups: Sequence[str], labels: Sequence[bool], share: float, seed
 
 def make_featurizer(options: argparse.Namespace, words: Sequence[str], max_length: int = 512) -> TextFeaturizer:
     """Model, tokenizer and the SAEs of the layers."""
-    from qscope_posttrain.evaluation.classifier.featurizer import TextFeaturizer
+    from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
+    from qscope_posttrain.models.layers import decoder_layers
     from qscope_posttrain.provenance import model_shape
-    from qscope_posttrain.residual.layers import decoder_layers
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)

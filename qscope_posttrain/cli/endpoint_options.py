@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import json_object, load_model
 from qscope_posttrain.cli.options import given_options
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import status
 
@@ -68,7 +68,7 @@ def check_endpoint_options(options: argparse.Namespace) -> None:
         ValueError: several processes, an option that --local has no use for, a mistaken one, no openai package, or no
             key where one is needed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         raise UserValueError("commands that ask a chat model run in one process; start it without a launcher.")
     _limits_and_retry(options)
     if not options.local:

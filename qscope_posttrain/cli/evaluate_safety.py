@@ -23,9 +23,14 @@ def safety(options: argparse.Namespace) -> None:
 
     The responses are in `examples.jsonl`, without verdicts, before the judge is asked.
     """
-    from qscope_posttrain.evaluation.prompt_groups import group_by_prompt
-    from qscope_posttrain.evaluation.safety import chat_judge, judge_responses, safety_templates, unjudged
-    from qscope_posttrain.residual.sampling import generate_samples
+    from qscope_posttrain.evaluation.safety import (
+        chat_judge,
+        group_by_prompt,
+        judge_responses,
+        safety_templates,
+        unjudged,
+    )
+    from qscope_posttrain.models.generation import generate_samples
 
     check_endpoint_options(options)
     output = writable_folder(options.output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ from qscope_posttrain.cli.features_explain import add_explain_options, add_token
 from qscope_posttrain.cli.features_repetition import add_options, find_repetition, print_steering
 from qscope_posttrain.cli.inputs import load_model, parse_layers, read_texts
 from qscope_posttrain.cli.options import OptionParser, add_model_options
-from qscope_posttrain.report.progress import is_main_process, status
+from qscope_posttrain.distributed import is_main_process, join_processes
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
 
@@ -39,13 +39,13 @@ def run(arguments: Sequence[str]) -> int:
 
 def find(options: argparse.Namespace) -> None:
     """Find the features, print them, and write `features.safetensors` and `summary.json`."""
-    from qscope_posttrain.features.find import find_language_features
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.features.find.language import find_language_features
+    from qscope_posttrain.models.layers import decoder_layers
 
     output = writable_folder(options.output)
     texts = read_texts(options.texts, options.max_texts)
     status("texts: " + ", ".join(f"{language} {len(entries)}" for language, entries in texts.items()))
-    _join_processes(options)
+    options.device = join_processes(options.device)
     model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
     layers = parse_layers(options.layers, len(decoder_layers(model)))
     features = find_language_features(
@@ -83,7 +83,7 @@ def find(options: argparse.Namespace) -> None:
 def show(options: argparse.Namespace) -> None:
     """Print a FeatureSet, or part of it, with its origin."""
     from qscope_posttrain.features.feature_set import REPETITION, FeatureSet
-    from qscope_posttrain.features.find_repetition import repetition_table
+    from qscope_posttrain.features.find.repetition import repetition_table
 
     features = FeatureSet.load(options.path)
     shown = features.select(options.language, options.layer, options.top)
@@ -114,17 +114,6 @@ def _origin(source: dict[str, Any]) -> str:
     parts = [source["location"], source.get("file"), source.get("revision")]
     digest = source.get("sha256")
     return " ".join(str(part) for part in parts if part) + (f" sha256 {digest[:16]}" if digest else "")
-
-
-def _join_processes(options: argparse.Namespace) -> None:
-    """Under a launcher (`accelerate launch`, torchrun) the pass is shared by all processes, each on its own device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
-    options.device = str(state.device)
 
 
 def _parser() -> OptionParser:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def contrast(options: argparse.Namespace) -> None:
     """Find the features, print them, and write the FeatureSet and `summary.json`."""
-    from qscope_posttrain.features.contrastive import find_contrastive_features
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.features.find.contrast import find_contrastive_features
+    from qscope_posttrain.models.layers import decoder_layers
 
     output = writable_folder(options.output)
     positive = read_text_list(options.positive, options.max_texts)
@@ -46,8 +46,8 @@ def contrast(options: argparse.Namespace) -> None:
 
 def rank(options: argparse.Namespace) -> None:
     """Rank the features, print them, and write the FeatureSet and `summary.json`."""
-    from qscope_posttrain.features.contrastive import rank_response_features
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.features.find.contrast import rank_response_features
+    from qscope_posttrain.models.layers import decoder_layers
 
     require_extra("analysis")
     output = writable_folder(options.output)

@@ -14,7 +14,7 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
 if TYPE_CHECKING:
-    from qscope_posttrain.features.explain import Explained
+    from qscope_posttrain.features.explain.ask import Explained
     from qscope_posttrain.features.feature_set import FeatureSet
 
 EXPLANATIONS = "explanations.jsonl"
@@ -23,11 +23,11 @@ PAGE = "explanations.html"
 
 def explain(options: argparse.Namespace) -> None:
     """Explain, test, print; write the explanations, a page of contexts, the FeatureSet if there is one, a summary."""
-    from qscope_posttrain.features.contexts import ContextSettings
-    from qscope_posttrain.features.explain import ExplainSettings, explain_features, explain_templates
-    from qscope_posttrain.features.explanation_file import write_explanations
-    from qscope_posttrain.features.find import load_sae
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.features.explain.ask import ExplainSettings, explain_features, explain_templates
+    from qscope_posttrain.features.explain.contexts import ContextSettings
+    from qscope_posttrain.features.explain.explanation_file import write_explanations
+    from qscope_posttrain.features.find.language import load_sae
+    from qscope_posttrain.models.layers import decoder_layers
 
     require_extra("report")
     check_endpoint_options(options)
@@ -81,10 +81,9 @@ def explain(options: argparse.Namespace) -> None:
 
 def tokens(options: argparse.Namespace) -> None:
     """Show on the terminal, and if asked on a page, where the features of a FeatureSet fire in some texts."""
-    from qscope_posttrain.features.find import load_sae
-    from qscope_posttrain.features.token_view import token_view
-    from qscope_posttrain.report.html import Section, write_html
-    from qscope_posttrain.report.tokens import print_shaded
+    from qscope_posttrain.features.explain.token_view import token_view
+    from qscope_posttrain.features.find.language import load_sae
+    from qscope_posttrain.report.html import Section, print_shaded, write_html
 
     if (options.text is None) == (options.texts is None):
         raise UserValueError("give --text, words on the command line, or --texts, a file.")
@@ -129,8 +128,8 @@ def _chosen(options: argparse.Namespace, features: FeatureSet | None, depth: int
 
 
 def _write_page(found: Explained, tokenizer: Any, path: Path) -> Path:
-    from qscope_posttrain.features.explanation import FeatureId
-    from qscope_posttrain.features.pieces import text_pieces
+    from qscope_posttrain.features.explain.explanation import FeatureId
+    from qscope_posttrain.features.explain.token_view import text_pieces
     from qscope_posttrain.report.html import Section, ShadedText, ShadedTexts, write_html
 
     words = {entry.feature: entry.text for entry in found.explanations}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.inputs import load_model, load_tokenizer, parse_layers, read_prompts, template_options
 from qscope_posttrain.cli.options import add_model_options
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserError, UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
@@ -17,21 +17,21 @@ from qscope_posttrain.text.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.features.loops import LoopCollection
+    from qscope_posttrain.features.find.loops import LoopCollection
 
 LOOPS_FILE = "loops.jsonl"
 
 
 def find_repetition(options: argparse.Namespace) -> None:
     """Find the features, print both tables, and write features, loops, curves as SVG, and `summary.json`."""
-    from qscope_posttrain.features.find_repetition import find_repetition_features, repetition_table
-    from qscope_posttrain.features.loops import collect_loops
-    from qscope_posttrain.features.repetition_curve import CurveSettings
-    from qscope_posttrain.features.repetition_figure import CURVE_KEY, curve_figures
-    from qscope_posttrain.residual.layers import decoder_layers
-    from qscope_posttrain.residual.sampling import SamplingSettings
+    from qscope_posttrain.features.find.loops import collect_loops
+    from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table
+    from qscope_posttrain.features.find.repetition_curve import CurveSettings
+    from qscope_posttrain.features.find.repetition_figure import CURVE_KEY, curve_figures
+    from qscope_posttrain.models.generation import SamplingSettings
+    from qscope_posttrain.models.layers import decoder_layers
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_processes() > 1:
         raise UserValueError("find-repetition runs in one process; start it without a launcher.")
     if options.prompts is None and options.loops is None:
         raise UserValueError("give --prompts, to sample on, or --loops, completions that are there already.")
@@ -178,7 +178,7 @@ def add_options(new: argparse.ArgumentParser) -> None:
 
 def _given_loops(options: argparse.Namespace, bounds: dict[str, int]) -> LoopCollection:
     """The loops among the completions of --loops, before a model is loaded."""
-    from qscope_posttrain.features.loops import loops_from_texts
+    from qscope_posttrain.features.find.loops import loops_from_texts
 
     rows = [row for _, row in read_jsonl(options.loops)]
     tokenizer = load_tokenizer(options.model, options.revision)

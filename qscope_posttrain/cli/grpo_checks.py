@@ -21,7 +21,6 @@ from qscope_posttrain.cli.checks import (
     check_data,
     check_device,
     check_output,
-    world_size,
 )
 from qscope_posttrain.cli.grpo_arguments import GRPORecipe
 from qscope_posttrain.cli.grpo_data import (
@@ -34,9 +33,10 @@ from qscope_posttrain.cli.grpo_data import (
 )
 from qscope_posttrain.cli.inputs import load_tokenizer
 from qscope_posttrain.cli.rows import Rows, first_rows, load_rows
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.residual.layers import text_config
+from qscope_posttrain.models.layers import text_config
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.rewards import RewardFunction
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_source
@@ -236,7 +236,7 @@ def _score(reward: RewardFunction, row: dict[str, Any], tokenizer: PreTrainedTok
 
 
 def _batch(recipe: GRPORecipe, rows: Rows) -> tuple[int, str]:
-    config, processes = recipe.training, world_size()
+    config, processes = recipe.training, launched_processes()
     generated = processes * config.per_device_train_batch_size * (config.steps_per_generation or 1)
     groups = generated // config.generations
     trained = processes * config.per_device_train_batch_size * config.gradient_accumulation_steps

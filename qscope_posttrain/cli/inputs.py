@@ -20,7 +20,7 @@ from qscope_posttrain.text.jsonl import read_json, read_jsonl
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qscope_posttrain.residual.sampling import SamplingSettings
+    from qscope_posttrain.models.generation import SamplingSettings
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str]]:
@@ -144,7 +144,7 @@ def json_object(text: str | None, option: str) -> dict[str, Any]:
 
 def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
     """How to sample, from the options --samples, --temperature, --top-p, --max-new-tokens, --seed and --batch-size."""
-    from qscope_posttrain.residual.sampling import SamplingSettings
+    from qscope_posttrain.models.generation import SamplingSettings
 
     return SamplingSettings(
         samples_per_prompt=options.samples,

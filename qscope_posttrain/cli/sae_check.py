@@ -16,9 +16,9 @@ from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae import catalog
 
 if TYPE_CHECKING:
-    from qscope_posttrain.features.sae_quality import SAEQuality
     from qscope_posttrain.report.html import Section
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+    from qscope_posttrain.sae.quality.measure import SAEQuality
 
 FAILED = 1
 HARMLESS = ("tuning",)
@@ -109,7 +109,7 @@ def _measure(
     sae: SparseAutoencoder,
     layer: int | None,
 ) -> SAEQuality:
-    from qscope_posttrain.features.sae_quality import measure_sae
+    from qscope_posttrain.sae.quality.measure import measure_sae
 
     place = choose_device(options.sae_device) if options.sae_device else model.device
     return measure_sae(
@@ -183,9 +183,9 @@ def _write(
 
 
 def _section(found: SAEQuality, tables: Sequence[Table]) -> Section:
-    from qscope_posttrain.features.sae_figures import LOSS_NAMES
     from qscope_posttrain.report.html import Figure, Section
     from qscope_posttrain.report.plots import Bar, Curve, interval_bars, line_curves
+    from qscope_posttrain.sae.quality.figures import LOSS_NAMES
 
     figures = []
     if found.losses:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,13 +10,14 @@ from qscope_posttrain.cli.config_arguments import arguments_of, config_from
 from qscope_posttrain.cli.inputs import load_config, load_model, parse_layers
 from qscope_posttrain.cli.options import DTYPES
 from qscope_posttrain.cli.parser import RecipeParser
+from qscope_posttrain.distributed import is_main_process, join_processes, launched_processes
 from qscope_posttrain.errors import UserValueError, require_extra
-from qscope_posttrain.features.stream_config import StreamConfig
-from qscope_posttrain.report.progress import is_main_process, status
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.sae.training.config import SAETrainingConfig
+from qscope_posttrain.sae.training.stream_config import StreamConfig
 from qscope_posttrain.text.data_sets import read_data_set
 
 
@@ -87,7 +87,7 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
         FileNotFoundError: no such recipe.
         ValueError: unknown key, wrong value, or options that exclude each other.
     """
-    from qscope_posttrain.features.sae_training import RunConfig
+    from qscope_posttrain.sae.training.run import RunConfig
 
     kinds = (TrainArguments, *map(arguments_of, (SAETrainingConfig, StreamConfig, RunConfig)))
     own, training, stream, run_config = RecipeParser(kinds, prog="qscope sae train").parse(arguments)
@@ -101,14 +101,14 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
 
 def train(recipe: SAERecipe) -> None:
     """Train and write the results. Under a launcher (`accelerate launch`, torchrun) all processes share the work."""
-    from qscope_posttrain.features.sae_training import train_saes_on_text
-    from qscope_posttrain.features.sae_training_results import write_results
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.models.layers import decoder_layers
+    from qscope_posttrain.sae.training.results import write_results
+    from qscope_posttrain.sae.training.run import train_saes_on_text
 
     own = recipe.arguments
     require_extra("report")
     output = writable_folder(own.output)
-    _join_processes(own)
+    own.device = join_processes(own.device)
     texts = own.texts if own.texts is not None else _dataset(own)
     model, tokenizer = load_model(own.model, own.revision, own.dtype, own.device)
     layers = parse_layers(own.layers, len(decoder_layers(model)))
@@ -130,7 +130,7 @@ def check(recipe: SAERecipe) -> Table:
     config = load_config(own.model, own.revision).get_text_config(decoder=True)
     layers = parse_layers(own.layers, config.num_hidden_layers)
     width = recipe.training.latents(config.hidden_size)
-    needed = stream.buffer_bytes(len(layers), config.hidden_size, int(os.environ.get("WORLD_SIZE", "1")))
+    needed = stream.buffer_bytes(len(layers), config.hidden_size, launched_processes())
     if needed > stream.max_buffer_gib * 1024**3:
         raise UserValueError(
             f"activations of a block take {in_words(needed)}, above max_buffer_gib={stream.max_buffer_gib}"
@@ -149,19 +149,8 @@ def check(recipe: SAERecipe) -> Table:
 
 
 def _dataset(own: TrainArguments) -> Any:
-    from qscope_posttrain.features.text_source import DatasetSource
+    from qscope_posttrain.sae.training.text_stream import DatasetSource
 
     data = read_data_set(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)
     return DatasetSource(data, own.text_column, name)
-
-
-def _join_processes(own: TrainArguments) -> None:
-    """Each process of a launcher on its own device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=own.device == "cpu" or not torch.cuda.is_available())
-    own.device = str(state.device)

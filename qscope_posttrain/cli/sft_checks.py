@@ -21,12 +21,12 @@ from qscope_posttrain.cli.checks import (
     check_data,
     check_device,
     check_output,
-    world_size,
 )
 from qscope_posttrain.cli.rows import Rows, first_rows
 from qscope_posttrain.cli.sft import build_callback
 from qscope_posttrain.cli.sft_arguments import Recipe
 from qscope_posttrain.cli.sft_data import data_tokenizer, first_row, skips_preparation
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.config import LossConfig, SASFTConfig
@@ -209,7 +209,7 @@ def _without_bars() -> Iterator[None]:
 
 def _batch(recipe: Recipe, rows: Rows) -> tuple[int, str]:
     training = recipe.training
-    processes = world_size()
+    processes = launched_processes()
     per_step = processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
     words = (
         f"{processes} process{'es' if processes > 1 else ''} x {training.per_device_train_batch_size} rows x "

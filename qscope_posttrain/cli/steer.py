@@ -15,8 +15,8 @@ from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
 
 if TYPE_CHECKING:
-    from qscope_posttrain.residual.sampling import Sample
-    from qscope_posttrain.residual.steering import Positions, Steering
+    from qscope_posttrain.models.generation import Sample
+    from qscope_posttrain.models.steering import Positions, Steering
 
 MODES = ("add", "project_out", "ablate", "clamp")
 UNITS = ("raw", "norm", "relative")
@@ -27,8 +27,8 @@ def run(arguments: Sequence[str]) -> int:
     """Generate twice, print the table, write `summary.json` where asked, and return the exit status."""
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.features.steering import feature_steering
-    from qscope_posttrain.residual.sampling import generate_samples
-    from qscope_posttrain.residual.steering import steer
+    from qscope_posttrain.models.generation import generate_samples
+    from qscope_posttrain.models.steering import steer
 
     options = _parser().parse(arguments)
     if options.curve is not None and options.output is not None:
@@ -85,7 +85,7 @@ def _positions(options: argparse.Namespace) -> Positions:
     Raises:
         ValueError: a window of other than generated tokens, or one that no response reaches.
     """
-    from qscope_posttrain.residual.steering import Window
+    from qscope_posttrain.models.steering import Window
 
     windowed = options.window_start is not None or options.window_length is not None
     if windowed and options.positions != "generated":

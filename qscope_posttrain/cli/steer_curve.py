@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qscope_posttrain.evaluation.dose_curve import DoseCurve, Effect
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.residual.sampling import SamplingSettings
+    from qscope_posttrain.models.generation import SamplingSettings
 
 
 def run_curve(options: argparse.Namespace, features: FeatureSet, settings: SamplingSettings, positions: Any) -> None:

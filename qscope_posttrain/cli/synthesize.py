@@ -19,7 +19,7 @@ from qscope_posttrain.report.summary import writable_folder, write_summary, writ
 if TYPE_CHECKING:
     from qscope_posttrain.endpoint.session import ChatSession
     from qscope_posttrain.endpoint.templates import PromptTemplates
-    from qscope_posttrain.features.explanation import Explanation, FeatureId
+    from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
     from qscope_posttrain.report.tables import Table
     from qscope_posttrain.synthesis.pipeline import SynthesisRun
     from qscope_posttrain.synthesis.prompts import Draft
@@ -32,9 +32,9 @@ PAGE = "report.html"
 
 def run(arguments: Sequence[str]) -> int:
     """Choose targets, write prompts and responses, measure coverage; leave data, prompts, a page and a summary."""
-    from qscope_posttrain.features.explanation_file import read_explanations
-    from qscope_posttrain.features.find import load_sae
-    from qscope_posttrain.residual.layers import decoder_layers
+    from qscope_posttrain.features.explain.explanation_file import read_explanations
+    from qscope_posttrain.features.find.language import load_sae
+    from qscope_posttrain.models.layers import decoder_layers
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
     from qscope_posttrain.synthesis.prompts import synthesis_templates
     from qscope_posttrain.synthesis.reading import FeatureReader

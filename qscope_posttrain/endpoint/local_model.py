@@ -78,7 +78,7 @@ class LocalChatModel:
         return [completion for completion in found if completion is not None]
 
     def _generate(self, requests: Sequence[ChatRequest], sampling: Sampling) -> list[Completion]:
-        from qscope_posttrain.residual.sampling import SamplingSettings, sample_batch
+        from qscope_posttrain.models.generation import SamplingSettings, sample_batch
 
         ids = [self._encoded(request) for request in requests]
         settings = SamplingSettings(
@@ -92,7 +92,7 @@ class LocalChatModel:
         return [self._completion(len(row), *answer) for row, answer in zip(ids, written, strict=True)]
 
     def _encoded(self, request: ChatRequest) -> list[int]:
-        from qscope_posttrain.residual.layers import text_config
+        from qscope_posttrain.models.layers import text_config
 
         messages = request.messages if self._takes_system else with_user(request.messages)
         # The template wrote the special tokens already.

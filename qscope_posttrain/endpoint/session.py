@@ -10,9 +10,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import ChatModel, ChatRequest, Completion
-from qscope_posttrain.endpoint.failures import RequestFailed, RequestRefused, RetryPolicy
+from qscope_posttrain.endpoint.failures import Refusals, RequestFailed, RequestRefused, RetryPolicy
 from qscope_posttrain.endpoint.limits import Limits, Pace, Usage
-from qscope_posttrain.endpoint.refusals import Refusals
 from qscope_posttrain.report.progress import progress
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.evaluation.prompt_groups import group_by_prompt, same_prompts
+from qscope_posttrain.evaluation.safety import group_by_prompt, same_prompts
 from qscope_posttrain.evaluation.switch_detector import (
     ScriptDetector,
     SwitchDetector,
@@ -23,9 +23,9 @@ from qscope_posttrain.evaluation.switch_detector import (
     describe_detector,
 )
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
+from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, generate_samples
 
 __all__ = [
     "LanguageSwitching",

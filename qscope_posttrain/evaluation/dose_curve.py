@@ -18,10 +18,10 @@ from qscope_posttrain.evaluation.response_loss import response_losses, text_loss
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, wilson
+from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, encode_prompts, generate_samples
+from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, encode_prompts, generate_samples
-from qscope_posttrain.residual.steering import Steering, steer
 from qscope_posttrain.text.repetition import is_endless_repetition, ngram_repetition_rate
 from qscope_posttrain.text.scripts import contains_language_script
 

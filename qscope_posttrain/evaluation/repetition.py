@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.evaluation.prompt_groups import group_by_prompt, same_prompts
+from qscope_posttrain.evaluation.safety import group_by_prompt, same_prompts
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
+from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.sampling import Prompt, Sample, SamplingSettings, generate_samples
 from qscope_posttrain.text.repetition import RepeatedTail, compression_ratio, ngram_repetition_rate, repeated_tail
 
 NGRAM = 3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.batches import (
+from qscope_posttrain.models.batches import (
     TokenBatch,
     TokenSequence,
     longest_allowed,
@@ -17,8 +17,8 @@ from qscope_posttrain.features.batches import (
     token_batches,
     tokenize_texts,
 )
-from qscope_posttrain.features.scoring import LOGITS_AT_A_TIME, model_logits
-from qscope_posttrain.residual.evaluation_mode import evaluation_mode
+from qscope_posttrain.models.layers import evaluation_mode
+from qscope_posttrain.models.scoring import LOGITS_AT_A_TIME, model_logits
 
 
 def response_losses(

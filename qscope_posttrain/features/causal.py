@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.contrast import contrast_sample
 from qscope_posttrain.features.directions import random_directions
 from qscope_posttrain.features.effects import effect_gradients, measure_effects
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.features.scoring import TextScores, score_sample, target_probability
 from qscope_posttrain.features.selection import difference_of_means
+from qscope_posttrain.models.layers import evaluation_mode
+from qscope_posttrain.models.scoring import TextScores, contrast_sample, score_sample, target_probability
+from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.residual.evaluation_mode import evaluation_mode
-from qscope_posttrain.residual.steering import Steering, steer
 
 __all__ = ["CausalEffect", "CausalReport", "causal_check", "effect_gradients", "measure_effects", "target_probability"]
 

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.batches import TokenBatch
-from qscope_posttrain.features.contrast import contrast_sample
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.scoring import LOGITS_AT_A_TIME, log_masses, model_logits, predicting_positions
+from qscope_posttrain.models.batches import TokenBatch
+from qscope_posttrain.models.capture import LayerCapture
+from qscope_posttrain.models.layers import check_layers, evaluation_mode, pretrained_model
+from qscope_posttrain.models.scoring import (
+    LOGITS_AT_A_TIME,
+    contrast_sample,
+    log_masses,
+    model_logits,
+    predicting_positions,
+)
 from qscope_posttrain.report.progress import progress
-from qscope_posttrain.residual.capture import LayerCapture
-from qscope_posttrain.residual.evaluation_mode import evaluation_mode
-from qscope_posttrain.residual.layers import check_layers, pretrained_model
 
 
 def effect_gradients(

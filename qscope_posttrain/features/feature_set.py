@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explanation import Explanation, check_distinct
+from qscope_posttrain.features.explain.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set_file import FILE_NAME, read_feature_set, write_feature_set
 from qscope_posttrain.features.layer_features import LayerFeatures, ReadoutKind
 from qscope_posttrain.provenance import embedding_agreement, model_shape

@@ -18,11 +18,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.features.explanation import Explanation
+from qscope_posttrain.features.explain.explanation import Explanation
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS, LayerFeatures
-from qscope_posttrain.files import check_is_file
+from qscope_posttrain.files import check_is_file, replacing
 
 FORMAT = "qscope_posttrain.feature_set"
 VERSION = 1

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserFileNotFoundError
 from qscope_posttrain.features.accumulator import LayerSums
-from qscope_posttrain.features.batches import TokenSequence
+from qscope_posttrain.files import replacing
+from qscope_posttrain.models.batches import TokenSequence
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

@@ -11,17 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qscope_posttrain.distributed import process_rank
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.accumulator import (
-    LayerSums,
-    calibrate,
-    calibration_sample,
-    check_sums_fit,
-    layer_rows,
-    process_rank,
-    reduce_over_processes,
-)
-from qscope_posttrain.features.batches import (
+from qscope_posttrain.features.accumulator import LayerSums, check_sums_fit, reduce_over_processes
+from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
+from qscope_posttrain.models.batches import (
     Text,
     TokenSequence,
     check_texts,
@@ -31,12 +25,11 @@ from qscope_posttrain.features.batches import (
     token_batches,
     tokenize_texts,
 )
-from qscope_posttrain.features.pass_checkpoint import PassCheckpoint, describe_sae, sequence_fingerprint
+from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
+from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.evaluation_mode import evaluation_mode
-from qscope_posttrain.residual.layers import check_layers, text_config
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 ROWS_PER_PRODUCT = 4096

@@ -10,9 +10,9 @@ from torch import Tensor
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import FREE_DIRECTION, LayerFeatures
-from qscope_posttrain.residual.formulas import unit as unit_vectors
-from qscope_posttrain.residual.positions import Positions
-from qscope_posttrain.residual.steering_spec import READS_A_FEATURE, Mode, Steering, Unit
+from qscope_posttrain.models.positions import Positions
+from qscope_posttrain.models.steering_spec import READS_A_FEATURE, Mode, Steering, Unit
+from qscope_posttrain.models.steering_spec import unit as unit_vectors
 
 SETTINGS_KEY = "steering"
 """Entry of `FeatureSet.settings` with what a steering curve has chosen: `label`, `layer`, `strength`, `unit`, and for

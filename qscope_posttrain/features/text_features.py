@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qscope_posttrain.distributed import process_rank
 from qscope_posttrain.errors import UserValueError, require_extra
-from qscope_posttrain.features.accumulator import calibrate, calibration_sample, layer_rows, process_rank
-from qscope_posttrain.features.batches import (
+from qscope_posttrain.models.batches import (
     Text,
     TokenBatch,
     check_texts,
@@ -22,9 +22,9 @@ from qscope_posttrain.features.batches import (
     token_batches,
     tokenize_texts,
 )
+from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
+from qscope_posttrain.models.layers import check_layers, evaluation_mode
 from qscope_posttrain.report.progress import progress
-from qscope_posttrain.residual.evaluation_mode import evaluation_mode
-from qscope_posttrain.residual.layers import check_layers
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 if TYPE_CHECKING:

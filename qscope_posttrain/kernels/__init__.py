@@ -1,6 +1,6 @@
-"""Fused operators for sparse autoencoders, as torch.library custom ops, for torch alone.
+"""Fused operators of sparse autoencoders, registered as torch.library custom ops.
 
-Nothing here imports the rest of the package. Triton is imported when a CUDA tensor arrives, never before.
+This folder depends on torch only. Triton is imported when a CUDA tensor arrives, never before.
 """
 
 from qscope_posttrain.kernels.certified import CertifiedCode, CertifiedWeights, certified_encode, certified_weights

@@ -40,9 +40,8 @@ from torch import Tensor
 from qscope_posttrain.kernels import native
 from qscope_posttrain.kernels.checks import check_encoder, check_k, check_same_device, check_shape
 from qscope_posttrain.kernels.encode_gradient import register_gradient
-from qscope_posttrain.kernels.select import best
+from qscope_posttrain.kernels.select import best, topk_product
 from qscope_posttrain.kernels.tiles import product_dtype
-from qscope_posttrain.kernels.topk import topk_product
 
 BAND = 96
 """Candidates beyond k: more cost little, since only those within the bound are evaluated."""
@@ -56,7 +55,7 @@ _GATHERED_ELEMENTS = 1 << 22
 
 
 class CertifiedWeights(NamedTuple):
-    """What `topk_encode(precision="certified")` needs besides the weights. It must belong to these very weights."""
+    """Bounds for `topk_encode(precision="certified")`; they must be made from the same weights."""
 
     W_low: Tensor
     """W_enc in bfloat16, [d_sae, d_model]; W_enc itself if it is bfloat16."""

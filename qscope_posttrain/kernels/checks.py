@@ -1,4 +1,4 @@
-"""Checks that the operators share: what came, what was expected, what to do. They look at shapes, dtypes and devices
+"""Checks of the arguments of operators. They look at shapes, dtypes and devices
 only, never at values, so none of them waits for a device.
 """
 
@@ -89,3 +89,20 @@ def check_tiles(tile_tokens: int | None, tile_features: int | None) -> None:
     for name, tile in (("tile_tokens", tile_tokens), ("tile_features", tile_features)):
         if tile is not None:
             check_count(name, tile)
+
+
+def lowered_to(device: torch.device) -> str | None:
+    """Format ("tf32", "bf16") to which libraries round the factors of fp32 products on `device`; None if they do not.
+
+    Asked of the backend, because that answers whichever of torch's two interfaces set it; once
+    `torch.backends.fp32_precision` was used (transformers' `tf32=True` does), `torch.get_float32_matmul_precision()`
+    raises.
+    """
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    found = str(backend.fp32_precision)
+    return None if found in ("none", "ieee") else found
+
+
+def exact_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or fp64 where it is fp32 and products of it are lowered: those of fp64 never are."""
+    return torch.float64 if dtype == torch.float32 and lowered_to(device) is not None else dtype

@@ -10,8 +10,8 @@ from torch import Tensor
 from qscope_posttrain.kernels.certified import CertifiedWeights, certified_encode
 from qscope_posttrain.kernels.checks import check_choice, check_encoder, check_k, check_tiles
 from qscope_posttrain.kernels.encode_gradient import register_gradient
+from qscope_posttrain.kernels.select import topk_product
 from qscope_posttrain.kernels.tiles import product_dtype, result_dtype
-from qscope_posttrain.kernels.topk import topk_product
 
 PRECISIONS = ("model", "fp32", "certified")
 VARIANTS = ("relu_after", "relu_before", "signed")

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import check_indices, check_same_device, check_shape
-from qscope_posttrain.kernels.precision import exact_dtype
+from qscope_posttrain.kernels.checks import check_indices, check_same_device, check_shape, exact_dtype
 from qscope_posttrain.kernels.readout import accumulation_dtype, check_rows, input_gradient, token_tiles
 
 
 class FeaturePenalty(NamedTuple):
-    """What `feature_penalty` returns. Only `sums` has a gradient."""
+    """Result of `feature_penalty`. Only `sums` has a gradient."""
 
     sums: Tensor
     """[F] sum_t w_t e_ts, fp32 (fp64 where x or rows are)"""

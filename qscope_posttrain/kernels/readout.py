@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.checks import check_floating, check_same_device, check_shape
-from qscope_posttrain.kernels.precision import exact_dtype
+from qscope_posttrain.kernels.checks import check_floating, check_same_device, check_shape, exact_dtype
 
 TILE_TOKENS = 1024
 """Tokens of a half-precision x that are widened at a time on the CPU."""

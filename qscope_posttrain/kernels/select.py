@@ -1,4 +1,5 @@
-"""Exact selection of the k first of each row in plain torch: the definition that the other selectors reproduce.
+"""Exact selection of the k first of each row, in plain torch (the definition that the other selectors reproduce) and
+over the tiles of a product.
 
 The order is total: by value, NaN above +Inf, -0.0 equal to 0.0; where values are equal, the lowest index first. So the
 result depends neither on the size of a tile, nor on how a library breaks ties, nor on other rows.
@@ -9,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qscope_posttrain.kernels import native
+from qscope_posttrain.kernels.tiles import preactivation_tiles, tile_shape
+
 _LOW = 0xFFFFFFFF
 
 GROUP = 16
@@ -16,6 +20,41 @@ GROUP = 16
 
 SLACK = 16
 """Kept beyond the k first, for those that equal the k-th."""
+
+
+def topk_product(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    dtype: torch.dtype,
+    tile_tokens: int | None = None,
+    tile_features: int | None = None,
+    triton: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(values [tokens, k], indices int32 [tokens, k]) in the order of `select`, no ReLU; the product is in `dtype`.
+
+    `triton`: select with the Triton kernel; by default on CUDA, and elsewhere in tests, interpreted.
+    """
+    triton = x.is_cuda if triton is None else triton
+    values = x.new_empty(x.shape[0], k, dtype=torch.promote_types(dtype, torch.float32))
+    indices = x.new_empty(x.shape[0], k, dtype=torch.int32)
+    tokens, features = tile_shape(x, W_enc, dtype, tile_tokens, tile_features)
+    for tile in preactivation_tiles(x, W_enc, b_enc, dtype, tokens, features, add_bias=not triton):
+        rows, filled = slice(tile.token, tile.token + tile.pre.shape[0]), min(k, tile.feature)
+        if triton:
+            from qscope_posttrain.kernels.triton import select as on_cuda
+
+            bias = b_enc[tile.feature : tile.feature + tile.pre.shape[1]]
+            on_cuda.merge_(values[rows], indices[rows], filled, tile.pre, tile.feature, bias)
+        elif native.can_merge(tile.pre):
+            native.merge_(values[rows], indices[rows], filled, tile.pre, tile.feature)
+        else:
+            merge_(values[rows], indices[rows], filled, tile.pre, tile.feature)
+    if triton:
+        values, places = best(values, indices.long(), k)
+        indices = places.to(torch.int32)
+    return values, indices
 
 
 def merge_(values: Tensor, indices: Tensor, filled: int, pre: Tensor, offset: int) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qscope_posttrain.kernels.precision import lowered_to
+from qscope_posttrain.kernels.checks import lowered_to
 
 BUFFER_ELEMENTS = 1 << 24
 """Pre-activations held at a time by default: 32 MiB in bfloat16, 64 MiB in float32."""

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
+from qscope_posttrain.distributed import is_main_process
+
 T = TypeVar("T")
 
 QUIET = "QSCOPE_QUIET"
@@ -16,17 +18,6 @@ MANY_ROWS = 100_000
 """Rows from which on a look at all of them shows how far it is"""
 SECONDS_BETWEEN_LINES = 5.0
 """Pause between plain lines: often enough to see that the loop lives, seldom enough for a log file."""
-
-
-def is_main_process() -> bool:
-    """True on rank 0, and where nothing is distributed.
-
-    An initialised `torch.distributed` decides; before that, the `RANK` that the launcher has set.
-    """
-    torch = sys.modules.get("torch")  # a process that never imported torch cannot have initialised it
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        return bool(torch.distributed.get_rank() == 0)
-    return os.environ.get("RANK", "0") == "0"
 
 
 def progress(
@@ -56,7 +47,7 @@ def progress(
 
 
 def if_many(rows: int | None) -> bool | None:
-    """What to give as `enabled` for a look at data: by default shown from MANY_ROWS on, never below."""
+    """Value of `enabled` for a pass over data: None (shown on rank 0) from MANY_ROWS rows on, else False."""
     return None if rows is not None and rows >= MANY_ROWS else False
 
 

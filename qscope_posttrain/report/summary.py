@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.files import replacing
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Cell = str | int | float | bool | None
-"""What a cell may hold; None and NaN mean "not measured" and are shown as a dash."""
+"""Content of a cell; None and NaN mean "not measured" and are shown as a dash."""
 
 MISSING = "-"
 

@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import SETTINGS_KEY
-from qscope_posttrain.resume import check_resumed
+from qscope_posttrain.provenance import check_resumed
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.rollouts.hf import NegativeSource
 

@@ -67,9 +67,9 @@ class SteeredGRPOConfig(GRPOConfig):
     `mode` chooses a set of values for the fields that are None below. "paper" is Algorithm 1 of the Qwen-Scope report
     (section 8) as written: the last row of each group is steered at every generated token, scored by the same rewards,
     part of its group's statistics, and enters the loss whole, weighted by the unsteered policy. "default" deviates from
-    it where our own measurements say so (recipes/experiments/steered_dapo_rare.yaml, README): the steering stops after
-    a window, so that the model goes on by itself; a row that did not end up in a loop is dropped; of one that did, only
-    the repeats are in the loss. In those experiments a seeded negative, which needs no SAE, left far fewer loops than a
+    it where our own measurements say so (docs/results/dapo.md): the steering stops after a window, so that the model
+    goes on by itself; a row that did not end up in a loop is dropped; of one that did, only the repeats are in the
+    loss. In those experiments a seeded negative, which needs no SAE, left far fewer loops than a
     steered one at about the same accuracy; it is what a trainer without features makes.
 
     Raises:

@@ -15,21 +15,19 @@ from trl.rewards import get_soft_overlong_punishment
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.rl.baseline import excluded_advantages
 from qscope_posttrain.rl.checkpoints import SameRun, SaveBetweenGenerations, generation_window, run_identity
 from qscope_posttrain.rl.checks import check_trainer_arguments
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, replace_rows, rows_to_redraw
-from qscope_posttrain.rl.loss_mask import negative_loss_mask
 from qscope_posttrain.rl.metrics import overwrite_last, row_metrics, token_metrics, token_sums
 from qscope_posttrain.rl.prompts import check_data, check_inputs
 from qscope_posttrain.rl.rewards import check_reward_data
 from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_rollout, negative_source
 from qscope_posttrain.rl.rollouts.options import check_trainer_generation
-from qscope_posttrain.rl.rows import RowPlan, ordinary_plan, plan_rows
+from qscope_posttrain.rl.rows import RowPlan, negative_loss_mask, ordinary_plan, plan_rows
 from qscope_posttrain.rl.schedule import NegativeSchedule
-from qscope_posttrain.rl.scored import RowFacts, ScoredRows, dead_groups, find_tails, total_rewards
+from qscope_posttrain.rl.scored import RowFacts, ScoredRows, dead_groups, excluded_advantages, find_tails, total_rewards
 
 STEERED = "steered"
 """Key of the row flag: in the inputs of reward functions, and in the batch of the loss."""

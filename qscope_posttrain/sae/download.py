@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
 from qscope_posttrain.provenance import file_sha256
-from qscope_posttrain.report.progress import is_main_process, status
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Table
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import replacing
 from qscope_posttrain.sae.activations import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.formats import native
 from qscope_posttrain.sae.source import Release

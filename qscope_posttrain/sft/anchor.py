@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.residual.layers import pretrained_model, text_config
-from qscope_posttrain.sft.checks import is_sharded
+from qscope_posttrain.models.layers import pretrained_model, text_config
+from qscope_posttrain.sft.attachment_checks import is_sharded
 from qscope_posttrain.sft.logits import LogitHead, check_head, divergence_from
 
 

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.capture import LayerCapture
-from qscope_posttrain.sft.attached_run import AttachedRun
+from qscope_posttrain.models.capture import LayerCapture
+from qscope_posttrain.sft.attached_run import AttachedRun, calling_trainer
+from qscope_posttrain.sft.attachment_checks import check_resumed, check_trainer
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss
-from qscope_posttrain.sft.checks import check_resumed, check_trainer
 from qscope_posttrain.sft.config import LossConfig
-from qscope_posttrain.sft.patches import calling_trainer
 from qscope_posttrain.sft.train_data import language_columns
 
 Self = TypeVar("Self", bound="AuxiliaryLossCallback")

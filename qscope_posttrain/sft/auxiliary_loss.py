@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.capture import LayerCapture
-from qscope_posttrain.residual.layers import decoder_layers, final_norm
+from qscope_posttrain.models.capture import LayerCapture
+from qscope_posttrain.models.layers import decoder_layers, final_norm
+from qscope_posttrain.models.target_tokens import fingerprint
 from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.config import LossConfig
 from qscope_posttrain.sft.logits import check_head
 from qscope_posttrain.sft.masks import TokenBatch
-from qscope_posttrain.sft.normalisation import Normaliser
-from qscope_posttrain.sft.target_tokens import fingerprint
+from qscope_posttrain.sft.normalization import Normaliser
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 FINAL_NORM = "final_norm"
 
@@ -166,3 +170,37 @@ class AuxiliaryLoss(ABC):
 
         layers = {layer: at_labels(hidden) for layer, hidden in self.capture.tensors.items()}
         return layers, {name: at_labels(hidden) for name, hidden in self.capture.named.items()}
+
+
+class MetricWindow:
+    """Running sums of named vectors, without a synchronisation with the host until `totals()`.
+
+    `names` fixes what is summed and in what order, so that all ranks hold the same vector, also a rank that has seen
+    no token of interest.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._sums: Tensor | None = None
+
+    def add(self, values: Sequence[Tensor]) -> None:
+        """Add one micro-batch: scalars and vectors on one device that, in this order, cover `names`."""
+        flat = torch.cat([value.detach().reshape(-1).float() for value in values])
+        if flat.numel() != len(self.names):
+            raise UserValueError(f"Expected {len(self.names)} values for {', '.join(self.names)}; got {flat.numel()}.")
+        # Token counts of a long window pass 2**24, where fp32 stops counting.
+        flat = flat.to(_sum_dtype(flat.device))
+        self._sums = flat if self._sums is None else self._sums + flat
+
+    def totals(self, accelerator: Accelerator) -> dict[str, float]:
+        """Sums over the window and over all ranks, by name; then empty. Every rank must call this."""
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(len(self.names), dtype=_sum_dtype(accelerator.device), device=accelerator.device)
+        self._sums = None
+        gathered: Tensor = accelerator.reduce(sums, reduction="sum")
+        return dict(zip(self.names, gathered.tolist(), strict=True))
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

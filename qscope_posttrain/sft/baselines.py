@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.target_tokens import find_target_tokens
 from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
+from qscope_posttrain.sft.attachment_checks import is_sharded
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, Step
-from qscope_posttrain.sft.checks import is_sharded
 from qscope_posttrain.sft.config import (
     KLAnchorConfig,
     LanguageOf,
@@ -26,7 +27,6 @@ from qscope_posttrain.sft.config import (
     known_languages,
 )
 from qscope_posttrain.sft.logits import LogitHead, check_head, target_surprise
-from qscope_posttrain.sft.target_tokens import find_target_tokens
 
 
 class TokenPenaltyCallback(AuxiliaryLossCallback):

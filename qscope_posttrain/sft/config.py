@@ -1,7 +1,7 @@
 """The settings of each auxiliary loss in a validated, frozen dataclass, and the SASFT paper's form as a choice of them.
 
 SASFT's defaults are the form that, of those that need an SAE and no list of tokens, switched least at equal perplexity
-in `recipes/experiments/sasft_real_text.yaml` (see the README's table "at 1 % masked perplexity"): one readout per
+in `recipes/experiments/sasft_real_text.yaml` (see docs/results/sasft.md): one readout per
 layer, the sum of the target's decoder directions weighted by monolinguality, in standard deviations, at the positions
 that predict response tokens. Give it some 32 features of the last layer.
 """
@@ -172,10 +172,10 @@ class TokenPenaltyConfig(LossConfig):
     target: str = "zh"
     """Language to keep out of responses in other languages; samples of this language contribute nothing"""
     weight: float = 20.0
-    """In units of its own, not SASFT's: 20 to 25 did best alone, 40 with an anchor (see the README)"""
+    """In units of its own, not SASFT's: 20 to 25 did best alone, 40 with an anchor (docs/results/sasft.md)"""
     anchor_weight: float = 0.0
     """b of the term b * sum_t KL(start_t || model_t) over the same positions, normalised like the penalty; both
-    distributions without the target's tokens. 1.0 in the README's tables"""
+    distributions without the target's tokens. 1.0 in our experiments"""
     normalization: TokenNormalization = "token_mean"
     """token_mean: like TRL's cross-entropy; paper: mean over penalised tokens"""
     skip_target_labels: bool = True
@@ -200,7 +200,7 @@ class KLAnchorConfig(LossConfig):
     """Language that is not held: its samples contribute nothing, and its tokens are left out of both distributions.
     None holds responses in every language, and no sample's language is looked at"""
     weight: float = 1.0
-    """b; 1.0 in the README's tables"""
+    """b; 1.0 in our experiments"""
     normalization: TokenNormalization = "token_mean"
     """token_mean: like TRL's cross-entropy; paper: mean over the positions that are held"""
     languages: tuple[str, ...] | None = None

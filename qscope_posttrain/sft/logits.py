@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.layers import output_embedding, text_config
+from qscope_posttrain.models.layers import output_embedding, text_config
 
 CHUNK_TOKENS = 256
 """Tokens whose logits exist at one time: 150 MB in fp32 for a vocabulary of 150,000"""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explanation import FeatureId
+from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.features.text_features import TextFeatures
 from qscope_posttrain.intervals import Interval, wilson
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserValueError, library_refusals
-from qscope_posttrain.features.explanation import FeatureId
+from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.synthesis.pipeline import Example
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from qscope_posttrain.endpoint.failures import BudgetSpent
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates
-from qscope_posttrain.features.explanation import Explanation, FeatureId
+from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.synthesis.prompts import Draft, PromptWriter, RewriteJob, VanillaJob
 from qscope_posttrain.synthesis.responses import NoResponse, Response, decide_kinds, write_responses
 from qscope_posttrain.synthesis.settings import Kind, SynthesisSettings

@@ -11,7 +11,7 @@ from typing import Literal
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, text_field
-from qscope_posttrain.features.explanation import Explanation, FeatureId
+from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.synthesis.settings import Kind, SynthesisSettings
 
 PromptType = Literal["vanilla", "adversarial"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qscope_posttrain.features.explanation import FeatureId
+from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.features.text_features import TextFeatures, collect_text_features
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.synthesis.coverage import activations

@@ -11,7 +11,7 @@ from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, number_field
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explanation import Explanation, FeatureId
+from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.files import read_csv
 from qscope_posttrain.report.summary import write_text
 

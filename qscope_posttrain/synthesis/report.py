@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explanation import FeatureId
+from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.synthesis.comparison import Corpus, comparison_tables

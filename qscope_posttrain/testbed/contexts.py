@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qscope_posttrain.residual.capture import forward_to_layer
+from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.testbed.language_model import LanguageModel
 from qscope_posttrain.testbed.tokenizer import decode

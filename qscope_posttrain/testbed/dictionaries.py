@@ -14,7 +14,7 @@ from qscope_posttrain.features.directions import (
     random_feature_set,
 )
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find import language_feature_set
+from qscope_posttrain.features.find.language import language_feature_set
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes

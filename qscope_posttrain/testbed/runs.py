@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qscope_posttrain.models.generation import Sample
 from qscope_posttrain.report.progress import progress
-from qscope_posttrain.residual.sampling import Sample
 from qscope_posttrain.testbed.arms import ARMS, Arm
 from qscope_posttrain.testbed.cache import Cache
 from qscope_posttrain.testbed.config import TestbedConfig

@@ -1,1 +1,1 @@
-"""What is in a string or a vocabulary: Unicode scripts and the languages they give away."""
+"""Strings and vocabularies: files of text, scripts, languages, tokens of a language, repetition."""

@@ -1,4 +1,4 @@
-"""Unicode scripts in text, and which of them betray a language.
+"""Unicode scripts in text, and which of them identify a language.
 
 A character belongs to a script if it is a letter (general category L) whose Unicode property Script names it. Digits,
 punctuation, white space, symbols and emoji never belong to one, also where Unicode assigns them (Thai digits, say).
@@ -159,8 +159,8 @@ def check_source(target: str, source: str) -> None:
     script = target_script(target)
     if set(KANA if script == JAPANESE else (script,)) & set(language_scripts(source)):
         raise UserValueError(
-            f"Text in {source!r} is itself written with {script}, so a switch to {target!r} cannot be told from it "
-            "by script; leave this source language out."
+            f"Text in {source!r} is itself written with {script}, so a switch to {target!r} cannot be distinguished "
+            "from it by script; leave this source language out."
         )
 
 
@@ -169,7 +169,7 @@ def contains_language_script(text: str, target: str, source: str | None = None) 
 
     SASFT counts a response as switched if any single character is of the target's script (report, Eq. 24). One thing
     is added for Chinese: Han in a sentence that also contains kana is Japanese and does not count. A sentence of
-    kanji alone cannot be told from Chinese and does. A switch to Japanese is any kana, whatever the source.
+    kanji alone cannot be distinguished from Chinese and does. A switch to Japanese is any kana, whatever the source.
 
     Args:
         text: the response.

@@ -14,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
+from qscope_posttrain.analysis.benchmarks.performance import read_scores
 from qscope_posttrain.cli.inputs import read_prompts, read_text_list, read_texts
 from qscope_posttrain.errors import UserError
-from qscope_posttrain.evaluation.benchmarks.items import ItemSource, read_items
-from qscope_posttrain.evaluation.benchmarks.performance import read_scores
-from qscope_posttrain.features.explanation_file import read_explanations
+from qscope_posttrain.features.explain.explanation_file import read_explanations
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.feature_set_file import FORMAT
 from qscope_posttrain.features.layer_features import LayerFeatures

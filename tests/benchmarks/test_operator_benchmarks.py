@@ -1,4 +1,4 @@
-"""The benchmarks of the operators run, on the CPU and in small, and write what the README's tables are made from."""
+"""The benchmarks of the operators run, on the CPU and in small, and write what docs/results is made from."""
 
 from __future__ import annotations
 

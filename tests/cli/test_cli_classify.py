@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.evaluation.classifier.estimator import FeatureClassifier
 from qscope_posttrain.testbed.grammar import write_paragraphs
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.residual.capture import forward_to_layer
+from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.sae.activations import JumpReLU
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.training import SAETrainingConfig, train_saes

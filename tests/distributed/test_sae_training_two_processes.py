@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASE = Path(__file__).resolve().parents[1] / "features" / "sae_training_case.py"
+CASE = Path(__file__).resolve().parents[1] / "sae" / "training" / "sae_training_case.py"
 
 
 def run(folder: Path, architecture: str, steps: int, processes: int) -> dict:
@@ -23,7 +23,7 @@ def run(folder: Path, architecture: str, steps: int, processes: int) -> dict:
             port = found.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command += [str(CASE), str(folder), str(output), architecture, str(steps)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CASE.parents[2])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CASE.parents[3])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return torch.load(output / "result.pt", weights_only=False)

@@ -9,9 +9,8 @@ from endpoint_server import serving
 
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import ChatRequest, Completion, Message, Sampling
-from qscope_posttrain.endpoint.failures import RequestFailed, RequestRefused, RetryPolicy
+from qscope_posttrain.endpoint.failures import FIRST_FEW, RequestFailed, RequestRefused, RetryPolicy
 from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
-from qscope_posttrain.endpoint.refusals import FIRST_FEW
 from qscope_posttrain.endpoint.session import ChatSession
 
 WARM, COLD = Sampling(max_tokens=9), Sampling(temperature=0.0, max_tokens=9)

@@ -19,10 +19,10 @@ from qscope_posttrain.evaluation.dose_curve import (
     writes_language,
 )
 from qscope_posttrain.evaluation.response_loss import response_losses
-from qscope_posttrain.features.contrastive import find_contrastive_features
+from qscope_posttrain.features.find.contrast import find_contrastive_features
 from qscope_posttrain.features.steering import feature_steering
-from qscope_posttrain.residual.sampling import Sample, SamplingSettings, generate_samples
-from qscope_posttrain.residual.steering import steer
+from qscope_posttrain.models.generation import Sample, SamplingSettings, generate_samples
+from qscope_posttrain.models.steering import steer
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

@@ -18,7 +18,7 @@ from qscope_posttrain.evaluation.repetition import (
     repetition_difference,
 )
 from qscope_posttrain.intervals import bootstrap_over_prompts, wilson
-from qscope_posttrain.residual.sampling import Sample, SamplingSettings
+from qscope_posttrain.models.generation import Sample, SamplingSettings
 from qscope_posttrain.text.repetition import RepeatedTail, is_endless_repetition, ngram_repetition_rate
 
 LOOP = (9, *[1, 2, 3] * 4)

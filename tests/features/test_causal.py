@@ -11,9 +11,9 @@ import torch
 from qscope_posttrain.features.causal import CONTROL, FEATURE, MEANS, causal_check
 from qscope_posttrain.features.directions import direction_feature_set, random_direction_set
 from qscope_posttrain.features.effects import effect_gradients, measure_effects
-from qscope_posttrain.features.scoring import target_probability
 from qscope_posttrain.features.statistics import collect_statistics
-from qscope_posttrain.residual.steering import Steering, steer
+from qscope_posttrain.models.scoring import target_probability
+from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.text.tokens import script_token_ids
 
 LAYER = 3

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qscope_posttrain.features.batches import TokenText
-from qscope_posttrain.features.contrastive import (
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.find.contrast import (
     find_contrastive_features,
     most_common_tokens,
     rank_response_features,
 )
-from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.models.batches import TokenText
 
 
 @pytest.fixture(scope="module")

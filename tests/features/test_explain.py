@@ -14,11 +14,11 @@ from endpoint_server import serving
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.features.contexts import Context, ContextSettings, FeatureContexts
-from qscope_posttrain.features.explain import ExplainSettings, explain_features, shuffled_words
-from qscope_posttrain.features.explanation import FeatureId, Prediction
-from qscope_posttrain.features.explanation_file import read_explanations, write_explanations
-from qscope_posttrain.features.explanation_tests import Split, decisions, from_bands, fuzzing_items, split_contexts
+from qscope_posttrain.features.explain.ask import ExplainSettings, explain_features, shuffled_words
+from qscope_posttrain.features.explain.contexts import Context, ContextSettings, FeatureContexts
+from qscope_posttrain.features.explain.explanation import FeatureId, Prediction
+from qscope_posttrain.features.explain.explanation_file import read_explanations, write_explanations
+from qscope_posttrain.features.explain.verify import Split, decisions, from_bands, fuzzing_items, split_contexts
 from qscope_posttrain.sae.activations import ReLU
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

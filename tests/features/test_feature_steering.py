@@ -11,9 +11,9 @@ import torch
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.steering import feature_steering
-from qscope_posttrain.residual.capture import forward_to_layer
-from qscope_posttrain.residual.positions import Window
-from qscope_posttrain.residual.steering import steer
+from qscope_posttrain.models.capture import forward_to_layer
+from qscope_posttrain.models.positions import Window
+from qscope_posttrain.models.steering import steer
 
 D = 64
 CHOSEN = {"label": "loop", "layer": 2, "strength": 0.5, "unit": "relative", "window_start": [4, 9], "window_length": 16}

@@ -10,19 +10,19 @@ from looping_model import CIRCLE, SHARE, WIDTH, looping_model, looping_prompts, 
 
 from qscope_posttrain.features.build import feature_set_from, features_from_directions
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find_repetition import find_repetition_features, repetition_table, with_choice
-from qscope_posttrain.features.loops import LoopCollection, collect_loops
-from qscope_posttrain.features.repetition import repetition_differences, repetition_gradients
-from qscope_posttrain.features.repetition_curve import CurveSettings
-from qscope_posttrain.features.repetition_figure import curve_figures
-from qscope_posttrain.features.repetition_scan import Contrast, candidates, steering_curve
+from qscope_posttrain.features.find.loops import LoopCollection, collect_loops
+from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table, with_choice
+from qscope_posttrain.features.find.repetition_curve import CurveSettings
+from qscope_posttrain.features.find.repetition_figure import curve_figures
+from qscope_posttrain.features.find.repetition_scan import Contrast, candidates, steering_curve
+from qscope_posttrain.features.find.repetition_scores import repetition_differences, repetition_gradients
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import feature_steering
+from qscope_posttrain.models.generation import SamplingSettings, encode_prompts, sample_batch
+from qscope_posttrain.models.positions import Window
+from qscope_posttrain.models.steering import steer
+from qscope_posttrain.models.steering_spec import unit
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.residual.formulas import unit
-from qscope_posttrain.residual.positions import Window
-from qscope_posttrain.residual.sampling import SamplingSettings, encode_prompts, sample_batch
-from qscope_posttrain.residual.steering import steer
 from qscope_posttrain.text.repetition import is_endless_repetition
 
 SAMPLING = SamplingSettings(top_p=1.0, max_new_tokens=36, batch_size=160)

@@ -7,9 +7,9 @@ import json
 import pytest
 from looping_model import CIRCLE, ORDINARY, looping_model, looping_prompts, looping_tokenizer
 
-from qscope_posttrain.features.loops import Completion, Loop, LoopCollection, collect_loops, loops_from_texts
+from qscope_posttrain.features.find.loops import Completion, Loop, LoopCollection, collect_loops, loops_from_texts
 from qscope_posttrain.intervals import wilson
-from qscope_posttrain.residual.sampling import SamplingSettings
+from qscope_posttrain.models.generation import SamplingSettings
 from qscope_posttrain.text.repetition import RepeatedTail
 
 SETTINGS = SamplingSettings(top_p=1.0, max_new_tokens=32, batch_size=64)

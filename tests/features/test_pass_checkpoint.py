@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from qscope_posttrain.features import accumulator
 from qscope_posttrain.features import statistics as statistics_module
 from qscope_posttrain.features.statistics import collect_statistics
+from qscope_posttrain.models import calibration
 
 SUMS = ("residual_sum", "residual_second_moment", "activation_sum", "firing_count", "tokens", "outliers")
 BATCH = {"tokens_per_batch": 100}
@@ -22,7 +22,7 @@ class Interrupted(Exception):
 @pytest.fixture(autouse=True)
 def small_sample(monkeypatch):
     """The calibration sample is a part of the texts, as it is with real amounts of text."""
-    monkeypatch.setattr(accumulator, "CALIBRATION_TOKENS", 100)
+    monkeypatch.setattr(calibration, "CALIBRATION_TOKENS", 100)
 
 
 class Reading:
@@ -107,7 +107,7 @@ def test_checkpoint_in_a_missing_folder(make_model, tiny_tokenizer, texts, saes,
 
 def _rank(rank, processes, folder, model, tokenizer, texts, saes):
     torch.set_num_threads(1)
-    accumulator.CALIBRATION_TOKENS = 100
+    calibration.CALIBRATION_TOKENS = 100
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     found = collect_statistics(model, tokenizer, texts, saes, **BATCH, checkpoint=f"{folder}/pass", checkpoint_every=1)
     sums = {(layer, name): getattr(found.layers[layer], name) for layer in found.layers for name in SUMS}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from looping_model import CIRCLE, SHARE, WIDTH, looping_model, looping_prompts, looping_tokenizer
 
-from qscope_posttrain.features import repetition_curve
-from qscope_posttrain.features.loops import Completion
-from qscope_posttrain.features.repetition_choice import SteeringCurve, choose, margin
-from qscope_posttrain.features.repetition_curve import (
+from qscope_posttrain.features.find import repetition_curve
+from qscope_posttrain.features.find.loops import Completion
+from qscope_posttrain.features.find.repetition_choice import SteeringCurve, choose, margin
+from qscope_posttrain.features.find.repetition_curve import (
     FEATURE,
     MEANS,
     RANDOM,
@@ -24,8 +24,8 @@ from qscope_posttrain.features.repetition_curve import (
     unlikely_tokens,
 )
 from qscope_posttrain.intervals import rate_difference
-from qscope_posttrain.residual.sampling import SamplingSettings, encode_prompts, sample_batch
-from qscope_posttrain.residual.steering import Steering, Window, steer
+from qscope_posttrain.models.generation import SamplingSettings, encode_prompts, sample_batch
+from qscope_posttrain.models.steering import Steering, Window, steer
 from qscope_posttrain.text.repetition import is_endless_repetition
 
 SAMPLING = SamplingSettings(top_p=1.0, max_new_tokens=32, batch_size=48)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qscope_posttrain.features.loops import Loop
-from qscope_posttrain.features.repetition import (
+from qscope_posttrain.features.find.loops import Loop
+from qscope_posttrain.features.find.repetition_scores import (
     Occurrence,
     occurrences,
     rank_features,
     repetition_differences,
     repetition_gradients,
 )
-from qscope_posttrain.residual.steering import Steering, Window, steer
+from qscope_posttrain.models.steering import Steering, Window, steer
 from qscope_posttrain.sae.activations import JumpReLU
 from qscope_posttrain.text.repetition import repeated_tail
 

@@ -14,7 +14,7 @@ from qscope_posttrain.features.directions import (
     random_direction_set,
     random_feature_set,
 )
-from qscope_posttrain.features.find import language_feature_set
+from qscope_posttrain.features.find.language import language_feature_set
 from qscope_posttrain.features.selection import difference_of_means, monolinguality, random_features, top_features
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from qscope_posttrain.features import accumulator
-from qscope_posttrain.features.accumulator import LanguageRows, LayerSums
+from qscope_posttrain.features.accumulator import LayerSums
 from qscope_posttrain.features.statistics import collect_statistics
+from qscope_posttrain.models import calibration
+from qscope_posttrain.models.calibration import LanguageRows
 from qscope_posttrain.sae.activations import JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
@@ -133,7 +135,7 @@ def test_batch_size_and_padding_do_not_matter(architecture, make_model, tiny_tok
 def test_calibration_sample_is_the_same_for_any_order_and_smaller_than_the_data(
     make_model, tiny_tokenizer, texts, saes, monkeypatch
 ):
-    monkeypatch.setattr(accumulator, "CALIBRATION_TOKENS", 100)
+    monkeypatch.setattr(calibration, "CALIBRATION_TOKENS", 100)
     medians = []
     for seed in (0, 1):
         shuffled = {language: random.Random(seed).sample(lines, len(lines)) for language, lines in texts.items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qscope_posttrain.features.batches import TokenText, describe_text, tokenize_texts
 from qscope_posttrain.features.pass_checkpoint import sequence_fingerprint
 from qscope_posttrain.features.statistics import collect_statistics
+from qscope_posttrain.models.batches import TokenText, describe_text, tokenize_texts
 
 SUMS = ("tokens", "outliers", "residual_sum", "residual_second_moment", "activation_sum", "firing_count")
 

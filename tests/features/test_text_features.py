@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qscope_posttrain.features.batches import TokenText
 from qscope_posttrain.features.text_features import collect_text_features
+from qscope_posttrain.models.batches import TokenText
 from qscope_posttrain.sae.activations import JumpReLU
 
 

@@ -10,7 +10,7 @@ from encode_oracle import random_inputs
 from transformers.utils import enable_tf32
 
 from qscope_posttrain.kernels import feature_penalty, feature_preactivations, threshold_encode, topk_encode
-from qscope_posttrain.kernels.precision import exact_dtype, lowered_to
+from qscope_posttrain.kernels.checks import exact_dtype, lowered_to
 from qscope_posttrain.sae.activations import AbsTopK
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qscope_posttrain.kernels import certified, topk_encode
-from qscope_posttrain.kernels.topk import topk_product
+from qscope_posttrain.kernels.select import topk_product
 
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-40, -1e-40, 2.0, 3.0, -1.0]
 

@@ -48,7 +48,7 @@ def test_sparse_decode(triton_device, dtype, with_bias):
 
 @pytest.mark.parametrize("column", [lambda table: table[:, 3], lambda table: table[0, :1].expand(len(table))])
 def test_strided_and_expanded_biases_are_read_right(triton_device, column):
-    from qscope_posttrain.kernels.topk import topk_product
+    from qscope_posttrain.kernels.select import topk_product
     from qscope_posttrain.kernels.triton.decode import sum_rows
 
     values, indices, table = normal(3, 4), torch.randint(32, (3, 4)), normal(32, 16)

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qscope_posttrain.report.heat_map import heat_map
+from qscope_posttrain.report.plots import heat_map
 
 
 def test_a_cell_for_every_value_deeper_where_it_is_larger():

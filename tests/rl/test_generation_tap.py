@@ -11,8 +11,8 @@ from rl.cases import END, LAYER, Formula, Row, ended, loop_features, make_args, 
 from sft.cases import with_lora
 
 from qscope_posttrain.features.steering import feature_steering
-from qscope_posttrain.residual.positions import Window
-from qscope_posttrain.residual.steering import steer
+from qscope_posttrain.models.positions import Window
+from qscope_posttrain.models.steering import steer
 from qscope_posttrain.rl.rollouts.generation_tap import generation_tap
 from qscope_posttrain.rl.rollouts.hf import negative_rollout, negative_source
 from qscope_posttrain.rl.rows import RowPlan

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from residual.other_device import elsewhere
+from models.other_device import elsewhere
 from sft.cases import case_model, make_features, make_rows, make_trainer, with_lora
 
 from qscope_posttrain.sft.anchor import Anchor

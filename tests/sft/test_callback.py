@@ -19,11 +19,11 @@ from sft.cases import (
 )
 from transformers import TrainerCallback
 
-from qscope_posttrain.residual.layers import decoder_layers
+from qscope_posttrain.models.layers import decoder_layers
+from qscope_posttrain.sft.attached_run import InstancePatches, calling_trainer
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.config import SASFTConfig
-from qscope_posttrain.sft.patches import InstancePatches, calling_trainer
 
 
 @pytest.fixture(scope="module")

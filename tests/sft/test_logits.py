@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from residual.other_device import elsewhere
+from models.other_device import elsewhere
 
 from qscope_posttrain.sft import logits
 from qscope_posttrain.sft.logits import (

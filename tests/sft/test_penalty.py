@@ -9,8 +9,8 @@ import torch
 from sft.cases import make_features
 
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.sft.callback import penalty_layers
 from qscope_posttrain.sft.config import PAPER, SASFTConfig
-from qscope_posttrain.sft.penalty import penalty_layers
 
 
 @pytest.fixture(scope="module")

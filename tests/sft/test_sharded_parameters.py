@@ -12,10 +12,10 @@ from sft.cases import case_model, make_features, make_rows, make_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from qscope_posttrain.sft.attachment_checks import tensor_parallel_size
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.checks import tensor_parallel_size
-from qscope_posttrain.sft.normalisation import data_parallel_size
+from qscope_posttrain.sft.normalization import data_parallel_size
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from qscope_posttrain.cli.main import main
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.features.explanation import Explanation, FeatureId
+from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.synthesis.prompts import synthesis_templates
 from qscope_posttrain.synthesis.relevance import judge_relevance
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qscope_posttrain.features.explanation import FeatureId
+from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.features.text_features import TextFeatures
 from qscope_posttrain.synthesis.comparison import Corpus, comparison_tables
 from qscope_posttrain.synthesis.coverage import (

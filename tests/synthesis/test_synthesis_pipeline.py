@@ -12,7 +12,7 @@ from word_world import TOPIC, WORDS, grammar
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import Completion
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.features.explanation import Explanation, FeatureId
+from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.synthesis.dataset import balanced, example_row, row_type, save_rows, type_counts
 from qscope_posttrain.synthesis.pipeline import random_synthesis, synthesize
 from qscope_posttrain.synthesis.prompts import synthesis_templates

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.residual.layers import pretrained_model
-from qscope_posttrain.residual.steering import other_rows
+from qscope_posttrain.models.layers import pretrained_model
+from qscope_posttrain.models.steering import other_rows
 
 
 class LogitsRule(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from qscope_posttrain.errors import UserTypeError, UserValueError, did_you_mean
-from qscope_posttrain.residual.layers import pretrained_model
+from qscope_posttrain.models.layers import pretrained_model
 
 # They reshape a distribution, or do nothing here: beams and an assistant are refused below or never given.
 _ALLOWED = frozenset(

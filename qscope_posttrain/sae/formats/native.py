@@ -16,8 +16,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qscope_posttrain.atomic import replacing
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import replacing
 from qscope_posttrain.sae.activations import Activation, activation_from_spec, activation_to_spec
 from qscope_posttrain.sae.checks import as_integer, shown
 from qscope_posttrain.sae.containers import json_file

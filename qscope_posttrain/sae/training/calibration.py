@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qscope_posttrain.distributed import Reduce, alone
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sae.training.processes import Reduce, alone
 
 _TILE_TOKENS = 4096
 _ITERATIONS = 100

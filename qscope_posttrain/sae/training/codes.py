@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qscope_posttrain.distributed import Reduce, alone, gathered
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.kernels import batch_topk_encode, sparse_decode, threshold_encode, topk_encode
 from qscope_posttrain.sae.training.parameters import Parameters
-from qscope_posttrain.sae.training.processes import Reduce, alone, gathered
 
 
 @dataclass(frozen=True, eq=False)

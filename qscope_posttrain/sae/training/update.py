@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qscope_posttrain.distributed import Reduce, alone
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.kernels import sparse_decode, topk_encode
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
@@ -14,7 +15,6 @@ from qscope_posttrain.sae.training.calibration import Units
 from qscope_posttrain.sae.training.codes import Code, batch_topk_code, jumprelu_code, smallest_positive, topk_code
 from qscope_posttrain.sae.training.config import SAETrainingConfig
 from qscope_posttrain.sae.training.parameters import Parameters, fold, keep_unit_rows, remove_parallel_gradient
-from qscope_posttrain.sae.training.processes import Reduce, alone
 
 
 @dataclass(frozen=True, eq=False)

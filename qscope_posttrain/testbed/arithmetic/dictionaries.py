@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.features.batches import TokenText
 from qscope_posttrain.features.directions import difference_of_means_set
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find_repetition import LOOP, NORMAL, find_repetition_features, with_choice
-from qscope_posttrain.features.loops import Completion
-from qscope_posttrain.features.repetition_curve import CurveSettings
-from qscope_posttrain.features.repetition_scan import Contrast, steering_curve
+from qscope_posttrain.features.find.loops import Completion
+from qscope_posttrain.features.find.repetition import LOOP, NORMAL, find_repetition_features, with_choice
+from qscope_posttrain.features.find.repetition_curve import CurveSettings
+from qscope_posttrain.features.find.repetition_scan import Contrast, steering_curve
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import SETTINGS_KEY
-from qscope_posttrain.residual.sampling import SamplingSettings, encode_prompts
+from qscope_posttrain.models.batches import TokenText
+from qscope_posttrain.models.generation import SamplingSettings, encode_prompts
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.documents import finish, write_steps
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel

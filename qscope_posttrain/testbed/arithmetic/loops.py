@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.loops import MIN_COPIES, MIN_TOKENS, Completion, Loop, LoopCollection
+from qscope_posttrain.features.find.loops import MIN_COPIES, MIN_TOKENS, Completion, Loop, LoopCollection
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel
 from qscope_posttrain.testbed.arithmetic.probes import ProbeSet, clean_cases, own_cases

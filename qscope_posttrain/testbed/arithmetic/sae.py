@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.report.progress import progress
-from qscope_posttrain.residual.capture import forward_to_layer
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes
 from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
+from qscope_posttrain.distributed import alone
 from qscope_posttrain.sae.training import SAETrainingConfig
 from qscope_posttrain.sae.training.calibration import Units, calibrate, geometric_median
 from qscope_posttrain.sae.training.codes import Code, batch_topk_code, jumprelu_code, topk_code
 from qscope_posttrain.sae.training.parameters import Parameters
-from qscope_posttrain.sae.training.processes import alone
 from qscope_posttrain.sae.training.update import LayerTraining, auxk_loss
 
 TOKENS, D_MODEL, D_SAE, K = 20, 6, 18, 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qscope_posttrain.residual.capture import LayerCapture
+from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.testbed.arithmetic.documents import DocumentSettings
 from qscope_posttrain.testbed.arithmetic.language_model import ArithmeticModel, document_rows
 from qscope_posttrain.testbed.arithmetic.loops import load_loops

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.experiments.recipe import SwitchingCell, WeightedArm
 from benchmarks.experiments.switching_grid import count_switches, fit_identifier, run_switching_cell
-from qscope_posttrain.residual.sampling import Sample
+from qscope_posttrain.models.generation import Sample
 from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.cache import open_cache
 from qscope_posttrain.testbed.config import TestbedConfig

@@ -1,0 +1,188 @@
+"""What scores of models say about benchmarks: redundancy R (Eq. 4 to 6) and similarity of pairs (Eq. 12)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qscope_posttrain.analysis.benchmarks.correlation import partial_correlation
+from qscope_posttrain.analysis.benchmarks.redundancy import curve_sizes
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.files import read_csv
+
+FEWEST_MODELS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """Scores of M models on benchmarks."""
+
+    models: tuple[str, ...]
+    benchmarks: tuple[str, ...]
+    scores: NDArray[np.float64]
+    """[M, benchmarks]"""
+
+    def __post_init__(self) -> None:
+        if self.scores.shape != (len(self.models), len(self.benchmarks)):
+            raise UserValueError(f"scores of {len(self.models)} models on {len(self.benchmarks)} benchmarks, got "
+                             f"{self.scores.shape}.")  # fmt: skip
+        if len(self.models) < FEWEST_MODELS:
+            raise UserValueError(f"at least {FEWEST_MODELS} models are needed, got {len(self.models)}.")
+        if not np.isfinite(self.scores).all():
+            raise UserValueError("every model needs a score on every benchmark.")
+
+    def column(self, benchmark: str) -> NDArray[np.float64]:
+        """[M] scores on one benchmark."""
+        if benchmark not in self.benchmarks:
+            raise UserValueError(f"no scores for '{benchmark}'; the table has {', '.join(self.benchmarks)}.")
+        return self.scores[:, self.benchmarks.index(benchmark)]
+
+    def similarity(self, names: Sequence[str], control: str | None = None) -> NDArray[np.float64]:
+        """[B, B] Pearson correlation over models of the scores on two benchmarks; with a control, that column is
+        partialled out of every pair (Eq. 12).
+
+        Raises:
+            ValueError: a benchmark on which all models score the same.
+        """
+        every = [*names, *([] if control is None else [control])]
+        columns = np.stack([self.column(name) for name in every])
+        flat = [name for name, column in zip(every, columns, strict=True) if np.ptp(column) == 0]
+        if flat:
+            raise UserValueError(f"all models have the same score on {', '.join(flat)}: no correlation.")
+        r = np.clip(np.corrcoef(columns), -1.0, 1.0)
+        if control is None:
+            return r
+        with_control = r[:-1, -1]
+        return partial_correlation(r[:-1, :-1], with_control[:, None], with_control[None, :])
+
+
+@dataclass(frozen=True)
+class PerformanceRedundancy:
+    """R of one benchmark."""
+
+    name: str
+    items: int
+    models: int
+    r: float
+    error: float
+    """Standard error from the random orders; the error from the choice of models is not in it"""
+    repeats: int
+
+
+def read_scores(path: str | Path) -> ScoreTable:
+    """A CSV file: a row a model, its name in the first column, then a column a benchmark.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a cell that is no number, or too few models.
+    """
+    header, rows = _read_csv(path)
+    models = tuple(row[0] for row in rows)
+    scores = _numbers([row[1:] for row in rows], path)
+    try:
+        return ScoreTable(models, tuple(header[1:]), scores)
+    except UserValueError as error:
+        raise UserValueError(f"{path}: {error}") from error
+
+
+def read_correctness(folder: str | Path, names: Sequence[str]) -> dict[str, tuple[tuple[str, ...], NDArray]]:
+    """`<benchmark>.csv` for some of the benchmarks: a column a model with its name on top, a row an item, 0 to 1.
+
+    Returns:
+        {benchmark: (models, correct [N, M])}, for the files that are there.
+
+    Raises:
+        FileNotFoundError: none is.
+    """
+    files = {name: Path(folder) / f"{name}.csv" for name in names}
+    there = {name: path for name, path in files.items() if path.is_file()}
+    if not there:
+        raise UserFileNotFoundError(f"no <benchmark>.csv in '{folder}' for any of {', '.join(names)}.")
+    found = {}
+    for name, path in there.items():
+        header, rows = _read_csv(path)
+        found[name] = (tuple(header), _numbers(rows, path))
+    return found
+
+
+def scores_of(correctness: Mapping[str, tuple[tuple[str, ...], NDArray]]) -> ScoreTable:
+    """The table of mean correctness; all files must have the same models in the same order."""
+    models = {found[0] for found in correctness.values()}
+    if len(models) != 1:
+        raise UserValueError("the files of per-item correctness have different models or orders of them.")
+    means = np.stack([correct.mean(axis=0) for _, correct in correctness.values()], axis=1)
+    return ScoreTable(next(iter(models)), tuple(correctness), means)
+
+
+def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, seed: int = 0) -> PerformanceRedundancy:
+    """R(D) = (1/N) sum_n E tau(S, D), with tau Kendall's correlation between the models' accuracies on all items and on
+    a random subset of n (Eq. 4 to 6).
+
+    The subsets of one repeat are the first n items of a random order. tau is the tau-b, for small subsets tie many
+    models; where they tie all, it says nothing about the order and counts 0. The report does not say. Between the sizes
+    of `curve_sizes` tau_n is interpolated.
+
+    Args:
+        correct: [N, M] correctness of each item by each model.
+
+    Raises:
+        ValueError: another shape, fewer than three models, or models that all score the same.
+    """
+    outcomes = np.asarray(correct, dtype=np.float64)
+    if outcomes.ndim != 2 or outcomes.shape[1] < FEWEST_MODELS or len(outcomes) < 2:
+        raise UserValueError(
+            f"'{name}': expected correctness as [items, models >= {FEWEST_MODELS}], got {outcomes.shape}."
+        )
+    full = outcomes.mean(axis=0)
+    if np.ptp(full) == 0:
+        raise UserValueError(f"'{name}': all models have the same accuracy, so that there is no order to keep.")
+    items = len(outcomes)
+    generator = np.random.default_rng(seed)
+    sizes, every = curve_sizes(items), np.arange(1, items + 1)
+    found = []
+    for _ in range(repeats):
+        sums = np.cumsum(outcomes[generator.permutation(items)], axis=0)[sizes - 1]
+        # Sums of rounded numbers in another order: the last one is the whole benchmark and must tie as it ties.
+        found.append(float(np.interp(every, sizes, kendall(full, sums / sizes[:, None])).mean()))
+    error = float(np.std(found, ddof=1)) / math.sqrt(repeats) if repeats > 1 else math.nan
+    return PerformanceRedundancy(name, items, outcomes.shape[1], float(np.mean(found)), error, repeats)
+
+
+def kendall(full: ArrayLike, parts: ArrayLike) -> NDArray[np.float64]:
+    """Kendall's tau-b between `full` [M] and each row of `parts` [sizes, M]; 0 where a row is constant."""
+    reference, rows = np.asarray(full, dtype=np.float64), np.atleast_2d(np.asarray(parts, dtype=np.float64))
+    first, second = np.triu_indices(len(reference), 1)
+    known = _signs(reference[first] - reference[second])
+    found = _signs(rows[:, first] - rows[:, second])
+    scale = np.sqrt(np.abs(known).sum() * np.abs(found).sum(axis=1))
+    return np.divide(found @ known, scale, out=np.zeros(len(rows)), where=scale > 0)
+
+
+def _signs(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Signs, with differences of rounding taken for ties."""
+    return np.where(np.abs(differences) < 1e-12, 0.0, np.sign(differences))
+
+
+def _read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
+    rows = list(read_csv(path))
+    if len(rows) < 2:
+        raise UserValueError(f"{path}: expected a header and rows of as many cells; it has {len(rows)} rows.")
+    header = rows[0][1]
+    for number, cells in rows:
+        if len(cells) != len(header):
+            raise UserValueError(
+                f"{path}, line {number}: expected a header and rows of as many cells; {len(cells)} for {len(header)}."
+            )
+    return header, [cells for _, cells in rows[1:]]
+
+
+def _numbers(rows: Sequence[Sequence[str]], path: str | Path) -> NDArray[np.float64]:
+    try:
+        return np.array([[float(cell) for cell in row] for row in rows], dtype=np.float64)
+    except ValueError as error:
+        raise UserValueError(f"{path}: {error}.") from error

@@ -1,0 +1,263 @@
+"""The report on a classification task: numbers, tables and figures for one group of texts or for several languages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from qscope_posttrain.analysis.classifier.comparison import (
+    FRACTIONS,
+    JACCARD_TOP,
+    LayerRow,
+    by_layer,
+    efficiency,
+    fit_methods,
+    jaccard_by_layer,
+)
+from qscope_posttrain.analysis.classifier.examples import Examples
+from qscope_posttrain.analysis.classifier.methods import Method
+from qscope_posttrain.analysis.classifier.metrics import METRICS, Evaluation
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.intervals import Interval
+from qscope_posttrain.report.html import Figure, Section
+from qscope_posttrain.report.plots import Curve, line_curves
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.tables import Table
+
+REFERENCE = "logistic on the residual"
+"""What the differences are taken against: the usual probe, which needs no SAE."""
+CURVES = (
+    "OR, layer by top1-diff", "logistic on top features", "logistic on the residual", "difference of means",
+    "bag of tokens",
+)  # fmt: skip
+"""Methods whose data curve is drawn: those that are quick to fit many times."""
+TRANSFER = ("OR, best thresholds", "votes", "logistic on all features", *CURVES)
+"""Methods whose transfer is tabulated; that of the others is in the numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifierReport:
+    """Everything that was measured."""
+
+    sizes: Mapping[str, tuple[int, int, int, int]]
+    """By group: positive and negative discovery texts, positive and negative test texts"""
+    evaluations: Mapping[str, Mapping[str, Mapping[str, Evaluation]]]
+    """Method -> group learned on -> group tested on"""
+    choices: Mapping[str, Mapping[str, str]]
+    """Method -> group -> what it settled on"""
+    layers: Mapping[str, Sequence[LayerRow]]
+    """Group -> every layer and K on its own test texts"""
+    chosen_layers: Mapping[str, int]
+    """Group -> layer by top1-diff, from discovery texts alone"""
+    jaccard: Mapping[int, Mapping[tuple[str, str], float]]
+    """Layer -> pair of groups -> overlap of their top sets"""
+    curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
+    """Group -> method -> share of the discovery texts -> F1 of each draw"""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(self.sizes)
+
+    def own(self, method: str, group: str) -> Evaluation:
+        """A method learned and tested on one group."""
+        return self.evaluations[method][group][group]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, as JSON values."""
+        return {
+            "sizes": {group: list(sizes) for group, sizes in self.sizes.items()},
+            "evaluations": {
+                method: {one: {two: e.to_dict() for two, e in row.items()} for one, row in rows.items()}
+                for method, rows in self.evaluations.items()
+            },
+            "choices": {method: dict(rows) for method, rows in self.choices.items()},
+            "layers": {group: [vars(row) for row in rows] for group, rows in self.layers.items()},
+            "chosen_layers": dict(self.chosen_layers),
+            "jaccard": {
+                str(layer): {f"{one}/{two}": value for (one, two), value in pairs.items()}
+                for layer, pairs in self.jaccard.items()
+            },
+            "curves": {
+                group: {m: {str(share): list(f1) for share, f1 in curve.items()} for m, curve in curves.items()}
+                for group, curves in self.curves.items()
+            },
+        }
+
+    def tables(self) -> list[Table]:
+        """Methods by group, transfer of each feature method and probe, layers, Jaccard."""
+        found = [self._methods_table(group) for group in self.groups]
+        if len(self.groups) > 1:
+            found += [self._transfer_table(method) for method in self.evaluations if method in TRANSFER]
+            found.append(self._jaccard_table())
+        return [*found, *(self._layer_table(group) for group in self.groups)]
+
+    def sections(self) -> list[Section]:
+        """The parts of the HTML page."""
+        tables = self.tables()
+        per_group, rest = tables[: len(self.groups)], tables[len(self.groups) :]
+        moved = [table for table in rest if table.title.startswith(("Transfer", "Overlap"))]
+        layers = [table for table in rest if table not in moved]
+        sections = [Section("Methods", _METHODS, per_group)]
+        if self.curves:
+            sections.append(Section("How much data", "", figures=[self.curve_figure()]))
+        if moved:
+            sections.append(Section("From one group to another", _TRANSFER, moved))
+        return [*sections, Section("Layers", _LAYERS, layers)]
+
+    def curve_figure(self) -> Figure:
+        """F1 over the share of the discovery texts, mean over the groups, with a band over the draws."""
+        curves = []
+        names = list(next(iter(self.curves.values())))
+        for name in names:
+            shares = list(next(iter(self.curves.values()))[name])
+            draws = [
+                draw_interval(np.mean([curves_of[name][share] for curves_of in self.curves.values()], axis=0))
+                for share in shares
+            ]
+            x = [100 * share for share in shares]
+            low, high = ([getattr(draw, side) for draw in draws] for side in ("low", "high"))
+            curves.append(Curve(name, x, [draw.estimate for draw in draws], low, high))
+        drawn = line_curves(curves, "discovery texts, %", "F1 on test texts", x_marks=[100 * share for share in shares])
+        mean = f"mean over {', '.join(self.groups)}" if len(self.groups) > 1 else self.groups[0]
+        return Figure(drawn, f"F1, {mean}. Everything is learned and chosen on the part; band: 95 % t over draws.")
+
+    def _methods_table(self, group: str) -> Table:
+        rows = []
+        for method in self.evaluations:
+            found = self.own(method, group)
+            against = found.difference(self.own(REFERENCE, group), "f1") if REFERENCE in self.evaluations else None
+            versus = "-" if against is None or method == REFERENCE else _signed(against)
+            cells = [_cell(found.interval(name)) for name in METRICS]
+            rows.append([method, *cells, versus, self.choices[method][group]])
+        inside, outside, test_inside, test_outside = self.sizes[group]
+        return Table(
+            f"Methods, {group}",
+            ["method", "F1", "precision", "recall", "TPR at FPR 1 %", "TPR at 5 %", "AUROC", "F1 vs probe", "choice"],
+            rows,
+            f"Learned and chosen on {inside} positive and {outside} negative texts, measured on {test_inside} and "
+            f"{test_outside}. Intervals: 95 %, bootstrap over test texts, paired for the difference in F1 to "
+            f"{REFERENCE}. TPR at a fixed FPR: threshold read off the test texts.",
+        )
+
+    def _transfer_table(self, method: str) -> Table:
+        rows: list[list[Any]] = []
+        for source, row in self.evaluations[method].items():
+            cells = [_cell(row[target].interval("f1")) for target in row]
+            away = [found.values["f1"] for target, found in row.items() if target != source]
+            rows.append([source, *cells, float(np.mean(away))])
+        caption = "F1. Rows: learned on; columns: tested on. The last column is the mean over the others."
+        return Table(f"Transfer, {method}", ["learned on", *self.groups, "others"], rows, caption)
+
+    def _jaccard_table(self) -> Table:
+        pairs = list(next(iter(self.jaccard.values())))
+        rows = [
+            [layer, *(values[pair] for pair in pairs), float(np.mean(list(values.values())))]
+            for layer, values in self.jaccard.items()
+        ]
+        caption = "|A and B| / |A or B| of the features with the largest firing-rate difference in each group."
+        columns = ["layer", *(f"{one}, {two}" for one, two in pairs), "mean"]
+        return Table(f"Overlap of the top {JACCARD_TOP} features", columns, rows, caption)
+
+    def _layer_table(self, group: str) -> Table:
+        counts = sorted({row.k for row in self.layers[group]})
+        best = max(self.layers[group], key=lambda row: row.f1)
+        rows: list[list[Any]] = []
+        for layer in dict.fromkeys(row.layer for row in self.layers[group]):
+            of_layer = {row.k: row for row in self.layers[group] if row.layer == layer}
+            mark = "top1-diff" if layer == self.chosen_layers[group] else ""
+            note = ", ".join(filter(None, [mark, "best on the test texts" if layer == best.layer else ""]))
+            rows.append([layer, of_layer[counts[0]].top1_difference, *(of_layer[k].f1 for k in counts), note])
+        columns = ["layer", "largest difference", *(f"F1, K = {k}" for k in counts), "chosen by"]
+        caption = (
+            "OR rule, F1 on the test texts. The best of these cells is chosen on the test texts: it is no estimate."
+        )
+        return Table(f"Layers, {group}", columns, rows, caption)
+
+
+def make_report(
+    methods: Sequence[Method],
+    discovery: Mapping[str, Examples],
+    test: Mapping[str, Examples],
+    *,
+    folds: int = 5,
+    resamples: int = 1000,
+    fractions: Sequence[float] = FRACTIONS,
+    draws: int = 5,
+    seed: int = 0,
+) -> ClassifierReport:
+    """Fit and measure everything.
+
+    Args:
+        discovery: group (a language, or "all") -> texts on which everything is learned and chosen.
+        test: the same groups, other texts.
+        fractions: shares of the discovery texts of the data-efficiency curve.
+        draws: parts drawn for each share; 0 leaves the curve out.
+
+    Raises:
+        ValueError: other groups in the one than in the other, or none.
+    """
+    if not discovery or list(discovery) != list(test):
+        raise UserValueError(f"discovery and test need the same groups, got {list(discovery)} and {list(test)}.")
+    evaluations: dict[str, dict[str, dict[str, Evaluation]]] = {method.name: {} for method in methods}
+    choices: dict[str, dict[str, str]] = {method.name: {} for method in methods}
+    layers, chosen, curves = {}, {}, {}
+    for group, examples in discovery.items():
+        status(f"{group}: {len(examples)} discovery texts, {len(test[group])} test texts")
+        for name, fitted in fit_methods(methods, examples, folds=folds, seed=seed).items():
+            evaluations[name][group] = {other: fitted.evaluate(texts, resamples) for other, texts in test.items()}
+            choices[name][group] = fitted.choice
+        layers[group] = by_layer(examples, test[group])
+        chosen[group] = max(layers[group], key=lambda row: (row.top1_difference, -row.layer)).layer
+        if draws:
+            curve_methods = [method for method in methods if method.name in CURVES]
+            curves[group] = efficiency(
+                curve_methods, examples, test[group], fractions=fractions, draws=draws, folds=folds, seed=seed
+            )
+    sizes = {
+        group: tuple(
+            int(count) for e in (discovery[group], test[group]) for count in (e.labels.sum(), (~e.labels).sum())
+        )
+        for group in discovery
+    }
+    return ClassifierReport(
+        sizes,  # type: ignore[arg-type]
+        evaluations,
+        choices,
+        layers,
+        chosen,
+        jaccard_by_layer(discovery) if len(discovery) > 1 else {},
+        curves,
+    )
+
+
+def draw_interval(values: Any, level: float = 0.95) -> Interval:
+    """Mean of independent draws with its t interval, within [0, 1]; the value alone where there is one draw."""
+    sample = np.asarray(values, dtype=np.float64)
+    mean = float(sample.mean())
+    if len(sample) < 2:
+        return Interval(mean, mean, mean)
+    reach = float(stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample)))
+    return Interval(mean, max(0.0, mean - reach), min(1.0, mean + reach))
+
+
+def _cell(interval: Interval) -> str:
+    if np.isnan(interval.estimate):
+        return "-"
+    return f"{interval.estimate:.3f} ({interval.low:.3f} .. {interval.high:.3f})"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.estimate:+.3f} ({interval.low:+.3f} .. {interval.high:+.3f})"
+
+
+_METHODS = (
+    "Layers, numbers of features and regularisation are chosen by cross-validation on discovery texts, by F1. For OR "
+    "and votes the ranking counts the features that fire. *Bag of tokens* and *length* read no model: they say how "
+    "easy the task is."
+)
+_TRANSFER = "Everything, choices included, is learned on one group and measured on the others."
+_LAYERS = "The OR rule with every layer and K, and which layer the firing-rate differences choose."

@@ -1,0 +1,1 @@
+"""Explanations of features by a chat model, and tests of them."""

@@ -1,0 +1,1 @@
+"""Find the features of a language, of repetition, or of a contrast between texts."""

@@ -1,0 +1,344 @@
+"""Sample responses from a model: batched, reproducible, and without a trace in the caller's state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.models.layers import evaluation_mode, pretrained_model, text_config, unwrapped
+from qscope_posttrain.report.progress import progress
+
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""Text to continue, the messages of a chat (`{"role": ..., "content": ...}`), or a row of TRL's data sets: one of these
+as `prompt`, with `tools` and `chat_template_kwargs` of its own for the chat template. Messages that end with the
+assistant's are continued there."""
+
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns of TRL's data sets that are passed to the chat template"""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are drawn. The defaults are those of the SASFT evaluation, except that it allows 2048 tokens."""
+
+    samples_per_prompt: int = 8
+    """Responses drawn for each prompt."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 decodes greedily. Switching depends strongly on it: always report it."""
+
+    top_p: float = 0.8
+    """Nucleus: the likeliest tokens with together at least this probability are kept; 1 keeps all. No top-k, no
+    penalties."""
+
+    max_new_tokens: int = 256
+    """Longest response, in tokens. The longer it is, the more room to switch: always report it."""
+
+    seed: int = 0
+    """Of the sampling. The same settings give the same responses on the same machine; `batch_size` is one of them."""
+
+    batch_size: int = 32
+    """Responses generated at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.temperature < 0:
+            raise UserValueError(f"temperature must be at least 0; got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise UserValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise UserValueError(
+                f"temperature=0 gives the same response every time, but samples_per_prompt={self.samples_per_prompt}; "
+                "set samples_per_prompt=1 or a positive temperature."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of the model."""
+
+    language: str
+    """Source language: the language of the prompt, in which the response should be."""
+
+    prompt_index: int
+    """Which prompt of its language, from 0."""
+
+    sample_index: int
+    """Which of the responses to that prompt, from 0."""
+
+    prompt: str
+    """The text that the model read, chat template included."""
+
+    response: str
+    """The text that it wrote, without special tokens."""
+
+    ended: bool
+    """Whether it ended by itself, rather than at `max_new_tokens`."""
+
+    prompt_tokens: tuple[int, ...] = ()
+    """Token ids of the prompt; empty where they were not kept."""
+
+    tokens: tuple[int, ...] = ()
+    """Token ids of the response up to, not including, the end token; empty where they were not kept."""
+
+    def __post_init__(self) -> None:
+        # JSON knows no tuples: a sample that was written and read again equals the one that was written.
+        for name in ("prompt_tokens", "tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_dict(self, tokens: bool = True) -> dict[str, Any]:
+        """The fields, JSON-ready; with `tokens=False` those that a person reads, without the token ids."""
+        values = asdict(self)
+        return values if tokens else {name: values[name] for name in values if not name.endswith("tokens")}
+
+
+def generate_samples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[Prompt]],
+    settings: SamplingSettings | None = None,
+    *,
+    chat: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
+    show_progress: bool | None = None,
+) -> list[Sample]:
+    """Draw `settings.samples_per_prompt` responses to every prompt with the model's `generate`.
+
+    Only what `settings` says shapes the distribution: defaults that come with a model (top-k, repetition penalty) are
+    set aside for the time, its end tokens are kept. The model samples in eval mode. Its mode, its generation
+    defaults, the tokenizer and the global random state are afterwards as before.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped.
+        tokenizer: its tokenizer; the padding side does not matter.
+        prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
+        settings: how to draw; by default `SamplingSettings()`.
+        chat: whether a string is the message of a user to a chat model, rather than text to continue.
+        chat_template_options: further arguments of the template, e.g. `{"enable_thinking": False}`.
+        show_progress: whether to show progress; by default as `report.progress` decides.
+
+    Returns:
+        Samples ordered by language (as in `prompts`), prompt, sample.
+
+    Raises:
+        ValueError: no prompts, or an empty or damaged one; one too long for the model; a chat without a chat template,
+            or that it refuses.
+        TypeError: a string where a list of prompts is expected.
+    """
+    settings = settings or SamplingSettings()
+    texts, ids = _encoded_prompts(tokenizer, prompts, chat, dict(chat_template_options or {}))
+    _check_lengths(model, texts, ids, settings.max_new_tokens)
+
+    # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.
+    by_length = sorted(range(len(texts)), key=lambda place: -len(ids[place]))
+    rows = [(place, sample) for place in by_length for sample in range(settings.samples_per_prompt)]
+    batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+    responses: dict[tuple[int, int], tuple[list[int], bool]] = {}
+    with _sampling(model, tokenizer, settings) as end_ids:
+        for batch in progress(batches, description="sampling responses", enabled=show_progress):
+            new_tokens = _generate(model, tokenizer, [ids[place] for place, _ in batch])
+            responses.update(zip(batch, _until_end(new_tokens, end_ids), strict=True))
+    samples = []
+    for place, (language, index, text) in enumerate(texts):
+        for number in range(settings.samples_per_prompt):
+            tokens, ended = responses[place, number]
+            response = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            samples.append(Sample(language, index, number, text, response, ended, tuple(ids[place]), tuple(tokens)))
+    return samples
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    chat: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts as `generate_samples` encodes them; it also documents the arguments and the errors."""
+    return _encoded_prompts(tokenizer, {"": prompts}, chat, dict(chat_template_options or {}))[1]
+
+
+def sample_batch(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+) -> list[tuple[list[int], bool]]:
+    """One response to each encoded prompt, all of them in one batch, with the rows in the order given.
+
+    What `generate_samples` does, for a caller who does something to certain rows meanwhile (see `steering.steer`).
+    `samples_per_prompt` and `batch_size` play no part.
+
+    Returns:
+        For each prompt the new tokens up to, not including, the end token, and whether there was one.
+
+    Raises:
+        ValueError: no prompts, an empty one, or one too long for the model.
+    """
+    if not prompt_ids:
+        raise UserValueError("No prompts given.")
+    _check_lengths(model, [("", index, "") for index in range(len(prompt_ids))], prompt_ids, settings.max_new_tokens)
+    with _sampling(model, tokenizer, settings) as end_ids:
+        return list(_until_end(_generate(model, tokenizer, prompt_ids), end_ids))
+
+
+def _until_end(new_tokens: Tensor, end_ids: frozenset[int]) -> Iterator[tuple[list[int], bool]]:
+    """Tokens of each row before its end token, and whether it has one."""
+    for tokens in new_tokens.tolist():
+        end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
+        yield tokens[:end], end is not None
+
+
+def _encoded_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[Prompt]],
+    chat: bool,
+    template_options: dict[str, Any],
+) -> tuple[list[tuple[str, int, str]], list[list[int]]]:
+    """`_prompt_texts`, and the token ids of each: a chat template writes the special tokens itself."""
+    texts, ids = [], []
+    for language, index, text, templated in _prompt_texts(tokenizer, prompts, chat, template_options):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserValueError(
+                f"{_named(language, index)} is damaged: character {error.start} is half of a surrogate pair "
+                f"({text[error.start]!r}), as a cut emoji leaves it. Mend or remove the prompt."
+            ) from error
+        texts.append((language, index, text))
+        ids.append(list(tokenizer(text, add_special_tokens=not templated)["input_ids"]))
+    return texts, ids
+
+
+def _prompt_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[Prompt]],
+    chat: bool,
+    template_options: dict[str, Any],
+) -> Iterator[tuple[str, int, str, bool]]:
+    """Language, index within the language, the text that the model will read, and whether a template wrote it."""
+    if not prompts:
+        raise UserValueError("No prompts given; expected a list of prompts for at least one source language.")
+    for language, group in prompts.items():
+        if isinstance(group, str):
+            raise UserTypeError(f"Prompts of {language!r} must be a list of prompts; got one string.")
+        if len(group) == 0:
+            raise UserValueError(f"No prompts for the source language {language!r}; give some or leave it out.")
+        for index, given in enumerate(group):
+            row: Mapping[str, Any] = given if isinstance(given, Mapping) else {"prompt": given}
+            prompt, own = row.get("prompt"), {key for key in TEMPLATE_COLUMNS if row.get(key)}
+            if not prompt:
+                raise UserValueError(f"{_named(language, index)} is empty.")
+            if isinstance(prompt, str) and not chat:
+                if own:
+                    raise UserValueError(
+                        f"{_named(language, index)} is text to continue, which has no use for {min(own)!r}; give "
+                        "messages, or chat=True (--chat)."
+                    )
+                yield language, index, prompt, False
+                continue
+            if tokenizer.chat_template is None:
+                raise UserValueError("The tokenizer has no chat template; give plain strings and chat=False.")
+            try:
+                text = _templated(tokenizer, prompt, row, template_options)
+            except (ValueError, TypeError, KeyError, TemplateError) as error:
+                raise UserValueError(f"{_named(language, index)}: the chat template refuses it: {error}") from error
+            yield language, index, text, True
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, row: Mapping[str, Any], template_options: dict[str, Any]
+) -> str:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    tools = row.get("tools") or None
+    continues = messages[-1].get("role") == "assistant"
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        "add_generation_prompt": not continues,
+        "continue_final_message": continues,
+        **template_options,
+        **(row.get("chat_template_kwargs") or {}),
+    }
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+def _named(language: str, index: int) -> str:
+    return f"Prompt {index} of {language!r}" if language else f"Prompt {index}"
+
+
+def _check_lengths(
+    model: nn.Module, texts: Sequence[tuple[str, int, str]], ids: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """ValueError for a prompt of no token, or one that leaves no room for its response."""
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    for (language, index, _), tokens in zip(texts, ids, strict=True):
+        if len(tokens) == 0:
+            raise UserValueError(f"{_named(language, index)} has no tokens.")
+        if longest is not None and len(tokens) + max_new_tokens > longest:
+            raise UserValueError(
+                f"{_named(language, index)} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that "
+                f"exceeds the {longest} positions of the model. Shorten the prompt or the response."
+            )
+
+
+@contextmanager
+def _sampling(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings
+) -> Iterator[frozenset[int]]:
+    """Make `generate` follow `settings` and nothing else, and put everything back. Yields the end-of-text tokens."""
+    causal_lm = pretrained_model(model)
+    defaults = causal_lm.generation_config
+    end_ids = _as_set(defaults.eos_token_id) | _as_set(tokenizer.eos_token_id)
+    shape = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+    # `generate` fills what a given configuration leaves open from the model's own one; hence the model's own is set.
+    causal_lm.generation_config = GenerationConfig(
+        do_sample=settings.temperature > 0,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=sorted(end_ids) or None,
+        pad_token_id=_padding_id(tokenizer),
+        bos_token_id=defaults.bos_token_id,
+        **shape,
+    )
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), evaluation_mode(model):
+            torch.manual_seed(settings.seed)
+            yield end_ids
+    finally:
+        causal_lm.generation_config = defaults
+
+
+def _generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """New tokens `[prompts, new tokens]` after each prompt, padded on the left for the model."""
+    width = max(map(len, prompts))
+    padding_id = _padding_id(tokenizer)
+    device = pretrained_model(model).device
+    input_ids = torch.tensor([[padding_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
+    return output[:, width:]
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any valid id does: padding is masked before a prompt, and cut off after the end of a response."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
+def _as_set(ids: int | Sequence[int] | None) -> frozenset[int]:
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)

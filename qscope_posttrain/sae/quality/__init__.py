@@ -1,0 +1,1 @@
+"""Quality of a sparse autoencoder on real activations."""

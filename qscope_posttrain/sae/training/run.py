@@ -1,0 +1,300 @@
+"""Train SAEs for many layers of a model from one forward stream over text: stream, update, checkpoint, measure.
+
+    result = train_saes_on_text(model, tokenizer, "texts/", layers=[9, 18], config=SAETrainingConfig(...), output="run")
+
+Each block of text is read once, its activations stay in memory, and all layers take their updates from it in turn. The
+run can be killed at any moment: a checkpoint holds weights, optimiser, counters and the place in the text, and going on
+reads the block again, so that every further bit is that of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from qscope_posttrain.distributed import default_reduce, is_main_process, process_rank
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.layers import check_layers, decoder_layers
+from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
+from qscope_posttrain.report.progress import progress, status
+from qscope_posttrain.report.summary import writable_folder
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.download import in_words
+from qscope_posttrain.sae.quality.measure import measure_sae
+from qscope_posttrain.sae.training.activation_stream import ActivationStream
+from qscope_posttrain.sae.training.calibration import calibrate
+from qscope_posttrain.sae.training.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from qscope_posttrain.sae.training.config import SAETrainingConfig
+from qscope_posttrain.sae.training.log import TrainingLog
+from qscope_posttrain.sae.training.stream_config import StreamConfig
+from qscope_posttrain.sae.training.text_stream import StreamPosition, TextSource, open_source
+from qscope_posttrain.sae.training.update import LayerTraining
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a training is watched and kept."""
+
+    log_every: int = 10
+    """Updates between two records of the metrics."""
+    evaluate_every: int = 0
+    """Updates between two measurements on held-out text; 0: only at the end."""
+    held_out_documents: int = 32
+    """Documents at the start of the text that are never trained on, to measure the result; 0: nothing is measured."""
+    checkpoint_every: int = 500
+    """Updates between two checkpoints; 0: none."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, the last ones."""
+    resume: bool = True
+    """Go on from the last checkpoint in the output folder, if there is one."""
+    report_to: tuple[str, ...] = ()
+    """Trackers of accelerate beside metrics.jsonl: tensorboard, wandb, mlflow, ..."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "report_to", tuple(name for name in self.report_to if name != "none"))
+        for name, least in (
+            ("log_every", 1),
+            ("evaluate_every", 0),
+            ("held_out_documents", 0),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserValueError(f"{name} must be an integer from {least}, got {value!r}")
+        if self.evaluate_every and not self.held_out_documents:
+            raise UserValueError("evaluate_every needs held_out_documents to measure on")
+
+
+@dataclass(frozen=True, eq=False)
+class SAETrainingResult:
+    """What a training has given."""
+
+    saes: dict[int, SparseAutoencoder]
+    """By layer, in raw units"""
+    quality: dict[int, dict[str, Any]]
+    """By layer, on held-out text: fvu, l0, dead, loss_recovered and more; empty if nothing was held out"""
+    records: list[dict[str, Any]]
+    """Content of metrics.jsonl"""
+    facts: dict[str, Any]
+    """Model, data with its fingerprint, tokens, epochs, outliers, seconds"""
+
+
+def train_saes_on_text(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Any,
+    layers: Sequence[int],
+    config: SAETrainingConfig,
+    output: str | Path,
+    stream: StreamConfig | None = None,
+    run: RunConfig | None = None,
+    text_column: str = "text",
+) -> SAETrainingResult:
+    """Train one SAE for each of `layers` on the activations of `model` on `texts`.
+
+    Several processes (`accelerate launch`, torchrun) work on one training: each reads its share of the sequences, and
+    the result is that of one process up to the order of summation.
+
+    Args:
+        texts: A list of documents, a file or folder (see `text_source.FileSource`), or a data set of `datasets`, also
+            with `streaming=True`. Text that ends is read again.
+        output: Folder for metrics.jsonl and checkpoints; the dictionaries are returned, see `sae_training_results`.
+        text_column: Of JSONL files and data sets.
+
+    Raises:
+        ValueError: settings that do not fit each other or the memory, checkpoints of other settings, activations that
+            are not finite, a training that diverges.
+    """
+    stream = StreamConfig() if stream is None else stream
+    run = RunConfig() if run is None else run
+    return _Run(model, tokenizer, open_source(texts, text_column), layers, config, Path(output), stream, run).train()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        source: TextSource,
+        layers: Sequence[int],
+        config: SAETrainingConfig,
+        output: Path,
+        stream: StreamConfig,
+        run: RunConfig,
+    ) -> None:
+        self.model, self.tokenizer, self.source, self.config, self.run = model, tokenizer, source, config, run
+        self.layers = tuple(sorted(check_layers(model, layers)))
+        self.output = writable_folder(output)
+        self.held_out = list(islice(source.documents(), run.held_out_documents))
+        self.stream = ActivationStream(
+            model, tokenizer, source, self.layers, stream, config.batch_tokens, config.seed, len(self.held_out)
+        )
+        width = config.latents(self.stream.d_model)
+        state = width * (2 * self.stream.d_model + 2) * 4
+        buffer = stream.buffer_bytes(len(self.layers), self.stream.d_model, self.stream.processes)
+        status(
+            f"memory of a process: activations {in_words(buffer)}, weights and optimiser "
+            f"{in_words(3 * state * len(self.layers))}, gradient {in_words(state)}"
+        )
+        self.settings = {
+            **asdict(config),
+            **{f"stream.{name}": value for name, value in asdict(stream).items()},
+            "layers": list(self.layers),
+            "model": model_shape(model),
+            "data": source.describe(),
+            "held_out_documents": run.held_out_documents,
+            "held_out": text_fingerprint({"held out": self.held_out}),
+        }
+        self.trainings: dict[int, LayerTraining] = {}
+        self.update = 0
+        self.seconds = 0.0
+
+    def train(self) -> SAETrainingResult:
+        started = time.monotonic()
+        done = self._resume()
+        log = TrainingLog(self.output, self.layers, self.run.report_to, self.settings, done)
+        steps = progress(
+            self._steps(done),
+            total=self.config.steps - done,
+            description=f"training SAEs of layer {', '.join(map(str, self.layers))}",
+            note=lambda: log.shown,
+        )
+        for step in steps:
+            for layer, training in self.trainings.items():
+                batch = self.stream.batch(layer, self.update - 1)
+                log.add(layer, training.update(batch.rows, batch.tokens, step, default_reduce()))
+            finished = step + 1
+            spent = self.seconds + time.monotonic() - started
+            if finished % self.run.log_every == 0 or finished == self.config.steps:
+                log.record(
+                    finished,
+                    tokens=finished * self.config.batch_tokens,
+                    learning_rate=self.config.rate(step),
+                    k=self.config.k_at(step),
+                    epoch=self.stream.end.epoch,
+                    seconds=spent,
+                )
+            if self.run.evaluate_every and finished % self.run.evaluate_every == 0 and finished < self.config.steps:
+                log.evaluation(finished, self._measure(self._saes()))
+            if self.run.checkpoint_every and finished % self.run.checkpoint_every == 0:
+                self._checkpoint(finished, spent)
+        self.seconds += time.monotonic() - started
+        saes = self._saes()
+        quality = self._measure(saes)
+        if quality:
+            log.evaluation(self.config.steps, quality)
+        log.close()
+        return SAETrainingResult(saes, quality, log.records, self._facts())
+
+    def _steps(self, done: int) -> Iterator[int]:
+        """Numbers of the updates, with the block of each in memory."""
+        for step in range(done, self.config.steps):
+            if self.update == self.stream.updates_per_block or self.stream.block < 0:
+                self.stream.fill()
+                self.update = 0
+            if not self.trainings:
+                self.trainings = {layer: self._started(layer) for layer in self.layers}
+            self.update += 1
+            yield step
+
+    def _started(self, layer: int) -> LayerTraining:
+        units = calibrate(layer, self.stream.calibration_rows(layer), default_reduce())
+        return LayerTraining(layer, units, self.config)
+
+    def _resume(self) -> int:
+        """Take up the last checkpoint, if there is one and it is wanted; the number of updates that are done."""
+        place = latest_checkpoint(self.output / CHECKPOINTS) if self.run.resume else None
+        if place is None:
+            return 0
+        blocks = decoder_layers(self.model)
+        devices = {layer: next(blocks[layer].parameters()).device for layer in self.layers}
+        state, self.trainings = read_checkpoint(place, self.settings, self.config, devices)
+        status(f"going on from {place}")
+        self.stream.medians, self.stream.left_out = state.medians, dict(state.left_out)
+        self.seconds, self.update = state.seconds, state.update
+        self.stream.go_to(state.block, state.position)
+        if state.step < self.config.steps:
+            self.stream.fill()
+        return state.step
+
+    def _checkpoint(self, step: int, seconds: float) -> None:
+        """Rank 0 writes; the others wait, so that none is ahead of what can be taken up again."""
+        if is_main_process():
+            state = TrainingState(
+                step=step,
+                block=self.stream.block,
+                update=self.update,
+                position=self.stream.start,
+                medians=self.stream.medians,
+                left_out=self.stream.left_out_before,
+                seconds=seconds,
+            )
+            write_checkpoint(self.output / CHECKPOINTS, state, self.trainings, self.settings, self.run.keep_checkpoints)
+        if process_rank()[1] > 1:
+            dist.barrier()
+
+    def _saes(self) -> dict[int, SparseAutoencoder]:
+        return {layer: training.finished() for layer, training in self.trainings.items()}
+
+    def _measure(self, saes: Mapping[int, SparseAutoencoder]) -> dict[int, dict[str, Any]]:
+        """Every process measures all of it: the passes over the model are the same on each."""
+        if not self.held_out:
+            return {}
+        quality = {}
+        for layer, sae in saes.items():
+            found = measure_sae(
+                self.model,
+                self.tokenizer,
+                self.held_out,
+                sae,
+                layer,
+                scan=0,
+                max_length=self.stream.config.context_length,
+                tokens_per_batch=self.stream.config.forward_tokens,
+                outlier_factor=self.stream.config.outlier_factor,
+            )
+            quality[layer] = {
+                "tokens": found.tokens,
+                "fvu": found.fvu.estimate,
+                "l0": found.l0.estimate,
+                "dead": float(self.trainings[layer].dead().float().mean()),
+                "silent_on_held_out": found.dead_share,
+                **{f"loss_{name}": interval.estimate for name, interval in found.losses.items()},
+                **{f"loss_recovered_of_{name}_ablation": value.estimate for name, value in found.recovered.items()},
+            }
+        return quality
+
+    def _facts(self) -> dict[str, Any]:
+        end: StreamPosition = self.stream.end
+        return {
+            "model": model_identity(self.model),
+            "data": {
+                **self.source.describe(),
+                "documents": end.document,
+                "epochs": end.epoch,
+                "fingerprint": end.digest,
+                "held_out_documents": len(self.held_out),
+                "held_out_fingerprint": self.settings["held_out"],
+            },
+            "packing": self.stream.config.packing,
+            "tokens": self.config.steps * self.config.batch_tokens,
+            "median_norms": {str(layer): value for layer, value in self.stream.medians.items()},
+            "outliers_left_out": {str(layer): value for layer, value in self.stream.left_out.items()},
+            "processes": self.stream.processes,
+            "seconds": self.seconds,
+        }
