@@ -191,19 +191,34 @@ def evaluate_code_switching(
     """Sample responses to `prompts` and count those that contain the script of `target`, or that `detector` names.
 
     Args:
-        model: a causal language model of transformers, plain or wrapped.
-        tokenizer: its tokenizer.
-        prompts: prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat messages.
-        target: language whose appearance is a switch; one with a script of its own, e.g. "zh". With a detector, any
-            name: that of what it detects.
-        samples_per_prompt, temperature, top_p, max_new_tokens, seed, batch_size: see `SamplingSettings`.
-        chat, chat_template_options, show_progress: see `generate_samples`.
-        detector: decides instead of the script, e.g. a `SpanIdentifier` for a target without a script of its own.
+        model (nn.Module): causal language model of transformers, plain or wrapped.
+        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        prompts (dict of str to sequence): prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat
+            messages.
+        target (str): language whose appearance is a switch; one with a script of its own, e.g. "zh". With a detector,
+            any name: that of what it detects.
+        samples_per_prompt (int, default 8): responses per prompt.
+        temperature (float, default 1.0): of the sampling; 0 is greedy.
+        top_p (float, default 0.8): share of the probability that is sampled from; 1 keeps all tokens.
+        max_new_tokens (int, default 256): longest response in tokens.
+        seed (int, default 0): of the sampling.
+        batch_size (int, default 32): responses generated at a time.
+        chat (bool, default False): send prompts through the chat template.
+        chat_template_options (dict, default None): for the template, e.g. `{"enable_thinking": False}`.
+        show_progress (bool, default None): show a progress bar; None: on a terminal.
+        detector (SwitchDetector, default None): decides instead of the script, e.g. a `SpanIdentifier` for a target
+            without a script of its own.
 
     Raises:
         ValueError: a source language that itself writes the target's script (ja for zh), a target without a script
             of its own, a source language that the detector does not know, or as for `generate_samples`; before
             anything is generated.
+
+    Example:
+        >>> prompts = {"en": ["The river runs"], "ko": ["강물은"]}
+        >>> result = qp.evaluate_code_switching(model, tokenizer, prompts, "zh", max_new_tokens=8)
+        >>> result.micro.low <= result.ratio <= result.micro.high
+        True
     """
     decides = detector or ScriptDetector(target)
     for language in prompts:

@@ -177,17 +177,26 @@ def evaluate_repetition(
     """Sample responses to `prompts` and count those that repeat themselves without end.
 
     Args:
-        model: a causal language model of transformers, plain or wrapped.
-        tokenizer: its tokenizer.
-        prompts: text or chat messages, in one list or by source language.
-        settings: how to draw; by default `DEFAULT_SETTINGS`. The ratio depends on every one of them: the longer a
-            response may be, the more room there is to run into a loop, and greedy decoding loops the most.
-        min_copies, min_tokens: what counts as a loop, see `text.repetition.repeated_tail`.
-        chat, chat_template_options, show_progress: see `generate_samples`.
+        model (nn.Module): causal language model of transformers, plain or wrapped.
+        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        prompts (sequence, or dict of str to sequence): text or chat messages, in one list or by source language.
+        settings (SamplingSettings, default None): how to draw; None is `DEFAULT_SETTINGS`. The ratio depends on every
+            one of them: the longer a response may be, the more room there is to run into a loop, and greedy decoding
+            loops the most.
+        min_copies (int, default 4): copies at the end that make a loop, see `text.repetition.repeated_tail`.
+        min_tokens (int, default 12): length of these copies together, in tokens.
+        chat (bool, default False): send prompts through the chat template.
+        chat_template_options (dict, default None): for the template, e.g. `{"enable_thinking": False}`.
+        show_progress (bool, default None): show a progress bar; None: on a terminal.
 
     Raises:
         ValueError: an impossible `min_copies` or `min_tokens`, a response too short to hold such a loop, or as for
             `generate_samples`; before anything is generated.
+
+    Example:
+        >>> result = qp.evaluate_repetition(model, tokenizer, ["The river runs"], sampling)
+        >>> 0 <= result.ratio <= 1
+        True
     """
     settings = settings or DEFAULT_SETTINGS
     repeated_tail((), min_copies=min_copies, min_tokens=min_tokens)  # refuses values out of range

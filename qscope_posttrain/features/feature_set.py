@@ -38,7 +38,14 @@ SCORES = {
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Chosen directions per layer, with everything that training and steering need to know about them."""
+    """Chosen directions per layer, with everything that training and steering need to know about them.
+
+    Example:
+        >>> chinese = features.select("zh", layers=3)
+        >>> path = chinese.save(folder / "features.safetensors")
+        >>> len(qp.FeatureSet.load(path))
+        2
+    """
 
     FILE_NAME: ClassVar[str] = FILE_NAME
     """What the file is called in the folder that a command writes"""

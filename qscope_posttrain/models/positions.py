@@ -28,6 +28,10 @@ class Window:
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a value is out of range.
+
+    Example:
+        >>> window = qp.Window(start=4, length=16)  # generated tokens 4 to 19
+        >>> steering = qp.Steering(torch.randn(64), layers=(3,), positions=window)
     """
 
     start: int | Tensor = 0

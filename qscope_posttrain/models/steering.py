@@ -50,10 +50,12 @@ def steer(
       remaining rows are grouped, and with it their last bits.
 
     Args:
-        prompt_length: columns of the prompt, padding included; one number, or `[rows]`. Needed for a single forward
-            over prompts and completions, a prompt read in pieces, and `use_cache=False`.
-        require_generated: whether a block whose steerings wait for generated tokens, but in which none was read, is
-            an error. A rollout may end with its first token, which is chosen but never read.
+        model (nn.Module): causal language model of transformers.
+        steerings (Steering): one or several.
+        prompt_length (int or Tensor, default None): columns of the prompt, padding included; one number, or `[rows]`.
+            Needed for a single forward over prompts and completions, a prompt read in pieces, and `use_cache=False`.
+        require_generated (bool, default True): whether a block whose steerings wait for generated tokens, but in which
+            none was read, is an error. A rollout may end with its first token, which is chosen but never read.
 
     Yields:
         Hook calls so far per layer; a compiled layer counts once.
@@ -63,6 +65,13 @@ def steer(
             rows that is not the batch's.
         RuntimeError: on exit without another exception, if a steered layer never ran, or no token was read that a
             steering waits for; in a forward, if the start of the generated tokens is unknown.
+
+    Example:
+        >>> prompt = tokenizer("The river", return_tensors="pt")
+        >>> with qp.steer(model, qp.Steering(torch.randn(64), layers=(3,), strength=4.0)) as calls:
+        ...     tokens = model.generate(**prompt, max_new_tokens=8)
+        >>> 1 <= calls[3] <= 8
+        True
     """
     if not steerings:
         raise UserValueError("No steering given; pass at least one Steering.")

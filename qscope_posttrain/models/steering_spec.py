@@ -40,6 +40,10 @@ class Steering:
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a value is out of range, or fields do not go together; the message says which.
+
+    Example:
+        >>> direction = features.select("zh", layers=3).layers[3].decoder[0]
+        >>> steering = qp.Steering(direction, layers=(3,), strength=4.0, unit="norm", positions="generated")
     """
 
     direction: Tensor

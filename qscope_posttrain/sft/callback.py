@@ -31,11 +31,8 @@ from qscope_posttrain.sft.masks import TokenBatch
 class SASFTCallback(AuxiliaryLossCallback):
     """Penalises features of a target language on responses in other languages (SASFT, arXiv 2507.14894).
 
-        callback = SASFTCallback(features, target="zh", weight=0.1, language="language")
-        trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
-        trainer.train()
-
-    The formulas are in `SASFTConfig` (options), `sft.loss` (the penalty) and `sft.normalisation` (its divisor).
+    Give it to the trainer (`callbacks=[callback]`), or to one that exists (`callback.attach(trainer)`). The formulas
+    are in `SASFTConfig` (options), `sft.loss` (the penalty) and `sft.normalization` (its divisor).
 
     Logged through the trainer's metrics, over the steps since the last log and over all ranks:
 
@@ -45,6 +42,13 @@ class SASFTCallback(AuxiliaryLossCallback):
         sasft/excess/<readout>     mean excess per eligible position, in the units of `scale`
         sasft/anchor               the KL term, like sasft/penalty; only with an anchor
         sasft/hook_calls           hook calls per micro-batch and captured module: 1
+
+    Example:
+        >>> callback = qp.SASFTCallback(features, target="zh", weight=0.1, language="language")
+        >>> trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+        >>> _ = trainer.train()
+        >>> "sasft/penalty" in trainer.state.log_history[0]
+        True
     """
 
     def __init__(
@@ -62,10 +66,17 @@ class SASFTCallback(AuxiliaryLossCallback):
     ) -> None:
         """
         Args:
-            features: a FeatureSet or the path of its file.
-            target, weight, language, normalization, options: the fields of `SASFTConfig`.
-            target_token_ids, anchor_model, name: see `AuxiliaryLossCallback`; the first is used by risk weights and
-                the anchor only.
+            features (FeatureSet or path): a FeatureSet or the path of its file.
+            target (str, default "zh"): language to keep out of responses in other languages.
+            weight (float, default 0.1): factor of the penalty in the loss; the penalty is in standard deviations.
+            language (str or callable, default "language"): column with a sample's language, "script" to decide by its
+                letters, or a function of the example.
+            normalization (str, default "token_mean"): divisor of the penalty, see `sasft_loss`.
+            options: the other fields of `SASFTConfig`.
+            target_token_ids (Tensor, default None): tokens that count as the target's, for risk weights and the anchor;
+                None: those that write its script.
+            anchor_model (nn.Module, default None): see `AuxiliaryLossCallback`.
+            name (str, default "sasft"): prefix of the metrics.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: a file, target, layer or option that cannot work.

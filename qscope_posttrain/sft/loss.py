@@ -38,20 +38,25 @@ def sasft_loss(
     the target language included.
 
     Args:
-        pre_activations: f, `[T, F]` (or `[..., F]`), of any floating dtype; computed in at least fp32.
-        thresholds: alpha, `[T, F]`, or anything that broadcasts to it.
-        mask: m, `[T]`, bool.
-        normalization: which of the three.
-        num_tokens: N. By default the number of penalised tokens, which is right for "paper" without accumulation;
-            give the response tokens of the whole accumulation window over all ranks for "token_mean" inside a
-            training loop, and the response tokens of the micro-batch for "official".
-        weights: w, `[T]`, for example risk weights; no gradient is taken through them.
+        pre_activations (Tensor): f, `[T, F]` (or `[..., F]`), of any floating dtype; computed in at least fp32.
+        thresholds (Tensor): alpha, `[T, F]`, or anything that broadcasts to it.
+        mask (Tensor): m, `[T]`, bool.
+        normalization (str, default "token_mean"): which of the three.
+        num_tokens (int or Tensor, default None): N. None: the number of penalized tokens, which is right for "paper"
+            without accumulation; give the response tokens of the whole accumulation window over all ranks for
+            "token_mean" inside a training loop, and the response tokens of the micro-batch for "official".
+        weights (Tensor, default None): w, `[T]`, for example risk weights; no gradient is taken through them.
 
     Returns:
         A scalar; exactly 0 (with a graph) where no token is penalised.
 
     Raises:
         ValueError: an unknown normalization, or shapes that do not fit.
+
+    Example:
+        >>> f = torch.tensor([[3.0, 1.0], [5.0, 5.0]])  # two tokens, two features
+        >>> qp.sasft_loss(f, torch.tensor([2.0, 2.0]), mask=torch.tensor([True, False]))
+        tensor(0.5000)
     """
     if mask.shape != pre_activations.shape[:-1]:
         raise UserValueError(

@@ -49,20 +49,24 @@ def pack_with_languages(
     text without boundaries: use `padding_free=False`, and know that documents attend to each other.
 
     Args:
-        dataset: any data set of text that `SFTTrainer` takes, with the columns that it reads (`tools`,
+        dataset (Dataset): any data set of text that `SFTTrainer` takes, with the columns that it reads (`tools`,
             `chat_template_kwargs`, ...). A `formatting_func` is applied before, with `dataset.map`.
-        tokenizer: with a chat template where samples are conversations. It is not changed.
-        max_length: tokens of a packed row.
-        strategy: as in `trl.pack_dataset`. "bfd" cuts off what exceeds `max_length`, "bfd_split" packs it too.
-        language: a column, "script", or a function of the example; see `SASFTConfig.language`.
-        languages: what "script" may decide between; not needed otherwise.
-        completion_only_loss: as in `SFTConfig`, like the next five. None: if there are prompts and completions.
-        assistant_only_loss: labels on assistant turns only.
-        dataset_text_field: the column of plain text.
-        eos_token: what a text or completion ends with; None is the tokenizer's own.
-        chat_template_path: a template file (.jinja, .j2), or a model that has one.
-        dataset_num_proc: processes; each packs its own share of the rows.
-        shuffle_seed: shuffle the rows before and after packing, as `shuffle_dataset` does with `seed`; None does not.
+        tokenizer (PreTrainedTokenizerBase): with a chat template where samples are conversations. It is not changed.
+        max_length (int): length of a packed row in tokens.
+        strategy (str, default "bfd"): as in `trl.pack_dataset`. "bfd" cuts off what exceeds `max_length`, "bfd_split"
+            packs it too.
+        language (str or callable, default "language"): a column, "script", or a function of the example; see
+            `SASFTConfig.language`.
+        languages (collection of str, default ()): what "script" may decide between; not needed otherwise.
+        completion_only_loss (bool, default None): as in `SFTConfig`, like the next five. None: if there are prompts and
+            completions.
+        assistant_only_loss (bool, default False): labels on assistant turns only.
+        dataset_text_field (str, default "text"): the column of plain text.
+        eos_token (str, default None): what a text or completion ends with; None is the tokenizer's own.
+        chat_template_path (str, default None): a template file (.jinja, .j2), or a model that has one.
+        dataset_num_proc (int, default None): number of processes; each packs its own share of the rows.
+        shuffle_seed (int, default None): shuffle the rows before and after packing, as `shuffle_dataset` does with
+            `seed`; None does not.
 
     Returns:
         A data set with `input_ids`, `labels`, `language_ids`, `language_names` and, unless wrapped, `seq_lengths`.
@@ -70,6 +74,11 @@ def pack_with_languages(
     Raises:
         ValueError: an empty data set, a sample that TRL cannot prepare, or a language that cannot be told.
         TypeError: no `Dataset`.
+
+    Example:
+        >>> packed = qp.pack_with_languages(dataset, tokenizer, max_length=64)
+        >>> packed.num_rows < dataset.num_rows, max(map(len, packed["input_ids"])) <= 64
+        (True, True)
     """
     from trl import pack_dataset
 

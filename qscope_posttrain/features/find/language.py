@@ -62,19 +62,33 @@ def find_language_features(
     languages at width 4096. `saes_at_once` bounds them and the SAEs in memory; `second_moments=False` does without.
 
     Args:
-        texts: {language: texts}, at least two languages.
-        saes: {layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0.
-        target_tokens: ids that count as the target's tokens; by default those that write its script.
-        causal_layers: layers of the causal check; by default the two deepest in `saes`.
-        controls: random features in the causal check.
-        k: of TopK, for sources that do not say it.
-        saes_at_once: load and use so many SAEs at a time, with one pass over the texts for each such group of
-            layers; None for all in one pass.
-        seed: of the random features and the bootstrap.
-        checkpoint: see `statistics.collect_statistics`, which also takes `statistics_options`.
+        model (nn.Module): causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        texts (dict of str to sequence of str): {language: texts}, at least two languages.
+        saes (dict of int to SparseAutoencoder or path): {layer: SAE, or a source for `SparseAutoencoder.load`}, layers
+            counted from 0.
+        top (int, default 2): features per language and layer.
+        target (str, default None): language whose features are measured for their effect; None measures none.
+        target_tokens (Tensor, default None): ids that count as the target's tokens; None: those that write its script.
+        causal (bool, default True): run the causal check, where there is a target.
+        causal_layers (sequence of int, default None): layers of that check; None: the two deepest in `saes`.
+        controls (int, default 5): random features in it.
+        k (int, default None): of TopK, for sources that do not say it.
+        saes_at_once (int, default None): maximum number of SAEs in memory, with one pass over the texts for each such
+            group of layers; None: all in one pass.
+        seed (int, default 0): of the random features and the bootstrap.
+        checkpoint (path, default None): see `statistics.collect_statistics`, which also takes `statistics_options`.
+        show_progress (bool, default None): show progress bars; None: on a terminal.
 
     Raises:
         ValueError: fewer than two languages, an unknown target, no layer, an SAE that does not fit the model.
+
+    Example:
+        >>> found = qp.find_language_features(model, tokenizer, texts, saes, top=2, target="zh", causal=False)
+        >>> found.languages
+        ('en', 'fr', 'zh', 'ru', 'ko')
+        >>> len(found.select("zh"))  # two features in each of two layers
+        4
     """
     languages = check_texts(texts)
     if len(languages) < 2:

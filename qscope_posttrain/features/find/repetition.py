@@ -79,21 +79,38 @@ def find_repetition_features(
     In `provenance`: "steering_curve" and "ranking" as `Table.to_dict`, "loops" with their number and rate.
 
     Args:
-        saes: {layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0.
-        prompts: for the curve, and to sample loops on; texts or chats (see `residual.sampling.generate_samples`, also
-            for `chat` and its options).
-        benign: texts that repeat for a good reason (lists, tables, copied questions): strings or token ids.
-        rank_by: "difference", "attribution", or "both" in turn, see `repetition.rank_features`.
-        curve: None leaves the curve out.
-        collect: further arguments of `collect_loops`. It samples as `curve.sampling` says unless `settings` are given.
-        k: of TopK, for sources that do not say it.
-        saes_at_once: use so many SAEs at a time, with one pass for each such group; None for all in one pass.
+        model (nn.Module): causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        saes (dict of int to SparseAutoencoder or path): {layer: SAE, or a source for `SparseAutoencoder.load`}, layers
+            counted from 0.
+        prompts (sequence, default None): for the curve, and to sample loops on; texts or chats (see
+            `models.generation.generate_samples`, also for `chat` and its options).
+        loops (LoopCollection, default None): loops that are there already; None samples them.
+        benign (sequence, default None): texts that repeat for a good reason (lists, tables, copied questions): strings
+            or token ids.
+        top (int, default 4): features per layer.
+        rank_by (str, default "both"): "difference", "attribution", or "both" in turn, see `repetition.rank_features`.
+        curve (CurveSettings, default `DEFAULT_CURVE`): of the steering curve; None leaves it out.
+        collect (dict, default None): further arguments of `collect_loops`. It samples as `curve.sampling` says unless
+            `settings` are given.
+        k (int, default None): of TopK, for sources that do not say it.
+        saes_at_once (int, default None): maximum number of SAEs in memory, with one pass for each such group; None: all
+            in one pass.
+        show_progress (bool, default None): show progress bars; None: on a terminal.
         statistics_options: see `statistics.collect_statistics`. `max_length` is by default that of the longest
             completion, because a loop is at the end of its text.
 
     Raises:
         ValueError: neither loops nor prompts, a curve without prompts, no ordinary completion, no layer, an SAE that
             does not fit the model; and what `collect_loops` raises when nothing loops.
+
+    Example:
+        >>> collect = {"settings": sampling, "wanted": 4}  # sampling: SamplingSettings
+        >>> found = qp.find_repetition_features(
+        ...     model, tokenizer, saes, prompts, top=1, rank_by="difference", curve=None, collect=collect
+        ... )
+        >>> found.languages
+        ('loop', 'normal')
     """
     layers = check_layers(model, sorted(saes))
     if saes_at_once is not None and saes_at_once < 1:

@@ -75,19 +75,30 @@ def measure_sae(
     """Measure an SAE on the texts, with intervals over texts, and say where the numbers show that something is wrong.
 
     Args:
-        texts: `{language: texts}`, or texts alone. Strings or token ids, as for `statistics.collect_statistics`.
-        sae: in raw units, as every loader gives it.
-        layer: decoder layer, from 0; by default the one that the SAE names.
-        scan: neighbouring layers on either side on which the SAE is tried too, on a sample of the texts; 0 for none.
-        losses: also measure the loss with the reconstruction spliced in: four forwards instead of one.
-        expected_l0: firing latents a token that were promised; by default k of TopK.
-        tokens_per_batch: tokens in a forward pass, padding included.
-        max_length: texts are cut after so many tokens.
-        outlier_factor: tokens whose norm exceeds so many times the median norm are left out and counted.
-        seed: of the bootstrap over texts.
+        model (nn.Module): causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        texts (dict of str to sequence, or sequence): `{language: texts}`, or texts alone. Strings or token ids, as for
+            `statistics.collect_statistics`.
+        sae (SparseAutoencoder): in raw units, as every loader gives it.
+        layer (int, default None): decoder layer, from 0; None: the one that the SAE names.
+        scan (int, default 1): neighboring layers on either side on which the SAE is tried too, on a sample of the
+            texts; 0: none.
+        losses (bool, default True): also measure the loss with the reconstruction spliced in: four forwards for one.
+        expected_l0 (float, default None): promised number of firing latents per token; None: k of TopK.
+        tokens_per_batch (int, default 2048): tokens in a forward pass, padding included.
+        max_length (int, default 512): tokens after which a text is cut.
+        outlier_factor (float, default 10): tokens whose norm exceeds this multiple of the median norm are left out and
+            counted.
+        seed (int, default 0): of the bootstrap over texts.
+        show_progress (bool, default None): show progress bars; None: on a terminal.
 
     Raises:
         ValueError: no layer is known, it contradicts the SAE's own, or the SAE has another width than the model.
+
+    Example:
+        >>> quality = qp.measure_sae(model, tokenizer, texts, saes[2], losses=False)
+        >>> quality.l0.estimate  # firing latents per token
+        8.0
     """
     languages = texts if isinstance(texts, Mapping) else {"all": list(texts)}
     names = check_texts(languages)
