@@ -9,7 +9,10 @@ about endless repetition has a model, SAEs and prompts that repeat themselves.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
+import inspect
+import re
 from typing import Any
 
 import pytest
@@ -84,3 +87,16 @@ def test_the_example_of_a_public_name_runs(name, namespace):
     shown: list[str] = []
     result = doctest.DocTestRunner(Checker(), verbose=False).run(example, out=shown.append)
     assert result.failed == 0, "".join(shown)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_is_described(name):
+    """Fields of dataclasses have their own docstrings or help texts."""
+    thing = inspect.unwrap(getattr(qp, name))
+    if not dataclasses.is_dataclass(thing):
+        text = f"{thing.__doc__}\n{thing.__init__.__doc__ if inspect.isclass(thing) else ''}"
+        arguments = [argument for argument in inspect.signature(thing).parameters if argument != "self"]
+        missing = [
+            argument for argument in arguments if not re.search(rf"^ +{argument}( \(.*\))?: ", text, re.MULTILINE)
+        ]
+        assert not missing, f"the docstring of qp.{name} does not describe {', '.join(missing)}"

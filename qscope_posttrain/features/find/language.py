@@ -77,8 +77,9 @@ def find_language_features(
         saes_at_once (int, default None): maximum number of SAEs in memory, with one pass over the texts for each such
             group of layers; None: all in one pass.
         seed (int, default 0): of the random features and the bootstrap.
-        checkpoint (path, default None): see `statistics.collect_statistics`, which also takes `statistics_options`.
+        checkpoint (path, default None): see `statistics.collect_statistics`.
         show_progress (bool, default None): show progress bars; None: on a terminal.
+        statistics_options: further arguments of `statistics.collect_statistics`.
 
     Raises:
         ValueError: fewer than two languages, an unknown target, no layer, an SAE that does not fit the model.

@@ -84,7 +84,7 @@ def find_repetition_features(
         saes (dict of int to SparseAutoencoder or path): {layer: SAE, or a source for `SparseAutoencoder.load`}, layers
             counted from 0.
         prompts (sequence, default None): for the curve, and to sample loops on; texts or chats (see
-            `models.generation.generate_samples`, also for `chat` and its options).
+            `models.generation.generate_samples`).
         loops (LoopCollection, default None): loops that are there already; None samples them.
         benign (sequence, default None): texts that repeat for a good reason (lists, tables, copied questions): strings
             or token ids.
@@ -93,6 +93,8 @@ def find_repetition_features(
         curve (CurveSettings, default `DEFAULT_CURVE`): of the steering curve; None leaves it out.
         collect (dict, default None): further arguments of `collect_loops`. It samples as `curve.sampling` says unless
             `settings` are given.
+        chat (bool, default False): send prompts through the chat template.
+        chat_template_options (dict, default None): for the template, e.g. `{"enable_thinking": False}`.
         k (int, default None): of TopK, for sources that do not say it.
         saes_at_once (int, default None): maximum number of SAEs in memory, with one pass for each such group; None: all
             in one pass.
