@@ -31,7 +31,7 @@ from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.testbed.model import build_model
+from qscope_posttrain.testbed.models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ROOT.parent / "shared" / "data" / "react_docs"
@@ -63,7 +63,9 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     """One pass over about `tokens` tokens, in this process."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(options.vocabulary)
-    model = build_model(tokenizer, options.hidden, options.layers, 4, 512, seed=0).eval()
+    model = build_model(
+        tokenizer, hidden_size=options.hidden, layers=options.layers, heads=4, positions=512, seed=0
+    ).eval()
     saes = {layer: build_sae(layer, options) for layer in range(options.layers)}
     texts, counted = take(tokenizer, tokens)
     collect(model, tokenizer, texts[:64], saes, options)  # whatever is allocated once

@@ -1,6 +1,6 @@
 """Feature classifiers against probes on real text: documentation and everyday speech, in five languages.
 
-The texts are those of `qscope_posttrain.testbed.planted_topics`: sentences of the React documentation and of Tatoeba,
+The texts are those of `benchmarks/planted_topics.py`: sentences of the React documentation and of Tatoeba,
 matched in pairs of the same number of tokens, without digits, symbols and final punctuation. Three tasks: to find
 documentation; to find everyday speech, which is the same with the labels exchanged; to find a sentence of documentation
 planted beside one of everyday speech. A testbed model and SAEs of all its layers are trained, without labels, on other
@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from planted_topics import labelled_texts, read_registers, write_pretraining
 from scipy import stats
 
-from qscope_posttrain.analysis.classifier.examples import Examples, collect_examples
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
-from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+from qscope_posttrain.analysis.classifier.methods import LabeledTexts, all_methods, collect_examples, methods_named
 from qscope_posttrain.analysis.classifier.report import CURVES, TRANSFER, draw_interval, make_report
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.plots import Curve, line_curves
@@ -36,10 +36,9 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import to_json, write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.testbed.cache import open_cache
-from qscope_posttrain.testbed.config import TestbedConfig
-from qscope_posttrain.testbed.dictionaries import make_dictionaries
-from qscope_posttrain.testbed.language_model import make_language_model
-from qscope_posttrain.testbed.planted_topics import labelled_texts, read_registers, write_pretraining
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
+from qscope_posttrain.testbed.switching.features import make_dictionaries
+from qscope_posttrain.testbed.switching.language_model import make_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS: dict[str, tuple[Any, int]] = {
@@ -109,7 +108,7 @@ def make_featurizer(
     folder = options.cache / "planted_topics"
     folder.mkdir(parents=True, exist_ok=True)
     places = write_pretraining(registers, folder)
-    config = TestbedConfig(
+    config = SwitchingConfig(
         texts=[f"{language}={place}" for language, place in places.items()],
         target=options.languages[-1],
         identify="words",
@@ -129,7 +128,7 @@ def make_featurizer(
     return TextFeaturizer(language_model.model, language_model.tokenizer, dictionaries.saes, max_length=96), facts
 
 
-def read_examples(featurizer: TextFeaturizer, registers: Any, language: str, task: str) -> Examples:
+def read_examples(featurizer: TextFeaturizer, registers: Any, language: str, task: str) -> LabeledTexts:
     """The task in one language. Pairs are matched by this model's own tokens."""
 
     def length(sentence: str) -> int:

@@ -32,9 +32,10 @@ from own_order import correct_orders
 from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.cli.main import main as qscope
 from qscope_posttrain.testbed.cache import Cache, default_cache_folder
-from qscope_posttrain.testbed.config import TestbedConfig
-from qscope_posttrain.testbed.dictionaries import make_dictionaries
-from qscope_posttrain.testbed.language_model import make_language_model, save_model
+from qscope_posttrain.testbed.models import save_model
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
+from qscope_posttrain.testbed.switching.features import make_dictionaries
+from qscope_posttrain.testbed.switching.language_model import make_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -147,9 +148,9 @@ def score_panel(options: argparse.Namespace, cache: Cache, sources: Mapping[str,
             writer.writerows(np.stack(list(columns.values()), axis=1).astype(int).tolist())
 
 
-def config_of(options: argparse.Namespace, mixture: str, steps: int, **changes: Any) -> TestbedConfig:
+def config_of(options: argparse.Namespace, mixture: str, steps: int, **changes: Any) -> SwitchingConfig:
     languages = MIXTURES[mixture]
-    return TestbedConfig(
+    return SwitchingConfig(
         corpus=str(DATA / "react_docs"), languages=list(languages), target=languages[-1], switch=0.0, vocabulary=3000,
         window=128, pretraining_steps=steps, workers=options.workers, **changes,
     )  # fmt: skip

@@ -25,12 +25,12 @@ gpus=${SLURM_GPUS_ON_NODE:-8}
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # Mistakes in the recipe show in a minute on one machine, not after all of them have loaded the model.
-python -m qscope_posttrain.cli "$command" --config "$recipe" --dry_run "$@"
+python -m qscope_posttrain "$command" --config "$recipe" --dry_run "$@"
 
 # The rank is expanded by the shell that srun starts on each machine, hence the single quotes.
 srun --kill-on-bad-exit=1 bash -c '
     exec accelerate launch --config_file "$1" \
         --num_machines "$2" --num_processes "$3" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$4" --main_process_port 29500 \
-        -m qscope_posttrain.cli "$5" --config "$6" "${@:7}"
+        -m qscope_posttrain "$5" --config "$6" "${@:7}"
 ' launch "$config" "$SLURM_NNODES" "$((SLURM_NNODES * gpus))" "$first_node" "$command" "$recipe" "$@"

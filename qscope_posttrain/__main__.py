@@ -1,4 +1,4 @@
-"""`python -m qscope_posttrain`: the same as the console script `qscope`."""
+"""`python -m qscope_posttrain`, as in `accelerate launch -m qscope_posttrain`: the console script `qscope`."""
 
 from __future__ import annotations
 

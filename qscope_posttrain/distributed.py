@@ -37,7 +37,7 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_processes(device: str) -> str:
+def join_processes(device: str | None) -> str | None:
     """The device of this process. Under a launcher, join the other processes first, each on a device of its own."""
     if launched_processes() == 1:
         return device

@@ -75,6 +75,19 @@ def check_is_file(path: str | os.PathLike[str], what: str = "file") -> Path:
     return place
 
 
+def check_is_file_with_data(path: Path) -> int:
+    """Size of the file in bytes. Errors for what is often found in place of the weights."""
+    if not path.is_file():
+        raise UserFileNotFoundError(f"no such file: {path}")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserValueError(f"{path} is empty (0 bytes): the download or copy failed, fetch it again")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise UserValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+    return size
+
+
 def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | None = None, marked: bool = True) -> str:
     """The first line that is not blank, of a file that is to be read by another library: UTF-8 throughout, with at most
     one byte order mark. "" where every line is blank.

@@ -27,6 +27,10 @@ class Interval(NamedTuple):
     def half_width(self) -> float:
         return (self.high - self.low) / 2
 
+    def text(self, form: str = ".3f") -> str:
+        """The estimate and its limits, each in this format: "0.500 [0.400, 0.600]"."""
+        return f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of a binomial rate; right also at 0 and `n` successes, where the normal interval is empty.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -75,6 +76,15 @@ def read_yaml(path: str | os.PathLike[str], as_written: bool = False) -> dict[st
     if not isinstance(content, dict):
         raise UserValueError(f"{path} must map keys to values, got {type(content).__name__}.")
     return content
+
+
+def as_text(value: Any) -> Any:
+    """A plain value in YAML's words; lists item by item, mappings as they are."""
+    if isinstance(value, list):
+        return [as_text(item) for item in value]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return value if value is None or isinstance(value, Mapping) else str(value)
 
 
 def _size(node: yaml.Node | None, path: str, known: dict[int, int]) -> int:

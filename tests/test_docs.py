@@ -25,7 +25,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"--[a-z][\w-]*")
-LAUNCHERS = ("qscope_posttrain", "qscope_posttrain.cli")
+LAUNCHERS = ("qscope_posttrain",)
 OTHER_PROGRAMS = ("docs/developing.md", "docs/results/README.md", "docs/results/operators.md", "docs/results/cost.md")
 """Pages that also name options of make, benchmarks and render_docs.py outside of code blocks"""
 
@@ -149,11 +149,11 @@ def commands(page: str) -> Iterator[tuple[tuple[str, ...], set[str]]]:
 
 @cache
 def options_of(command: tuple[str, ...]) -> frozenset[str]:
-    """The options that `qscope COMMAND --help` lists, with dashes."""
+    """The options that the help of a command lists, with dashes."""
 
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), pytest.raises(SystemExit) as ended:
-        main([*command, "--help"])
+        main([*command, "--help-all" if command[0] in ("sft", "grpo") else "--help"])
     assert ended.value.code == 0, f"qscope {' '.join(command)}: {shown.getvalue()}"
     return frozenset(map(dashed, [*OPTION.findall(shown.getvalue()), "--config", "--allow-code", "--debug", "--help"]))
 

@@ -18,18 +18,18 @@ from datasets import disable_progress_bars
 import qscope_posttrain
 from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.analysis.benchmarks.performance import read_scores
-from qscope_posttrain.cli.evaluate_safety import read_safety_prompts
-from qscope_posttrain.cli.inputs import read_prompts, read_text_list, read_texts
 from qscope_posttrain.endpoint.templates import PromptTemplates
 from qscope_posttrain.errors import UserError
+from qscope_posttrain.evaluation.safety import read_safety_prompts
 from qscope_posttrain.features.explain.explanation_file import read_explanations
 from qscope_posttrain.files import check_is_file, read_lines, read_text
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.sae.containers import json_file
 from qscope_posttrain.sae.training.text_stream import FileSource
 from qscope_posttrain.synthesis.relevance import read_relevance
-from qscope_posttrain.testbed.corpus import load_files
+from qscope_posttrain.testbed.switching.corpus import load_files
 from qscope_posttrain.text.data_sets import read_file
+from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
 from qscope_posttrain.text.jsonl import read_json, read_jsonl
 
 disable_progress_bars()
@@ -270,7 +270,6 @@ OPENING = re.compile(
     r"|\b(load_dataset|load_from_disk)\("
 )
 OWN_FILES = {
-    "atomic.py": "what was just written",
     "cli/main.py": "the null device, in place of a reader that is gone",
     "provenance.py": "bytes of a checked file, for their hash",
     "files.py": "the reader",
@@ -279,8 +278,8 @@ OWN_FILES = {
     "sae/containers/": "binary files, and opening of archives",
     "sae/mapped.py": "the system's list of mappings, pages of a mapped file",
     "sae/download.py": "appending to a download",
-    "features/sae_training_log.py": "appending to a log of its own",
-    "features/sae_checkpoint.py": "files that only the package writes, in folders of its own",
+    "sae/training/log.py": "appending to a log of its own",
+    "sae/training/checkpoint.py": "files that only the package writes, in folders of its own",
     "endpoint/cache.py": "records in bytes, locked, written and checked line by line by itself",
     "testbed/": "the cache of the testbed, written by itself",
 }

@@ -10,19 +10,11 @@ from benchmarks.experiments.choice import Choice, choose_weights
 from benchmarks.experiments.clustered import ClusteredInterval, clustered_interval, clustered_rate
 from benchmarks.experiments.equal_cost import BUDGETS, ArmAtCost, arm_at_cost, paired_difference
 from benchmarks.experiments.grouping import by_base, by_cell
-from benchmarks.experiments.switching_rows import (
-    MEASURES,
-    Compared,
-    Measure,
-    SwitchingRow,
-    by_arm,
-    compared_with_sft,
-)
+from benchmarks.experiments.switching_rows import MEASURES, Compared, Measure, SwitchingRow, by_arm, compared_with_sft
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
-from qscope_posttrain.testbed.arms import ARMS
-from qscope_posttrain.testbed.experiment import SFT
-from qscope_posttrain.testbed.runs import BASE
+from qscope_posttrain.testbed.switching.config import SFT
+from qscope_posttrain.testbed.switching.experiment import BASE
 
 
 @dataclass(frozen=True)
@@ -63,8 +55,6 @@ class AtBudget:
     """The SAE arm that lowers the hazard most at this budget on validation prompts; None where there is none."""
     best_control: str | None
     """The same among the arms without an SAE."""
-    best_sae_alone: str | None
-    """The same among the SAE arms that hold no token penalty beside the features."""
 
     def difference(self, measure: Measure, first: str, second: str) -> ClusteredInterval | None:
         """Effect of `first` minus that of `second` in points; None where they share no run."""
@@ -96,7 +86,7 @@ class CellResult:
 
     @property
     def cost_name(self) -> str:
-        """What the cost is measured by."""
+        """Name of the measure of cost."""
         return "masked perplexity" if self.identify == "script" else "perplexity"
 
     @property
@@ -159,12 +149,10 @@ def _at_budget(arms: Mapping[str, Sequence[Compared]], sae_arms: Sequence[str], 
                 tables[measure][arm] = arm_at_cost(usable, budget, measure)
     validation = {arm: arm_at_cost(pairs, budget, "hazard", "val").effect.estimate for arm, pairs in arms.items()}
     controls = [arm for arm in arms if arm not in sae_arms]
-    alone = [arm for arm in sae_arms if arm not in ARMS or ARMS[arm].penalty != "both"]
     return AtBudget(
         arms=tables,
         best_sae=min(sae_arms, key=validation.__getitem__, default=None),
         best_control=min(controls, key=validation.__getitem__, default=None),
-        best_sae_alone=min(alone, key=validation.__getitem__, default=None),
     )
 
 

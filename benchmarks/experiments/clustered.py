@@ -26,7 +26,7 @@ class ClusteredInterval:
     """NaN, as `high`, where a single value says nothing about the spread."""
     high: float
     unit: Literal["bases", "runs"]
-    """What was taken as independent. "runs": too few bases, so the interval leaves out how bases differ."""
+    """The unit taken as independent. "runs": too few bases, so the interval leaves out how bases differ."""
     count: int
     """How many of them."""
 
@@ -45,7 +45,7 @@ def clustered_interval(values: Mapping[int, Sequence[float]], level: float = 0.9
         mean(m_b)  +-  t_(N-1) sd(runs) sqrt(sum_b 1 / n_b) / B        (sd(runs) / sqrt(N) where all n_b are equal)
 
     Args:
-        values: base model -> one value a run.
+        values: base model -> one value per run.
         level: coverage.
 
     Raises:

@@ -17,14 +17,14 @@ from benchmarks.experiments.grouping import by_cell
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Example, Section, write_html
 from qscope_posttrain.report.summary import writable_folder
-from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
-from qscope_posttrain.testbed.experiment import SFT
+from qscope_posttrain.testbed.repetition.config import PLAIN
+from qscope_posttrain.testbed.switching.config import SFT
 from qscope_posttrain.text.jsonl import read_json, read_jsonl
 from qscope_posttrain.text.scripts import target_script
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 Prompt = tuple[Any, ...]
-"""What tells one prompt of a run from another."""
+"""Identifies a prompt within a run."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,7 @@ def write_completions_pages(
 
 
 def _write_page(
-    path: Path,
-    group: _Group,
-    per_page: int,
-    seed: int,
-    cached: dict[RunFile, dict[Prompt, Completion] | None],
+    path: Path, group: _Group, per_page: int, seed: int, cached: dict[RunFile, dict[Prompt, Completion] | None]
 ) -> Path:
     """Read what is there of both arms, draw, and write."""
 

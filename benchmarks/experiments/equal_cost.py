@@ -1,4 +1,4 @@
-"""Arms at equal cost: what each takes away from switching when it may cost so much perplexity, and their differences.
+"""Arms at equal cost: their effect on switching at a given cost in perplexity, and their differences.
 
 Arms have coefficients of different units, so comparing them at any one coefficient compares how strong they were
 chosen. Here the curve of each run of effect against cost, over coefficients, is read off at a budget of perplexity.
@@ -107,11 +107,7 @@ def read_off(points: Sequence[tuple[float, float]], budget: float) -> tuple[floa
 
 
 def arm_at_cost(
-    pairs: Iterable[Compared],
-    budget: float,
-    measure: Measure = "hazard",
-    split: Split = "test",
-    level: float = 0.95,
+    pairs: Iterable[Compared], budget: float, measure: Measure = "hazard", split: Split = "test", level: float = 0.95
 ) -> ArmAtCost:
     """One arm at a budget: each (base, seed) read off its own curve, then an interval over bases of per cent changes.
 

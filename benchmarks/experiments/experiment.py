@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,6 @@ from qscope_posttrain.report.tables import Cell, Table
 REPORT = "report.html"
 PAGES = "completions"
 FIGURES = "figures"
-
-
-@dataclass(frozen=True)
-class ExperimentReport:
-    """What is shown of an experiment's rows."""
-
-    sections: Sequence[Section]
-    tables: Mapping[str, Table]
-    """Printed, in this order, and written to the summary."""
-    verdicts: Mapping[str, str]
-    """Cell -> what its numbers allow to say."""
 
 
 def run_experiment(recipe: ExperimentRecipe, output: str | Path) -> Path:
@@ -75,18 +63,18 @@ def write_report(
     seconds: float,
 ) -> Path:
     """Tables, report and pages from the rows of an experiment."""
-    report = _report(recipe, rows, worlds)
-    for table in report.tables.values():
+    titles = {cell.name: cell.title for cell in recipe.cells}
+    build = switching_report if recipe.kind == "switching" else repetition_report
+    sections, tables = build(rows, worlds, titles)
+    for table in tables.values():
         table.print()
-    for cell, verdict in report.verdicts.items():
-        status(f"{cell}: {verdict}", enabled=True)
-    _write_figures(report.sections, folder / FIGURES)
+    _write_figures(sections, folder / FIGURES)
     pages = write_completions_pages(rows, folder / PAGES)
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     place = write_html(
         folder / REPORT,
         recipe.title,
-        report.sections,
+        sections,
         recipe.question,
         {
             "time": f"{seconds:.0f} s (runs from the cache take none)",
@@ -96,14 +84,7 @@ def write_report(
             "machine": ", ".join(f"{name} {value}" for name, value in machine().items()),
         },
     )
-    results = {
-        "seconds": seconds,
-        "runs": len(rows),
-        "verdicts": report.verdicts,
-        "tables": report.tables,
-        "worlds": worlds,
-        "report": place,
-    }
+    results = {"seconds": seconds, "runs": len(rows), "tables": tables, "worlds": worlds, "report": place}
     seeds = sorted({seed for cell in recipe.cells for seed in cell.seeds})
     write_summary(folder, "experiment", recipe.content, results, seeds)
     status(f"{seconds:.0f} s; the report is {place}")
@@ -126,7 +107,7 @@ def _figures(sections: Sequence[Section]) -> Iterator[Figure]:
 
 
 def grid_table(recipe: ExperimentRecipe) -> Table:
-    """What the recipe will run."""
+    """Return a table of the runs that the recipe asks for."""
     lines: list[list[Cell]] = []
     for cell in recipe.cells:
         if isinstance(cell, SwitchingCell):
@@ -141,17 +122,7 @@ def grid_table(recipe: ExperimentRecipe) -> Table:
     return Table(f"Grid of {len(recipe.cells)} cells", columns, lines)
 
 
-def _run_cell(
-    cell: SwitchingCell | RepetitionCell,
-) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+def _run_cell(cell: SwitchingCell | RepetitionCell) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
     if isinstance(cell, SwitchingCell):
         return run_switching_cell(cell)
     return run_repetition_bases(cell.settings, cell.name, cell.bases, cell.arms, cell.seeds)
-
-
-def _report(
-    recipe: ExperimentRecipe, rows: Sequence[Mapping[str, Any]], worlds: Sequence[Mapping[str, Any]]
-) -> ExperimentReport:
-    titles = {cell.name: cell.title for cell in recipe.cells}
-    build = switching_report if recipe.kind == "switching" else repetition_report
-    return ExperimentReport(*build(rows, worlds, titles))

@@ -1,4 +1,4 @@
-"""What is known of the base models of a switching experiment: fit, SAEs, causal checks, how switches are identified."""
+"""The base models of a switching experiment: fit, SAEs, causal checks, how switches are identified."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qscope_posttrain.report.tables import Cell, Table
 
 
 def models_section(worlds: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> Section:
-    """Section with one line a base model, the causal check of each, and the false alarms of identification by words.
+    """Build a section with the base models, their causal checks, and the false alarms of identification by words.
 
     Args:
         worlds: as `switching_grid.run_switching_cell` gives them. Cells that share a model share its causal check.

@@ -3,7 +3,7 @@
 kind: switching                     # or repetition
 title: SASFT on real text
 question: What the experiment is to find out.
-settings: {corpus: ../shared/data/react_docs}      # fields of TestbedConfig or ArithmeticConfig
+settings: {corpus: ../shared/data/react_docs}      # fields of SwitchingConfig or RepetitionConfig
 bases: [0, 1, 2]                    # seeds of pretrained models
 seeds: [101, 102, 103]              # seeds of fine-tuning, each on every base
 arms:                               # name -> coefficients; a name alone takes its recorded one
@@ -24,13 +24,11 @@ from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from benchmarks.experiments.arms import REPETITION_ARMS, SWITCHING_ARMS
+from benchmarks.experiments.probes import ProbedConfig
 from qscope_posttrain.errors import UserError, UserValueError, did_you_mean
 from qscope_posttrain.recipe_file import read_yaml
-from qscope_posttrain.testbed.arithmetic.arms import ARMS as REPETITION_ARMS
-from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
-from qscope_posttrain.testbed.arms import ARMS as SWITCHING_ARMS
-from qscope_posttrain.testbed.arms import Arm
-from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.switching.config import Arm, SwitchingConfig
 
 SWITCHING, REPETITION = "switching", "repetition"
 _KEYS = ("kind", "title", "question", "settings", "bases", "seeds", "arms", "cells", "variants")
@@ -52,7 +50,7 @@ class SwitchingCell:
 
     name: str
     title: str
-    settings: TestbedConfig
+    settings: SwitchingConfig
     """Without `model_seed` and `seeds`, which are the cell's."""
     bases: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -66,7 +64,7 @@ class RepetitionCell:
 
     name: str
     title: str
-    settings: ArithmeticConfig
+    settings: ProbedConfig
     bases: tuple[int, ...]
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
@@ -75,7 +73,7 @@ class RepetitionCell:
 
 @dataclass(frozen=True)
 class ExperimentRecipe:
-    """What a file asks for, checked."""
+    """The content of a recipe file, checked."""
 
     kind: str
     title: str
@@ -142,19 +140,13 @@ def build_recipe(
     built = tuple(
         build(str(name), _cell_values(merged, name, cell or {}, settings or {})) for name, cell in cells.items()
     )
-    return ExperimentRecipe(
-        kind,
-        str(merged.get("title", "")),
-        str(merged.get("question", "")).strip(),
-        built,
-        merged,
-    )
+    return ExperimentRecipe(kind, str(merged.get("title", "")), str(merged.get("question", "")).strip(), built, merged)
 
 
 def _cell_values(
     content: Mapping[str, Any], name: str, cell: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The recipe's values with those of one cell; arms of a cell replace the recipe's, settings are merged."""
+    """Merge the recipe's values with those of one cell; arms of a cell replace the recipe's, settings are merged."""
     _check_keys(cell, _CELL_KEYS, f"cell {name!r}")
     values = {"title": str(name), **{key: content[key] for key in _CELL_KEYS[1:] if key in content}, **cell}
     own, place = cell.get("settings"), f"settings of cell {name!r}"
@@ -173,7 +165,7 @@ def _switching_cell(name: str, values: Mapping[str, Any]) -> SwitchingCell:
     arms = values.get("arms") or {}
     arms = dict.fromkeys(arms) if _fits(arms, list[str]) else _mapping(arms, f"arms of cell {name!r}")
     weighted = tuple(_weighted_arm(str(key), spec) for key, spec in arms.items() if key != "sft")
-    settings = _settings(TestbedConfig, values["settings"], name)
+    settings = _settings(SwitchingConfig, values["settings"], name)
     return SwitchingCell(name, values["title"], settings, tuple(values["bases"]), tuple(values["seeds"]), weighted)
 
 
@@ -186,12 +178,12 @@ def _repetition_cell(name: str, values: Mapping[str, Any]) -> RepetitionCell:
         raise UserValueError(
             f"cell {name!r}: unknown arms {', '.join(unknown)}; there are {', '.join(REPETITION_ARMS)}"
         )
-    settings = _settings(ArithmeticConfig, values["settings"], name)
+    settings = _settings(ProbedConfig, values["settings"], name)
     return RepetitionCell(name, values["title"], settings, tuple(values["bases"]), tuple(values["seeds"]), tuple(arms))
 
 
 def _weighted_arm(name: str, spec: Any) -> WeightedArm:
-    """An arm as the recipe writes it: nothing, coefficients, or changes to a known arm."""
+    """Read an arm as the recipe writes it: nothing, coefficients, or changes to a known arm."""
     changes = dict(spec) if isinstance(spec, dict) else {}
     like, weights = str(changes.pop("like", name)), changes.pop("weights", None)
     if not isinstance(spec, dict):
@@ -236,7 +228,7 @@ def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any], place: str
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a file has a declared type: a whole number is a number, a truth value is none."""
+    """Return whether a value from a file has a declared type: a whole number is a number, a truth value is none."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in inner
@@ -250,7 +242,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _mapping(value: Any, place: str) -> Mapping[Any, Any]:
-    """A part of the recipe that maps names to values; null is an empty one."""
+    """Return a part of the recipe that maps names to values; null is an empty one."""
     if value is not None and not isinstance(value, Mapping):
         raise UserValueError(f"{place} must map names to values, got {value!r}")
     return value or {}
@@ -266,7 +258,7 @@ def _check_keys(values: Any, known: Sequence[str], place: str) -> None:
 
 
 def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings and cells are merged key by key, everything else is replaced; a cell that is null goes."""
+    """Merge settings and cells key by key and replace everything else; a cell that is null is removed."""
     merged = dict(values)
     for key, change in changes.items():
         if key == "settings":

@@ -7,29 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from benchmarks.experiments.arms import REPETITION_ARMS as ARMS
+from benchmarks.experiments.probes import ProbedConfig, Probing
 from benchmarks.experiments.repetition_rows import KIND
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.testbed.arithmetic.arms import ARMS, Arm
-from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
-from qscope_posttrain.testbed.arithmetic.dictionaries import WAYS, RepetitionFeatures
-from qscope_posttrain.testbed.arithmetic.experiment import Start, make_start, one_thread, run_arms
-from qscope_posttrain.testbed.arithmetic.runs import START, Run
-from qscope_posttrain.testbed.cache import open_cache
+from qscope_posttrain.testbed.repetition.config import PLAIN, Arm
+from qscope_posttrain.testbed.repetition.experiment import START, Run, World, make_world, run_arms, steerable
+from qscope_posttrain.testbed.repetition.features import WAYS, RepetitionFeatures
+from qscope_posttrain.testbed.settings import one_thread
 
 _UNLIKELY = "negative/unlikely_tokens"
 
 
-def run_repetition_cell(
-    settings: ArithmeticConfig, cell: str, bases: Sequence[int], arms: Sequence[str], seeds: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    """The rows of `run_repetition_bases` one by one, without what is known of the start models."""
-    for rows, _ in run_repetition_bases(settings, cell, bases, arms, seeds):
-        yield from rows
-
-
 def run_repetition_bases(
-    settings: ArithmeticConfig, cell: str, bases: Sequence[int], arms: Sequence[str], seeds: Sequence[int]
+    settings: ProbedConfig, cell: str, bases: Sequence[int], arms: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Train with every arm and seed from the start checkpoint of each base, one base after the other.
 
@@ -50,33 +42,19 @@ def run_repetition_bases(
     """
     for base in bases:
         status(f"{cell}: start checkpoint {base}")
-        config = replace(settings, model_seed=base, arms=list(arms), seeds=list(seeds))
-        cache = open_cache(config)
+        config = replace(settings, model_seed=base, seeds=list(seeds))
         with one_thread():
-            start = make_start(config, cache)
-            left_out = arms_without_steering(arms, start.features)
-            if left_out:
-                names = ", ".join(left_out)
-                status(f"warning: {cell}, base {base}: no feature makes it loop; left out: {names}", enabled=True)
-            config = replace(config, arms=[name for name in arms if name not in left_out])
-            experiment = run_arms(config, cache, start)
+            world = make_world(config)
+            wanted = [arm for name, arm in ARMS.items() if name == PLAIN or name in arms]
+            kept = steerable(wanted, world.features)
+            watch = Probing(config.probe_every, config.probe_solutions)
+            experiment = run_arms(world, kept, watch)
         rows = [
-            _row(run, result.title, cell, base, start.features)
+            _row(run, result.title, cell, base, world.features)
             for result in (experiment.start, *experiment.arms)
             for run in result.runs
         ]
-        yield rows, _world(start, cell, base, left_out)
-
-
-def is_steered(arm: Arm) -> bool:
-    """Whether the arm pushes the residual stream, along features, means or random directions."""
-    has_negatives = arm.overrides.get("negatives_per_group", 1) > 0
-    return has_negatives and arm.overrides.get("negative", "feature") in ("feature", "random")
-
-
-def arms_without_steering(arms: Sequence[str], features: RepetitionFeatures) -> list[str]:
-    """The arms that steer, where the curve of their way, and that of the window, found nothing to steer with."""
-    return [name for name in arms if is_steered(ARMS[name]) and _chosen(ARMS[name], features) is None]
+        yield rows, _world(world, cell, base, [arm.name for arm in wanted if arm not in kept])
 
 
 def _chosen(arm: Arm, features: RepetitionFeatures) -> Mapping[str, Any] | None:
@@ -85,7 +63,7 @@ def _chosen(arm: Arm, features: RepetitionFeatures) -> Mapping[str, Any] | None:
 
 
 def _row(run: Run, title: str, cell: str, base: int, features: RepetitionFeatures) -> dict[str, Any]:
-    name = run.job.arm
+    name = run.job.method
     return {
         "kind": KIND,
         "cell": cell,
@@ -96,11 +74,11 @@ def _row(run: Run, title: str, cell: str, base: int, features: RepetitionFeature
         "seed": run.job.seed,
         "quality": asdict(run.quality),
         "benign": asdict(run.benign),
-        "probes": {str(step): asdict(probes) for step, probes in run.probes.items()},
+        "probes": {str(step): dict(probes) for step, probes in run.watched.items()},
         "steered": _negatives(run),
         "gradient_norm": _mean([entry["grad_norm"] for entry in run.history if "grad_norm" in entry]),
         "unlikely_tokens": _mean([entry[_UNLIKELY] for entry in run.history if _UNLIKELY in entry]),
-        "steering": None if name == START or not is_steered(ARMS[name]) else _steering(ARMS[name], features),
+        "steering": None if name == START or not ARMS[name].steers else _steering(ARMS[name], features),
         "seconds": run.seconds,
         "folder": str(run.folder),
     }
@@ -127,7 +105,7 @@ def _steering(arm: Arm, features: RepetitionFeatures) -> dict[str, Any]:
     }
 
 
-def _world(start: Start, cell: str, base: int, left_out: Sequence[str]) -> dict[str, Any]:
+def _world(start: World, cell: str, base: int, left_out: Sequence[str]) -> dict[str, Any]:
     losses, loops = start.language_model.losses[-50:], start.loops.collection
     return {
         "kind": KIND,
@@ -140,7 +118,7 @@ def _world(start: Start, cell: str, base: int, left_out: Sequence[str]) -> dict[
         "explained_variance": {str(layer): value for layer, value in start.saes.explained_variance.items()},
         "steering": {way: start.features.load(way).settings.get(SETTINGS_KEY) for way in WAYS},
         "way_in_use": {way: start.features.way_in_use(way) for way in WAYS},
-        "dose": {way: start.features.tables(way) for way in WAYS},
+        "dose": {way: {name: table.to_dict() for name, table in start.features.tables(way).items()} for way in WAYS},
         "left_out": list(left_out),
     }
 

@@ -1,4 +1,4 @@
-"""What rows of a repetition experiment say: one arm against another from the same starts with the same seeds."""
+"""Numbers of a repetition experiment: one arm against another from the same starts with the same seeds."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from benchmarks.experiments.repetition_rows import (
     pair_up,
 )
 from qscope_posttrain.intervals import Interval, wilson
-from qscope_posttrain.testbed.arithmetic.quality import Quality
+from qscope_posttrain.testbed.repetition.experiment import Quality
 
 FEWER = 0.1
-"""The goal: at most so many times the loops of DAPO ..."""
+"""Goal: at most this many times DAPO's loops ..."""
 POINTS = 0.5
-"""... for at most so many points of accuracy."""
+"""... for at most this many points of accuracy."""
 
 Goal = Literal["met", "met by the estimates", "missed by the estimates", "missed"]
 Which = Literal["quality", "benign"]

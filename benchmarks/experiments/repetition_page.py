@@ -6,45 +6,27 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.experiments.arms import REPETITION_ARMS as ARMS
 from benchmarks.experiments.grouping import by_cell
 from benchmarks.experiments.repetition_numbers import compare, loop_rate, probe_curve
-from benchmarks.experiments.repetition_rows import (
-    KIND,
-    RepetitionRow,
-    by_arm,
-    check_references,
-    repetition_rows,
-)
-from benchmarks.experiments.repetition_tables import (
-    comparison_table,
-    effects_table,
-    loops_table,
-    runs_table,
-    verdict,
-)
+from benchmarks.experiments.repetition_rows import KIND, RepetitionRow, by_arm, check_references, repetition_rows
+from benchmarks.experiments.repetition_tables import comparison_table, effects_table, loops_table, runs_table
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Bar, Curve, Mark, interval_bars, line_curves, scatter_with_intervals
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.testbed.arithmetic.arms import ARMS
-from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
-from qscope_posttrain.testbed.arithmetic.runs import START
+from qscope_posttrain.testbed.repetition.config import PLAIN
+from qscope_posttrain.testbed.repetition.experiment import START
 
-PROBES = {
-    "oend": "endless, once entered",
-    "oh": "entry: the second copy",
-    "oc1": "continuation: the third copy",
-}
+PROBES = {"oend": "endless, once entered", "oh": "entry: the second copy", "oc1": "continuation: the third copy"}
 """Teacher-forced probes that are drawn over updates, and what they are called."""
 _WAYS = {"window": "features, in a window", "to_end": "features, to the end", "window_means": "means, in a window"}
 
 
 def repetition_report(
-    rows: Iterable[Mapping[str, Any]],
-    worlds: Sequence[Mapping[str, Any]] = (),
-    titles: Mapping[str, str] | None = None,
-) -> tuple[list[Section], dict[str, Table], dict[str, str]]:
-    """Sections for `report.html`, tables to print and store, and a verdict for each cell.
+    rows: Iterable[Mapping[str, Any]], worlds: Sequence[Mapping[str, Any]] = (), titles: Mapping[str, str] | None = None
+) -> tuple[list[Section], dict[str, Table]]:
+    """Build the sections for `report.html`, and the tables to print and store.
 
     Args:
         rows: rows of `runs.jsonl`; those of another kind are left out.
@@ -60,18 +42,16 @@ def repetition_report(
     check_references(parsed)
     sections: list[Section] = []
     tables: dict[str, Table] = {}
-    verdicts: dict[str, str] = {}
     for cell, own in by_cell(parsed).items():
         title = (titles or {}).get(cell, cell)
         found = repetition_tables(own, title)
-        verdicts[cell] = verdict(own)
         mine = [world for world in worlds if world.get("kind") == KIND and world["cell"] == cell]
-        sections.append(_cell_section(own, title, found, verdicts[cell], mine))
+        sections.append(_cell_section(own, title, found, mine))
         tables |= {f"{cell}:{name}": table for name, table in found.items() if name != "runs"}
         if mine:
             tables[f"{cell}:starts"] = starts_table(mine, title)
         tables[f"{cell}:runs"] = found["runs"]
-    return sections, tables, verdicts
+    return sections, tables
 
 
 def repetition_tables(rows: Sequence[RepetitionRow], title: str) -> dict[str, Table]:
@@ -111,11 +91,7 @@ def _steering_text(chosen: Mapping[str, Any] | None, own: bool) -> str:
 
 
 def _cell_section(
-    rows: Sequence[RepetitionRow],
-    title: str,
-    tables: Mapping[str, Table],
-    said: str,
-    worlds: Sequence[Mapping[str, Any]],
+    rows: Sequence[RepetitionRow], title: str, tables: Mapping[str, Table], worlds: Sequence[Mapping[str, Any]]
 ) -> Section:
     arms = by_arm(rows)
     shown = [tables[name] for name in ("loops", "against") if name in tables]
@@ -126,7 +102,7 @@ def _cell_section(
         curves = [table for world in worlds for table in _dose_tables(world)]
         parts.append(Section("Start checkpoints and dose curves", tables=[starts_table(worlds, title), *curves]))
     parts.append(Section("Every run", tables=[tables["runs"]]))
-    return Section(title, _text(arms, said), tables=shown, figures=[_loops_plot(arms), *_price_plot(arms)],
+    return Section(title, _text(arms), tables=shown, figures=[_loops_plot(arms), *_cost_plot(arms)],
                    sections=parts)  # fmt: skip
 
 
@@ -136,8 +112,8 @@ _PROBES_TEXT = (
 )
 
 
-def _text(arms: Mapping[str, Sequence[RepetitionRow]], said: str) -> str:
-    lines = [said, ""]
+def _text(arms: Mapping[str, Sequence[RepetitionRow]]) -> str:
+    lines = []
     for name, runs in arms.items():
         if name in ARMS:
             lines.append(f"- **{runs[0].title}**: {ARMS[name].description}")
@@ -169,17 +145,17 @@ def _in_percent(bar: Bar) -> Bar:
     return Bar(bar.name, 100 * bar.value, low, high, tuple(100 * point for point in bar.points))
 
 
-def _price_plot(arms: Mapping[str, Sequence[RepetitionRow]]) -> list[Figure]:
+def _cost_plot(arms: Mapping[str, Sequence[RepetitionRow]]) -> list[Figure]:
     """Loops against the difference in accuracy; nothing where plain DAPO is alone."""
     marks = []
     for name, runs in _trained(arms).items():
         found = None if name == PLAIN else compare(runs, arms[PLAIN])
         if found is not None:
             rate = loop_rate(runs).shown
-            price = found.accuracy
-            limits = None if math.isnan(price.low) else (price.low, price.high)
+            cost = found.accuracy
+            limits = None if math.isnan(cost.low) else (cost.low, cost.high)
             loops = (100 * rate.low, 100 * rate.high)
-            marks.append(Mark(runs[0].title, price.estimate, 100 * rate.estimate, limits, loops))
+            marks.append(Mark(runs[0].title, cost.estimate, 100 * rate.estimate, limits, loops))
     if not marks:
         return []
     plain = loop_rate(arms[PLAIN]).shown

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from benchmarks.experiments.arms import REPETITION_ARMS as ARMS
+from benchmarks.experiments.probes import Probes
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.testbed.arithmetic.arms import ARMS
-from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
-from qscope_posttrain.testbed.arithmetic.probes import Probes
-from qscope_posttrain.testbed.arithmetic.quality import Quality
-from qscope_posttrain.testbed.arithmetic.runs import START
+from qscope_posttrain.testbed.repetition.config import PLAIN
+from qscope_posttrain.testbed.repetition.experiment import START, Quality
 
 KIND = "repetition"
 
@@ -114,7 +113,7 @@ def loop_difference(pair: Pair) -> float:
 
 
 def check_references(rows: Sequence[RepetitionRow]) -> None:
-    """ValueError if a run has no plain DAPO from the same start with the same seed to be compared with."""
+    """Raise ValueError if a run has no plain DAPO from the same start with the same seed to be compared with."""
     plain = {(row.cell, *row.key) for row in rows if row.arm == PLAIN}
     for row in rows:
         if (row.cell, *row.key) not in plain:

@@ -1,4 +1,4 @@
-"""Tables of a repetition experiment, computed from rows alone, and what they allow to say."""
+"""Tables of a repetition experiment, computed from rows alone."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from benchmarks.experiments.repetition_numbers import (
 )
 from benchmarks.experiments.repetition_rows import RepetitionRow, by_arm
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.testbed.arithmetic.experiment import PLAIN
-from qscope_posttrain.testbed.arithmetic.runs import START
+from qscope_posttrain.testbed.repetition.config import PLAIN
+from qscope_posttrain.testbed.repetition.experiment import START
 
-DEFAULT, SEEDED = "default", "seeded"
 COMPARED = (
-    (DEFAULT, SEEDED), (DEFAULT, "difference_of_means"), (DEFAULT, "copied_default"), (DEFAULT, "random"),
-    (DEFAULT, "reward_penalty"), (DEFAULT, "paper"), (SEEDED, "copied_default"), (SEEDED, "reward_penalty"),
+    ("default", "seeded"), ("default", "difference_of_means"), ("default", "copied_default"), ("default", "random"),
+    ("default", "reward_penalty"), ("default", "paper"), ("seeded", "copied_default"), ("seeded", "reward_penalty"),
 )  # fmt: skip
 """Pairs of arms that answer a question by themselves; both sides have to be among the rows."""
 
 
 def loops_table(rows: Sequence[RepetitionRow], cell: str) -> Table:
-    """Sampled loops and accuracy of every arm of one cell, against plain DAPO."""
+    """Table of sampled loops and accuracy of every arm of one cell, against plain DAPO."""
     arms = by_arm(rows)
     lines: list[list[Cell]] = []
     for name, runs in arms.items():
@@ -67,7 +66,7 @@ def loops_table(rows: Sequence[RepetitionRow], cell: str) -> Table:
 
 
 def effects_table(rows: Sequence[RepetitionRow], cell: str) -> Table:
-    """What else the arms of one cell did: benign repetition, probes, the negatives, gradients, time."""
+    """Table of the other effects of the arms of one cell: benign repetition, probes, the negatives, gradients, time."""
     arms = by_arm(rows)
     lines: list[list[Cell]] = []
     for name, runs in arms.items():
@@ -103,7 +102,7 @@ def effects_table(rows: Sequence[RepetitionRow], cell: str) -> Table:
 
 
 def comparison_table(rows: Sequence[RepetitionRow], cell: str) -> Table:
-    """Arms of one cell against each other, run by run: the feature against what needs none."""
+    """Table of arms of one cell against each other, run by run."""
     arms = by_arm(rows)
     lines: list[list[Cell]] = []
     for first, second in COMPARED:
@@ -135,7 +134,7 @@ def comparison_table(rows: Sequence[RepetitionRow], cell: str) -> Table:
 
 
 def runs_table(rows: Sequence[RepetitionRow], cell: str) -> Table:
-    """Every run of one cell by itself."""
+    """Table of every run of one cell."""
     lines: list[list[Cell]] = []
     for runs in by_arm(rows).values():
         for row in runs:
@@ -153,42 +152,8 @@ def runs_table(rows: Sequence[RepetitionRow], cell: str) -> Table:
     return Table(f"Every run: {cell}", columns, lines)
 
 
-def verdict(rows: Sequence[RepetitionRow]) -> str:
-    """A few sentences: who reached the goal, what the default does, whether the feature beats the seeded negative."""
-    arms = by_arm(rows)
-    plain = loop_rate(arms[PLAIN])
-    sentences = [f"DAPO loops in {plain.loops} of {plain.samples} samples."]
-    reached: dict[str, list[str]] = {}
-    for name, runs in arms.items():
-        against = None if name in (START, PLAIN) else compare(runs, arms[PLAIN])
-        if against is not None:
-            reached.setdefault(against.goal, []).append(runs[0].title)
-    if reached:
-        said = "; ".join(f"{goal}: {', '.join(reached[goal])}" for goal in _GOALS if goal in reached)
-        sentences.append(f"At most {FEWER:g} times its loops for at most {POINTS:g} points of accuracy: {said}.")
-    if DEFAULT in arms:
-        own = compare(arms[DEFAULT], arms[PLAIN])
-        if own is not None:
-            sentences.append(
-                f"The package's default: {ratio_text(own.ratio)} times DAPO's loops, accuracy "
-                f"{signed_text(own.accuracy)} points."
-            )
-    if DEFAULT in arms and SEEDED in arms:
-        found = compare(arms[DEFAULT], arms[SEEDED])
-        if found is not None:
-            sentences.append(
-                f"Steered along features against seeded, which needs no SAE: {found.loops[0]} against "
-                f"{found.loops[1]} loops in {found.pairs} pairs of runs, {signed_text(found.loop_difference)} in "
-                f"10,000 samples, accuracy {signed_text(found.accuracy)} points: {answer(found)}."
-            )
-    return " ".join(sentences)
-
-
-_GOALS = ("met", "met by the estimates", "missed by the estimates", "missed")
-
-
 def answer(found: Comparison) -> str:
-    """What the intervals of a comparison allow to say, in a few words."""
+    """Name the differences that the intervals of a comparison show."""
     said = []
     if found.ratio.high < 1:
         said.append("fewer loops")
@@ -208,7 +173,7 @@ def per_run(rows: Sequence[RepetitionRow]) -> str:
 
 
 def interval_note(rows: Sequence[RepetitionRow]) -> str:
-    """What the intervals take as independent."""
+    """Name the unit that the intervals take as independent."""
     bases = len({row.base for row in rows})
     if bases >= FEWEST_BASES:
         return f"Intervals (95 %) are over {bases} start checkpoints; Wilson's take samples as independent."

@@ -1,4 +1,4 @@
-"""`runs.jsonl`: one line of JSON a run, replaced in one step, so that a reader never meets half a line."""
+"""`runs.jsonl`: one line of JSON per run, replaced in one step, so that a reader never sees half a line."""
 
 from __future__ import annotations
 

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.experiments.arms import SWITCHING_ARMS as ARMS
 from benchmarks.experiments.recipe import SwitchingCell
+from qscope_posttrain.evaluation.code_switching import ScriptDetector, SwitchDetector
 from qscope_posttrain.evaluation.span_identification import SpanIdentifier, fit_span_identifier
-from qscope_posttrain.evaluation.switch_detector import ScriptDetector, SwitchDetector
 from qscope_posttrain.models.generation import Sample
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.testbed.arms import ARMS
-from qscope_posttrain.testbed.cache import open_cache
-from qscope_posttrain.testbed.config import TestbedConfig
-from qscope_posttrain.testbed.dictionaries import make_dictionaries, make_feature_sets
-from qscope_posttrain.testbed.language_model import LanguageModel, make_language_model
-from qscope_posttrain.testbed.runs import TEST, VALIDATION, Job, run_jobs
-from qscope_posttrain.testbed.tokenizer import decode
+from qscope_posttrain.testbed.settings import one_thread
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
+from qscope_posttrain.testbed.switching.experiment import TEST, VALIDATION, Job, make_world, run_jobs
+from qscope_posttrain.testbed.switching.language_model import SwitchingModel
+from qscope_posttrain.testbed.switching.windows import decode
 from qscope_posttrain.text.repetition import is_endless_repetition
 from qscope_posttrain.text.scripts import contains_script, language_scripts
 
@@ -32,14 +31,10 @@ _CALIBRATION_SEED = 77
 
 def run_switching_cell(cell: SwitchingCell) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """The rows of each base model, as they come, with what is known of the model; what is cached is not run again."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for base in cell.bases:
             status(f"{cell.title}: base model {base}")
             yield _run_base(cell, base)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def cell_jobs(cell: SwitchingCell) -> list[Job]:
@@ -53,12 +48,9 @@ def cell_jobs(cell: SwitchingCell) -> list[Job]:
 
 def _run_base(cell: SwitchingCell, base: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     config = replace(cell.settings, model_seed=base, seeds=list(cell.seeds))
-    cache = open_cache(config)
-    language_model = make_language_model(config, cache)
-    dictionaries = make_dictionaries(config, cache, language_model)
-    features = make_feature_sets(config, cache, language_model, dictionaries)
-    description = f"{cell.title}, base {base}: fine-tuning and measuring"
-    runs = run_jobs(cell_jobs(cell), config, cache, language_model, features, description)
+    world = make_world(config)
+    language_model = world.language_model
+    runs = run_jobs(cell_jobs(cell), world, f"{cell.title}, base {base}: fine-tuning and measuring")
     detectors, identification = _detectors(config, language_model)
     rows = [
         {
@@ -81,16 +73,16 @@ def _run_base(cell: SwitchingCell, base: int) -> tuple[list[dict[str, Any]], dic
         }
         for run in runs
     ]
-    world = {
+    about = {
         "cell": cell.name,
         "base": base,
         "loss": sum(language_model.losses[-50:]) / len(language_model.losses[-50:]),
-        "explained_variance": dictionaries.explained_variance,
+        "explained_variance": world.dictionaries.explained_variance,
         "target_tokens": len(language_model.target_tokens),
-        "causal_check": features.causal_table(),
+        "causal_check": world.feature_sets.causal_table(),
         "identification": identification,
     }
-    return rows, world
+    return rows, about
 
 
 def count_switches(samples: Sequence[Sample], target: SwitchDetector, any_other: SwitchDetector) -> dict[str, Any]:
@@ -107,7 +99,7 @@ def count_switches(samples: Sequence[Sample], target: SwitchDetector, any_other:
 
 
 def _detectors(
-    config: TestbedConfig, language_model: LanguageModel
+    config: SwitchingConfig, language_model: SwitchingModel
 ) -> tuple[tuple[SwitchDetector, SwitchDetector], Mapping[str, Any] | None]:
     """Whether a response holds the target, whether it holds any other language, and how the second is known."""
     if config.identify == "words":
@@ -122,7 +114,7 @@ def _detectors(
     return (ScriptDetector(config.target), any_other), None
 
 
-def fit_identifier(config: TestbedConfig, language_model: LanguageModel) -> SpanIdentifier:
+def fit_identifier(config: SwitchingConfig, language_model: SwitchingModel) -> SpanIdentifier:
     """Learns words from the pretraining text and its thresholds from clean validation text of a response's length."""
     tokenizer, maker = language_model.tokenizer, language_model.maker
     texts = {

@@ -12,7 +12,6 @@ from benchmarks.experiments.equal_cost import BUDGETS, cost_curve
 from benchmarks.experiments.models_section import models_section
 from benchmarks.experiments.switching_rows import Measure, switching_rows
 from benchmarks.experiments.switching_tables import cell_tables, verdict_table
-from benchmarks.experiments.verdicts import cell_verdict
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import CostCurve, Mark, cost_curves
@@ -22,6 +21,12 @@ _SHOWN_BUDGETS = 4.0
 """Plots end at this many times the largest budget: coefficients far beyond it would squeeze the rest."""
 _PAGE_ONLY = ("pairs", "runs")
 """Tables that are too wide or too long for a terminal."""
+_FOUND = (
+    "Arms have coefficients of different units, so they are compared at equal cost: each run's curve of switching "
+    "against perplexity, over its coefficients, is read off at a budget. Coefficients, and the arms that stand for the "
+    "SAE and for the controls below, were chosen on validation prompts; all numbers are from test prompts. 'No "
+    "difference shown' is not 'equal': the interval of the difference contains 0."
+)
 _PLOTTED: tuple[Measure, ...] = ("hazard", "sampled")
 
 
@@ -30,8 +35,8 @@ def switching_report(
     worlds: Sequence[Mapping[str, Any]] = (),
     titles: Mapping[str, str] | None = None,
     budgets: Sequence[float] = BUDGETS,
-) -> tuple[list[Section], dict[str, Table], dict[str, str]]:
-    """What is shown of a switching experiment.
+) -> tuple[list[Section], dict[str, Table]]:
+    """Build the report of a switching experiment.
 
     Args:
         rows: rows of `runs.jsonl`; those of another kind are left out.
@@ -40,8 +45,8 @@ def switching_report(
         budgets: rises of perplexity over SFT in per cent at which arms are compared; weights are chosen at the largest.
 
     Returns:
-        Sections of the page: what was found, then each cell with curves, tables and every run, then the models; tables
-        for the terminal by name, "verdicts" first and then "<cell>/<table>"; and cell -> verdict in plain words.
+        Sections of the page: the table of all cells, then each cell with curves, tables and every run, then the models;
+        and tables for the terminal by name, "verdicts" first and then "<cell>/<table>".
 
     Raises:
         ValueError: no switching rows, rows that do not fit (see `switching_rows`), or a run without its SFT.
@@ -51,29 +56,15 @@ def switching_report(
         raise UserValueError('there are no rows of kind "switching" to report on.')
     results = cell_results(parsed, budgets)
     names = {result.cell: (titles or {}).get(result.cell, result.cell) for result in results}
-    verdicts = {result.cell: cell_verdict(result).lines for result in results}
     tables = {"verdicts": verdict_table(results, names)}
-    sections = [Section("What was found", _found(verdicts, names), tables=[tables["verdicts"]])]
+    sections = [Section("What was found", _FOUND, tables=[tables["verdicts"]])]
     for result in results:
         own = cell_tables(result, names[result.cell])
         tables |= {f"{result.cell}/{name}": table for name, table in own.items() if name not in _PAGE_ONLY}
         sections.append(_cell_section(result, names[result.cell], own))
     if worlds:
         sections.append(models_section(worlds, names))
-    return sections, tables, {cell: " ".join(lines).replace("**", "") for cell, lines in verdicts.items()}
-
-
-def _found(verdicts: Mapping[str, Sequence[str]], names: Mapping[str, str]) -> str:
-    lines = [
-        "Arms have coefficients of different units, so they are compared at equal cost: each run's curve of switching "
-        "against perplexity, over its coefficients, is read off at a budget. Coefficients, and the arms that stand for "
-        "the SAE and for the controls below, were chosen on validation prompts; all numbers are from test prompts. "
-        "'No difference shown' is not 'equal': the interval of the difference holds 0.",
-        "",
-    ]
-    for cell, said in verdicts.items():
-        lines += [f"**{names[cell]}**", "", *(f"- {line}" for line in said), ""]
-    return "\n".join(lines)
+    return sections, tables
 
 
 def _cell_section(result: CellResult, title: str, tables: Mapping[str, Table]) -> Section:
@@ -127,7 +118,7 @@ def _curve_plot(result: CellResult, measure: Measure) -> Figure | None:
         limit / 100,
     )
     caption = (
-        "Down is less switching, right is dearer; + is SFT, a marker is a coefficient, solid lines are SAE arms, "
+        "Down is less switching, right costs more; + is SFT, a marker is a coefficient, solid lines are SAE arms, "
         "dashed ones controls. Means over runs on test prompts with 95 % intervals both ways; vertical lines: budgets."
     )
     if beyond:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from benchmarks.experiments.arms import SWITCHING_ARMS as ARMS
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.testbed.arms import ARMS
-from qscope_posttrain.testbed.experiment import SFT
-from qscope_posttrain.testbed.metrics import Metrics
-from qscope_posttrain.testbed.runs import BASE
+from qscope_posttrain.testbed.switching.config import SFT
+from qscope_posttrain.testbed.switching.experiment import BASE
+from qscope_posttrain.testbed.switching.training import Metrics
 
 KIND = "switching"
 Split = Literal["val", "test"]
@@ -67,7 +67,7 @@ class SwitchingRow:
         return self.val if split == "val" else self.test
 
     def perplexity(self, split: Split) -> float:
-        """What cost is measured by: masked perplexity, or plain where no list of tokens defines the target."""
+        """Return the measure of cost: masked perplexity, or plain where no list of tokens defines the target."""
         metrics = self.metrics(split)
         return metrics.masked_ppl if self.identify == "script" else metrics.ppl
 

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from benchmarks.experiments.cell_results import ArmAtWeight, CellResult
-from benchmarks.experiments.clustered import FEWEST_BASES
+from benchmarks.experiments.clustered import FEWEST_BASES, ClusteredInterval
 from benchmarks.experiments.switching_rows import Measure
-from benchmarks.experiments.verdicts import cell_verdict, outcome_of, show
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.tables import Cell, Table
 
+GOAL_REDUCTION = 50.0
+"""Least reduction of sampled switching against SFT, per cent."""
+GOAL_COST = 1.0
+"""Largest rise of (masked) perplexity, per cent."""
+Outcome = Literal["better", "worse", "no difference shown"]
 _SWITCHING: tuple[Measure, ...] = ("hazard", "expected", "sampled")
+
+
+def outcome_of(difference: ClusteredInterval) -> Outcome:
+    """Name the outcome of an effect minus a control's; less switching is better."""
+    if not difference.excludes_zero:
+        return "no difference shown"
+    return "better" if difference.estimate < 0 else "worse"
+
+
+def meets_goal(arm: ArmAtWeight) -> bool:
+    """Whether an arm halves SFT's sampled switching, with the whole interval of the change below 0, within the cost."""
+    change, cost = arm.sampled_change, arm.cost
+    if arm.choice is None or change is None or cost is None:
+        return False
+    return change.estimate <= -GOAL_REDUCTION and change.high < 0 and cost.estimate <= GOAL_COST
+
+
+def show(interval: ClusteredInterval | Interval | None, unit: str = "") -> str:
+    """A change with its interval, such as "-41.2 % (-45.0 .. -37.1)"; without an interval where there is none."""
+    if interval is None:
+        return "-"
+    text = f"{_signed(interval.estimate)}{unit}"
+    return text if math.isnan(interval.low) else f"{text} ({_signed(interval.low)} .. {_signed(interval.high)})"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0: no "-0.0"
 
 
 def cell_tables(result: CellResult, title: str = "") -> dict[str, Table]:
@@ -37,11 +70,10 @@ def cell_tables(result: CellResult, title: str = "") -> dict[str, Table]:
 
 
 def verdict_table(results: Sequence[CellResult], titles: Mapping[str, str] | None = None) -> Table:
-    """One line a cell: the best SAE arm against the best control, and who met the goal."""
+    """Table with one line per cell: the best SAE arm against the best control, and who met the goal."""
     rows: list[list[Cell]] = []
     for result in results:
-        verdict, budget = cell_verdict(result), max(result.budgets)
-        at = result.budgets[budget]
+        at = result.budgets[max(result.budgets)]
         arms, best, control = at.arms["hazard"], at.best_sae, at.best_control
         difference = at.difference("hazard", best, control) if best is not None and control is not None else None
         rows.append(
@@ -50,8 +82,8 @@ def verdict_table(results: Sequence[CellResult], titles: Mapping[str, str] | Non
                 None if best is None else f"{result.titles[best]} {show(arms[best].effect)}",
                 None if control is None else f"{result.titles[control]} {show(arms[control].effect)}",
                 show(difference),
-                verdict.outcome,
-                ", ".join(result.titles[arm] for arm in verdict.goal_met) or "none",
+                None if difference is None else outcome_of(difference),
+                ", ".join(arm.title for arm in result.chosen if meets_goal(arm)) or "none",
             ]
         )
     columns = ["cell", "best SAE arm, %", "best control, %", "difference", "the SAE arm is", "goal met by"]
@@ -65,7 +97,7 @@ def verdict_table(results: Sequence[CellResult], titles: Mapping[str, str] | Non
 
 
 def chosen_table(result: CellResult) -> Table:
-    """Every arm at the weight chosen on validation prompts, measured on test prompts."""
+    """Table of every arm at the weight chosen on validation prompts, measured on test prompts."""
     by_script = result.identify == "script"
     rows: list[list[Cell]] = []
     for arm in result.chosen:
@@ -99,7 +131,7 @@ def chosen_table(result: CellResult) -> Table:
 
 
 def equal_cost_table(result: CellResult, budget: float) -> Table:
-    """Every arm read off its own curve at one budget, and the best SAE arm less every control."""
+    """Table of every arm read off its own curve at one budget, and the best SAE arm less every control."""
     at = result.budgets[budget]
     measures = [measure for measure in _SWITCHING if at.arms[measure]]
     rows: list[list[Cell]] = []
@@ -119,7 +151,7 @@ def equal_cost_table(result: CellResult, budget: float) -> Table:
     columns += [f"* less it: {measure}" for measure in measures]
     caption = (
         f"Change against SFT where a run's own curve over weights first costs {budget:g} % {result.cost_name}, log "
-        "effects interpolated linearly from SFT through the weights. cap: in so many runs no weight costs that much, "
+        "effects interpolated linearly from SFT through the weights. cap: runs in which no weight costs that much "
         "and the strongest counts. * is the SAE arm with the lowest hazard on validation prompts; 'less it' is its "
         "effect minus the control's in points, paired by base model and seed: below 0 the SAE arm switches less. "
         "Sampled: of (k + 1/2) / (n + 1), so that no count is 0. " + _interval_note(result)
@@ -128,7 +160,7 @@ def equal_cost_table(result: CellResult, budget: float) -> Table:
 
 
 def pairs_table(result: CellResult, budget: float, measure: Measure = "hazard") -> Table:
-    """Every SAE arm less every control."""
+    """Table of every SAE arm minus every control."""
     at = result.budgets[budget]
     rows: list[list[Cell]] = []
     for arm in result.sae_arms:
@@ -148,7 +180,7 @@ def pairs_table(result: CellResult, budget: float, measure: Measure = "hazard") 
 
 
 def languages_table(result: CellResult) -> Table:
-    """Change of the hazard in each language."""
+    """Table of the change of the hazard per language."""
     names = next(list(arm.languages) for arm in result.chosen if arm.languages)
     rows: list[list[Cell]] = []
     for arm in result.chosen:
@@ -166,7 +198,7 @@ def languages_table(result: CellResult) -> Table:
 
 
 def runs_table(result: CellResult) -> Table:
-    """Every run by itself."""
+    """Table of every run."""
     rows: list[list[Cell]] = []
     for row in sorted(result.rows, key=lambda row: (row.base, row.seed)):
         counts, m = row.sampled, row.test

@@ -1,4 +1,4 @@
-"""What data are, by their features: benchmarks and a classifier."""
+"""Analysis of data by the features that they fire: benchmarks and a text classifier."""
 
 from qscope_posttrain.errors import require_extra
 

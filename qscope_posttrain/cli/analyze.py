@@ -1,42 +1,45 @@
-"""`qscope analyze redundancy` and `qscope analyze overlap`: what the items of benchmarks make features do."""
+"""`qscope analyze redundancy` and `qscope analyze overlap`: benchmarks compared by the features of their items."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.analyze_inputs import add_options, collect, read_benchmarks, read_performance
-from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.cli.options import add_sae_options, add_shared, layers_of, load, load_saes
+from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
 if TYPE_CHECKING:
+    from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
+    from qscope_posttrain.analysis.benchmarks.items import BenchmarkItems
     from qscope_posttrain.report.html import Section
+
+TOKENS = "tokens, no model"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
-    options = _parser().parse(arguments)
-    require_extra("analysis", "report")
-    {"redundancy": redundancy, "overlap": overlap}[options.action](options)
-    return 0
+    return build_parser().run(arguments)
 
 
 def redundancy(options: argparse.Namespace) -> None:
-    """R-hat and coverage of every benchmark; with per-item correctness R, and how the two go together."""
-    from qscope_posttrain.analysis.benchmarks import tables
+    """Measure R-hat and coverage of every benchmark; with per-item correctness, R and how the two agree."""
+    require_extra("analysis", "report")
+    from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
-    from qscope_posttrain.analysis.benchmarks.performance import performance_redundancy
+    from qscope_posttrain.analysis.benchmarks.performance import performance_redundancy, read_performance
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.analysis.benchmarks.report_page import agreement_figure, redundancy_section
+    from qscope_posttrain.analysis.benchmarks.report import agreement_figure, redundancy_section
 
     output = writable_folder(options.output)
-    benchmarks = read_benchmarks(options)
-    correctness, _ = read_performance(options, benchmarks)
-    found, facts = collect(options, benchmarks)
+    benchmarks = _read_benchmarks(options)
+    correctness, _ = read_performance(_sizes(benchmarks), options.correctness)
+    found, facts = _collect(options, benchmarks)
     performance = {
         name: performance_redundancy(name, correct, repeats=options.repeats, seed=options.seed)
         for name, (_, correct) in correctness.items()
@@ -44,25 +47,20 @@ def redundancy(options: argparse.Namespace) -> None:
     results: dict[str, Any] = {"input": facts}
     sections: list[Section] = []
     if performance:
-        table = tables.performance_table(performance)
-        table.print()
+        report.performance_table(performance).print()
         results["performance"] = list(performance.values())
-    size = min(len(entry.texts) for entry in benchmarks) // 2 if options.size is None else options.size
+    size = min(_sizes(benchmarks).values()) // 2 if options.size is None else options.size
+    settings = {"matched_size": size, "repeats": options.repeats, "level": options.level, "seed": options.seed}
     for layer, features in found.items():
         where = f"layer {layer}"
-        measured = [
-            measure_redundancy(
-                entry, matched_size=size, repeats=options.repeats, level=options.level, seed=options.seed
-            )
-            for entry in features
-        ]
-        shown = [tables.redundancy_table(measured, where, options.level)]
+        measured = [measure_redundancy(entry, **settings) for entry in features]
+        shown = [report.redundancy_table(measured, where, options.level)]
         results[f"layer_{layer}"] = {"redundancy": [entry.to_dict() for entry in measured]}
         figures = []
         if performance:
             lines, given_size = redundancy_agreement(measured, performance, seed=options.seed)
             note = f"Partial rank correlation of R and R-hat given N: {given_size:.3f}."
-            shown.append(tables.agreement_table(f"Redundancy by features and by performance, {where}", lines, note))
+            shown.append(report.agreement_table(f"Redundancy by features and by performance, {where}", lines, note))
             results[f"layer_{layer}"] |= {"agreement": lines, "r_and_r_hat_given_n": given_size}
             both = [entry for entry in measured if entry.name in performance]
             names = [entry.name for entry in both]
@@ -71,27 +69,27 @@ def redundancy(options: argparse.Namespace) -> None:
         for table in shown:
             table.print()
         if performance:
-            shown.append(tables.performance_table(performance))
+            shown.append(report.performance_table(performance))
         sections.append(redundancy_section(measured, where, shown, figures))
-    _write(options, output, results, sections, "Redundancy of benchmarks", facts)
+    _write(options, output, results, sections, "Redundancy of benchmarks")
 
 
 def overlap(options: argparse.Namespace) -> None:
-    """Overlaps of all pairs, nearest benchmarks, a recommendation; with scores, how overlap and performance agree."""
-    from qscope_posttrain.analysis.benchmarks import tables
+    """Measure the overlap of all pairs and recommend what to keep; with scores, how overlap and performance agree."""
+    require_extra("analysis", "report")
+    from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
     from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
-    from qscope_posttrain.analysis.benchmarks.recommendation import recommend
+    from qscope_posttrain.analysis.benchmarks.performance import read_performance
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.analysis.benchmarks.report_page import overlap_results, overlap_section
+    from qscope_posttrain.analysis.benchmarks.report import overlap_section, recommend
 
     output = writable_folder(options.output)
-    benchmarks = read_benchmarks(options)
-    _, scores = read_performance(options, benchmarks)
+    benchmarks = _read_benchmarks(options)
+    _, scores = read_performance(_sizes(benchmarks), options.correctness, options.scores)
     if options.control is not None and scores is None:
         raise UserValueError("--control is a column of the scores: give --scores or --correctness.")
-    found, facts = collect(options, benchmarks, options.token_control)
-    sizes = {benchmark.name: len(benchmark.texts) for benchmark in benchmarks}
+    found, facts = _collect(options, benchmarks, options.token_control)
     results: dict[str, Any] = {"input": facts}
     sections: list[Section] = []
     for layer, features in found.items():
@@ -99,53 +97,108 @@ def overlap(options: argparse.Namespace) -> None:
         matrix = measure_overlap(features, size=options.size, level=options.level)
         redundant = {entry.name: measure_redundancy(entry, repeats=0) for entry in features}
         lines = recommend(matrix, redundant, scores, options.threshold)
-        shown = [tables.overlap_table(matrix, where)]
-        part: dict[str, Any] = {**overlap_results(matrix), "recommendation": lines}
+        shown = [report.overlap_table(matrix, where)]
+        part: dict[str, Any] = {**matrix.to_dict(), "recommendation": lines}
         if len(features) > 2:
-            shown.append(tables.neighbour_table(matrix, where))
-            part["nearest"] = {name: matrix.neighbour(name) for name in matrix.names}
+            shown.append(report.neighbor_table(matrix, where))
+            part["nearest"] = {name: matrix.neighbor(name) for name in matrix.names}
         if scores is not None:
-            agreements = similarity_agreement(matrix, sizes, scores, options.control, seed=options.seed)
+            agreements = similarity_agreement(matrix, _sizes(benchmarks), scores, options.control, seed=options.seed)
             note = f"Performance: Pearson correlation of scores over {len(scores.models)} models."
-            shown.append(tables.agreement_table(f"Overlap and performance, {where}", agreements, note))
+            shown.append(report.agreement_table(f"Overlap and performance, {where}", agreements, note))
             part["agreement"] = agreements
-        shown.append(tables.recommendation_table(lines, where, options.threshold))
+        shown.append(report.recommendation_table(lines, where, options.threshold))
         for table in shown:
             table.print()
         results[f"layer_{layer}" if isinstance(layer, int) else "tokens"] = part
         sections.append(overlap_section(matrix, where, shown))
-    _write(options, output, results, sections, "Overlap of benchmarks", facts)
+    _write(options, output, results, sections, "Overlap of benchmarks")
+
+
+def build_parser() -> CommandParser:
+    """The parser of `qscope analyze`."""
+    parser = CommandParser(prog="qscope analyze")
+    new = parser.command("redundancy", redundancy, "measure how few items reach the features of a benchmark")
+    _add_options(new)
+    new.add_argument("--size", type=int, help="items of the size-matched R-hat; by default half the smallest benchmark")
+    new.add_argument("--repeats", type=int, default=100, help="random item orders that check the exact curve and R")
+    new = parser.command("overlap", overlap, "measure how much features of benchmarks overlap; merge, keep or drop")
+    _add_options(new)
+    new.add_argument("--scores", help="CSV: one row per model with its name first, one column per benchmark")
+    new.add_argument("--control", help="benchmark whose scores are partialled out, such as mmlu")
+    new.add_argument("--size", type=int, help="items of the size-matched parts; by default as many as fit")
+    new.add_argument("--threshold", type=float, default=0.9, help="overlap from which one benchmark covers another")
+    new.add_argument("--token-control", action="store_true", help="repeat the analysis with token ids as features")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_sae_options(parser)
+    parser.add_argument(
+        "--benchmarks",
+        nargs="+",
+        required=True,
+        help="a YAML file (see recipes/analysis), or NAME=SOURCE:FIELD for each; SOURCE is .jsonl, .csv or .tsv, also "
+        "with .gz, a folder written by datasets, or a hub id; a template such as {question} may stand for FIELD",
+    )
+    parser.add_argument("--prompt", default="{text}", help="text around every item; \\n is a line break")
+    parser.add_argument(
+        "--pooling", choices=("last", "max", "mean"), default="last", help="tokens of an item that count"
+    )
+    parser.add_argument("--max-items", type=int, help="maximum number of items per benchmark, the first ones")
+    add_shared(parser, "max-length", default=2048, help="truncate each item to this many tokens; the end is kept")
+    add_shared(parser, "tokens-per-batch")
+    parser.add_argument(
+        "--correctness", help="folder of <benchmark>.csv: one column per model, one row per item, 0 to 1"
+    )
+    parser.add_argument("--level", type=float, default=0.95, help="confidence level of the intervals")
+    add_shared(parser, "output", "seed")
+
+
+def _read_benchmarks(options: argparse.Namespace) -> list[BenchmarkItems]:
+    from qscope_posttrain.analysis.benchmarks.items import benchmark_sources, read_items
+
+    sources = benchmark_sources(options.benchmarks, options.max_items)
+    return [read_items(source, options.prompt.replace("\\n", "\n")) for source in sources]
+
+
+def _sizes(benchmarks: Sequence[BenchmarkItems]) -> dict[str, int]:
+    return {benchmark.name: len(benchmark.texts) for benchmark in benchmarks}
+
+
+def _collect(
+    options: argparse.Namespace, benchmarks: Sequence[BenchmarkItems], token_control: bool = False
+) -> tuple[dict[int | str, list[ItemFeatures]], dict[str, Any]]:
+    """Feature sets by layer, with `token_control` also those of token ids; and the origin of all of it."""
+    from qscope_posttrain.analysis.benchmarks.feature_sets import collect_item_features, token_sets
+    from qscope_posttrain.provenance import model_shape, text_fingerprint
+
+    model, tokenizer = load(options)
+    saes = load_saes(options, layers_of(options.layers, model), model)
+    settings = {name: getattr(options, name) for name in ("pooling", "max_length", "tokens_per_batch")}
+    features = collect_item_features(model, tokenizer, benchmarks, saes, **settings)
+    found: dict[int | str, list[ItemFeatures]] = dict(features.items())
+    if token_control:
+        found[TOKENS] = token_sets(tokenizer, benchmarks)
+    origins = {
+        entry.name: {
+            "source": entry.source,
+            "items": len(entry.texts),
+            "sha256": text_fingerprint({entry.name: entry.texts}),
+        }
+        for entry in benchmarks
+    }
+    sources = {str(layer): str(sae.source) for layer, sae in saes.items()}
+    return found, {"model": model_shape(model), "saes": sources, "benchmarks": origins, "prompt": options.prompt}
 
 
 def _write(
-    options: argparse.Namespace,
-    output: Any,
-    results: dict[str, Any],
-    sections: Sequence[Section],
-    title: str,
-    facts: dict[str, Any],
+    options: argparse.Namespace, output: Path, results: dict[str, Any], sections: Sequence[Section], title: str
 ) -> None:
     from qscope_posttrain.report.html import write_html
 
-    small_print = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
+    small_print = {name: json.dumps(value, ensure_ascii=False) for name, value in results["input"].items()}
     subtitle = f"{options.model}, pooling over tokens: {options.pooling}"
     report = write_html(output / "report.html", title, sections, subtitle, small_print)
     summary = write_summary(output, f"analyze {options.action}", vars(options), results)
     status(f"written to {summary} and {report}")
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(prog="qscope analyze")
-    actions = parser.add_subparsers(dest="action", required=True)
-    new = actions.add_parser("redundancy", help="how few items reach the features of a benchmark: R-hat, coverage")
-    add_options(new)
-    new.add_argument("--size", type=int, help="items of the size-matched R-hat; half of the smallest benchmark")
-    new.add_argument("--repeats", type=int, default=100, help="random orders that check the exact curve, and behind R")
-    new = actions.add_parser("overlap", help="how much the features of benchmarks overlap; merge, keep or drop")
-    add_options(new)
-    new.add_argument("--scores", help="CSV: a row a model with its name first, a column a benchmark")
-    new.add_argument("--control", help="benchmark whose scores are partialled out, for example mmlu")
-    new.add_argument("--size", type=int, help="items of the size-matched parts; by default the most that fit")
-    new.add_argument("--threshold", type=float, default=0.9, help="share of itself from which one covers another")
-    new.add_argument("--token-control", action="store_true", help="the same with token ids in the place of features")
-    return parser

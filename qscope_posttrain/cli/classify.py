@@ -1,53 +1,42 @@
-"""`qscope classify`: fit a feature classifier, apply it to a data set, compare it with its baselines."""
+"""`qscope classify fit`, `predict` and `report`: classifiers of texts made of a few features, and their baselines."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from qscope_posttrain.cli.classify_data import (
-    WRITERS,
-    add_data_options,
-    add_feature_options,
-    labels_of,
-    make_featurizer,
-    read_table,
-    split_rows,
-    texts_of,
-    write_table,
-)
-from qscope_posttrain.cli.classify_data import column as column_of
-from qscope_posttrain.cli.options import OptionParser, add_model_options
+from qscope_posttrain.cli.options import add_sae_options, add_shared, layers_of, load, load_saes
+from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.text.data_sets import READERS
+from qscope_posttrain.text.tables import WRITERS, column, labels_of, read_table, split_rows, texts_of, write_table
+
+if TYPE_CHECKING:
+    from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 
 FILE_NAME = "classifier.safetensors"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
-    options = _parser().parse(arguments)
-    require_extra("analysis", *(["report"] if options.action == "report" else []))
-    {"fit": fit, "predict": predict, "report": report}[options.action](options)
-    return 0
+    return build_parser().run(arguments)
 
 
 def fit(options: argparse.Namespace) -> None:
     """Learn from a labelled table, print the features, write `classifier.safetensors` and `summary.json`."""
+    require_extra("analysis")
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
     from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
+    from qscope_posttrain.analysis.classifier.featurizer import stack
 
     output = writable_folder(options.output)
-    table = read_table(options.data, options.split, options.max_texts)
-    texts = texts_of(table, options.text_column, options.data)
-    labels = labels_of(table, options.label_column, options.positive, options.data)
-    featurizer = make_featurizer(options, options.layers, options.max_length)
+    texts, labels, _ = _labelled(options, options.data, options.split)
+    featurizer = _featurizer(options, options.layers, options.max_length)
     features = featurizer.features(texts)
     cut = int(next(iter(features.values())).truncated.sum())
     if cut:
@@ -59,8 +48,6 @@ def fit(options: argparse.Namespace) -> None:
     if options.layer_by == "validation":
         grid["layer"] = sorted(features)
     if max(map(len, grid.values())) > 1:
-        from qscope_posttrain.analysis.classifier.columns import stack
-
         with library_refusals(f"--folds {options.folds}"):
             folds = StratifiedKFold(options.folds, shuffle=True, random_state=options.seed)
             splits = list(folds.split(labels, labels))
@@ -73,24 +60,30 @@ def fit(options: argparse.Namespace) -> None:
     shown = classifier.to_table()
     shown.print()
     path = classifier.save(output / FILE_NAME)
-    results = {"classifier": path, "table": shown, "texts": len(texts), "positive": sum(labels)}
-    results |= {
+    results = {
+        "classifier": path,
+        "table": shown,
+        "texts": len(texts),
+        "positive": sum(labels),
         "parameters": {"k": classifier.k, "layer": classifier.layer},
         "top1_differences": classifier.top1_differences_,
+        "origin": classifier.origin_,
     }
-    results["origin"] = classifier.origin_
     write_summary(output, "classify fit", vars(options), results)
     status(f"classifier written to {path}")
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Score every row of a table, and write the table with the score and the decision, or without some rows."""
+    """Score every row of a table and write the table, filtered if asked, beside a `summary.json`."""
+    require_extra("analysis")
+    import numpy as np
+
     from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 
     target = Path(options.output)
     if target.suffix and target.suffix not in WRITERS:
         raise UserValueError(f"--output must end in {', '.join(WRITERS)}, or be a folder; got '{target}'.")
-    writable_folder(target.parent)
+    folder = writable_folder(target.parent)
     place = Path(options.classifier)
     place = place / FILE_NAME if place.is_dir() else place
     layers = sorted(set(FeatureClassifier.load(place).feature_layers_.tolist()))
@@ -101,7 +94,7 @@ def predict(options: argparse.Namespace) -> None:
             raise UserValueError(
                 f"'{options.data}' has a column '{name}' already; choose another name for the new one."
             )
-    featurizer = make_featurizer(options, [str(layer) for layer in layers])
+    featurizer = _featurizer(options, [str(layer) for layer in layers])
     classifier = FeatureClassifier.load(place, featurizer.with_settings({"show_progress": False}))
     starts = range(0, len(texts), options.texts_at_once)
     parts = [
@@ -115,13 +108,15 @@ def predict(options: argparse.Namespace) -> None:
     if options.drop is not None:
         table = table.select(np.flatnonzero(positive != (options.drop == "positive")).tolist())
     write_table(table, target)
+    results = {"table": target, "texts": len(texts), "positive": int(positive.sum()), "rows": len(table)}
+    write_summary(folder if target.suffix else target, "classify predict", vars(options), results)
     status(f"{int(positive.sum())} of {len(texts)} texts are positive; {len(table)} rows written to {target}")
 
 
 def report(options: argparse.Namespace) -> None:
     """Compare the classifiers with probes and controls, print the tables, write `report.html` and `summary.json`."""
-    from qscope_posttrain.analysis.classifier.examples import collect_examples
-    from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+    require_extra("analysis", "report")
+    from qscope_posttrain.analysis.classifier.methods import all_methods, collect_examples, methods_named
     from qscope_posttrain.analysis.classifier.report import make_report
     from qscope_posttrain.provenance import machine, package_versions
     from qscope_posttrain.report.html import write_html
@@ -130,15 +125,17 @@ def report(options: argparse.Namespace) -> None:
     if options.folds < 2:
         raise UserValueError(f"--folds must be at least 2; got {options.folds}.")
     methods = all_methods() if options.methods is None else methods_named(options.methods)
-    texts, labels, groups = _grouped(options, options.data, options.split)
+    texts, labels, groups = _labelled(options, options.data, options.split)
     if options.test_data is not None:
         count = len(texts)
-        more = _grouped(options, options.test_data, options.test_split)
+        more = _labelled(options, options.test_data, options.test_split)
         texts, labels, groups = texts + more[0], labels + more[1], groups + more[2]
         known, test = list(range(count)), list(range(count, len(texts)))
+    elif not 0 < options.test_share < 1:
+        raise UserValueError(f"--test-share must lie between 0 and 1, got {options.test_share}.")
     else:
         known, test = split_rows(groups, labels, options.test_share, options.seed)
-    featurizer = make_featurizer(options, options.layers, options.max_length)
+    featurizer = _featurizer(options, options.layers, options.max_length)
     examples = collect_examples(featurizer, texts, labels)
     parts = [
         {name: examples.take([row for row in rows if groups[row] == name]) for name in dict.fromkeys(groups)}
@@ -147,15 +144,8 @@ def report(options: argparse.Namespace) -> None:
     for name, part in [*parts[0].items(), *parts[1].items()]:
         if part.labels.all() or not part.labels.any():
             raise UserValueError(f"group '{name}' needs discovery and test texts of both classes.")
-    found = make_report(
-        methods,
-        *parts,
-        folds=options.folds,
-        draws=options.draws,
-        fractions=options.fractions,
-        resamples=options.resamples,
-        seed=options.seed,
-    )
+    settings = {name: getattr(options, name) for name in ("folds", "draws", "fractions", "resamples", "seed")}
+    found = make_report(methods, *parts, **settings)
     for shown in found.tables():
         shown.print()
     write_summary(output, "classify report", vars(options), {**found.to_dict(), "origin": featurizer.origin()})
@@ -165,57 +155,78 @@ def report(options: argparse.Namespace) -> None:
     status(f"report written to {page}")
 
 
-def _grouped(options: argparse.Namespace, source: str, split: str) -> tuple[list[str], list[bool], list[str]]:
-    """(texts, labels, groups) of a table; one group, called all, without a column of groups."""
-    table: Any = read_table(source, split, options.max_texts)
-    texts = texts_of(table, options.text_column, source)
-    labels = labels_of(table, options.label_column, options.positive, source)
-    if options.group_column is None:
-        return texts, labels, ["all"] * len(texts)
-    return texts, labels, [str(value) for value in column_of(table, options.group_column, source)]
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(prog="qscope classify")
-    actions = parser.add_subparsers(dest="action", required=True)
-    new = actions.add_parser("fit", help="learn a classifier from labelled texts")
+def build_parser() -> CommandParser:
+    """The parser of `qscope classify`."""
+    parser = CommandParser(prog="qscope classify")
+    new = parser.command("fit", fit, "learn a classifier from labelled texts")
     _add_learning_options(new)
-    new.add_argument("--features", type=int, nargs="+", default=[1], help="a layer; of several, cross-validation picks")
-    new.add_argument("--rule", choices=("or", "votes", "logistic"), default="or", help="how features decide")
-    new.add_argument("--layer-count", type=int, default=1, help="layers to combine, the best ones by top1-diff")
-    new.add_argument("--layer-by", choices=("top1-diff", "validation"), default="top1-diff", help="how one is chosen")
-    new.add_argument("--thresholds", choices=("zero", "best"), default="zero", help="above which features fire")
-    new = actions.add_parser("predict", help="classify a table, or filter it")
-    add_model_options(new)
-    add_data_options(new, labels=False)
-    add_feature_options(new)
-    new.add_argument("--classifier", required=True, help=f"{FILE_NAME}, or the folder that holds it")
-    new.add_argument("--score-column", default="score", help="new column: above 0 is positive")
-    new.add_argument("--decision-column", default="positive", help="new column: true or false")
-    new.add_argument("--drop", choices=("positive", "negative"), help="leave out the rows decided so")
-    new.add_argument("--texts-at-once", type=int, default=2000, help="texts whose features are in memory")
-    new.add_argument("--output", required=True, help=f"table ({', '.join(WRITERS)}), or folder for load_from_disk")
-    new = actions.add_parser("report", help="compare feature classifiers with probes and controls")
-    _add_learning_options(new)
-    new.add_argument("--group-column", help="column of languages or other groups, learned apart, tested on each other")
-    new.add_argument("--test-data", help="another table to test on; else a share of --data")
-    new.add_argument("--test-split", default="test", help="of --test-data, if it has several")
-    new.add_argument("--test-share", type=float, default=0.2, help="of each group and class, without --test-data")
-    new.add_argument("--methods", nargs="+", help="names of methods; all by default")
-    new.add_argument("--draws", type=int, default=5, help="parts for each point of the data curve; 0: no curve")
     new.add_argument(
-        "--fractions", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0], help="of the data curve"
+        "--features", type=int, nargs="+", default=[1], help="features per layer; cross-validation picks among several"
     )
-    new.add_argument("--resamples", type=int, default=1000, help="of the bootstrap over test texts")
+    new.add_argument("--rule", choices=("or", "votes", "logistic"), default="or", help="how features decide together")
+    new.add_argument("--layer-count", type=int, default=1, help="number of layers to combine, the best by top1-diff")
+    new.add_argument(
+        "--layer-by", choices=("top1-diff", "validation"), default="top1-diff", help="how a layer is chosen"
+    )
+    new.add_argument("--thresholds", choices=("zero", "best"), default="zero", help="activation above which one fires")
+    new = parser.command("predict", predict, "classify a table, or filter it")
+    add_sae_options(new, layers=False)
+    _add_data_options(new, labels=False)
+    new.add_argument("--classifier", required=True, help=f"{FILE_NAME}, or the folder that holds it")
+    new.add_argument("--score-column", default="score", help="name of the new column of scores; above 0 is positive")
+    new.add_argument("--decision-column", default="positive", help="name of the new column of decisions, true or false")
+    new.add_argument("--drop", choices=("positive", "negative"), help="leave out the rows with this decision")
+    new.add_argument("--texts-at-once", type=int, default=2000, help="number of texts whose features are in memory")
+    add_shared(
+        new, "output", help=f"table ({', '.join(WRITERS)}) beside which summary.json goes, or folder for load_from_disk"
+    )
+    new = parser.command("report", report, "compare feature classifiers with probes and controls")
+    _add_learning_options(new)
+    new.add_argument("--group-column", help="column of languages or other groups: learned apart, tested on each other")
+    new.add_argument("--test-data", help="another table to test on; by default a share of --data")
+    new.add_argument("--test-split", default="test", help="split of --test-data, if it has several")
+    new.add_argument("--test-share", type=float, default=0.2, help="share of each group and class that is tested on")
+    new.add_argument("--methods", nargs="+", help="names of methods; all by default")
+    new.add_argument("--draws", type=int, default=5, help="random parts per point of the data curve; 0: no curve")
+    fractions = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    new.add_argument("--fractions", type=float, nargs="+", default=fractions, help="shares of the data on the curve")
+    new.add_argument("--resamples", type=int, default=1000, help="resamples of the bootstrap over test texts")
     return parser
 
 
 def _add_learning_options(new: argparse.ArgumentParser) -> None:
-    add_model_options(new)
-    add_data_options(new)
-    add_feature_options(new)
-    new.add_argument("--layers", nargs="+", required=True, help="numbers from 0, ranges such as 4-20, or all")
-    new.add_argument("--max-length", type=int, default=512, help="tokens of a text at most")
-    new.add_argument("--folds", type=int, default=5, help="of the cross-validation on the discovery texts")
-    new.add_argument("--seed", type=int, default=0, help="of splits, folds and draws")
-    new.add_argument("--output", required=True, help="folder for the results")
+    add_sae_options(new)
+    _add_data_options(new)
+    add_shared(new, "max-length")
+    new.add_argument("--folds", type=int, default=5, help="folds of the cross-validation on the discovery texts")
+    add_shared(new, "seed", "output")
+
+
+def _add_data_options(parser: argparse.ArgumentParser, labels: bool = True) -> None:
+    formats = ", ".join(READERS)
+    parser.add_argument("--data", required=True, help=f"table ({formats}), folder written by datasets, or hub id")
+    parser.add_argument("--split", default="train", help="split of a data set with several")
+    parser.add_argument("--text-column", default="text", help="column with the texts")
+    add_shared(parser, "max-texts", "tokens-per-batch")
+    if labels:
+        parser.add_argument("--label-column", default="label", help="column with the labels")
+        parser.add_argument("--positive", help="the positive label; may be left out if labels are 0/1 or false/true")
+
+
+def _featurizer(options: argparse.Namespace, words: Sequence[str], max_length: int = 512) -> TextFeaturizer:
+    """Model, tokenizer and the SAEs of the layers."""
+    from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
+
+    model, tokenizer = load(options)
+    saes = load_saes(options, layers_of(words, model), model)
+    return TextFeaturizer(model, tokenizer, saes, max_length=max_length, tokens_per_batch=options.tokens_per_batch)
+
+
+def _labelled(options: argparse.Namespace, source: str, split: str) -> tuple[list[str], list[bool], list[str]]:
+    """(texts, labels, groups) of a table; a single group "all" without a column of groups."""
+    table = read_table(source, split, options.max_texts)
+    texts = texts_of(table, options.text_column, source)
+    labels = labels_of(table, options.label_column, options.positive, source)
+    group = getattr(options, "group_column", None)
+    groups = ["all"] * len(texts) if group is None else [str(value) for value in column(table, group, source)]
+    return texts, labels, groups

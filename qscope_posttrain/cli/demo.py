@@ -1,4 +1,4 @@
-"""`qscope demo`: both methods on tiny models, from training data to a report."""
+"""`qscope demo`: both training signals on tiny models, from training data to a summary table and a report."""
 
 from __future__ import annotations
 
@@ -8,73 +8,98 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from qscope_posttrain.cli.parser import RecipeParser
+from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.errors import UserValueError, did_you_mean
-from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
-from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.recipe_file import read_yaml
+from qscope_posttrain.testbed.repetition.config import RepetitionConfig
+from qscope_posttrain.testbed.settings import TaskSettings
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
 
 QUICK: dict[str, Any] = {
-    "corpus_scale": 0.5, "pretraining_steps": 300, "sae_steps": 100, "sae_windows": 600,
-    "feature_windows": 150, "sft_windows": 320, "sampled_prompts": 120, "evaluation_windows": 100,
-    "arms": ["sasft_combined", "token_penalty", "random_features"], "seeds": [101],
-}  # fmt: skip
+    "corpus_scale": 0.5,
+    "pretraining_steps": 400,
+    "sae_steps": 100,
+    "sae_windows": 600,
+    "feature_windows": 150,
+    "sft_windows": 320,
+    "sampled_prompts": 240,
+    "evaluation_windows": 100,
+    "seeds": [101],
+    "arms": ["sasft_combined", "token_penalty", "random_features"],
+}
 QUICK_REPETITION: dict[str, Any] = {
-    "habit_steps": 700, "rare_steps": 150, "loop_samples": 6000, "sae_steps": 200, "sae_documents": 1500,
-    "strengths": [1.0], "weak_strengths": [0.75], "scan_samples": 32, "scan_fresh_samples": 96, "seeds": [0],
-    "updates": 20, "sampled_problems": 1000,
-    "benign_problems": 500, "arms": ["plain", "default", "random"],
-}  # fmt: skip
+    "habit_steps": 700,
+    "rare_steps": 150,
+    "rare_loops": 0.03,
+    "loop_samples": 6000,
+    "sae_steps": 200,
+    "sae_documents": 1500,
+    "strengths": [1.0],
+    "weak_strengths": [0.75],
+    "scan_samples": 32,
+    "scan_fresh_samples": 96,
+    "updates": 30,
+    "sampled_problems": 4000,
+    "benign_problems": 200,
+    "seeds": [0],
+    "arms": ["plain", "default", "seeded"],
+}
+"""The small run: the smallest sizes found at which the effects are clear, in under five minutes on two idle cores."""
 PREFIX = "repetition_"
-SHARED = ("workers", "cache", "no_cache")
-"""Settings that both halves take from the first"""
+SHARED = tuple(field.name for field in dataclasses.fields(TaskSettings) if field.name != "device")
+"""Settings that both tasks take from the same option."""
 
 
 @dataclass
 class DemoArguments:
-    """What to run and where the results go; every setting of both halves is an option beside these, those of the second
-    with the prefix `repetition_`."""
+    """What to run and where the results go. Every setting of both tasks is an option beside these, those of the
+    repetition task with the prefix `repetition_`."""
 
     output: str = field(default="runs/demo", metadata={"help": "Folder for report.html, summary.json and the rest."})
     part: Literal["both", "switching", "repetition"] = field(
         default="both",
-        metadata={"help": "SASFT against language switching, steered DAPO against endless repetition, or both."},
+        metadata={"help": "SASFT against language switching, DAPO with negatives against endless repetition, or both."},
     )
-    quick: bool = field(
+    full: bool = field(
         default=False,
-        metadata={"help": "A smaller run in about five minutes: the same chain, with figures that prove little."},
+        metadata={"help": "Larger models, more methods and seeds: some 20 minutes on two cores instead of under five."},
     )
+    quick: bool = field(default=False, metadata={"help": "The small run, which is the default."})
     repetition: str = field(
         default="{}",
-        metadata={"help": 'JSON with several --repetition_... options, over which it wins: {"seeds": [0, 1]}.'},
+        metadata={
+            "help": "Several --repetition_... options at once, over which they win: a YAML or JSON file, or JSON such "
+            'as {"seeds": [0, 1]}.'
+        },
     )
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse (`--config FILE` works here too), run, and return the exit status."""
-    kinds = (DemoArguments, TestbedConfig, repetition_arguments())
-    parser = RecipeParser(kinds, mappings=["repetition"], prog="qscope demo")
-    demo, config, second = parser.parse(arguments)
-    if demo.quick:
+    kinds = (DemoArguments, SwitchingConfig, repetition_arguments())
+    parser = CommandParser(kinds, mappings=["repetition"], prog="qscope demo")
+    demo, config, second = parser.build(arguments)
+    if demo.full and demo.quick:
+        raise UserValueError("--full and --quick exclude each other; give one of them, or neither for the small run.")
+    if not demo.full:
         quick = QUICK | {PREFIX + name: value for name, value in QUICK_REPETITION.items()}
-        demo, config, second = parser.parse(arguments, quick)
+        demo, config, second = parser.build(arguments, quick)
     given = {name.removeprefix(PREFIX): value for name, value in vars(second).items()}
     shared = {name: getattr(config, name) for name in SHARED}
-    repetition = ArithmeticConfig(**{**shared, **given, **_from_json(demo.repetition, parser)})
+    repetition = RepetitionConfig(**{**shared, **given, **_several(demo.repetition, parser)})
     from qscope_posttrain.testbed.demo import run_demo
 
     run_demo(
-        None if demo.part == "repetition" else config,
-        demo.output,
-        None if demo.part == "switching" else repetition,
+        None if demo.part == "repetition" else config, demo.output, None if demo.part == "switching" else repetition
     )
     return 0
 
 
 def repetition_arguments() -> type:
-    """A dataclass with the fields of ArithmeticConfig under the prefix `repetition_`, but for what the halves share."""
-    hints = get_type_hints(ArithmeticConfig)
+    """Make a dataclass of the fields of RepetitionConfig that are not shared, with the prefix `repetition_`."""
+    hints = get_type_hints(RepetitionConfig)
     made: list[tuple[str, Any, Any]] = []
-    for entry in dataclasses.fields(ArithmeticConfig):
+    for entry in dataclasses.fields(RepetitionConfig):
         default: dict[str, Any] = {"default": entry.default}
         if entry.default is dataclasses.MISSING:
             default = {"default_factory": entry.default_factory}
@@ -83,15 +108,22 @@ def repetition_arguments() -> type:
     return dataclasses.make_dataclass("RepetitionArguments", made)
 
 
-def _from_json(text: Any, parser: RecipeParser) -> dict[str, Any]:
-    """Settings of the second half that `--repetition` gives, checked as the options are."""
-    try:
-        given = json.loads(text) if isinstance(text, str) else text
-    except json.JSONDecodeError as error:
-        raise UserValueError(f"--repetition must be a JSON object; got {text!r} ({error}).") from error
+def _several(given: Any, parser: CommandParser) -> dict[str, Any]:
+    """Settings that `--repetition` gives, checked as the options are."""
+    text = given
+    if isinstance(given, str):
+        if given.endswith((".yaml", ".yml", ".json")):
+            given = read_yaml(given)
+        else:
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise UserValueError(
+                    f"--repetition must be a JSON object or a YAML or JSON file; got {text!r} ({error})."
+                ) from error
     if not isinstance(given, dict):
-        raise UserValueError(f"--repetition must be a JSON object; got {text!r}.")
-    known = ArithmeticConfig.__dataclass_fields__
+        raise UserValueError(f"--repetition must be a JSON object or a YAML or JSON file; got {text!r}.")
+    known = RepetitionConfig.__dataclass_fields__
     unknown = sorted(map(str, set(given) - set(known)))
     if unknown:
         raise UserValueError(

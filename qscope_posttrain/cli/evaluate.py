@@ -1,69 +1,66 @@
-"""`qscope evaluate`: code-switching, repetition and safety of sampled responses."""
+"""`qscope evaluate code-switching`, `repetition` and `safety`: rates over sampled responses."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from qscope_posttrain.cli.evaluate_safety import add_safety_options, safety
-from qscope_posttrain.cli.identification import add_identification_options, identification_texts, word_detector
-from qscope_posttrain.cli.inputs import load_model, load_tokenizer, read_prompts, sampling_settings, template_options
-from qscope_posttrain.cli.options import OptionParser, add_model_options
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.cli.chat_model import add_endpoint_options, check_endpoint_options, open_session
+from qscope_posttrain.cli.options import (
+    add_model_options,
+    add_sampling_options,
+    add_shared,
+    chat_settings,
+    load,
+    sampling_settings,
+)
+from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.errors import UserValueError, require_extra
+from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
-from qscope_posttrain.text.scripts import check_source
+from qscope_posttrain.text.inputs import read_prompts, read_texts
+from qscope_posttrain.text.language_labels import language_hint
+
+EXAMPLES = "examples.jsonl"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the sub-command and return the exit status."""
-    options = _parser().parse(arguments)
-    {"code-switching": code_switching, "repetition": repetition, "safety": safety}[options.action](options)
-    return 0
+    return build_parser().run(arguments)
 
 
 def code_switching(options: argparse.Namespace) -> None:
-    """Sample, count, print the table, and write `examples.jsonl` and `summary.json`."""
+    """Sample, count switches, print the table, and write `examples.jsonl` and `summary.json`."""
     from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
+    from qscope_posttrain.evaluation.span_identification import word_detector
+    from qscope_posttrain.text.scripts import check_source
 
-    output = writable_folder(options.output)
-    texts = identification_texts(options.identify, options.identify_texts, options.target)
+    output, target = writable_folder(options.output), options.target
+    texts = _identification_texts(options.identify, options.identify_texts, target)
     prompts = read_prompts(options.prompts, options.max_prompts)
-    if prompts.pop(options.target, None) is not None:
+    if prompts.pop(target, None) is not None:
         if not prompts:
             raise UserValueError(
-                f"all prompts of '{options.prompts}' are in {options.target}, where {options.target} is no switch; "
-                "give prompts in other languages."
+                f"all prompts of '{options.prompts}' are in {target}, where {target} is no switch; give prompts in "
+                "other languages."
             )
-        status(f"prompts in {options.target} are left out: there, {options.target} is no switch")
-    if options.identify == "script":
+        status(f"prompts in {target} are left out: there, {target} is no switch")
+    if texts is None:
         for language in prompts:
-            check_source(options.target, language)
-    chat_options = template_options(options.chat_template_options)
-    settings = sampling_settings(options)
+            check_source(target, language)
+    chat, settings = chat_settings(options), sampling_settings(options)
     detector = None
     if texts is not None:
         tokenizer = load_tokenizer(options.model, options.revision)
-        detector = word_detector(
-            texts, options.target, tuple(prompts), tokenizer, options.max_new_tokens, options.false_positive_rate
-        )
-    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
-    result = evaluate_code_switching(
-        model,
-        tokenizer,
-        prompts,
-        options.target,
-        **asdict(settings),
-        chat=options.chat,
-        chat_template_options=chat_options,
-        detector=detector,
-    )
-    result.to_table().print()
-    examples = result.write_examples(output / "examples.jsonl")
-    results = {**result.to_dict(), "table": result.to_table(), "examples": examples}
-    write_summary(output, "evaluate code-switching", vars(options), results)
-    status(f"responses written to {examples}")
+        limits = options.max_new_tokens, options.false_positive_rate
+        detector = word_detector(texts, target, tuple(prompts), tokenizer, *limits)
+    model, tokenizer = load(options)
+    result = evaluate_code_switching(model, tokenizer, prompts, target, **asdict(settings), **chat, detector=detector)
+    _finish(options, result, result.write_examples(output / EXAMPLES), {})
 
 
 def repetition(options: argparse.Namespace) -> None:
@@ -72,57 +69,122 @@ def repetition(options: argparse.Namespace) -> None:
 
     output = writable_folder(options.output)
     prompts = read_prompts(options.prompts, options.max_prompts, language="all")
-    chat_options = template_options(options.chat_template_options)
-    settings = sampling_settings(options)
-    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
-    result = evaluate_repetition(
-        model,
-        tokenizer,
-        prompts,
-        settings,
-        min_copies=options.min_copies,
-        min_tokens=options.min_tokens,
-        chat=options.chat,
-        chat_template_options=chat_options,
+    settings = {**chat_settings(options), "min_copies": options.min_copies, "min_tokens": options.min_tokens}
+    sampling = sampling_settings(options)
+    model, tokenizer = load(options)
+    result = evaluate_repetition(model, tokenizer, prompts, sampling, **settings)
+    _finish(options, result, result.write_examples(output / EXAMPLES, tokenizer), {})
+
+
+def safety(options: argparse.Namespace) -> None:
+    """Sample responses, have them judged, print the table, and write `examples.jsonl` and `summary.json`.
+
+    The responses are in `examples.jsonl`, without verdicts, before the judge is asked.
+    """
+    from qscope_posttrain.evaluation.safety import (
+        chat_judge,
+        judge_responses,
+        read_safety_prompts,
+        safety_templates,
+        unjudged,
     )
-    result.to_table().print()
-    examples = result.write_examples(output / "examples.jsonl", tokenizer)
-    results = {**result.to_dict(), "table": result.to_table(), "examples": examples}
-    write_summary(output, "evaluate repetition", vars(options), results)
-    status(f"responses and their loops written to {examples}")
+    from qscope_posttrain.evaluation.samples import group_by_prompt
+    from qscope_posttrain.models.generation import generate_samples
+
+    check_endpoint_options(options)
+    output = writable_folder(options.output)
+    prompts = read_safety_prompts(options.prompts, options.max_prompts)
+    templates = safety_templates(options.templates)
+    chat, settings = chat_settings(options), sampling_settings(options)
+    model, tokenizer = load(options)
+    with open_session(options, output) as (_, judge):
+        asked = {"all": [prompt.text for prompt in prompts]}
+        samples = generate_samples(model, tokenizer, asked, settings, **chat)
+        responses = [[sample.response for sample in group] for group in group_by_prompt(samples)["all"]]
+        # Sampling may have taken hours: a judge that fails must not cost it.
+        unjudged(prompts, responses).write_examples(output / EXAMPLES)
+        result = judge_responses(prompts, responses, chat_judge(judge, templates))
+        usage = judge.usage.to_dict()
+    _finish(options, result, result.write_examples(output / EXAMPLES), {"usage": usage})
 
 
-def _parser() -> OptionParser:
-    parser = OptionParser(prog="qscope evaluate")
-    actions = parser.add_subparsers(dest="action", required=True)
-    new = actions.add_parser("code-switching", help="share of responses that switch, unasked, to a language")
+def build_parser() -> CommandParser:
+    """The parser of `qscope evaluate`."""
+    parser = CommandParser(prog="qscope evaluate")
+    new = parser.command("code-switching", code_switching, "share of responses that switch, unasked, to a language")
+    _add_prompt_options(new)
     new.add_argument(
-        "--target", default="zh", help="the language switched to; by script, one with its own (or ja, by kana)"
+        "--target", default="zh", help="language switched to; by script, one with its own script (or ja, by kana)"
     )
-    add_identification_options(new)
-    _add_sampling_options(
-        new, prompts="JSONL with prompt and language, or folder of <language>.txt", top_p=0.8, longest=256
+    new.add_argument(
+        "--identify",
+        choices=("script", "words"),
+        default="script",
+        help="how a switch is detected: script counts any character of the target's script; words finds spans of the "
+        "target's words, for a target without a script of its own (English to French) or a register",
     )
-    new = actions.add_parser("repetition", help="share of responses that repeat themselves until they are cut off")
-    new.add_argument("--min-copies", type=int, default=4, help="whole copies of a block at the end that make a loop")
-    new.add_argument("--min-tokens", type=int, default=12, help="tokens that these copies have together, at least")
-    prompts = "JSONL with prompt and, if known, language, or folder of <language>.txt"
-    _add_sampling_options(new, prompts, top_p=1.0, longest=1024)
-    add_safety_options(actions.add_parser("safety", help="attack success and over-refusal on a test set, with a judge"))
+    new.add_argument(
+        "--identify-texts",
+        help="with --identify words: folder of <language>.txt, clean text of the target and of every language of the "
+        "prompts, one paragraph per line, in scripts with spaces between words. Words are learned from the first "
+        "65 %% of the lines; the others, cut to --max-new-tokens tokens, set the thresholds",
+    )
+    new.add_argument(
+        "--false-positive-rate",
+        type=float,
+        default=0.005,
+        help="with --identify words: share of clean responses that may be called switched; 0.005 needs 199 pieces of "
+        "text of --max-new-tokens tokens per language to set thresholds on, 0.02 needs 49",
+    )
+    add_sampling_options(new, top_p=0.8)
+    new = parser.command("repetition", repetition, "share of responses that repeat themselves until they are cut off")
+    _add_prompt_options(new)
+    add_shared(new, "min-copies", "min-tokens")
+    add_sampling_options(new, max_new_tokens=1024)
+    new = parser.command("safety", safety, "attack success and over-refusal on a test set, with a judge")
+    _add_prompt_options(
+        new,
+        help="JSONL with prompt, harmful (true or false) and perhaps group",
+        limit="maximum number of prompts of each kind, harmful and benign",
+    )
+    add_sampling_options(new, samples=1, temperature=0.0, chat=True)
+    add_endpoint_options(new)
     return parser
 
 
-def _add_sampling_options(new: argparse.ArgumentParser, prompts: str, top_p: float, longest: int) -> None:
-    """Model, prompts, output, and how responses are drawn."""
+def _add_prompt_options(new: argparse.ArgumentParser, limit: str = "", **changes: Any) -> None:
     add_model_options(new)
-    new.add_argument("--prompts", required=True, help=prompts)
-    new.add_argument("--output", required=True, help="folder for summary.json and examples.jsonl")
-    new.add_argument("--samples", type=int, default=8, help="responses to each prompt")
-    new.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; every rate depends strongly on it")
-    new.add_argument("--top-p", type=float, default=top_p, help="nucleus; 1 keeps all tokens")
-    new.add_argument("--max-new-tokens", type=int, default=longest, help="longest response")
-    new.add_argument("--batch-size", type=int, default=32, help="responses generated at a time")
-    new.add_argument("--max-prompts", type=int, help="prompts a language at most")
-    new.add_argument("--chat", action="store_true", help="send texts through the chat template, as a user's message")
-    new.add_argument("--chat-template-options", help='JSON for the template, for example {"enable_thinking": false}')
-    new.add_argument("--seed", type=int, default=0, help="of the sampling")
+    add_shared(new, "prompts", **changes)
+    add_shared(new, "output")
+    add_shared(new, "max-prompts", **({"help": limit} if limit else {}))
+
+
+def _finish(options: argparse.Namespace, result: Any, examples: Path, more: dict[str, Any]) -> None:
+    table = result.to_table()
+    table.print()
+    results = {**result.to_dict(), "table": table, "examples": examples, **more}
+    write_summary(options.output, f"evaluate {options.action}", vars(options), results)
+    status(f"responses written to {examples}")
+
+
+def _identification_texts(identify: str, folder: str | None, target: str) -> dict[str, list[str]] | None:
+    """The texts that words are learned from, by language; None where switches are identified by script."""
+    if identify == "script":
+        if folder is not None:
+            raise UserValueError(
+                "--identify-texts is read with --identify words alone; give that too, or leave it out."
+            )
+        return None
+    if folder is None:
+        raise UserValueError(
+            "--identify words learns words from text: give --identify-texts, a folder of <language>.txt with text of "
+            "the target and of every language of the prompts."
+        )
+    require_extra("analysis")
+    texts = read_texts(folder)
+    if target not in texts:
+        raise UserValueError(
+            f"'{folder}' has no {target}.txt, text of the target; it has {', '.join(sorted(texts))}."
+            f"{language_hint(target, texts)}"
+        )
+    return texts

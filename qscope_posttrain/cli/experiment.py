@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import qscope_posttrain
-from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.errors import UserFileNotFoundError
 
 
@@ -56,16 +56,24 @@ def _find_experiments() -> None:
         sys.path.append(str(repository))
 
 
-def _parser() -> OptionParser:
-    parser = OptionParser(prog="qscope experiment", description=__doc__)
-    parser.add_argument("--config", required=True, help="recipe, for example recipes/experiments/sasft_real_text.yaml")
-    parser.add_argument("--variant", help="one of the recipe's variants, such as small or gpu")
-    parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells of the grid")
-    parser.add_argument("--output", help="folder for runs.jsonl, summary.json and report.html; runs/experiments/RECIPE")
-    parser.add_argument("--corpus", help="another folder of <language>.txt than the recipe's")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="qscope experiment", description=__doc__)
+    parser.add_argument(
+        "--config", required=True, help="recipe (YAML), for example recipes/experiments/sasft_real_text.yaml"
+    )
+    parser.add_argument("--variant", help="variant of the recipe, such as small or gpu; by default none")
+    parser.add_argument("--cells", nargs="+", metavar="CELL", help="cells of the grid to run; by default all")
+    parser.add_argument(
+        "--output", help="folder for runs.jsonl, summary.json and report.html; by default runs/experiments/RECIPE"
+    )
+    parser.add_argument("--corpus", help="folder of <language>.txt, in place of the recipe's")
     parser.add_argument("--device", help="cpu, cuda or auto, in place of the recipe's")
-    parser.add_argument("--workers", type=int, help="processes side by side, one thread each; one a core by default")
-    parser.add_argument("--cache", help="folder of cached artefacts and runs")
-    parser.add_argument("--no-cache", action="store_true", help="run everything again")
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe and show its grid, and stop")
+    parser.add_argument(
+        "--workers", type=int, help="number of parallel processes, one thread each; by default one per core"
+    )
+    parser.add_argument(
+        "--cache", help="folder of cached artefacts and runs; by default ~/.cache/qscope_posttrain/testbed"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="ignore the cache and run everything again")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, show its grid, and stop")
     return parser

@@ -1,7 +1,4 @@
-"""`qscope`: find the command's module, run it, and turn a user's mistake into one clear line.
-
-Only the module of the command that runs is imported, so that `qscope --help` answers at once.
-"""
+"""`qscope`: import the module of one command, run it, and report a user's mistake in one line."""
 
 from __future__ import annotations
 
@@ -14,42 +11,42 @@ from contextlib import AbstractContextManager
 
 from qscope_posttrain.errors import UserError, UserValueError, did_you_mean, one_line
 
-COMMANDS = {
-    "features": (
-        "qscope_posttrain.cli.features",
-        "find the features of each language or of endless repetition, or show a file of them",
-    ),
-    "sae": ("qscope_posttrain.cli.sae", "list, show, check, convert and train sparse autoencoders"),
-    "sft": ("qscope_posttrain.cli.sft", "train with TRL's SFTTrainer and the SASFT penalty, from a recipe"),
-    "grpo": ("qscope_posttrain.cli.grpo", "train with TRL's GRPOTrainer and steered negatives, from a recipe"),
-    "evaluate": (
-        "qscope_posttrain.cli.evaluate",
-        "measure how often a model switches language, repeats itself without end, complies or refuses",
-    ),
-    "synthesize": (
-        "qscope_posttrain.cli.synthesize",
-        "make training data for the features of a topic that the data at hand does not reach",
-    ),
-    "steer": ("qscope_posttrain.cli.steer", "generate with and without steering along features, side by side"),
-    "analyze": ("qscope_posttrain.cli.analyze", "how redundant benchmarks are, and how much they overlap, by features"),
-    "classify": ("qscope_posttrain.cli.classify", "tell classes of texts by a few features, next to linear probes"),
-    "experiment": (
-        "qscope_posttrain.cli.experiment",
-        "run a controlled experiment from a recipe: arms, base models and seeds, with intervals",
-    ),
-    "demo": ("qscope_posttrain.cli.demo", "run the whole chain on a tiny model, on a CPU, without network"),
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "train": {
+        "sft": ("training.sft", "fine-tune with TRL's SFTTrainer and an auxiliary loss against language switching"),
+        "grpo": ("training.grpo", "train with TRL's GRPOTrainer and negatives against endless repetition"),
+    },
+    "find and explain features": {
+        "features": ("features", "find features of languages, repetition or any contrast; explain and show them"),
+    },
+    "steer": {"steer": ("steer", "generate with and without steering along features, side by side")},
+    "evaluate a model": {
+        "evaluate": ("evaluate", "measure language switching, endless repetition or safety of sampled responses"),
+    },
+    "analyze and make data": {
+        "analyze": ("analyze", "measure how redundant benchmarks are, and how much they overlap, by features"),
+        "classify": ("classify", "classify texts by a few features, and compare with linear probes"),
+        "synthesize": ("synthesize", "write training data for the features of a topic that existing data misses"),
+    },
+    "sparse autoencoders": {"sae": ("sae", "list, show, check, convert and train sparse autoencoders")},
+    "try it": {
+        "demo": ("demo", "run the whole chain on tiny models, on a CPU, without network"),
+        "experiment": ("experiment", "run a controlled experiment from a recipe: arms, base models, seeds, intervals"),
+    },
 }
+"""Task -> command -> (module in `qscope_posttrain.cli`, summary)"""
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 USER_MISTAKE = 2
 INTERRUPTED = 130
 READER_GONE = 141
-"""What a shell reports for a program that writes to a pipe which `head` has closed"""
+"""Exit status that shells report for a program whose output pipe was closed, for example by `head`"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a mistake of the user.
+    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a user's mistake.
 
-    A mistake is a UserError, and one line on stderr; `--debug`, anywhere, shows its traceback instead. Any other error
-    is a bug or a failure of the machine, and passes through with its traceback.
+    A mistake (a UserError) is printed in one line; with `--debug`, anywhere, with its traceback. Any other error is a
+    bug or a failure of the machine, and passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -68,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The help text of `qscope` itself."""
-    lines = ["usage: qscope COMMAND ... [--debug]", "", "commands:"]
-    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    """The help text of `qscope` itself, with the commands grouped by task."""
+    lines = ["usage: qscope COMMAND ... [--debug]"]
+    for task, commands in GROUPS.items():
+        lines += ["", f"{task}:", *(f"  {name:<11} {summary}" for name, (_, summary) in commands.items())]
     lines += ["", "qscope COMMAND --help lists the options; --debug shows the traceback of a mistake."]
     return "\n".join(lines)
 
@@ -101,9 +99,8 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
 
 
 def _recipe_environment(arguments: Sequence[str]) -> AbstractContextManager[None]:
-    """The `env` of the recipe, while the command runs: before the command is imported, because some libraries read
-    their variables when they are."""
-    from qscope_posttrain.cli.recipe_keys import environment_of, read_recipe, split_arguments
+    """Set the `env` of the recipe while the command runs, and before it is imported: some libraries read it then."""
+    from qscope_posttrain.cli.parsing.recipes import environment_of, read_recipe, split_arguments
 
     reads_options = arguments[0] in COMMANDS and arguments[0] != "experiment"
     path = split_arguments(arguments)[1] if reads_options else None
@@ -111,11 +108,8 @@ def _recipe_environment(arguments: Sequence[str]) -> AbstractContextManager[None
 
 
 def _leave_process_group() -> None:
-    """Leave the process group that a launcher's environment made a command join.
-
-    Only after everything that the command made is gone: a DDP model that outlives the group destroys it from a
-    destructor that holds the interpreter lock, for which gloo's worker threads may wait, and the process hangs.
-    """
+    """Leave the process group of a launcher, after everything that the command made is gone: a DDP model that outlives
+    the group destroys it in a destructor that holds the interpreter lock, for which gloo's threads may wait forever."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # a trainer is full of reference cycles
@@ -127,4 +121,4 @@ def _module(name: str):  # type: ignore[no-untyped-def]
         raise UserValueError(
             f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}."
         )
-    return importlib.import_module(COMMANDS[name][0])
+    return importlib.import_module(f"qscope_posttrain.cli.{COMMANDS[name][0]}")

@@ -1,130 +1,153 @@
-"""Command lines of the commands that do not train: argparse, with the manners of the recipe parser."""
+"""Options that several commands share, each with one help text, and what they load."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli import recipe_keys
-from qscope_posttrain.cli.recipe_keys import RecipeFile
-from qscope_posttrain.cli.recipe_values import checked, kinds_of_option
-from qscope_posttrain.errors import UserValueError, did_you_mean
+from qscope_posttrain.distributed import launched_processes
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.loading import DTYPES, load_model, parse_layers
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qscope_posttrain.models.generation import SamplingSettings
+    from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
+PROMPTS = "JSONL with prompt (text or chat messages) and, if known, language; or a folder of <language>.txt"
+TEXT_LIST = "a text file with one text per line, or JSONL with text"
+_TEXTS = "folder of <language>.txt with one text per line, or JSONL with text and language"
+_SHARED: dict[str, dict[str, Any]] = {
+    "model": {"required": True, "help": "folder or hub id of the model"},
+    "revision": {"help": "branch, tag or commit of the model on the hub"},
+    "dtype": {"choices": DTYPES, "default": "auto", "help": "dtype of the model; auto is float32 on a CPU"},
+    "device": {"help": "device such as cuda:0 or cpu; by default the first GPU if there is one"},
+    "sae": {"required": True, "help": "folder of layer files, file of one layer, catalog name or hub id of an SAE"},
+    "layers": {"nargs": "+", "required": True, "help": "layer numbers from 0, ranges such as 20-27, or all"},
+    "k": {"type": int, "help": "k of a TopK SAE, if neither its file nor its release name says it"},
+    "saes-at-once": {"type": int, "help": "number of SAEs in memory at a time; each group of them takes one pass"},
+    "features": {"required": True, "help": "features.safetensors, or the folder that holds it"},
+    "texts": {"required": True, "help": _TEXTS},
+    "prompts": {"required": True, "help": PROMPTS},
+    "max-texts": {"type": int, "help": "maximum number of texts per language, file or set, the first ones"},
+    "max-prompts": {"type": int, "help": "maximum number of prompts per language, the first ones"},
+    "max-length": {"type": int, "default": 512, "help": "truncate each text to this many tokens"},
+    "tokens-per-batch": {"type": int, "default": 4096, "help": "tokens in one forward pass"},
+    "batch-size": {"type": int, "default": 32, "help": "responses generated at a time"},
+    "top-p": {"type": float, "default": 1.0, "help": "nucleus sampling: probability mass to draw from; 1 keeps all"},
+    "seed": {"type": int, "default": 0, "help": "seed of everything that is drawn at random"},
+    "output": {"required": True, "help": "folder for summary.json and the other results; made if missing"},
+    "markdown": {"action": "store_true", "help": "print Markdown tables"},
+    "language": {"help": "show only features of this language"},
+    "layer": {"type": int, "nargs": "+", "help": "show only features of these layers"},
+    "top": {"type": int, "help": "show only the N best features per language and layer"},
+    "min-copies": {"type": int, "default": 4, "help": "minimum number of whole copies at the end that make a loop"},
+    "min-tokens": {"type": int, "default": 12, "help": "minimum number of tokens that these copies have together"},
+}
 
 
-class OptionParser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are ValueErrors, with a suggestion for an unknown option.
-
-    Options may be written with dashes or underscores (`--top-p`, `--top_p`), never abbreviated, and kept in a recipe:
-    `--config FILE` stands for the options in a YAML file (`top_p: 0.9`, lists for several values, true and false for
-    switches). What the command line says wins, wherever `--config` stands: an option given there, or one that excludes
-    it, replaces what the file says.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        settings.setdefault("epilog", recipe_keys.HELP)
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
-
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The options.
-
-        Raises:
-            FileNotFoundError: no such recipe.
-            ValueError: an unknown, missing or malformed option or key.
-        """
-        tokens, recipe = list(arguments), None
-        if "--config" not in self._option_string_actions:
-            tokens, path, allowed = recipe_keys.split_arguments(arguments)
-            recipe = None if path is None else recipe_keys.read_recipe(path)
-        tokens = [_with_dashes(token) for token in tokens]
-        parser = self._chosen(tokens)
-        if recipe is not None:
-            values = parser._set_from_file(recipe, tokens)
-            recipe_keys.check_code(recipe, values, allowed)
-            given = recipe_keys.given_names(tokens, parser._option_string_actions)
-            recipe_keys.check_secrets(recipe, values, given)
-        options, unknown = self.parse_known_args(tokens)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            raise UserValueError(f"unknown option '{name}'.{did_you_mean(name, sorted(parser._option_string_actions))}")
-        _check_numbers(options)
-        with recipe_keys.environment_of(recipe):
-            return options
-
-    def error(self, message: str) -> NoReturn:
-        raise UserValueError(f"{message} (see `{self.prog} --help`)")
-
-    def _chosen(self, tokens: Sequence[str]) -> OptionParser:
-        """The parser of the sub-command that the tokens begin with, or this one."""
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction) and tokens:
-                chosen: OptionParser = action.choices.get(tokens[0], self)
-                return chosen
-        return self
-
-    def _set_from_file(self, recipe: RecipeFile, tokens: Sequence[str]) -> dict[str, Any]:
-        """Make the file's values defaults, and return those that the command line does not replace."""
-        actions = {action.dest: action for action in self._actions if action.option_strings and action.dest != "help"}
-        names = {f"--{name.replace('_', '-')}": name for name in actions}
-        if unknown := [name for key in recipe.values if (name := f"--{key.replace('_', '-')}") not in names]:
-            raise recipe_keys.unknown_keys(recipe, unknown, names, self.prog)
-        values = {
-            key: checked(value, recipe.words[key], actions[key], kinds_of_option(actions[key]), f"{recipe.path}: {key}")
-            for key, value in recipe.values.items()
-        }
-        for key, value in values.items():
-            _check_number_of_values(actions[key], value, f"{recipe.path}: {key}")
-        replaced = recipe_keys.given_names(tokens, self._option_string_actions)
-        for group in self._mutually_exclusive_groups:
-            members = [action.dest for action in group._group_actions]
-            here = [key for key in members if values.get(key) is not None]
-            if len(here) > 1:
-                raise UserValueError(f"{recipe.path}: give one of {', '.join(here)}; they exclude each other.")
-            if replaced.intersection(members):
-                replaced.update(members)
-            elif here:
-                group.required = False
-        taken = {key: value for key, value in values.items() if key not in replaced}
-        for key, value in taken.items():
-            actions[key].default = value
-            actions[key].required = actions[key].required and value is None
-        return taken
+def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
+    """Add shared options by name, for example `add_shared(new, "k", "seed")`; `changes` hold for all of them."""
+    for name in names:
+        parser.add_argument(f"--{name}", **{**_SHARED[name], **changes})
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --revision, --dtype, --device: what `inputs.load_model` takes."""
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model; auto is float32 on a CPU")
-    parser.add_argument("--device", help="for example cuda:0 or cpu; by default the first GPU if there is one")
+    """--model, --revision, --dtype, --device."""
+    add_shared(parser, "model", "revision", "dtype", "device")
 
 
-def given_options(options: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
-    """The options that differ from their defaults, as they are written: `--top-p, --seed`; empty without any."""
-    given = (name for name, default in defaults.items() if getattr(options, name) != default)
-    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+def add_sae_options(parser: argparse.ArgumentParser, layers: bool = True) -> None:
+    """Model options, --sae, --layers, --k."""
+    add_model_options(parser)
+    add_shared(parser, "sae", *(["layers"] if layers else []), "k")
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
-    """ValueError for a limit (`--max-...`) below 1, or a seed that not every generator takes."""
-    for name, value in vars(options).items():
-        if name.startswith("max_") and isinstance(value, int) and value < 1:
-            raise UserValueError(f"{name} must be at least 1; got {value}.")
-        if name == "seed" and not 0 <= value < 1 << 32:
-            raise UserValueError(f"seed must be a whole number from 0 to {(1 << 32) - 1}; got {value}.")
+def add_sampling_options(
+    parser: argparse.ArgumentParser,
+    samples: int = 8,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    chat: bool = False,
+    samples_help: str = "responses per prompt",
+) -> None:
+    """How responses are drawn; the arguments are the defaults."""
+    parser.add_argument("--samples", type=int, default=samples, help=samples_help)
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help="sampling temperature; 0 is greedy, and rates depend on it",
+    )
+    add_shared(parser, "top-p", default=top_p)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, help="maximum length of a response, in tokens"
+    )
+    add_shared(parser, "batch-size", default=batch_size)
+    action = argparse.BooleanOptionalAction if chat else "store_true"
+    parser.add_argument(
+        "--chat", action=action, default=chat, help="send texts through the chat template, as a user's message"
+    )
+    parser.add_argument(
+        "--chat-template-options", help='JSON with arguments of the chat template, such as {"enable_thinking": false}'
+    )
+    add_shared(parser, "seed")
 
 
-def _check_number_of_values(action: argparse.Action, value: Any, place: str) -> None:
-    if action.nargs == "+" and value == []:
-        raise UserValueError(f"{place} must hold at least one value; got an empty list.")
-    if isinstance(action.nargs, int) and action.nargs and value is not None and len(value) != action.nargs:
-        raise UserValueError(f"{place} must be a list of {action.nargs} values; got {value!r}.")
+def sampling_settings(options: argparse.Namespace, **changes: Any) -> SamplingSettings:
+    """The settings that `add_sampling_options` describes."""
+    from qscope_posttrain.models.generation import SamplingSettings
+
+    names = ("temperature", "top_p", "max_new_tokens", "seed", "batch_size")
+    given = {"samples_per_prompt": options.samples, **{name: getattr(options, name) for name in names}}
+    return SamplingSettings(**{**given, **changes})
 
 
-def _with_dashes(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+def chat_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """--chat and --chat-template-options as arguments of the functions that sample."""
+    template = json_object(options.chat_template_options, "--chat-template-options")
+    return {"chat": options.chat, "chat_template_options": template}
+
+
+def json_object(text: str | None, option: str) -> dict[str, Any]:
+    """The JSON object that an option gives; empty from None. ValueError, naming the option, for anything else."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserValueError(f"{option} must be JSON, got '{text}' ({error.msg}).") from error
+    if not isinstance(found, dict):
+        raise UserValueError(f"{option} must be a JSON object, got '{text}'.")
+    return found
+
+
+def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of the model options."""
+    return load_model(options.model, options.revision, options.dtype, options.device)
+
+
+def layers_of(words: Sequence[str], model: nn.Module) -> tuple[int, ...]:
+    """The layers of a model that the words of --layers name."""
+    from qscope_posttrain.models.layers import decoder_layers
+
+    return parse_layers(words, len(decoder_layers(model)))
+
+
+def load_saes(options: argparse.Namespace, layers: Sequence[int], model: nn.Module) -> dict[int, SparseAutoencoder]:
+    """The SAEs of --sae, one per layer, on the device of the model and checked against its width."""
+    from qscope_posttrain.features.find.language import load_sae
+
+    return {layer: load_sae(options.sae, layer, options.k, model) for layer in layers}
+
+
+def check_one_process(what: str) -> None:
+    """ValueError under a launcher, for what runs in one process."""
+    if launched_processes() > 1:
+        raise UserValueError(f"{what} in one process; start it without a launcher.")

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.inputs import load_model, read_prompts, sampling_settings, template_options
-from qscope_posttrain.cli.options import OptionParser, add_model_options
-from qscope_posttrain.cli.steer_curve import add_curve_options, check_curve_options, run_curve
+from qscope_posttrain.cli.options import (
+    TEXT_LIST,
+    add_model_options,
+    add_sampling_options,
+    add_shared,
+    chat_settings,
+    load,
+    sampling_settings,
+)
+from qscope_posttrain.cli.parsing.parser import CommandParser, given_options
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
+from qscope_posttrain.text.inputs import read_prompts, read_text_list
 
 if TYPE_CHECKING:
-    from qscope_posttrain.models.generation import Sample
+    from torch import Tensor
+
+    from qscope_posttrain.evaluation.dose_curve import DoseCurve
+    from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.models.steering import Positions, Steering
 
 MODES = ("add", "project_out", "ablate", "clamp")
@@ -24,63 +36,182 @@ POSITIONS = ("all", "prompt", "generated")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Generate twice, print the table, write `summary.json` where asked, and return the exit status."""
+    """Generate twice or measure a curve, print the table, write the results where asked, and return the exit status."""
+    options = build_parser().parse(arguments)
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.features.steering import feature_steering
-    from qscope_posttrain.models.generation import generate_samples
-    from qscope_posttrain.models.steering import steer
 
-    options = _parser().parse(arguments)
-    if options.curve is not None and options.output is not None:
-        require_extra("report")
-    output = None if options.output is None else writable_folder(options.output)
+    if options.output is not None:
+        if options.curve is not None:
+            require_extra("report")
+        writable_folder(options.output)
     prompts = {"all": options.prompt} if options.prompt else read_prompts(options.prompts, language="all")
-    chat_options = template_options(options.chat_template_options)
-    settings = sampling_settings(options)
     positions = _positions(options)
     features = FeatureSet.load(options.features)
     if options.feature is not None:
         features = features.select(feature_ids=options.feature)
     if options.curve is None:
-        check_curve_options(options)
+        parser = argparse.ArgumentParser()
+        _add_curve_options(parser)
+        if given := given_options(options, vars(parser.parse_args([]))):
+            raise UserValueError(f"{given}: only a dose curve uses it; give its strengths with --curve.")
+        _compare(options, features, prompts, positions)
+    elif options.strength is not None:
+        raise UserValueError("--curve has its own strengths; leave --strength out.")
     else:
-        if options.strength is not None:
-            raise UserValueError("--curve has its own strengths; leave --strength out.")
-        run_curve(options, features, settings, positions)
-        return 0
-    steering = feature_steering(
-        features,
-        layer=options.layer,
-        strength=options.strength,
-        unit=options.unit,
-        positions=positions,
-        mode=options.mode,
-        label=options.label,
-    )
-    model, tokenizer = load_model(options.model, options.revision, options.dtype, options.device)
-    features.check_model(model)
-
-    def generate() -> list[Sample]:
-        return generate_samples(
-            model, tokenizer, prompts, settings, chat=options.chat, chat_template_options=chat_options
-        )
-
-    status("without steering")
-    without = generate()
-    status(f"with steering: {_in_words(steering)}")
-    # Where every response ends with its first token there is nothing to steer, and the table shows it.
-    with steer(model, steering, require_generated=False):
-        steered = generate()
-    table = _table(without, steered, steering)
-    table.print()
-    if output is not None:
-        results = {"steering": _summary(steering), "table": table, "responses": _pairs(without, steered)}
-        status(f"written to {write_summary(output, 'steer', vars(options), results)}")
+        _measure_curve(options, features, [prompt for group in prompts.values() for prompt in group], positions)
     return 0
 
 
+def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[str, Any], positions: Positions) -> None:
+    """Generate with and without steering, side by side."""
+    from qscope_posttrain.features.steering import feature_steering
+    from qscope_posttrain.models.generation import generate_samples
+    from qscope_posttrain.models.steering import steer
+    from qscope_posttrain.text.repetition import is_endless_repetition
+
+    settings, chat = sampling_settings(options), chat_settings(options)
+    names = ("layer", "strength", "unit", "mode", "label")
+    steering = feature_steering(features, positions=positions, **{name: getattr(options, name) for name in names})
+    model, tokenizer = load(options)
+    features.check_model(model)
+    status("without steering")
+    without = generate_samples(model, tokenizer, prompts, settings, **chat)
+    status(f"with steering: {_in_words(steering)}")
+    # Where every response ends with its first token there is nothing to steer, and the table shows it.
+    with steer(model, steering, require_generated=False):
+        steered = generate_samples(model, tokenizer, prompts, settings, **chat)
+    pairs = list(zip(without, steered, strict=True))
+    sides = [
+        [
+            {
+                "response": sample.response,
+                "token_ids": sample.tokens,
+                "ended": sample.ended,
+                "endless_repetition": is_endless_repetition(sample.tokens, ended=sample.ended),
+            }
+            for sample in samples
+        ]
+        for samples in (without, steered)
+    ]
+    loops = [sum(bool(entry["endless_repetition"]) for entry in side) for side in sides]
+    table = Table(
+        title=f"Steering: {_in_words(steering)}",
+        columns=["prompt", "without", "with"],
+        rows=[(before.prompt, before.response, after.response) for before, after in pairs],
+        caption=f"Endless repetition: {loops[0]} of {len(pairs)} without, {loops[1]} of {len(pairs)} with.",
+    )
+    table.print()
+    if options.output is not None:
+        responses = [
+            {
+                "language": sample.language,
+                "prompt": sample.prompt,
+                "sample": sample.sample_index,
+                "without": a,
+                "with": b,
+            }
+            for sample, a, b in zip(without, *sides, strict=True)
+        ]
+        results = {"steering": _summary(steering), "table": table, "responses": responses}
+        status(f"written to {write_summary(options.output, 'steer', vars(options), results)}")
+
+
+def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: list[Any], positions: Positions) -> None:
+    """Measure effect and perplexity at several strengths, next to controls."""
+    from qscope_posttrain.evaluation.dose_curve import FEATURE, dose_curve, matches, writes_language
+
+    if (options.effect_language is None) == (options.effect_pattern is None):
+        raise UserValueError(
+            "--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'EXPRESSION'."
+        )
+    by_pattern = options.effect_language is None
+    effect = matches(options.effect_pattern) if by_pattern else writes_language(options.effect_language)
+    settings, chat = sampling_settings(options), chat_settings(options)
+    texts = [] if options.other_texts is None else read_text_list(options.other_texts, options.max_other_texts)
+    model, tokenizer = load(options)
+    features.check_model(model)
+    names = ("label", "plain_prompt", "seed", "layer", "unit", "mode")
+    curve = dose_curve(
+        model,
+        tokenizer,
+        prompts,
+        features,
+        effect,
+        options.curve,
+        settings=settings,
+        random_vectors=_random_rows(options, features),
+        random_count=options.random_directions,
+        texts=texts,
+        positions=positions,
+        **{name: getattr(options, name) for name in names},
+        **chat,
+    )
+    table = curve.to_table()
+    table.print()
+    best = curve.best(options.max_perplexity_ratio, -1 if options.suppress else 1)
+    verdict = _verdict(curve, best, options)
+    status(verdict, enabled=True)
+    if options.output is not None:
+        found = None if best is None else {"strength": best.strength, "effect": best.effect, "kind": FEATURE}
+        write_summary(options.output, "steer", vars(options), {"table": table, "best": found, "verdict": verdict})
+        status(f"written to {_write_report(Path(options.output), curve, verdict)}")
+
+
+def build_parser() -> CommandParser:
+    """The parser of `qscope steer`."""
+    parser = CommandParser(prog="qscope steer", description="Generate with and without steering, side by side.")
+    add_model_options(parser)
+    add_shared(parser, "features")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", nargs="+", help="one or several texts")
+    add_shared(source, "prompts", required=False)
+    parser.add_argument("--layer", type=int, help="layer to steer; by default the one chosen with the features")
+    parser.add_argument("--label", help="language or class whose features are used, if there are several")
+    parser.add_argument("--feature", type=int, nargs="+", help="only the features with these ids")
+    parser.add_argument(
+        "--strength", type=float, help="by default the one chosen with the features; negative ones suppress"
+    )
+    parser.add_argument(
+        "--unit", choices=UNITS, help="unit of strength; relative is in median lengths of hidden states"
+    )
+    parser.add_argument(
+        "--mode", choices=MODES, default="add", help="kind of change; ablate and clamp need one feature"
+    )
+    parser.add_argument("--positions", choices=POSITIONS, default="generated", help="tokens that are steered")
+    parser.add_argument("--window-start", type=int, help="first generated token that is steered, from 0")
+    parser.add_argument(
+        "--window-length", type=int, help="number of generated tokens that are steered; by default to the end"
+    )
+    add_sampling_options(parser, samples=1, max_new_tokens=128)
+    add_shared(parser, "output", required=False)
+    _add_curve_options(parser)
+    return parser
+
+
+def _add_curve_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("dose curve")
+    group.add_argument("--curve", type=float, nargs="+", help="strengths to compare; negative ones suppress")
+    group.add_argument("--effect-language", help="effect to measure: the response contains this language's script")
+    group.add_argument("--effect-pattern", help="effect to measure: the response matches this regular expression")
+    group.add_argument("--suppress", action="store_true", help="the best strength is the one with the smallest effect")
+    group.add_argument(
+        "--max-perplexity-ratio",
+        type=float,
+        default=1.1,
+        help="largest acceptable perplexity ratio (steered / unsteered)",
+    )
+    group.add_argument("--plain-prompt", help="instruction that asks for the effect, measured without steering")
+    group.add_argument("--other-texts", help=f"texts whose perplexity under steering is measured too: {TEXT_LIST}")
+    group.add_argument("--max-other-texts", type=int, default=200, help="maximum number of --other-texts to use")
+    group.add_argument("--random-directions", type=int, default=3, help="number of control directions, pooled")
+    add_shared(
+        group, "sae", required=False, help="draw the controls from features of this SAE instead of random directions"
+    )
+    add_shared(group, "k")
+
+
 def _positions(options: argparse.Namespace) -> Positions:
-    """Which tokens, from three options.
+    """The tokens to steer, from three options.
 
     Raises:
         ValueError: a window of other than generated tokens, or one that no response reaches.
@@ -98,60 +229,16 @@ def _positions(options: argparse.Namespace) -> Positions:
             f"with --max-new-tokens {options.max_new_tokens} generated token {first} is never read, so that nothing "
             f"would be steered; give at least {first + 2}."
         )
-    if windowed:
-        return Window(first, options.window_length)
-    positions: Positions = options.positions
+    positions: Positions = Window(first, options.window_length) if windowed else options.positions
     return positions
-
-
-def _table(without: Sequence[Sample], steered: Sequence[Sample], steering: Steering) -> Table:
-    rows = [(before.prompt, before.response, after.response) for before, after in zip(without, steered, strict=True)]
-    loops = [sum(map(_is_loop, samples)) for samples in (without, steered)]
-    return Table(
-        title=f"Steering: {_in_words(steering)}",
-        columns=["prompt", "without", "with"],
-        rows=rows,
-        caption=f"Endless repetition: {loops[0]} of {len(rows)} without, {loops[1]} of {len(rows)} with.",
-    )
-
-
-def _pairs(without: Sequence[Sample], steered: Sequence[Sample]) -> list[dict[str, Any]]:
-    """What each row of the table says and a little more, for scripts."""
-
-    def side(sample: Sample) -> dict[str, Any]:
-        return {
-            "response": sample.response,
-            "token_ids": sample.tokens,
-            "ended": sample.ended,
-            "endless_repetition": _is_loop(sample),
-        }
-
-    return [
-        {
-            "language": before.language,
-            "prompt": before.prompt,
-            "sample": before.sample_index,
-            "without": side(before),
-            "with": side(after),
-        }
-        for before, after in zip(without, steered, strict=True)
-    ]
-
-
-def _is_loop(sample: Sample) -> bool:
-    from qscope_posttrain.text.repetition import is_endless_repetition
-
-    return is_endless_repetition(sample.tokens, ended=sample.ended)
 
 
 def _summary(steering: Steering) -> dict[str, Any]:
     positions = steering.positions
     window = None if isinstance(positions, str) else {"start": positions.start, "length": positions.length}
+    names = ("mode", "layers", "strength", "unit")
     return {
-        "mode": steering.mode,
-        "layers": steering.layers,
-        "strength": steering.strength,
-        "unit": steering.unit,
+        **{name: getattr(steering, name) for name in names},
         "positions": "window" if window else positions,
         "window": window,
     }
@@ -167,30 +254,55 @@ def _in_words(steering: Steering) -> str:
     return f"{what['mode']}, strength {what['strength']:g} ({what['unit']}), layer {steering.layers[0]}, {place}"
 
 
-def _parser() -> OptionParser:
-    parser = OptionParser(prog="qscope steer", description="Generate with and without steering, side by side.")
-    add_model_options(parser)
-    parser.add_argument("--features", required=True, help="features.safetensors, or the folder that holds it")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", nargs="+", help="one or several texts")
-    source.add_argument("--prompts", help="JSONL with prompt and, if known, language, or folder of <language>.txt")
-    parser.add_argument("--layer", type=int, help="by default the one chosen with the features")
-    parser.add_argument("--label", help="the language or class whose features are meant, where there are several")
-    parser.add_argument("--feature", type=int, nargs="+", help="only the features of these ids")
-    parser.add_argument("--strength", type=float, help="by default the one chosen with the features; may be negative")
-    parser.add_argument("--unit", choices=UNITS, help="of strength; relative is in median lengths of hidden states")
-    parser.add_argument("--mode", choices=MODES, default="add", help="ablate and clamp need a single feature")
-    parser.add_argument("--positions", choices=POSITIONS, default="generated", help="tokens that are steered")
-    parser.add_argument("--window-start", type=int, help="first generated token that is steered, from 0")
-    parser.add_argument("--window-length", type=int, help="generated tokens that are steered; by default to the end")
-    parser.add_argument("--samples", type=int, default=1, help="responses to each prompt")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 keeps all tokens")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest response")
-    parser.add_argument("--batch-size", type=int, default=32, help="responses generated at a time")
-    parser.add_argument("--chat", action="store_true", help="send texts through the chat template, as a user's message")
-    parser.add_argument("--chat-template-options", help='JSON for the template, for example {"enable_thinking": false}')
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling, the same on both sides")
-    parser.add_argument("--output", help="folder for summary.json, and of a curve report.html")
-    add_curve_options(parser)
-    return parser
+def _random_rows(options: argparse.Namespace, features: FeatureSet) -> Tensor | None:
+    """Directions of random features of the SAE in the steered layer, or None without --sae."""
+    import torch
+
+    from qscope_posttrain.features.steering import SETTINGS_KEY
+    from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
+    if options.sae is None:
+        return None
+    layer = options.layer if options.layer is not None else features.settings.get(SETTINGS_KEY, {}).get("layer")
+    if layer is None:
+        raise UserValueError("--sae needs --layer, since the features name none.")
+    sae = SparseAutoencoder.load(options.sae, layer=layer, k=options.k, checksum=False)
+    drawn = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(options.seed))
+    return sae.select(drawn[: options.random_directions]).decoder.float()
+
+
+def _verdict(curve: DoseCurve, best: Any, options: argparse.Namespace) -> str:
+    ratio = options.max_perplexity_ratio
+    if best is None:
+        return f"No strength keeps the perplexity of the responses within {ratio:g} times that without steering."
+    before, after = curve.unsteered.effect, best.effect
+    apart = after.high < before.low or after.low > before.high
+    return (
+        f"Strength {best.strength:g}: effect {after.estimate:.3f} ({after.low:.3f} .. {after.high:.3f}) against "
+        f"{before.estimate:.3f} ({before.low:.3f} .. {before.high:.3f}) without steering; the intervals "
+        f"{'are apart' if apart else 'overlap'}. It is the best of {len(options.curve)} strengths whose perplexity "
+        f"stays within {ratio:g} times that without steering: sample anew to quote it."
+    )
+
+
+def _write_report(output: Path, curve: DoseCurve, verdict: str) -> Path:
+    from qscope_posttrain.evaluation.dose_curve import FEATURE, MEANS, RANDOM
+    from qscope_posttrain.report.html import Figure, Section, write_html
+    from qscope_posttrain.report.plots import Curve, line_curves
+    from qscope_posttrain.report.summary import write_text
+
+    def figure(name: str, label: str, log: bool) -> str:
+        curves = []
+        for kind in (FEATURE, MEANS, RANDOM):
+            if any(point.kind == kind for point in curve.points):
+                points = curve.of(kind)
+                estimate, low, high = zip(*(getattr(point, name) for point in points), strict=True)
+                curves.append(Curve(kind, [point.strength for point in points], estimate, low, high))
+        return line_curves(curves, "strength", label, log_y=log, percent=not log)
+
+    effect = figure("effect", "share of responses with the effect", False)
+    perplexity = figure("perplexity", "perplexity under the unsteered model", True)
+    write_text(output / "curve.svg", effect)
+    figures = (Figure(effect, "The effect, with intervals over prompts."), Figure(perplexity, "Its cost."))
+    section = Section("Dose curve", verdict, tables=(curve.to_table(),), figures=figures)
+    return write_html(output / "report.html", "Steering: effect and cost", [section])

@@ -1,1 +1,1 @@
-"""Asking a chat model, behind an OpenAI-compatible endpoint or in this process, and losing no answer."""
+"""Chat-model clients (OpenAI-compatible or in-process) with retries and an on-disk answer cache."""

@@ -1,29 +1,31 @@
-"""Answers on disk, by content: one JSONL file that is only ever appended to, safe against a crash at any byte."""
+"""Keep answers and refusals on disk, by content: one JSONL file, only appended to, safe against a crash at any byte."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Completion
+from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, RequestFailed, RequestRefused
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.files import check_is_file
 
+FIRST_FEW = 10
+"""Number of requests sent in one way, all refused and not certainly for their content, that blame the way."""
 _RECORD = b'{"key": "'
-"""How every line begins."""
+"""Beginning of every line."""
 
 
 class CompletionCache:
     """A file of answers that were paid for. One process at a time; threads share it.
 
     A line is written whole and flushed to disk before its answer is used. A process killed while it writes leaves a
-    last line without its end, which the next one cuts off if it begins as a record does. Anything else that is not a
-    record is an error: then the file is not ours, or was edited.
+    last line without its end, which the next one cuts off if it begins as a record does. Any other line that is no
+    record is an error: the file is not ours, or was edited.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -31,7 +33,7 @@ class CompletionCache:
 
         Raises:
             FileNotFoundError: no such folder, or a folder at `path`.
-            ValueError: another process holds it, a line is damaged, or the file is not one of ours, or a device.
+            ValueError: in use by another process, a damaged line, not one of our files, or a device.
         """
         self.path = Path(path)
         if not self.path.parent.is_dir():
@@ -41,7 +43,7 @@ class CompletionCache:
         if self.path.exists():
             check_is_file(self.path)
         self._lock = threading.Lock()
-        self._known: dict[str, Completion] = {}
+        self._known: dict[str, ChatCompletion] = {}
         self._ways: set[str] = set()
         try:
             self._file: BinaryIO = self.path.open("a+b")
@@ -64,11 +66,11 @@ class CompletionCache:
         self.close()
 
     def close(self) -> None:
-        """Give the file up to other processes."""
+        """Release the file to other processes."""
         self._file.close()
 
-    def get(self, key: str) -> Completion | None:
-        """The answer known by `ChatRequest.key`, or the refusal by `ChatRequest.refusal_key`, if there is one."""
+    def get(self, key: str) -> ChatCompletion | None:
+        """The answer by `ChatRequest.key`, or the refusal by `ChatRequest.refusal_key`, if there is one."""
         return self._known.get(key)
 
     def has_answer(self, way: str) -> bool:
@@ -76,9 +78,9 @@ class CompletionCache:
         return way in self._ways
 
     def put(
-        self, key: str, identity: Mapping[str, Any], request: ChatRequest, completion: Completion, way: str = ""
+        self, key: str, identity: Mapping[str, Any], request: ChatRequest, completion: ChatCompletion, way: str = ""
     ) -> None:
-        """Keep an answer or a refusal, on disk when this returns. Without its request nobody could read the file."""
+        """Keep an answer or a refusal, on disk when this returns, with its request so that people can read the file."""
         record = {
             "key": key,
             "model": dict(identity),
@@ -104,7 +106,7 @@ class CompletionCache:
                 break
             try:
                 record = json.loads(line)
-                self._keep(record["key"], Completion(**record["completion"]), record.get("way", ""))
+                self._keep(record["key"], ChatCompletion(**record["completion"]), record.get("way", ""))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserValueError(
                     f"'{self.path}', line {number}, is no record of an answer ({error}); it was not written here, or "
@@ -113,7 +115,7 @@ class CompletionCache:
             end += len(line)
         self._file.seek(0, os.SEEK_END)
 
-    def _keep(self, key: str, completion: Completion, way: str) -> None:
+    def _keep(self, key: str, completion: ChatCompletion, way: str) -> None:
         self._known[key] = completion
         if way and not completion.refusal:
             self._ways.add(way)
@@ -132,6 +134,74 @@ class CompletionCache:
             f"({line[:40]!r}); the file was not written here, and nothing of it is changed. Name another file for the "
             "answers."
         )
+
+
+class _Held(NamedTuple):
+    key: str
+    identity: Mapping[str, Any]
+    request: ChatRequest
+    completion: ChatCompletion
+    content: bool
+
+
+class Refusals:
+    """Refusals, kept on disk as soon as the endpoint has answered another request sent in the same way.
+
+    Until then the reason may be the content or an option, and a refusal on disk would outlive the option. Thread-safe.
+    """
+
+    def __init__(self, cache: CompletionCache, *, ask_again: bool = False) -> None:
+        """With `ask_again`, ignore refusals on disk."""
+        self._cache, self._ask_again = cache, ask_again
+        self._found: dict[str, ChatCompletion] = {}
+        self._held: dict[str, list[_Held]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> ChatCompletion | None:
+        """The refusal by `ChatRequest.refusal_key`, if there is one."""
+        return self._found.get(key) or (None if self._ask_again else self._cache.get(key))
+
+    def add(
+        self, key: str, identity: Mapping[str, Any], request: ChatRequest, way: str, failure: RequestRefused
+    ) -> None:
+        """Remember a refusal.
+
+        Raises:
+            RequestFailed: the first few requests of this way were all refused, and not certainly for their content.
+        """
+        completion = ChatCompletion("", "refused", 0, 0, "", str(failure))
+        with self._lock:
+            self._found[key] = completion
+            if self._cache.has_answer(way):
+                self._cache.put(key, identity, request, completion, way)
+                return
+            held = self._held.setdefault(way, [])
+            held.append(_Held(key, identity, request, completion, failure.content))
+            if sum(not entry.content for entry in held) >= FIRST_FEW:
+                raise _all_refused(held)
+
+    def answered(self, way: str) -> None:
+        """Put the refusals of this way on disk: an answer has come, so their content was the reason."""
+        with self._lock:
+            for key, identity, request, completion, _ in self._held.pop(way, []):
+                self._cache.put(key, identity, request, completion, way)
+
+    def check(self, ways: Iterable[str]) -> None:
+        """Raise a RequestFailed where all requests sent in one of these ways were refused."""
+        for way in ways:
+            if held := self._held.get(way):
+                raise _all_refused(held)
+
+
+def _all_refused(held: list[_Held]) -> RequestFailed:
+    last = held[-1]
+    options = "--request-options, --max-tokens-name, --send-seed, temperature"
+    advice = "" if last.content else f". If that is about an option ({options}), change it"
+    return RequestFailed(
+        f"the endpoint refused all of {len(held)} requests and has answered none like them: {last.completion.refusal}"
+        f"{advice}. These refusals are not kept: the next run asks again.",
+        retry=False,
+    )
 
 
 def _claim(file: BinaryIO, path: Path) -> None:

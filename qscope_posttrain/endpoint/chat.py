@@ -1,4 +1,4 @@
-"""What is asked of a chat model and what it answers, whoever serves it."""
+"""Requests to a chat model, its answers and its failures, whoever serves it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserOSError, UserTypeError, UserValueError
 
 ROLES = ("system", "user", "assistant")
+
+
+class RequestFailed(UserOSError):
+    """A request that brought no answer. An OSError: the outside world failed, not the program."""
+
+    def __init__(self, message: str, *, retry: bool, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry = retry
+        """Whether the same request may succeed later"""
+        self.retry_after = retry_after
+        """Seconds that the server asked to wait, if it did"""
+
+
+class RequestRefused(RequestFailed):
+    """Permanent failure of one request: the endpoint rejected its content, or the way in which it was sent."""
+
+    def __init__(self, message: str, *, content: bool) -> None:
+        super().__init__(message, retry=False)
+        self.content = content
+        """Whether its content is known to be the reason, rather than the way in which it was sent"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class Sampling:
     top_p: float = 1.0
     """Nucleus; 1 keeps all tokens"""
     max_tokens: int = 512
-    """Longest answer"""
+    """Maximum length of the answer"""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -49,7 +69,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One answer wanted: the messages, how to draw it, and which of several draws of the same it is."""
+    """Request for one answer: the messages, how to draw it, and which of several draws of the same it is."""
 
     messages: tuple[Message, ...]
     sampling: Sampling = Sampling()
@@ -68,25 +88,25 @@ class ChatRequest:
         return asdict(self)
 
     def key(self, identity: Mapping[str, Any]) -> str:
-        """SHA-256 of the model's identity and everything in the request: what the cache knows an answer by."""
+        """Key of the answer in the cache: SHA-256 of the model's identity and everything in the request."""
         return _sha256({"model": dict(identity), **self.to_dict()})
 
     def refusal_key(self, identity: Mapping[str, Any], route: Mapping[str, Any]) -> str:
-        """What the cache knows a refusal by: another server, or another way to write the request, may answer it."""
+        """Key of a refusal in the cache: another server, or another way to write the request, may answer it."""
         return _sha256({"model": dict(identity), "route": dict(route), **self.to_dict()})
 
     def way(self, identity: Mapping[str, Any], route: Mapping[str, Any]) -> str:
-        """SHA-256 of all but the words and the draw: what an endpoint understands in every such request, or in none."""
+        """SHA-256 of all but the content and the draw: an endpoint accepts it in every such request, or in none."""
         return _sha256({"model": dict(identity), "route": dict(route), "sampling": asdict(self.sampling)})
 
 
 @dataclass(frozen=True)
-class Completion:
+class ChatCompletion:
     """One answer."""
 
     text: str
     finish_reason: str
-    """"stop", "length", or what else the server says; "None" where it says nothing"""
+    """"stop", "length", or another reason of the server; "None" where it gives none"""
     prompt_tokens: int
     """As the server counts them; 0 where it does not"""
     completion_tokens: int
@@ -102,7 +122,7 @@ class Completion:
 
     @property
     def tokens(self) -> int:
-        """What a bill would count."""
+        """Number of tokens on a bill."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -110,9 +130,9 @@ class ChatModel(Protocol):
     """A model that answers chats: `openai_model.OpenAIChatModel`, `local_model.LocalChatModel`, or one's own."""
 
     batch_size: int
-    """Requests that one call of `complete` takes at most"""
+    """Maximum number of requests in one call of `complete`"""
     concurrency: int
-    """Calls of `complete` that may run at a time, in threads"""
+    """Maximum number of calls of `complete` at a time, in threads"""
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -124,12 +144,12 @@ class ChatModel(Protocol):
         """JSON values that a refusal depends on beside that, such as the address. They are hashed, and not kept."""
         ...
 
-    def complete(self, requests: Sequence[ChatRequest]) -> list[Completion]:
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatCompletion]:
         """One answer to each request, in order.
 
         Raises:
-            failures.RequestRefused: one of them will never be answered; where there are several, each is asked alone.
-            failures.RequestFailed: with what a caller needs to decide whether to try again.
+            RequestRefused: one of them will never be answered; where there are several, each is then sent alone.
+            RequestFailed: no answer; it says whether a retry makes sense.
         """
         ...
 

@@ -6,8 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Completion, Message, Sampling
-from qscope_posttrain.endpoint.failures import RequestRefused
+from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, Message, RequestRefused
 from qscope_posttrain.errors import UserValueError
 
 if TYPE_CHECKING:
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 class LocalChatModel:
     """A causal language model and its chat template. Requests of equal sampling settings are generated together.
 
-    Answers are drawn as a request's `Sampling` says and nothing else: defaults that come with the model are set aside,
-    but for its end tokens. Where the chat template has no place for a system message, it goes before the user's.
+    Answers are drawn by a request's `Sampling` and nothing else: of the generation defaults of the model only the end
+    tokens are used. Where the chat template has no place for a system message, it goes before the user's.
     """
 
     concurrency = 1
@@ -32,15 +31,12 @@ class LocalChatModel:
         batch_size: int = 8,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """A model that is loaded already.
+        """Wrap a loaded model.
 
         Args:
-            name: stands for the model in the cache; by default the folder or hub id that it was loaded from.
-            batch_size: requests generated together.
-            template_options: further arguments of the chat template, for example {"enable_thinking": False}.
-
-        Raises:
-            ValueError: no chat template, no name, or a batch size below 1.
+            name: Name of the model in the cache; default the folder or hub id that it was loaded from.
+            batch_size: Number of requests generated together.
+            template_options: Further arguments of the chat template, for example {"enable_thinking": False}.
         """
         if tokenizer.chat_template is None:
             raise UserValueError(f"{type(tokenizer).__name__} has no chat template, which a chat model needs.")
@@ -62,34 +58,36 @@ class LocalChatModel:
     def route(self) -> Mapping[str, Any]:
         return {}
 
-    def complete(self, requests: Sequence[ChatRequest]) -> list[Completion]:
-        """See `ChatModel.complete`. A draw's seed is its own content, so that a run can be repeated.
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatCompletion]:
+        """See `ChatModel.complete`. A batch's seed is its own content, so that a run can be repeated.
 
         Raises:
-            RequestRefused: a chat and its answer that the model has no room for.
+            RequestRefused: a chat and its answer that exceed the context of the model.
             ValueError: the chat template refuses a chat.
         """
-        found: list[Completion | None] = [None] * len(requests)
-        for sampling in dict.fromkeys(request.sampling for request in requests):
-            chosen = [index for index, request in enumerate(requests) if request.sampling == sampling]
-            answers = self._generate([requests[index] for index in chosen], sampling)
-            for index, completion in zip(chosen, answers, strict=True):
-                found[index] = completion
-        return [completion for completion in found if completion is not None]
-
-    def _generate(self, requests: Sequence[ChatRequest], sampling: Sampling) -> list[Completion]:
         from qscope_posttrain.models.generation import SamplingSettings, sample_batch
 
-        ids = [self._encoded(request) for request in requests]
-        settings = SamplingSettings(
-            samples_per_prompt=1,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_new_tokens=sampling.max_tokens,
-            seed=int(requests[0].key(self.identity)[:15], 16),
-        )
-        written = sample_batch(self._model, self._tokenizer, ids, settings)
-        return [self._completion(len(row), *answer) for row, answer in zip(ids, written, strict=True)]
+        found: dict[int, ChatCompletion] = {}
+        for sampling in dict.fromkeys(request.sampling for request in requests):
+            chosen = [index for index, request in enumerate(requests) if request.sampling == sampling]
+            ids = [self._encoded(requests[index]) for index in chosen]
+            settings = SamplingSettings(
+                samples_per_prompt=1,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_new_tokens=sampling.max_tokens,
+                seed=int(requests[chosen[0]].key(self.identity)[:15], 16),
+            )
+            written = sample_batch(self._model, self._tokenizer, ids, settings)
+            for index, prompt, (answer, ended) in zip(chosen, ids, written, strict=True):
+                found[index] = ChatCompletion(
+                    text=str(self._tokenizer.decode(answer, skip_special_tokens=True)),
+                    finish_reason="stop" if ended else "length",
+                    prompt_tokens=len(prompt),
+                    completion_tokens=len(answer),
+                    request_id=f"local-{uuid.uuid4().hex[:12]}",
+                )
+        return [found[index] for index in range(len(requests))]
 
     def _encoded(self, request: ChatRequest) -> list[int]:
         from qscope_posttrain.models.layers import text_config
@@ -120,25 +118,16 @@ class LocalChatModel:
         return str(text)
 
     def _has_place_for_system(self) -> bool:
-        """Templates without one raise an error, or leave the message out without a word."""
+        """Templates without one raise an error, or leave the message out silently."""
         word = "system-5d81"
         try:
             return word in self._written((Message("system", word), Message("user", "a")))
         except ValueError:
             return False
 
-    def _completion(self, prompt_tokens: int, answer: list[int], ended: bool) -> Completion:
-        return Completion(
-            text=str(self._tokenizer.decode(answer, skip_special_tokens=True)),
-            finish_reason="stop" if ended else "length",
-            prompt_tokens=prompt_tokens,
-            completion_tokens=len(answer),
-            request_id=f"local-{uuid.uuid4().hex[:12]}",
-        )
-
 
 def with_user(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The chat without system messages: their text goes before the first message of the user."""
+    """Move the text of system messages before the first message of the user."""
     system = [message.content for message in messages if message.role == "system"]
     rest = [message for message in messages if message.role != "system"]
     if not system:

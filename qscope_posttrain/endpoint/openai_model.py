@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Completion
-from qscope_posttrain.endpoint.failures import RequestFailed, RequestRefused, retry_after_seconds
+from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, RequestFailed, RequestRefused
+from qscope_posttrain.endpoint.limits import retry_after_seconds
 from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 
 OFFICIAL = "https://api.openai.com/v1"
@@ -23,7 +23,7 @@ CONTENT_CODES = frozenset({
     "content_filter", "content_policy_violation", "invalid_prompt", "data_inspection_failed",
     "context_length_exceeded", "string_above_max_length",
 })  # fmt: skip
-"""Codes that name the words of a request, or their length, as the reason."""
+"""Codes that name the content of a request, or its length, as the reason."""
 
 
 class OpenAIChatModel:
@@ -43,17 +43,18 @@ class OpenAIChatModel:
         max_tokens_name: str = "max_tokens",
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """A client; nothing is sent yet.
+        """Make a client; nothing is sent yet.
 
         Args:
-            model: the endpoint's name for the model.
-            base_url: up to and including `/v1`.
-            api_key_env: environment variable that holds the key; servers of one's own need none.
-            timeout: seconds for one attempt.
-            send_seed: send the sample number as `seed`, which makes draws repeatable where a server knows it; others
+            model: The endpoint's name for the model.
+            base_url: Address up to and including `/v1`.
+            api_key_env: Environment variable that holds the key; most servers of one's own need none.
+            timeout: Seconds for one attempt.
+            concurrency: Maximum number of requests at a time.
+            send_seed: Send the sample number as `seed`, which makes draws repeatable on servers that support it; others
                 refuse the request.
             max_tokens_name: "max_tokens", or "max_completion_tokens" where a model refuses the former.
-            options: further JSON fields of every request, for example {"reasoning_effort": "low"}.
+            options: Further JSON fields of every request, for example {"reasoning_effort": "low"}.
 
         Raises:
             ImportError: no openai package.
@@ -89,14 +90,14 @@ class OpenAIChatModel:
 
     @property
     def route(self) -> Mapping[str, Any]:
-        """Address and name of the limit: what one server refuses, or refuses to read, another may answer."""
+        """Address and name of the limit: another server may answer a request that one refuses or cannot read."""
         return self._route
 
-    def complete(self, requests: Sequence[ChatRequest]) -> list[Completion]:
+    def complete(self, requests: Sequence[ChatRequest]) -> list[ChatCompletion]:
         """See `ChatModel.complete`."""
         return [self._complete(request) for request in requests]
 
-    def _complete(self, request: ChatRequest) -> Completion:
+    def _complete(self, request: ChatRequest) -> ChatCompletion:
         openai = self._openai
         settings: dict[str, Any] = {self._max_tokens_name: request.sampling.max_tokens}
         messages: Any = [{"role": message.role, "content": message.content} for message in request.messages]
@@ -117,7 +118,7 @@ class OpenAIChatModel:
         except openai.APITimeoutError as error:
             raise RequestFailed(f"{self.model}: no answer in time", retry=True) from error
         except openai.APIError as error:  # no connection, or one that broke
-            raise self._failure(f"{error} ({error.__cause__})", retry=True) from error
+            raise RequestFailed(self._shown(f"{error} ({error.__cause__})"), retry=True) from error
 
     def _status_failure(self, error: Any) -> RequestFailed:
         status, code = error.status_code, str(getattr(error, "code", None))
@@ -127,19 +128,16 @@ class OpenAIChatModel:
             return RequestRefused(self._shown(reason), content=status == 413 or code in CONTENT_CODES)
         retry = (status in RETRIED_STATUS or status >= 500) and code not in ACCOUNT_CODES
         after = retry_after_seconds(error.response.headers.get("retry-after")) if retry else None
-        return self._failure(reason, retry=retry, retry_after=after)
-
-    def _failure(self, reason: str, **kinds: Any) -> RequestFailed:
-        return RequestFailed(self._shown(reason), **kinds)
+        return RequestFailed(self._shown(reason), retry=retry, retry_after=after)
 
     def _shown(self, reason: str) -> str:
-        """A server may quote the key that it refuses."""
+        """Name the model, and hide the key, which a server may quote when it refuses it."""
         shown = reason.replace(self._key, "***") if self._key else reason
         return f"{self.model}: {shown[:500]}"
 
 
-def read_completion(body: str) -> Completion:
-    """The answer in the body of a response.
+def read_completion(body: str) -> ChatCompletion:
+    """Read the answer in the body of a response.
 
     Raises:
         RequestFailed: not JSON, or not of the form of a chat completion; another attempt may bring one.
@@ -148,7 +146,7 @@ def read_completion(body: str) -> Completion:
         content = json.loads(body)
         choice = content["choices"][0]
         text, usage = choice["message"]["content"], content.get("usage") or {}
-        completion = Completion(
+        completion = ChatCompletion(
             text=text if text is not None else "",
             finish_reason=str(choice.get("finish_reason")),
             prompt_tokens=int(usage.get("prompt_tokens") or 0),

@@ -1,4 +1,4 @@
-"""A session with a chat model: cached, retried, paced, within a budget, several requests at a time."""
+"""Ask a chat model with a cache, retries, a rate limit and a budget, several requests at a time."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 
-from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.chat import ChatModel, ChatRequest, Completion
-from qscope_posttrain.endpoint.failures import Refusals, RequestFailed, RequestRefused, RetryPolicy
-from qscope_posttrain.endpoint.limits import Limits, Pace, Usage
+from qscope_posttrain.endpoint.cache import CompletionCache, Refusals
+from qscope_posttrain.endpoint.chat import ChatCompletion, ChatModel, ChatRequest, RequestFailed, RequestRefused
+from qscope_posttrain.endpoint.limits import Limits, Pace, RetryPolicy, Usage
 from qscope_posttrain.report.progress import progress
 
 T = TypeVar("T")
+Batch = Sequence[tuple[str, ChatRequest]]
+"""Requests with their keys in the cache"""
 
 
-class Answer(NamedTuple, Generic[T]):
-    """What was read out of an answer; None where none of the draws could be read, or the endpoint refused."""
+class ParsedAnswer(NamedTuple, Generic[T]):
+    """The value read from an answer; None where none of the draws could be read, or the endpoint refused."""
 
     value: T | None
-    completion: Completion
+    completion: ChatCompletion
     """The last one drawn"""
 
 
 class ChatSession:
-    """Asks one model. The same requests in the same order bring the same answers, without asking twice."""
+    """Asks one model. The same requests in the same order bring the same answers, without being sent twice."""
 
     def __init__(
         self,
@@ -39,7 +41,7 @@ class ChatSession:
         sleep: Callable[[float], None] = time.sleep,
         ask_refused_again: bool = False,
     ) -> None:
-        """`sleep` is called for every pause. `ask_refused_again` sends what an earlier session saw refused."""
+        """`sleep` is called for every pause. `ask_refused_again` sends the requests that an earlier run saw refused."""
         self.model = model
         self.cache = cache
         self.retry = retry or RetryPolicy()
@@ -58,25 +60,32 @@ class ChatSession:
         other._refusals = self._refusals
         return other
 
-    def complete(self, requests: Sequence[ChatRequest], description: str = "requests") -> list[Completion]:
+    def complete(self, requests: Sequence[ChatRequest], description: str = "requests") -> list[ChatCompletion]:
         """One answer to each request, in order; equal requests share one.
 
-        A request that the endpoint refuses for its words has an empty one, which says so (`Completion.refusal`).
+        A request whose content the endpoint refuses has an empty answer with a `ChatCompletion.refusal`.
 
         Raises:
-            RequestFailed: a request that cannot succeed, or failed too often; or the endpoint refused all requests of
-                one way, and answered none. Those already sent are waited for, and their answers are kept.
-            BudgetSpent: the same, for the want of budget.
+            RequestFailed: a request that cannot succeed, or failed too often; or the endpoint refused all requests sent
+                in one way, and answered none. Requests in flight are waited for, and their answers are kept.
+            BudgetSpent: the request or token budget ran out. Answers received so far are cached.
         """
         keys = [request.key(self._identity) for request in requests]
         wanted = dict(zip(keys, requests, strict=True))
-        known = {key: self._known(key, request) for key, request in wanted.items()}
-        for key, completion in known.items():
-            if completion is not None and key not in self._counted:
-                self._count_cached(key, completion)
-        pending = [(key, request) for key, request in wanted.items() if known[key] is None]
+        pending = []
+        for key, request in wanted.items():
+            completion = self._known(key, request)
+            if completion is None:
+                pending.append((key, request))
+            elif key not in self._counted:
+                self._counted.add(key)
+                self.usage.add(completion.prompt_tokens, completion.completion_tokens, cached=True)
+                if completion.refusal:
+                    self.usage.refuse(completion.refusal)
         if pending:
-            self._ask(pending, description)
+            done = self._run(pending)
+            for _ in progress(done, total=len(pending), description=description, enabled=self._show_progress):
+                pass
         self._refusals.check({self._way(request) for request in wanted.values()})
         found = [self._known(key, request) for key, request in zip(keys, requests, strict=True)]
         return [completion for completion in found if completion is not None]
@@ -87,35 +96,32 @@ class ChatSession:
         parse: Callable[[str], T],
         description: str = "requests",
         draws: int = 3,
-    ) -> list[Answer[T]]:
-        """As `complete`, and `parse` reads each answer; where it raises ValueError, a further draw is asked for. A
-        request that was refused is not asked again.
+    ) -> list[ParsedAnswer[T]]:
+        """As `complete`, and `parse` reads each answer; where it raises ValueError, a further draw is requested. A
+        request that was refused is not sent again.
 
         The draws of request number s have the sample numbers s * draws .. s * draws + draws - 1, so that requests of
         different sample numbers never share one.
         """
-        values: list[T | None] = [None] * len(requests)
-        last: list[Completion | None] = [None] * len(requests)
-        open_ones = list(range(len(requests)))
+        found: dict[int, ParsedAnswer[T]] = {}
+        unread = list(range(len(requests)))
         for draw in range(draws):
-            if not open_ones:
+            if not unread:
                 break
-            again = [_numbered(requests[index], requests[index].sample * draws + draw) for index in open_ones]
-            unread = []
-            for index, completion in zip(open_ones, self.complete(again, description), strict=True):
-                last[index] = completion
+            again = [replace(requests[n], sample=requests[n].sample * draws + draw) for n in unread]
+            still = []
+            for number, completion in zip(unread, self.complete(again, description), strict=True):
+                found[number] = ParsedAnswer(None, completion)
                 if completion.refusal:
                     continue
                 try:
-                    values[index] = parse(completion.text)
+                    found[number] = ParsedAnswer(parse(completion.text), completion)
                 except ValueError:
-                    unread.append(index)
-            open_ones = unread
-        return [
-            Answer(value, completion) for value, completion in zip(values, last, strict=True) if completion is not None
-        ]
+                    still.append(number)
+            unread = still
+        return [found[number] for number in sorted(found)]
 
-    def _known(self, key: str, request: ChatRequest) -> Completion | None:
+    def _known(self, key: str, request: ChatRequest) -> ChatCompletion | None:
         """The answer to a request, or its refusal."""
         answer = self.cache.get(key)
         return answer or self._refusals.get(request.refusal_key(self._identity, self._route))
@@ -123,36 +129,24 @@ class ChatSession:
     def _way(self, request: ChatRequest) -> str:
         return request.way(self._identity, self._route)
 
-    def _count_cached(self, key: str, completion: Completion) -> None:
-        self.usage.take(completion.prompt_tokens, completion.completion_tokens)
-        if completion.refusal:
-            self.usage.refuse(completion.refusal)
-        self._counted.add(key)
-
-    def _ask(self, pending: Sequence[tuple[str, ChatRequest]], description: str) -> None:
+    def _run(self, pending: Batch) -> Iterator[None]:
+        """Send the requests, at most `concurrency` batches at a time; yield once for every answer or refusal."""
         size = self.model.batch_size
-        batches = [pending[start : start + size] for start in range(0, len(pending), size)]
-        done = self._run(batches)
-        for _ in progress(done, total=len(pending), description=description, enabled=self._show_progress):
-            pass
-
-    def _run(self, batches: Sequence[Sequence[tuple[str, ChatRequest]]]) -> Iterator[None]:
-        """Yields once for every answer or refusal; at most `concurrency` batches are under way."""
-        waiting = iter(batches)
-        under_way: set[Future[int]] = set()
+        waiting = iter([pending[start : start + size] for start in range(0, len(pending), size)])
+        in_flight: set[Future[int]] = set()
         failure: BaseException | None = None
         stop = threading.Event()
         with ThreadPoolExecutor(max_workers=self.model.concurrency) as pool:
             try:
                 while True:
-                    while failure is None and len(under_way) < self.model.concurrency:
+                    while failure is None and len(in_flight) < self.model.concurrency:
                         batch = next(waiting, None)
                         if batch is None:
                             break
-                        under_way.add(pool.submit(self._ask_batch, batch, stop))
-                    if not under_way:
+                        in_flight.add(pool.submit(self._ask_batch, batch, stop))
+                    if not in_flight:
                         break
-                    finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    finished, in_flight = wait(in_flight, return_when=FIRST_COMPLETED)
                     for future in finished:
                         error = future.exception()
                         if error is not None:
@@ -166,8 +160,8 @@ class ChatSession:
         if failure is not None:
             raise failure
 
-    def _ask_batch(self, batch: Sequence[tuple[str, ChatRequest]], stop: threading.Event) -> int:
-        """Ask until there is an outcome, `stop` is set, or the policy gives up. Returns how many outcomes there are."""
+    def _ask_batch(self, batch: Batch, stop: threading.Event) -> int:
+        """Ask until there is an outcome, `stop` is set, or the policy gives up. Return the number of outcomes."""
         attempt = 1
         while True:
             self._pace.wait()
@@ -179,7 +173,7 @@ class ChatSession:
                 if len(batch) == 1:
                     self._refuse(*batch[0], failure)
                     return 1
-                self.usage.fail(len(batch))  # which of them is meant shows when each is asked alone
+                self.usage.fail(len(batch))  # each is then sent alone, which shows the one that was meant
                 return sum(self._ask_batch([entry], stop) for entry in batch)
             except RequestFailed as failure:
                 self.usage.fail(len(batch))
@@ -188,7 +182,7 @@ class ChatSession:
                     tries = f" after {attempt} attempts" if attempt > 1 else ""
                     raise RequestFailed(f"{failure}{tries}", retry=False) from failure
                 if failure.retry_after is not None:
-                    self._pace.hold(pause)  # the server asked, so nobody else need try
+                    self._pace.hold(pause)  # the server asked for it, so all other requests wait too
                 self._sleep(pause)
                 attempt += 1
         for (key, request), completion in zip(batch, completions, strict=True):
@@ -204,7 +198,3 @@ class ChatSession:
         self._counted.add(key)
         refusal_key = request.refusal_key(self._identity, self._route)
         self._refusals.add(refusal_key, self._identity, request, self._way(request), failure)
-
-
-def _numbered(request: ChatRequest, sample: int) -> ChatRequest:
-    return ChatRequest(request.messages, request.sampling, sample)

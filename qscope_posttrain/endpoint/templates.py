@@ -1,4 +1,4 @@
-"""Prompts as jinja2 templates that a user can replace, and JSON read out of answers."""
+"""Write prompts from jinja2 templates that a user can replace, and read JSON from answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qscope_posttrain.files import read_text
 
 
 class PromptTemplates:
-    """Templates by name. `NAME.jinja` in a user's folder goes before the package's own.
+    """Templates by name. `NAME.jinja` in a user's folder replaces the package's own.
 
     A template has a block `user`, and may have one before it called `system`; each is one message. The filter `quoted`
     puts a text into quotation marks on one line.
     """
 
     def __init__(self, package_folder: Path, user_folder: str | os.PathLike[str] | None = None) -> None:
-        """Raises a FileNotFoundError where a user's folder does not exist, or holds no template that is known."""
+        """Raise a FileNotFoundError for a user's folder that does not exist, or holds no known template."""
         from jinja2 import FunctionLoader, StrictUndefined
         from jinja2.loaders import split_template_path
         from jinja2.sandbox import SandboxedEnvironment
@@ -47,10 +47,10 @@ class PromptTemplates:
         self._environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
 
     def messages(self, name: str, **values: Any) -> tuple[Message, ...]:
-        """The chat that template `name` makes of the values.
+        """Make a chat from template `name` and the values.
 
         Raises:
-            ValueError: the template is malformed, has no block `user`, or asks for a value that there is not.
+            ValueError: the template is malformed, has no block `user`, or needs a value that is missing.
         """
         from jinja2 import TemplateError
 
@@ -72,11 +72,7 @@ class PromptTemplates:
 
 
 def read_json(text: str) -> Any:
-    """The first JSON object or list in an answer, which may stand in a code fence or among words.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The first JSON object or list in an answer, which may stand in a code fence or among words; or ValueError."""
     decoder = json.JSONDecoder()
     for position, character in enumerate(text):
         if character in "{[":
@@ -90,41 +86,28 @@ def read_json(text: str) -> Any:
 def number_field(name: str, low: float, high: float) -> Callable[[str], float]:
     """A reader of answers such as `{"score": 0.7}`: the number in [low, high] under `name`; ValueError otherwise."""
 
-    def read(text: str) -> float:
-        value = _field(text, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise UserValueError(f"'{name}' must be a number from {low:g} to {high:g}, got {value!r}.")
-        return float(value)
+    def fits(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
-    return read
+    return lambda text: float(_field(text, name, fits, f"a number from {low:g} to {high:g}"))
 
 
 def truth_field(name: str) -> Callable[[str], bool]:
     """A reader of answers such as `{"refused": true}`; ValueError otherwise."""
-
-    def read(text: str) -> bool:
-        value = _field(text, name)
-        if not isinstance(value, bool):
-            raise UserValueError(f"'{name}' must be true or false, got {value!r}.")
-        return value
-
-    return read
+    return lambda text: bool(_field(text, name, lambda value: isinstance(value, bool), "true or false"))
 
 
 def text_field(name: str) -> Callable[[str], str]:
     """A reader of answers such as `{"explanation": "..."}` with a text that is not empty; ValueError otherwise."""
-
-    def read(text: str) -> str:
-        value = _field(text, name)
-        if not isinstance(value, str) or not value.strip():
-            raise UserValueError(f"'{name}' must be a text, got {value!r}.")
-        return value.strip()
-
-    return read
+    return lambda text: str(
+        _field(text, name, lambda value: isinstance(value, str) and bool(value.strip()), "a text")
+    ).strip()
 
 
-def _field(text: str, name: str) -> Any:
+def _field(text: str, name: str, fits: Callable[[Any], bool], expected: str) -> Any:
     found = read_json(text)
     if not isinstance(found, dict) or name not in found:
         raise UserValueError(f"expected an object with '{name}', got {str(found)[:200]!r}.")
+    if not fits(found[name]):
+        raise UserValueError(f"'{name}' must be {expected}, got {found[name]!r}.")
     return found[name]

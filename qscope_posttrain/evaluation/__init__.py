@@ -1,1 +1,1 @@
-"""Measure a model's behaviour by sampling from it, with intervals."""
+"""Measure a model's behavior by sampling from it, with intervals."""

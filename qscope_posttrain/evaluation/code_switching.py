@@ -1,13 +1,12 @@
-"""How often a model switches, unasked, to another language: the ratio that SASFT reports."""
+"""Measure how often a model switches to another language without being asked: the ratio that SASFT reports."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,29 +14,45 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.evaluation.safety import group_by_prompt, same_prompts
-from qscope_posttrain.evaluation.switch_detector import (
-    ScriptDetector,
-    SwitchDetector,
-    check_detector,
-    describe_detector,
-)
+from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict, write_rows
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
-from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
+from qscope_posttrain.text.scripts import contains_language_script, target_script
 
-__all__ = [
-    "LanguageSwitching",
-    "Sample",
-    "SamplingSettings",
-    "SwitchDetector",
-    "SwitchingResult",
-    "evaluate_code_switching",
-    "generate_samples",
-    "switching_difference",
-    "switching_ratio",
-]
+
+class SwitchDetector(Protocol):
+    """Decides whether a response has switched to the target language that the detector was made for.
+
+    A function will do, or a `SpanIdentifier`. Its attributes `name` and `to_dict()`, if it has them, are reported with
+    the result.
+    """
+
+    def __call__(self, text: str, source: str, /) -> bool:
+        """Whether `text`, which should be in the language `source`, has switched.
+
+        An empty text is allowed, and is no switch. ValueError if texts in this source language cannot be judged.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ScriptDetector:
+    """The rule of SASFT: any character of the target's script is a switch. See `contains_language_script`."""
+
+    target: str
+    """Language with a script of its own, e.g. "zh"; ValueError for others"""
+    name = "script"
+
+    def __post_init__(self) -> None:
+        target_script(self.target)
+
+    def __call__(self, text: str, source: str) -> bool:
+        return contains_language_script(text, self.target, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The script."""
+        return {"script": target_script(self.target)}
 
 
 @dataclass(frozen=True)
@@ -47,19 +62,15 @@ class LanguageSwitching:
     language: str
     prompts: int
     samples: int
-    """Responses, over all prompts."""
-
+    """Number of responses, over all prompts"""
     switched: int
-    """Responses with any character of the target's script, or those that the detector names."""
-
+    """Number of responses with any character of the target's script, or that the detector names"""
     ended: int
-    """Responses that ended by themselves."""
-
+    """Number of responses that ended by themselves"""
     wilson: Interval
-    """Ratio `switched / samples`; takes all responses for independent."""
-
+    """Ratio `switched / samples`; takes all responses as independent"""
     bootstrap: Interval
-    """The same ratio; resamples prompts, for responses to one prompt are alike."""
+    """The same ratio; resamples prompts, because responses to one prompt are alike"""
 
 
 @dataclass(frozen=True)
@@ -69,27 +80,21 @@ class SwitchingResult:
     target: str
     languages: tuple[LanguageSwitching, ...]
     micro: Interval
-    """Share of all responses that switched (report, Eq. 24; the headline of SASFT), bootstrap over prompts."""
-
+    """Share of all responses that switched (report, Eq. 24; the headline of SASFT), bootstrap over prompts"""
     micro_wilson: Interval
-    """The same share with its Wilson interval."""
-
+    """The same share with its Wilson interval"""
     macro: Interval
-    """Unweighted mean of the languages' ratios, bootstrap over the prompts of each."""
-
+    """Unweighted mean of the languages' ratios, bootstrap over the prompts of each"""
     seed_noise: float
     """Half width of the 95 % range of the difference in `micro` between two runs of the same model on the same prompts
-    with different seeds. A smaller difference between two models says nothing."""
-
+    with different seeds. A smaller difference between two models is no evidence."""
     samples: tuple[Sample, ...] = field(repr=False)
     switched: tuple[bool, ...] = field(repr=False)
-    """For each of `samples`, whether it switched."""
-
+    """Whether each of `samples` switched"""
     settings: dict[str, Any] = field(default_factory=dict)
-    """How the responses were drawn."""
-
+    """How the responses were drawn"""
     identification: dict[str, Any] = field(default_factory=dict)
-    """How switches were told: `by` "script" or a detector's name, and what the detector says of itself."""
+    """How switches were detected: `by` "script" or a detector's name, and the detector's own description"""
 
     @property
     def ratio(self) -> float:
@@ -104,31 +109,19 @@ class SwitchingResult:
 
     def note(self) -> str:
         """Settings and noise in words, to stand wherever the ratio does."""
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        noise = (
-            f"two runs that differ only in their seed differ by up to {100 * self.seed_noise:.2g} points "
-            "(95 %, all languages)"
-        )
-        return f"{settings}; {noise}" if settings else noise
+        return note_of(self.settings, self.seed_noise, "all languages")
 
     def to_table(self) -> Table:
         """One row per source language, then all responses (micro) and the mean of the languages (macro), in percent."""
-        rows: list[list[Any]] = [
-            [
-                entry.language,
-                entry.prompts,
-                entry.samples,
-                *_percent(entry.wilson),
-                *_percent(entry.bootstrap)[1:],
-                100 * entry.ended / entry.samples,
-            ]
-            for entry in self.languages
-        ]
+        rows: list[list[Any]] = []
+        for entry in self.languages:
+            limits = [*_percent(entry.wilson), *_percent(entry.bootstrap)[1:]]
+            rows.append([entry.language, entry.prompts, entry.samples, *limits, 100 * entry.ended / entry.samples])
         prompts, samples, ended = (
             sum(getattr(entry, name) for entry in self.languages) for name in ("prompts", "samples", "ended")
         )
-        bootstrap = _percent(self.micro)[1:]
-        rows.append(["all", prompts, samples, *_percent(self.micro_wilson), *bootstrap, 100 * ended / samples])
+        limits = [*_percent(self.micro_wilson), *_percent(self.micro)[1:]]
+        rows.append(["all", prompts, samples, *limits, 100 * ended / samples])
         macro, *limits = _percent(self.macro)
         rows.append(["mean of languages", prompts, samples, macro, None, None, *limits, None])
         columns = ["source", "prompts", "responses", f"switched to {self.target}, %"]
@@ -146,29 +139,15 @@ class SwitchingResult:
             "micro_wilson": self.micro_wilson._asdict(),
             "macro": self.macro._asdict(),
             "seed_noise": self.seed_noise,
-            "languages": {
-                entry.language: {
-                    **asdict(entry),
-                    "wilson": entry.wilson._asdict(),
-                    "bootstrap": entry.bootstrap._asdict(),
-                }
-                for entry in self.languages
-            },
+            "languages": {entry.language: rates_dict(entry) for entry in self.languages},
             "settings": dict(self.settings),
             "note": self.note(),
         }
 
     def write_examples(self, path: str | os.PathLike[str]) -> Path:
-        """Write every response as one line of JSON, in one step. Returns the path.
-
-        The fields are those of `Sample` without the token ids, and `switched`. ValueError if it cannot be written.
-        """
-        lines = (
-            json.dumps({**sample.to_dict(tokens=False), "switched": switched}, ensure_ascii=False)
-            for sample, switched in zip(self.samples, self.switched, strict=True)
-        )
-        write_text(path, "".join(f"{line}\n" for line in lines))
-        return Path(path)
+        """Write every response as one line of JSON: the fields of `Sample` without the token ids, and `switched`."""
+        pairs = zip(self.samples, self.switched, strict=True)
+        return write_rows(path, ({**sample.to_dict(tokens=False), "switched": switched} for sample, switched in pairs))
 
 
 def evaluate_code_switching(
@@ -191,22 +170,22 @@ def evaluate_code_switching(
     """Sample responses to `prompts` and count those that contain the script of `target`, or that `detector` names.
 
     Args:
-        model (nn.Module): causal language model of transformers, plain or wrapped.
-        tokenizer (PreTrainedTokenizerBase): its tokenizer.
-        prompts (dict of str to sequence): prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat
+        model (nn.Module): Causal language model of transformers, plain or wrapped.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        prompts (dict of str to sequence): Prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat
             messages.
-        target (str): language whose appearance is a switch; one with a script of its own, e.g. "zh". With a detector,
-            any name: that of what it detects.
-        samples_per_prompt (int, default 8): responses per prompt.
-        temperature (float, default 1.0): of the sampling; 0 is greedy.
-        top_p (float, default 0.8): share of the probability that is sampled from; 1 keeps all tokens.
-        max_new_tokens (int, default 256): longest response in tokens.
-        seed (int, default 0): of the sampling.
-        batch_size (int, default 32): responses generated at a time.
-        chat (bool, default False): send prompts through the chat template.
-        chat_template_options (dict, default None): for the template, e.g. `{"enable_thinking": False}`.
-        show_progress (bool, default None): show a progress bar; None: on a terminal.
-        detector (SwitchDetector, default None): decides instead of the script, e.g. a `SpanIdentifier` for a target
+        target (str): Language whose appearance is a switch; one with a script of its own, e.g. "zh". With a detector,
+            any name.
+        samples_per_prompt (int, default 8): Responses per prompt.
+        temperature (float, default 1.0): Of the sampling; 0 is greedy.
+        top_p (float, default 0.8): Share of the probability that is sampled from; 1 keeps all tokens.
+        max_new_tokens (int, default 256): Longest response in tokens.
+        seed (int, default 0): Of the sampling.
+        batch_size (int, default 32): Responses generated at a time.
+        chat (bool, default False): Send prompts through the chat template.
+        chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
+        show_progress (bool, default None): Show a progress bar; None: on a terminal.
+        detector (SwitchDetector, default None): Decides instead of the script, e.g. a `SpanIdentifier` for a target
             without a script of its own.
 
     Raises:
@@ -222,7 +201,11 @@ def evaluate_code_switching(
     """
     decides = detector or ScriptDetector(target)
     for language in prompts:
-        check_detector(decides, language)
+        if decides("", language):
+            raise UserValueError(
+                f"The detector {_describe(decides)['by']!r} calls an empty response to a prompt in {language!r} "
+                "switched; it must return False where there is no text."
+            )
     settings = SamplingSettings(
         samples_per_prompt=samples_per_prompt,
         temperature=temperature,
@@ -251,25 +234,22 @@ def switching_ratio(
 ) -> SwitchingResult:
     """Count switches as SASFT does (report, Eq. 24): r = (1 / N) sum over responses of 1[any character of the target].
 
-    A detector decides in place of the script where there is none: English that turns into French, or documentation
-    into word problems. Its name is stated among the settings.
-
     Args:
-        samples: responses, the same number for every prompt.
-        target: language whose appearance is a switch; with a detector, any name.
-        settings: how they were drawn, to be stated with the result.
-        detector: decides whether a response has switched; by default `contains_language_script`.
+        samples: Responses, the same number for every prompt.
+        target: Language whose appearance is a switch; with a detector, any name.
+        settings: How they were drawn, to be reported with the result.
+        detector: Decides whether a response has switched; default `ScriptDetector(target)`. Its name is reported among
+            the settings.
 
     Raises:
         ValueError: no samples, unequal numbers of samples per prompt, or languages as for `contains_language_script`
             or for the detector.
     """
     decides = detector or ScriptDetector(target)
-    identification = describe_detector(decides)
+    identification = _describe(decides)
     named = {"identified_by": identification["by"]} if detector else {}
     kept: list[Sample] = []
-    matrices = []
-    languages = []
+    matrices, languages = [], []
     for language, groups in group_by_prompt(samples).items():
         matrix = np.array([[decides(sample.response, language) for sample in group] for group in groups], dtype=bool)
         ordered = [sample for group in groups for sample in group]
@@ -305,9 +285,10 @@ def switching_difference(first: SwitchingResult, second: SwitchingResult) -> Int
     """Ratio of `first` minus ratio of `second`, with a paired bootstrap interval over their common prompts.
 
     Raises:
-        ValueError: the two were not measured on the same prompts for the same target, or not identified in one way.
+        ValueError: other prompts, another target, or another way of detecting switches.
     """
-    if first.target != second.target or not same_prompts(first.samples, second.samples):
+    prompts = [[(s.language, s.prompt) for s in result.samples if s.sample_index == 0] for result in (first, second)]
+    if first.target != second.target or prompts[0] != prompts[1]:
         raise UserValueError(
             "A paired difference needs two results for one target on the same prompts in the same order."
         )
@@ -317,6 +298,14 @@ def switching_difference(first: SwitchingResult, second: SwitchingResult) -> Int
             f"{first.identification} and {second.identification}."
         )
     return bootstrap_difference(first.outcomes, second.outcomes)
+
+
+def _describe(detector: SwitchDetector) -> dict[str, Any]:
+    """JSON-ready: `by`, the detector's name, and its `to_dict`. A method is described by its object."""
+    owner = getattr(detector, "__self__", detector)
+    name = getattr(owner, "name", None) or getattr(owner, "__name__", None) or type(owner).__name__
+    content = owner.to_dict() if hasattr(owner, "to_dict") else {}
+    return {"by": str(name), **content}
 
 
 def _percent(interval: Interval) -> tuple[float, float, float]:

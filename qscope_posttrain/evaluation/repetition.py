@@ -1,8 +1,7 @@
-"""How often a model repeats itself without end: the repeat ratio, with intervals."""
+"""Measure how often a model repeats itself without end: the repeat ratio, with intervals."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,18 +14,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.evaluation.safety import group_by_prompt, same_prompts
-from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
+from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict, write_rows
+from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
-from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.repetition import RepeatedTail, compression_ratio, ngram_repetition_rate, repeated_tail
 
 NGRAM = 3
-"""Tokens of the n-grams whose rate is reported, as in TRL's reward."""
+"""Length of the n-grams whose rate is reported, in tokens, as in TRL's reward."""
 
 DEFAULT_SETTINGS = SamplingSettings(top_p=1.0, max_new_tokens=1024)
-"""Samples as in GRPO, long enough that a loop can be told from a phrase."""
+"""Samples as in GRPO, long enough to distinguish a loop from a phrase."""
 
 _ALL = "all"
 
@@ -38,31 +36,23 @@ class GroupRepetition:
     name: str
     prompts: int
     samples: int
-    """Responses, over all prompts."""
-
+    """Number of responses, over all prompts"""
     endless: int
-    """Responses that ran in a circle when they were cut off."""
-
+    """Number of responses that were in a loop when they were cut off"""
     ended: int
-    """Responses that ended by themselves."""
-
+    """Number of responses that ended by themselves"""
     left: int
-    """Of those, how many left a loop of the same kind with their end token: repetition, but not endless."""
-
+    """Number of those that left a loop of the same kind with their end token: repetition, but not endless"""
     ngram_rate: float
-    """Mean over responses of the share of token 3-grams that occurred before in the response."""
-
+    """Mean over responses of the share of token 3-grams that occurred before in the response"""
     compression: float
-    """Mean over responses of the bytes of the text over those after compression."""
-
+    """Mean over responses of the bytes of the text divided by those after compression"""
     tokens: float
-    """Mean length of a response."""
-
+    """Mean length of a response"""
     wilson: Interval
-    """Ratio `endless / samples`; takes all responses for independent."""
-
+    """Ratio `endless / samples`; takes all responses as independent"""
     bootstrap: Interval
-    """The same ratio; resamples prompts, for responses to one prompt are alike."""
+    """The same ratio; resamples prompts, because responses to one prompt are alike"""
 
 
 @dataclass(frozen=True)
@@ -70,21 +60,17 @@ class RepetitionResult:
     """Repeat ratios with 95 % intervals, and the responses they were counted on."""
 
     groups: tuple[GroupRepetition, ...]
-    """One per source language."""
-
+    """One per source language"""
     total: GroupRepetition
-    """All responses together."""
-
+    """All responses together"""
     seed_noise: float
     """Half width of the 95 % range of the difference in `ratio` between two runs of the same model on the same prompts
-    with different seeds. A smaller difference between two models says nothing."""
-
+    with different seeds. A smaller difference between two models is no evidence."""
     samples: tuple[Sample, ...] = field(repr=False)
     tails: tuple[RepeatedTail | None, ...] = field(repr=False)
-    """For each of `samples`, the loop at its end, if there is one, whether the response ended after it or not."""
-
+    """The loop at the end of each of `samples`, if there is one, whether the response ended after it or not"""
     settings: dict[str, Any] = field(default_factory=dict)
-    """How the responses were drawn, and what counts as a loop."""
+    """How the responses were drawn, and the definition of a loop"""
 
     @property
     def ratio(self) -> float:
@@ -93,42 +79,21 @@ class RepetitionResult:
 
     @property
     def endless(self) -> tuple[bool, ...]:
-        """For each of `samples`, whether it is an endless repetition."""
+        """Whether each of `samples` is an endless repetition."""
         return tuple(_is_endless(sample, tail) for sample, tail in zip(self.samples, self.tails, strict=True))
-
-    @property
-    def outcomes(self) -> NDArray[np.bool_]:
-        """`[prompts, samples per prompt]`: whether a response is endless; prompts in the order of `samples`."""
-        return np.array(self.endless).reshape(self.total.prompts, -1)
 
     def note(self) -> str:
         """Settings and noise in words, to stand wherever the ratio does."""
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return (
-            f"{settings}; two runs that differ only in their seed differ by up to {100 * self.seed_noise:.2g} points "
-            "(95 %, all prompts)"
-        )
+        return note_of(self.settings, self.seed_noise, "all prompts")
 
     def to_table(self) -> Table:
         """One row per source language, then all responses."""
-        groups = self.groups if len(self.groups) == 1 else (*self.groups, self.total)
-        rows: list[list[Any]] = [
-            [
-                group.name,
-                group.prompts,
-                group.samples,
-                100 * group.wilson.estimate,
-                100 * group.wilson.low,
-                100 * group.wilson.high,
-                100 * group.bootstrap.low,
-                100 * group.bootstrap.high,
-                group.ngram_rate,
-                group.compression,
-                100 * group.ended / group.samples,
-                group.tokens,
-            ]
-            for group in groups
-        ]
+        rows: list[list[Any]] = []
+        for group in self.groups if len(self.groups) == 1 else (*self.groups, self.total):
+            limits = [100 * limit for limit in (*group.wilson, *group.bootstrap[1:])]
+            ended = 100 * group.ended / group.samples
+            means = [group.ngram_rate, group.compression, ended, group.tokens]
+            rows.append([group.name, group.prompts, group.samples, *limits, *means])
         columns = ["source", "prompts", "responses", "endless, %", "Wilson low", "Wilson high", "bootstrap low"]
         columns += ["bootstrap high", f"{NGRAM}-grams repeated", "compression", "ended, %", "tokens"]
         return Table("Endless repetition", columns, rows, caption=self.note())
@@ -137,29 +102,28 @@ class RepetitionResult:
         """JSON-ready numbers, settings and note; without the responses (see `write_examples`)."""
         return {
             "ratio": self.ratio,
-            **_json_group(self.total),
+            **rates_dict(self.total),
             "seed_noise": self.seed_noise,
-            "groups": {group.name: _json_group(group) for group in self.groups},
+            "groups": {group.name: rates_dict(group) for group in self.groups},
             "settings": dict(self.settings),
             "note": self.note(),
         }
 
     def write_examples(self, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-        """Write every response as one line of JSON, in one step. Returns the path.
+        """Write every response as one line of JSON.
 
         The fields are those of `Sample`, with the number of tokens instead of the tokens; `endless`; and `loop`, null
         or the `start`, `period` and `copies` of the loop at the end, counted in tokens, with its `block` as text if a
-        tokenizer is given. ValueError if the file cannot be written.
+        tokenizer is given.
         """
-        lines = []
+        rows = []
         for sample, tail in zip(self.samples, self.tails, strict=True):
             loop = None if tail is None else asdict(tail)
             if loop is not None and tail is not None and tokenizer is not None:
                 loop["block"] = str(tokenizer.decode(list(sample.tokens[tail.start : tail.second_copy])))
             row = {**sample.to_dict(tokens=False), "tokens": len(sample.tokens)}
-            lines.append(json.dumps({**row, "endless": _is_endless(sample, tail), "loop": loop}, ensure_ascii=False))
-        write_text(path, "".join(f"{line}\n" for line in lines))
-        return Path(path)
+            rows.append({**row, "endless": _is_endless(sample, tail), "loop": loop})
+        return write_rows(path, rows)
 
 
 def evaluate_repetition(
@@ -177,17 +141,17 @@ def evaluate_repetition(
     """Sample responses to `prompts` and count those that repeat themselves without end.
 
     Args:
-        model (nn.Module): causal language model of transformers, plain or wrapped.
-        tokenizer (PreTrainedTokenizerBase): its tokenizer.
-        prompts (sequence, or dict of str to sequence): text or chat messages, in one list or by source language.
-        settings (SamplingSettings, default None): how to draw; None is `DEFAULT_SETTINGS`. The ratio depends on every
+        model (nn.Module): Causal language model of transformers, plain or wrapped.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        prompts (sequence, or dict of str to sequence): Text or chat messages, in one list or by source language.
+        settings (SamplingSettings, default None): How to draw; None is `DEFAULT_SETTINGS`. The ratio depends on every
             one of them: the longer a response may be, the more room there is to run into a loop, and greedy decoding
             loops the most.
-        min_copies (int, default 4): copies at the end that make a loop, see `text.repetition.repeated_tail`.
-        min_tokens (int, default 12): length of these copies together, in tokens.
-        chat (bool, default False): send prompts through the chat template.
-        chat_template_options (dict, default None): for the template, e.g. `{"enable_thinking": False}`.
-        show_progress (bool, default None): show a progress bar; None: on a terminal.
+        min_copies (int, default 4): Copies at the end that make a loop, see `text.repetition.repeated_tail`.
+        min_tokens (int, default 12): Length of these copies together, in tokens.
+        chat (bool, default False): Send prompts through the chat template.
+        chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
+        show_progress (bool, default None): Show a progress bar; None: on a terminal.
 
     Raises:
         ValueError: an impossible `min_copies` or `min_tokens`, a response too short to hold such a loop, or as for
@@ -207,11 +171,10 @@ def evaluate_repetition(
         )
     if isinstance(prompts, str):
         raise UserTypeError("Expected a list of prompts; got one string.")
-    by_source = prompts if isinstance(prompts, Mapping) else {_ALL: prompts}
     samples = generate_samples(
         model,
         tokenizer,
-        by_source,
+        prompts if isinstance(prompts, Mapping) else {_ALL: prompts},
         settings,
         chat=chat,
         chat_template_options=chat_template_options,
@@ -231,9 +194,9 @@ def repeat_ratio(
     """Count endless repetition among samples: r = (1 / N) sum over responses of 1[cut off while in a loop].
 
     Args:
-        samples: responses with their token ids, the same number for every prompt.
-        min_copies, min_tokens: what counts as a loop, see `text.repetition.repeated_tail`.
-        settings: how they were drawn, to be stated with the result.
+        samples: Responses with their token ids, the same number for every prompt.
+        min_copies, min_tokens: Definition of a loop, see `text.repetition.repeated_tail`.
+        settings: How they were drawn, to be reported with the result.
 
     Raises:
         ValueError: no samples, unequal numbers of samples per prompt, or samples without token ids.
@@ -259,21 +222,6 @@ def repeat_ratio(
         tails=tuple(tails),
         settings={**(settings or {}), "min_copies": min_copies, "min_tokens": min_tokens},
     )
-
-
-def repetition_difference(first: RepetitionResult, second: RepetitionResult) -> Interval:
-    """Ratio of `first` minus ratio of `second`, with a paired bootstrap interval over their common prompts.
-
-    Raises:
-        ValueError: the two were not measured on the same prompts, or do not count the same as a loop.
-    """
-    definitions = [[result.settings[name] for name in ("min_copies", "min_tokens")] for result in (first, second)]
-    if definitions[0] != definitions[1] or not same_prompts(first.samples, second.samples):
-        raise UserValueError(
-            "A paired difference needs two results on the same prompts in the same order, with the same min_copies and "
-            "min_tokens."
-        )
-    return bootstrap_difference(first.outcomes, second.outcomes)
 
 
 def _tail(sample: Sample, min_copies: int, min_tokens: int) -> RepeatedTail | None:
@@ -307,7 +255,3 @@ def _group(
         wilson=wilson(endless, outcomes.size),
         bootstrap=bootstrap_over_prompts(outcomes),
     )
-
-
-def _json_group(group: GroupRepetition) -> dict[str, Any]:
-    return {**asdict(group), "wilson": group.wilson._asdict(), "bootstrap": group.bootstrap._asdict()}

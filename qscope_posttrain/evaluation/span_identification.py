@@ -1,6 +1,6 @@
-"""Tell that a text turns into another language of the same script, or into another register, by its words.
+"""Detect by its words that a text turns into another language of the same script, or into another register.
 
-Scripts say nothing where English turns into French, or documentation into word problems. Here every word gets a
+Scripts cannot show that English turns into French, or documentation into word problems. Here every word gets a
 log-likelihood ratio of the target against the best other language, and the contiguous run of words with the largest
 sum is the span most like the target. A text has switched if that sum exceeds a threshold, set on clean texts of its
 source language so that few of them would be called switched.
@@ -20,31 +20,23 @@ from numpy.typing import NDArray
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.word_model import WORD, WordModel, WordSettings, fit_word_model, words_of
 from qscope_posttrain.intervals import Interval, wilson
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.text.language_labels import language_hint
 
-__all__ = [
-    "Calibration",
-    "DetectionRates",
-    "SpanIdentifier",
-    "WordSettings",
-    "best_run",
-    "detection_rates",
-    "fit_span_identifier",
-]
+FITTED = 0.65
+"""Share of the lines of each language that words are learned from, the first ones; the others set the thresholds"""
 
 
 @dataclass(frozen=True)
-class Calibration:
+class SourceThreshold:
     """The threshold of one source language and the clean texts that it was set on."""
 
     threshold: float
-    """A text in this language has switched if the sum of its best span exceeds this, in nats."""
-
+    """A text in this language has switched if the sum of its best span exceeds this, in nats"""
     texts: int
-    """Clean texts, kept out of the fit."""
-
+    """Number of clean texts, kept out of the fit"""
     false_positives: int
-    """How many of them exceed the threshold."""
-
+    """Number of them that exceed the threshold"""
     median_words: float
     """Their median length. Texts much longer than these give more false positives than stated."""
 
@@ -62,37 +54,28 @@ class SpanIdentifier:
     """
 
     target: str
-    """Language or register whose spans are found."""
-
+    """Language or register whose spans are found"""
     others: tuple[str, ...]
-    """The languages that it is told from."""
-
+    """The languages that it is distinguished from"""
     model: WordModel
-    """Scores of words."""
-
-    calibration: Mapping[str, Calibration]
-    """By source language: those whose texts can be judged."""
-
+    """Scores of words"""
+    calibration: Mapping[str, SourceThreshold]
+    """By source language: those whose texts can be judged"""
     false_positive_rate: float
-    """The rate that thresholds were set for."""
-
+    """The rate that thresholds were set for"""
     least_words: int
-    """Words in a span, at least."""
-
+    """Minimum number of words in a span"""
     name = "words"
-    """What reports call this way of detecting."""
+    """Name of this way of detecting in reports"""
 
     def __call__(self, text: str, source: str) -> bool:
         return self.switched(text, source)
 
-    def word_scores(self, text: str) -> NDArray[np.float64]:
-        """`[words]`: log-likelihood ratio of every word, in nats: positive if more like the target than like any other
-        language. See `WordModel.scores`."""
-        return self.model.scores(words_of(text))
-
     def evidence(self, text: str) -> NDArray[np.float64]:
-        """`[words]`: what each word adds to a span: its score; a positive one divided by k where a word is met for the
-        k-th time, so that neither one odd word nor a list or loop that repeats it can decide.
+        """`[words]`: the contribution of each word to a span.
+
+        It is the word's score (see `WordModel.scores`), a positive one divided by k at the k-th occurrence of the word,
+        so that neither one odd word nor a list or loop that repeats it can decide.
         """
         words = words_of(text)
         scores = self.model.scores(words)
@@ -130,13 +113,11 @@ class SpanIdentifier:
         """Spans of the target as (start, end) in characters, in order: none exactly where the text has not switched.
 
         The best run of words first, then the best ones left and right of it, as long as they exceed the threshold.
-        ValueError as for `threshold`.
         """
         threshold = self.threshold(source)
         places = [match.span() for match in WORD.finditer(text)]
         evidence = self.evidence(text)
-        found = []
-        parts = [(0, len(places))]
+        found, parts = [], [(0, len(places))]
         while parts:
             start, end = parts.pop()
             total, first, last = best_run(evidence[start:end], self.least_words)
@@ -172,17 +153,17 @@ def fit_span_identifier(
 
     The threshold of a source is the k-th largest score of its n calibration texts, k = floor((n + 1) rate). A new
     clean text of the same kind exceeds it with a probability of at most k / (n + 1), the stated rate (split conformal
-    prediction; Vovk, Gammerman and Shafer 2005). It is never less than what `least_words` - 1 words can reach.
+    prediction; Vovk, Gammerman and Shafer 2005). It is never less than `least_words` - 1 words can reach.
 
     Args:
-        texts: by language or register, of any names; the target's and at least one other.
-        target: whose spans are to be found.
-        calibration: clean texts by source language, of the length and kind of the responses that will be judged, none
+        texts: Texts by language or register, of any names; the target's and at least one other.
+        target: Language whose spans are to be found.
+        calibration: Clean texts by source language, of the length and kind of the responses that will be judged, none
             of which is in `texts`. They may begin and end inside a word, if responses do.
-        false_positive_rate: share of clean texts that may be called switched.
-        seed: of the draw of texts where a language has more than 5 million characters.
-        settings: how words are scored.
-        least_words: words in a span, at least.
+        false_positive_rate: Share of clean texts that may be called switched.
+        seed: Seed of the draw of texts where a language has more than 5 million characters.
+        settings: How words are scored.
+        least_words: Minimum number of words in a span.
 
     Raises:
         ValueError: no target or no other language, too few calibration texts for the rate, a rate outside (0, 0.5],
@@ -210,47 +191,6 @@ def fit_span_identifier(
     return replace(fitted, calibration={source: _calibrate(fitted, clean) for source, clean in calibration.items()})
 
 
-@dataclass(frozen=True)
-class DetectionRates:
-    """How well planted switches are found, by source language, with 95 % Wilson intervals."""
-
-    recall: Mapping[str, Interval]
-    """Share of texts with a planted switch that are called switched."""
-
-    false_positives: Mapping[str, Interval]
-    """Share of clean texts that are called switched."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            name: {source: interval._asdict() for source, interval in rates.items()}
-            for name, rates in (("recall", self.recall), ("false_positives", self.false_positives))
-        }
-
-
-def detection_rates(
-    identifier: SpanIdentifier, texts_with_switch: Mapping[str, Sequence[str]], clean: Mapping[str, Sequence[str]]
-) -> DetectionRates:
-    """Recall on texts with a planted switch and false positive rate on clean ones.
-
-    Args:
-        identifier: the detector.
-        texts_with_switch: by source language, texts that begin in it and turn into the target.
-        clean: by source language, texts without a switch, neither fitted nor calibrated on.
-
-    Raises:
-        ValueError: a language without texts, or as for `SpanIdentifier.switched`.
-    """
-
-    def rates(texts: Mapping[str, Sequence[str]]) -> dict[str, Interval]:
-        return {
-            source: wilson(sum(identifier.switched(text, source) for text in group), len(group))
-            for source, group in texts.items()
-        }
-
-    return DetectionRates(rates(texts_with_switch), rates(clean))
-
-
 def best_run(scores: NDArray[np.float64], least: int) -> tuple[float, int, int]:
     """The run of at least `least` consecutive scores with the largest sum: (sum, first, last + 1).
 
@@ -267,7 +207,7 @@ def best_run(scores: NDArray[np.float64], least: int) -> tuple[float, int, int]:
     return float(totals[end]), start, end + least
 
 
-def _calibrate(identifier: SpanIdentifier, clean: Sequence[str]) -> Calibration:
+def _calibrate(identifier: SpanIdentifier, clean: Sequence[str]) -> SourceThreshold:
     # The 1e-9 keeps (199 + 1) * 0.005 at 1, where rounding could leave it below.
     allowed = math.floor((len(clean) + 1) * identifier.false_positive_rate + 1e-9)
     scores = np.array([identifier.score(text) for text in clean])
@@ -275,4 +215,49 @@ def _calibrate(identifier: SpanIdentifier, clean: Sequence[str]) -> Calibration:
     floor = (identifier.least_words - 1) * identifier.model.settings.clip
     threshold = max(floor, float(np.sort(scores)[-allowed]))
     words = float(np.median([len(WORD.findall(text)) for text in clean]))
-    return Calibration(threshold, len(clean), int((scores > threshold).sum()), words)
+    return SourceThreshold(threshold, len(clean), int((scores > threshold).sum()), words)
+
+
+def word_detector(
+    texts: Mapping[str, Sequence[str]],
+    target: str,
+    sources: Sequence[str],
+    tokenizer: Any,
+    tokens: int,
+    false_positive_rate: float,
+) -> SpanIdentifier:
+    """Fit and calibrate an identifier on texts by language, for responses of up to `tokens` tokens of this tokenizer.
+
+    Words are learned from the first lines of each language; pieces of the others set the thresholds.
+
+    Raises:
+        ValueError: a source without text, too little of it for the rate, or a language without word spaces.
+    """
+    missing = sorted(set(sources) - set(texts))
+    if missing:
+        raise UserValueError(
+            f"--identify-texts has no text in {', '.join(missing)}, a language of the prompts: it has "
+            f"{', '.join(sorted(texts))}.{language_hint(missing[0], texts)} Add the text, or leave these prompts out."
+        )
+    languages = [*sources, target]
+    status(f"learning the words of {', '.join(languages)}")
+    cuts = {language: math.ceil(FITTED * len(texts[language])) for language in languages}
+    calibration = {source: _pieces(texts[source][cuts[source] :], tokenizer, tokens) for source in sources}
+    fitted = {language: texts[language][: cuts[language]] for language in languages}
+    try:
+        detector = fit_span_identifier(fitted, target, calibration, false_positive_rate)
+    except ValueError as error:
+        raise UserValueError(
+            f"--identify words cannot work with these texts: {error} (Calibration texts are pieces of --max-new-tokens "
+            f"{tokens} tokens from the last {100 * (1 - FITTED):.0f} % of the lines of --identify-texts.)"
+        ) from error
+    for source, entry in detector.calibration.items():
+        status(f"{source}: {entry.false_positives} of {entry.texts} clean pieces are called switched to {target}")
+    return detector
+
+
+def _pieces(lines: Sequence[str], tokenizer: Any, tokens: int) -> list[str]:
+    """Consecutive pieces of `tokens` tokens, which may begin and end inside a word, as responses do."""
+    ids = tokenizer("\n".join(lines), add_special_tokens=False, verbose=False)["input_ids"]
+    starts = range(0, len(ids) - tokens + 1, tokens)
+    return tokenizer.batch_decode([ids[start : start + tokens] for start in starts]) if starts else []

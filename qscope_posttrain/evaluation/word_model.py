@@ -1,4 +1,4 @@
-"""How much more likely a word is in one language or register than in others: counts of words, backed by n-grams.
+"""Score how much more likely a word is in one language or register than in others, by words and their n-grams.
 
 Words seen often decide by their counts; rare and unseen ones (names, inflected forms, pieces of a word) decide by the
 character n-grams that they are made of, with less weight.
@@ -27,9 +27,9 @@ _UNSPACED = regex.compile(
     r"[\p{L}&&[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]", regex.VERSION1
 )
 _MOST_UNSPACED = 0.1
-"""Largest share of letters of scripts without word spaces in a language whose words are identified."""
+"""Maximum share of letters from scripts without word spaces in a language whose words are identified."""
 _MOST_CHARACTERS = 5_000_000
-"""Characters of a language that the model is fitted on, at most: by then its frequent words are known."""
+"""Maximum number of characters per language to fit on: by then its frequent words are known."""
 _CACHED_WORDS = 500_000
 
 
@@ -38,17 +38,13 @@ class WordSettings:
     """How words are scored. The defaults were chosen on documentation in English and French and on word problems."""
 
     ngrams: tuple[int, int] = (1, 4)
-    """Shortest and longest character n-gram; they stay within a word and see its edges as spaces."""
-
+    """Shortest and longest character n-gram; they stay within a word and see its edges as spaces"""
     smoothing: float = 0.1
-    """Added to the count of every n-gram, counts being scaled to the same total in every language."""
-
+    """Added to the count of every n-gram; counts are scaled to the same total in every language"""
     prior: float = 0.5
-    """Occurrences of a word that the evidence of its n-grams is worth."""
-
+    """Weight of the evidence of a word's n-grams, in occurrences of the word"""
     unseen_clip: float = 3.0
-    """Largest absolute log-likelihood ratio that n-grams alone give a word, in nats."""
-
+    """Largest absolute log-likelihood ratio that n-grams alone give a word, in nats"""
     clip: float = 5.0
     """Largest absolute log-likelihood ratio of any word, in nats, so that one odd word cannot decide."""
 
@@ -68,17 +64,13 @@ class WordModel:
     """Log-likelihood ratios of words in the target against the best other language. Made by `fit_word_model`."""
 
     settings: WordSettings
-    """How words are scored."""
-
+    """How words are scored"""
     vectorizer: Any = field(repr=False)
-    """Fitted `CountVectorizer`: words to counts of n-grams."""
-
+    """Fitted `CountVectorizer`: words to counts of n-grams"""
     ratios: NDArray[np.float64] = field(repr=False)
-    """`[n-grams, others]`: log-probability in the target minus that in each other language, nats."""
-
+    """`[n-grams, others]`: log-probability in the target minus that in each other language, nats"""
     counts: Mapping[str, NDArray[np.float64]] = field(repr=False)
-    """Word -> `[1 + others]` occurrences in the target and in each other language, scaled to the same total."""
-
+    """Word -> `[1 + others]` occurrences in the target and in each other language, scaled to the same total"""
     cache: dict[str, float] = field(default_factory=dict, repr=False)
     """Scores of words met so far."""
 
@@ -117,25 +109,25 @@ class WordModel:
 def fit_word_model(
     texts: Mapping[str, Sequence[str]], target: str, seed: int = 0, settings: WordSettings | None = None
 ) -> WordModel:
-    """Count the words of the target and of the other languages, and the n-grams that they are made of.
+    """Count the words of the target and of the other languages, and their n-grams.
 
     Args:
-        texts: by language or register, of any names; the target's and at least one other.
-        target: the language that others are compared with.
-        seed: of the draw of texts where a language has more than 5 million characters.
-        settings: how words are scored.
+        texts: Texts by language or register, of any names; the target's and at least one other.
+        target: The language that others are compared with.
+        seed: Seed of the draw of texts where a language has more than 5 million characters.
+        settings: How words are scored.
 
     Raises:
         ValueError: no target or no other language, one without words, or one written without spaces between words.
     """
-    require_extra("analysis")  # imported here, since it takes a second
+    require_extra("analysis")  # imported here, because it takes a second
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB
 
     settings = settings or WordSettings()
     if target not in texts or len(texts) < 2:
         raise UserValueError(
-            f"Words of {target!r} are told from other text: give texts in it and in at least one other language; "
+            f"Words of {target!r} are learned against other text: give texts in it and in another language; "
             f"got {', '.join(texts) or 'none'}."
         )
     languages = [target, *(language for language in texts if language != target)]
@@ -163,7 +155,7 @@ def fit_word_model(
 def words_of(text: str) -> list[str]:
     """The words of a text as the model reads them: lower case, any digit as 0, one form of apostrophe.
 
-    A word that is nothing but the remains of a character that was cut becomes empty, and keeps its place.
+    A word that consists of the rest of a cut character becomes empty, and keeps its place.
     """
     return [_DIGIT.sub("0", word.lower().replace("’", "'").replace("\ufffd", "")) for word in WORD.findall(text)]
 

@@ -50,11 +50,11 @@ def steer(
       remaining rows are grouped, and with it their last bits.
 
     Args:
-        model (nn.Module): causal language model of transformers.
-        steerings (Steering): one or several.
-        prompt_length (int or Tensor, default None): columns of the prompt, padding included; one number, or `[rows]`.
+        model (nn.Module): Causal language model of transformers.
+        steerings (Steering): One or several.
+        prompt_length (int or Tensor, default None): Columns of the prompt, padding included; one number, or `[rows]`.
             Needed for a single forward over prompts and completions, a prompt read in pieces, and `use_cache=False`.
-        require_generated (bool, default True): whether a block whose steerings wait for generated tokens, but in which
+        require_generated (bool, default True): Whether a block whose steerings wait for generated tokens, but in which
             none was read, is an error. A rollout may end with its first token, which is chosen but never read.
 
     Yields:

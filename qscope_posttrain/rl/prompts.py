@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
+from trl import GRPOTrainer
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import if_many, progress
+from qscope_posttrain.sft.preparation import StandIn
 
 PROMPT = "prompt"
 _ROWS_AT_A_TIME = 1000
+_SAMPLED_ROWS = 64
+"""Rows whose prompts are tokenized, unless all are asked for"""
 
 
 def check_data(trainer: Any, flag: str) -> None:
@@ -132,3 +138,50 @@ def _wrong(prompt: Any, empty_allowed: bool) -> str | None:
         if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
             return f"message {number} has no text in 'content': {str(message)[:80]!r}"
     return None
+
+
+def prompt_lengths(
+    rows: Any, tokenizer: Any, template_options: Mapping[str, Any] | None = None, whole: bool = False
+) -> list[int]:
+    """Tokenize prompts as the trainer does and return their lengths: of the first rows, or of all in memory.
+
+    Args:
+        template_options: Further arguments of the chat template.
+        whole: Take all rows of a data set in memory.
+
+    Raises:
+        ValueError: see `check_dataset`; messages that the chat template refuses, or a column for the chat template,
+            which TRL does not read here.
+    """
+    in_memory = isinstance(rows, Dataset)
+    reads: dict[str, Any] = {
+        "empty_allowed": bool(tokenizer(text="")["input_ids"]),
+        "chat_allowed": tokenizer.chat_template is not None,
+    }
+    check_dataset(rows, **reads, name="data")
+    examples: Iterable[dict[str, Any]] = rows if in_memory and whole else list(islice(iter(rows), _SAMPLED_ROWS))
+    if not in_memory:
+        check_batch([row.get(PROMPT) for row in examples], **reads, name="data")
+    trainer = StandIn(
+        _is_vlm=False,
+        environment_factories=None,
+        tools=[],
+        chat_template=None,
+        chat_template_kwargs=template_options or {},
+        processing_class=tokenizer,
+    )
+    tokenize: Any = GRPOTrainer._tokenize_prompts
+    shown = if_many(len(examples) if isinstance(examples, Dataset) else None)
+    lengths = []
+    for number, row in enumerate(progress(examples, description="reading prompts", enabled=shown)):
+        if unread := sorted({"tools", "chat_template_kwargs"} & set(row)):
+            raise UserValueError(
+                f"the data has a column '{unread[0]}', which TRL's GRPO does not put into the prompt. Give "
+                "chat_template_kwargs in the recipe, for all rows, or write the prompts as text; then remove the "
+                "column."
+            )
+        try:
+            lengths.append(len(tokenize(trainer, [row[PROMPT]])[0][0]))
+        except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
+            raise UserValueError(f"row {number}: the chat template cannot read '{PROMPT}': {error}") from error
+    return lengths

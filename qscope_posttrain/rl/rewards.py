@@ -28,6 +28,10 @@ Completion = str | Sequence[Mapping[str, Any]]
 
 # Letters that several scripts share, such as the prolonged sound mark of both kana, say nothing.
 _LETTER = regex.compile(r"[\p{L}--\p{Script=Common}--\p{Script=Inherited}]", regex.VERSION1)
+_GIVEN_BY_TRL = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "steered"}
+)
+"""Keyword arguments of reward functions that are no columns"""
 _TRL_NAMES = {
     "ngram_repetition": "get_repetition_penalty_reward",
     "soft_overlong": "get_soft_overlong_punishment",
@@ -298,3 +302,33 @@ def _with_options(function: RewardFunction, name: str, options: dict[str, Any]) 
 def _options_of(function: Callable[..., Any]) -> str:
     names = [str(parameter) for parameter in inspect.signature(function).parameters.values()]
     return ", ".join(name for name in names if not name.startswith("*")) or "none"
+
+
+def reward_name(reward: RewardFunction) -> str:
+    """The name of a reward in the metrics of the trainer."""
+    named = getattr(reward, "func", reward)  # a function with options is a partial
+    return str(getattr(named, "__name__", type(named).__name__))
+
+
+def check_reward_columns(rewards: Sequence[RewardFunction], rows: Iterable[Mapping[str, Any]]) -> None:
+    """ValueError where a reward needs an argument that is no column of the data, or a value in no language."""
+    columns = set(next(iter(rows)))
+    for reward in rewards:
+        needed = _required_parameters(reward) - _GIVEN_BY_TRL
+        missing = sorted(needed - columns)
+        if missing:
+            raise UserValueError(
+                f"the reward '{reward_name(reward)}' needs the column '{missing[0]}' in the data, which has "
+                f"{', '.join(sorted(columns))}. Rename or add it, or choose another reward."
+            )
+    check_reward_data(rewards, rows)
+
+
+def _required_parameters(reward: RewardFunction) -> set[str]:
+    """Parameters without a default that a call by keyword has to give."""
+    return {
+        name
+        for name, parameter in inspect.signature(reward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }

@@ -46,14 +46,14 @@ class SteeredGRPOTrainer(GRPOTrainer):
     kinds apart.
 
     Args:
-        model (str or PreTrainedModel): as for `GRPOTrainer`, like callbacks and arguments.
+        model (str or PreTrainedModel): As for `GRPOTrainer`, like callbacks and arguments.
         reward_funcs (callable or list of them): DAPO's soft overlong punishment joins them unless `soft_overlong_cache`
             is 0; with `reward_weights` given it has weight 1.
-        args (SteeredGRPOConfig): the settings; required, since its values decide what the negatives are. The trainer
+        args (SteeredGRPOConfig): The settings; required, since its values decide what the negatives are. The trainer
             works on a copy (`trainer.args`), so that one config serves several trainers.
-        features (FeatureSet or path, default None): where to steer, as `qscope features find-repetition` writes it.
+        features (FeatureSet or path, default None): Where to steer, as `qscope features find-repetition` writes it.
             Without them, and where `args.negative` is left open, negatives are seeded: no SAE is needed.
-        callbacks (list of TrainerCallback, default None): further callbacks.
+        callbacks (list of TrainerCallback, default None): Further callbacks.
         arguments: all other arguments of `GRPOTrainer`.
 
     Raises:

@@ -125,11 +125,16 @@ def _save_qwen_scope(sae: SparseAutoencoder, path: Path) -> Path:
             f"the folder's name states width and k, and must be SAE-Res-<model>-W{thousands}K-L0_{activation.k}, "
             f"got {file.absolute().parent.name!r}"
         )
-    tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec.t(), "b_enc": sae.b_enc, "b_dec": sae.b_dec}
     file.parent.mkdir(parents=True, exist_ok=True)
+    write_qwen_scope(sae, file)
+    return file
+
+
+def write_qwen_scope(sae: SparseAutoencoder, file: Path) -> None:
+    """Write the four tensors of a Qwen-Scope file, whatever the names of file and folder say."""
+    tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec.t(), "b_enc": sae.b_enc, "b_dec": sae.b_dec}
     with replacing(file) as unfinished:
         torch.save({key: _plain(tensor) for key, tensor in tensors.items()}, unfinished)
-    return file
 
 
 def _plain(tensor: Tensor) -> Tensor:

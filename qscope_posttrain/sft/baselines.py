@@ -61,16 +61,16 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
     ) -> None:
         """
         Args:
-            target (str, default "zh"): language whose tokens are penalized in responses in other languages.
-            weight (float, default 20.0): factor of the penalty, which is in nats, in the loss.
-            language (str or callable, default "language"): column with a sample's language, "script" to decide by its
+            target (str, default "zh"): Language whose tokens are penalized in responses in other languages.
+            weight (float, default 20.0): Factor of the penalty, which is in nats, in the loss.
+            language (str or callable, default "language"): Column with a sample's language, "script" to decide by its
                 letters, or a function of the example.
-            normalization (str, default "token_mean"): divisor of the penalty, "token_mean" or "paper".
+            normalization (str, default "token_mean"): Divisor of the penalty, "token_mean" or "paper".
             options: the other fields of `TokenPenaltyConfig`.
-            target_token_ids (Tensor, default None): tokens that count as the target's; None: those that write its
+            target_token_ids (Tensor, default None): Tokens that count as the target's; None: those that write its
                 script.
-            anchor_model (nn.Module, default None): see `AuxiliaryLossCallback`.
-            name (str, default "token_penalty"): prefix of the metrics.
+            anchor_model (nn.Module, default None): See `AuxiliaryLossCallback`.
+            name (str, default "token_penalty"): Prefix of the metrics.
 
         Raises:
             ValueError, TypeError: an option that cannot work.
@@ -135,16 +135,16 @@ class KLAnchorCallback(AuxiliaryLossCallback):
     ) -> None:
         """
         Args:
-            weight (float, default 1.0): factor of the divergence, which is in nats, in the loss.
-            target (str, default None): language that is left free; None holds the model in every language.
-            language (str or callable, default "language"): column with a sample's language, "script" to decide by its
+            weight (float, default 1.0): Factor of the divergence, which is in nats, in the loss.
+            target (str, default None): Language that is left free; None holds the model in every language.
+            language (str or callable, default "language"): Column with a sample's language, "script" to decide by its
                 letters, or a function of the example; read only with a target.
-            normalization (str, default "token_mean"): divisor of the divergence, "token_mean" or "paper".
+            normalization (str, default "token_mean"): Divisor of the divergence, "token_mean" or "paper".
             options: the other fields of `KLAnchorConfig`.
-            target_token_ids (Tensor, default None): tokens that are left out of the distributions; None: those that
+            target_token_ids (Tensor, default None): Tokens that are left out of the distributions; None: those that
                 write the target's script, and none without a target.
-            anchor_model (nn.Module, default None): see `AuxiliaryLossCallback`.
-            name (str, default "kl_anchor"): prefix of the metrics.
+            anchor_model (nn.Module, default None): See `AuxiliaryLossCallback`.
+            name (str, default "kl_anchor"): Prefix of the metrics.
 
         Raises:
             ValueError, TypeError: an option that cannot work.

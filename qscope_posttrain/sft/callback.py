@@ -66,17 +66,17 @@ class SASFTCallback(AuxiliaryLossCallback):
     ) -> None:
         """
         Args:
-            features (FeatureSet or path): a FeatureSet or the path of its file.
-            target (str, default "zh"): language to keep out of responses in other languages.
-            weight (float, default 0.1): factor of the penalty in the loss; the penalty is in standard deviations.
-            language (str or callable, default "language"): column with a sample's language, "script" to decide by its
+            features (FeatureSet or path): A FeatureSet or the path of its file.
+            target (str, default "zh"): Language to keep out of responses in other languages.
+            weight (float, default 0.1): Factor of the penalty in the loss; the penalty is in standard deviations.
+            language (str or callable, default "language"): Column with a sample's language, "script" to decide by its
                 letters, or a function of the example.
-            normalization (str, default "token_mean"): divisor of the penalty, see `sasft_loss`.
+            normalization (str, default "token_mean"): Divisor of the penalty, see `sasft_loss`.
             options: the other fields of `SASFTConfig`.
-            target_token_ids (Tensor, default None): tokens that count as the target's, for risk weights and the anchor;
+            target_token_ids (Tensor, default None): Tokens that count as the target's, for risk weights and the anchor;
                 None: those that write its script.
-            anchor_model (nn.Module, default None): see `AuxiliaryLossCallback`.
-            name (str, default "sasft"): prefix of the metrics.
+            anchor_model (nn.Module, default None): See `AuxiliaryLossCallback`.
+            name (str, default "sasft"): Prefix of the metrics.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: a file, target, layer or option that cannot work.

@@ -39,9 +39,9 @@ def sasft_loss(
 
     Args:
         pre_activations (Tensor): f, `[T, F]` (or `[..., F]`), of any floating dtype; computed in at least fp32.
-        thresholds (Tensor): alpha, `[T, F]`, or anything that broadcasts to it.
+        thresholds (Tensor): Alpha, `[T, F]`, or anything that broadcasts to it.
         mask (Tensor): m, `[T]`, bool.
-        normalization (str, default "token_mean"): which of the three.
+        normalization (str, default "token_mean"): Which of the three.
         num_tokens (int or Tensor, default None): N. None: the number of penalized tokens, which is right for "paper"
             without accumulation; give the response tokens of the whole accumulation window over all ranks for
             "token_mean" inside a training loop, and the response tokens of the micro-batch for "official".

@@ -49,23 +49,23 @@ def pack_with_languages(
     text without boundaries: use `padding_free=False`, and know that documents attend to each other.
 
     Args:
-        dataset (Dataset): any data set of text that `SFTTrainer` takes, with the columns that it reads (`tools`,
+        dataset (Dataset): Any data set of text that `SFTTrainer` takes, with the columns that it reads (`tools`,
             `chat_template_kwargs`, ...). A `formatting_func` is applied before, with `dataset.map`.
-        tokenizer (PreTrainedTokenizerBase): with a chat template where samples are conversations. It is not changed.
-        max_length (int): length of a packed row in tokens.
-        strategy (str, default "bfd"): as in `trl.pack_dataset`. "bfd" cuts off what exceeds `max_length`, "bfd_split"
+        tokenizer (PreTrainedTokenizerBase): With a chat template where samples are conversations. It is not changed.
+        max_length (int): Length of a packed row in tokens.
+        strategy (str, default "bfd"): As in `trl.pack_dataset`. "bfd" cuts off what exceeds `max_length`, "bfd_split"
             packs it too.
-        language (str or callable, default "language"): a column, "script", or a function of the example; see
+        language (str or callable, default "language"): A column, "script", or a function of the example; see
             `SASFTConfig.language`.
-        languages (collection of str, default ()): what "script" may decide between; not needed otherwise.
-        completion_only_loss (bool, default None): as in `SFTConfig`, like the next five. None: if there are prompts and
+        languages (collection of str, default ()): What "script" may decide between; not needed otherwise.
+        completion_only_loss (bool, default None): As in `SFTConfig`, like the next five. None: if there are prompts and
             completions.
-        assistant_only_loss (bool, default False): labels on assistant turns only.
-        dataset_text_field (str, default "text"): the column of plain text.
-        eos_token (str, default None): what a text or completion ends with; None is the tokenizer's own.
-        chat_template_path (str, default None): a template file (.jinja, .j2), or a model that has one.
-        dataset_num_proc (int, default None): number of processes; each packs its own share of the rows.
-        shuffle_seed (int, default None): shuffle the rows before and after packing, as `shuffle_dataset` does with
+        assistant_only_loss (bool, default False): Labels on assistant turns only.
+        dataset_text_field (str, default "text"): The column of plain text.
+        eos_token (str, default None): What a text or completion ends with; None is the tokenizer's own.
+        chat_template_path (str, default None): A template file (.jinja, .j2), or a model that has one.
+        dataset_num_proc (int, default None): Number of processes; each packs its own share of the rows.
+        shuffle_seed (int, default None): Shuffle the rows before and after packing, as `shuffle_dataset` does with
             `seed`; None does not.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Safety data made to reach chosen features (Qwen-Scope report, section 6)."""
+"""Synthesis of safety data that reaches chosen features (Qwen-Scope report, section 6)."""

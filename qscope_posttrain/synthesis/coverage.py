@@ -1,28 +1,65 @@
-"""Which target features a data set reaches, and which to go for first (Qwen-Scope, equations 13, 18, 20 and 23)."""
+"""Choose target features, and measure which of them texts reach (Qwen-Scope, equations 13, 18, 20 and 23)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import FeatureId
-from qscope_posttrain.features.text_features import TextFeatures
+from qscope_posttrain.features.text_features import TextFeatures, collect_text_features
 from qscope_posttrain.intervals import Interval, wilson
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 Hits = NDArray[np.bool_]
+
+
+class FeatureReader:
+    """A model with the SAEs of some layers; h of equation 13 is taken over all tokens of a text but the first."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, saes: Mapping[int, SparseAutoencoder], max_length: int = 512
+    ) -> None:
+        self._model, self._tokenizer, self._saes, self._max_length = model, tokenizer, dict(saes), max_length
+
+    def read(
+        self, texts: Sequence[str], layers: Sequence[int] | None = None, *, show_progress: bool | None = None
+    ) -> dict[int, TextFeatures]:
+        """{layer: features of each text}, the largest activation over its tokens."""
+        return collect_text_features(
+            self._model,
+            self._tokenizer,
+            texts,
+            self._saes if layers is None else {layer: self._saes[layer] for layer in layers},
+            pooling="max",
+            max_length=self._max_length,
+            show_progress=show_progress,
+        )
+
+    def verify(self, texts: Sequence[str], features: Sequence[FeatureId]) -> list[float]:
+        """The largest activation of one feature on each text; 0 where it does not fire (see `pipeline.Verify`)."""
+        found = [0.0] * len(texts)
+        # A text of one token has none that counts, and a list of such texts cannot be read.
+        places = [place for place, text in enumerate(texts) if len(self._tokenizer(text)["input_ids"]) > 1]
+        if not places:
+            return found
+        distinct = sorted({features[place] for place in places})
+        layers = sorted({feature.layer for feature in distinct})
+        values = activations(self.read([texts[place] for place in places], layers, show_progress=False), distinct)
+        for row, place in enumerate(places):
+            found[place] = float(values[row, distinct.index(features[place])])
+        return found
 
 
 def firing(features: Mapping[int, TextFeatures], targets: Sequence[FeatureId]) -> Hits:
     """[texts, targets]: h of equation 13, whether a feature fires on any token of a text that counts (eps = 0).
 
     Args:
-        features: `collect_text_features(..., pooling="max")`.
-
-    Raises:
-        ValueError: a target of a layer that was not read.
+        features: `FeatureReader.read(texts)`; ValueError where the layer of a target was not read.
     """
     return activations(features, targets) > 0
 
@@ -47,11 +84,7 @@ def activations(features: Mapping[int, TextFeatures], targets: Sequence[FeatureI
 
 
 def target_features(relevance: Mapping[FeatureId, float], tau: float) -> tuple[FeatureId, ...]:
-    """T = {(l, f): s_f >= tau} (equation 19), in order of layer and id.
-
-    Raises:
-        ValueError: a relevance outside [0, 1], or no feature reaches tau.
-    """
+    """T = {(l, f): s_f >= tau} (equation 19), in order of layer and id. ValueError where no feature reaches tau."""
     wrong = [f"{feature}: {score}" for feature, score in relevance.items() if not 0 <= score <= 1]
     if wrong:
         raise UserValueError(f"relevance lies in [0, 1]; got {', '.join(wrong[:5])}.")
@@ -66,11 +99,34 @@ def missing_first(targets: Sequence[FeatureId], counts: Sequence[int], enough: i
     """The targets to generate for: those that no seed example fires (T_miss, equation 20), then the weakly covered.
 
     Args:
-        counts: seed examples that fire each target; c_f of equation 18 is count > 0.
-        enough: a target with at least so many is left out; 1 keeps T_miss alone.
+        counts: Number of seed examples that fire each target; c_f of equation 18 is count > 0.
+        enough: Leave out targets with this count or more; 1 keeps T_miss alone.
     """
-    ranked = sorted(zip(counts, targets, strict=True))
-    return [target for count, target in ranked if count < enough]
+    return [target for count, target in sorted(zip(counts, targets, strict=True)) if count < enough]
+
+
+def split_targets(
+    targets: Sequence[FeatureId], share: float, seed: int = 0
+) -> tuple[tuple[FeatureId, ...], tuple[FeatureId, ...]]:
+    """Draw (targets that data are made for, targets held out to measure it), both in the order of `targets`.
+
+    Raises:
+        ValueError: a share outside [0, 1), or too few targets to leave one to make data for.
+    """
+    if not 0 <= share < 1:
+        raise UserValueError(f"the share held out must lie in [0, 1); got {share}.")
+    held = round(share * len(targets))
+    if held >= len(targets):
+        raise UserValueError(f"holding out {held} of {len(targets)} targets leaves none to make data for.")
+    apart = set(np.random.default_rng(seed).permutation(len(targets))[:held].tolist())
+    kept = tuple(target for place, target in enumerate(targets) if place not in apart)
+    return kept, tuple(targets[place] for place in sorted(apart))
+
+
+def reached_features(features: TextFeatures, layer: int, min_texts: int) -> tuple[FeatureId, ...]:
+    """The features of one layer that fire on at least `min_texts` of the texts: targets that nobody chose."""
+    counts = np.diff(features.matrix().tocsc().indptr)
+    return tuple(FeatureId(layer, int(feature)) for feature in np.flatnonzero(counts >= min_texts))
 
 
 def coverage(hits: Hits) -> float:
@@ -81,19 +137,15 @@ def coverage(hits: Hits) -> float:
 
 
 def coverage_interval(hits: Hits) -> Interval:
-    """Coverage with Wilson limits: how far it may carry over to other features of the kind that was measured.
+    """Coverage with Wilson limits for other features of the same kind.
 
-    It takes the features for a random draw, and the examples for given.
+    The features count as a random draw, the examples as given.
     """
     return wilson(int(hits.any(axis=0).sum()) if len(hits) else 0, hits.shape[1])
 
 
 def coverage_of_subsets(hits: Hits, size: int, draws: int = 200, seed: int = 0) -> Interval:
-    """Mean coverage of random subsets of `size` examples, and the range that holds 95 % of them.
-
-    Raises:
-        ValueError: there are fewer examples, or no draws.
-    """
+    """Mean coverage of random subsets of `size` examples, and the range that holds 95 % of them."""
     if not 0 < size <= len(hits) or draws < 1:
         raise UserValueError(f"expected 1 to {len(hits)} examples and at least one draw; got {size} and {draws}.")
     generator = np.random.default_rng(seed)
@@ -107,28 +159,3 @@ def growth(hits: Hits) -> list[float]:
     if hits.shape[1] == 0:
         raise UserValueError("coverage of no targets is not defined.")
     return [float(share) for share in np.logical_or.accumulate(hits, axis=0).mean(axis=1)]
-
-
-def split_targets(
-    targets: Sequence[FeatureId], share: float, seed: int = 0
-) -> tuple[tuple[FeatureId, ...], tuple[FeatureId, ...]]:
-    """(those that data are made for, those held out to measure it), drawn at random, both in the order of `targets`.
-
-    Raises:
-        ValueError: a share outside [0, 1), or so few targets that none is left to make data for.
-    """
-    if not 0 <= share < 1:
-        raise UserValueError(f"the share held out must lie in [0, 1); got {share}.")
-    held = round(share * len(targets))
-    if held >= len(targets):
-        raise UserValueError(f"holding out {held} of {len(targets)} targets leaves none to make data for.")
-    chosen = np.random.default_rng(seed).permutation(len(targets))[:held].tolist()
-    apart = set(chosen)
-    kept = tuple(target for place, target in enumerate(targets) if place not in apart)
-    return kept, tuple(targets[place] for place in sorted(apart))
-
-
-def reached_features(features: TextFeatures, layer: int, min_texts: int) -> tuple[FeatureId, ...]:
-    """The features of one layer that fire on at least `min_texts` of the texts: targets that nobody chose."""
-    counts = np.diff(features.matrix().tocsc().indptr)
-    return tuple(FeatureId(layer, int(feature)) for feature in np.flatnonzero(counts >= min_texts))

@@ -1,4 +1,4 @@
-"""The data as TRL reads it, with what is known of every row."""
+"""Write the data as TRL reads it, with the provenance of every row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserValueError, library_refusals
 from qscope_posttrain.features.explain.explanation import FeatureId
-from qscope_posttrain.synthesis.pipeline import Example
+from qscope_posttrain.synthesis.pipeline import SynthesisExample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TYPES = tuple(f"{prompt_type} {kind}" for prompt_type in ("vanilla", "adversarial") for kind in ("harmful", "benign"))
 
 
-def example_row(example: Example, relevance: Mapping[FeatureId, float]) -> dict[str, Any]:
+def example_row(example: SynthesisExample, relevance: Mapping[FeatureId, float]) -> dict[str, Any]:
     """One row: `prompt` and `completion` in TRL's conversational form, and its provenance."""
     draft, response = example.draft, example.response
     if draft.explanation is None:
@@ -49,7 +49,7 @@ def row_type(row: Mapping[str, Any]) -> str:
 
 
 def type_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Rows of each of the four types."""
+    """Number of rows of each of the four types."""
     found = dict.fromkeys(TYPES, 0)
     for row in rows:
         found[row_type(row)] += 1
@@ -57,7 +57,7 @@ def type_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def balanced(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Mapping[str, Any]]:
-    """As many rows of each type as the rarest one that occurs has, drawn at random, in the order of `rows`."""
+    """Draw the same number of rows of each type that occurs, that of the rarest; they stay in order."""
     least = min((count for count in type_counts(rows).values() if count), default=0)
     places: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
@@ -68,11 +68,7 @@ def balanced(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Mapping[s
 
 
 def save_rows(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) -> Dataset:
-    """Write a `datasets` data set that `load_from_disk` and `dataset_name` of a recipe read; an older one goes.
-
-    Raises:
-        ValueError: no rows.
-    """
+    """Write a data set for `load_from_disk` and for `dataset_name` of a recipe; it replaces an older one."""
     from datasets import Dataset
 
     if not rows:

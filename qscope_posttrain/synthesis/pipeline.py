@@ -1,57 +1,73 @@
-"""The loop: prompts for the features that are missing, verified, rewritten, verified again, answered."""
+"""Run a synthesis: write prompts for the missing features, verify them, rewrite, verify again, and answer them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from qscope_posttrain.endpoint.failures import BudgetSpent
+from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
+from qscope_posttrain.endpoint.limits import BudgetSpent
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.endpoint.templates import PromptTemplates
+from qscope_posttrain.endpoint.templates import PromptTemplates, truth_field
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-from qscope_posttrain.synthesis.prompts import Draft, PromptWriter, RewriteJob, VanillaJob
-from qscope_posttrain.synthesis.responses import NoResponse, Response, decide_kinds, write_responses
-from qscope_posttrain.synthesis.settings import Kind, SynthesisSettings
+from qscope_posttrain.synthesis.prompts import (
+    Draft,
+    Kind,
+    PromptJob,
+    PromptType,
+    PromptWriter,
+    SynthesisSettings,
+    rewrite_job,
+)
 
 Verify = Callable[[Sequence[str], Sequence[FeatureId]], Sequence[float]]
 """(texts, one feature for each) -> the feature's largest activation on its text; 0 where it does not fire"""
 
 
 @dataclass(frozen=True)
-class Example:
+class Response:
+    """The response to a prompt in the training data."""
+
+    text: str
+    kind: Kind
+    """z: whether it refuses or answers"""
+    request_id: str
+
+
+@dataclass(frozen=True)
+class SynthesisExample:
     """One row of the data: a verified prompt and its response."""
 
     draft: Draft
     response: Response
     activation: float
-    """Of its feature, the largest over the prompt's tokens"""
+    """Activation of its feature, the largest over the prompt's tokens"""
 
 
 @dataclass
 class SynthesisRun:
-    """What came out."""
+    """Result of `synthesize`."""
 
-    examples: list[Example] = field(default_factory=list)
+    examples: list[SynthesisExample] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
     """Every prompt that was written, kept or not, in order"""
     drawn: int = 0
-    """Prompts asked for, each once, further draws for unreadable answers aside"""
+    """Number of prompts asked for, each once, without further draws for unreadable answers"""
     vanilla_drawn: int = 0
-    """Those of them that were vanilla"""
+    """Number of them that were vanilla"""
     unfinished: tuple[FeatureId, ...] = ()
     """Targets that the budget did not reach"""
     stopped: str = ""
-    """What the budget said when it ended the run; empty where it did not"""
+    """Message of the budget that ended the run; empty otherwise"""
     without: tuple[FeatureId, ...] = ()
     """Targets worked on of which no prompt fired"""
     rejected: Counter[str] = field(default_factory=Counter)
-    """Verified prompts that have no whole response, by the reason (`NoResponse`)"""
+    """Verified prompts without a whole response, by the reason: "no kind", "empty", or a finish reason."""
 
     @property
     def undecided(self) -> int:
-        """Verified prompts without a kind, or without a whole response."""
+        """Number of verified prompts without a kind, or without a whole response."""
         return self.rejected.total()
 
 
@@ -64,11 +80,7 @@ class _Slot:
     number: int
     """Among those of its explanation and kind"""
     style: str
-    """Of the rewrite; empty where none is wanted"""
-
-
-_Found: TypeAlias = dict[_Slot, tuple[Draft, float]]
-"""The drafts whose feature fires, with its activation"""
+    """Style of the rewrite; empty where none is wanted"""
 
 
 def synthesize(
@@ -83,35 +95,50 @@ def synthesize(
 ) -> SynthesisRun:
     """Write data for `targets`, in their order, until all are done or the session's budget is spent.
 
-    A prompt is kept only if its feature fires on it (h = 1); a judge has no say in that. Of a group of features that
-    the budget cuts short nothing is used, but its answers stay in the cache.
+    A prompt is kept only if its feature fires on it (h = 1), whatever a judge says. Nothing of a group of features that
+    the budget cuts short is used, but its answers stay in the cache.
     """
     run = SynthesisRun()
     writer = PromptWriter(session, templates, settings)
-    without: list[FeatureId] = []
     slots = _slots(targets, explanations, settings)
     for start in range(0, len(targets), settings.features_at_once):
         group = targets[start : start + settings.features_at_once]
         try:
             wanted = [slot for feature in group for slot in slots[feature]]
             drafts, vanilla_drawn, kept = _verified(wanted, explanations, writer, settings, verify)
-            kinds = decide_kinds(judge or session, templates, [draft for draft, _ in kept], settings)
-            responses = write_responses(session, templates, [draft for draft, _ in kept], kinds, settings)
+            kinds = _decide_kinds(judge or session, templates, [draft for draft, _ in kept], settings)
+            responses = _write_responses(session, templates, [draft for draft, _ in kept], kinds, settings)
         except BudgetSpent as error:
             run.unfinished, run.stopped = tuple(targets[start:]), str(error)
             break
         run.drafts += drafts
         run.drawn, run.vanilla_drawn = writer.drawn, run.vanilla_drawn + vanilla_drawn
-        run.rejected.update(response.reason for response in responses if isinstance(response, NoResponse))
-        run.examples += [
-            Example(draft, response, activation)
-            for (draft, activation), response in zip(kept, responses, strict=True)
-            if isinstance(response, Response)
-        ]
+        for (draft, activation), response in zip(kept, responses, strict=True):
+            if isinstance(response, Response):
+                run.examples.append(SynthesisExample(draft, response, activation))
+            else:
+                run.rejected[response] += 1
         reached = {draft.feature for draft, _ in kept}
-        without += [feature for feature in group if feature not in reached]
-    run.without = tuple(without)
+        run.without += tuple(feature for feature in group if feature not in reached)
     return run
+
+
+def random_synthesis(
+    vanilla: int, rewrites: int, session: ChatSession, templates: PromptTemplates, settings: SynthesisSettings
+) -> list[Draft]:
+    """Control: as many prompts by the same templates, written for the topic alone, and rewrites of them."""
+    writer, kinds = PromptWriter(session, templates, settings), settings.kinds
+    jobs = [PromptJob(None, kinds[number % len(kinds)], number // len(kinds)) for number in range(vanilla)]
+    drafts = [draft for draft in writer.write("vanilla", jobs) if draft is not None]
+    if not (drafts and settings.styles):
+        return drafts
+    chosen = [drafts[number % len(drafts)] for number in range(rewrites)]
+    turns = _occurrences(draft.kind for draft in chosen)
+    styles = [_style_of(draft.kind, turn, settings) for draft, turn in zip(chosen, turns, strict=True)]
+    # Two drafts may hold the same words: each rewrite needs its own draw.
+    samples = _occurrences((draft.text, style) for draft, style in zip(chosen, styles, strict=True))
+    jobs = [rewrite_job(*job) for job in zip(chosen, styles, samples, strict=True)]
+    return drafts + [draft for draft in writer.write("adversarial", jobs) if draft is not None]
 
 
 def _verified(
@@ -122,30 +149,40 @@ def _verified(
     verify: Verify,
 ) -> tuple[list[Draft], int, list[tuple[Draft, float]]]:
     """(all drafts, vanilla prompts drawn, kept drafts with their activations) of one group of features."""
-    before = writer.drawn
+    before, rounds, kinds = writer.drawn, settings.rounds, settings.kinds
 
-    def vanilla_again(wanted: Sequence[_Slot], attempt: int) -> list[Draft | None]:
-        return writer.vanilla([
-            VanillaJob(explanations[slot.feature], slot.kind, slot.number * settings.rounds + attempt)
-            for slot in wanted
-        ])  # fmt: skip
+    def vanilla_job(slot: _Slot, attempt: int) -> PromptJob:
+        return PromptJob(explanations[slot.feature], slot.kind, slot.number * rounds + attempt)
 
-    drafts, vanilla = _until_it_fires(slots, settings.rounds, verify, vanilla_again)
+    def rewrite(slot: _Slot, attempt: int) -> PromptJob:
+        # Two slots of one explanation may hold the same words, of either kind: each needs its own draw.
+        number = slot.number * len(kinds) + kinds.index(slot.kind)
+        return rewrite_job(vanilla[slot][0], slot.style, number * rounds + attempt)
+
+    def until_it_fires(
+        slots: Sequence[_Slot], prompt_type: PromptType, job: Callable[[_Slot, int], PromptJob]
+    ) -> tuple[list[Draft], dict[_Slot, tuple[Draft, float]]]:
+        """(all drafts, those whose feature fires with its activation)."""
+        drafts: list[Draft] = []
+        fired: dict[_Slot, tuple[Draft, float]] = {}
+        for attempt in range(rounds):
+            wanted = [slot for slot in slots if slot not in fired]
+            if not wanted:
+                break
+            answers = writer.write(prompt_type, [job(slot, attempt) for slot in wanted])
+            written = [(slot, draft) for slot, draft in zip(wanted, answers, strict=True) if draft is not None]
+            drafts += [draft for _, draft in written]
+            features = [slot.feature for slot, _ in written]
+            values = verify([draft.text for _, draft in written], features) if written else []
+            for (slot, draft), value in zip(written, values, strict=True):
+                if value > 0:
+                    fired[slot] = (draft, float(value))
+        return drafts, fired
+
+    drafts, vanilla = until_it_fires(slots, "vanilla", vanilla_job)
     vanilla_drawn = writer.drawn - before
-
-    def rewritten(wanted: Sequence[_Slot], attempt: int) -> list[Draft | None]:
-        # Two slots of one explanation may hold the same words, of either kind: each is to have its own draw.
-        kinds = len(settings.kinds)
-        return writer.adversarial([
-            RewriteJob(
-                vanilla[slot][0],
-                slot.style,
-                (slot.number * kinds + settings.kinds.index(slot.kind)) * settings.rounds + attempt,
-            )
-            for slot in wanted
-        ])  # fmt: skip
-
-    written, rewrites = _until_it_fires([slot for slot in vanilla if slot.style], settings.rounds, verify, rewritten)
+    styled = [slot for slot in vanilla if slot.style]
+    written, rewrites = until_it_fires(styled, "adversarial", rewrite)
     kept = [found[slot] for slot in slots for found in (vanilla, rewrites) if slot in found]
     return drafts + written, vanilla_drawn, kept
 
@@ -153,12 +190,12 @@ def _verified(
 def _slots(
     targets: Sequence[FeatureId], explanations: Mapping[FeatureId, Explanation], settings: SynthesisSettings
 ) -> dict[FeatureId, list[_Slot]]:
-    """All that is wanted. Features of one explanation share its numbers, so that no two slots share a request."""
+    """All slots. Features of one explanation share its numbers, so that no two slots share a request."""
     each = settings.prompts_per_kind
-    before = occurrences(explanations[feature].text for feature in targets)
+    before = _occurrences(explanations[feature].text for feature in targets)
     return {
         feature: [
-            _Slot(feature, kind, earlier * each + number, style_of(kind, place * each + number, settings))
+            _Slot(feature, kind, earlier * each + number, _style_of(kind, place * each + number, settings))
             for number in range(each)
             for kind in settings.kinds
         ]
@@ -166,11 +203,11 @@ def _slots(
     }
 
 
-def style_of(kind: Kind, turn: int, settings: SynthesisSettings) -> str:
+def _style_of(kind: Kind, turn: int, settings: SynthesisSettings) -> str:
     """The style of rewrite number `turn` of a kind; empty where there are none.
 
-    Every kind goes through all styles, each from another place: a style must not give the kind away, nor one style be
-    commoner than another.
+    Every kind goes through all styles, each from another place: a style must neither reveal the kind nor be more common
+    than another.
     """
     if not settings.styles:
         return ""
@@ -178,8 +215,8 @@ def style_of(kind: Kind, turn: int, settings: SynthesisSettings) -> str:
     return settings.styles[(turn + offset) % len(settings.styles)]
 
 
-def occurrences(values: Iterable[Hashable]) -> list[int]:
-    """How often each value has come before."""
+def _occurrences(values: Iterable[Hashable]) -> list[int]:
+    """The number of earlier occurrences of each value."""
     seen: Counter[Hashable] = Counter()
     found = []
     for value in values:
@@ -188,48 +225,45 @@ def occurrences(values: Iterable[Hashable]) -> list[int]:
     return found
 
 
-def _until_it_fires(
-    slots: Sequence[_Slot],
-    rounds: int,
-    verify: Verify,
-    write: Callable[[Sequence[_Slot], int], list[Draft | None]],
-) -> tuple[list[Draft], _Found]:
-    """(all drafts, those whose feature fires), asking in at most `rounds` rounds for those that are still wanted."""
-    drafts: list[Draft] = []
-    kept: _Found = {}
-    for attempt in range(rounds):
-        wanted = [slot for slot in slots if slot not in kept]
-        if not wanted:
-            break
-        written = [
-            (slot, draft) for slot, draft in zip(wanted, write(wanted, attempt), strict=True) if draft is not None
-        ]
-        drafts += [draft for _, draft in written]
-        values = verify([draft.text for _, draft in written], [slot.feature for slot, _ in written]) if written else []
-        for (slot, draft), value in zip(written, values, strict=True):
-            if value > 0:
-                kept[slot] = (draft, float(value))
-    return drafts, kept
+def _decide_kinds(
+    judge: ChatSession, templates: PromptTemplates, drafts: Sequence[Draft], settings: SynthesisSettings
+) -> list[Kind | None]:
+    """z of each prompt, from the judge (None where its answer cannot be read), or with `confirm_kind=False` the kind
+    that was asked for."""
+    if not settings.confirm_kind:
+        return [draft.kind for draft in drafts]
+    sampling = Sampling(temperature=0.0, max_tokens=64)
+    requests = [
+        ChatRequest(templates.messages("kind", prompt=draft.text, topic=settings.topic), sampling) for draft in drafts
+    ]
+    answers = judge.complete_parsed(requests, truth_field("harmful"), "kinds of prompts")
+    names: dict[bool | None, Kind | None] = {True: "harmful", False: "benign", None: None}
+    return [names[answer.value] for answer in answers]
 
 
-def random_synthesis(
-    vanilla: int,
-    rewrites: int,
+def _write_responses(
     session: ChatSession,
     templates: PromptTemplates,
+    drafts: Sequence[Draft],
+    kinds: Sequence[Kind | None],
     settings: SynthesisSettings,
-) -> list[Draft]:
-    """The control: as many prompts by the same templates, written for the topic alone, and rewrites of them."""
-    writer = PromptWriter(session, templates, settings)
-    kinds = settings.kinds
-    jobs = [VanillaJob(None, kinds[number % len(kinds)], number // len(kinds)) for number in range(vanilla)]
-    drafts = [draft for draft in writer.vanilla(jobs) if draft is not None]
-    if not (drafts and settings.styles):
-        return drafts
-    chosen = [drafts[number % len(drafts)] for number in range(rewrites)]
-    turns = occurrences(draft.kind for draft in chosen)
-    styles = [style_of(draft.kind, turn, settings) for draft, turn in zip(chosen, turns, strict=True)]
-    # Two drafts may hold the same words: each rewrite is to have its own draw.
-    samples = occurrences((draft.text, style) for draft, style in zip(chosen, styles, strict=True))
-    again = [RewriteJob(*job) for job in zip(chosen, styles, samples, strict=True)]
-    return drafts + [draft for draft in writer.adversarial(again) if draft is not None]
+) -> list[Response | str]:
+    """y ~ G_resp(x, z) of each prompt (equation 22): a refusal with a safe alternative, or an answer.
+
+    The reason instead, where the model did not end its answer by itself (see `ChatCompletion.whole`).
+    """
+    sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
+    known = [(place, kind) for place, kind in enumerate(kinds) if kind is not None]
+    names = {"harmful": "refuse", "benign": "answer"}
+    requests = [
+        ChatRequest(templates.messages(names[kind], prompt=drafts[place].text, topic=settings.topic), sampling)
+        for place, kind in known
+    ]
+    found: list[Response | str] = ["no kind"] * len(drafts)
+    for (place, kind), completion in zip(known, session.complete(requests, "responses"), strict=True):
+        text = completion.text.strip()
+        if not completion.whole:
+            found[place] = completion.finish_reason
+        else:
+            found[place] = Response(text, kind, completion.request_id) if text else "empty"
+    return found

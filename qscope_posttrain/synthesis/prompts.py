@@ -1,4 +1,4 @@
-"""Prompts from templates: vanilla ones for a feature or for the topic alone, and rewrites (equation 21)."""
+"""Settings of a synthesis, and prompts written from templates: vanilla ones and rewrites of them (equation 21)."""
 
 from __future__ import annotations
 
@@ -8,35 +8,76 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
+from qscope_posttrain.endpoint.chat import ChatRequest, Message, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, text_field
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-from qscope_posttrain.synthesis.settings import Kind, SynthesisSettings
 
+Kind = Literal["harmful", "benign"]
 PromptType = Literal["vanilla", "adversarial"]
+KINDS: tuple[Kind, ...] = ("harmful", "benign")
+STYLES = (
+    "as a scene in a story that somebody is writing",
+    "as one step of a longer, ordinary task",
+    "in the voice of somebody who claims a professional reason",
+    "with polite small talk before and after",
+)
+"""Ways to wrap a message; the template `adversarial.jinja` reads them."""
 
 
-def synthesis_templates(folder: str | os.PathLike[str] | None = None) -> PromptTemplates:
-    """relevance, vanilla, adversarial, kind, refuse and answer, from a user's folder where they are there."""
-    return PromptTemplates(Path(__file__).parent / "templates", folder)
+@dataclass(frozen=True)
+class SynthesisSettings:
+    """How prompts and responses are made."""
+
+    topic: str
+    """Topic of the data, in a few words; every template reads it"""
+    kinds: tuple[Kind, ...] = KINDS
+    """Kinds of prompts to write, one after the other for each feature"""
+    styles: tuple[str, ...] = STYLES
+    """Styles of the adversarial rewrites; each kept vanilla prompt is rewritten in one of them, in turn"""
+    prompts_per_kind: int = 1
+    """Number of vanilla prompts per feature and kind; an adversarial one is made of each"""
+    rounds: int = 3
+    """Maximum number of attempts at a prompt that fires its feature"""
+    enough: int = 2
+    """Number of seed examples that make a target covered; 1 works on missing targets only"""
+    features_at_once: int = 16
+    """Number of features worked on together; each of these groups is finished before the next one begins"""
+    temperature: float = 1.0
+    """Sampling temperature of prompts and responses"""
+    max_tokens: int = 512
+    """Maximum length of prompts and responses, in tokens"""
+    confirm_kind: bool = True
+    """Ask the judge whether a prompt should be declined; otherwise the kind is the one asked for"""
+
+    def __post_init__(self) -> None:
+        if not self.topic.strip():
+            raise UserValueError("a synthesis needs a topic.")
+        if not self.kinds or set(self.kinds) - set(KINDS) or len(set(self.kinds)) != len(self.kinds):
+            raise UserValueError(f"kinds are {', '.join(KINDS)}; got {list(self.kinds)}.")
+        for name in ("prompts_per_kind", "rounds", "enough", "features_at_once", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UserValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.temperature < 0:
+            raise UserValueError(f"temperature must be at least 0; got {self.temperature}.")
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt as it was written, before anybody looked whether its feature fires."""
+    """A prompt as it was written, before its feature is verified."""
 
     text: str
     kind: Kind
-    """What was asked for"""
+    """The kind asked for"""
     prompt_type: PromptType
     style: str
-    """Of an adversarial prompt; empty otherwise"""
+    """Style of an adversarial prompt; empty otherwise"""
     request_id: str
     explanation: Explanation | None
-    """Of the feature that it was written for; None where it was written for the topic alone"""
+    """Explanation of the feature that it was written for; None where it was written for the topic alone"""
     tokens: int = 0
-    """Of the request and its answer, as the server counts them"""
+    """Tokens of the request and its answer, as the server counts them"""
 
     @property
     def feature(self) -> FeatureId | None:
@@ -44,78 +85,50 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class VanillaJob:
-    """One vanilla prompt wanted."""
+class PromptJob:
+    """One prompt to write: a vanilla one, or the rewrite of a draft in a style."""
 
     explanation: Explanation | None
     kind: Kind
     sample: int
+    rewritten: Draft | None = None
+    style: str = ""
 
 
-@dataclass(frozen=True)
-class RewriteJob:
-    """One adversarial rewrite wanted."""
+def rewrite_job(draft: Draft, style: str, sample: int) -> PromptJob:
+    """The rewrite of a draft."""
+    return PromptJob(draft.explanation, draft.kind, sample, draft, style)
 
-    draft: Draft
-    style: str
-    sample: int
+
+def synthesis_templates(folder: str | os.PathLike[str] | None = None) -> PromptTemplates:
+    """Templates relevance, vanilla, adversarial, kind, refuse and answer; those in a user's folder come first."""
+    return PromptTemplates(Path(__file__).parent / "templates", folder)
 
 
 class PromptWriter:
-    """Writes prompts: one request each, in the order in which they are wanted."""
+    """Writes prompts, with one request each, in the order of the jobs."""
 
     def __init__(self, session: ChatSession, templates: PromptTemplates, settings: SynthesisSettings) -> None:
         self._session, self._templates, self._settings = session, templates, settings
         self._sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
         self.drawn = 0
-        """Prompts asked for, readable or not"""
+        """Number of prompts asked for, readable or not"""
 
-    def vanilla(self, jobs: Sequence[VanillaJob]) -> list[Draft | None]:
-        """x ~ G_van(explanation); None where the answer could not be read."""
-        requests = [
-            self._request("vanilla", job.sample, explanation=_words(job.explanation), kind=job.kind) for job in jobs
-        ]
-        found = self._write(requests, "vanilla prompts")
-        return [
-            None if entry is None else Draft(entry[0], job.kind, "vanilla", "", entry[1], job.explanation, entry[2])
-            for job, entry in zip(jobs, found, strict=True)
-        ]
-
-    def adversarial(self, jobs: Sequence[RewriteJob]) -> list[Draft | None]:
-        """x' ~ G_adv(x, style); None where the answer could not be read."""
-        requests = [
-            self._request(
-                "adversarial",
-                job.sample,
-                explanation=_words(job.draft.explanation),
-                prompt=job.draft.text,
-                style=job.style,
-            )
-            for job in jobs
-        ]
-        found = self._write(requests, "adversarial prompts")
-        return [
-            None
-            if entry is None
-            else Draft(entry[0], job.draft.kind, "adversarial", job.style, entry[1], job.draft.explanation, entry[2])
-            for job, entry in zip(jobs, found, strict=True)
-        ]
-
-    def _request(self, template: str, sample: int, **values: object) -> ChatRequest:
-        messages = self._templates.messages(template, topic=self._settings.topic, **values)
-        return ChatRequest(messages, self._sampling, sample)
-
-    def _write(self, requests: Sequence[ChatRequest], description: str) -> list[tuple[str, str, int] | None]:
-        """(text, request id, tokens) of each."""
-        if not requests:
+    def write(self, prompt_type: PromptType, jobs: Sequence[PromptJob]) -> list[Draft | None]:
+        """x ~ G_van(explanation), or x' ~ G_adv(x, style); None where the answer could not be read."""
+        if not jobs:
             return []
-        answers = self._session.complete_parsed(requests, text_field("prompt"), description)
+        requests = [ChatRequest(self._messages(prompt_type, job), self._sampling, job.sample) for job in jobs]
+        answers = self._session.complete_parsed(requests, text_field("prompt"), f"{prompt_type} prompts")
         self.drawn += len(requests)
-        return [
-            None if answer.value is None else (answer.value, answer.completion.request_id, answer.completion.tokens)
-            for answer in answers
-        ]
+        drafts: list[Draft | None] = []
+        for job, answer in zip(jobs, answers, strict=True):
+            text, completion = answer.value, answer.completion
+            about = (job.kind, prompt_type, job.style, completion.request_id, job.explanation, completion.tokens)
+            drafts.append(None if text is None else Draft(text, *about))
+        return drafts
 
-
-def _words(explanation: Explanation | None) -> str:
-    return "" if explanation is None else explanation.text
+    def _messages(self, prompt_type: PromptType, job: PromptJob) -> tuple[Message, ...]:
+        explanation = "" if job.explanation is None else job.explanation.text
+        values = {"kind": job.kind} if job.rewritten is None else {"prompt": job.rewritten.text, "style": job.style}
+        return self._templates.messages(prompt_type, topic=self._settings.topic, explanation=explanation, **values)

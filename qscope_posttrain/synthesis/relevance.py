@@ -1,4 +1,4 @@
-"""How much a feature has to do with the topic: from a judge that reads its explanation, or from a table."""
+"""Rate how relevant features are to the topic: by a judge that reads their explanations, or from a table."""
 
 from __future__ import annotations
 
@@ -19,30 +19,28 @@ COLUMNS = ("layer", "feature", "relevance")
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a judge makes of explained features."""
+class Judgment:
+    """A judge's ratings of explained features."""
 
     relevance: Mapping[FeatureId, float]
     unreadable: tuple[FeatureId, ...]
-    """Features whose judgement could not be read, also when asked for again, or was refused"""
+    """Features whose rating could not be read, also after further requests, or was refused"""
 
 
 def judge_relevance(
     session: ChatSession, templates: PromptTemplates, explanations: Sequence[Explanation], topic: str
-) -> Judgement:
+) -> Judgment:
     """s_f in [0, 1] of every explained feature (equation 19), from one greedy request each.
 
     Raises:
-        ValueError: no judgement at all can be read.
+        ValueError: no rating at all can be read.
     """
     sampling = Sampling(temperature=0.0, max_tokens=64)
     requests = [
         ChatRequest(templates.messages("relevance", explanation=entry.text, topic=topic), sampling)
         for entry in explanations
     ]
-    answers = session.complete_parsed(
-        requests, number_field("relevance", 0.0, 1.0), description="relevance of features"
-    )
+    answers = session.complete_parsed(requests, number_field("relevance", 0.0, 1.0), "relevance of features")
     pairs = list(zip([entry.feature for entry in explanations], answers, strict=True))
     relevance = {feature: answer.value for feature, answer in pairs if answer.value is not None}
     if pairs and not relevance:
@@ -53,15 +51,15 @@ def judge_relevance(
             f'{{"relevance": 0.7}}, the last {said}. Ask another judge, change relevance.jinja (--templates), or give '
             "a table (--relevance)."
         )
-    return Judgement(relevance, tuple(feature for feature, answer in pairs if answer.value is None))
+    return Judgment(relevance, tuple(feature for feature, answer in pairs if answer.value is None))
 
 
 def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:
-    """A CSV table with the columns layer, feature and relevance; others are ignored.
+    """Read a CSV table with the columns layer, feature and relevance; others are ignored.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column is missing, a cell is no number, or a feature comes twice.
+        ValueError: a missing column, a cell that is no number, or a feature listed twice.
     """
     rows = read_csv(path, "table of relevance")
     header = next(rows, (0, []))[1]
@@ -83,7 +81,7 @@ def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:
 
 
 def write_relevance(path: str | os.PathLike[str], relevance: Mapping[FeatureId, float]) -> Path:
-    """The table that `read_relevance` reads, for editing by hand."""
+    """Write the table that `read_relevance` reads, for editing by hand."""
     lines = [",".join(COLUMNS)]
     lines += [f"{feature.layer},{feature.feature_id},{score!r}" for feature, score in sorted(relevance.items())]
     write_text(path, "\n".join(lines) + "\n")

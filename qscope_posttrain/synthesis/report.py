@@ -1,24 +1,52 @@
-"""How far a synthesis got: its coverage in groups of features, next to its controls."""
+"""Report coverage of a synthesis in groups of features, next to random synthesis and natural text."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import FeatureId
+from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.plots import Curve, line_curves
+from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.synthesis.comparison import Corpus, comparison_tables
-from qscope_posttrain.synthesis.coverage import Hits, coverage_interval, firing, growth, reached_features
+from qscope_posttrain.synthesis.coverage import (
+    FeatureReader,
+    Hits,
+    coverage_interval,
+    coverage_of_subsets,
+    firing,
+    growth,
+    reached_features,
+)
+from qscope_posttrain.synthesis.dataset import type_counts
 from qscope_posttrain.synthesis.pipeline import SynthesisRun
 from qscope_posttrain.synthesis.prompts import Draft
-from qscope_posttrain.synthesis.reading import FeatureReader
 
 MADE_FOR = "targets made for"
 HELD_OUT = "targets held out"
+
+
+@dataclass(frozen=True)
+class StrategyTexts:
+    """The texts of one strategy, as the features that they fire."""
+
+    name: str
+    hits: Mapping[str, Hits]
+    """{group of features: [texts, features]}, all groups on the same texts"""
+    requests: int | None = None
+    """Number of prompts asked for to make them; None for natural text"""
+    tokens: int | None = None
+    """Tokens of these requests and their answers"""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.hits.values())))
 
 
 @dataclass(frozen=True)
@@ -46,12 +74,13 @@ def measure(
     """Read everything once more, with all layers, and compare.
 
     Args:
-        made_for: targets that prompts were verified on: the filter's own.
-        held_out: targets of the same judge that nothing was made for.
-        random_drafts: of `pipeline.random_synthesis`.
-        natural: texts of people, in random order. Half of them only say which features of `other_layers` are counted;
-            the others are what natural sampling draws from.
-        other_layers: layers that no prompt was verified on; counted are the features that fire on at least `min_texts`
+        made_for: Targets that prompts were verified on: the filter's own.
+        held_out: Targets of the same judge that nothing was made for.
+        random_drafts: Result of `pipeline.random_synthesis`.
+        random_requests: Number of prompts asked for to get them.
+        natural: Texts by people, in random order. Half of them only decide which features of `other_layers` are
+            counted; natural sampling draws from the others.
+        other_layers: Layers that no prompt was verified on; counted are the features that fire on at least `min_texts`
             of the former half.
 
     Raises:
@@ -67,18 +96,42 @@ def measure(
         read = reader.read(reference, other_layers)
         groups |= {f"layer {layer}": reached_features(read[layer], layer, min_texts) for layer in other_layers}
     groups = {name: features for name, features in groups.items() if features}
-    made = _corpus("feature-driven", run.drafts, run.drawn, reader, groups)
-    others = []
+    layers = sorted({feature.layer for features in groups.values() for feature in features})
+
+    def hits(texts: Sequence[str]) -> dict[str, Hits]:
+        read = reader.read(texts, layers)
+        return {name: firing(read, features) for name, features in groups.items()}
+
+    def written(name: str, drafts: Sequence[Draft], requests: int) -> StrategyTexts:
+        tokens = sum(draft.tokens for draft in drafts)
+        return StrategyTexts(name, hits([draft.text for draft in drafts]), requests, tokens)
+
+    made, others = written("feature-driven", run.drafts, run.drawn), []
     if random_drafts:
-        others.append(_corpus("random synthesis", random_drafts, random_requests, reader, groups))
+        others.append(written("random synthesis", random_drafts, random_requests))
     if pool:
-        others.append(Corpus("natural text", _hits(reader, pool, groups)))
-    kept = kept_places(run)
-    curves = [made, *others]
-    return Measured(
-        tuple(comparison_tables(made, kept, others, seed=seed)) if kept else (),
-        _figure(curves, HELD_OUT if HELD_OUT in groups else MADE_FOR, run.drawn, seed),
-    )
+        others.append(StrategyTexts("natural text", hits(pool)))
+    places = {id(draft): place for place, draft in enumerate(run.drafts)}
+    kept = [places[id(example.draft)] for example in run.examples]
+    figure = _figure([made, *others], HELD_OUT if HELD_OUT in groups else MADE_FOR, run.drawn, seed)
+    return Measured(tuple(comparison_tables(made, kept, others, seed=seed)) if kept else (), figure)
+
+
+def comparison_tables(
+    made: StrategyTexts, kept: Sequence[int], others: Sequence[StrategyTexts], draws: int = 200, seed: int = 0
+) -> list[Table]:
+    """Two tables: all strategies at the requests spent, and at as many examples as were kept.
+
+    Args:
+        made: Every prompt that was written for a feature.
+        kept: Places in it of those that became examples.
+        others: Strategies to compare with.
+    """
+    places = np.asarray(kept, dtype=np.int64)
+    kept_hits = {name: matrix[places] for name, matrix in made.hits.items()}
+    selected = StrategyTexts(f"{made.name}, verified", kept_hits, made.requests, made.tokens)
+    rest = [StrategyTexts(f"{made.name}, unfiltered", made.hits, made.requests, made.tokens), *others]
+    return [_equal_requests([selected, *rest], draws, seed), _equal_examples(selected, rest, draws, seed)]
 
 
 def target_table(targets: Sequence[FeatureId], seed_hits: Hits, made_hits: Hits) -> Table:
@@ -96,34 +149,91 @@ def target_table(targets: Sequence[FeatureId], seed_hits: Hits, made_hits: Hits)
     )
 
 
-def kept_places(run: SynthesisRun) -> list[int]:
-    """Places among the drafts of those that became examples."""
-    places = {id(draft): place for place, draft in enumerate(run.drafts)}
-    return [places[id(example.draft)] for example in run.examples]
+def _equal_requests(strategies: Sequence[StrategyTexts], draws: int, seed: int) -> Table:
+    """Coverage of each strategy with the requests of the first; natural text counts one request per text."""
+    budget = strategies[0].requests or 0
+    rows: list[list[Cell]] = []
+    for texts in strategies:
+        size = len(texts) if texts.requests is not None else min(budget, len(texts))
+        cells: list[Cell] = [texts.name, texts.requests, texts.tokens, size]
+        for hits in texts.hits.values():
+            if texts.requests is None and 0 < size < len(texts):
+                cells.append(_drawn(coverage_of_subsets(hits, size, draws, seed)))
+            else:
+                cells.append(coverage_interval(hits).text(".1%"))
+        rows.append(cells)
+    return Table(
+        "Coverage at equal requests",
+        ["strategy", "prompt requests", "tokens", "examples", *strategies[0].hits],
+        rows,
+        "Requests and tokens: of prompts; a response costs the same whatever the strategy. Coverage: share of features "
+        "that at least one example fires. [ ]: Wilson interval over the features of the group. ( ): range of 95 % of "
+        "random draws of that number of texts. The verified examples were chosen by the very features of the first "
+        "group: there, coverage is high by construction, and only the other groups are evidence.",
+    )
 
 
-def _corpus(
-    name: str,
-    drafts: Sequence[Draft],
-    requests: int,
-    reader: FeatureReader,
-    groups: Mapping[str, Sequence[FeatureId]],
-) -> Corpus:
-    hits = _hits(reader, [draft.text for draft in drafts], groups)
-    return Corpus(name, hits, requests, sum(draft.tokens for draft in drafts))
+def _equal_examples(first: StrategyTexts, others: Sequence[StrategyTexts], draws: int, seed: int) -> Table:
+    """Coverage of as many examples of each strategy as the first one has."""
+    size = len(first)
+    measured = (coverage_interval(hits).text(".1%") for hits in first.hits.values())
+    rows: list[list[Cell]] = [[first.name, size, *measured]]
+    for texts in others:
+        most = min(size, len(texts))
+        cells = [_drawn(coverage_of_subsets(h, most, draws, seed)) if most else None for h in texts.hits.values()]
+        rows.append([texts.name, most, *cells])
+    return Table(
+        "Coverage at equal examples",
+        ["strategy", "examples", *first.hits],
+        rows,
+        "As above; every other strategy by random draws of as many of its texts as were verified, where it has them.",
+    )
 
 
-def _hits(reader: FeatureReader, texts: Sequence[str], groups: Mapping[str, Sequence[FeatureId]]) -> dict[str, Hits]:
-    layers = sorted({feature.layer for features in groups.values() for feature in features})
-    read = reader.read(texts, layers)
-    return {name: firing(read, features) for name, features in groups.items()}
-
-
-def _figure(corpora: Sequence[Corpus], group: str, longest: int, seed: int) -> str:
-    """Coverage of one group over the number of prompts, each corpus in a random order."""
+def _figure(strategies: Sequence[StrategyTexts], group: str, longest: int, seed: int) -> str:
+    """Coverage of one group over the number of prompts, each strategy in a random order."""
     curves = []
-    for corpus in corpora:
-        order = np.random.default_rng(seed).permutation(len(corpus))[: max(longest, 1)]
-        found = growth(corpus.hits[group][order])
-        curves.append(Curve(corpus.name, list(range(1, len(found) + 1)), found))
+    for texts in strategies:
+        order = np.random.default_rng(seed).permutation(len(texts))[: max(longest, 1)]
+        found = growth(texts.hits[group][order])
+        curves.append(Curve(texts.name, list(range(1, len(found) + 1)), found))
     return line_curves(curves, "prompts", f"coverage of {group}", percent=True)
+
+
+def write_prompts(path: Path, made: SynthesisRun, control: Sequence[Draft]) -> None:
+    """Write every prompt, what it was for, and whether it was kept, as JSONL."""
+    activation = {id(example.draft): example.activation for example in made.examples}
+    lines = []
+    for strategy, drafts in (("feature-driven", made.drafts), ("random", control)):
+        for draft in drafts:
+            entry = {
+                "strategy": strategy,
+                "prompt": draft.text,
+                "layer": draft.feature.layer if draft.feature else None,
+                "feature": draft.feature.feature_id if draft.feature else None,
+                "kind": draft.kind,
+                "prompt_type": draft.prompt_type,
+                "style": draft.style,
+                "request": draft.request_id,
+                "kept": id(draft) in activation,
+                "activation": activation.get(id(draft)),
+            }
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def examples_table(rows: Sequence[Mapping[str, Any]], made: SynthesisRun) -> Table:
+    """Counts of examples by type, with what became of the prompts."""
+    cells: list[list[Cell]] = [[name, count] for name, count in type_counts(rows).items()]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(made.rejected.items()))
+    features = len({(row["layer"], row["feature"]) for row in rows})
+    caption = (
+        f"{len(rows)} examples for {features} features, from {made.drawn} prompts asked for; {len(made.without)} "
+        f"features that no prompt fired; {made.undecided} verified prompts without a kind or a whole response"
+        f"{f' ({reasons})' if reasons else ''}."
+    )
+    return Table("Examples", ["type", "examples"], cells, caption)
+
+
+def _drawn(interval: Interval) -> str:
+    return f"{interval.estimate:.1%} ({interval.low:.1%}, {interval.high:.1%})"

@@ -1,1 +1,1 @@
-"""The tiny world on which every claim is reproduced: corpus, tokenizer, language model, SAEs, SASFT arms, demo."""
+"""Tiny worlds on which every claim is reproduced: one engine, two tasks (switching, repetition), and the demo."""

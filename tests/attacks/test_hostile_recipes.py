@@ -8,11 +8,12 @@ import sys
 import pytest
 import yaml
 
-from qscope_posttrain.cli import features, grpo_arguments, recipe_keys, sft_arguments
-from qscope_posttrain.cli.artefacts import resolved_yaml
-from qscope_posttrain.cli.endpoint_options import add_endpoint_options
+from qscope_posttrain.cli import features
+from qscope_posttrain.cli.chat_model import add_endpoint_options
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.cli.parsing import recipes
+from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.training import grpo, sft
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.rl.rewards import reward_function
 
@@ -21,7 +22,7 @@ BASE = {"model_name_or_path": "m", "output_dir": "o", "use_cpu": True, "bf16": F
 SFT = BASE | {"method": "sft"}
 GRPO = BASE | {"rewards": ["repetition_penalty"], "negative": "seeded", "max_completion_length": 32}
 GRPO |= {"num_generations": 4, "per_device_train_batch_size": 4}
-PARSERS = {"sft": (sft_arguments.parse_recipe, SFT), "grpo": (grpo_arguments.parse_recipe, GRPO)}
+PARSERS = {"sft": (sft.parse_recipe, SFT), "grpo": (grpo.parse_recipe, GRPO)}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_a_recipe_sets_no_variable_that_chooses_code_places_or_secrets(tmp_path,
     before = dict(os.environ)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"env": {"NCCL_DEBUG": "INFO", name: CANARY}}))
-    run, arguments = {"sft": (sft_arguments.parse_recipe, []), "features": (features.run, ["show", "x"])}[command]
+    run, arguments = {"sft": (sft.parse_recipe, []), "features": (features.run, ["show", "x"])}[command]
     with pytest.raises(ValueError, match=f"'env' may not set {name}") as error:
         run([*arguments, "--config", str(path)])
     assert "Set others in the shell" in str(error.value)
@@ -73,14 +74,12 @@ def test_env_of_another_form_is_refused(parse, content):
 
 
 def test_every_variable_of_the_list_is_set_but_not_over_the_shell(parse):
-    for name in recipe_keys.ENVIRONMENT:
+    for name in recipes.ENVIRONMENT:
         os.environ.pop(name, None)
     shell = {"OMP_NUM_THREADS": "7"}
     os.environ.update(shell)
-    parse("sft", {"env": dict.fromkeys(sorted(recipe_keys.ENVIRONMENT), 1), "dry_run": True})
-    assert {name: os.environ[name] for name in recipe_keys.ENVIRONMENT} == dict.fromkeys(
-        recipe_keys.ENVIRONMENT, "1"
-    ) | shell
+    parse("sft", {"env": dict.fromkeys(sorted(recipes.ENVIRONMENT), 1), "dry_run": True})
+    assert {name: os.environ[name] for name in recipes.ENVIRONMENT} == dict.fromkeys(recipes.ENVIRONMENT, "1") | shell
 
 
 CODE = [
@@ -126,12 +125,12 @@ def test_code_is_refused_before_anything_is_imported(parse, tmp_path, monkeypatc
 @pytest.mark.parametrize(("command", "changes"), [entry for entry in CODE if "custom_generate" not in str(entry)])
 def test_allow_code_takes_the_users_word(parse, command, changes):
     found = parse(command, changes, "--allow-code", "--dry_run")
-    assert "--allow-code" in resolved_yaml(found, None).splitlines()[0]
-    assert "--allow-code" not in resolved_yaml(parse(command, {}), None)
+    assert "--allow-code" in found.resolved_yaml(None).splitlines()[0]
+    assert "--allow-code" not in parse(command, {}).resolved_yaml(None)
 
 
 def options_of_an_endpoint(tmp_path, recipe: dict, *arguments: str):
-    parser = OptionParser()
+    parser = CommandParser()
     add_endpoint_options(parser)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"chat_model": "m"} | recipe))
@@ -208,7 +207,7 @@ def test_what_the_command_line_says_is_the_users_word(parse):
 def test_values_are_no_code(parse):
     values = {"trust_remote_code": False, "model_init_kwargs": {"trust_remote_code": False, "weights_only": True}}
     parse("sft", values | {"attn_implementation": "sdpa"})
-    rewards = ["trl.rewards.accuracy_reward", "qscope_posttrain.testbed.arithmetic.training.RightAnswer"]
+    rewards = ["trl.rewards.accuracy_reward", "qscope_posttrain.testbed.repetition.training.RightAnswer"]
     rewards += [{"name": "language_consistency", "column": "a.b"}]
     parse("grpo", {"rewards": rewards})
 
@@ -248,7 +247,7 @@ def test_merged_keys_are_seen(parse, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model_init_kwargs: &a {trust_remote_code: true}\ndataset_kwargs: {<<: *a}\n")
     with pytest.raises(ValueError, match=r"dataset_kwargs\.trust_remote_code"):
-        sft_arguments.parse_recipe(["--config", str(path), "--model_init_kwargs", "{}"])
+        sft.parse_recipe(["--config", str(path), "--model_init_kwargs", "{}"])
 
 
 @pytest.mark.parametrize("command", ["sft", "grpo", "sae train", "demo", "features find", "steer", "synthesize"])

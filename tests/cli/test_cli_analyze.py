@@ -85,7 +85,7 @@ def test_words_prompt_and_scores(world, benchmarks, tmp_path):
     ("action", "extra", "message"),
     [
         ("overlap", ["--control", "en"], "--control is a column of the scores"),
-        ("overlap", ["--prompt", "Answer:"], "a prompt holds {text}"),
+        ("overlap", ["--prompt", "Answer:"], "a prompt must contain {text}"),
         ("overlap", ["--layers", "9"], "the model has the layers 0 to 3"),
         ("overlap", ["--size", "40"], "need at least"),
         ("redundancy", ["--max-items", "3", "--correctness", "CORRECT"], "has 12 items, the benchmark 3"),

@@ -9,7 +9,7 @@ import pytest
 
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.testbed.grammar import write_paragraphs
+from qscope_posttrain.testbed.switching.grammar import write_paragraphs
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,11 @@ def test_predict_adds_columns_in_every_format(world, fitted, data, rows, name, t
 
         found = list(load_from_disk(str(tmp_path / name)))
     assert [row["text"] for row in found] == [row["text"] for row in rows]
+    folder = tmp_path if "." in name else tmp_path / name
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    counts = {"texts": len(rows), "positive": sum(row["positive"] for row in found), "rows": len(rows)}
+    assert summary["command"] == "classify predict"
+    assert counts.items() <= summary["results"].items()
     assert all((float(row["score"]) > 0) == row["positive"] for row in found)
     right = sum(row["positive"] == (row["label"] == "cyrillic") for row in found)
     assert right >= 0.8 * len(rows)

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerState
 
-from qscope_posttrain.cli.checks import check_checkpoint
-from qscope_posttrain.cli.inputs import load_model
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.cli.training.checks import check_checkpoint
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.models.loading import load_model
 
 
 def test_find_writes_a_feature_set_and_its_summary(world):
@@ -92,7 +92,7 @@ def test_an_empty_language_and_an_unwritable_folder(world, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(world, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
-    command += ["-m", "qscope_posttrain.cli", "features", "find", "--model", world.model, "--texts", world.texts]
+    command += ["-m", "qscope_posttrain", "features", "find", "--model", world.model, "--texts", world.texts]
     command += ["--sae", world.saes, "--layers", "2-3", "--target", "zh", "--device", "cpu", "--output", str(tmp_path)]
     subprocess.run([*command, "--tokens-per-batch", "128"], check=True, timeout=300)
     one, two = FeatureSet.load(world.features), FeatureSet.load(tmp_path / "features.safetensors")

@@ -24,16 +24,50 @@ from qscope_posttrain.errors import (
 )
 
 
-@pytest.mark.parametrize("name", ["qscope_posttrain", "qscope_posttrain.cli"])
-def test_both_modules_run_and_help_imports_nothing_heavy(name):
+def test_the_package_runs_as_a_module_and_its_help_imports_nothing_heavy():
     code = (
-        f"import runpy, sys\nsys.argv = ['x', '--help']\n"
-        f"try:\n    runpy.run_module('{name}', run_name='__main__')\nexcept SystemExit as end:\n    status = end.code\n"
+        "import runpy, sys\nsys.argv = ['x', '--help']\n"
+        "try:\n    runpy.run_module('qscope_posttrain', run_name='__main__')\n"
+        "except SystemExit as end:\n    status = end.code\n"
         "print(status, sorted({'torch', 'trl', 'transformers', 'matplotlib', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
     assert all(command in done.stdout for command in COMMANDS)
+
+
+SUBCOMMANDS = {
+    "features": ["find", "find-repetition", "contrast", "rank", "explain", "tokens", "show"],
+    "sae": ["list", "show", "check", "convert", "train"],
+    "evaluate": ["code-switching", "repetition", "safety"],
+    "analyze": ["redundancy", "overlap"],
+    "classify": ["fit", "predict", "report"],
+}
+
+
+def test_no_help_text_imports_torch_transformers_or_trl():
+    """All commands and sub-commands in one process, and a command line of which only TRL's keys are missing."""
+    lines = [[command] for command in COMMANDS if command != "demo"]  # it imports the testbed's settings, and torch
+    lines += [[command, name] for command, names in SUBCOMMANDS.items() for name in names]
+    code = (
+        "import contextlib, io, sys\nfrom qscope_posttrain.cli.main import main\n"
+        f"for line in {[*lines, ['demo']]!r}:\n"
+        "    text = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(text):\n"
+        "        try:\n            main([*line, '--help'])\n"
+        "        except SystemExit as end:\n            assert not end.code, line\n"
+        "    assert 'usage: qscope ' + ' '.join(line) in text.getvalue(), (line, text.getvalue())\n"
+        "    heavy = {'trl', 'transformers', 'datasets'} | ({'torch'} if line != ['demo'] else set())\n"
+        "    assert not heavy & set(sys.modules), (line, heavy & set(sys.modules))\n"
+        "for command in ('sft', 'grpo'):\n"
+        "    assert main([command]) == 2\n"
+        "assert 'trl' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == 2
+    assert all("needs 'model_name_or_path'" in line and "'dataset_name' or as 'datasets'" in line for line in said)
 
 
 def test_help_and_version(capsys):

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import json
 import os
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
-from qscope_posttrain.cli.config_arguments import arguments_of, field_docstrings
-from qscope_posttrain.cli.inputs import parse_layers, read_prompts, read_texts
-from qscope_posttrain.cli.parser import RecipeParser
-from qscope_posttrain.cli.sft_arguments import METHODS, parse_recipe
+from qscope_posttrain.cli.parsing.fields import field_help
+from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.training.sft import METHODS, config_class, parse_recipe
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.loading import parse_layers
 
 
 @dataclass
@@ -33,7 +31,7 @@ class Arguments:
 def _parse(tmp_path, text: str, *arguments: str) -> Arguments:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    return RecipeParser([Arguments]).parse([f"--config={path}", *arguments])[0]
+    return CommandParser([Arguments]).build([f"--config={path}", *arguments])[0]
 
 
 @pytest.mark.parametrize(
@@ -126,8 +124,8 @@ def test_command_line_overrides_and_is_as_strict(tmp_path):
     found = _parse(tmp_path, "rate: 0.5\nsteps: 3", "--steps", "4", "--layers", "1", "2", "--mode=slow", "--no_second")
     assert (found.rate, found.steps, found.layers, found.mode, found.second) == (0.5, 4, [1, 2], "slow", False)
     for arguments, message in [
-        (["--raet", "1"], r"unknown key 'raet' in the command line. Did you mean 'rate'\?"),
-        (["--ra", "1"], "unknown key 'ra'"),  # no abbreviation
+        (["--raet", "1"], r"unknown option '--raet'. Did you mean '--rate'\?"),
+        (["--ra", "1"], "unknown option '--ra'"),  # no abbreviation
         (["--rate", "x"], "invalid float value"),
         (["--mode", "x"], "invalid choice"),
         (["word"], "unexpected words on the command line: word"),
@@ -138,7 +136,7 @@ def test_command_line_overrides_and_is_as_strict(tmp_path):
         with pytest.raises(ValueError, match=message):
             _parse(tmp_path, "rate: 0.5", *arguments)
     with pytest.raises(FileNotFoundError, match="no recipe at"):
-        RecipeParser([Arguments]).parse(["--config", "nowhere.yaml"])
+        CommandParser([Arguments]).build(["--config", "nowhere.yaml"])
 
 
 def test_environment_block_gives_way_to_the_shell(tmp_path, monkeypatch):
@@ -157,7 +155,7 @@ def test_a_recipe_that_is_refused_sets_nothing(tmp_path, monkeypatch, rest):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"env: {{OMP_NUM_THREADS: 1}}\n{rest}")
     with pytest.raises(ValueError, match=r"raet|rate|no"):
-        RecipeParser([Arguments], before_build=refuse).parse(["--config", str(path)])
+        CommandParser([Arguments], before_build=refuse).build(["--config", str(path)])
     assert os.environ == {}
 
 
@@ -172,25 +170,31 @@ def test_a_recipe_that_is_refused_sets_nothing(tmp_path, monkeypatch, rest):
 def test_the_command_line_wins_wherever_the_recipe_stands(tmp_path, arguments):
     path = tmp_path / "recipe.yaml"
     path.write_text("steps: 3\nwords: [x, y, z]\nsecond: true\nfirst: false\nrate: 0.5\n")
-    found = RecipeParser([Arguments]).parse([argument.format(path) for argument in arguments])[0]
+    found = CommandParser([Arguments]).build([argument.format(path) for argument in arguments])[0]
     assert (found.steps, found.words, found.second, found.first, found.rate) == (4, ["b", "c"], False, True, 0.5)
 
 
 def test_defaults_of_the_caller_give_way_to_file_and_command_line(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("steps: 3\n")
-    found = RecipeParser([Arguments]).parse([f"--config={path}", "--name", "n"], {"steps": 1, "name": "d", "rate": 2.0})
+    found = CommandParser([Arguments]).build(
+        [f"--config={path}", "--name", "n"], {"steps": 1, "name": "d", "rate": 2.0}
+    )
     assert (found[0].steps, found[0].name, found[0].rate) == (3, "n", 2.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_of_a_method_is_a_documented_key(method):
-    kind, prefix = METHODS[method]
-    documented, keys = field_docstrings(kind), arguments_of(kind, prefix).__dataclass_fields__
-    assert set(keys) == {f"{prefix}{name}" for name in kind.__dataclass_fields__}
-    assert all(documented[name] for name in kind.__dataclass_fields__)
-    assert all(f"(default: {option.default})" in keys[prefix + name].metadata["help"]
-               for name, option in kind.__dataclass_fields__.items())  # fmt: skip
+    kind, prefix = config_class(method), METHODS[method][1]
+    parser = CommandParser([(kind, prefix)])
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    documented = field_help(kind)
+    assert set(actions) == {f"{prefix}{name}" for name in kind.__dataclass_fields__}
+    for name, option in kind.__dataclass_fields__.items():
+        assert documented[name]
+        assert actions[prefix + name].default is None
+        if option.default is not None:
+            assert f"(default: {option.default!s})" in actions[prefix + name].help
 
 
 def test_the_help_shows_each_default_once(capsys):
@@ -214,51 +218,3 @@ def test_layers(words, layers):
 def test_no_layers(words):
     with pytest.raises(ValueError, match=r"layer|gives"):
         parse_layers(words, 4)
-
-
-def test_texts_by_line_with_limit(tmp_path):
-    (tmp_path / "en.txt").write_text("one\n\n  two  \nthree\n", encoding="utf-8")
-    (tmp_path / "zh.txt").write_text("一\u2028二\r\n三\n", encoding="utf-8")
-    assert read_texts(tmp_path, limit=2) == {"en": ["one", "two"], "zh": ["一\u2028二", "三"]}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "a"}', "line 2: expected strings"),
-        ("{", "line 2: not JSON"),
-        ("[1]", "line 2: expected a JSON object"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    path = tmp_path / "texts.jsonl"
-    path.write_text(f'{{"text": "a", "language": "en"}}\n{line}\n')
-    with pytest.raises(ValueError, match=message):
-        read_texts(path)
-
-
-def test_prompts_are_text_or_messages(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    messages = '[{"role": "user", "content": "a"}]'
-    path.write_text(f'{{"prompt": "a", "language": "en"}}\n\n{{"prompt": {messages}, "language": "en"}}\n')
-    assert read_prompts(path) == {"en": ["a", [{"role": "user", "content": "a"}]]}
-    path.write_text('{"prompt": 3, "language": "en"}\n')
-    with pytest.raises(ValueError, match="line 1: expected 'prompt'"):
-        read_prompts(path)
-    for label in ("null", '""', "3", '["en"]'):
-        path.write_text(f'{{"prompt": "a", "language": "en"}}\n{{"prompt": "a", "language": {label}}}\n')
-        shown = re.escape(repr(json.loads(label)))
-        with pytest.raises(ValueError, match=f"line 2: expected .* got 'prompt': 'a' and 'language': {shown}"):
-            read_prompts(path)
-        path.write_text(path.read_text().replace("prompt", "text"))
-        with pytest.raises(ValueError, match=f"line 2: expected .* got 'text': 'a' and 'language': {shown}"):
-            read_texts(path)
-    path.write_text("")
-    with pytest.raises(ValueError, match="no prompts"):
-        read_prompts(path)
-
-
-def test_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "en.txt").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"en.txt' is not UTF-8"):
-        read_texts(tmp_path)

@@ -16,13 +16,11 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
-from qscope_posttrain.cli import sft_checks
-from qscope_posttrain.cli.artefacts import load_features
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.cli.rows import load_rows
-from qscope_posttrain.cli.sft import build_trainer
-from qscope_posttrain.cli.sft_arguments import parse_recipe
-from qscope_posttrain.cli.sft_data import data_tokenizer
+from qscope_posttrain.cli.training import sft_checks
+from qscope_posttrain.cli.training.data import load_rows
+from qscope_posttrain.cli.training.sft import build_trainer, parse_recipe
+from qscope_posttrain.cli.training.sft_checks import data_tokenizer
 from qscope_posttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +155,7 @@ def test_what_is_written_reads_back_as_the_same_recipe(world, tmp_path, changes)
 
 def test_the_control_of_a_recipe_passes_over_its_penalty_and_says_so(world, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("qscope_posttrain.cli.sft_arguments.status", said.append)
+    monkeypatch.setattr("qscope_posttrain.cli.training.sft.status", said.append)
     path = world.recipe(tmp_path / "recipe.yaml", anchor_weight=1.0)
     assert parse_recipe(["--config", path, "--method", "sft"]).penalty is None
     assert said == ["method sft trains without a penalty: no effect have sasft_target, sasft_weight, anchor_weight"]
@@ -302,7 +300,7 @@ def test_a_bug_in_the_second_step_keeps_its_traceback(world, tmp_path, monkeypat
 
 
 def test_a_bug_in_a_dry_run_keeps_its_traceback(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("qscope_posttrain.cli.sft_checks._batch", lambda *_: int("x"))
+    monkeypatch.setattr("qscope_posttrain.cli.training.sft_checks._batch", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal") as caught:
         main(["sft", "--config", world.recipe(tmp_path / "recipe.yaml"), "--dry_run"])
     assert not isinstance(caught.value, UserError)
@@ -397,7 +395,7 @@ def test_packed_rows_are_those_of_trl(world, tmp_path, changes):
     path = world.recipe(tmp_path / "recipe.yaml", packing=True, max_length=changes.pop("max_length", 64),
                         eval_strategy="steps", eval_steps=1, dataset_test_split="train", **changes)  # fmt: skip
     recipe = parse_recipe(["--config", path])
-    ours = build_trainer(recipe, load_features(recipe))
+    ours = build_trainer(recipe, recipe.load_features())
     rows = load_rows(recipe, "train")
     stock = SFTTrainer(
         recipe.model_name, parse_recipe(["--config", path]).training, train_dataset=rows,
@@ -465,7 +463,7 @@ class TestDryRunOfLabels:
 def test_two_processes_by_accelerate_launch(world, tmp_path):
     path = world.recipe(tmp_path / "recipe.yaml", per_device_train_batch_size=2)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
-    command += ["--main_process_port", "29641", "-m", "qscope_posttrain.cli", "sft", "--config", path]
+    command += ["--main_process_port", "29641", "-m", "qscope_posttrain", "sft", "--config", path]
     environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_QUIET"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from qscope_posttrain.cli.grpo_arguments import parse_recipe
-from qscope_posttrain.cli.grpo_data import check_prompts
-from qscope_posttrain.cli.grpo_results import final_metrics, results_table
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.cli.rows import load_rows
+from qscope_posttrain.cli.training.data import load_rows
+from qscope_posttrain.cli.training.grpo import parse_recipe
+from qscope_posttrain.cli.training.grpo_checks import check_prompts
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.rl.results import final_metrics, results_table
 
 ROOT = Path(__file__).resolve().parents[2]
 STEERING = {
@@ -239,7 +239,7 @@ def test_command_line_overrides_the_recipe(recipe, tmp_path):
 )
 def test_a_mistake_is_one_clear_line(inputs, recipe, tmp_path, capsys, monkeypatch, changes, message):
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("qscope_posttrain.cli.grpo_data.is_math_verify_available", lambda: False)
+    monkeypatch.setattr("qscope_posttrain.cli.training.grpo_checks.is_math_verify_available", lambda: False)
     (tmp_path / "reward_of_points.py").write_text("def reward(completions, points, **_):\n    return points\n")
     texts = _rows(tmp_path / "texts.jsonl", [{"text": "a"}])
     names = {"unsteered": inputs["unsteered"], "texts": texts}
@@ -370,7 +370,7 @@ def test_two_processes_by_accelerate_launch(recipe, tmp_path):
     """A group of four rows split over two processes of two: one negative, held by the second process."""
     path = recipe(tmp_path, per_device_train_batch_size=2)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
-    command += ["--main_process_port", "29643", "-m", "qscope_posttrain.cli", "grpo", "--config", path]
+    command += ["--main_process_port", "29643", "-m", "qscope_posttrain", "grpo", "--config", path]
     environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_QUIET"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

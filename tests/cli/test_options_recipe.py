@@ -7,12 +7,12 @@ import os
 
 import pytest
 
-from qscope_posttrain.cli.options import OptionParser
+from qscope_posttrain.cli.parsing.parser import CommandParser
 
 
 @pytest.fixture
 def parser():
-    parser = OptionParser(prog="qscope something")
+    parser = CommandParser(prog="qscope something")
     actions = parser.add_subparsers(dest="action", required=True)
     new = actions.add_parser("do")
     new.add_argument("--model", required=True)
@@ -85,7 +85,7 @@ def test_options_of_a_list_do_not_swallow_a_position(parser, tmp_path):
      ("--seed", -1, "seed must be"), ("--seed", 2**70, "seed must be")],
 )  # fmt: skip
 def test_limits_and_seeds_are_checked_before_anything_runs(option, value, says):
-    parser = OptionParser()
+    parser = CommandParser()
     parser.add_argument("--max-texts", type=int)
     parser.add_argument("--seed", type=int, default=0)
     assert vars(parser.parse([])) == {"max_texts": None, "seed": 0}
@@ -111,14 +111,14 @@ def test_switches_can_be_off_in_a_recipe(parser, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("chatt: false", "Did you mean '--chat'"),
-        ("modle: x", "Did you mean '--model'"),
+        ("chatt: false", "Did you mean 'chat'"),
+        ("modle: x", "Did you mean 'model'"),
         ("model: {a: 1}", "must be text, a number"),
         ("- model", "must map keys to values"),
-        ("nothing: null", "unknown key '--nothing'"),
-        ("nothing: false", "unknown key '--nothing'"),
-        ("layer: [1]", "unknown key '--layer'.* Did you mean '--layers'"),  # of another sub-command
-        ("path: x", "unknown key '--path'"),
+        ("nothing: null", "unknown key 'nothing'"),
+        ("nothing: false", "unknown key 'nothing'"),
+        ("layer: [1]", "unknown key 'layer' .* Did you mean 'layers'"),  # of another sub-command
+        ("path: x", "unknown key 'path'"),
         ("top_p: null", "top_p must be a number; got null"),
         ("top_p: [1]", "top_p must be a single value"),
         ("top_p: true", "top_p must be a number; got True"),

@@ -10,10 +10,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from benchmarks.experiments.recipe import load_recipe
-from qscope_posttrain.cli import analyze_inputs, demo, features, grpo_arguments, sae_train, sft_arguments, steer
+from qscope_posttrain.analysis.benchmarks.items import benchmark_sources
+from qscope_posttrain.cli import demo, features, steer
+from qscope_posttrain.cli.sae import train as sae_train
+from qscope_posttrain.cli.training import grpo, sft
 from qscope_posttrain.rl.rewards import reward_function
-from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
-from qscope_posttrain.testbed.config import TestbedConfig
+from qscope_posttrain.testbed.repetition.config import RepetitionConfig
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
@@ -66,7 +69,7 @@ def _check_written_is_resolved(path: Path, resolved: dict) -> None:
 @pytest.mark.parametrize("path", SFT, ids=_name)
 def test_sft_recipe_parses_as_a_dry_run(path):
     """A dry run stands in for the GPU, which a recipe for a real model asks for."""
-    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     assert recipe.penalty.target == "zh"
     assert recipe.run.features
     _check_written_is_resolved(path, recipe.to_dict())
@@ -74,7 +77,7 @@ def test_sft_recipe_parses_as_a_dry_run(path):
 
 @pytest.mark.parametrize("path", TOKEN, ids=_name)
 def test_token_penalty_recipe_is_the_combination_that_did_best(path):
-    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     assert (recipe.run.method, recipe.run.features) == ("token_penalty", None)
     assert (recipe.penalty.target, recipe.penalty.weight, recipe.penalty.anchor_weight) == ("zh", 40.0, 1.0)
     _check_written_is_resolved(path, recipe.to_dict())
@@ -82,7 +85,7 @@ def test_token_penalty_recipe_is_the_combination_that_did_best(path):
 
 @pytest.mark.parametrize("path", ANALYSIS, ids=_name)
 def test_analysis_recipe_names_benchmarks(path):
-    sources = analyze_inputs.benchmark_sources([str(path)])
+    sources = benchmark_sources([str(path)])
     assert {source.name for source in sources} == set(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
@@ -90,7 +93,7 @@ def test_analysis_recipe_names_benchmarks(path):
 def test_case_study_is_read_by_its_command(name):
     module, arguments = CASE_STUDIES[name]
     path = ROOT / "recipes" / "case_studies" / f"{name}.yaml"
-    options = vars(module._parser().parse([*arguments, "--config", str(path)]))
+    options = vars(module.build_parser().parse([*arguments, "--config", str(path)]))
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     as_text = {"layers": lambda layers: [str(layer) for layer in layers]}
     assert all(options[key] == as_text.get(key, lambda value: value)(value) for key, value in written.items())
@@ -98,14 +101,14 @@ def test_case_study_is_read_by_its_command(name):
 
 @pytest.mark.parametrize("path", SYNTHESIS, ids=_name)
 def test_synthesis_recipe_parses_as_a_dry_run(path):
-    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     assert recipe.run.method == "sft"
     _check_written_is_resolved(path, recipe.to_dict())
 
 
 @pytest.mark.parametrize("path", GRPO, ids=_name)
 def test_grpo_recipe_parses_as_a_dry_run(path):
-    recipe = grpo_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = grpo.parse_recipe(["--config", str(path), "--dry_run"])
     training = recipe.training
     assert (training.negative, training.negatives_per_group) == ("feature", 1)
     assert recipe.run.features
@@ -120,7 +123,7 @@ def test_grpo_recipe_parses_as_a_dry_run(path):
 @pytest.mark.parametrize("size", ["1.7b", "8b", "30b-a3b"])
 def test_steered_recipes_of_real_models_are_the_report_as_written(size):
     path = ROOT / "recipes" / f"qwen3-{size}" / "steered_dapo.yaml"
-    training = grpo_arguments.parse_recipe(["--config", str(path), "--dry_run"]).training
+    training = grpo.parse_recipe(["--config", str(path), "--dry_run"]).training
     assert training.mode == "paper"
     assert not training.dynamic_sampling
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 512
@@ -131,7 +134,7 @@ def test_steered_recipes_of_real_models_are_the_report_as_written(size):
 @pytest.mark.parametrize(("size", "layers", "published"), [("1.7b", 28, 5e-4), ("8b", 36, 1e-3)])
 def test_recipes_of_real_models_are_the_published_runs(size, layers, published):
     path = ROOT / "recipes" / f"qwen3-{size}" / "sasft_zh.yaml"
-    recipe = sft_arguments.parse_recipe(["--config", str(path), "--dry_run"])
+    recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     training = recipe.training
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 256
     assert recipe.penalty.weight == pytest.approx(published * 32)
@@ -196,7 +199,7 @@ def test_demo_passes_every_setting_on(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
     arguments = ["--output", str(tmp_path), "--seeds", "5", "6", "--corpus", "texts", "--no-cache", "--sae_k=8"]
-    assert demo.run(arguments) == 0
+    assert demo.run([*arguments, "--full"]) == 0
     ((config, output, repetition),) = calls
     assert (config.seeds, config.corpus, config.no_cache, config.sae_k) == ([5, 6], "texts", True, 8)
     assert output == str(tmp_path)
@@ -216,15 +219,22 @@ def test_demo_runs_either_half(monkeypatch):
     assert (calls[1][2].seeds, calls[1][2].updates) == ([3], 2)
 
 
-def test_quick_demo_is_smaller_and_gives_way_to_options(monkeypatch):
+def test_the_demo_is_small_by_default_and_gives_way_to_options(monkeypatch):
     calls = []
     monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
-    demo.run(["--quick", "--sae_steps", "77", "--repetition", '{"updates": 5}'])
+    demo.run(["--sae_steps", "77", "--repetition", '{"updates": 5}'])
     config, _, repetition = calls[0]
-    assert config.pretraining_steps < TestbedConfig().pretraining_steps
+    assert config.pretraining_steps < SwitchingConfig().pretraining_steps
     assert config.sae_steps == 77
-    assert repetition.habit_steps < ArithmeticConfig().habit_steps
+    assert repetition.habit_steps < RepetitionConfig().habit_steps
     assert repetition.updates == 5
+    demo.run(["--quick"])
+    demo.run(["--full", "--repetition-updates", "6"])
+    assert calls[1][0] == SwitchingConfig(**demo.QUICK)
+    assert calls[2][0] == SwitchingConfig()
+    assert calls[2][2] == RepetitionConfig(updates=6)
+    with pytest.raises(ValueError, match="--full and --quick"):
+        demo.run(["--full", "--quick"])
 
 
 def test_demo_takes_the_second_half_as_options_and_from_a_file(monkeypatch, tmp_path):
@@ -232,9 +242,11 @@ def test_demo_takes_the_second_half_as_options_and_from_a_file(monkeypatch, tmp_
     monkeypatch.setattr("qscope_posttrain.testbed.demo.run_demo", lambda *settings: calls.append(settings))
     recipe = tmp_path / "demo.yaml"
     recipe.write_text("quick: true\nsae_steps: 55\nrepetition_updates: 6\nrepetition_seeds: [4, 5]\nworkers: 2\n")
-    demo.run(["--config", str(recipe), "--repetition-seeds", "7", "--repetition", '{"top": 3}'])
+    several = tmp_path / "repetition.yaml"
+    several.write_text("top: 3\n")
+    demo.run(["--config", str(recipe), "--repetition-seeds", "7", "--repetition", str(several)])
     config, _, repetition = calls[0]
-    assert (config.sae_steps, config.sae_windows) == (55, demo.QUICK["sae_windows"])  # the file over --quick
+    assert (config.sae_steps, config.sae_windows) == (55, demo.QUICK["sae_windows"])  # the file over the small run's
     assert (repetition.updates, repetition.seeds, repetition.top, repetition.workers) == (6, [7], 3, 2)
     assert repetition.habit_steps == demo.QUICK_REPETITION["habit_steps"]
 

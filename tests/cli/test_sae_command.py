@@ -80,7 +80,7 @@ def test_show_what_lies_on_this_machine(world, good, capsys):
     shown = capsys.readouterr().out
     assert "| format | qwen_scope |" in shown
     assert "| layer | 2, counted from 0 |" in shown
-    assert "| latents | 1024 for a residual stream of width 64 (16 a dimension) |" in shown
+    assert "| latents | 1024 for a residual stream of width 64 (16 per dimension) |" in shown
     assert "| activation | TopK, k 8 |" in shown
     assert main(["sae", "show", world.saes, "--layer", "7"]) == 2
     assert "has no layer 7; it holds layers 2..3" in errors(capsys)
@@ -123,9 +123,11 @@ def test_check_of_a_bad_sae_fails_and_says_why(world, good, tmp_path, capsys):
     assert "<strong>units</strong>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
-def test_check_of_several_layers_and_without_texts(world, capsys):
-    assert main(["sae", "check", world.saes, "--model", world.model, "--layer", "3"]) == 0
+def test_check_of_several_layers_and_without_texts(world, tmp_path, capsys):
+    output = ["--output", str(tmp_path)]
+    assert main(["sae", "check", world.saes, "--model", world.model, "--layer", "3", *output]) == 0
     assert "128 for a residual stream of width 64" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["results"]["layers"] == []
     arguments = ["sae", "check", world.saes, "--model", world.model, "--layer", "2-3", "--texts", world.texts]
     assert main([*arguments, "--no-loss", "--max-texts", "2"]) in (0, 1)
     printed = capsys.readouterr().out
@@ -187,7 +189,7 @@ def test_mistakes_on_the_command_line(world, capsys):
 
 def test_train_is_a_module_of_its_own(monkeypatch):
     train = SimpleNamespace(run=len)
-    monkeypatch.setitem(sys.modules, "qscope_posttrain.cli.sae_train", train)
+    monkeypatch.setitem(sys.modules, "qscope_posttrain.cli.sae.train", train)
     assert main(["sae", "train", "--config", "x.yaml"]) == 2, "it was handed what stands behind its name"
 
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.chat import ChatRequest, Completion, Message, Sampling
+from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, Message, Sampling
 
 MODEL = {"name": "m"}
 
@@ -22,8 +22,8 @@ def request(text: str) -> ChatRequest:
     return ChatRequest((Message("user", text),))
 
 
-def completion(text: str) -> Completion:
-    return Completion(text, "stop", 3, 2, "id")
+def completion(text: str) -> ChatCompletion:
+    return ChatCompletion(text, "stop", 3, 2, "id")
 
 
 def fill(path, count):
@@ -81,7 +81,7 @@ def test_a_foreign_file_is_not_cut(tmp_path, content):
 
 
 def test_it_knows_which_ways_were_answered(tmp_path):
-    refused = Completion("", "refused", 0, 0, "", "status 400: no")
+    refused = ChatCompletion("", "refused", 0, 0, "", "status 400: no")
     with CompletionCache(tmp_path / "answers.jsonl") as cache:
         cache.put("a", MODEL, request("a"), completion("a"), "one way")
         cache.put("b", MODEL, request("b"), refused, "another")

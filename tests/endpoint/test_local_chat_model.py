@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.chat import ChatRequest, Message, Sampling
-from qscope_posttrain.endpoint.failures import RequestRefused
+from qscope_posttrain.endpoint.chat import ChatRequest, Message, RequestRefused, Sampling
 from qscope_posttrain.endpoint.local_model import LocalChatModel, with_user
 from qscope_posttrain.endpoint.session import ChatSession
 

@@ -9,9 +9,8 @@ import pytest
 from endpoint_server import serving
 
 from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.chat import ChatRequest, Message, Sampling
-from qscope_posttrain.endpoint.failures import BudgetSpent, RequestFailed, RetryPolicy
-from qscope_posttrain.endpoint.limits import Limits
+from qscope_posttrain.endpoint.chat import ChatRequest, Message, RequestFailed, Sampling
+from qscope_posttrain.endpoint.limits import BudgetSpent, Limits, RetryPolicy
 from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
 

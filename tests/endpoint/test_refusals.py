@@ -7,9 +7,9 @@ import json
 import pytest
 from endpoint_server import serving
 
-from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.chat import ChatRequest, Completion, Message, Sampling
-from qscope_posttrain.endpoint.failures import FIRST_FEW, RequestFailed, RequestRefused, RetryPolicy
+from qscope_posttrain.endpoint.cache import FIRST_FEW, CompletionCache
+from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, Message, RequestFailed, RequestRefused, Sampling
+from qscope_posttrain.endpoint.limits import RetryPolicy
 from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
 
@@ -153,7 +153,7 @@ def test_in_a_batch_only_the_refused_one_is_without_an_answer(tmp_path):
         def complete(self, requests):
             if any("long" in request.messages[0].content for request in requests):
                 raise RequestRefused("too long", content=True)
-            return [Completion("yes", "stop", 1, 1, "") for _ in requests]
+            return [ChatCompletion("yes", "stop", 1, 1, "") for _ in requests]
 
     with CompletionCache(tmp_path / "answers.jsonl") as cache:
         found = ChatSession(Batches(), cache).complete([ask("a"), ask("long"), ask("b")])

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Message, Sampling
-from qscope_posttrain.endpoint.failures import RequestFailed, RetryPolicy, retry_after_seconds
-from qscope_posttrain.endpoint.limits import Limits
+from qscope_posttrain.endpoint.chat import ChatRequest, Message, RequestFailed, Sampling
+from qscope_posttrain.endpoint.limits import Limits, RetryPolicy, retry_after_seconds
 from qscope_posttrain.endpoint.templates import PromptTemplates, number_field, read_json, text_field, truth_field
 
 

@@ -15,7 +15,6 @@ from qscope_posttrain.evaluation.repetition import (
     DEFAULT_SETTINGS,
     evaluate_repetition,
     repeat_ratio,
-    repetition_difference,
 )
 from qscope_posttrain.intervals import bootstrap_over_prompts, wilson
 from qscope_posttrain.models.generation import Sample, SamplingSettings
@@ -48,10 +47,10 @@ def test_ratio_counts_loops_that_were_cut_off():
     assert (korean.prompts, korean.samples, korean.endless, korean.ended, korean.left) == (1, 2, 0, 2, 0)
     assert english.wilson == wilson(3, 6)
     assert english.bootstrap == bootstrap_over_prompts([[1, 0], [0, 0], [1, 1]])
-    assert result.outcomes.tolist() == [[True, False], [False, False], [True, True], [False, False]]
+    assert result.endless == (True, False, False, False, True, True, False, False)
     assert result.ratio == 3 / 8
     assert result.total.wilson == wilson(3, 8)
-    assert result.total.bootstrap == bootstrap_over_prompts(result.outcomes)
+    assert result.total.bootstrap == bootstrap_over_prompts(np.reshape(result.endless, (4, 2)))
     assert result.tails == (*[RepeatedTail(1, 3, 4)] * 2, None, None, *[RepeatedTail(1, 3, 4)] * 2, None, None)
 
 
@@ -128,17 +127,6 @@ def test_examples_file(tmp_path, tiny_tokenizer):
     assert lines[2]["loop"] is None
     result.write_examples(path)
     assert json.loads(path.read_text().splitlines()[0])["loop"] == {"start": 1, "period": 3, "copies": 4}
-
-
-def test_difference_is_paired():
-    result = repeat_ratio(make_samples(RESPONSES))
-    assert repetition_difference(result, result) == (0.0, 0.0, 0.0)
-    none = repeat_ratio(make_samples({k: [[(PLAIN, False)] * 2 for _ in v] for k, v in RESPONSES.items()}))
-    assert repetition_difference(result, none).estimate == pytest.approx(3 / 8)
-    with pytest.raises(ValueError, match="same prompts"):
-        repetition_difference(result, repeat_ratio(make_samples({"en": [[(LOOP, False)]]})))
-    with pytest.raises(ValueError, match="same min_copies"):
-        repetition_difference(result, repeat_ratio(make_samples(RESPONSES), min_copies=3))
 
 
 def test_evaluate_end_to_end(make_model, tiny_tokenizer, texts):

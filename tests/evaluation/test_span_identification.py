@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from qscope_posttrain.evaluation.span_identification import (
     WordSettings,
     best_run,
-    detection_rates,
     fit_span_identifier,
 )
 from qscope_posttrain.evaluation.word_model import fit_word_model, words_of
 from qscope_posttrain.intervals import wilson
-from qscope_posttrain.testbed.grammar import write_paragraphs
+from qscope_posttrain.testbed.switching.grammar import write_paragraphs
 
 ENGLISH = "We walk along the river and look at the old houses with their gardens."
 FRENCH = "Nous marchons le long de la rivière et nous regardons les vieilles maisons avec leurs jardins."
@@ -103,6 +102,11 @@ def test_a_word_that_one_other_language_knows_is_no_sign():
     assert rot < -2
 
 
+def detected(identifier, texts, source):
+    """Share of texts that are called switched."""
+    return sum(identifier.switched(text, source) for text in texts) / len(texts)
+
+
 def test_the_span_is_the_french_part(identifier):
     text = f"{ENGLISH} {FRENCH}\n{ENGLISH}"
     (span,) = identifier.spans(text, "en")
@@ -118,11 +122,14 @@ def test_the_span_is_the_french_part(identifier):
 
 
 def test_neither_one_odd_word_nor_its_repetition_decides(identifier):
-    word = max(FRENCH.split(), key=lambda word: identifier.word_scores(word)[0])
-    assert identifier.word_scores(word)[0] > 3
+    scores = {word: identifier.model.scores(words_of(word))[0] for word in FRENCH.split()}
+    word = max(scores, key=scores.__getitem__)
+    assert scores[word] > 3
     assert not identifier.switched(ENGLISH.replace(" and ", f" {word} "), "en")
     assert not identifier.switched(f"{ENGLISH} {word} {word}", "en")
-    assert identifier.evidence(" ".join([word] * 4)) == pytest.approx(identifier.word_scores(word)[0] / np.arange(1, 5))
+    assert identifier.evidence(" ".join([word] * 4)) == pytest.approx(
+        identifier.model.scores(words_of(word))[0] / np.arange(1, 5)
+    )
     assert not identifier.switched("", "en")
     assert not identifier.switched("le la", "en")
 
@@ -136,10 +143,8 @@ def test_a_text_may_begin_and_end_inside_a_word(written, identifier):
         here, there = (generator.randrange(len(text) - 200) for text in (english, french))
         clean.append("\ufffd" + english[here : here + 160] + "\ufffd")
         planted.append(english[here : here + 80] + french[there : there + 80])
-    rates = detection_rates(identifier, {"en": planted}, {"en": clean})
-    assert rates.recall["en"].estimate > 0.95
-    assert rates.false_positives["en"].estimate <= 0.01
-    assert json.loads(json.dumps(rates.to_dict()))["recall"]["en"]["low"] == rates.recall["en"].low
+    assert detected(identifier, planted, "en") > 0.95
+    assert detected(identifier, clean, "en") <= 0.01
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +186,9 @@ def test_clean_texts_are_called_switched_as_often_as_stated():
     entry = found.calibration["plain"]
     assert (entry.texts, entry.false_positives, entry.median_words) == (399, 39, 20)
     assert entry.rate == wilson(39, 399)
-    rates = detection_rates(found, {"plain": draw(1, 500)}, {"plain": draw(0, 2000)})
-    assert 0.06 < rates.false_positives["plain"].estimate < 0.14
-    assert rates.recall["plain"].estimate > 0.9
+    planted, clean = draw(1, 500), draw(0, 2000)
+    assert 0.06 < detected(found, clean, "plain") < 0.14
+    assert detected(found, planted, "plain") > 0.9
 
 
 def test_the_threshold_is_at_least_what_fewer_words_can_reach(written):
@@ -208,7 +213,7 @@ def test_the_same_texts_give_the_same_identifier(written, identifier):
     fitted = {language: halves[0] for language, halves in written.items()}
     again = fit_span_identifier(fitted, "fr", {"en": cut(written["en"][1], 25)[:220]}, seed=1)
     assert again.to_dict() == identifier.to_dict()
-    assert again.word_scores(FRENCH).tolist() == identifier.word_scores(FRENCH).tolist()
+    assert again.evidence(FRENCH).tolist() == identifier.evidence(FRENCH).tolist()
 
 
 CLEAN = [ENGLISH] * 199
@@ -217,7 +222,7 @@ CLEAN = [ENGLISH] * 199
 @pytest.mark.parametrize(
     ("texts", "calibration", "options", "message"),
     [
-        ({"en": [ENGLISH]}, {"en": CLEAN}, {}, "'fr' are told from other text"),
+        ({"en": [ENGLISH]}, {"en": CLEAN}, {}, "'fr' are learned against other text"),
         ({"fr": [FRENCH]}, {"en": CLEAN}, {}, "among none; got en"),
         ({"fr": [FRENCH], "en": [ENGLISH]}, {}, {}, "among en; got none"),
         ({"fr": [FRENCH], "en": [ENGLISH]}, {"fr": CLEAN}, {}, "among en; got fr"),
@@ -280,11 +285,8 @@ def measure(texts, source, target, pieces=45):
         fitted[name], held_out[name] = lines[:last], (lines[last:middle], lines[middle:])
     identifier = fit_span_identifier(fitted, target, {source: cut(held_out[source][0], pieces)})
     clean = cut(held_out[source][1], pieces)
-    rates = [
-        detection_rates(identifier, {source: planted(clean, held_out[target][1], words)}, {source: clean})
-        for words in (10, 20)
-    ]
-    return [rate.recall[source].estimate for rate in rates], rates[0].false_positives[source]
+    recall = [detected(identifier, planted(clean, held_out[target][1], words), source) for words in (10, 20)]
+    return recall, detected(identifier, clean, source)
 
 
 @pytest.mark.parametrize(
@@ -303,4 +305,4 @@ def test_real_text_that_turns_into_another_language_or_register(shared_data, sou
     assert ten > least_of_ten
     assert twenty > 0.95
     # The French pages quote English messages and titles: half of what is found there is no mistake.
-    assert false_positives.estimate <= 0.015
+    assert false_positives <= 0.015

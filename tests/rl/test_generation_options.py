@@ -196,8 +196,8 @@ def test_effective_options_are_the_trainers_before_the_models():
 
 
 def test_the_command_line_reads_the_models_configuration(model, tiny_tokenizer, tmp_path):
-    from qscope_posttrain.cli.grpo_arguments import parse_recipe
-    from qscope_posttrain.cli.grpo_checks import check_recipe
+    from qscope_posttrain.cli.training.grpo import parse_recipe
+    from qscope_posttrain.cli.training.grpo_checks import check_recipe
 
     beams = copy.deepcopy(model)
     beams.generation_config.num_beams, beams.generation_config.do_sample = 2, False

@@ -8,9 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from rl.cases import PROMPTS, make_args, make_trainer, small_model
 
-from qscope_posttrain.cli.grpo_arguments import parse_recipe
-from qscope_posttrain.cli.grpo_checks import check_recipe
-from qscope_posttrain.cli.grpo_data import check_prompts
+from qscope_posttrain.cli.training.grpo import parse_recipe
+from qscope_posttrain.cli.training.grpo_checks import check_prompts, check_recipe
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.rl.prompts import check_batch, check_dataset
 

@@ -15,10 +15,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import accuracy_reward, get_repetition_penalty_reward, get_soft_overlong_punishment
 from trl.trainer.utils import get_callable_name
 
-from qscope_posttrain.cli.grpo_data import check_reward_columns
 from qscope_posttrain.rl.rewards import (
     LanguageConsistency,
     RepetitionPenalty,
+    check_reward_columns,
     check_reward_data,
     completion_text,
     reward_function,

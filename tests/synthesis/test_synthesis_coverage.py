@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.features.text_features import TextFeatures
-from qscope_posttrain.synthesis.comparison import Corpus, comparison_tables
 from qscope_posttrain.synthesis.coverage import (
     activations,
     coverage,
@@ -27,6 +26,7 @@ from qscope_posttrain.synthesis.coverage import (
     target_features,
 )
 from qscope_posttrain.synthesis.relevance import read_relevance, write_relevance
+from qscope_posttrain.synthesis.report import StrategyTexts, comparison_tables
 
 
 def text_features(dense: list[list[float]]) -> TextFeatures:
@@ -145,12 +145,12 @@ def test_comparison_at_equal_requests_and_equal_examples():
     made = np.eye(4, dtype=bool)[[0, 1, 2, 3, 3, 3]]
     none = np.zeros((6, 4), dtype=bool)
     group = {"targets made for": made, "layer 9": made[:, :2]}
-    random_corpus = Corpus("random synthesis", {"targets made for": none, "layer 9": none[:, :2]}, 6, 40)
-    natural = Corpus(
+    random_corpus = StrategyTexts("random synthesis", {"targets made for": none, "layer 9": none[:, :2]}, 6, 40)
+    natural = StrategyTexts(
         "natural text", {"targets made for": np.ones((50, 4), dtype=bool), "layer 9": none[:1, :2].repeat(50, 0)}
     )
     requests, examples = comparison_tables(
-        Corpus("feature-driven", group, 6, 70), [0, 1, 2, 3], [random_corpus, natural]
+        StrategyTexts("feature-driven", group, 6, 70), [0, 1, 2, 3], [random_corpus, natural]
     )
     assert [row[:4] for row in requests.rows] == [
         ("feature-driven, verified", 6, 70, 4),

@@ -10,13 +10,12 @@ from datasets import load_from_disk
 from word_world import TOPIC, WORDS, grammar
 
 from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.chat import Completion
+from qscope_posttrain.endpoint.chat import ChatCompletion
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.synthesis.dataset import balanced, example_row, row_type, save_rows, type_counts
 from qscope_posttrain.synthesis.pipeline import random_synthesis, synthesize
-from qscope_posttrain.synthesis.prompts import synthesis_templates
-from qscope_posttrain.synthesis.settings import STYLES, SynthesisSettings
+from qscope_posttrain.synthesis.prompts import STYLES, SynthesisSettings, synthesis_templates
 
 TARGETS = [FeatureId(1, number) for number in (7, 3, 5, 0, 9)]
 EXPLANATIONS = {
@@ -36,7 +35,7 @@ class Grammar:
         (request,) = requests
         body = {"messages": request.to_dict()["messages"], "seed": request.sample}
         self.asked.append(body)
-        return [Completion(self.answer(body), self.finish, 5, 5, f"request {len(self.asked)}")]
+        return [ChatCompletion(self.answer(body), self.finish, 5, 5, f"request {len(self.asked)}")]
 
 
 def verify(texts, features):

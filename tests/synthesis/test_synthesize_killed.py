@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_killed_and_resumed_is_as_unbroken_and_asks_for_nothing_again(whole, rows_of, arguments, tmp_path):
     with serving(grammar, delay=0.02) as server:
-        command = [sys.executable, "-m", "qscope_posttrain.cli", *arguments(server, tmp_path)]
+        command = [sys.executable, "-m", "qscope_posttrain", *arguments(server, tmp_path)]
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
             while len(server.answered) < 60:
                 assert process.poll() is None

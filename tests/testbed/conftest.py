@@ -1,16 +1,18 @@
-"""A miniature testbed, trained once per session: two layers, three languages, some hundred steps."""
+"""A miniature world of the switching task, trained once per session, and a random model of the repetition task."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from qscope_posttrain.testbed.config import TestbedConfig
-from qscope_posttrain.testbed.corpus import Corpus, load_corpus
-from qscope_posttrain.testbed.grammar import write_paragraphs
-from qscope_posttrain.testbed.tokenizer import train_tokenizer
-from qscope_posttrain.testbed.windows import WindowMaker
+from qscope_posttrain.testbed.models import LanguageModel, build_model
+from qscope_posttrain.testbed.repetition.task import build_tokenizer
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
+from qscope_posttrain.testbed.switching.corpus import Corpus, load_corpus
+from qscope_posttrain.testbed.switching.grammar import write_paragraphs
+from qscope_posttrain.testbed.switching.windows import WindowMaker, train_tokenizer
 
 LANGUAGES = ("en", "ru", "zh")
 CHARACTERS = {"en": 45_000, "ru": 40_000, "zh": 22_000}
@@ -41,8 +43,8 @@ def maker(corpus: Corpus, tokenizer) -> WindowMaker:
 
 
 @pytest.fixture(scope="session")
-def small_config(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TestbedConfig:
-    return TestbedConfig(
+def small_config(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SwitchingConfig:
+    return SwitchingConfig(
         corpus=str(corpus_folder),
         vocabulary=700,
         window=48,
@@ -69,3 +71,18 @@ def small_config(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         workers=1,
         cache=str(tmp_path_factory.mktemp("cache")),
     )
+
+
+@pytest.fixture
+def tiny() -> LanguageModel:
+    """Two layers of width 16 of the repetition task, weights large enough that no distribution is flat."""
+    tokenizer = build_tokenizer()
+    model = build_model(
+        tokenizer, hidden_size=16, intermediate_size=24, layers=2, heads=2, key_value_heads=2, positions=512,
+        rope_theta=1000.0, tied=False, seed=0,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8.0)
+    return LanguageModel(model, tokenizer, (), Path(), "")

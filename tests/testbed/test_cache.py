@@ -1,4 +1,4 @@
-"""Artefacts by content: found again, made again when anything changes, never half made."""
+"""Artefacts by key: found again, made again when anything they depend on changes, never half made."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from qscope_posttrain.testbed import cache as cache_module
-from qscope_posttrain.testbed.cache import Cache, default_cache_folder, source_fingerprint
+from qscope_posttrain.testbed.cache import Artefact, Cache, default_cache_folder, open_cache
+from qscope_posttrain.testbed.switching import language_model
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
+from qscope_posttrain.testbed.switching.language_model import open_corpus
+
+
+def at(cache: Cache, key: str) -> Artefact:
+    return Artefact(cache.root / f"thing-{key}", key)
 
 
 def counting(made: list[Path]):
@@ -21,19 +27,20 @@ def counting(made: list[Path]):
 def test_an_artefact_is_made_once(tmp_path: Path) -> None:
     made: list[Path] = []
     cache = Cache(tmp_path / "cache")
-    first = cache.folder("thing", "abc", counting(made))
-    again = cache.folder("thing", "abc", counting(made))
+    first = cache.fill(at(cache, "abc"), counting(made)).folder
+    again = cache.fill(at(cache, "abc"), counting(made)).folder
     assert first == again
     assert len(made) == 1
     assert (again / "content.txt").read_text() == "1"
-    assert cache.folder("thing", "def", counting(made)) != first
+    assert cache.fill(at(cache, "def"), counting(made)).folder != first
     assert len(made) == 2
 
 
 def test_a_disabled_cache_makes_it_again(tmp_path: Path) -> None:
     made: list[Path] = []
-    Cache(tmp_path).folder("thing", "abc", counting(made))
-    folder = Cache(tmp_path, enabled=False).folder("thing", "abc", counting(made))
+    cache, cache_off = Cache(tmp_path), Cache(tmp_path, enabled=False)
+    cache.fill(at(cache, "abc"), counting(made))
+    folder = cache_off.fill(at(cache_off, "abc"), counting(made)).folder
     assert (folder / "content.txt").read_text() == "2"
 
 
@@ -42,15 +49,15 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
         (folder / "half").write_text("half", encoding="utf-8")
         raise RuntimeError("interrupted")
 
-    cache = Cache(tmp_path)
+    cache, cache_off = Cache(tmp_path), Cache(tmp_path, enabled=False)
     with pytest.raises(RuntimeError, match="interrupted"):
-        cache.folder("thing", "abc", fail)
+        cache.fill(at(cache, "abc"), fail)
     assert list(tmp_path.iterdir()) == []
     made: list[Path] = []
-    cache.folder("thing", "abc", counting(made))
+    cache.fill(at(cache, "abc"), counting(made))
     assert len(made) == 1
     with pytest.raises(RuntimeError, match="interrupted"):
-        Cache(tmp_path, enabled=False).folder("thing", "abc", fail)
+        cache_off.fill(at(cache_off, "abc"), fail)
     assert (tmp_path / "thing-abc" / "content.txt").read_text() == "1"  # replaced by what is complete only
 
 
@@ -60,75 +67,37 @@ def test_the_first_of_two_builders_stays(tmp_path: Path) -> None:
 
     def overtaken(folder: Path) -> None:
         (folder / "content.txt").write_text("late", encoding="utf-8")
-        cache.folder("thing", "abc", counting(made))
+        cache.fill(at(cache, "abc"), counting(made))
 
-    folder = cache.folder("thing", "abc", overtaken)
+    folder = cache.fill(at(cache, "abc"), overtaken).folder
     assert (folder / "content.txt").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["thing-abc"]
 
 
-def test_the_key_depends_on_settings_inputs_and_source() -> None:
+def test_the_key_depends_on_kind_version_settings_inputs_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(Path("unused"))
-    key = cache.key({"a": 1, "b": [2]}, ["testbed/cache.py"], ["x"])
-    assert key == cache.key({"b": [2], "a": 1}, ["testbed/cache.py"], ["x"])
-    assert key != cache.key({"a": 2, "b": [2]}, ["testbed/cache.py"], ["x"])
-    assert key != cache.key({"a": 1, "b": [2]}, ["testbed/cache.py"], ["y"])
-    assert key != cache.key({"a": 1, "b": [2]}, ["testbed/model.py"], ["x"])
+    place = cache.place("thing", "1", {"a": 1, "b": [2]}, ["x"])
+    assert place.folder == Path(f"unused/thing-{place.key}")
+    assert place == cache.place("thing", "1", {"b": [2], "a": 1}, ["x"])
+    others = [
+        cache.place("other", "1", {"a": 1, "b": [2]}, ["x"]),
+        cache.place("thing", "2", {"a": 1, "b": [2]}, ["x"]),
+        cache.place("thing", "1", {"a": 2, "b": [2]}, ["x"]),
+        cache.place("thing", "1", {"a": 1, "b": [2]}, ["y"]),
+    ]
+    monkeypatch.setattr("qscope_posttrain.testbed.cache.package_versions", lambda: {"torch": "0"})
+    others.append(cache.place("thing", "1", {"a": 1, "b": [2]}, ["x"]))
+    assert len({other.key for other in others} | {place.key}) == 6
 
 
-def test_source_fingerprint_covers_a_folder() -> None:
-    assert source_fingerprint("text") != source_fingerprint("text/scripts.py")
-    with pytest.raises(FileNotFoundError):
-        source_fingerprint("testbed/no_such_file.py")
-
-
-def test_source_fingerprint_follows_imports_and_ignores_comments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "made_package"
-    (package / "low").mkdir(parents=True)
-    sources = {
-        "top.py": "def run():\n    from made_package.middle import go\n    return go()\n",
-        "middle.py": "from made_package.low import kernel\ndef go():\n    return kernel.add(1)\n",
-        "low/__init__.py": "",
-        "low/kernel.py": "def add(x):\n    return x + 1\n",
-        "low/fast.c": "int one = 1;\n",
-        "unrelated.py": "x = 1\n",
-    }
-    for name, text in sources.items():
-        (package / name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(cache_module, "_ROOT", package)
-
-    def fingerprint() -> str:
-        for cached in (cache_module._tree, cache_module._imported, cache_module._code_hash):
-            cached.cache_clear()
-        return source_fingerprint("top.py")
-
-    before = fingerprint()
-    changes = {
-        "unrelated.py": ("x = 2\n", False),
-        "low/kernel.py": ('def add(x):\n    """Adds."""\n    # one more\n    return (x + 1)\n', False),
-        "middle.py": ("from made_package.low import kernel\ndef go():\n    return kernel.add(2)\n", True),
-        "low/fast.c": ("int one = 2;\n", True),
-    }
-    for name, (text, matters) in changes.items():
-        (package / name).write_text(text, encoding="utf-8")
-        after = fingerprint()
-        assert (after != before) is matters, name
-        before = after
-    for cached in (cache_module._tree, cache_module._imported, cache_module._code_hash):
-        cached.cache_clear()
-
-
-@pytest.mark.parametrize("made_by", ["testbed/runs.py", "testbed/arithmetic/runs.py", "testbed/dictionaries.py"])
-def test_what_is_trained_depends_on_the_kernels(made_by: str) -> None:
-    reached, waiting = set[str](), [made_by]
-    while waiting:
-        file = waiting.pop()
-        if file not in reached:
-            reached.add(file)
-            waiting += cache_module._imported(file)
-    assert {"kernels/encode.py", "kernels/native/select.c"} <= reached
+def test_a_raised_version_makes_an_artefact_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SwitchingConfig(corpus_scale=0.15, cache=str(tmp_path))
+    open_corpus(config, open_cache(config))
+    open_corpus(config, open_cache(config))
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(language_model, "CORPUS_VERSION", "2")
+    open_corpus(config, open_cache(config))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qscope_posttrain.evaluation.switch_detector import ScriptDetector
+from qscope_posttrain.evaluation.code_switching import ScriptDetector
 from qscope_posttrain.text.language import language_by_script
 from qscope_posttrain.text.scripts import (
     SCRIPTS_OF_LANGUAGE,

@@ -1,4 +1,4 @@
-"""The features that each item of a benchmark fires, as ids alone: F(x) (Eq. 2), and their union F(D) (Eq. 3)."""
+"""Collect the set of features that each item of a benchmark fires: F(x) (Eq. 2), and their union F(D) (Eq. 3)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 ITEMS_AT_ONCE = 1024
-"""Items whose activations, not only ids, are held at a time."""
+"""Number of items whose activations, not only feature ids, are held in memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class ItemFeatures:
     """The feature sets of the N items of one benchmark in one layer.
 
-    Memory: 4 bytes for each feature of each item and 24 bytes an item, so at most N (4 k + 24) with a top-k SAE at the
-    last token; with other poolings an item has at most min(k * tokens, d_sae) features. `counts` adds 8 d_sae, once a
-    benchmark, and no array is of N times d_sae.
+    Memory: 4 bytes per feature of an item and 24 bytes per item. With a top-k SAE and the last token an item has at
+    most k features; with other poolings min(k * tokens, d_sae). No array has N times d_sae entries.
     """
 
     name: str
@@ -38,13 +37,13 @@ class ItemFeatures:
     indices: NDArray[np.int32]
     """[entries], distinct within an item"""
     width: int
-    """Number of features there are: d_sae"""
+    """d_sae"""
     texts: NDArray[np.int64]
-    """[N]: equal where two items say the same, in this benchmark or between benchmarks"""
+    """[N]: equal for items with the same text, in this benchmark or between benchmarks"""
     units: NDArray[np.int64]
-    """[N]: equal where two items are one observation: the same text, or translations of one"""
+    """[N]: equal for items that are one observation: the same text, or translations of one"""
     cut: int = 0
-    """Items longer than the longest text allowed, of which only the end was read"""
+    """Number of items that were too long, of which only the end was read"""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -58,12 +57,7 @@ class ItemFeatures:
         texts: ArrayLike | None = None,
         units: ArrayLike | None = None,
     ) -> ItemFeatures:
-        """From feature ids by item. By default all texts differ from each other and from any other benchmark's, and
-        each is a unit of its own.
-
-        Raises:
-            ValueError: an id outside 0..width - 1, no items, or texts or units of another number.
-        """
+        """Make from lists of feature ids. By default every text is unlike any other, and a unit of its own."""
         distinct = [np.unique(np.asarray(list(entry), dtype=np.int64)) for entry in sets]
         indices = np.concatenate([*distinct, np.zeros(0, dtype=np.int64)])
         if not distinct:
@@ -79,12 +73,12 @@ class ItemFeatures:
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
-        """[width]: items that fire each feature."""
+        """[width]: number of items that fire each feature."""
         return np.bincount(self.indices, minlength=self.width)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """[N]: features of each item."""
+        """[N]: number of features of each item."""
         return np.diff(self.offsets)
 
     @property
@@ -94,7 +88,7 @@ class ItemFeatures:
 
     @property
     def empty(self) -> int:
-        """Items that fire nothing: of a single token, or whose last token is a norm outlier."""
+        """Number of items that fire nothing: those of one token, or whose last token is a norm outlier."""
         return int(np.count_nonzero(self.sizes == 0))
 
     def item(self, number: int) -> NDArray[np.int32]:
@@ -107,22 +101,26 @@ class ItemFeatures:
         owners = np.repeat(np.arange(len(self)), self.sizes)
         return np.bincount(owners, weights=entries, minlength=len(self)).astype(np.float64)
 
+    def leave_one_out(self, kept: NDArray[Any], fewer: NDArray[Any]) -> NDArray[np.float64]:
+        """[N]: a sum over all features, without each item in turn.
+
+        Args:
+            kept: [width] term of a feature that the item left out does not fire.
+            fewer: [width] term of one that it fires, whose count is then smaller by one.
+        """
+        kept, fewer = kept.astype(np.float64), fewer.astype(np.float64)
+        return kept.sum() + self.sum_over_features(fewer - kept)
+
     def select(self, keep: ArrayLike) -> ItemFeatures:
         """The items at the positions `keep`, or where a mask `keep` [N] is true."""
         chosen = np.arange(len(self))[np.asarray(keep)]
         starts, sizes = self.offsets[chosen], self.sizes[chosen]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        entries = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
-        return replace(
-            self,
-            offsets=offsets,
-            indices=self.indices[entries],
-            texts=self.texts[chosen],
-            units=self.units[chosen],
-        )
+        indices = self.indices[np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)]
+        return replace(self, offsets=offsets, indices=indices, texts=self.texts[chosen], units=self.units[chosen])
 
     def also_in(self, other: ItemFeatures) -> NDArray[np.bool_]:
-        """[N] whether the other benchmark has an item of the same text."""
+        """[N]: whether the other benchmark has an item with the same text."""
         return np.isin(self.texts, other.texts)
 
 
@@ -138,17 +136,14 @@ def collect_item_features(
     items_at_once: int = ITEMS_AT_ONCE,
     show_progress: bool | None = None,
 ) -> dict[int, list[ItemFeatures]]:
-    """The feature sets of every benchmark, one after the other, `items_at_once` items at a time.
+    """Collect the feature sets of every benchmark, `items_at_once` items at a time.
 
     An item longer than `max_length` tokens (or than the model allows) keeps its first token and its END, so that the
-    last token is the last of the item; `ItemFeatures.cut` counts them. One median norm, that of the first items read,
-    tells outliers in all benchmarks. Otherwise as `collect_text_features`.
+    last token is the last of the item. The median norm of the first items read decides about norm outliers in all
+    benchmarks. Otherwise as `collect_text_features`.
 
     Returns:
-        {layer: one ItemFeatures a benchmark, in their order}.
-
-    Raises:
-        TypeError, ValueError: as `collect_text_features`, or two benchmarks of one name.
+        {layer: one ItemFeatures per benchmark, in their order}.
     """
     names = [benchmark.name for benchmark in benchmarks]
     if len(set(names)) != len(names):
@@ -166,7 +161,7 @@ def collect_item_features(
             read = collect_text_features(
                 model,
                 tokenizer,
-                [_end(entry, longest) for entry in ids],
+                [entry if len(entry) <= longest else entry[:1] + entry[1 - longest :] for entry in ids],
                 saes,
                 pooling=pooling,
                 max_length=longest,
@@ -177,17 +172,17 @@ def collect_item_features(
             norms = {layer: features.median_norm for layer, features in read.items()}
             for layer, features in read.items():
                 parts[layer].append((features.offsets.diff().numpy(), features.indices.numpy()))
+        texts, units = fingerprints(benchmark.plain_texts()), fingerprints(benchmark.units)
         for layer, pieces in parts.items():
             sizes = np.concatenate([size for size, _ in pieces])
             offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
             indices = np.concatenate([index for _, index in pieces])
-            texts, units = fingerprints(benchmark.plain_texts()), fingerprints(benchmark.units)
             found[layer].append(ItemFeatures(benchmark.name, offsets, indices, saes[layer].d_sae, texts, units, cut))
     return found
 
 
 def token_sets(tokenizer: Any, benchmarks: Sequence[BenchmarkItems]) -> list[ItemFeatures]:
-    """The control without model and SAE: the set of distinct token ids of each item in the place of its features."""
+    """Control without a model and SAE: the distinct token ids of each item in place of its features."""
     return [
         ItemFeatures.from_sets(
             benchmark.name,
@@ -204,10 +199,6 @@ def fingerprints(keys: Sequence[str]) -> NDArray[np.int64]:
     """[N] 64 bits of the SHA-256 of each key."""
     digests = [sha256(key.encode("utf-8", errors="surrogatepass")).digest()[:8] for key in keys]
     return np.frombuffer(b"".join(digests), dtype=np.int64)
-
-
-def _end(ids: list[int], longest: int) -> list[int]:
-    return ids if len(ids) <= longest else ids[:1] + ids[1 - longest :]
 
 
 def _parts(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:

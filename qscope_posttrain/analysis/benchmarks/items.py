@@ -1,22 +1,24 @@
-"""Items of a benchmark as texts: from JSONL, CSV, TSV, or a data set on disk or on the hub."""
+"""Read the items of a benchmark as texts: from JSONL, CSV, TSV, or a data set on disk or on the hub."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import regex
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, did_you_mean
 from qscope_posttrain.files import check_is_file, read_csv, text_suffix
+from qscope_posttrain.recipe_file import as_text, read_yaml
 from qscope_posttrain.text.data_sets import read_data_set, saved_data_set
 from qscope_posttrain.text.jsonl import read_jsonl
 
 TEXT = "text"
-"""The place of an item in a prompt template."""
+"""Placeholder of the item in a prompt template."""
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _NOT_LETTERS = regex.compile(r"[^\p{L}\p{N}]+")
@@ -24,24 +26,24 @@ _NOT_LETTERS = regex.compile(r"[^\p{L}\p{N}]+")
 
 @dataclass(frozen=True, eq=False)
 class BenchmarkItems:
-    """What a model reads of each item, in order."""
+    """The texts of a benchmark as a model reads them, in order."""
 
     name: str
     texts: tuple[str, ...]
     units: tuple[str, ...]
-    """Equal where items are one observation, for example translations of one question; by default the plain text"""
+    """Equal for items that are one observation, such as translations of one question; by default the plain text"""
     source: str = ""
     prompt: str = "{text}"
     """Already applied to `texts`"""
 
     def plain_texts(self) -> list[str]:
-        """Letters and digits alone, in lower case: equal where two items say the same, quotes and spaces apart."""
+        """See `plain_text`: equal for items that differ in punctuation, spaces and case only."""
         return [plain_text(text) for text in self.texts]
 
 
 @dataclass(frozen=True)
 class ItemSource:
-    """Where the items of one benchmark are, and what of a row is read."""
+    """Location of a benchmark, and which part of each row is read."""
 
     name: str
     source: str
@@ -51,17 +53,17 @@ class ItemSource:
     template: str | None = None
     """Instead of a column, a text with columns in braces, such as "{question}\\n{choices}"; lists become lines"""
     unit: str | None = None
-    """A column whose value is the same where items of several benchmarks are one observation; `#` is the row number"""
+    """A column whose value is equal for items of several benchmarks that are one observation; `#`: the row number"""
     unit_prefix: str = ""
-    """Put before the unit, so that row numbers of unrelated benchmarks differ"""
+    """Prefix of the unit, so that row numbers of unrelated benchmarks differ"""
     split: str | None = None
-    """Of a data set with several"""
+    """Split of a data set with several"""
     config: str | None = None
-    """Of a data set of the hub"""
+    """Configuration of a data set of the hub"""
     first: int = 0
-    """Rows left out at the start"""
+    """Number of rows to skip at the start"""
     limit: int | None = None
-    """Rows read at most"""
+    """Maximum number of rows"""
 
     def __post_init__(self) -> None:
         if (self.field is None) == (self.template is None):
@@ -70,16 +72,12 @@ class ItemSource:
             raise UserValueError(f"benchmark '{self.name}': first must be 0 or more, and limit 1 or more.")
 
     def limited(self, limit: int) -> ItemSource:
-        """The same with at most so many rows."""
+        """The same source with `limit` rows or fewer."""
         return replace(self, limit=limit if self.limit is None else min(limit, self.limit))
 
     @classmethod
     def parse(cls, word: str) -> ItemSource:
-        """From `NAME=SOURCE:FIELD`, or with a template for the field.
-
-        Raises:
-            ValueError: a word of another form.
-        """
+        """Parse `NAME=SOURCE:FIELD`, or the same with a template instead of the field."""
         name, _, rest = word.partition("=")
         brace = rest.find("{")
         colon = rest.rfind(":", 0, brace if brace >= 0 else len(rest))
@@ -93,24 +91,45 @@ class ItemSource:
         return cls(name, source, field=what)
 
 
+def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[ItemSource]:
+    """Read NAME=SOURCE:FIELD words, or a YAML file that maps names to the fields of ItemSource.
+
+    Raises:
+        FileNotFoundError: no such YAML file.
+        ValueError: an unknown key, a word of another form, or a name given twice.
+    """
+    if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml"):
+        entries, written = read_yaml(words[0]), read_yaml(words[0], as_written=True)
+        sources = [_source(str(name), entry, written.get(str(name)), words[0]) for name, entry in entries.items()]
+    else:
+        sources = [ItemSource.parse(word) for word in words]
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise UserValueError(f"benchmarks need different names, got {', '.join(names)}.")
+    return sources if limit is None else [source.limited(limit) for source in sources]
+
+
 def read_items(source: ItemSource, prompt: str = "{text}") -> BenchmarkItems:
-    """Read a benchmark; rows without text are an error, not left out, because their order may matter.
+    """Read a benchmark. A row without text is an error and is not skipped, because the order may matter.
 
     Args:
-        prompt: around every item, `{text}` in its place; the last token is read after it, so that a common ending
-            ("{text}\\nAnswer:") takes the last words of the items out of the comparison.
+        prompt: Text around every item, which stands for `{text}`. A common ending ("{text}\\nAnswer:") makes the last
+            token the same for all items, so that their last words do not enter the comparison.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column that is not there, an item without text, a prompt without `{text}`.
+        ValueError: a missing column, an item without text, a prompt without `{text}`.
     """
-    if TEXT not in _fields(prompt):
-        raise UserValueError(f"a prompt holds {{text}}, where the item goes; got {prompt!r}.")
+    if TEXT not in _columns(prompt):
+        raise UserValueError(f"a prompt must contain {{text}}, which is replaced by the item; got {prompt!r}.")
+    template = source.template if source.template is not None else f"{{{source.field}}}"
     texts, units = [], []
-    rows = enumerate(read_rows(source))
     stop = None if source.limit is None else source.first + source.limit
-    for number, row in islice(rows, source.first, stop):
-        text = _text(source, row, number)
+    for number, row in islice(enumerate(read_rows(source)), source.first, stop):
+        try:
+            text = fill(template, row)
+        except ValueError as error:
+            raise UserValueError(f"benchmark '{source.name}', row {number}: {error}") from error
         if not text.strip():
             raise UserValueError(f"benchmark '{source.name}', row {number}: no text.")
         texts.append(fill(prompt, {TEXT: text}))
@@ -121,7 +140,7 @@ def read_items(source: ItemSource, prompt: str = "{text}") -> BenchmarkItems:
 
 
 def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
-    """The rows of a source as mappings; a table without a header has columns "0", "1", ..."""
+    """Read the rows of a source as mappings; a table without a header has the columns "0", "1", ..."""
     suffix = text_suffix(source.source)
     if suffix == ".jsonl" or suffix in _SEPARATORS:
         try:
@@ -137,11 +156,12 @@ def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """A template with `{column}` replaced; `{{` and `}}` are braces. No attribute or index is looked up, so that a
-    recipe can name nothing but columns.
+    """Replace `{column}` in a template; `{{` and `}}` are braces.
+
+    No attribute or index is looked up, so that a recipe can name nothing but columns.
 
     Raises:
-        ValueError: a column that is not there, or anything else in braces.
+        ValueError: a missing column, or anything else in braces.
     """
     parts = []
     for literal, name, form, conversion in string.Formatter().parse(template):
@@ -160,13 +180,6 @@ def plain_text(text: str) -> str:
     return _NOT_LETTERS.sub(" ", text.casefold()).strip() or text
 
 
-def _text(source: ItemSource, row: Mapping[str, Any], number: int) -> str:
-    try:
-        return fill(source.template if source.template is not None else f"{{{source.field}}}", row)
-    except ValueError as error:
-        raise UserValueError(f"benchmark '{source.name}', row {number}: {error}") from error
-
-
 def _unit(source: ItemSource, row: Mapping[str, Any], number: int, text: str) -> str:
     if source.unit is None:
         return plain_text(text)
@@ -177,26 +190,24 @@ def _unit(source: ItemSource, row: Mapping[str, Any], number: int, text: str) ->
     return f"{source.unit_prefix}{row[source.unit]}"
 
 
-def _fields(template: str) -> list[str]:
+def _columns(template: str) -> list[str]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserValueError(f"template {template!r}: {error}; a brace of the text itself is written twice.") from error
+        raise UserValueError(f"template {template!r}: {error}; write a brace of the text itself twice.") from error
     return [name for _, name, _, _ in parsed if name is not None]
 
 
 def _as_text(value: Any) -> str:
-    if value is None:
-        return ""
     if isinstance(value, list | tuple):
         return "\n".join(_as_text(entry) for entry in value)
-    return str(value)
+    return "" if value is None else str(value)
 
 
 def _table(source: ItemSource, separator: str) -> Iterator[dict[str, str]]:
-    """With numbers for columns there is no header."""
+    """Rows of a CSV or TSV file; without a header where all columns are named by number."""
     rows = read_csv(source.source, separator=separator)
-    named = [source.field] if source.field is not None else _fields(source.template or "")
+    named = [source.field] if source.field is not None else _columns(source.template or "")
     header = None if all(str(name).isdecimal() for name in named) else next(rows, (0, []))[1]
     for number, cells in rows:
         names = header if header is not None else [str(column) for column in range(len(cells))]
@@ -219,3 +230,25 @@ def _data_set(source: ItemSource) -> Iterator[Mapping[str, Any]]:
             raise UserValueError(f"benchmark '{source.name}': {wanted}; choose one of {', '.join(map(str, found))}.")
         found = found[source.split]
     yield from found
+
+
+def _source(name: str, entry: Any, written: Any, path: str) -> ItemSource:
+    if not isinstance(entry, dict):
+        raise UserValueError(f"{path}: '{name}' must map keys such as source and field to values, got {entry!r}.")
+    known = [item.name for item in fields(ItemSource) if item.name != "name"]
+    for key in entry:
+        if key not in known:
+            raise UserValueError(f"{path}: unknown key '{key}' of '{name}'.{did_you_mean(str(key), known)}")
+    if "source" not in entry:
+        raise UserValueError(f"{path}: '{name}' has no source.")
+    values: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key in ("first", "limit"):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UserValueError(f"{path}: {key} of '{name}' must be a whole number, got {value!r}.")
+            values[key] = value
+        elif not isinstance(value, str | int | float):
+            raise UserValueError(f"{path}: {key} of '{name}' must be text, got {value!r}.")
+        else:
+            values[key] = written.get(key, as_text(value)) if isinstance(written, dict) else as_text(value)
+    return ItemSource(name=name, **values)

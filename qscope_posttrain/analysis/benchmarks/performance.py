@@ -1,4 +1,4 @@
-"""What scores of models say about benchmarks: redundancy R (Eq. 4 to 6) and similarity of pairs (Eq. 12)."""
+"""Compare benchmarks by the scores of models: redundancy R (Eq. 4 to 6) and similarity of pairs (Eq. 12)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qscope_posttrain.analysis.benchmarks.correlation import partial_correlation
 from qscope_posttrain.analysis.benchmarks.redundancy import curve_sizes
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.files import read_csv
 
-FEWEST_MODELS = 3
+MIN_MODELS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +27,11 @@ class ScoreTable:
     """[M, benchmarks]"""
 
     def __post_init__(self) -> None:
-        if self.scores.shape != (len(self.models), len(self.benchmarks)):
-            raise UserValueError(f"scores of {len(self.models)} models on {len(self.benchmarks)} benchmarks, got "
-                             f"{self.scores.shape}.")  # fmt: skip
-        if len(self.models) < FEWEST_MODELS:
-            raise UserValueError(f"at least {FEWEST_MODELS} models are needed, got {len(self.models)}.")
+        shape = (len(self.models), len(self.benchmarks))
+        if self.scores.shape != shape:
+            raise UserValueError(f"scores of {shape[0]} models on {shape[1]} benchmarks, got {self.scores.shape}.")
+        if len(self.models) < MIN_MODELS:
+            raise UserValueError(f"at least {MIN_MODELS} models are needed, got {len(self.models)}.")
         if not np.isfinite(self.scores).all():
             raise UserValueError("every model needs a score on every benchmark.")
 
@@ -43,11 +42,10 @@ class ScoreTable:
         return self.scores[:, self.benchmarks.index(benchmark)]
 
     def similarity(self, names: Sequence[str], control: str | None = None) -> NDArray[np.float64]:
-        """[B, B] Pearson correlation over models of the scores on two benchmarks; with a control, that column is
-        partialled out of every pair (Eq. 12).
+        """[B, B] Pearson correlation over models of the scores on two benchmarks.
 
-        Raises:
-            ValueError: a benchmark on which all models score the same.
+        With a control, that benchmark is partialled out of every pair (Eq. 12). ValueError where all models have the
+        same score on a benchmark.
         """
         every = [*names, *([] if control is None else [control])]
         columns = np.stack([self.column(name) for name in every])
@@ -70,12 +68,20 @@ class PerformanceRedundancy:
     models: int
     r: float
     error: float
-    """Standard error from the random orders; the error from the choice of models is not in it"""
+    """Standard error over the random orders; it does not cover the choice of models"""
     repeats: int
 
 
+def partial_correlation(xy: ArrayLike, xm: ArrayLike, ym: ArrayLike) -> NDArray[np.float64]:
+    """Eq. 12: (r_xy - r_xm r_ym) / sqrt((1 - r_xm^2) (1 - r_ym^2)); NaN where a side is the control itself."""
+    xy, xm, ym = (np.asarray(side, dtype=np.float64) for side in (xy, xm, ym))
+    square = (1 - xm**2) * (1 - ym**2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(square > 1e-12, (xy - xm * ym) / np.sqrt(np.maximum(square, 0)), np.nan)
+
+
 def read_scores(path: str | Path) -> ScoreTable:
-    """A CSV file: a row a model, its name in the first column, then a column a benchmark.
+    """Read a CSV file: one row per model with its name in the first column, one column per benchmark.
 
     Raises:
         FileNotFoundError: no such file.
@@ -91,13 +97,13 @@ def read_scores(path: str | Path) -> ScoreTable:
 
 
 def read_correctness(folder: str | Path, names: Sequence[str]) -> dict[str, tuple[tuple[str, ...], NDArray]]:
-    """`<benchmark>.csv` for some of the benchmarks: a column a model with its name on top, a row an item, 0 to 1.
+    """Read the files `<benchmark>.csv` that exist: one column per model with its name on top, one row per item, 0 to 1.
 
     Returns:
-        {benchmark: (models, correct [N, M])}, for the files that are there.
+        {benchmark: (models, correct [N, M])}.
 
     Raises:
-        FileNotFoundError: none is.
+        FileNotFoundError: there is none.
     """
     files = {name: Path(folder) / f"{name}.csv" for name in names}
     there = {name: path for name, path in files.items() if path.is_file()}
@@ -111,7 +117,7 @@ def read_correctness(folder: str | Path, names: Sequence[str]) -> dict[str, tupl
 
 
 def scores_of(correctness: Mapping[str, tuple[tuple[str, ...], NDArray]]) -> ScoreTable:
-    """The table of mean correctness; all files must have the same models in the same order."""
+    """Table of mean correctness; all files must have the same models in the same order."""
     models = {found[0] for found in correctness.values()}
     if len(models) != 1:
         raise UserValueError("the files of per-item correctness have different models or orders of them.")
@@ -119,13 +125,37 @@ def scores_of(correctness: Mapping[str, tuple[tuple[str, ...], NDArray]]) -> Sco
     return ScoreTable(next(iter(models)), tuple(correctness), means)
 
 
+def read_performance(
+    sizes: Mapping[str, int], correctness: str | None, scores: str | None = None
+) -> tuple[dict[str, tuple[tuple[str, ...], NDArray[np.float64]]], ScoreTable | None]:
+    """Read per-item correctness by benchmark (empty without a folder), and scores from a table or as its means.
+
+    Args:
+        sizes: Number of items of each benchmark.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, one of another form, or not one row per item.
+    """
+    table = None if scores is None else read_scores(scores)
+    if correctness is None:
+        return {}, table
+    found = read_correctness(correctness, list(sizes))
+    for name, (_, correct) in found.items():
+        if len(correct) != sizes[name]:
+            raise UserValueError(
+                f"{correctness}/{name}.csv has {len(correct)} items, the benchmark {sizes[name]}: they must be the "
+                "same, in the same order."
+            )
+    return found, table or scores_of(found)
+
+
 def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, seed: int = 0) -> PerformanceRedundancy:
     """R(D) = (1/N) sum_n E tau(S, D), with tau Kendall's correlation between the models' accuracies on all items and on
     a random subset of n (Eq. 4 to 6).
 
-    The subsets of one repeat are the first n items of a random order. tau is the tau-b, for small subsets tie many
-    models; where they tie all, it says nothing about the order and counts 0. The report does not say. Between the sizes
-    of `curve_sizes` tau_n is interpolated.
+    The subsets of one repeat are the first n items of a random order. tau is tau-b, for small subsets tie many models;
+    a subset that ties all of them counts 0 (the report does not say). Between the sizes of `curve_sizes` tau_n is
+    interpolated.
 
     Args:
         correct: [N, M] correctness of each item by each model.
@@ -134,9 +164,9 @@ def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, 
         ValueError: another shape, fewer than three models, or models that all score the same.
     """
     outcomes = np.asarray(correct, dtype=np.float64)
-    if outcomes.ndim != 2 or outcomes.shape[1] < FEWEST_MODELS or len(outcomes) < 2:
+    if outcomes.ndim != 2 or outcomes.shape[1] < MIN_MODELS or len(outcomes) < 2:
         raise UserValueError(
-            f"'{name}': expected correctness as [items, models >= {FEWEST_MODELS}], got {outcomes.shape}."
+            f"'{name}': expected correctness as [items, models >= {MIN_MODELS}], got {outcomes.shape}."
         )
     full = outcomes.mean(axis=0)
     if np.ptp(full) == 0:
@@ -164,7 +194,7 @@ def kendall(full: ArrayLike, parts: ArrayLike) -> NDArray[np.float64]:
 
 
 def _signs(differences: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Signs, with differences of rounding taken for ties."""
+    """Signs, with rounding errors counted as ties."""
     return np.where(np.abs(differences) < 1e-12, 0.0, np.sign(differences))
 
 

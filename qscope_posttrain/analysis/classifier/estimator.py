@@ -1,4 +1,4 @@
-"""`FeatureClassifier`: a few SAE features, found by how much more often they fire on one class, decide on a text."""
+"""`FeatureClassifier`: classify texts by a few SAE features, chosen by how much more often they fire on one class."""
 
 from __future__ import annotations
 
@@ -16,29 +16,25 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-from qscope_posttrain.analysis.classifier.columns import LayerColumns, stack
-from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, are_texts
+from qscope_posttrain.analysis.classifier import classifier_file
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, are_texts, check_widths, layer_slice, stack
 from qscope_posttrain.analysis.classifier.rates import (
     Booleans,
     Floats,
     Integers,
     Rates,
     best_thresholds,
+    best_vote_count,
     firing,
     firing_rates,
     top_features,
 )
-from qscope_posttrain.analysis.classifier.votes import best_vote_count
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.tables import Table
 
 Rule = Literal["or", "votes", "logistic"]
 Thresholds = Literal["zero", "best"]
 Selection = Literal["difference", "random"]
-
-
-def _has_probabilities(classifier: FeatureClassifier) -> bool:
-    return classifier.rule == "logistic"
 
 
 class FeatureClassifier(ClassifierMixin, BaseEstimator):
@@ -59,26 +55,26 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
     X, here as in every method, is one of:
 
     - {layer: TextFeatures, or a matrix [texts, features]};
-    - a matrix, dense or sparse, with the layers side by side as `layer_widths` says: what scikit-learn's searches and
-      pipelines can split (`columns.stack` and `TextFeaturizer.transform` make it);
+    - a matrix, dense or sparse, with the layers side by side as `layer_widths` says, for scikit-learn's searches and
+      pipelines (`featurizer.stack` and `TextFeaturizer.transform` make it);
     - texts (strings or `TokenText`s), if there is a `featurizer`.
 
     Values not above `epsilon` do not fire, negative ones neither. Attributes after `fit`, S rows: `feature_layers_`,
     `feature_ids_`, `differences_`, `positive_rates_`, `negative_rates_`, `thresholds_`, `weights_` [S]; `intercept_`,
-    `top1_differences_` {layer: largest Delta} of the layers that were searched, `layer_columns_`, `featurizer_`.
+    `top1_differences_` {layer: largest Delta} of the layers that were searched, `layer_widths_`, `featurizer_`.
 
     Args:
-        k: features of each layer.
-        rule: see above.
-        layer: the layer to use, instead of choosing by top1-diff.
-        n_layers: layers to use; with k=1 equation 17.
-        thresholds: "zero": a feature fires above `epsilon`; "best": above the activation that maximises its Delta.
-        epsilon: the epsilon of equation 13.
+        k: Number of features per layer.
+        rule: See above.
+        layer: The layer to use, instead of choosing by top1-diff.
+        n_layers: Number of layers to use; with k=1 equation 17.
+        thresholds: "zero": a feature fires above `epsilon`; "best": above the activation that maximizes its Delta.
+        epsilon: The epsilon of equation 13.
         selection: "difference", or "random", a control: features drawn from those that fire on any training text.
         layer_widths: {layer: columns} of a matrix; None: it is one layer, called 0.
-        C: inverse strength of the L2 penalty of "logistic".
-        random_state: of the random selection.
-        featurizer: turns texts into features; needed for texts only.
+        C: Inverse strength of the L2 penalty of "logistic".
+        random_state: Seed of the random selection.
+        featurizer: Turns texts into features; needed for texts only.
     """
 
     def __init__(
@@ -109,7 +105,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.featurizer = featurizer
 
     def fit(self, X: Any, y: Any) -> FeatureClassifier:
-        """Choose layers and features, and learn what the rule has to learn.
+        """Choose layers and features, and learn the weights of the rule.
 
         Raises:
             TypeError, ValueError: a parameter or an input of the wrong kind, or labels that are not two classes.
@@ -117,9 +113,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self._check_parameters()
         matrix, y = self._training_matrix(X, y)
         self.classes_, codes = np.unique(y, return_inverse=True)
-        if len(self.classes_) != 2:
-            kind = "1 class" if len(self.classes_) == 1 else f"{len(self.classes_)} classes"
-            raise UserValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
+        check_two_classes(self.classes_)
         positive = codes == 1
         activations = self._choose(matrix, positive)
         self.weights_, self.intercept_ = self._learn(self._indicators(activations), positive)
@@ -135,12 +129,11 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         scores = self.decision_function(X)
         return self.classes_[(scores > 0).astype(np.int64)]
 
-    @available_if(_has_probabilities)
+    @available_if(lambda classifier: classifier.rule == "logistic")
     def predict_proba(self, X: Any) -> Floats:
         """[texts, 2] probabilities in the order of `classes_`; with rule="logistic" only."""
-        odds = self.decision_function(X)
         # 1 / (1 + exp(-x)), without overflow
-        positive = np.exp(-np.logaddexp(0.0, -odds))
+        positive = np.exp(-np.logaddexp(0.0, -self.decision_function(X)))
         return np.column_stack([1.0 - positive, positive])
 
     def adopt(self, featurizer: TextFeaturizer) -> None:
@@ -150,7 +143,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.origin_: dict[str, Any] | None = featurizer.origin()
 
     def to_table(self) -> Table:
-        """One line a chosen feature."""
+        """One row per chosen feature."""
         check_is_fitted(self)
         columns = (
             self.feature_layers_, self.feature_ids_, self.positive_rates_, self.negative_rates_, self.differences_,
@@ -166,26 +159,52 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with JSON metadata, atomically; no pickle, a few kilobytes."""
-        from qscope_posttrain.analysis.classifier.classifier_file import write_classifier
-
         check_is_fitted(self)
-        return write_classifier(path, self)
+        document = {
+            "parameters": {name: _plain(getattr(self, name)) for name in classifier_file.PARAMETERS},
+            "classes": self.classes_.tolist(),
+            "intercept": float(self.intercept_),
+            "layer_widths": {str(layer): width for layer, width in self.layer_widths_.items()},
+            "top1_differences": {str(layer): value for layer, value in self.top1_differences_.items()},
+            "settings": self.settings_,
+            "origin": self.origin_,
+        }
+        tensors = {name: getattr(self, name) for name in classifier_file.TENSORS}
+        return classifier_file.write_classifier_file(path, document, tensors)
 
     @classmethod
     def load(cls, path: str | Path, featurizer: TextFeaturizer | None = None) -> FeatureClassifier:
-        """Read what `save` has written.
+        """Read a file written by `save`.
 
         Args:
-            featurizer: to classify texts; its model and SAEs must be those of the training, and it takes over the
+            featurizer: To classify texts; its model and SAEs must be those of the training, and it takes over the
                 settings and median norms stored in the file.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: not a classifier, damaged, or made with another model or other SAEs.
         """
-        from qscope_posttrain.analysis.classifier.classifier_file import read_classifier
-
-        return read_classifier(path, featurizer)
+        path = Path(path)
+        document, tensors = classifier_file.read_classifier_file(path)
+        found = cls(**document["parameters"])
+        try:
+            found._check_parameters()
+        except (TypeError, ValueError) as error:
+            raise UserValueError(f"{path}: {error}") from error
+        for name, tensor in tensors.items():
+            setattr(found, name, tensor)
+        found.classes_ = np.array(document["classes"])
+        found.intercept_ = float(document["intercept"])
+        found.layer_widths = found.layer_widths_ = check_widths(document["layer_widths"])
+        found.n_features_in_ = sum(found.layer_widths_.values())
+        found.top1_differences_ = document["top1_differences"]
+        found.origin_, found.settings_, found.featurizer_ = document["origin"], document["settings"], None
+        if featurizer is not None:
+            used = set(found.feature_layers_.tolist())
+            classifier_file.check_origin(path, found.origin_, featurizer.origin(), used)
+            found.adopt(featurizer.with_settings(found.settings_ or {}))
+            found.featurizer = found.featurizer_
+        return found
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -211,18 +230,18 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             raise UserValueError(f"layer={self.layer!r} names one layer, n_layers={self.n_layers} asks for several.")
 
     def _training_matrix(self, X: Any, y: Any) -> tuple[csr_array, Any]:
-        """Checks X and y, and keeps what prediction must find again."""
+        """Check X and y, and keep what prediction needs."""
         self.featurizer_ = self.settings_ = self.origin_ = None
         if are_texts(X):
             if self.featurizer is None:
                 raise UserValueError("X holds texts; give the classifier a featurizer, or pass their features.")
             X = self.featurizer.features(list(X))
             self.adopt(self.featurizer.with_norms(X))
-        matrix, columns = stack(X) if isinstance(X, Mapping) else (X, None)
+        matrix, widths = stack(X) if isinstance(X, Mapping) else (X, self.layer_widths)
         matrix, y = validate_data(self, matrix, y, accept_sparse="csr", dtype=np.float64)
         check_classification_targets(y)
-        self.layer_columns_ = columns or LayerColumns.from_widths(self.layer_widths or {0: matrix.shape[1]})
-        width = self.layer_columns_.total
+        self.layer_widths_ = check_widths(widths or {0: matrix.shape[1]})
+        width = sum(self.layer_widths_.values())
         if width != matrix.shape[1]:
             raise UserValueError(f"X has {matrix.shape[1]} columns, but layer_widths adds up to {width}.")
         return csr_array(matrix), y
@@ -235,29 +254,27 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
                 raise UserValueError("X holds texts, but this classifier was not fitted or loaded with a featurizer.")
             X = self.featurizer_.features(list(X), layers=used)
         if isinstance(X, Mapping):
-            matrix, columns = stack({layer: X[layer] for layer in used if layer in X})
-            expected = LayerColumns.from_widths({layer: self._width(layer) for layer in used})
-            if columns != expected:
-                raise UserValueError(f"The classifier needs the features of {expected}, X has {columns}.")
+            matrix, widths = stack({layer: X[layer] for layer in used if layer in X})
+            expected = {layer: self.layer_widths_[layer] for layer in sorted(used)}
+            if widths != expected:
+                raise UserValueError(
+                    f"The classifier needs the features of layers {expected} (layer: width), X has {widths}."
+                )
             check_array(matrix, accept_sparse="csr")
         else:
             matrix = csr_array(validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64))
-            columns = self.layer_columns_
-        starts = np.array([columns.slice(layer).start for layer in self.feature_layers_.tolist()])
+            widths = self.layer_widths_
+        starts = np.array([layer_slice(widths, layer).start for layer in self.feature_layers_.tolist()])
         return csr_array(matrix[:, starts + self.feature_ids_])
 
-    def _width(self, layer: int) -> int:
-        part = self.layer_columns_.slice(layer)
-        return part.stop - part.start
-
     def _choose(self, matrix: csr_array, positive: Booleans) -> csr_array:
-        """Sets the attributes of the chosen features, layer by layer, best first; returns their columns [texts, S]."""
-        columns = self.layer_columns_
-        searched = columns.layers if self.layer is None else (self.layer,)
+        """Set the attributes of the chosen features, layer by layer, best first; return their columns [texts, S]."""
+        widths = self.layer_widths_
+        searched = tuple(widths) if self.layer is None else (self.layer,)
         if self.n_layers > len(searched):
             raise UserValueError(f"n_layers={self.n_layers} exceeds the {len(searched)} layers of X.")
         measure = best_thresholds if self.thresholds == "best" else firing_rates
-        parts = {layer: csr_array(matrix[:, columns.slice(layer)]) for layer in searched}
+        parts = {layer: csr_array(matrix[:, layer_slice(widths, layer)]) for layer in searched}
         rates = {layer: measure(part, positive, self.epsilon) for layer, part in parts.items()}
         self.top1_differences_ = {layer: float(found.difference.max()) for layer, found in rates.items()}
         ranked = sorted(searched, key=lambda layer: (-self.top1_differences_[layer], layer))[: self.n_layers]
@@ -267,15 +284,13 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.feature_ids_: Integers = np.concatenate(list(picked.values()))
         if not len(self.feature_ids_):
             raise UserValueError("No feature fires on any training text, so there is nothing to draw from.")
-        kept = Rates(
-            *(np.concatenate(values) for values in zip(*(_take(rates[n], picked[n]) for n in ranked), strict=True))
-        )
+        kept = Rates(*(np.concatenate([rates[n][field][picked[n]] for n in ranked]) for field in range(3)))
         self.positive_rates_, self.negative_rates_, self.thresholds_ = kept
         self.differences_ = kept.difference
         return csr_array(hstack([parts[layer][:, picked[layer]] for layer in ranked], format="csr"))
 
     def _pick(self, rates: Rates, generator: Any) -> Integers:
-        """Numbers of the chosen features of one layer."""
+        """Ids of the chosen features of one layer."""
         if self.selection == "random":
             return generator.permutation(np.flatnonzero(rates.positive + rates.negative > 0))[: self.k]
         return top_features(rates.difference, self.k)
@@ -294,5 +309,15 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         return ones, -0.5
 
 
-def _take(rates: Rates, features: Integers) -> Rates:
-    return Rates(*(values[features] for values in rates))
+def check_two_classes(classes: Any) -> None:
+    """Raise a ValueError unless there are two classes, in the words that scikit-learn's own checks look for."""
+    if len(classes) != 2:
+        kind = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
+        raise UserValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as a Python number; a generator of random numbers is not written."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, str | int | float) else None

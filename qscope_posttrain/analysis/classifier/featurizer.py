@@ -1,4 +1,4 @@
-"""Texts to feature matrices, as a transformer of scikit-learn that shares its model instead of copying it."""
+"""Turn texts into feature matrices, with the layers side by side, so that whatever splits rows handles one array."""
 
 from __future__ import annotations
 
@@ -7,29 +7,63 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 from sklearn.base import BaseEstimator, TransformerMixin
 from torch import nn
 
-from qscope_posttrain.analysis.classifier.columns import stack
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.text_features import Pooling, TextFeatures, collect_text_features
 from qscope_posttrain.models.batches import TokenText
 from qscope_posttrain.provenance import model_shape
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 
-class TextFeaturizer(TransformerMixin, BaseEstimator):
-    """Features of texts under a model and its SAEs: `features.text_features.collect_text_features` with its settings.
+def check_widths(widths: Mapping[int, int]) -> dict[int, int]:
+    """{layer: number of its columns} in ascending order. ValueError without a layer, or for a number that is none."""
+    if not widths:
+        raise UserValueError("layer_widths must name at least one layer.")
+    return dict(sorted((_whole(layer, 0, "a layer"), _whole(width, 1, "a width")) for layer, width in widths.items()))
 
-    First tokens and norm outliers are left out there. `clone` shares model, tokenizer and SAEs.
+
+def layer_slice(widths: Mapping[int, int], layer: int) -> slice:
+    """The columns of a layer in a matrix with the layers side by side."""
+    if layer not in widths:
+        raise UserValueError(f"there are no features of layer {layer}; there are of {', '.join(map(str, widths))}.")
+    start = sum(width for other, width in widths.items() if other < layer)
+    return slice(start, start + widths[layer])
+
+
+def stack(features: Mapping[int, Any]) -> tuple[csr_array, dict[int, int]]:
+    """Put `{layer: TextFeatures, or a matrix [texts, features]}` side by side: (matrix, {layer: width}), ascending.
+
+    Raises:
+        ValueError: no layer, or layers with different numbers of texts.
+    """
+    matrices = {
+        layer: found.matrix() if isinstance(found, TextFeatures) else csr_array(found)
+        for layer, found in sorted(features.items())
+    }
+    widths = check_widths({layer: matrix.shape[1] for layer, matrix in matrices.items()})
+    counts = {layer: matrix.shape[0] for layer, matrix in matrices.items()}
+    if len(set(counts.values())) > 1:
+        raise UserValueError(f"layers must have the features of the same texts; they have {counts}.")
+    return csr_array(hstack(list(matrices.values()), format="csr")), widths
+
+
+class TextFeaturizer(TransformerMixin, BaseEstimator):
+    """Features of texts under a model and its SAEs, as a transformer of scikit-learn.
+
+    See `features.text_features.collect_text_features`, which leaves out first tokens and norm outliers. `clone` shares
+    model, tokenizer and SAEs.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
+        model: A causal language model.
+        tokenizer: Its tokenizer.
         saes: {layer: SAE}.
-        pooling: "max" (equation 13), or "last" or "mean".
-        median_norms: {layer: norm} by which outliers are told, so that a text's features do not depend on the texts
-            beside it; None: measured on the texts of each call, and by `fit` on those of the training.
+        pooling: "max" (equation 13), "last" or "mean".
+        max_length: Truncate each text to this many tokens.
+        median_norms: {layer: norm} that decides about norm outliers, so that a text's features do not depend on the
+            texts beside it; None: measured on the texts of each call, and by `fit` on those of the training.
     """
 
     def __init__(
@@ -61,8 +95,8 @@ class TextFeaturizer(TransformerMixin, BaseEstimator):
         """{layer: TextFeatures} of texts.
 
         Args:
-            residual: keep the mean residual stream of each text too, for linear probes.
-            layers: some of the layers; the forward pass ends at the deepest. None: all.
+            residual: Keep the mean residual stream of each text too, for linear probes.
+            layers: Some of the layers; the forward pass ends at the deepest. None: all.
         """
         return collect_text_features(
             self.model,
@@ -79,12 +113,12 @@ class TextFeaturizer(TransformerMixin, BaseEstimator):
         )
 
     def with_norms(self, features: Mapping[int, TextFeatures]) -> TextFeaturizer:
-        """The same with the median norms that were measured for `features`."""
-        return self._copy(median_norms={layer: found.median_norm for layer, found in features.items()})
+        """A copy with the median norms that were measured for `features`."""
+        return self.with_settings({"median_norms": {layer: found.median_norm for layer, found in features.items()}})
 
     def with_settings(self, settings: Mapping[str, Any]) -> TextFeaturizer:
-        """The same with the settings (see `settings`) of another one."""
-        return self._copy(**settings)
+        """A copy with other settings, such as those of another one (see `settings`)."""
+        return type(self)(**{**self.get_params(deep=False), **settings})
 
     def fit(self, texts: Sequence[Any], y: Any = None) -> TextFeaturizer:
         """Measure the median norms on `texts`, unless they were given."""
@@ -92,44 +126,40 @@ class TextFeaturizer(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, texts: Sequence[Any]) -> csr_array:
-        """[texts, sum of the d_sae], the layers side by side in ascending order; `layer_widths` says which is which."""
+        """[texts, sum of the d_sae], the layers side by side in ascending order, see `layer_widths`."""
         norms = getattr(self, "median_norms_", self.median_norms)
-        return stack(self._copy(median_norms=norms).features(texts))[0]
+        return stack(self.with_settings({"median_norms": norms}).features(texts))[0]
 
     @property
     def layer_widths(self) -> dict[int, int]:
-        """{layer: d_sae}, for `FeatureClassifier(layer_widths=...)` on what `transform` returns."""
+        """{layer: d_sae}, for `FeatureClassifier(layer_widths=...)` on the result of `transform`."""
         return {layer: sae.d_sae for layer, sae in sorted(self.saes.items())}
 
     def settings(self) -> dict[str, Any]:
-        """What changes the features of a text, besides model and SAEs; JSON values, layers as whole numbers."""
-        norms = None if self.median_norms is None else dict(self.median_norms)
-        return {
-            "pooling": self.pooling,
-            "max_length": self.max_length,
-            "outlier_factor": self.outlier_factor,
-            "median_norms": norms,
-        }
+        """Settings that change the features of a text, besides model and SAEs; JSON values, layers as integers."""
+        found = {name: getattr(self, name) for name in ("pooling", "max_length", "outlier_factor")}
+        return found | {"median_norms": None if self.median_norms is None else dict(self.median_norms)}
 
     def origin(self) -> dict[str, Any]:
-        """Identity of the model, and where its SAEs came from; JSON values."""
+        """Identity of the model and sources of its SAEs; JSON values."""
         saes = {str(layer): asdict(sae.source) for layer, sae in sorted(self.saes.items())}
         return {"model": model_shape(self.model), "saes": saes}
 
-    def _copy(self, **changes: Any) -> TextFeaturizer:
-        return type(self)(**{**self.get_params(deep=False), **changes})
-
     def __sklearn_clone__(self) -> TextFeaturizer:
-        return self._copy()
+        return self.with_settings({})
 
 
 def are_texts(value: Any) -> bool:
-    """Whether `value` is a sequence of strings or `TokenText`s: not features."""
+    """Whether `value` is a sequence of strings or `TokenText`s, not of features."""
     if isinstance(value, Mapping | str) or not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
         return False
-    if hasattr(value, "shape") and len(value.shape) != 1:
-        return False
-    if not len(value):
+    if (hasattr(value, "shape") and len(value.shape) != 1) or not len(value):
         return False
     first = value.iloc[0] if hasattr(value, "iloc") else value[0]
     return isinstance(first, str | np.str_ | TokenText)
+
+
+def _whole(value: Any, least: int, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise UserValueError(f"{what} must be a whole number from {least} on, got {value!r}.")
+    return int(value)

@@ -1,25 +1,30 @@
-"""The methods of the comparison: feature classifiers, linear probes, and what a reader needs to see beside them.
+"""Methods that the report compares: feature classifiers, linear probes, and controls that read no model.
 
-Every choice that a method leaves open (layer, number of features, regularisation) is made by cross-validation on the
+Every choice that a method leaves open (layer, number of features, regularization) is made by cross-validation on the
 texts it is fitted on, by F1; of equally good candidates the first, which is the simplest.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
 
-from qscope_posttrain.analysis.classifier.baselines import LayerSlice, MeanDifferenceProbe
-from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
-from qscope_posttrain.analysis.classifier.examples import Examples
+from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier, check_two_classes
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, layer_slice, stack
 from qscope_posttrain.errors import UserValueError
 
 COUNTS = (1, 2, 5, 10)
@@ -28,77 +33,213 @@ MANY = (5, 10, 20, 50)
 PENALTIES = (0.01, 0.1, 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class LabeledTexts:
+    """N labeled texts, in every form that a method reads."""
+
+    inputs: Mapping[str, Any]
+    """"features" csr [N, sum of d_sae] and "residual" [N, layers * d_model] with the layers side by side, "tokens" csr
+    [N, vocabulary] counts, "length" [N, 1] tokens"""
+    features: Mapping[int, int]
+    """{layer: width} of `inputs["features"]`"""
+    residual: Mapping[int, int]
+    """{layer: width} of `inputs["residual"]`"""
+    labels: NDArray[np.bool_]
+    """[N] whether positive"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> LabeledTexts:
+        """Some of the texts, in the given order."""
+        index = np.asarray(rows, dtype=np.int64)
+        inputs = {name: matrix[index] for name, matrix in self.inputs.items()}
+        return LabeledTexts(inputs, self.features, self.residual, self.labels[index])
+
+
+def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: Sequence[bool]) -> LabeledTexts:
+    """Read labeled texts in one pass: features, mean residual stream, and the tokens themselves.
+
+    Raises:
+        ValueError: other numbers of texts and labels, or one class only.
+    """
+    flags = np.asarray(labels, dtype=bool)
+    if len(texts) != len(flags):
+        raise UserValueError(f"{len(texts)} texts but {len(flags)} labels.")
+    if flags.all() or not flags.any():
+        raise UserValueError(f"{int(flags.sum())} of {len(flags)} texts are positive; both classes are needed.")
+    ids = featurizer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    tokens = token_counts([list(row[: featurizer.max_length]) for row in ids], len(featurizer.tokenizer))
+    features = featurizer.features(texts, residual=True)
+    matrix, widths = stack(features)
+    states = {layer: found.residual.numpy() for layer, found in sorted(features.items())}  # type: ignore[union-attr]
+    inputs = {
+        "features": matrix,
+        "residual": np.concatenate(list(states.values()), axis=1),
+        "tokens": tokens,
+        "length": np.asarray(tokens.sum(axis=1), dtype=np.float64)[:, None],
+    }
+    return LabeledTexts(inputs, widths, {layer: state.shape[1] for layer, state in states.items()}, flags)
+
+
+def token_counts(tokens: Sequence[Sequence[int]], vocabulary: int) -> csr_array:
+    """[texts, vocabulary] number of occurrences of each token."""
+    counts = [sorted(Counter(row).items()) for row in tokens]
+    offsets = np.cumsum([0, *(len(row) for row in counts)])
+    indices = np.array([token for row in counts for token, _ in row], dtype=np.int32)
+    values = np.array([count for row in counts for _, count in row], dtype=np.float64)
+    return csr_array((values, indices, offsets), shape=(len(tokens), vocabulary))
+
+
+class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
+    """Classify by the nearer class mean, along the line through both: w = mean(positive) - mean(negative).
+
+    `decision_function` is (x - midpoint) . w, so that a text halfway between the means scores 0.
+    """
+
+    def fit(self, X: Any, y: Any) -> MeanDifferenceProbe:
+        """X [texts, d_model], y two classes, the second in order being the positive one."""
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        check_two_classes(self.classes_)
+        means = [X[codes == code].mean(axis=0) for code in (0, 1)]
+        self.coef_ = means[1] - means[0]
+        self.intercept_ = -float((means[0] + means[1]) @ self.coef_) / 2
+        return self
+
+    def decision_function(self, X: Any) -> Any:
+        """[texts], above 0 for the positive class."""
+        check_is_fitted(self)
+        return validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_ + self.intercept_
+
+    def predict(self, X: Any) -> Any:
+        """[texts] the class of each text."""
+        scores = self.decision_function(X)
+        return self.classes_[(scores > 0).astype(np.int64)]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+
+class LayerSlice(TransformerMixin, BaseEstimator):
+    """Select the columns of one layer of several side by side, so that a search can choose the layer."""
+
+    def __init__(self, widths: Mapping[int, int], layer: int) -> None:
+        self.widths = widths
+        self.layer = layer
+
+    def fit(self, X: Any, y: Any = None) -> LayerSlice:
+        """Nothing to learn."""
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """[texts, width of the layer]."""
+        return X[:, layer_slice(self.widths, self.layer)]
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+
+Grid = Callable[[LabeledTexts], Mapping[str, Sequence[Any]]]
+"""Candidate values, by parameter"""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to classify."""
 
     name: str
     reads: str
-    """Key of `Examples.inputs`"""
-    build: Callable[[Examples, int], Any]
-    """(examples, seed) -> an estimator"""
-    grid: Callable[[Examples], Mapping[str, Sequence[Any]]] = field(default=lambda examples: {})
-    """Candidates, by parameter"""
+    """Key of `LabeledTexts.inputs`"""
+    build: Callable[[LabeledTexts, int], Any]
+    """(texts, seed) -> an estimator"""
+    grid: Grid = field(default=lambda texts: {})
     ranks: bool = True
     """Whether its scores rank texts"""
 
-    def fit(self, examples: Examples, *, folds: int = 5, seed: int = 0) -> Any:
-        """The estimator with the best candidate, fitted on all of `examples`.
+    def fit(self, texts: LabeledTexts, *, folds: int = 5, seed: int = 0) -> Any:
+        """Fit the estimator with the best candidate on all of `texts`.
 
         Where a class has fewer than two texts there is nothing to validate on, and the first candidate is taken.
         """
-        estimator, grid = self.build(examples, seed), self.grid(examples)
-        smallest = int(min(examples.labels.sum(), (~examples.labels).sum()))
+        estimator, grid = self.build(texts, seed), self.grid(texts)
+        smallest = int(min(texts.labels.sum(), (~texts.labels).sum()))
         candidates = int(np.prod([len(values) for values in grid.values()]))
-        matrix, labels = examples.inputs[self.reads], examples.labels
+        matrix, labels = texts.inputs[self.reads], texts.labels
         if candidates == 1 or min(folds, smallest) < 2:
             return estimator.set_params(**{name: values[0] for name, values in grid.items()}).fit(matrix, labels)
         splits = StratifiedKFold(min(folds, smallest), shuffle=True, random_state=seed)
         search = GridSearchCV(estimator, dict(grid), scoring="f1", cv=splits, error_score="raise")
         return search.fit(matrix, labels).best_estimator_
 
-    def apply(self, fitted: Any, examples: Examples) -> tuple[Any, Any]:
+    def apply(self, fitted: Any, texts: LabeledTexts) -> tuple[Any, Any]:
         """(predictions [N] bool, scores [N] or None)."""
-        matrix = examples.inputs[self.reads]
+        matrix = texts.inputs[self.reads]
         return fitted.predict(matrix), fitted.decision_function(matrix) if self.ranks else None
 
 
 def all_methods() -> tuple[Method, ...]:
     """Feature classifiers first, then probes and controls."""
+
+    def features(name: str, grid: Grid, **parameters: Any) -> Method:
+        def build(texts: LabeledTexts, seed: int) -> FeatureClassifier:
+            return FeatureClassifier(layer_widths=texts.features, random_state=seed, **parameters)
+
+        return Method(name, "features", build, grid)
+
+    def probe(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
+        def build(texts: LabeledTexts, seed: int) -> Any:
+            widths: Mapping[int, int] = getattr(texts, reads)
+            return make_pipeline(LayerSlice(widths, min(widths)), *(step() for step in steps))
+
+        return Method(name, reads, build, lambda texts: {**grid, "layerslice__layer": list(getattr(texts, reads))})
+
+    def control(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
+        return Method(name, reads, lambda texts, seed: make_pipeline(*(s() for s in steps)), lambda texts: grid)
+
+    def constant(name: str, **parameters: Any) -> Method:
+        return Method(name, "length", lambda texts, seed: DummyClassifier(**parameters), ranks=False)
+
+    def few(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
+        return {"k": COUNTS}
+
+    def few_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
+        return {"k": COUNTS, "layer": list(texts.features)}
+
+    def many_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
+        return {"k": MANY, "layer": list(texts.features)}
+
+    def layer_counts(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
+        return {"n_layers": range(1, min(len(texts.features), 8) + 1)}
+
+    def logistic() -> LogisticRegression:
+        return LogisticRegression(max_iter=2000)
+
+    c: dict[str, Sequence[float]] = {"logisticregression__C": PENALTIES}
     return (
-        Method("OR, layer by top1-diff", "features", _features(), _counts(COUNTS)),
-        Method("OR, layer by validation", "features", _features(), _layers_and(COUNTS)),
-        Method("OR, one feature a layer", "features", _features(), _layer_counts),
-        Method("OR, best thresholds", "features", _features(thresholds="best"), _layers_and(COUNTS)),
-        Method("votes", "features", _features(rule="votes"), _layers_and(MANY)),
-        Method("logistic on top features", "features", _features(rule="logistic"), _layers_and(MANY)),
-        Method(
-            "logistic, best thresholds", "features", _features(rule="logistic", thresholds="best"), _layers_and(MANY)
-        ),
-        Method("random features, OR", "features", _features(selection="random"), _counts(COUNTS)),
-        Method("logistic on all features", "features", _probe("features", MaxAbsScaler), _probe_grid("features")),
-        Method("logistic on the residual", "residual", _probe("residual", StandardScaler), _probe_grid("residual")),
-        Method("difference of means", "residual", _mean_difference, _probe_layers),
-        Method("bag of tokens", "tokens", _tokens, lambda examples: {"logisticregression__C": PENALTIES}),
-        Method("length", "length", lambda examples, seed: make_pipeline(StandardScaler(), LogisticRegression())),
-        Method(
-            "majority class", "length", lambda examples, seed: DummyClassifier(strategy="most_frequent"), ranks=False
-        ),
-        Method(
-            "always positive",
-            "length",
-            lambda examples, seed: DummyClassifier(strategy="constant", constant=True),
-            ranks=False,
-        ),
+        features("OR, layer by top1-diff", few),
+        features("OR, layer by validation", few_of_a_layer),
+        features("OR, one feature a layer", layer_counts),
+        features("OR, best thresholds", few_of_a_layer, thresholds="best"),
+        features("votes", many_of_a_layer, rule="votes"),
+        features("logistic on top features", many_of_a_layer, rule="logistic"),
+        features("logistic, best thresholds", many_of_a_layer, rule="logistic", thresholds="best"),
+        features("random features, OR", few, selection="random"),
+        probe("logistic on all features", "features", MaxAbsScaler, logistic, **c),
+        probe("logistic on the residual", "residual", StandardScaler, logistic, **c),
+        probe("difference of means", "residual", MeanDifferenceProbe),
+        control("bag of tokens", "tokens", MaxAbsScaler, logistic, **c),
+        control("length", "length", StandardScaler, LogisticRegression),
+        constant("majority class", strategy="most_frequent"),
+        constant("always positive", strategy="constant", constant=True),
     )
 
 
 def methods_named(names: Sequence[str]) -> tuple[Method, ...]:
-    """Some of the methods, in their own order.
-
-    Raises:
-        ValueError: no such method.
-    """
+    """Some of the methods, in their own order. ValueError for a name that does not exist."""
     known = {method.name: method for method in all_methods()}
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -107,7 +248,7 @@ def methods_named(names: Sequence[str]) -> tuple[Method, ...]:
 
 
 def choice_of(fitted: Any) -> str:
-    """What a fitted method settled on, in words."""
+    """The choices of a fitted method, in words."""
     if isinstance(fitted, FeatureClassifier):
         layers = ", ".join(dict.fromkeys(map(str, fitted.feature_layers_.tolist())))
         return f"layer {layers}; {len(fitted.feature_ids_)} features"
@@ -115,50 +256,3 @@ def choice_of(fitted: Any) -> str:
     layer = [f"layer {steps['layerslice'].layer}"] if "layerslice" in steps else []
     model = steps.get("logisticregression")
     return "; ".join([*layer, *([f"C {model.C:g}"] if model is not None else [])])
-
-
-def _features(**parameters: Any) -> Callable[[Examples, int], FeatureClassifier]:
-    def build(examples: Examples, seed: int) -> FeatureClassifier:
-        widths = dict(zip(examples.features.layers, examples.features.widths, strict=True))
-        return FeatureClassifier(layer_widths=widths, random_state=seed, **parameters)
-
-    return build
-
-
-def _counts(counts: Sequence[int]) -> Callable[[Examples], Mapping[str, Sequence[Any]]]:
-    return lambda examples: {"k": counts}
-
-
-def _layers_and(counts: Sequence[int]) -> Callable[[Examples], Mapping[str, Sequence[Any]]]:
-    return lambda examples: {"k": counts, "layer": examples.features.layers}
-
-
-def _layer_counts(examples: Examples) -> Mapping[str, Sequence[Any]]:
-    return {"n_layers": range(1, min(len(examples.features.layers), 8) + 1)}
-
-
-def _probe(reads: str, scaler: Callable[[], Any]) -> Callable[[Examples, int], Any]:
-    def build(examples: Examples, seed: int) -> Any:
-        columns = getattr(examples, reads)
-        return make_pipeline(LayerSlice(columns, columns.layers[0]), scaler(), LogisticRegression(max_iter=2000))
-
-    return build
-
-
-def _probe_grid(reads: str) -> Callable[[Examples], Mapping[str, Sequence[Any]]]:
-    return lambda examples: {
-        "logisticregression__C": PENALTIES,
-        "layerslice__layer": getattr(examples, reads).layers,
-    }
-
-
-def _probe_layers(examples: Examples) -> Mapping[str, Sequence[Any]]:
-    return {"layerslice__layer": examples.residual.layers}
-
-
-def _mean_difference(examples: Examples, seed: int) -> Any:
-    return make_pipeline(LayerSlice(examples.residual, examples.residual.layers[0]), MeanDifferenceProbe())
-
-
-def _tokens(examples: Examples, seed: int) -> Any:
-    return make_pipeline(MaxAbsScaler(), LogisticRegression(max_iter=2000))

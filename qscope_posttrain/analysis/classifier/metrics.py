@@ -1,20 +1,27 @@
-"""How well a classifier separates labelled texts, with bootstrap intervals over the texts."""
+"""Measure classifiers on labeled texts: metrics with bootstrap intervals, layers, top features, amounts of data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
+from qscope_posttrain.analysis.classifier.featurizer import layer_slice
+from qscope_posttrain.analysis.classifier.methods import COUNTS, LabeledTexts, Method, choice_of
+from qscope_posttrain.analysis.classifier.rates import firing_rates, top_features
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
+from qscope_posttrain.report.progress import progress
 
 METRICS = ("f1", "precision", "recall", "tpr_at_1", "tpr_at_5", "auroc")
 FALSE_POSITIVE_RATES = {"tpr_at_1": 0.01, "tpr_at_5": 0.05}
+JACCARD_TOP = 10
+FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 Floats = NDArray[np.float64]
 
@@ -34,11 +41,7 @@ class Evaluation:
         return _interval(self.values[name], self.replicates[name], self.level)
 
     def difference(self, other: Evaluation, name: str) -> Interval:
-        """Paired interval of this one's metric minus the other's, on the same texts with the same seed.
-
-        Raises:
-            ValueError: they were not resampled alike.
-        """
+        """Paired interval of this one's metric minus the other's, on the same texts with the same seed."""
         if len(self.replicates[name]) != len(other.replicates[name]):
             raise UserValueError("A paired difference needs evaluations with the same resamples.")
         replicates = self.replicates[name] - other.replicates[name]
@@ -60,7 +63,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure predictions, and the ranking by `scores` if there are any.
 
-    Texts are resampled within each class, since the sizes of the classes are a choice of whoever made the set.
+    Texts are resampled within each class, since the author of the set chose the sizes of the classes.
 
     Args:
         labels: [texts] bool, both classes present.
@@ -83,13 +86,116 @@ def evaluate(
     if resamples < 1 or not 0 < level < 1:
         raise UserValueError(f"resamples must be at least 1 and level within (0, 1); got {resamples}, {level}.")
     once = np.ones((1, len(truth)))
-    weights = _resamples(truth, resamples, seed)
     values = {name: float(found[0]) for name, found in _measure(truth, guess, ranks, once).items()}
-    return Evaluation(values, _measure(truth, guess, ranks, weights), level)
+    return Evaluation(values, _measure(truth, guess, ranks, _resamples(truth, resamples, seed)), level)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted method."""
+
+    method: Method
+    estimator: Any
+
+    @property
+    def choice(self) -> str:
+        return choice_of(self.estimator)
+
+    def evaluate(self, texts: LabeledTexts, resamples: int = 1000) -> Evaluation:
+        """Measure it on labeled texts."""
+        predicted, scores = self.method.apply(self.estimator, texts)
+        return evaluate(texts.labels, predicted, scores, resamples=resamples)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer and K, fitted on discovery texts without choosing anything, measured on test texts."""
+
+    layer: int
+    k: int
+    top1_difference: float
+    f1: float
+
+
+def fit_methods(
+    methods: Sequence[Method], discovery: LabeledTexts, *, folds: int = 5, seed: int = 0
+) -> dict[str, Fitted]:
+    """Fit each method on all discovery texts."""
+    shown = progress(methods, description="fitting the methods")
+    return {method.name: Fitted(method, method.fit(discovery, folds=folds, seed=seed)) for method in shown}
+
+
+def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] = COUNTS) -> list[LayerRow]:
+    """F1 of the OR rule on the test texts for every layer and K: the cells whose maximum figure 8 of the report shows.
+
+    Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed.
+    """
+    rows = []
+    for layer in discovery.features:
+        for k in counts:
+            classifier = FeatureClassifier(k, layer=layer, layer_widths=discovery.features)
+            classifier.fit(discovery.inputs["features"], discovery.labels)
+            predicted = classifier.predict(test.inputs["features"])
+            f1 = evaluate(test.labels, predicted, resamples=1).values["f1"]
+            rows.append(LayerRow(layer, k, classifier.top1_differences_[layer], f1))
+    return rows
+
+
+def jaccard_by_layer(
+    discovery: Mapping[str, LabeledTexts], top: int = JACCARD_TOP
+) -> dict[int, dict[tuple[str, str], float]]:
+    """Per layer, for each pair of groups, |A and B| / |A or B| of their `top` features by Delta."""
+    chosen: dict[int, dict[str, set[int]]] = {}
+    for group, texts in discovery.items():
+        difference = firing_rates(texts.inputs["features"], texts.labels).difference
+        for layer in texts.features:
+            part = difference[layer_slice(texts.features, layer)]
+            chosen.setdefault(layer, {})[group] = set(top_features(part, top).tolist())
+    pairs = [(one, two) for one in discovery for two in discovery if one < two]
+    return {
+        layer: {(a, b): len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs}
+        for layer, sets in chosen.items()
+    }
+
+
+def efficiency(
+    methods: Sequence[Method],
+    discovery: LabeledTexts,
+    test: LabeledTexts,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    draws: int = 5,
+    folds: int = 5,
+    seed: int = 0,
+) -> dict[str, dict[float, list[float]]]:
+    """{method: {fraction: [F1 of each draw]}}: everything, choices included, learned from a part of the texts.
+
+    Parts are drawn within each class, at least one text of each. All of it is one draw.
+    """
+    found: dict[str, dict[float, list[float]]] = {method.name: {} for method in methods}
+    plan = [(share, draw) for share in fractions for draw in range(draws if share < 1 else 1)]
+    for share, draw in progress(plan, description="learning from parts of the texts"):
+        part = discovery.take(draw_rows(discovery.labels, share, seed + draw))
+        for method in methods:
+            fitted = Fitted(method, method.fit(part, folds=folds, seed=seed + draw))
+            found[method.name].setdefault(share, []).append(fitted.evaluate(test, resamples=1).values["f1"])
+    return found
+
+
+def draw_rows(labels: Any, share: float, seed: int) -> list[int]:
+    """Draw rows with the same share of both classes, at least one of each; ascending. `share` lies in (0, 1]."""
+    if not 0 < share <= 1:
+        raise UserValueError(f"a part must be a share in (0, 1], got {share}.")
+    generator = np.random.default_rng(seed)
+    rows: list[int] = []
+    for kind in (False, True):
+        places = np.flatnonzero(np.asarray(labels) == kind)
+        rows += generator.permutation(places)[: max(1, round(share * len(places)))].tolist()
+    return sorted(rows)
 
 
 def _resamples(truth: NDArray[np.bool_], count: int, seed: int) -> Floats:
-    """[count, texts] how often each text is drawn: with replacement, within its class."""
+    """[count, texts] number of times each text is drawn: with replacement, within its class."""
     generator = np.random.default_rng(seed)
     weights = np.zeros((count, len(truth)))
     for kind in (truth, ~truth):
@@ -117,9 +223,8 @@ def _measure(
     false_rate = outside.cumsum(axis=1) / negatives[:, None]
     for name, limit in FALSE_POSITIVE_RATES.items():
         found[name] = np.where(false_rate <= limit + 1e-12, true_rate, 0.0).max(axis=1)
-    below = (
-        1 - false_rate + outside / negatives[:, None] / 2
-    )  # share of the negatives below, those at par counting half
+    # share of the negatives below, those with an equal score counting half
+    below = 1 - false_rate + outside / negatives[:, None] / 2
     found["auroc"] = (inside * below).sum(axis=1) / positives
     return found
 

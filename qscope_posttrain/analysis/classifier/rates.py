@@ -1,4 +1,4 @@
-"""How much more often a feature fires on one class of texts than on the other (equations 13 and 14 of the report).
+"""Compute how much more often a feature fires on one class of texts than on the other (equations 13 and 14).
 
 A feature matrix `[texts, features]` holds each feature's largest activation over the tokens of a text, zero where it
 does not fire: `features.text_features.TextFeatures.matrix()`.
@@ -18,7 +18,7 @@ Booleans = NDArray[np.bool_]
 
 
 class Rates(NamedTuple):
-    """What one labelled pass says about every feature, each `[features]`."""
+    """Firing rates of every feature, each `[features]`."""
 
     positive: Floats
     """Share of the positive texts on which it fires, P(h = 1 | positive)"""
@@ -39,7 +39,7 @@ def firing_rates(matrix: csr_array, positive: Booleans, epsilon: float = 0.0) ->
     Args:
         matrix: [texts, features], largest activation.
         positive: [texts], both classes present.
-        epsilon: not below 0: what is not stored is 0, and does not fire.
+        epsilon: Threshold, not below 0: a value that is not stored is 0, and does not fire.
     """
     fires = firing(matrix, epsilon)
     inside = fires[positive].sum(axis=0) / positive.sum()
@@ -48,11 +48,11 @@ def firing_rates(matrix: csr_array, positive: Booleans, epsilon: float = 0.0) ->
 
 
 def best_thresholds(matrix: csr_array, positive: Booleans, epsilon: float = 0.0) -> Rates:
-    """As `firing_rates`, with the threshold of each feature, at least `epsilon`, that maximises its Delta.
+    """As `firing_rates`, with the threshold of each feature, at least `epsilon`, that maximizes its Delta.
 
     Delta_f(theta) = P(a > theta | positive) - P(a > theta | negative); its largest value over theta is the one-sided
     Kolmogorov-Smirnov statistic of the two samples of activations. The threshold lies halfway between the activations
-    that it separates, and is the highest of several equally good ones: the feature then fires least. A feature
+    that it separates; of several equally good ones it is the highest, with which the feature fires least. A feature
     that no threshold makes fire more often on positive texts keeps `epsilon`.
     """
     columns = csc_array(matrix)
@@ -83,17 +83,16 @@ def best_thresholds(matrix: csr_array, positive: Booleans, epsilon: float = 0.0)
 
 
 def firing(matrix: csr_array, thresholds: float | Floats) -> csr_array:
-    """The indicators h of equation 13 as a sparse matrix of ones; `thresholds` not below 0, one or one a feature."""
+    """Indicators h of equation 13 as a sparse matrix of ones; one threshold, or one per feature, not below 0."""
     limits = np.broadcast_to(np.asarray(thresholds, dtype=np.float64), (matrix.shape[1],))
     fires = (matrix.data > limits[matrix.indices]).astype(np.float64)
-    found = csr_array((fires, matrix.indices, matrix.indptr), shape=matrix.shape)
-    found = found.copy()
+    found = csr_array((fires, matrix.indices, matrix.indptr), shape=matrix.shape).copy()
     found.eliminate_zeros()
     return found
 
 
 def top_features(difference: Floats, k: int) -> Integers:
-    """The `k` features of the largest difference, best first; ties to the lowest number."""
+    """The `k` features with the largest difference, best first; of equal ones the lowest id first."""
     return np.argsort(-difference, kind="stable")[:k]
 
 
@@ -101,3 +100,15 @@ def _running_within(flags: Booleans, owners: Integers, starts: Integers) -> Floa
     """Running count of the flags, from the first entry of each feature on."""
     total = np.concatenate([[0.0], np.cumsum(flags, dtype=np.float64)])
     return total[1:] - total[starts[owners]]
+
+
+def best_vote_count(votes: Integers, positive: Booleans) -> int:
+    """The m >= 1 for which "positive if votes >= m" has the best F1, the smallest of equally good ones.
+
+    F1 = 2 TP / (predicted positive + positive). `votes` [texts] are counts from 0 on, `positive` [texts].
+    """
+    needed = np.arange(1, max(int(votes.max()), 1) + 1)
+    predicted = votes[:, None] >= needed
+    true_positives = (predicted & positive[:, None]).sum(axis=0)
+    f1 = 2 * true_positives / (predicted.sum(axis=0) + positive.sum())
+    return int(needed[f1.argmax()])

@@ -1,4 +1,4 @@
-"""The report on a classification task: numbers, tables and figures for one group of texts or for several languages."""
+"""Report a classification task: numbers, tables and figures for one group of texts or for several languages."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from qscope_posttrain.analysis.classifier.comparison import (
+from qscope_posttrain.analysis.classifier.methods import LabeledTexts, Method
+from qscope_posttrain.analysis.classifier.metrics import (
     FRACTIONS,
     JACCARD_TOP,
+    METRICS,
+    Evaluation,
     LayerRow,
     by_layer,
     efficiency,
     fit_methods,
     jaccard_by_layer,
 )
-from qscope_posttrain.analysis.classifier.examples import Examples
-from qscope_posttrain.analysis.classifier.methods import Method
-from qscope_posttrain.analysis.classifier.metrics import METRICS, Evaluation
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
@@ -29,26 +29,26 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Table
 
 REFERENCE = "logistic on the residual"
-"""What the differences are taken against: the usual probe, which needs no SAE."""
+"""The usual probe, which needs no SAE; the differences are taken against it."""
 CURVES = (
     "OR, layer by top1-diff", "logistic on top features", "logistic on the residual", "difference of means",
     "bag of tokens",
 )  # fmt: skip
 """Methods whose data curve is drawn: those that are quick to fit many times."""
 TRANSFER = ("OR, best thresholds", "votes", "logistic on all features", *CURVES)
-"""Methods whose transfer is tabulated; that of the others is in the numbers."""
+"""Methods with a table of transfer; the numbers of the others are in the summary."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClassifierReport:
-    """Everything that was measured."""
+    """All measurements of one task."""
 
-    sizes: Mapping[str, tuple[int, int, int, int]]
+    sizes: Mapping[str, tuple[int, ...]]
     """By group: positive and negative discovery texts, positive and negative test texts"""
     evaluations: Mapping[str, Mapping[str, Mapping[str, Evaluation]]]
     """Method -> group learned on -> group tested on"""
     choices: Mapping[str, Mapping[str, str]]
-    """Method -> group -> what it settled on"""
+    """Method -> group -> its choices in words"""
     layers: Mapping[str, Sequence[LayerRow]]
     """Group -> every layer and K on its own test texts"""
     chosen_layers: Mapping[str, int]
@@ -57,14 +57,6 @@ class ClassifierReport:
     """Layer -> pair of groups -> overlap of their top sets"""
     curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
     """Group -> method -> share of the discovery texts -> F1 of each draw"""
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        return tuple(self.sizes)
-
-    def own(self, method: str, group: str) -> Evaluation:
-        """A method learned and tested on one group."""
-        return self.evaluations[method][group][group]
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, as JSON values."""
@@ -88,49 +80,37 @@ class ClassifierReport:
         }
 
     def tables(self) -> list[Table]:
-        """Methods by group, transfer of each feature method and probe, layers, Jaccard."""
-        found = [self._methods_table(group) for group in self.groups]
-        if len(self.groups) > 1:
-            found += [self._transfer_table(method) for method in self.evaluations if method in TRANSFER]
-            found.append(self._jaccard_table())
-        return [*found, *(self._layer_table(group) for group in self.groups)]
+        """All tables, in the order of the page."""
+        return [table for section in self.sections() for table in section.tables]
 
     def sections(self) -> list[Section]:
-        """The parts of the HTML page."""
-        tables = self.tables()
-        per_group, rest = tables[: len(self.groups)], tables[len(self.groups) :]
-        moved = [table for table in rest if table.title.startswith(("Transfer", "Overlap"))]
-        layers = [table for table in rest if table not in moved]
-        sections = [Section("Methods", _METHODS, per_group)]
+        """The parts of the HTML page: methods by group, data curve, transfer and Jaccard, layers."""
+        sections = [Section("Methods", _METHODS, [self._methods_table(group) for group in self.sizes])]
         if self.curves:
-            sections.append(Section("How much data", "", figures=[self.curve_figure()]))
-        if moved:
-            sections.append(Section("From one group to another", _TRANSFER, moved))
-        return [*sections, Section("Layers", _LAYERS, layers)]
+            sections.append(Section("How much data", "", figures=[self._curve_figure()]))
+        if len(self.sizes) > 1:
+            moved = [self._transfer_table(method) for method in self.evaluations if method in TRANSFER]
+            sections.append(Section("From one group to another", _TRANSFER, [*moved, self._jaccard_table()]))
+        return [*sections, Section("Layers", _LAYERS, [self._layer_table(group) for group in self.sizes])]
 
-    def curve_figure(self) -> Figure:
+    def _curve_figure(self) -> Figure:
         """F1 over the share of the discovery texts, mean over the groups, with a band over the draws."""
-        curves = []
-        names = list(next(iter(self.curves.values())))
-        for name in names:
-            shares = list(next(iter(self.curves.values()))[name])
-            draws = [
-                draw_interval(np.mean([curves_of[name][share] for curves_of in self.curves.values()], axis=0))
-                for share in shares
-            ]
-            x = [100 * share for share in shares]
+        groups, curves = list(self.curves.values()), []
+        for name, points in groups[0].items():
+            draws = [draw_interval(np.mean([of[name][share] for of in groups], axis=0)) for share in points]
+            x = [100 * share for share in points]
             low, high = ([getattr(draw, side) for draw in draws] for side in ("low", "high"))
             curves.append(Curve(name, x, [draw.estimate for draw in draws], low, high))
-        drawn = line_curves(curves, "discovery texts, %", "F1 on test texts", x_marks=[100 * share for share in shares])
-        mean = f"mean over {', '.join(self.groups)}" if len(self.groups) > 1 else self.groups[0]
+        drawn = line_curves(curves, "discovery texts, %", "F1 on test texts", x_marks=x)
+        mean = f"mean over {', '.join(self.curves)}" if len(groups) > 1 else next(iter(self.curves))
         return Figure(drawn, f"F1, {mean}. Everything is learned and chosen on the part; band: 95 % t over draws.")
 
     def _methods_table(self, group: str) -> Table:
         rows = []
-        for method in self.evaluations:
-            found = self.own(method, group)
-            against = found.difference(self.own(REFERENCE, group), "f1") if REFERENCE in self.evaluations else None
-            versus = "-" if against is None or method == REFERENCE else _signed(against)
+        for method, evaluations in self.evaluations.items():
+            found, versus = evaluations[group][group], "-"
+            if REFERENCE in self.evaluations and method != REFERENCE:
+                versus = found.difference(self.evaluations[REFERENCE][group][group], "f1").text("+.3f")
             cells = [_cell(found.interval(name)) for name in METRICS]
             rows.append([method, *cells, versus, self.choices[method][group]])
         inside, outside, test_inside, test_outside = self.sizes[group]
@@ -150,7 +130,7 @@ class ClassifierReport:
             away = [found.values["f1"] for target, found in row.items() if target != source]
             rows.append([source, *cells, float(np.mean(away))])
         caption = "F1. Rows: learned on; columns: tested on. The last column is the mean over the others."
-        return Table(f"Transfer, {method}", ["learned on", *self.groups, "others"], rows, caption)
+        return Table(f"Transfer, {method}", ["learned on", *self.sizes, "others"], rows, caption)
 
     def _jaccard_table(self) -> Table:
         pairs = list(next(iter(self.jaccard.values())))
@@ -180,8 +160,8 @@ class ClassifierReport:
 
 def make_report(
     methods: Sequence[Method],
-    discovery: Mapping[str, Examples],
-    test: Mapping[str, Examples],
+    discovery: Mapping[str, LabeledTexts],
+    test: Mapping[str, LabeledTexts],
     *,
     folds: int = 5,
     resamples: int = 1000,
@@ -192,46 +172,36 @@ def make_report(
     """Fit and measure everything.
 
     Args:
-        discovery: group (a language, or "all") -> texts on which everything is learned and chosen.
-        test: the same groups, other texts.
-        fractions: shares of the discovery texts of the data-efficiency curve.
-        draws: parts drawn for each share; 0 leaves the curve out.
-
-    Raises:
-        ValueError: other groups in the one than in the other, or none.
+        discovery: Group (a language, or "all") -> texts on which everything is learned and chosen.
+        test: The same groups, other texts.
+        folds: Number of folds of the cross-validation.
+        resamples: Number of bootstrap resamples of the test texts.
+        fractions: Shares of the discovery texts in the data-efficiency curve.
+        draws: Number of parts drawn for each share; 0 leaves the curve out.
     """
     if not discovery or list(discovery) != list(test):
         raise UserValueError(f"discovery and test need the same groups, got {list(discovery)} and {list(test)}.")
     evaluations: dict[str, dict[str, dict[str, Evaluation]]] = {method.name: {} for method in methods}
     choices: dict[str, dict[str, str]] = {method.name: {} for method in methods}
+    sizes: dict[str, tuple[int, ...]] = {}
     layers, chosen, curves = {}, {}, {}
-    for group, examples in discovery.items():
-        status(f"{group}: {len(examples)} discovery texts, {len(test[group])} test texts")
-        for name, fitted in fit_methods(methods, examples, folds=folds, seed=seed).items():
-            evaluations[name][group] = {other: fitted.evaluate(texts, resamples) for other, texts in test.items()}
+    for group, texts in discovery.items():
+        status(f"{group}: {len(texts)} discovery texts, {len(test[group])} test texts")
+        sizes[group] = tuple(
+            int(count) for part in (texts, test[group]) for count in (part.labels.sum(), (~part.labels).sum())
+        )
+        for name, fitted in fit_methods(methods, texts, folds=folds, seed=seed).items():
+            evaluations[name][group] = {other: fitted.evaluate(part, resamples) for other, part in test.items()}
             choices[name][group] = fitted.choice
-        layers[group] = by_layer(examples, test[group])
+        layers[group] = by_layer(texts, test[group])
         chosen[group] = max(layers[group], key=lambda row: (row.top1_difference, -row.layer)).layer
         if draws:
-            curve_methods = [method for method in methods if method.name in CURVES]
+            quick = [method for method in methods if method.name in CURVES]
             curves[group] = efficiency(
-                curve_methods, examples, test[group], fractions=fractions, draws=draws, folds=folds, seed=seed
+                quick, texts, test[group], fractions=fractions, draws=draws, folds=folds, seed=seed
             )
-    sizes = {
-        group: tuple(
-            int(count) for e in (discovery[group], test[group]) for count in (e.labels.sum(), (~e.labels).sum())
-        )
-        for group in discovery
-    }
-    return ClassifierReport(
-        sizes,  # type: ignore[arg-type]
-        evaluations,
-        choices,
-        layers,
-        chosen,
-        jaccard_by_layer(discovery) if len(discovery) > 1 else {},
-        curves,
-    )
+    jaccard = jaccard_by_layer(discovery) if len(discovery) > 1 else {}
+    return ClassifierReport(sizes, evaluations, choices, layers, chosen, jaccard, curves)
 
 
 def draw_interval(values: Any, level: float = 0.95) -> Interval:
@@ -245,19 +215,13 @@ def draw_interval(values: Any, level: float = 0.95) -> Interval:
 
 
 def _cell(interval: Interval) -> str:
-    if np.isnan(interval.estimate):
-        return "-"
-    return f"{interval.estimate:.3f} ({interval.low:.3f} .. {interval.high:.3f})"
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval.estimate:+.3f} ({interval.low:+.3f} .. {interval.high:+.3f})"
+    return "-" if np.isnan(interval.estimate) else interval.text()
 
 
 _METHODS = (
-    "Layers, numbers of features and regularisation are chosen by cross-validation on discovery texts, by F1. For OR "
-    "and votes the ranking counts the features that fire. *Bag of tokens* and *length* read no model: they say how "
+    "Layers, numbers of features and regularization are chosen by cross-validation on discovery texts, by F1. For OR "
+    "and votes the ranking counts the features that fire. *Bag of tokens* and *length* read no model: they show how "
     "easy the task is."
 )
 _TRANSFER = "Everything, choices included, is learned on one group and measured on the others."
-_LAYERS = "The OR rule with every layer and K, and which layer the firing-rate differences choose."
+_LAYERS = "The OR rule with every layer and K, and the layer that the firing-rate differences choose."

@@ -62,23 +62,23 @@ def find_language_features(
     languages at width 4096. `saes_at_once` bounds them and the SAEs in memory; `second_moments=False` does without.
 
     Args:
-        model (nn.Module): causal language model of transformers.
-        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        model (nn.Module): Causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
         texts (dict of str to sequence of str): {language: texts}, at least two languages.
         saes (dict of int to SparseAutoencoder or path): {layer: SAE, or a source for `SparseAutoencoder.load`}, layers
             counted from 0.
-        top (int, default 2): features per language and layer.
-        target (str, default None): language whose features are measured for their effect; None measures none.
-        target_tokens (Tensor, default None): ids that count as the target's tokens; None: those that write its script.
-        causal (bool, default True): run the causal check, where there is a target.
-        causal_layers (sequence of int, default None): layers of that check; None: the two deepest in `saes`.
-        controls (int, default 5): random features in it.
-        k (int, default None): of TopK, for sources that do not say it.
-        saes_at_once (int, default None): maximum number of SAEs in memory, with one pass over the texts for each such
+        top (int, default 2): Features per language and layer.
+        target (str, default None): Language whose features are measured for their effect; None measures none.
+        target_tokens (Tensor, default None): Ids that count as the target's tokens; None: those that write its script.
+        causal (bool, default True): Run the causal check, where there is a target.
+        causal_layers (sequence of int, default None): Layers of that check; None: the two deepest in `saes`.
+        controls (int, default 5): Random features in it.
+        k (int, default None): Of TopK, for sources that do not say it.
+        saes_at_once (int, default None): Maximum number of SAEs in memory, with one pass over the texts for each such
             group of layers; None: all in one pass.
-        seed (int, default 0): of the random features and the bootstrap.
-        checkpoint (path, default None): see `statistics.collect_statistics`.
-        show_progress (bool, default None): show progress bars; None: on a terminal.
+        seed (int, default 0): Of the random features and the bootstrap.
+        checkpoint (path, default None): See `statistics.collect_statistics`.
+        show_progress (bool, default None): Show progress bars; None: on a terminal.
         statistics_options: further arguments of `statistics.collect_statistics`.
 
     Raises:

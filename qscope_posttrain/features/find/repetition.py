@@ -79,26 +79,26 @@ def find_repetition_features(
     In `provenance`: "steering_curve" and "ranking" as `Table.to_dict`, "loops" with their number and rate.
 
     Args:
-        model (nn.Module): causal language model of transformers.
-        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        model (nn.Module): Causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
         saes (dict of int to SparseAutoencoder or path): {layer: SAE, or a source for `SparseAutoencoder.load`}, layers
             counted from 0.
-        prompts (sequence, default None): for the curve, and to sample loops on; texts or chats (see
+        prompts (sequence, default None): For the curve, and to sample loops on; texts or chats (see
             `models.generation.generate_samples`).
-        loops (LoopCollection, default None): loops that are there already; None samples them.
-        benign (sequence, default None): texts that repeat for a good reason (lists, tables, copied questions): strings
+        loops (LoopCollection, default None): Loops that are there already; None samples them.
+        benign (sequence, default None): Texts that repeat for a good reason (lists, tables, copied questions): strings
             or token ids.
-        top (int, default 4): features per layer.
+        top (int, default 4): Features per layer.
         rank_by (str, default "both"): "difference", "attribution", or "both" in turn, see `repetition.rank_features`.
-        curve (CurveSettings, default `DEFAULT_CURVE`): of the steering curve; None leaves it out.
-        collect (dict, default None): further arguments of `collect_loops`. It samples as `curve.sampling` says unless
+        curve (CurveSettings, default `DEFAULT_CURVE`): Of the steering curve; None leaves it out.
+        collect (dict, default None): Further arguments of `collect_loops`. It samples as `curve.sampling` says unless
             `settings` are given.
-        chat (bool, default False): send prompts through the chat template.
-        chat_template_options (dict, default None): for the template, e.g. `{"enable_thinking": False}`.
-        k (int, default None): of TopK, for sources that do not say it.
-        saes_at_once (int, default None): maximum number of SAEs in memory, with one pass for each such group; None: all
+        chat (bool, default False): Send prompts through the chat template.
+        chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
+        k (int, default None): Of TopK, for sources that do not say it.
+        saes_at_once (int, default None): Maximum number of SAEs in memory, with one pass for each such group; None: all
             in one pass.
-        show_progress (bool, default None): show progress bars; None: on a terminal.
+        show_progress (bool, default None): Show progress bars; None: on a terminal.
         statistics_options: see `statistics.collect_statistics`. `max_length` is by default that of the longest
             completion, because a loop is at the end of its text.
 

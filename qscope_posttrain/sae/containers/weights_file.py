@@ -11,7 +11,8 @@ from typing import cast
 
 from torch import Tensor
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import check_is_file_with_data
 from qscope_posttrain.sae.checks import as_number, check_tensor
 from qscope_posttrain.sae.containers import json_file, numpy_archive, safetensors_file, torch_archive
 from qscope_posttrain.sae.containers.json_file import Settings
@@ -127,19 +128,6 @@ def open_weights(path: Path) -> WeightsFile:
         return WeightsFile(path, kind, arrays, memory_mapped=_mapped(arrays))
     tensors, metadata = safetensors_file.read(path, size)
     return WeightsFile(path, kind, tensors, metadata, _mapped(tensors))
-
-
-def check_is_file_with_data(path: Path) -> int:
-    """Size of the file in bytes. Errors for what is often found in place of the weights."""
-    if not path.is_file():
-        raise UserFileNotFoundError(f"no such file: {path}")
-    size = path.stat().st_size
-    if size == 0:
-        raise UserValueError(f"{path} is empty (0 bytes): the download or copy failed, fetch it again")
-    with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise UserValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
-    return size
 
 
 def _mapped(entries: Mapping[str, object]) -> bool:

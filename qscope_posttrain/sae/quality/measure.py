@@ -75,22 +75,22 @@ def measure_sae(
     """Measure an SAE on the texts, with intervals over texts, and say where the numbers show that something is wrong.
 
     Args:
-        model (nn.Module): causal language model of transformers.
-        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        model (nn.Module): Causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
         texts (dict of str to sequence, or sequence): `{language: texts}`, or texts alone. Strings or token ids, as for
             `statistics.collect_statistics`.
-        sae (SparseAutoencoder): in raw units, as every loader gives it.
-        layer (int, default None): decoder layer, from 0; None: the one that the SAE names.
-        scan (int, default 1): neighboring layers on either side on which the SAE is tried too, on a sample of the
+        sae (SparseAutoencoder): In raw units, as every loader gives it.
+        layer (int, default None): Decoder layer, from 0; None: the one that the SAE names.
+        scan (int, default 1): Neighboring layers on either side on which the SAE is tried too, on a sample of the
             texts; 0: none.
-        losses (bool, default True): also measure the loss with the reconstruction spliced in: four forwards for one.
-        expected_l0 (float, default None): promised number of firing latents per token; None: k of TopK.
-        tokens_per_batch (int, default 2048): tokens in a forward pass, padding included.
-        max_length (int, default 512): tokens after which a text is cut.
-        outlier_factor (float, default 10): tokens whose norm exceeds this multiple of the median norm are left out and
+        losses (bool, default True): Also measure the loss with the reconstruction spliced in: four forwards for one.
+        expected_l0 (float, default None): Promised number of firing latents per token; None: k of TopK.
+        tokens_per_batch (int, default 2048): Tokens in a forward pass, padding included.
+        max_length (int, default 512): Tokens after which a text is cut.
+        outlier_factor (float, default 10): Tokens whose norm exceeds this multiple of the median norm are left out and
             counted.
-        seed (int, default 0): of the bootstrap over texts.
-        show_progress (bool, default None): show progress bars; None: on a terminal.
+        seed (int, default 0): Of the bootstrap over texts.
+        show_progress (bool, default None): Show progress bars; None: on a terminal.
 
     Raises:
         ValueError: no layer is known, it contradicts the SAE's own, or the SAE has another width than the model.

@@ -114,7 +114,7 @@ def test_refusals(tmp_path):
         read_items(ItemSource("d", place, field="question"))
     with pytest.raises(FileNotFoundError, match="'d': no file"):
         read_items(ItemSource("d", str(tmp_path / "b.jsonl"), field="text"))
-    with pytest.raises(ValueError, match="a prompt holds"):
+    with pytest.raises(ValueError, match="a prompt must contain"):
         read_items(ItemSource("d", place, field="text"), "Answer:")
     with pytest.raises(ValueError, match="either a field or a template"):
         ItemSource("d", place)

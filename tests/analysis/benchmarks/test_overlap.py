@@ -1,4 +1,4 @@
-"""Overlaps by hand and over all subsets, their intervals, shared items, neighbours, recommendations."""
+"""Overlaps by hand and over all subsets, their intervals, shared items, neighbors, recommendations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from analysis.benchmarks.cases import WIDTH, draw, sets_of, union
 
 from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures, fingerprints
-from qscope_posttrain.analysis.benchmarks.jackknife import jackknife_interval, standard_error
 from qscope_posttrain.analysis.benchmarks.overlap import (
     MEASURES,
     largest_matched_size,
@@ -17,7 +16,8 @@ from qscope_posttrain.analysis.benchmarks.overlap import (
     measure_overlap,
     raw_pair,
 )
-from qscope_posttrain.analysis.benchmarks.recommendation import groups, recommend
+from qscope_posttrain.analysis.benchmarks.redundancy import jackknife_interval, standard_error
+from qscope_posttrain.analysis.benchmarks.report import groups, recommend
 
 
 def from_sets(name, sets, width=10, texts=None):
@@ -156,14 +156,14 @@ def test_nearest_and_recommendation():
     # A broad benchmark: half its items like x, half like another kind.
     halves = [sets_of(draw("h", 200, 4, rates["x"], width)), sets_of(draw("h", 200, 5, rates["y"], width))]
     matrix = measure_overlap([one, two, apart])
-    found = matrix.neighbour("one")
+    found = matrix.neighbor("one")
     assert (found.nearest, found.next) == ("two", "apart")
     assert found.lead.low > 0
     lines = {line.name: line for line in recommend(matrix)}
     assert {name: line.action for name, line in lines.items()} == {"one": "merge", "two": "merge", "apart": "keep"}
     assert groups(list(lines.values())) == [("one", "two")]
     assert lines["one"].covered.low >= 0.9
-    assert "not told apart" in lines["one"].reason
+    assert "do not distinguish them" in lines["one"].reason
     assert "falls short of 0.9" in lines["apart"].reason
     few = {name: draw(name, 8, seed, rates["x"], width) for name, seed in (("p", 6), ("q", 7))}
     undecided = recommend(measure_overlap([few["p"], few["q"]]))
@@ -188,7 +188,7 @@ def test_refusals():
         measure_overlap([a])
     with pytest.raises(ValueError, match="at least two benchmarks of different names"):
         measure_overlap([a, draw("a", 8, 2)])
-    with pytest.raises(ValueError, match="not one dictionary"):
+    with pytest.raises(ValueError, match="of different SAEs"):
         raw_pair(a, draw("b", 8, 2, width=7))
     with pytest.raises(ValueError, match="at least 5 items"):
         measure_overlap([a, draw("b", 4, 2)])

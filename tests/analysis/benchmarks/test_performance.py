@@ -9,13 +9,12 @@ import pytest
 from analysis.benchmarks.cases import draw
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement, similarity_agreement
-from qscope_posttrain.analysis.benchmarks.correlation import (
+from qscope_posttrain.analysis.benchmarks.agreement import (
     correlate,
-    correlate_pairs,
     fisher_interval,
-    partial_correlation,
     pearson,
+    redundancy_agreement,
+    similarity_agreement,
     spearman,
 )
 from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
@@ -23,6 +22,7 @@ from qscope_posttrain.analysis.benchmarks.performance import (
     PerformanceRedundancy,
     ScoreTable,
     kendall,
+    partial_correlation,
     performance_redundancy,
     read_correctness,
     read_scores,
@@ -90,9 +90,9 @@ def test_pairs_are_tested_by_relabelling_benchmarks():
     """A matrix against itself: with distinct entries no other labelling of it agrees as well."""
     matrix = np.random.default_rng(4).normal(size=(5, 5))
     matrix = matrix + matrix.T
-    found = correlate_pairs(matrix, matrix, "pearson")
+    found = correlate(matrix, matrix, "pearson")
     assert (found.value, found.p, found.points) == (pytest.approx(1), pytest.approx(1 / 120), 10)
-    many = correlate_pairs(matrix, matrix, "pearson", permutations=60)
+    many = correlate(matrix, matrix, "pearson", permutations=60)
     assert many.p >= 1 / 61
 
 
@@ -105,7 +105,7 @@ def test_the_mantel_test_holds_its_level_where_a_test_over_pairs_does_not():
         a, b = generator.normal(size=(2, 7))
         one, other = np.add.outer(a, a), np.add.outer(b, b)
         upper = np.triu_indices(7, 1)
-        mantel.append(correlate_pairs(one, other, "pearson", permutations=99, resamples=2, seed=seed).p <= 0.05)
+        mantel.append(correlate(one, other, "pearson", permutations=99, resamples=2, seed=seed).p <= 0.05)
         naive.append(pearsonr(one[upper], other[upper]).pvalue <= 0.05)
     assert np.mean(mantel) < 0.11
     assert np.mean(naive) > 0.2

@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
-from qscope_posttrain.analysis.benchmarks.rarefaction import expected_features, presence, presence_over_sizes
-from qscope_posttrain.analysis.benchmarks.redundancy import curve_sizes, measure_redundancy
+from qscope_posttrain.analysis.benchmarks.redundancy import (
+    curve_sizes,
+    expected_features,
+    measure_redundancy,
+    presence,
+    presence_over_sizes,
+)
 
 SMALL_SETS = st.lists(st.sets(st.integers(0, 5), max_size=4), min_size=3, max_size=7)
 

@@ -12,11 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from qscope_posttrain.analysis.classifier.classifier_file import FORMAT, MAX_BYTES
-from qscope_posttrain.analysis.classifier.conversion import to_feature_set
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
-from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.statistics import collect_statistics
 
 
 @pytest.fixture(scope="module")
@@ -181,19 +178,3 @@ def test_an_unfitted_classifier_has_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="not fitted"):
         FeatureClassifier().save(tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_features_as_a_feature_set(fitted, featurizer, lines, tmp_path):
-    texts = {"plain": lines[0][:4], "target": lines[0][4:]}
-    statistics = collect_statistics(featurizer.model, featurizer.tokenizer, texts, featurizer.saes)
-    found = to_feature_set(fitted, statistics, featurizer.saes)
-    assert set(found.layers) == set(fitted.feature_layers_.tolist())
-    for layer, rows in found.layers.items():
-        mine = fitted.feature_layers_ == layer
-        assert rows.feature_ids.tolist() == fitted.feature_ids_[mine].tolist()
-        np.testing.assert_allclose(rows.scores, fitted.differences_[mine], rtol=1e-6)
-        np.testing.assert_array_equal(rows.decoder, featurizer.saes[layer].W_dec[rows.feature_ids])
-    assert set(FeatureSet.load(found.save(tmp_path / "f.safetensors")).layers[3].labels) == {"target"}
-    renamed = collect_statistics(featurizer.model, featurizer.tokenizer, {"a": ["some text here"]}, featurizer.saes)
-    with pytest.raises(ValueError, match="not of plain and target"):
-        to_feature_set(fitted, renamed, featurizer.saes)

@@ -7,19 +7,23 @@ import pytest
 from scipy.sparse import csr_array
 from sklearn.utils.estimator_checks import check_estimator
 
-from qscope_posttrain.analysis.classifier.baselines import MeanDifferenceProbe
-from qscope_posttrain.analysis.classifier.columns import LayerColumns
-from qscope_posttrain.analysis.classifier.comparison import (
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
+from qscope_posttrain.analysis.classifier.methods import (
+    LabeledTexts,
+    MeanDifferenceProbe,
+    all_methods,
+    collect_examples,
+    methods_named,
+    token_counts,
+)
+from qscope_posttrain.analysis.classifier.metrics import (
     by_layer,
     draw_rows,
     efficiency,
     fit_methods,
     jaccard_by_layer,
-    transfer,
 )
-from qscope_posttrain.analysis.classifier.examples import Examples, collect_examples, token_counts
-from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
-from qscope_posttrain.analysis.classifier.methods import all_methods, methods_named
+from qscope_posttrain.analysis.classifier.report import make_report
 
 
 def make_examples(count=80, informative=3, seed=0, layers=(1, 4)):
@@ -33,8 +37,7 @@ def make_examples(count=80, informative=3, seed=0, layers=(1, 4)):
     states[:, 5] += 3 * labels
     tokens = token_counts([[int(label), 2, 3] for label in labels], 5)
     inputs = {"features": csr_array(features), "residual": states, "tokens": tokens, "length": np.full((count, 1), 3.0)}
-    columns = LayerColumns.from_widths(dict.fromkeys(layers, 10))
-    return Examples(inputs, columns, LayerColumns.from_widths(dict.fromkeys(layers, 4)), labels)
+    return LabeledTexts(inputs, dict.fromkeys(layers, 10), dict.fromkeys(layers, 4), labels)
 
 
 def test_mean_difference_by_hand():
@@ -79,9 +82,10 @@ def test_layers_on_their_own():
 
 def test_transfer_is_good_where_the_same_feature_tells():
     groups = {"a": make_examples(seed=1), "b": make_examples(seed=2), "c": make_examples(informative=7, seed=3)}
-    tests = {"a": make_examples(seed=4), "c": make_examples(informative=7, seed=5)}
-    found = transfer(methods_named(["OR, layer by top1-diff"]), groups, tests, folds=2, resamples=20)
-    f1 = {(one, two): e.values["f1"] for one, row in found["OR, layer by top1-diff"].items() for two, e in row.items()}
+    tests = {"a": make_examples(seed=4), "b": make_examples(seed=6), "c": make_examples(informative=7, seed=5)}
+    report = make_report(methods_named(["OR, layer by top1-diff"]), groups, tests, folds=2, resamples=20, draws=0)
+    found = report.evaluations["OR, layer by top1-diff"]
+    f1 = {(one, two): e.values["f1"] for one, row in found.items() for two, e in row.items()}
     assert min(f1["a", "a"], f1["b", "a"], f1["c", "c"]) > 0.85
     assert max(f1["a", "c"], f1["c", "a"]) < 0.6
 
@@ -91,9 +95,9 @@ def test_jaccard_by_hand():
     one = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]], float)
     two = np.array([[0, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 0]], float)
     labels = np.array([True, True, False, False])
-    columns = LayerColumns.from_widths({1: 3})
+    columns = {1: 3}
     groups = {
-        name: Examples({"features": csr_array(matrix)}, columns, columns, labels)
+        name: LabeledTexts({"features": csr_array(matrix)}, columns, columns, labels)
         for name, matrix in (("a", one), ("b", two))
     }
     assert jaccard_by_layer(groups, top=2) == {1: {("a", "b"): pytest.approx(1 / 3)}}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_array
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
-from qscope_posttrain.analysis.classifier.columns import LayerColumns, stack, take_texts
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
-from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, stack
 
 # Texts 0..3 are positive. Layer 2 has three features, layer 5 two.
 LAYER_2 = np.array([[1, 0, 0], [1, 0, 2], [0, 1, 0], [0, 1, 0], [0, 1, 0], [0, 0, 2], [0, 0, 0], [0, 0, 0]], float)
@@ -98,7 +96,7 @@ def test_random_features_are_drawn_from_those_that_fire():
 
 def test_one_matrix_with_layer_widths_is_the_same_as_a_mapping():
     matrix, columns = stack({5: LAYER_5, 2: LAYER_2})
-    assert columns == LayerColumns((2, 5), (3, 2))
+    assert list(columns.items()) == [(2, 3), (5, 2)]
     one = FeatureClassifier(n_layers=2, layer_widths={2: 3, 5: 2}).fit(matrix, Y)
     two = FeatureClassifier(n_layers=2).fit({2: LAYER_2, 5: LAYER_5}, Y)
     assert one.feature_layers_.tolist() == two.feature_layers_.tolist()
@@ -172,7 +170,7 @@ def test_texts_and_their_features_are_the_same(featurizer, lines):
     by_features = FeatureClassifier(**options).fit(featurizer.features(texts), labels)
     assert by_text.feature_ids_.tolist() == by_features.feature_ids_.tolist()
     np.testing.assert_array_equal(by_text.predict(texts), by_features.predict(featurizer.features(texts)))
-    # Outliers are told by the norms of the training texts, so that a text's score does not depend on its neighbours.
+    # Outliers are found by the norms of the training texts, so that a text's score does not depend on its neighbors.
     alone = np.concatenate([by_text.decision_function([text]) for text in texts])
     np.testing.assert_array_equal(alone, by_text.decision_function(texts))
     assert by_text.classes_.tolist() == ["latin", "other"]
@@ -188,12 +186,3 @@ def test_a_pipeline_and_clones_share_the_model(featurizer, lines):
     assert copy.featurizer.model is featurizer.model
     assert copy.get_params()["featurizer__outlier_factor"] == 1.3
     assert not hasattr(copy, "classes_")
-
-
-def test_some_texts_of_many(featurizer, lines):
-    features = featurizer.features(lines[0], residual=True)[1]
-    part = take_texts(features, [5, 0, 7])
-    np.testing.assert_array_equal(part.matrix().toarray(), features.matrix().toarray()[[5, 0, 7]])
-    np.testing.assert_array_equal(part.residual, features.residual[[5, 0, 7]])
-    assert part.median_norm == features.median_norm
-    assert isinstance(part.matrix(), csr_array)

@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from qscope_posttrain.analysis.classifier.rates import best_thresholds, firing, firing_rates, top_features
-from qscope_posttrain.analysis.classifier.votes import best_vote_count
+from qscope_posttrain.analysis.classifier.rates import (
+    best_thresholds,
+    best_vote_count,
+    firing,
+    firing_rates,
+    top_features,
+)
 
 # Texts 0..2 are positive, 3..6 negative.
 ACTIVATIONS = np.array(
@@ -50,7 +55,7 @@ def test_ties_go_to_the_lowest_feature_and_k_may_exceed_the_width():
 
 
 @st.composite
-def labelled(draw):
+def labeled(draw):
     texts, features = draw(st.integers(2, 9)), draw(st.integers(1, 5))
     cells = draw(
         st.lists(st.sampled_from([0, 0, 0, 1, 2, 3, 2.5]), min_size=texts * features, max_size=texts * features)
@@ -63,7 +68,7 @@ def labelled(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(labelled(), st.sampled_from([0.0, 1.0, 2.2]))
+@given(labeled(), st.sampled_from([0.0, 1.0, 2.2]))
 def test_both_measures_against_loops(case, epsilon):
     dense, positive = case
     plain = firing_rates(csr_array(dense), positive, epsilon)
@@ -85,7 +90,7 @@ def test_both_measures_against_loops(case, epsilon):
 
 
 @settings(max_examples=100, deadline=None)
-@given(labelled())
+@given(labeled())
 def test_indicators_against_a_loop(case):
     dense, _ = case
     limits = np.arange(dense.shape[1]) * 0.9

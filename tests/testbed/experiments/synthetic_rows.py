@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qscope_posttrain.testbed.arms import ARMS
+from benchmarks.experiments.arms import SWITCHING_ARMS as ARMS
 
 SFT_HZ, SFT_CSX, SFT_PPL, SFT_ENTRY = 0.01, 0.3, 20.0, -4.0
 

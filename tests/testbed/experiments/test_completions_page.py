@@ -11,7 +11,7 @@ import pytest
 from synthetic_rows import switching_row
 
 from benchmarks.experiments.completions_page import write_completions_pages
-from qscope_posttrain.testbed.arithmetic.probes import Probes
+from benchmarks.experiments.probes import Probes
 
 PROMPTS = 30
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.experiments.arms import SWITCHING_ARMS as ARMS
 from benchmarks.experiments.recipe import RepetitionCell, SwitchingCell, build_recipe, load_recipe
 from benchmarks.experiments.switching_grid import SPLITS, cell_jobs
-from qscope_posttrain.testbed.arms import ARMS
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes" / "experiments").glob("*.yaml"))
 SWITCHING: dict[str, Any] = {

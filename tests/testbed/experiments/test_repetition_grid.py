@@ -10,22 +10,21 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.experiments import repetition_grid
+from benchmarks.experiments.arms import REPETITION_ARMS as ARMS
+from benchmarks.experiments.probes import ProbedConfig
 from benchmarks.experiments.repetition_grid import (
-    arms_without_steering,
-    is_steered,
     run_repetition_bases,
-    run_repetition_cell,
 )
 from benchmarks.experiments.repetition_rows import repetition_rows
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.report.summary import to_json
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.testbed.arithmetic import runs
-from qscope_posttrain.testbed.arithmetic.arms import ARMS
-from qscope_posttrain.testbed.arithmetic.config import ArithmeticConfig
-from qscope_posttrain.testbed.arithmetic.dictionaries import WAYS, RepetitionFeatures
+from qscope_posttrain.testbed.repetition import experiment as runs
+from qscope_posttrain.testbed.repetition.config import RepetitionConfig
+from qscope_posttrain.testbed.repetition.experiment import steerable
+from qscope_posttrain.testbed.repetition.features import WAYS, RepetitionFeatures
 
-TINY = ArithmeticConfig(
+TINY = ProbedConfig(
     fewest_operations=1, most_operations=2, answer_tokens=48, hidden_size=32, intermediate_size=48, model_layers=2,
     heads=2, pretraining_batch_size=16, habit_loops=0.6, habit_steps=120, habit_learning_rate=5e-3, rare_loops=0.5,
     rare_steps=20, loop_samples=300, probe_solutions=5, sae_latents=64, sae_k=4, sae_steps=30, sae_documents=100,
@@ -76,12 +75,12 @@ def test_the_grid_yields_the_rows_of_each_start_and_runs_nothing_twice(
 
     monkeypatch.setattr(runs, "_train", never)
     monkeypatch.setattr(runs, "_evaluate", never)
-    again = run_repetition_cell(settings, "rare", [0, 3], ["plain", "copied_default", "difference_of_means"], [1])
-    assert list(again) == rows
+    again = run_repetition_bases(settings, "rare", [0, 3], ["plain", "copied_default", "difference_of_means"], [1])
+    assert [row for own, _ in again for row in own] == rows
 
 
 def test_which_arms_steer() -> None:
-    steered = {name for name, arm in ARMS.items() if is_steered(arm)}
+    steered = {name for name, arm in ARMS.items() if arm.steers}
     assert {"paper", "default", "random", "difference_of_means", "decay"} <= steered
     assert not steered & {"plain", "seeded", "copied", "copied_default", "reward_penalty", "plain_right"}
 
@@ -103,11 +102,14 @@ class _Features(RepetitionFeatures):
 
 
 def test_an_arm_that_has_nothing_to_steer_with_is_left_out() -> None:
-    arms = ["plain", "paper", "default", "seeded", "random", "difference_of_means"]
-    steered = ["paper", "default", "random", "difference_of_means"]
-    assert arms_without_steering(arms, _Features({})) == steered
-    assert arms_without_steering(arms, _Features({"window": {"layer": 1}})) == []
-    assert arms_without_steering(arms, _Features({"to_end": {"layer": 1}})) == steered[1:]
+    arms = [ARMS[name] for name in ("plain", "paper", "default", "seeded", "random", "difference_of_means")]
+
+    def kept(**chosen: dict[str, float]) -> list[str]:
+        return [arm.name for arm in steerable(arms, _Features(chosen))]
+
+    assert kept() == ["plain", "seeded"]
+    assert kept(window={"layer": 1}) == [arm.name for arm in arms]
+    assert kept(to_end={"layer": 1}) == ["plain", "paper", "seeded"]
 
 
 def test_the_row_says_along_what_it_was_steered_in_fact() -> None:
@@ -129,10 +131,10 @@ def test_negatives_are_counted_over_all_updates() -> None:
 
 
 def test_the_device_decides_where_everything_runs_and_auto_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ArithmeticConfig().torch_device() == "cpu"
+    assert RepetitionConfig().torch_device() == "cpu"
     for present, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda present=present: present)
-        assert ArithmeticConfig(device="auto").torch_device() == device
+        assert RepetitionConfig(device="auto").torch_device() == device
     with pytest.raises(ValueError, match="cpu, cuda or auto"):
-        ArithmeticConfig(device="gpu")
-    assert asdict(ArithmeticConfig())["device"] == "cpu"
+        RepetitionConfig(device="gpu")
+    assert asdict(RepetitionConfig())["device"] == "cpu"

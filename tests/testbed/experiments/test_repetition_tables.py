@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.experiments.arms import REPETITION_ARMS as ARMS
 from benchmarks.experiments.repetition_numbers import compare, loop_rate, looped_share, probe_curve
 from benchmarks.experiments.repetition_page import repetition_report
 from benchmarks.experiments.repetition_rows import by_arm, pair_up, repetition_rows
@@ -18,12 +19,10 @@ from benchmarks.experiments.repetition_tables import (
     effects_table,
     loops_table,
     runs_table,
-    verdict,
 )
 from qscope_posttrain.report.html import write_html
 from qscope_posttrain.report.summary import to_json
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.testbed.arithmetic.arms import ARMS
 
 PROBE = {"oh": 0.5, "oc1": 0.9, "oend": 0.4, "h": 0.001, "c1": 0.4, "c5": 0.9, "cend": 0.3, "end": 0.0002}
 
@@ -144,16 +143,6 @@ def test_the_goal_is_missed_where_an_interval_says_so() -> None:
     assert line(loops_table(few, "rare"), "seeded, default")["goal"] == "met by the estimates"
 
 
-def test_the_verdict_names_what_was_reached_and_answers_for_the_feature() -> None:
-    said = verdict(repetition_rows(ROWS))
-    assert said.startswith("DAPO loops in 40 of 4000 samples.")
-    assert "met: seeded, default; missed by the estimates: steered, default." in said
-    assert "The package's default: 0.2 (0.081 .. 0.43) times DAPO's loops, accuracy +0.5 (" in said
-    assert "8 against 0 loops in 4 pairs of runs, +20.0 (" in said
-    assert said.endswith("more loops.")
-    assert "seeded" not in verdict(repetition_rows([*PLAIN, *DEFAULT]))
-
-
 def test_side_effects_and_every_run() -> None:
     rows = repetition_rows(ROWS)
     table = effects_table(rows, "rare")
@@ -256,11 +245,10 @@ WORLD = {
 def test_the_report_is_made_of_rows_alone(tmp_path: Path) -> None:
     rows = json.loads(json.dumps(to_json(ROWS)))
     other = [{**entry, "cell": "frequent"} for entry in (*PLAIN, *DEFAULT)]
-    sections, tables, verdicts = repetition_report([*rows, *other], [WORLD], {"rare": "Rare loops"})
+    sections, tables = repetition_report([*rows, *other], [WORLD], {"rare": "Rare loops"})
     assert [section.title for section in sections] == ["Rare loops", "frequent"]
     assert list(tables) == ["rare:loops", "rare:against", "rare:effects", "rare:starts", "rare:runs",
                             "frequent:loops", "frequent:effects", "frequent:runs"]  # fmt: skip
-    assert set(verdicts) == {"rare", "frequent"}
     starts = dict(zip(tables["rare:starts"].columns, tables["rare:starts"].rows[0], strict=True))
     assert starts["features, in a window"] == "layer 1 at 1: 49 % against 1 %"
     assert starts["means, in a window"] == "nothing loops"
@@ -269,5 +257,4 @@ def test_the_report_is_made_of_rows_alone(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert len(sections[0].sections[2].tables) == 1 + 4
     page = write_html(tmp_path / "report.html", "Loops", sections).read_text(encoding="utf-8")
-    assert verdicts["rare"].split(".")[0] in page
     assert page.count("<svg") == 2 * (2 + 3)

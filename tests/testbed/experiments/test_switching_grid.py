@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.experiments.arms import SWITCHING_ARMS as ARMS
 from benchmarks.experiments.recipe import SwitchingCell, WeightedArm
 from benchmarks.experiments.switching_grid import count_switches, fit_identifier, run_switching_cell
 from qscope_posttrain.models.generation import Sample
-from qscope_posttrain.testbed.arms import ARMS
 from qscope_posttrain.testbed.cache import open_cache
-from qscope_posttrain.testbed.config import TestbedConfig
-from qscope_posttrain.testbed.distinctive import distinctive_tokens
-from qscope_posttrain.testbed.grammar import write_paragraphs
-from qscope_posttrain.testbed.language_model import make_language_model
+from qscope_posttrain.testbed.switching.config import SwitchingConfig
+from qscope_posttrain.testbed.switching.grammar import write_paragraphs
+from qscope_posttrain.testbed.switching.language_model import distinctive_tokens, make_language_model
 
 
 @pytest.fixture(scope="module")
-def cell(small_config: TestbedConfig) -> SwitchingCell:
+def cell(small_config: SwitchingConfig) -> SwitchingCell:
     arms = (WeightedArm(ARMS["token_penalty"], (10.0, 40.0)), WeightedArm(ARMS["random_features"], (0.2,)))
     return SwitchingCell("zh", "Chinese", replace(small_config, model_seed=9), (0,), (11, 12), arms)
 
@@ -41,7 +40,7 @@ def test_rows_hold_every_run_and_repeat_themselves(cell: SwitchingCell, monkeypa
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something was run again")
 
-    monkeypatch.setattr("qscope_posttrain.testbed.runs.fine_tune", refuse)
+    monkeypatch.setattr("qscope_posttrain.testbed.switching.experiment.fine_tune", refuse)
     assert next(iter(run_switching_cell(cell)))[0] == rows
 
 
@@ -65,7 +64,7 @@ def test_switches_are_counted_by_language() -> None:
 def test_a_target_without_a_script_is_seen_by_its_words(tmp_path: Path) -> None:
     for name, language, size in (("prose", "en", 60_000), ("autre", "fr", 60_000)):
         (tmp_path / f"{name}.txt").write_text("\n".join(write_paragraphs(language, size, 3)), encoding="utf-8")
-    config = TestbedConfig(
+    config = SwitchingConfig(
         texts=[f"prose={tmp_path / 'prose.txt'}", f"autre={tmp_path / 'autre.txt'}"], target="autre", identify="words",
         vocabulary=700, window=48, prompt=12, hidden_size=32, model_layers=2, heads=2, pretraining_steps=1,
         sampled_tokens=35, workers=1, cache=str(tmp_path / "cache"),

@@ -8,7 +8,6 @@ from synthetic_rows import switching_row
 from benchmarks.experiments.cell_results import CellResult, cell_results
 from benchmarks.experiments.switching_rows import switching_rows
 from benchmarks.experiments.switching_tables import cell_tables, verdict_table
-from benchmarks.experiments.verdicts import cell_verdict
 
 
 def cell(*rows: dict) -> CellResult:
@@ -35,57 +34,40 @@ def three_bases(shift: float = 0.0) -> list[dict]:
     ]
 
 
-def test_worse_than_the_token_penalty_is_said():
-    verdict = cell_verdict(cell(*three_bases()))
-    assert verdict.outcome == "worse"
-    assert verdict.worse_than == ("token_penalty",)
-    assert verdict.better_than == ("random_features",)
+def verdict(*rows: dict) -> dict:
+    """The line of the table of verdicts, by column."""
+    table = verdict_table([cell(*rows)])
+    return dict(zip(table.columns, table.rows[0], strict=True))
+
+
+def test_the_table_names_the_outcome_and_the_difference():
+    worse = verdict(*three_bases())
+    assert worse["the SAE arm is"] == "worse"
     # -40, -39, -41 minus -50: 10, 11, 9; 4.30265 * 1 / sqrt(3) = 2.484.
-    assert "difference +10.0 points (+7.5 .. +12.5): the SAE arm is worse" in verdict.lines[0]
-    assert "SASFT, combined** -40.0 % (-42.5 .. -37.5)" in verdict.lines[0]
-    assert "95 % t intervals over 3 base models" in verdict.lines[0]
-
-
-def test_better_and_undecided_are_said():
-    assert cell_verdict(cell(*three_bases(0.3))).outcome == "better"
-    undecided = cell_verdict(cell(*three_bases(0.1)))
-    assert undecided.outcome == "no difference shown"
-    assert undecided.undecided == ("token_penalty",)
-    assert not undecided.worse_than
+    assert worse["difference"] == "+10.0 (+7.5 .. +12.5)"
+    assert worse["best SAE arm, %"] == "SASFT, combined -40.0 (-42.5 .. -37.5)"
+    assert verdict(*three_bases(0.3))["the SAE arm is"] == "better"
+    assert verdict(*three_bases(0.1))["the SAE arm is"] == "no difference shown"
 
 
 def test_one_run_shows_nothing():
-    verdict = cell_verdict(cell(*one_base(0, 0.9, 0.1)))
-    assert verdict.outcome == "no difference shown"
-    assert verdict.goal_met == ()
-    assert "a single run: no intervals" in verdict.lines[0]
-
-
-def test_runs_of_one_base_are_named_as_such():
-    verdict = cell_verdict(cell(*one_base(0, 0.6, 0.5, seed=1), *one_base(0, 0.61, 0.5, seed=2)))
-    assert "over 2 runs of 1 base model, which leave out how base models differ" in verdict.lines[0]
+    single = verdict(*one_base(0, 0.9, 0.1))
+    assert (single["the SAE arm is"], single["goal met by"]) == ("no difference shown", "none")
 
 
 def test_the_goal_needs_half_apart_and_cheap():
     # Token penalty: 45 of 100 left in every base, -55 %; SASFT -40 %. Both cost 1.0001 %: too much.
     rows = three_bases()
-    missed = cell_verdict(cell(*rows))
-    assert missed.goal_met == ()
-    assert "met by no arm" in missed.lines[-1]
-    assert "at a higher one there are **token penalty** (no SAE): -55.0 %" in missed.lines[-1]
+    assert verdict(*rows)["goal met by"] == "none"
     for row in rows:
         if row["arm"] == "token_penalty":
             row["metrics"]["test"]["masked_ppl"] = 20.0 * 1.009
-    verdict = cell_verdict(cell(*rows))
-    assert verdict.goal_met == ("token_penalty",)
-    assert (
-        "token penalty** (no SAE): -55.0 % (-55.0 .. -55.0), the whole interval at -50 % or below" in verdict.lines[-1]
-    )
+    assert verdict(*rows)["goal met by"] == "token penalty"
     spread = [dict(row) for row in rows]
     for row, count in zip([row for row in spread if row["arm"] == "token_penalty"], (5, 10, 120), strict=True):
         row["sampled"] = {**row["sampled"], "target": count}
     # -95, -90, +20: mean -55 with an interval that holds 0.
-    assert cell_verdict(cell(*spread)).goal_met == ()
+    assert verdict(*spread)["goal met by"] == "none"
 
 
 def test_arms_are_picked_on_validation_prompts():
@@ -97,16 +79,6 @@ def test_arms_are_picked_on_validation_prompts():
     result = cell(*rows)
     assert result.budgets[1.0].best_sae == "sasft_combined"
     assert result.sae_arms == ("sasft_decoder", "sasft_combined")
-
-
-def test_a_mixture_with_the_token_penalty_does_not_stand_alone():
-    rows = three_bases()
-    rows += [switching_row("sasft_token", 0.05, 1.0001, 0.3 + 0.01 * base, base=base) for base in range(3)]
-    result = cell(*rows)
-    assert (result.budgets[1.0].best_sae, result.budgets[1.0].best_sae_alone) == ("sasft_token", "sasft_combined")
-    verdict = cell_verdict(result)
-    assert verdict.outcome == "better"
-    assert any("without a token penalty is **SASFT, combined**" in line and "worse" in line for line in verdict.lines)
 
 
 def test_cap_is_marked():
@@ -141,7 +113,6 @@ def test_sft_that_never_switches_leaves_the_change_open():
     assert "SFT never switched" in table.caption
     # Wilson: 0 of 400 has the upper limit 3.8415 / 403.8415.
     assert row["switched, %"] == "0.0 (0.0 .. 1.0)"
-    assert "cannot be said" in cell_verdict(result).lines[-1]
 
 
 def test_words_have_no_scripts_and_plain_perplexity():
@@ -182,16 +153,13 @@ def test_verdicts_of_several_cells_and_without_sae_arms():
     assert [row[0] for row in table.rows] == ["zh", "Korean"]
     assert table.rows[0][4] == "worse"
     assert table.rows[1][1] is None
-    assert "no SAE arm was run" in cell_verdict(results[1]).lines[0]
     assert "pairs" not in cell_tables(results[1])
 
 
 def test_without_samples_only_the_hazard_speaks():
     rows = [{**row, "sampled": None} for row in three_bases()]
     result = cell(*rows)
-    verdict = cell_verdict(result)
-    assert verdict.outcome == "worse"
-    assert not any("sampled switching: best" in line for line in verdict.lines)
+    assert verdict(*rows)["the SAE arm is"] == "worse"
     columns = cell_tables(result)["equal_cost_1"].columns
     assert "sampled, %" not in columns
 

@@ -1,0 +1,1 @@
+"""Command lines and recipes: one parser, its file format and its options made from dataclasses."""

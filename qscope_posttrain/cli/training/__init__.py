@@ -1,0 +1,1 @@
+"""Training commands: `qscope sft` and `qscope grpo`."""

@@ -1,0 +1,145 @@
+"""Checks of `--dry_run` that every training command shares; they load no weights and do not train."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+from trl import get_peft_config
+
+from qscope_posttrain.cli.training.data import Rows, first_rows, load_rows
+from qscope_posttrain.cli.training.recipe import TrainingRecipe
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
+from qscope_posttrain.files import check_plain
+from qscope_posttrain.models.loading import load_config
+from qscope_posttrain.report.summary import writable_folder
+from qscope_posttrain.report.tables import Table
+from qscope_posttrain.text.jsonl import read_json
+
+T = TypeVar("T")
+NO_LENGTH = "a streamed data set has no length; set 'max_steps'."
+
+
+@dataclass
+class Checks:
+    """Findings in order, each `(what, "ok" | "note" | "failed" | "skipped", detail)`."""
+
+    findings: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def check(self, what: str, look: Callable[..., tuple[T, str]], *needed: Any) -> T | None:
+        """Call `look(*needed)`, which returns a value and a sentence, or raises the user's mistake; bugs pass through.
+
+        Where an earlier check gave None for something that this one needs, it is skipped: one mistake, one finding.
+        """
+        if any(value is None for value in needed):
+            self.findings.append((what, "skipped", "needs what failed above"))
+            return None
+        try:
+            with library_refusals():
+                value, detail = look(*needed)
+        except UserError as error:
+            self.findings.append((what, "failed", " ".join(str(error).split())))
+            return None
+        self.findings.append((what, "ok", detail))
+        return value
+
+    def report(self) -> int:
+        """Print the table, and return the exit status."""
+        Table("Dry run", ["check", "result", "finding"], self.findings).print()
+        return int(any(result == "failed" for _, result, _ in self.findings))
+
+
+def begin(recipe: TrainingRecipe, load_tokenizer: Callable[[], Any]) -> tuple[Checks, Any, Any]:
+    """(checks, model, tokenizer) after a look at output folder, device, model, tokenizer and adapter."""
+    checks = Checks()
+    checks.check("output folder", lambda: (folder := writable_folder(recipe.output), f"{folder} can be written"))
+    _check_device(checks, recipe)
+    model = checks.check("model", build_model, recipe)
+    tokenizer = checks.check("tokenizer", _tokenizer, load_tokenizer)
+    if recipe.model.use_peft:
+        checks.check("adapter", _adapter, recipe, model)
+    return checks, model, tokenizer
+
+
+def build_model(recipe: TrainingRecipe) -> tuple[torch.nn.Module, str]:
+    """The architecture without memory for its weights."""
+    config = load_config(recipe.model_name, recipe.model.model_revision)
+    with torch.device("meta"), library_refusals(f"cannot build '{recipe.model_name}'"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config(decoder=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{text.num_hidden_layers} layers of width {text.hidden_size}, {_amount(parameters)} parameters"
+    return model, f"{text.model_type}, {size}"
+
+
+def check_data(recipe: TrainingRecipe, split: str) -> tuple[Rows, str]:
+    """The rows of a split, at least one."""
+    rows = load_rows(recipe, split)
+    examples = first_rows(rows, 1)
+    if not examples:
+        raise UserValueError(f"the split '{split}' has no rows.")
+    count = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream of rows"
+    return rows, f"{count} with {', '.join(examples[0])}"
+
+
+def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
+    """The checkpoint to resume from, with a state that can be read."""
+    path = Path(str(recipe.training.resume_from_checkpoint))
+    state = path / "trainer_state.json"
+    if not state.is_file():
+        last = get_last_checkpoint(str(recipe.output)) if recipe.output.is_dir() else None
+        hint = f" The last one in '{recipe.output}' is '{last}'." if last else ""
+        raise UserFileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.{hint}")
+    check_plain(state, marked=False)
+    read_json(state)
+    with library_refusals(f"'{state}' is no state of a trainer"):
+        TrainerState.load_from_json(str(state))
+    return path, f"resuming from {path}"
+
+
+def processes_by_rows(processes: int, rows: int) -> str:
+    """The beginning of the sentence on batches: `2 processes x 4 rows`."""
+    return f"{processes} process{'es' if processes > 1 else ''} x {rows} rows"
+
+
+def _check_device(checks: Checks, recipe: TrainingRecipe) -> None:
+    """Note where the training would run, and whether a package that it needs there is missing."""
+    training = recipe.training
+    if training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        checks.findings.append(("liger", "failed", "use_liger_kernel needs `pip install liger-kernel`."))
+    if recipe.assumed_cpu:
+        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+        detail = f"no GPU here; the recipe trains on one, in {precision}: not checked"
+        checks.findings.append(("device", "note", detail))
+    else:
+        place = "the CPU" if training.use_cpu else torch.accelerator.current_accelerator()
+        checks.check("device", lambda: (place, f"training on {place}"))
+
+
+def _tokenizer(load_tokenizer: Callable[[], Any]) -> tuple[Any, str]:
+    tokenizer = load_tokenizer()
+    chat = "no chat template" if tokenizer.chat_template is None else "a chat template"
+    return tokenizer, f"{len(tokenizer)} tokens, ends with {tokenizer.eos_token!r}, {chat}"
+
+
+def _adapter(recipe: TrainingRecipe, model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """The model with the adapter of the recipe."""
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, get_peft_config(recipe.model))  # type: ignore[arg-type]
+    trained, total = adapted.get_nb_trainable_parameters()
+    return adapted, f"{_amount(trained)} of {_amount(total)} parameters are trained"
+
+
+def _amount(number: int) -> str:
+    """A count in three digits: 1.72 B, 36.4 M, 512."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

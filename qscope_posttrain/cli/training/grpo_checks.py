@@ -1,0 +1,269 @@
+"""Checks of `qscope grpo` that load no weights: all of them for `--dry_run`, the essential before every training."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl.import_utils import is_math_verify_available
+
+from qscope_posttrain.cli.training.checks import (
+    NO_LENGTH,
+    Checks,
+    begin,
+    build_model,
+    check_checkpoint,
+    check_data,
+    processes_by_rows,
+)
+from qscope_posttrain.cli.training.data import Rows, first_rows, load_evaluation, load_rows
+from qscope_posttrain.cli.training.grpo import GRPORecipe
+from qscope_posttrain.distributed import launched_processes
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.models.layers import text_config
+from qscope_posttrain.models.loading import load_tokenizer
+from qscope_posttrain.rl.config import SteeredGRPOConfig
+from qscope_posttrain.rl.prompts import PROMPT, prompt_lengths
+from qscope_posttrain.rl.rewards import RewardFunction, check_reward_columns, reward_function, reward_name
+from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_source
+from qscope_posttrain.rl.rollouts.options import check_effective
+
+_VERIFIED_BY_MATH = "trl.rewards.accuracy_rewards"
+"""The module of rewards that compare mathematical answers, and fail at their first call without its dependency"""
+
+
+@dataclass(frozen=True, eq=False)
+class GRPOInputs:
+    """Inputs of the trainer beside the model and its settings."""
+
+    rewards: list[RewardFunction]
+    rows: Rows
+    evaluation: Rows | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def prepare(recipe: GRPORecipe, features: FeatureSet | None) -> GRPOInputs:
+    """Rewards, data and tokenizer, checked before the model's weights are loaded.
+
+    Raises:
+        ValueError: features of another model or without what steering needs, rewards that do not fit the data, prompts
+            that cannot be read.
+        FileNotFoundError: no such data or model.
+    """
+    rewards = build_rewards(recipe)
+    tokenizer = _load_tokenizer(recipe)
+    if recipe.training.has_negatives:
+        model, _ = build_model(recipe)
+        negative_source(recipe.training, features, model, tokenizer)
+        _check_generation(recipe)
+    rows, evaluation = load_rows(recipe, recipe.script.dataset_train_split), load_evaluation(recipe)
+    for data in (rows, evaluation):
+        if data is not None:
+            check_prompts(recipe, data, tokenizer)
+            check_reward_columns(rewards, data)
+    return GRPOInputs(rewards, rows, evaluation, tokenizer)
+
+
+def needed_features(recipe: GRPORecipe) -> FeatureSet | None:
+    """The recipe's FeatureSet where negatives are steered; a control without steering does not read the file."""
+    return recipe.load_features() if recipe.training.is_steered else None
+
+
+def check_recipe(recipe: GRPORecipe) -> Checks:
+    """Check output folder, device, model, negatives, data, rewards and batch, in this order."""
+    checks, model, tokenizer = begin(recipe, lambda: _load_tokenizer(recipe))
+    if recipe.training.has_negatives:
+        if recipe.training.is_steered and recipe.run.features is not None:
+            checks.check("features", _features, recipe, model)
+        source = checks.check("negatives", _negatives, recipe, model, tokenizer)
+        checks.check("negatives in the loss", _loss, recipe, source)
+    else:
+        checks.findings.append(("negatives", "note", "none: this is plain DAPO"))
+    rows = checks.check("data", check_data, recipe, recipe.script.dataset_train_split)
+    checks.check("prompts", _prompts, recipe, rows, tokenizer, model)
+    if recipe.training.eval_strategy != "no":
+        evaluated = checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
+        checks.check("evaluation prompts", _prompts, recipe, evaluated, tokenizer, model)
+    checks.check("rewards", _rewards, recipe, rows, tokenizer)
+    checks.check("batch", _batch, recipe, rows)
+    if recipe.training.resume_from_checkpoint:
+        checks.check("checkpoint", check_checkpoint, recipe)
+    return checks
+
+
+def build_rewards(recipe: GRPORecipe) -> list[RewardFunction]:
+    """The reward functions of the recipe, in its order.
+
+    Raises:
+        ValueError: an unknown name or option, a package that a reward lacks, or weights of another number.
+    """
+    rewards = [reward_function(spec) for spec in recipe.rewards]
+    for reward in rewards:
+        if getattr(reward, "__module__", "") == _VERIFIED_BY_MATH and not is_math_verify_available():
+            raise UserValueError(f"the reward '{reward_name(reward)}' needs `pip install math-verify`.")
+    weights = recipe.training.reward_weights
+    if weights is not None and len(weights) != len(rewards):
+        raise UserValueError(f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards.")
+    return rewards
+
+
+def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`prompt_lengths` with the settings of the recipe: for a dry run, of all rows in memory."""
+    options: Any = recipe.training.chat_template_kwargs
+    return prompt_lengths(rows, tokenizer, options, recipe.run.dry_run)
+
+
+def _load_tokenizer(recipe: GRPORecipe) -> PreTrainedTokenizerBase:
+    return load_tokenizer(recipe.model_name, recipe.model.model_revision)
+
+
+def _features(recipe: GRPORecipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
+    features = recipe.load_features()
+    if features is None:
+        raise UserValueError("the recipe names no 'features'.")
+    fit = features.check_model(model)
+    rows = ", ".join(f"{len(found)} on layer {layer}" for layer, found in features.layers.items())
+    return features, f"{fit}; rows: {rows}"
+
+
+def _negatives(
+    recipe: GRPORecipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> tuple[NegativeSource, str]:
+    config = recipe.training
+    source = negative_source(config, needed_features(recipe), model, tokenizer)
+    _check_generation(recipe)
+    count = config.negatives_per_group
+    which = "the last row" if count == 1 else f"the last {count} rows"
+    return source, f"{which} of a group of {config.generations}, {_describe_negatives(config, source)}"
+
+
+def _check_generation(recipe: GRPORecipe) -> None:
+    """ValueError for an option of the model's own generation_config that would erase negatives."""
+    try:
+        own = GenerationConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
+    except OSError:  # the model has none
+        own = GenerationConfig()
+    given: Any = recipe.training.generation_kwargs or {}
+    check_effective(GenerationConfig(**given), own, given, {}, steered=recipe.training.is_steered)
+
+
+def _describe_negatives(config: SteeredGRPOConfig, source: NegativeSource) -> str:
+    """How negatives are made, in words: layer, strength and window, or what is repeated."""
+    first, last = source.window_start
+    begin = (
+        f"from generated token {first} on" if first == last else f"from a generated token drawn in {first} to {last}"
+    )
+    if source.steering is None:
+        often = "to the end" if source.copies is None else f"{source.copies} times, after which the model runs free"
+        return f"{config.negative}: {begin}, the piece of text just written is repeated {often}"
+    steering = source.steering
+    layer = steering.layers[0]
+    shift = steering.change(layer).shift
+    length = 0.0 if shift is None else float(shift.norm())
+    what = "a fresh random direction" if source.random else "the features' direction"
+    span = "to the end" if source.window_length is None else f"for {source.window_length} tokens, then free"
+    return (
+        f"{config.negative}: {what} on layer {layer}, strength {steering.strength:.4g} {steering.unit} "
+        f"(a vector of length {length:.4g}), {begin} {span}"
+    )
+
+
+def _loss(recipe: GRPORecipe, source: NegativeSource) -> tuple[SteeredGRPOConfig, str]:
+    config = recipe.training
+    settings = config.negative_settings
+    words = [
+        f"gate {settings.gate}",
+        f"tokens {settings.tokens}",
+        f"weight {settings.weight:.4g}",
+        f"old log-probabilities of the {settings.old_logps}",
+        f"baseline {settings.baseline}",
+    ]
+    if config.negative_share < 1:
+        words.append(f"in a share of {config.negative_share:.4g} of the groups")
+    if config.negative_decay_steps:
+        words.append(f"falling to 0 over {config.negative_decay_steps} steps")
+    if config.stop_below:
+        words.append(f"until fewer than {config.stop_below:.4g} of {config.stop_window} loop")
+    return config, f"mode {config.mode}: {', '.join(words)}"
+
+
+def _prompts(
+    recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module
+) -> tuple[list[int], str]:
+    lengths = check_prompts(recipe, rows, tokenizer)
+    room = int(getattr(text_config(model), "max_position_embeddings", 0) or 0)
+    longest = max(lengths) + recipe.training.completion_limit
+    if room and longest > room:
+        raise UserValueError(
+            f"a prompt of {max(lengths)} tokens and a completion of {recipe.training.completion_limit} make {longest}, "
+            f"and the model has {room} positions. Lower max_completion_length or shorten the prompts."
+        )
+    kind = "text" if isinstance(first_rows(rows, 1)[0][PROMPT], str) else "messages"
+    return lengths, f"{kind}; the first {len(lengths)} have {min(lengths)} to {max(lengths)} tokens"
+
+
+def _rewards(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[RewardFunction], str]:
+    """Score the first prompt, as if it were its own completion, with each function, so that what they lack shows."""
+    config, rewards = recipe.training, build_rewards(recipe)
+    check_reward_columns(rewards, rows)
+    weights = config.reward_weights or [1.0] * len(rewards)
+    row = first_rows(rows, 1)[0]
+    words = []
+    for reward, weight in zip(rewards, weights, strict=True):
+        name = reward_name(reward)
+        try:
+            value = _score(reward, row, tokenizer)
+        except Exception as error:
+            raise UserValueError(f"'{name}' cannot score a completion of the first row: {error!r}") from error
+        words.append(f"{weight:.4g} x {name} ({'none' if value is None else f'{value:.4g}'} for a prompt repeated)")
+    if config.soft_overlong_cache:
+        words.append(f"soft overlong punishment over the last {config.soft_overlong_cache} tokens")
+    return rewards, "; ".join(words)
+
+
+def _score(reward: RewardFunction, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> float | None:
+    # The prompt's own words: a tokenizer of few words might know no others.
+    prompt = row[PROMPT]
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    completion: Any = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    columns = {name: [value] for name, value in row.items() if name not in (PROMPT, "completion", "completion_ids")}
+    returned: Any = reward(
+        prompts=[prompt],
+        completions=[completion],
+        completion_ids=[tokenizer(text=text)["input_ids"]],
+        trainer_state=None,
+        log_extra=lambda *_: None,
+        log_metric=lambda *_: None,
+        steered=[False],
+        **columns,
+    )
+    values: Sequence[float | None] = asyncio.run(returned) if inspect.iscoroutine(returned) else returned
+    if len(values) != 1:
+        raise UserValueError(f"{len(values)} rewards for one completion")
+    return values[0]
+
+
+def _batch(recipe: GRPORecipe, rows: Rows) -> tuple[int, str]:
+    config, processes = recipe.training, launched_processes()
+    generated = processes * config.per_device_train_batch_size * (config.steps_per_generation or 1)
+    groups = generated // config.generations
+    trained = processes * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    words = (
+        f"{processes_by_rows(processes, config.per_device_train_batch_size)} x "
+        f"{config.steps_per_generation} = {generated} completions at a time, {groups} groups of {config.generations}, "
+        f"{groups * config.negatives_per_group} negatives; {trained} rows a step"
+    )
+    if config.max_steps > 0:
+        return groups, f"{words}; {config.max_steps} steps"
+    if not hasattr(rows, "__len__"):
+        raise UserValueError(NO_LENGTH)
+    # Every prompt is used for num_generations rows, num_iterations times.
+    steps = math.ceil(config.num_train_epochs * len(rows) * config.generations * config.num_iterations / trained)
+    return groups, f"{words}; about {steps} steps"

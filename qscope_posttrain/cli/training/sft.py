@@ -1,0 +1,283 @@
+"""`qscope sft`: TRL's SFTTrainer with an auxiliary loss, from a recipe."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.training.recipe import DeviceRule, TrainingRecipe, before_trl
+from qscope_posttrain.errors import UserValueError, did_you_mean
+from qscope_posttrain.models.loading import load_tokenizer
+from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.summary import writable_folder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from qscope_posttrain.cli.training.data import Rows
+    from qscope_posttrain.features.feature_set import FeatureSet
+    from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
+    from qscope_posttrain.sft.config import LossConfig
+    from qscope_posttrain.sft.packing import PackingStrategy
+
+_CONFIGS = "qscope_posttrain.sft.config"
+METHODS = {
+    "sasft": ("SASFTConfig", "sasft_"),
+    "token_penalty": ("TokenPenaltyConfig", "token_penalty_"),
+    "kl_anchor": ("KLAnchorConfig", "anchor_"),
+}
+"""Method -> the class of its settings in `sft.config`, and the prefix of their keys"""
+_DECLARED = (
+    ("qscope_posttrain.cli.training.sft", "RunArguments"),
+    *((_CONFIGS, kind, prefix) for kind, prefix in METHODS.values()),
+)
+ANCHOR_WEIGHT = "anchor_weight"
+"""The key of every method with an anchor; `sasft_anchor_weight` and `token_penalty_anchor_weight` are the same"""
+
+
+@dataclass
+class RunArguments:
+    """The keys of `qscope sft` beside those of its methods and of TRL."""
+
+    method: Literal["sasft", "token_penalty", "kl_anchor", "sft"] = field(
+        default="sasft",
+        metadata={
+            "help": "sasft: the penalty on features (keys sasft_...). token_penalty: on the probability of tokens of "
+            "the target language, without an SAE (token_penalty_...). kl_anchor: to the starting model alone "
+            "(anchor_...). The first two take anchor_weight as well. sft: TRL alone, as the control of any recipe."
+        },
+    )
+    features: str | None = field(
+        default=None, metadata={"help": "FeatureSet file written by `qscope features find`; required by method sasft."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check everything that can be checked without training, print it, and stop."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.method == "sasft" and self.features is None:
+            raise UserValueError(
+                "method sasft needs 'features', a file written by `qscope features find`; give it, or choose method: "
+                "token_penalty, which needs none, or method: sft for training without a penalty."
+            )
+        if self.method in ("token_penalty", "kl_anchor") and self.features is not None:
+            raise UserValueError(f"method {self.method} uses no features; leave 'features' out, or use method: sasft.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(TrainingRecipe):
+    """All settings of one run of `qscope sft`."""
+
+    run: RunArguments
+    penalty: Any
+    """The settings of the method, a `LossConfig`; None for method sft"""
+    training: SFTConfig
+
+    def own_keys(self) -> dict[str, Any]:
+        if self.penalty is None:
+            return {}
+        prefix = METHODS[self.run.method][1]
+        # One key for the anchor's weight, whichever it was read from.
+        return {
+            name if name == ANCHOR_WEIGHT else prefix + name: value for name, value in self.penalty.to_dict().items()
+        }
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse, then check (`--dry_run`) or train. Returns the exit status."""
+    recipe = parse_recipe(arguments)
+    if recipe.run.dry_run:
+        from qscope_posttrain.cli.training.sft_checks import check_recipe
+
+        return check_recipe(recipe).report()
+    from qscope_posttrain.cli.training.run import run_training
+
+    writable_folder(recipe.output)
+    features = None if recipe.penalty is None else recipe.load_features()  # the control does without the file
+    run_training(recipe, build_trainer(recipe, features), "sft", features)
+    return 0
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """Read `--config FILE` and the overrides beside it.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: unknown key, wrong value, options that exclude each other, a key of another method, or a recipe for
+            a GPU without one.
+    """
+    arguments = before_trl(arguments, "qscope sft", _DECLARED, "SFTConfig")
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    device = DeviceRule()
+    losses: list[Any] = [(config_class(method), prefix) for method, (_, prefix) in METHODS.items()]
+    kinds = (RunArguments, *losses, ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)
+    parser = CommandParser(kinds, before_build=device, prog="qscope sft")
+    run, *own, script, mixture, training, model = parser.build(arguments)
+    given = {key: value for part in own for key, value in part.items()}
+    penalty = _settings(run.method, given, parser.said)
+    parts = {"run": run, "penalty": penalty, "script": script, "mixture": mixture, "training": training, "model": model}
+    return Recipe(**parts, assumed_cpu=device.assumed_cpu)
+
+
+def config_class(method: str) -> type[LossConfig]:
+    """The class of the settings of a method."""
+    kind: type[LossConfig] = getattr(importlib.import_module(_CONFIGS), METHODS[method][0])
+    return kind
+
+
+def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
+    """Make a stock SFTTrainer with the method's callback in its list of callbacks."""
+    from trl import SFTTrainer
+
+    from qscope_posttrain.cli.training.data import first_row, load_evaluation, load_rows
+    from qscope_posttrain.cli.training.run import make_trainer
+    from qscope_posttrain.sft.preparation import Preparation, is_template_file, trained_tokenizer
+
+    training = recipe.trainer_arguments()
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    path = training.chat_template_path
+    if path is not None and is_template_file(path):  # TRL would look for it on the hub
+        tokenizer = trained_tokenizer(tokenizer, None, path)
+        training.chat_template_path = None
+    rows, evaluation = load_rows(recipe, recipe.script.dataset_train_split), load_evaluation(recipe)
+    callback = build_callback(recipe, features)
+    if training.packing and callback is not None and callback.reads_languages:
+        packed = _pack(recipe, rows, callback.languages)
+        if evaluation is not None:  # prepared as the trainer would, by the kind of the training data
+            plain = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+            packing = recipe.training.packing if recipe.training.eval_packing is None else recipe.training.eval_packing
+            prepare = Preparation(plain, recipe.training, first_row(rows))
+            evaluation = prepare(evaluation, packing=bool(packing), name="eval")
+        rows, training = packed, _without_packing(training)
+    return make_trainer(
+        recipe,
+        SFTTrainer,
+        model=recipe.model_name,
+        args=training,
+        train_dataset=rows,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        callbacks=[] if callback is None else [callback],
+    )
+
+
+def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLossCallback | None:
+    """Make the callback of the recipe's method; None for plain SFT.
+
+    Raises:
+        ValueError: features and options that do not fit, or method sasft without features.
+    """
+    from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
+    from qscope_posttrain.sft.callback import SASFTCallback
+
+    if recipe.penalty is None:
+        return None
+    options = {option.name: getattr(recipe.penalty, option.name) for option in fields(recipe.penalty)}
+    if recipe.run.method == "token_penalty":
+        return TokenPenaltyCallback(**options)
+    if recipe.run.method == "kl_anchor":
+        return KLAnchorCallback(**options)
+    if features is None:
+        raise UserValueError("method sasft needs 'features'.")
+    return SASFTCallback(features, **options)
+
+
+def skips_preparation(training: Any) -> bool:
+    """Whether the rows are declared to be prepared already."""
+    return bool((training.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+
+def _pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
+    """Pack as `packing: true` asks for, keeping the language of every token, which TRL's own packing would drop.
+
+    Raises:
+        ValueError: streamed data, no length to pack to, or data that cannot be packed.
+    """
+    from datasets import IterableDataset
+
+    from qscope_posttrain.sft.packing import pack_with_languages
+
+    training = recipe.training
+    if isinstance(rows, IterableDataset):
+        raise UserValueError("packing with languages needs the whole data set; set dataset_streaming: false.")
+    if training.max_length is None:
+        raise UserValueError("packing needs 'max_length', the number of tokens of a packed row.")
+    if skips_preparation(training):
+        raise UserValueError(
+            "packing and dataset_kwargs: {skip_prepare_dataset: true} exclude each other: rows that are not prepared "
+            "are not packed. Remove one of them."
+        )
+    names = ("completion_only_loss", "assistant_only_loss", "dataset_text_field", "eos_token", "chat_template_path")
+    return pack_with_languages(
+        rows,
+        load_tokenizer(recipe.model_name, recipe.model.model_revision),
+        max_length=training.max_length,
+        strategy=cast("PackingStrategy", training.packing_strategy),
+        language=recipe.penalty.language,
+        languages=languages,
+        dataset_num_proc=training.dataset_num_proc,
+        shuffle_seed=training.seed if training.shuffle_dataset else None,
+        **{name: getattr(training, name) for name in names},
+    )
+
+
+def _without_packing(training: Any) -> Any:
+    """The training arguments for rows that `_pack` has made, of which nothing is left to prepare.
+
+    Rows packed by "wrapped" are plain rows of one length; the other strategies mark where documents begin, which
+    only the padding-free collator passes on.
+    """
+    arguments = copy.copy(training)  # `replace` would check again what the arguments have set themselves
+    arguments.packing = arguments.shuffle_dataset = False
+    arguments.eval_packing = arguments.max_length = None
+    arguments.padding_free = training.padding_free or training.packing_strategy != "wrapped"
+    arguments.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    return arguments
+
+
+def _settings(method: str, given: dict[str, Any], said: Collection[str]) -> LossConfig | None:
+    """The settings of a method from the keys that were given; those in `said` are from the command line.
+
+    The control, method sft, ignores all of them.
+    """
+    if method == "sft":
+        if given:
+            status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
+        return None
+    kind, prefix = config_class(method), METHODS[method][1]
+    keys = {prefix + name: name for name in kind.__dataclass_fields__}
+    if prefix + ANCHOR_WEIGHT in keys:
+        keys[ANCHOR_WEIGHT] = ANCHOR_WEIGHT
+    foreign = [key for key in given if key not in keys]
+    if foreign:
+        raise UserValueError(" ".join(_not_of(method, key, keys) for key in foreign))
+    values: dict[str, Any] = {}
+    by_key: dict[str, str] = {}
+    for key in sorted(given, key=lambda key: key not in said):
+        name, value = keys[key], given[key]
+        other = by_key.setdefault(name, key)
+        if other in said and key not in said:
+            continue  # the command line goes before the file
+        if other != key and values[name] != value:
+            raise UserValueError(
+                f"'{prefix}{name}' and '{name}' are the same option; got {values[name]!r} and {value!r}. Give one."
+            )
+        values[name] = value
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise UserValueError(f"{error} (In recipes these options begin with '{prefix}'.)") from error
+
+
+def _not_of(method: str, key: str, keys: dict[str, str]) -> str:
+    """A sentence about a key that another method uses."""
+    owner, prefix = next((name, prefix) for name, (_, prefix) in METHODS.items() if key.startswith(prefix))
+    same = METHODS[method][1] + key.removeprefix(prefix)
+    hint = f" Did you mean '{same}'?" if same in keys else did_you_mean(key, sorted(keys))
+    return f"method {method} does not use '{key}', a key of method {owner}.{hint or ' Leave it out.'}"

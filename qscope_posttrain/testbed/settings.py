@@ -1,0 +1,175 @@
+"""What both tasks share: settings, the processes on which their work runs, and what surrounds a trainer of TRL."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.report.progress import progress
+
+MAX_WORKERS = 8
+"""More processes would each hold a copy of torch in memory for little gain."""
+
+Task = TypeVar("Task")
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field with a help text; a list is copied for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Fields that the settings of both tasks share."""
+
+    device: str = option("cpu", "Where models are trained and run: cpu, cuda, or auto.")
+    workers: int | None = option(None, "Processes that run methods in parallel, one thread each; one per core.")
+    cache: str | None = option(None, "Folder of cached artefacts; ~/.cache/qscope_posttrain/testbed by default.")
+    no_cache: bool = option(False, "Ignore the cache and make everything again.")
+
+    def torch_device(self) -> str:
+        """Resolve `device`: "auto" is cuda if there is one, else the CPU."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def subset(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return some settings as JSON values, for the key of an artefact."""
+        values = asdict(self)
+        return {name: values[name] for name in names}
+
+    def _check(
+        self, task: str, known_arms: Mapping[str, Any], shares: Sequence[str], above_zero: Sequence[str]
+    ) -> None:
+        """Check numbers, arms, seeds and what is declared here; whole numbers are counts, except seeds and zeros."""
+        values = asdict(self)
+        counts = [f.name for f in fields(self) if type(f.default) is int and f.default and "seed" not in f.name]
+        for names, fits, expected in (
+            (counts, lambda value: value >= 1, "must be at least 1"),
+            (shares, lambda value: 0.0 <= value < 1.0, "is a share in [0, 1)"),
+            (above_zero, lambda value: value > 0, "must be above 0"),
+        ):
+            for name in names:
+                if not fits(values[name]):
+                    raise UserValueError(f"{task} setting {name} {expected}, got {values[name]}")
+        unknown = sorted(set(values["arms"]) - set(known_arms))
+        if unknown:
+            raise UserValueError(f"unknown methods {unknown}; the {task} task has {', '.join(known_arms)}")
+        seeds = values["seeds"]
+        if len(set(seeds)) != len(seeds) or not seeds:
+            raise UserValueError(f"seeds must be different numbers, at least one; got {seeds}")
+        if self.workers is not None and self.workers < 1:
+            raise UserValueError(f"workers must be at least 1, got {self.workers}")
+        if self.device not in ("cpu", "cuda", "auto"):
+            raise UserValueError(f"{task} setting device is cpu, cuda or auto, got {self.device!r}")
+        if values["pretraining_batch_size"] % 2:
+            raise UserValueError(f"pretraining_batch_size must be even, got {values['pretraining_batch_size']}")
+
+
+def worker_count(wanted: int | None, tasks: int) -> int:
+    """Return `wanted` processes, or one per usable core; never more than there are tasks, at least one."""
+    # In a container a process may use fewer cores than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(wanted or min(cores, MAX_WORKERS), tasks))
+
+
+def run_in_parallel(
+    work: Callable[[Task], object], tasks: Sequence[Task], workers: int | None, description: str
+) -> None:
+    """Call `work` on every task, in up to `workers` processes of one thread each; with one, in this process.
+
+    `work` and the tasks are sent to other processes, so they must be picklable.
+    """
+    processes = worker_count(workers, len(tasks))
+    if processes == 1:
+        for task in progress(tasks, description=description):
+            work(task)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(work, task) for task in tasks]
+        try:
+            for future in progress(as_completed(futures), total=len(futures), description=description):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: more are slower on matrices of this size, and processes run in parallel."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def common_arguments(config: TaskSettings, seed: int, folder: str) -> dict[str, Any]:
+    """Return arguments that are the same for both tasks: fp32, no weight decay, nothing saved or printed."""
+    return {
+        "output_dir": folder,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": seed,
+        "use_cpu": config.torch_device() == "cpu",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+@contextmanager
+def renamed_argument_ignored() -> Iterator[None]:
+    """Ignore the warning about an argument that transformers 5.23 renames and 5.17 knows by its old name only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def train_quietly(trainer: Any) -> tuple[tuple[Mapping[str, Any], ...], float]:
+    """Train without a printed line per step; return the log, one entry per step, and the seconds it took."""
+    trainer.remove_callback(PrinterCallback)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    return tuple(entry for entry in trainer.state.log_history if "loss" in entry), seconds
+
+
+class StepClock(TrainerCallback):
+    """Measures the wall time of every optimizer step."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._times.append(time.perf_counter() - self._began)
+
+    def median(self) -> float:
+        """Return the median in seconds; 0 before the first step."""
+        ordered = sorted(self._times)
+        return ordered[len(ordered) // 2] if ordered else 0.0
