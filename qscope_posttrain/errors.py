@@ -6,6 +6,8 @@ Each is also the built-in error that the Python API promises, so that `except Va
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,38 @@ class UserOSError(UserError, OSError):
 
 class UserFileNotFoundError(UserError, FileNotFoundError):
     """A file, folder, model or data set that is not there."""
+
+
+class UserImportError(UserError, ImportError):
+    """An optional library that is not installed."""
+
+
+EXTRAS = {
+    "report": ("matplotlib", "jinja2", "markdown_it"),
+    "analysis": ("scipy", "sklearn"),
+    "endpoint": ("openai",),
+}
+"""Libraries of the extras of this package, by the names under which they are imported."""
+
+
+def require_extra(*extras: str) -> None:
+    """Check that the libraries of one or several extras can be imported; commands do so before long work starts.
+
+    Raises:
+        UserImportError: One is missing; the message names its extra.
+    """
+    missing = {extra: [name for name in EXTRAS[extra] if not _importable(name)] for extra in extras}
+    if any(missing.values()):
+        raise UserImportError(
+            f"this needs {', '.join(name for names in missing.values() for name in names)}, which cannot be imported; "
+            f"run pip install 'qscope_posttrain[{','.join(extra for extra, names in missing.items() if names)}]'."
+        )
+
+
+def _importable(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
 
 
 _BUGS = (AttributeError, NameError, AssertionError, RecursionError, StopIteration)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import add_sae_options, add_shared, layers_of, load, load_saes
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 
@@ -29,6 +29,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def redundancy(options: argparse.Namespace) -> None:
     """Measure R-hat and coverage of every benchmark; with per-item correctness, R and how the two agree."""
+    require_extra("analysis", "report")
     from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
     from qscope_posttrain.analysis.benchmarks.performance import performance_redundancy, read_performance
@@ -75,6 +76,7 @@ def redundancy(options: argparse.Namespace) -> None:
 
 def overlap(options: argparse.Namespace) -> None:
     """Measure the overlap of all pairs and recommend what to keep; with scores, how overlap and performance agree."""
+    require_extra("analysis", "report")
     from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
     from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import add_sae_options, add_shared, layers_of, load, load_saes
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.errors import UserValueError, library_refusals
+from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.data_sets import READERS
@@ -28,6 +28,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def fit(options: argparse.Namespace) -> None:
     """Learn from a labelled table, print the features, write `classifier.safetensors` and `summary.json`."""
+    require_extra("analysis")
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
     from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
@@ -74,6 +75,7 @@ def fit(options: argparse.Namespace) -> None:
 
 def predict(options: argparse.Namespace) -> None:
     """Score every row of a table and write the table, filtered if asked, beside a `summary.json`."""
+    require_extra("analysis")
     import numpy as np
 
     from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
@@ -113,6 +115,7 @@ def predict(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Compare the classifiers with probes and controls, print the tables, write `report.html` and `summary.json`."""
+    require_extra("analysis", "report")
     from qscope_posttrain.analysis.classifier.methods import all_methods, collect_examples, methods_named
     from qscope_posttrain.analysis.classifier.report import make_report
     from qscope_posttrain.provenance import machine, package_versions

@@ -18,7 +18,7 @@ from qscope_posttrain.cli.options import (
     sampling_settings,
 )
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -180,6 +180,7 @@ def _identification_texts(identify: str, folder: str | None, target: str) -> dic
             "--identify words learns words from text: give --identify-texts, a folder of <language>.txt with text of "
             "the target and of every language of the prompts."
         )
+    require_extra("analysis")
     texts = read_texts(folder)
     if target not in texts:
         raise UserValueError(

@@ -17,7 +17,7 @@ from qscope_posttrain.cli.options import (
     sampling_settings,
 )
 from qscope_posttrain.cli.parsing.parser import CommandParser, given_options
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -41,6 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     from qscope_posttrain.features.feature_set import FeatureSet
 
     if options.output is not None:
+        if options.curve is not None:
+            require_extra("report")
         writable_folder(options.output)
     prompts = {"all": options.prompt} if options.prompt else read_prompts(options.prompts, language="all")
     positions = _positions(options)

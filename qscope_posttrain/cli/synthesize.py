@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.chat_model import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.options import TEXT_LIST, add_sae_options, add_shared, layers_of, load, load_saes
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.inputs import read_text_list
@@ -31,6 +31,7 @@ PAGE = "report.html"
 def run(arguments: Sequence[str]) -> int:
     """Choose targets, write prompts and responses, measure coverage; leave data, prompts, a page and a summary."""
     options = build_parser().parse(arguments)
+    require_extra("analysis", "report")
     from qscope_posttrain.features.explain.explanation_file import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report

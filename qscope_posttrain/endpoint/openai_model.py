@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, RequestFailed, RequestRefused
 from qscope_posttrain.endpoint.limits import retry_after_seconds
-from qscope_posttrain.errors import UserValueError, library_refusals
+from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 
 OFFICIAL = "https://api.openai.com/v1"
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
@@ -57,15 +57,12 @@ class OpenAIChatModel:
             options: Further JSON fields of every request, for example {"reasoning_effort": "low"}.
 
         Raises:
-            ValueError: no openai package, a base URL that holds a key, or no key in the environment for api.openai.com.
+            ImportError: no openai package.
+            ValueError: a base URL that holds a key, or no key in the environment for api.openai.com.
         """
-        try:
-            import openai
-        except ImportError as error:
-            raise UserValueError(
-                "a chat model behind an endpoint needs the openai package, which cannot be imported; run "
-                "pip install 'qscope_posttrain[endpoint]'."
-            ) from error
+        require_extra("endpoint")
+        import openai
+
         with library_refusals("base_url"):
             place = urlsplit(base_url)
         if place.scheme not in ("http", "https") or not place.netloc:

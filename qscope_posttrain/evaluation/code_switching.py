@@ -170,19 +170,34 @@ def evaluate_code_switching(
     """Sample responses to `prompts` and count those that contain the script of `target`, or that `detector` names.
 
     Args:
-        model: A causal language model of transformers, plain or wrapped.
-        tokenizer: Its tokenizer.
-        prompts: Prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat messages.
-        target: Language whose appearance is a switch; one with a script of its own, e.g. "zh". With a detector, any
-            name.
-        samples_per_prompt, temperature, top_p, max_new_tokens, seed, batch_size: See `SamplingSettings`.
-        chat, chat_template_options, show_progress: See `generate_samples`.
-        detector: Decides instead of the script, e.g. a `SpanIdentifier` for a target without a script of its own.
+        model (nn.Module): Causal language model of transformers, plain or wrapped.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        prompts (dict of str to sequence): Prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat
+            messages.
+        target (str): Language whose appearance is a switch; one with a script of its own, e.g. "zh". With a detector,
+            any name.
+        samples_per_prompt (int, default 8): Responses per prompt.
+        temperature (float, default 1.0): Of the sampling; 0 is greedy.
+        top_p (float, default 0.8): Share of the probability that is sampled from; 1 keeps all tokens.
+        max_new_tokens (int, default 256): Longest response in tokens.
+        seed (int, default 0): Of the sampling.
+        batch_size (int, default 32): Responses generated at a time.
+        chat (bool, default False): Send prompts through the chat template.
+        chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
+        show_progress (bool, default None): Show a progress bar; None: on a terminal.
+        detector (SwitchDetector, default None): Decides instead of the script, e.g. a `SpanIdentifier` for a target
+            without a script of its own.
 
     Raises:
         ValueError: a source language that itself writes the target's script (ja for zh), a target without a script
             of its own, a source language that the detector does not know, or as for `generate_samples`; before
             anything is generated.
+
+    Example:
+        >>> prompts = {"en": ["The river runs"], "ko": ["강물은"]}
+        >>> result = qp.evaluate_code_switching(model, tokenizer, prompts, "zh", max_new_tokens=8)
+        >>> result.micro.low <= result.ratio <= result.micro.high
+        True
     """
     decides = detector or ScriptDetector(target)
     for language in prompts:

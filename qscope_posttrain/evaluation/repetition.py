@@ -141,17 +141,26 @@ def evaluate_repetition(
     """Sample responses to `prompts` and count those that repeat themselves without end.
 
     Args:
-        model: A causal language model of transformers, plain or wrapped.
-        tokenizer: Its tokenizer.
-        prompts: Text or chat messages, in one list or by source language.
-        settings: How to draw; default `DEFAULT_SETTINGS`. The ratio depends on every one of them: the longer a response
-            may be, the more room there is to run into a loop, and greedy decoding loops the most.
-        min_copies, min_tokens: Definition of a loop, see `text.repetition.repeated_tail`.
-        chat, chat_template_options, show_progress: See `generate_samples`.
+        model (nn.Module): Causal language model of transformers, plain or wrapped.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        prompts (sequence, or dict of str to sequence): Text or chat messages, in one list or by source language.
+        settings (SamplingSettings, default None): How to draw; None is `DEFAULT_SETTINGS`. The ratio depends on every
+            one of them: the longer a response may be, the more room there is to run into a loop, and greedy decoding
+            loops the most.
+        min_copies (int, default 4): Copies at the end that make a loop, see `text.repetition.repeated_tail`.
+        min_tokens (int, default 12): Length of these copies together, in tokens.
+        chat (bool, default False): Send prompts through the chat template.
+        chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
+        show_progress (bool, default None): Show a progress bar; None: on a terminal.
 
     Raises:
         ValueError: an impossible `min_copies` or `min_tokens`, a response too short to hold such a loop, or as for
             `generate_samples`; before anything is generated.
+
+    Example:
+        >>> result = qp.evaluate_repetition(model, tokenizer, ["The river runs"], sampling)
+        >>> 0 <= result.ratio <= 1
+        True
     """
     settings = settings or DEFAULT_SETTINGS
     repeated_tail((), min_copies=min_copies, min_tokens=min_tokens)  # refuses values out of range

@@ -16,7 +16,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError, require_extra
 
 WORD = regex.compile(r"\S+")
 """A word is a run of characters without white space."""
@@ -120,7 +120,7 @@ def fit_word_model(
     Raises:
         ValueError: no target or no other language, one without words, or one written without spaces between words.
     """
-    # Imported here, because it takes a second.
+    require_extra("analysis")  # imported here, because it takes a second
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB
 

@@ -27,7 +27,14 @@ leaves more than 0.8; a training from start to end, which small models get, may 
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Chosen directions per layer, with the statistics and settings that training and steering need."""
+    """Chosen directions per layer, with the statistics and settings that training and steering need.
+
+    Example:
+        >>> chinese = features.select("zh", layers=3)
+        >>> path = chinese.save(folder / "features.safetensors")
+        >>> len(qp.FeatureSet.load(path))
+        2
+    """
 
     FILE_NAME: ClassVar[str] = FILE_NAME
     """Name of the file in a folder that a command writes"""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qscope_posttrain.distributed import process_rank
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.models.batches import (
     Text,
     check_texts,
@@ -104,6 +104,7 @@ def collect_text_features(
     Returns:
         {layer: TextFeatures}, rows in the order of `texts`.
     """
+    require_extra("analysis")
     if pooling not in get_args(Pooling):
         raise UserValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}.")
     check_texts({"texts": texts})

@@ -22,7 +22,12 @@ _STATES = ("cache_params", "state", "mems")
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Generated tokens `start <= t < start + length` of each row, counted from 0."""
+    """Generated tokens `start <= t < start + length` of each row, counted from 0.
+
+    Example:
+        >>> window = qp.Window(start=4, length=16)  # generated tokens 4 to 19
+        >>> steering = qp.Steering(torch.randn(64), layers=(3,), positions=window)
+    """
 
     start: int | Tensor = 0
     """First token of the window, or one for every row: integers `[rows]`."""

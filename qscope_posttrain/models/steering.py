@@ -46,10 +46,12 @@ def steer(
       rows and may change their last bits.
 
     Args:
-        prompt_length: columns of the prompt, padding included; one number, or `[rows]`. Needed for a single forward
-            over prompts and completions, a prompt read in pieces, and `use_cache=False`.
-        require_generated: whether it is an error if steerings wait for generated tokens and none was read. A rollout
-            may end with its first token, which is chosen but never read.
+        model (nn.Module): Causal language model of transformers.
+        steerings (Steering): One or several.
+        prompt_length (int or Tensor, default None): Columns of the prompt, padding included; one number, or `[rows]`.
+            Needed for a single forward over prompts and completions, a prompt read in pieces, and `use_cache=False`.
+        require_generated (bool, default True): Whether it is an error if steerings wait for generated tokens and none
+            was read. A rollout may end with its first token, which is chosen but never read.
 
     Yields the hook calls so far per layer; a compiled layer counts once.
 
@@ -58,6 +60,13 @@ def steer(
             model's or the batch's.
         RuntimeError: on exit without another exception, if a steered layer never ran, or no token was read that a
             steering waits for; in a forward, if the start of the generated tokens is unknown.
+
+    Example:
+        >>> prompt = tokenizer("The river", return_tensors="pt")
+        >>> with qp.steer(model, qp.Steering(torch.randn(64), layers=(3,), strength=4.0)) as calls:
+        ...     tokens = model.generate(**prompt, max_new_tokens=8)
+        >>> 1 <= calls[3] <= 8
+        True
     """
     if not steerings:
         raise UserValueError("No steering given; pass at least one Steering.")

@@ -36,6 +36,10 @@ class Steering:
     `ablate` and `clamp` treat d as what an SAE feature writes and f as its activation (of a TopK or JumpReLU SAE the
     one that it has where it is selected): strength 1 takes the feature's contribution out, and `clamp` in raw units
     makes its activation s, in the other units its contribution a vector of that length.
+
+    Example:
+        >>> direction = features.select("zh", layers=3).layers[3].decoder[0]
+        >>> steering = qp.Steering(direction, layers=(3,), strength=4.0, unit="norm", positions="generated")
     """
 
     direction: Tensor

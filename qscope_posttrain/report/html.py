@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.summary import writable_folder, write_text
 from qscope_posttrain.report.tables import Table
 
@@ -89,6 +89,7 @@ def write_html(
     facts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the report and return its path; `facts` (versions, machine, settings) are the small print at its end."""
+    require_extra("report")
     target = Path(path)
     writable_folder(target.parent)
     page = _environment().get_template("report.html.jinja")

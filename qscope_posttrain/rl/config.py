@@ -53,6 +53,11 @@ class SteeredGRPOConfig(GRPOConfig):
     Raises:
         ValueError: a value out of range, a combination that would silently erase the negatives, or a field that
             contradicts mode="paper".
+
+    Example:
+        >>> config = qp.SteeredGRPOConfig(folder, num_generations=4, max_completion_length=256, bf16=False)
+        >>> config.negatives_per_group, config.negative_tokens
+        (1, 'tail')
     """
 
     epsilon_high: float | None = field(

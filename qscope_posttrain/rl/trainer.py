@@ -51,18 +51,31 @@ class SteeredGRPOTrainer(GRPOTrainer):
     statistics, its `completions/...` all rows; `ordinary/...` and `negative/...` the two kinds separately.
 
     Args:
-        reward_funcs: DAPO's soft overlong punishment joins them unless `soft_overlong_cache` is 0; with
-            `reward_weights` given it has weight 1.
-        args: the settings; required, since its values decide what the negatives are. The trainer works on a copy
-            (`trainer.args`), so that one config serves several trainers.
-        features: where to steer, as `qscope features find-repetition` writes it; a FeatureSet or its path. Without
-            them, and where `args.negative` is left open, negatives are seeded: no SAE is needed.
-        model, callbacks, arguments: as for `GRPOTrainer`.
+        model (str or PreTrainedModel): As for `GRPOTrainer`, like callbacks and arguments.
+        reward_funcs (callable or list of them): DAPO's soft overlong punishment joins them unless `soft_overlong_cache`
+            is 0; with `reward_weights` given it has weight 1.
+        args (SteeredGRPOConfig): The settings; required, since its values decide what the negatives are. The trainer
+            works on a copy (`trainer.args`), so that one config serves several trainers.
+        features (FeatureSet or path, default None): Where to steer, as `qscope features find-repetition` writes it.
+            Without them, and where `args.negative` is left open, negatives are seeded: no SAE is needed.
+        callbacks (list of TrainerCallback, default None): Further callbacks.
+        arguments: all other arguments of `GRPOTrainer`.
 
     Raises:
         TypeError: `args` is no `SteeredGRPOConfig`, or `features` neither a FeatureSet nor a path.
         ValueError: features that are missing, incomplete, another model's or of no use; arguments or options of
             `generate` under which rows cannot be distinguished; prompts that cannot be read.
+
+    Example:
+        >>> config = qp.SteeredGRPOConfig(
+        ...     folder, max_steps=1, num_generations=4, per_device_train_batch_size=4, max_completion_length=16,
+        ...     use_cpu=True, bf16=False, report_to="none",
+        ... )
+        >>> trainer = qp.SteeredGRPOTrainer(
+        ...     model, reward, config, train_dataset=dataset.select_columns("prompt"), processing_class=tokenizer
+        ... )
+        >>> trainer.train().global_step
+        1
     """
 
     args: SteeredGRPOConfig

@@ -49,6 +49,13 @@ class SparseAutoencoder:
     """An SAE in units of the raw residual stream. Immutable; `to` and `dataclasses.replace` make new ones.
 
     The constructor checks shapes, dtypes, devices and that all values are finite: ValueError or TypeError otherwise.
+
+    Example:
+        >>> path = saes[2].save(folder / "layer2.sae.safetensors")
+        >>> sae = qp.SparseAutoencoder.load(path)
+        >>> values, indices = sae.encode(torch.randn(5, sae.d_model))
+        >>> sae.decode(values, indices).shape
+        torch.Size([5, 64])
     """
 
     W_enc: Tensor

@@ -30,18 +30,19 @@ from qscope_posttrain.sft.logits import LogitHead, target_surprise
 class TokenPenaltyCallback(AuxiliaryLossCallback):
     """Penalizes probability on tokens of the target language, at non-target positions that predict a response token.
 
-        callback = TokenPenaltyCallback("zh", weight=40.0, anchor_weight=1.0)
-        trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
-
-    Options are the fields of `TokenPenaltyConfig`, which has the formula, or all of them in one object, `config`.
-    `target_token_ids`, `anchor_model`, `name`: see `AuxiliaryLossCallback`.
-
-    Logged, over the steps since the last log and over all ranks:
+    The formula is in `TokenPenaltyConfig` (options). Logged, over the steps since the last log and over all ranks:
 
         token_penalty/penalty             the term as it enters a step's loss, without its weight; mean over steps
         token_penalty/target_probability  mean of P over the penalized positions
         token_penalty/anchor              the KL term, like the penalty; only with anchor_weight
         token_penalty/hook_calls          hook calls per micro-batch and captured module: 1
+
+    Example:
+        >>> callback = qp.TokenPenaltyCallback("zh", weight=40.0, anchor_weight=1.0)
+        >>> trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+        >>> _ = trainer.train()
+        >>> 0 < trainer.state.log_history[0]["token_penalty/target_probability"] < 1
+        True
     """
 
     def __init__(
@@ -57,6 +58,23 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
         name: str = "token_penalty",
         **options: Any,
     ) -> None:
+        """
+        Args:
+            target (str, default "zh"): Language whose tokens are penalized in responses in other languages.
+            weight (float, default 20.0): Factor of the penalty, which is in nats, in the loss.
+            language (str or callable, default "language"): Column with a sample's language, "script" to decide by its
+                letters, or a function of the example.
+            normalization (str, default "token_mean"): Divisor of the penalty, "token_mean" or "paper".
+            config (TokenPenaltyConfig, default None): All of its fields in one object, instead of options.
+            options: the other fields of `TokenPenaltyConfig`.
+            target_token_ids (Tensor, default None): Tokens that count as the target's; None: those that write its
+                script.
+            anchor_model (nn.Module, default None): See `AuxiliaryLossCallback`.
+            name (str, default "token_penalty"): Prefix of the metrics.
+
+        Raises:
+            ValueError, TypeError: an option that cannot work.
+        """
         options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
         config = TokenPenaltyConfig.of(config, **options)
         super().__init__(config, known_languages(config), name, target_token_ids, anchor_model)
@@ -68,18 +86,19 @@ class TokenPenaltyCallback(AuxiliaryLossCallback):
 class KLAnchorCallback(AuxiliaryLossCallback):
     """Holds the model to what it was before training, by the KL divergence at positions that predict a response token.
 
-        callback = KLAnchorCallback(weight=1.0)               # every language; target="zh" leaves Chinese free
-
     Beside a penalty the same term is `anchor_weight`, an option of `SASFTCallback` and `TokenPenaltyCallback`.
-    Options are the fields of `KLAnchorConfig`, which has the formula, or all of them in one object, `config`.
-    `target_token_ids`, `anchor_model`, `name`: see `AuxiliaryLossCallback`; without a target the distributions omit
-    only tokens that are named there.
-
-    Logged, over the steps since the last log and over all ranks:
+    The formula is in `KLAnchorConfig` (options). Logged, over the steps since the last log and over all ranks:
 
         kl_anchor/penalty      the term as it enters a step's loss, without its weight; mean over steps
         kl_anchor/divergence   mean KL per position, in nats
         kl_anchor/hook_calls   hook calls per micro-batch and captured module: 1
+
+    Example:
+        >>> callback = qp.KLAnchorCallback(weight=1.0)  # every language; target="zh" leaves Chinese free
+        >>> trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+        >>> _ = trainer.train()
+        >>> "kl_anchor/divergence" in trainer.state.log_history[0]
+        True
     """
 
     def __init__(
@@ -95,6 +114,23 @@ class KLAnchorCallback(AuxiliaryLossCallback):
         name: str = "kl_anchor",
         **options: Any,
     ) -> None:
+        """
+        Args:
+            weight (float, default 1.0): Factor of the divergence, which is in nats, in the loss.
+            target (str, default None): Language that is left free; None holds the model in every language.
+            language (str or callable, default "language"): Column with a sample's language, "script" to decide by its
+                letters, or a function of the example; read only with a target.
+            normalization (str, default "token_mean"): Divisor of the divergence, "token_mean" or "paper".
+            config (KLAnchorConfig, default None): All of its fields in one object, instead of options.
+            options: the other fields of `KLAnchorConfig`.
+            target_token_ids (Tensor, default None): Tokens that are left out of the distributions; None: those that
+                write the target's script, and none without a target.
+            anchor_model (nn.Module, default None): See `AuxiliaryLossCallback`.
+            name (str, default "kl_anchor"): Prefix of the metrics.
+
+        Raises:
+            ValueError, TypeError: an option that cannot work.
+        """
         options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
         config = KLAnchorConfig.of(config, **options)
         super().__init__(config, known_languages(config), name, target_token_ids, anchor_model)

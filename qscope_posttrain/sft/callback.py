@@ -26,13 +26,8 @@ from qscope_posttrain.sft.masks import TokenBatch
 class SASFTCallback(AuxiliaryLossCallback):
     """Penalizes features of a target language on responses in other languages (SASFT, arXiv 2507.14894).
 
-        callback = SASFTCallback(features, target="zh", weight=0.1, language="language")
-        trainer = SFTTrainer(..., callbacks=[callback])      # or, after construction: callback.attach(trainer)
-        trainer.train()
-
-    Options are the fields of `SASFTConfig`, which has the formulas, or all of them in one object, `config`; the penalty
-    and its divisor are in `sft.loss`. `features` may be a path. `target_token_ids` (of use to the anchor alone),
-    `anchor_model` and `name`: see `AuxiliaryLossCallback`.
+    Give it to the trainer (`callbacks=[callback]`), or to one that exists (`callback.attach(trainer)`). The formulas
+    are in `SASFTConfig` (options) and `sft.loss` (the penalty and its divisor).
 
     Logged through the trainer's metrics, over the steps since the last log and over all ranks:
 
@@ -42,6 +37,13 @@ class SASFTCallback(AuxiliaryLossCallback):
         sasft/excess/<readout>     mean excess per eligible position, in the units of `scale`
         sasft/anchor               the KL term, like sasft/penalty; only with an anchor
         sasft/hook_calls           hook calls per micro-batch and captured module: 1
+
+    Example:
+        >>> callback = qp.SASFTCallback(features, target="zh", weight=0.1, language="language")
+        >>> trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+        >>> _ = trainer.train()
+        >>> "sasft/penalty" in trainer.state.log_history[0]
+        True
     """
 
     def __init__(
@@ -58,6 +60,24 @@ class SASFTCallback(AuxiliaryLossCallback):
         name: str = "sasft",
         **options: Any,
     ) -> None:
+        """
+        Args:
+            features (FeatureSet or path): A FeatureSet or the path of its file.
+            target (str, default "zh"): Language to keep out of responses in other languages.
+            weight (float, default 0.1): Factor of the penalty in the loss; the penalty is in standard deviations.
+            language (str or callable, default "language"): Column with a sample's language, "script" to decide by its
+                letters, or a function of the example.
+            normalization (str, default "token_mean"): Divisor of the penalty, see `sasft_loss`.
+            config (SASFTConfig, default None): All of its fields in one object, instead of options.
+            options: the other fields of `SASFTConfig`.
+            target_token_ids (Tensor, default None): Tokens that count as the target's, of use to the anchor alone;
+                None: those that write its script.
+            anchor_model (nn.Module, default None): See `AuxiliaryLossCallback`.
+            name (str, default "sasft"): Prefix of the metrics.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: a file, target, layer or option that cannot work.
+        """
         options |= {"target": target, "weight": weight, "language": language, "normalization": normalization}
         config = SASFTConfig.of(config, **options)
         self.features = FeatureSet.load(features)

@@ -46,23 +46,29 @@ def sasft_loss(
     the target language included.
 
     Args:
-        pre_activations: f, `[T, F]` (or `[..., F]`), of any floating dtype; computed in at least fp32.
-        thresholds: alpha, `[T, F]`, or anything that broadcasts to it.
-        mask: m, `[T]`, bool.
-        normalization: which of the three.
-        num_tokens: N. By default the number of penalized tokens, which is right for "paper" without accumulation;
-            give the response tokens of the whole accumulation window over all ranks for "token_mean" inside a
-            training loop, and the response tokens of the micro-batch for "official".
-        weights: w, `[T]`; no gradient is taken through them.
-        rows, bias: `[F, D]` and `[F]`, as the callback gives them: then the first argument is the residual stream h,
-            `[..., D]`, and f = h . rows + bias is formed in a fused kernel that keeps no tensor of T x F floats.
-        groups: with `rows`, `[T]`: the row of `thresholds` `[G, F]` for each token.
+        pre_activations (Tensor): f, `[T, F]` (or `[..., F]`), of any floating dtype; computed in at least fp32.
+        thresholds (Tensor): Alpha, `[T, F]`, or anything that broadcasts to it.
+        mask (Tensor): m, `[T]`, bool.
+        normalization (str, default "token_mean"): Which of the three.
+        num_tokens (int or Tensor, default None): N. None: the number of penalized tokens, which is right for "paper"
+            without accumulation; give the response tokens of the whole accumulation window over all ranks for
+            "token_mean" inside a training loop, and the response tokens of the micro-batch for "official".
+        weights (Tensor, default None): w, `[T]`; no gradient is taken through them.
+        rows (Tensor, default None): `[F, D]`, as the callback gives them: then the first argument is the residual
+            stream h, `[..., D]`, and f = h . rows + bias is formed in a fused kernel without a tensor of T x F floats.
+        bias (Tensor, default None): `[F]`, with `rows`; None is 0.
+        groups (Tensor, default None): `[T]`, with `rows`: the row of `thresholds` `[G, F]` for each token.
 
     Returns:
         A scalar; exactly 0 (with a graph) where no token is penalized.
 
     Raises:
         ValueError: an unknown normalization, or shapes that do not fit.
+
+    Example:
+        >>> f = torch.tensor([[3.0, 1.0], [5.0, 5.0]])  # two tokens, two features
+        >>> qp.sasft_loss(f, torch.tensor([2.0, 2.0]), mask=torch.tensor([True, False]))
+        tensor(0.5000)
     """
     return excess_and_loss(
         pre_activations,

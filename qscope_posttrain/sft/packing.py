@@ -46,20 +46,24 @@ def pack_with_languages(
     text without boundaries: use `padding_free=False`, and know that documents attend to each other.
 
     Args:
-        dataset: any data set of text that `SFTTrainer` takes, with the columns that it reads (`tools`,
+        dataset (Dataset): Any data set of text that `SFTTrainer` takes, with the columns that it reads (`tools`,
             `chat_template_kwargs`, ...). A `formatting_func` is applied before, with `dataset.map`.
-        tokenizer: with a chat template where samples are conversations. It is not changed.
-        max_length: number of tokens of a packed row.
-        strategy: as in `trl.pack_dataset`. "bfd" cuts off what exceeds `max_length`, "bfd_split" packs it too.
-        language: a column, "script", or a function of the example; see `SASFTConfig.language`.
-        languages: those that "script" decides between; not needed otherwise.
-        completion_only_loss: as in `SFTConfig`, like the next five. None: if there are prompts and completions.
-        assistant_only_loss: labels on assistant turns only.
-        dataset_text_field: the column of plain text.
-        eos_token: what a text or completion ends with; None is the tokenizer's own.
-        chat_template_path: a template file (.jinja, .j2), or a model that has one.
-        dataset_num_proc: number of processes; each packs its own share of the rows.
-        shuffle_seed: shuffle the rows before and after packing, as `shuffle_dataset` does with `seed`; None does not.
+        tokenizer (PreTrainedTokenizerBase): With a chat template where samples are conversations. It is not changed.
+        max_length (int): Number of tokens of a packed row.
+        strategy (str, default "bfd"): As in `trl.pack_dataset`. "bfd" cuts off what exceeds `max_length`, "bfd_split"
+            packs it too.
+        language (str or callable, default "language"): A column, "script", or a function of the example; see
+            `SASFTConfig.language`.
+        languages (collection of str, default ()): Those that "script" decides between; not needed otherwise.
+        completion_only_loss (bool, default None): As in `SFTConfig`, like the next five. None: if there are prompts and
+            completions.
+        assistant_only_loss (bool, default False): Labels on assistant turns only.
+        dataset_text_field (str, default "text"): The column of plain text.
+        eos_token (str, default None): What a text or completion ends with; None is the tokenizer's own.
+        chat_template_path (str, default None): A template file (.jinja, .j2), or a model that has one.
+        dataset_num_proc (int, default None): Number of processes; each packs its own share of the rows.
+        shuffle_seed (int, default None): Shuffle the rows before and after packing, as `shuffle_dataset` does with
+            `seed`; None does not.
 
     Returns:
         A data set with `input_ids`, `labels`, `language_ids`, `language_names` and, unless wrapped, `seq_lengths`.
@@ -67,6 +71,11 @@ def pack_with_languages(
     Raises:
         ValueError: an empty data set, a sample that TRL cannot prepare, or a language that cannot be decided.
         TypeError: no `Dataset`.
+
+    Example:
+        >>> packed = qp.pack_with_languages(dataset, tokenizer, max_length=64)
+        >>> packed.num_rows < dataset.num_rows, max(map(len, packed["input_ids"])) <= 64
+        (True, True)
     """
     from trl import pack_dataset
 

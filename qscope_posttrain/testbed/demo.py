@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.html import Section, write_html
 from qscope_posttrain.report.progress import status
@@ -42,6 +42,7 @@ def run_demo(switching: SwitchingConfig | None, output: str | Path, repetition: 
     """
     if switching is None and repetition is None:
         raise UserValueError("nothing to run: give the settings of at least one task of the demo")
+    require_extra("report")
     folder = writable_folder(output)
     started = time.monotonic()
     parts: list[DemoPart] = []

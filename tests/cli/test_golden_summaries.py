@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from qscope_posttrain.cli.main import main
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
 """Processors and libraries sum in different orders: the last digits are theirs."""
+
+ROOT = Path(__file__).resolve().parents[2]
+PINNED = dict(
+    re.findall(r"^(torch|transformers|trl|scikit-learn)==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
+)
+OTHERS = [f"{name} {found}" for name in PINNED if (found := version(name).partition("+")[0]) != PINNED[name]]
+pytestmark = pytest.mark.skipif(
+    bool(OTHERS), reason=f"golden numbers are of constraints.txt, not of {', '.join(OTHERS)}"
+)
 
 LEFT_OUT = re.compile(
     r"sha256|digest|fingerprint|sketch|version|commit|created|finished|environment|machine|figures|usage|revision"

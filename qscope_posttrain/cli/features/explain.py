@@ -16,7 +16,7 @@ from qscope_posttrain.cli.options import (
     load,
     load_saes,
 )
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.inputs import read_text_list
@@ -33,6 +33,7 @@ PAGE = "explanations.html"
 
 def explain(options: argparse.Namespace) -> None:
     """Explain and test features; write the explanations, a page of contexts, the FeatureSet if given, a summary."""
+    require_extra("report")
     from qscope_posttrain.features.explain.ask import ExplainSettings, explain_features, explain_templates
     from qscope_posttrain.features.explain.contexts import ContextSettings
     from qscope_posttrain.features.explain.explanation_file import write_explanations
@@ -85,6 +86,8 @@ def tokens(options: argparse.Namespace) -> None:
 
     if (options.text is None) == (options.texts is None):
         raise UserValueError("give --text, words on the command line, or --texts, a file.")
+    if options.html is not None:
+        require_extra("report")
     texts = options.text or read_text_list(options.texts, options.max_texts)
     features = FeatureSet.load(options.features).select(options.language, options.layer, options.top)
     model, tokenizer = load(options)

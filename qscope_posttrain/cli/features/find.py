@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import TEXT_LIST, add_sae_options, add_shared, layers_of, load
 from qscope_posttrain.distributed import join_processes
+from qscope_posttrain.errors import require_extra
 from qscope_posttrain.files import read_text
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -70,6 +71,7 @@ def contrast(options: argparse.Namespace) -> None:
 
 def rank(options: argparse.Namespace) -> None:
     """Rank the features by one response, print them, and write them and `summary.json`."""
+    require_extra("analysis")
     from qscope_posttrain.features.find.contrast import rank_response_features
 
     output = writable_folder(options.output)

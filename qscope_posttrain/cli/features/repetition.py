@@ -17,7 +17,7 @@ from qscope_posttrain.cli.options import (
     load,
     sampling_settings,
 )
-from qscope_posttrain.errors import UserError, UserValueError
+from qscope_posttrain.errors import UserError, UserValueError, require_extra
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
@@ -41,6 +41,8 @@ def find_repetition(options: argparse.Namespace) -> None:
     check_one_process("find-repetition runs")
     if options.prompts is None and options.loops is None:
         raise UserValueError("give --prompts, to sample on, or --loops, completions that are there already.")
+    if options.prompts is not None and options.curve:
+        require_extra("report")  # for the figures of the steering curve
     output = writable_folder(options.output)
     chat, prompts = chat_settings(options), None
     if options.prompts is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import add_model_options, add_shared, load
+from qscope_posttrain.errors import require_extra
 from qscope_posttrain.models.loading import choose_device, load_config, parse_layers
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -31,6 +32,8 @@ def check(options: argparse.Namespace) -> int:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sae.quality.measure import measure_sae
 
+    if options.output is not None:
+        require_extra("report")
     output = None if options.output is None else writable_folder(options.output)
     texts = None if options.texts is None else read_texts(options.texts, options.max_texts)
     config = load_config(options.model, options.revision).get_text_config(decoder=True)

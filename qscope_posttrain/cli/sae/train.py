@@ -10,7 +10,7 @@ from qscope_posttrain.cli.options import layers_of
 from qscope_posttrain.cli.parsing.fields import print_declared
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.distributed import join_processes, launched_processes
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.models.loading import DTYPES, load_config, load_model, parse_layers
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
@@ -110,6 +110,7 @@ def train(recipe: SAERecipe) -> None:
     from qscope_posttrain.sae.training.run import train_saes_on_text
 
     own = recipe.arguments
+    require_extra("report")
     output = writable_folder(own.output)
     own.device = join_processes(own.device)
     texts = own.texts if own.texts is not None else _dataset(own)

@@ -60,17 +60,31 @@ def find_language_features(
     languages at width 4096. `saes_at_once` bounds them and the SAEs in memory; `second_moments=False` does without.
 
     Args:
-        texts: {language: texts}, at least two languages.
-        saes: {layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0.
-        target_tokens: ids that count as the target's tokens; by default those that write its script.
-        causal_layers: layers of the causal check; by default the two deepest in `saes`.
-        controls: number of random features in the causal check.
-        seed: of the random features and the bootstrap.
+        model (nn.Module): Causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        texts (dict of str to sequence of str): {language: texts}, at least two languages.
+        saes (dict of int to SparseAutoencoder or path): {layer: SAE, or a source for `SparseAutoencoder.load`}, layers
+            counted from 0.
+        top (int, default 2): Number of features per language and layer.
+        target (str, default None): Language whose features are measured for their effect; None measures none.
+        target_tokens (Tensor, default None): Ids that count as the target's tokens; None: those that write its script.
+        causal (bool, default True): Run the causal check, where there is a target.
+        causal_layers (sequence of int, default None): Layers of that check; None: the two deepest in `saes`.
+        controls (int, default 5): Number of random features in it.
+        seed (int, default 0): Of the random features and the bootstrap.
+        show_progress (bool, default None): Show progress bars; None: on a terminal.
         pass_options: `k`, `saes_at_once` and `checkpoint` of `search.search`, and the options of
             `statistics.collect_statistics`.
 
     Raises:
         ValueError: fewer than two languages, an unknown target, no layer, an SAE that does not fit the model.
+
+    Example:
+        >>> found = qp.find_language_features(model, tokenizer, texts, saes, top=2, target="zh", causal=False)
+        >>> found.languages
+        ('en', 'fr', 'zh', 'ru', 'ko')
+        >>> len(found.select("zh"))  # two features in each of two layers
+        4
     """
     languages = check_texts(texts)
     if len(languages) < 2:

@@ -76,19 +76,38 @@ def find_repetition_features(
     In `provenance`: "steering_curve" and "ranking" as `Table.to_dict`, "loops" with their number and rate.
 
     Args:
-        saes: {layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0.
-        prompts: for the curve, and to sample loops on; texts or chats (see `models.generation.generate_samples`, also
-            for `chat` and its options).
-        benign: texts that repeat for a good reason (lists, tables, copied questions): strings or token ids.
-        rank_by: "difference", "attribution", or "both" in turn, see `repetition_scores.rank_features`.
-        curve: None leaves the curve out.
-        collect: further arguments of `collect_loops`. It samples as `curve.sampling` says unless `settings` are given.
+        model (nn.Module): Causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        saes (dict of int to SparseAutoencoder or path): {layer: SAE, or a source for `SparseAutoencoder.load`}, layers
+            counted from 0.
+        prompts (sequence, default None): For the curve, and to sample loops on; texts or chats (see
+            `models.generation.generate_samples`).
+        loops (LoopCollection, default None): Loops that are there already; None samples them.
+        benign (sequence, default None): Texts that repeat for a good reason (lists, tables, copied questions): strings
+            or token ids.
+        top (int, default 4): Number of features per layer.
+        rank_by (str, default "both"): "difference", "attribution", or "both" in turn, see
+            `repetition_scores.rank_features`.
+        curve (CurveSettings, default `DEFAULT_CURVE`): Of the steering curve; None leaves it out.
+        collect (dict, default None): Further arguments of `collect_loops`. It samples as `curve.sampling` says unless
+            `settings` are given.
+        chat (bool, default False): Send prompts through the chat template.
+        chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
+        show_progress (bool, default None): Show progress bars; None: on a terminal.
         pass_options: `k` and `saes_at_once` of `search.search`, and the options of `statistics.collect_statistics`.
             `max_length` is by default that of the longest completion, because a loop is at the end of its text.
 
     Raises:
         ValueError: neither loops nor prompts, a curve without prompts, no ordinary completion, no layer, an SAE that
             does not fit the model; and what `collect_loops` raises when nothing loops.
+
+    Example:
+        >>> collect = {"settings": sampling, "wanted": 4}  # sampling: SamplingSettings
+        >>> found = qp.find_repetition_features(
+        ...     model, tokenizer, saes, prompts, top=1, rank_by="difference", curve=None, collect=collect
+        ... )
+        >>> found.languages
+        ('loop', 'normal')
     """
     if prompts is None and (loops is None or curve is not None):
         raise UserValueError(

@@ -73,19 +73,31 @@ def measure_sae(
     """Measure an SAE on the texts, with intervals over texts and warnings about probable faults.
 
     Args:
-        texts: `{language: texts}`, or texts alone. Strings or token ids, as for `statistics.collect_statistics`.
-        sae: in raw units, as every loader returns it.
-        layer: decoder layer, from 0; by default the one that the SAE states.
-        scan: number of neighboring layers on either side to try the SAE on, with a sample of the texts; 0 for none.
-        losses: also measure the loss with the reconstruction spliced in: four forward passes instead of one.
-        expected_l0: firing latents per token that the release states; by default k of TopK.
-        tokens_per_batch: tokens in a forward pass, padding included.
-        max_length: truncate texts to this many tokens.
-        outlier_factor: leave out, and count, tokens whose norm exceeds this many times the median norm.
-        seed: seed of the bootstrap over texts.
+        model (nn.Module): Causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        texts (dict of str to sequence, or sequence): `{language: texts}`, or texts alone. Strings or token ids, as for
+            `statistics.collect_statistics`.
+        sae (SparseAutoencoder): In raw units, as every loader returns it.
+        layer (int, default None): Decoder layer, from 0; None: the one that the SAE states.
+        scan (int, default 1): Number of neighboring layers on either side to try the SAE on, with a sample of the
+            texts; 0 for none.
+        losses (bool, default True): Also measure the loss with the reconstruction spliced in: four forward passes
+            instead of one.
+        expected_l0 (float, default None): Firing latents per token that the release states; None: k of TopK.
+        tokens_per_batch (int, default 2048): Tokens in a forward pass, padding included.
+        max_length (int, default 512): Truncate texts to this many tokens.
+        outlier_factor (float, default 10): Leave out, and count, tokens whose norm exceeds this many times the median
+            norm.
+        seed (int, default 0): Seed of the bootstrap over texts.
+        show_progress (bool, default None): Show progress bars; None: on a terminal.
 
     Raises:
         ValueError: no layer is known, it contradicts the SAE's own, or the SAE has another width than the model.
+
+    Example:
+        >>> quality = qp.measure_sae(model, tokenizer, texts, saes[2], losses=False)
+        >>> quality.l0.estimate  # firing latents per token
+        8.0
     """
     languages = texts if isinstance(texts, Mapping) else {"all": list(texts)}
     names = check_texts(languages)

@@ -21,6 +21,11 @@ class SAETrainingConfig:
 
     Values that concern activations are in the units of training: activations are centered at their geometric median and
     divided by the root mean square of an element, so that settings carry over between layers and models.
+
+    Example:
+        >>> config = qp.SAETrainingConfig(expansion=16, k=32, steps=2000)
+        >>> config.latents(d_model=1024)
+        16384
     """
 
     architecture: Literal["topk", "batch_topk", "jumprelu"] = "topk"

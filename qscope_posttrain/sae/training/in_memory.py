@@ -24,10 +24,11 @@ def train_saes(
     """Train one SAE per layer.
 
     Args:
-        activations: Raw outputs of decoder layers, layer -> [tokens, d_model], any float dtype. Training runs on
-            their device, in float32. Leave first tokens and norm outliers out: they would dominate scale and loss.
-        config: Settings; defaults if None.
-        progress: Show a progress line per layer; by default on a terminal.
+        activations (dict of int to Tensor): Raw outputs of decoder layers, layer -> [tokens, d_model], any float dtype.
+            Training runs on their device, in float32. Leave first tokens and norm outliers out: they would dominate
+            scale and loss.
+        config (SAETrainingConfig, default None): Settings; None is `SAETrainingConfig()`.
+        progress (bool, default None): Show a progress line per layer; None: on a terminal.
 
     Returns:
         layer -> dictionary in raw units (float32, decoder rows of norm 1). A layer's result depends on its own
@@ -35,6 +36,12 @@ def train_saes(
 
     Raises:
         ValueError: activations that are not [tokens, d_model], not finite, or all equal; k above the width.
+
+    Example:
+        >>> activations = {2: torch.randn(500, 64), 3: torch.randn(500, 64)}
+        >>> trained = qp.train_saes(activations, qp.SAETrainingConfig(width=128, k=8, steps=5))
+        >>> trained[3].d_sae
+        128
     """
     config = SAETrainingConfig() if config is None else config
     for layer, x in activations.items():

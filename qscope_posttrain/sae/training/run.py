@@ -74,14 +74,28 @@ def train_saes_on_text(
     the result is that of one process up to the order of summation.
 
     Args:
-        texts: A list of documents, a file or folder (see `text_stream.FileSource`), or a data set of `datasets`, also
-            with `streaming=True`. At its end the text is read again.
-        output: Folder for metrics.jsonl and checkpoints. The SAEs are returned; `results.write_results` writes them.
-        text_column: The column of JSONL files and data sets that holds the documents.
+        model (nn.Module): Causal language model of transformers.
+        tokenizer (PreTrainedTokenizerBase): Its tokenizer.
+        texts (list of str, path, or data set): Documents, a file or folder (see `text_stream.FileSource`), or a data
+            set of `datasets`, also with `streaming=True`. At its end the text is read again.
+        layers (sequence of int): Decoder layers, from 0.
+        config (SAETrainingConfig): Settings of the training.
+        output (path): Folder for metrics.jsonl and checkpoints. The SAEs are returned; `results.write_results` writes
+            them.
+        stream (StreamConfig, default None): How text becomes activations; None is `StreamConfig()`.
+        run (RunConfig, default None): Logging, evaluation and checkpoints; None is `RunConfig()`.
+        text_column (str, default "text"): The column of JSONL files and data sets that holds the documents.
 
     Raises:
         ValueError: settings that do not fit each other or the memory, checkpoints of other settings, activations that
             are not finite, a training that diverges.
+
+    Example:
+        >>> documents = 4 * [line for lines in texts.values() for line in lines]
+        >>> config = qp.SAETrainingConfig(width=128, k=8, steps=4, batch_tokens=64)
+        >>> result = qp.train_saes_on_text(model, tokenizer, documents, [2, 3], config, folder)
+        >>> sorted(result.saes)
+        [2, 3]
     """
     stream = StreamConfig() if stream is None else stream
     run = RunConfig() if run is None else run
