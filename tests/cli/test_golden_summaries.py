@@ -20,6 +20,8 @@ from word_world import TOPIC, grammar, write_world
 import qscope_posttrain as qp
 from qscope_posttrain.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
 """Processors and libraries sum in different orders: the last digits are theirs."""
 

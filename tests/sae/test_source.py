@@ -178,6 +178,7 @@ def test_sha256_needs_a_file() -> None:
         with_sha256(SAESource("trained in memory"))
 
 
+@pytest.mark.slow
 def test_the_room_does_not_import_the_hub_or_later_rooms() -> None:
     """Rooms above in the house order must not be pulled in, nor libraries that only some uses need."""
     code = (
