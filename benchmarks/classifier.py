@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from planted_topics import labelled_texts, read_registers, write_pretraining
+from planted_topics import labeled_texts, read_registers, write_pretraining
 from scipy import stats
 
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
@@ -135,7 +135,7 @@ def read_examples(featurizer: TextFeaturizer, registers: Any, language: str, tas
         return len(featurizer.tokenizer(sentence)["input_ids"])
 
     positive, background = TASKS[task]
-    found = labelled_texts(registers, language, length, seed=0, positive=positive, background=background)
+    found = labeled_texts(registers, language, length, seed=0, positive=positive, background=background)
     return collect_examples(featurizer, found.texts, found.labels)
 
 

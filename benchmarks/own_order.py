@@ -1,6 +1,6 @@
 """A multiple-choice test that very small models can take on any text: which of four word orders is the item's own?
 
-Beside the item stand three versions of it in which two neighbouring words are swapped, each somewhere else (characters
+Beside the item stand three versions of it in which two neighboring words are swapped, each somewhere else (characters
 where no spaces are written); the model chooses the version of the highest log-probability. All four have the same
 words, so that their frequency does not help. Chance is one in four.
 """

@@ -85,7 +85,7 @@ def write_pretraining(registers: Mapping[str, Registers], folder: Path, paragrap
     return places
 
 
-def labelled_texts(
+def labeled_texts(
     registers: Registers,
     language: str,
     length: Callable[[str], int],

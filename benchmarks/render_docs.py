@@ -150,7 +150,7 @@ def keep(folder: Path, name: str) -> None:
     if summary["command"] == "experiment":
         from experiments.rows import read_rows
 
-        kept |= {key: summary["results"][key] for key in ("verdicts", "worlds")}
+        kept["worlds"] = summary["results"]["worlds"]
         runs = [{key: value for key, value in row.items() if key != "folder"} for row in read_rows(folder)]
         lines = ",\n".join(json.dumps(run, ensure_ascii=False) for run in runs)  # one run a line, for the diff's sake
         text = json.dumps(kept, indent=1, ensure_ascii=False)[:-2] + f',\n "runs": [\n{lines}\n ]\n}}'

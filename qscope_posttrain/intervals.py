@@ -46,10 +46,10 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
         raise UserValueError(f"Expected 0 <= successes <= n and n >= 1; got {successes} of {n}.")
     rate = successes / n
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    center = (rate + z2 / (2 * n)) / (1 + z2 / n)
     reach = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     # At the ends the limit is exact; rounding would leave it at 1e-18.
-    return Interval(rate, 0.0 if successes == 0 else centre - reach, 1.0 if successes == n else centre + reach)
+    return Interval(rate, 0.0 if successes == 0 else center - reach, 1.0 if successes == n else center + reach)
 
 
 def rate_difference(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> Interval:

@@ -1,7 +1,7 @@
 """A world in which everything is known: feature n fires on word n, and a server writes, rewrites and judges by words.
 
 The residual stream of every layer is the word's embedding: dimension n for topic word n. The SAE of layer 1 has one
-feature a word; that of layer 0 one for each pair of neighbouring words.
+feature a word; that of layer 0 one for each pair of neighboring words.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def fit(options: argparse.Namespace) -> None:
-    """Learn from a labelled table, print the features, write `classifier.safetensors` and `summary.json`."""
+    """Learn from a labeled table, print the features, write `classifier.safetensors` and `summary.json`."""
     require_extra("analysis")
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
@@ -35,7 +35,7 @@ def fit(options: argparse.Namespace) -> None:
     from qscope_posttrain.analysis.classifier.featurizer import stack
 
     output = writable_folder(options.output)
-    texts, labels, _ = _labelled(options, options.data, options.split)
+    texts, labels, _ = _labeled(options, options.data, options.split)
     featurizer = _featurizer(options, options.layers, options.max_length)
     features = featurizer.features(texts)
     cut = int(next(iter(features.values())).truncated.sum())
@@ -125,10 +125,10 @@ def report(options: argparse.Namespace) -> None:
     if options.folds < 2:
         raise UserValueError(f"--folds must be at least 2; got {options.folds}.")
     methods = all_methods() if options.methods is None else methods_named(options.methods)
-    texts, labels, groups = _labelled(options, options.data, options.split)
+    texts, labels, groups = _labeled(options, options.data, options.split)
     if options.test_data is not None:
         count = len(texts)
-        more = _labelled(options, options.test_data, options.test_split)
+        more = _labeled(options, options.test_data, options.test_split)
         texts, labels, groups = texts + more[0], labels + more[1], groups + more[2]
         known, test = list(range(count)), list(range(count, len(texts)))
     elif not 0 < options.test_share < 1:
@@ -158,7 +158,7 @@ def report(options: argparse.Namespace) -> None:
 def build_parser() -> CommandParser:
     """The parser of `qscope classify`."""
     parser = CommandParser(prog="qscope classify")
-    new = parser.command("fit", fit, "learn a classifier from labelled texts")
+    new = parser.command("fit", fit, "learn a classifier from labeled texts")
     _add_learning_options(new)
     new.add_argument(
         "--features", type=int, nargs="+", default=[1], help="features per layer; cross-validation picks among several"
@@ -222,7 +222,7 @@ def _featurizer(options: argparse.Namespace, words: Sequence[str], max_length: i
     return TextFeaturizer(model, tokenizer, saes, max_length=max_length, tokens_per_batch=options.tokens_per_batch)
 
 
-def _labelled(options: argparse.Namespace, source: str, split: str) -> tuple[list[str], list[bool], list[str]]:
+def _labeled(options: argparse.Namespace, source: str, split: str) -> tuple[list[str], list[bool], list[str]]:
     """(texts, labels, groups) of a table; a single group "all" without a column of groups."""
     table = read_table(source, split, options.max_texts)
     texts = texts_of(table, options.text_column, source)

@@ -42,9 +42,9 @@ QUICK_REPETITION: dict[str, Any] = {
     "sampled_problems": 4000,
     "benign_problems": 200,
     "seeds": [0],
-    "arms": ["plain", "default", "seeded"],
+    "arms": ["plain", "default", "seeded", "random"],
 }
-"""The small run: the smallest sizes found at which the effects are clear, in under five minutes on two idle cores."""
+"""The small run: sizes at which the effects are clear and two idle cores need less than five minutes. One seed each."""
 PREFIX = "repetition_"
 SHARED = tuple(field.name for field in dataclasses.fields(TaskSettings) if field.name != "device")
 """Settings that both tasks take from the same option."""

@@ -141,7 +141,7 @@ def fit_word_model(
     totals = counts.sum(axis=0)
     if not totals.all():
         raise UserValueError(f"No words in the texts of {languages[int(totals.argmin())]!r}.")
-    # Scaled to the same total, so that a word or n-gram that no language knows favours none of them.
+    # Scaled to the same total, so that a word or n-gram that no language knows favors none of them.
     counts *= totals.max() / totals
     vectorizer = CountVectorizer(analyzer="char_wb", ngram_range=settings.ngrams, lowercase=False)
     grams = vectorizer.fit_transform(list(known))

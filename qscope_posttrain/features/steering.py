@@ -62,7 +62,7 @@ def feature_steering(
     of_label = [row for row, name in enumerate(found.labels) if name == label]
     if not of_label:
         raise UserValueError(
-            f"Layer {layer} has no row labelled {label!r}; it has {', '.join(sorted(set(found.labels)))}."
+            f"Layer {layer} has no row labeled {label!r}; it has {', '.join(sorted(set(found.labels)))}."
         )
     if unit is None:
         unit = "raw" if mode == "clamp" else chosen.get("unit", "relative")

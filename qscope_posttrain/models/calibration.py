@@ -24,7 +24,7 @@ vectors are held in all layers: 0.3 GiB in bf16 for 36 layers of width 4096."""
 
 @dataclass(frozen=True)
 class LanguageRows:
-    """Neighbouring rows of one batch that belong to one language."""
+    """Neighboring rows of one batch that belong to one language."""
 
     language: int
     start: int

@@ -20,7 +20,7 @@ _LINES = (
     ("share kept in the loss", None, "kept"),
     ("share of tokens below the floor", None, "unlikely_tokens"),
     ("share of the gradient", None, "gradient_share"),
-    ("log ratio of policy to behaviour", None, "log_ratio"),
+    ("log ratio of policy to behavior", None, "log_ratio"),
     ("rows in a batch", None, "rows"),
 )
 """Line of the table, metric of ordinary rows, metric of negatives"""

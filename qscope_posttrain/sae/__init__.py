@@ -1,1 +1,1 @@
-"""The canonical sparse autoencoder (SAE): activations, files, hub and catalogue, training and quality."""
+"""The canonical sparse autoencoder (SAE): activations, files, hub and catalog, training and quality."""

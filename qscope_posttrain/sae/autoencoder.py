@@ -203,7 +203,7 @@ class SparseAutoencoder:
         """Read a whole SAE.
 
         Args:
-            source: A file or folder in any format of `formats`, a name of the catalogue, or a hub repository id
+            source: A file or folder in any format of `formats`, a name of the catalog, or a hub repository id
                 (followed by a folder in it, where it holds several), of which only that layer's files are downloaded.
             layer: Layer number from 0; may be left out where the file states it or there is only one candidate.
             k: Survivors of TopK. Qwen-Scope files do not hold it: it is taken from a release name

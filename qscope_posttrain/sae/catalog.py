@@ -161,7 +161,7 @@ def find(name: str) -> CatalogEntry | None:
 
 
 def suggestions(name: str, count: int = 3) -> tuple[str, ...]:
-    """The names in the catalogue that are most like this one, best first."""
+    """The names in the catalog that are most like this one, best first."""
     known = {spelling.casefold(): e.name for e in entries() for spelling in (e.repository, e.name)}
     close = difflib.get_close_matches(name.strip().casefold(), known, n=2 * count, cutoff=0.5)
     return tuple(dict.fromkeys(known[spelling] for spelling in close))[:count]

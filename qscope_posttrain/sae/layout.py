@@ -46,7 +46,7 @@ _REASONS = (
     (r"attn|attention|hook_z|o_proj", "inside or behind the attention of a layer"),
     (r"mlp|feedforward|transcoder", "inside or behind the MLP of a layer"),
     (r"resid_mid", "the stream between attention and MLP"),
-    (r"norm|\bln", "a normalised stream"),
+    (r"norm|\bln", "a normalized stream"),
 )
 
 _MAX_DEPTH = 5

@@ -1,4 +1,4 @@
-"""Where an SAE comes from: a file, a folder, a name of the catalogue, or a repository on the Hugging Face hub."""
+"""Where an SAE comes from: a file, a folder, a name of the catalog, or a repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SAESource:
     """"native", "qwen_scope", "gemma_scope", "gemma_scope_2", "llama_scope", "lm_saes", "sae_lens", "sparsify",
     "dictionary_learning", or "memory"."""
     release: str | None = None
-    """Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, or a name of the catalogue."""
+    """Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, or a name of the catalog."""
     origin: SAESource | None = None
     """For a file written by this package: the source of the SAE before that."""
 
@@ -84,7 +84,7 @@ class LocatedFile:
     file: str | None = None
     """Path in `location`; the file name if None."""
     entry: catalog.CatalogEntry | None = None
-    """The release of the catalogue by whose name it was requested."""
+    """The release of the catalog by whose name it was requested."""
 
     def describe(self, format: str, sha256: str | None, origin: SAESource | None = None) -> SAESource:
         """The `SAESource` of this file."""
@@ -95,10 +95,10 @@ class LocatedFile:
 
 
 def locate(source: str | Path, layer: int | None = None, revision: str | None = None) -> LocatedFile:
-    """Find the file of one layer: on disk first, then in the catalogue, then on the hub.
+    """Find the file of one layer: on disk first, then in the catalog, then on the hub.
 
     Args:
-        source: A file; a folder with weights of a known layout in it or below it; a name of the catalogue; or a hub
+        source: A file; a folder with weights of a known layout in it or below it; a name of the catalog; or a hub
             repository id, followed by a folder or file in it where there are several
             ("google/gemma-scope-2b-pt-res/layer_20/width_16k"). From the hub only that layer's files are downloaded.
         layer: Layer number from 0. May be left out where there is only one.
@@ -126,7 +126,7 @@ def locate(source: str | Path, layer: int | None = None, revision: str | None = 
         close = catalog.suggestions(str(source))
         hint = f". Did you mean {' or '.join(close)}?" if close else ""
         raise UserFileNotFoundError(
-            f"no SAE at {source}: no such file or folder, no name of the catalogue, and not a hub repository id "
+            f"no SAE at {source}: no such file or folder, no name of the catalog, and not a hub repository id "
             f"(owner/name){hint}"
         )
     return _from_hub(match["repository"], match["inside"] or "", layer, revision)

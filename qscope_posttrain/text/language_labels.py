@@ -118,5 +118,5 @@ def _tag(label: str) -> langcodes.Language | None:
         return None
     if tag is None or tag.language is None or not tag.is_valid():
         return None
-    # The two written standards of Norwegian are mostly labelled as one.
+    # The two written standards of Norwegian are mostly labeled as one.
     return tag.update_dict({"language": "no"}) if tag.language in ("nb", "nn") else tag

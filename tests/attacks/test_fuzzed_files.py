@@ -78,6 +78,7 @@ def test_any_bytes(tmp_path: Path, name: str, mark: bytes, content: bytes) -> No
     survives(tmp_path / name, READERS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 @fuzz
 @given(text=ROWS | YAML | CELLS, encoding=ENCODINGS)

@@ -128,6 +128,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @fuzz
 @given(data=st.data())
@@ -209,6 +210,7 @@ def write_settings(folder: Path, name: str, changes: dict[str, Any], layout: int
     return folder / "sae_weights.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @fuzz
 @given(changes=st.dictionaries(st.sampled_from(STATED), JSON, max_size=3), layout=st.integers(0, 1))
@@ -222,6 +224,7 @@ NO_NUMBERS += [True, "4", 1.5, -1, 2**53 + 1, 2**63, 10**30, [4]]
 NUMBERS = ["d_in", "d_sae", "d_model", "k", "top_k", "jump_relu_threshold", "expansion_factor", "hook_head_index"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_numbers_of_settings_that_do_not_fit(tmp_path: Path, name: str, value: Any) -> None:
@@ -264,6 +267,7 @@ def test_numbers_in_tensors_that_do_not_fit(tmp_path: Path, value: float) -> Non
                 SparseAutoencoder.load(tmp_path / "ae.pt")
 
 
+@pytest.mark.slow
 @fuzz
 @given(content=st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 @example(content=b"[" * 200_000)

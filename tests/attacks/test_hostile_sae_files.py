@@ -140,6 +140,7 @@ def test_truncation_of_a_native_file_anywhere(good: Path, tmp_path: Path) -> Non
         refuses(path, "is not a valid")
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_does_more_than_raise_value_error(good: Path, tmp_path: Path) -> None:
     """Every byte of directory and pickle in turn: the result is a ValueError, or still an SAE of four tensors."""
     content = good.read_bytes()

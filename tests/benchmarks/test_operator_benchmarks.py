@@ -18,6 +18,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_runs_and_reports(name, tmp_path):
     output = tmp_path / "result.json"

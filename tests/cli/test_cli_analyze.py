@@ -35,6 +35,7 @@ def arguments(world, benchmarks, output):
             str(benchmarks / "benchmarks.yaml"), "--output", str(output)]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_redundancy(world, benchmarks, tmp_path, capsys):
     extra = ["--correctness", str(benchmarks / "correct"), "--repeats", "20"]
     assert main(["analyze", "redundancy", *arguments(world, benchmarks, tmp_path), *extra]) == 0
@@ -54,6 +55,7 @@ def test_redundancy(world, benchmarks, tmp_path, capsys):
     assert page.count("<svg") == 2 * 3
 
 
+@pytest.mark.slow
 def test_overlap(world, benchmarks, tmp_path, capsys):
     extra = ["--correctness", str(benchmarks / "correct"), "--control", "en", "--token-control"]
     assert main(["analyze", "overlap", *arguments(world, benchmarks, tmp_path), *extra]) == 0

@@ -14,7 +14,7 @@ from qscope_posttrain.testbed.switching.grammar import write_paragraphs
 
 @pytest.fixture(scope="module")
 def rows():
-    """Sentences in two scripts, labelled by it, of two groups."""
+    """Sentences in two scripts, labeled by it, of two groups."""
     found = []
     for language in ("en", "ru"):
         for number, text in enumerate(write_paragraphs(language, 20_000, 0)[:24]):
@@ -25,7 +25,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def data(rows, tmp_path_factory):
-    path = tmp_path_factory.mktemp("labelled") / "rows.jsonl"
+    path = tmp_path_factory.mktemp("labeled") / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 

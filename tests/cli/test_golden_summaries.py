@@ -29,9 +29,10 @@ PINNED = dict(
     re.findall(r"^(torch|transformers|trl|scikit-learn)==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
 )
 OTHERS = [f"{name} {found}" for name in PINNED if (found := version(name).partition("+")[0]) != PINNED[name]]
-pytestmark = pytest.mark.skipif(
-    bool(OTHERS), reason=f"golden numbers are of constraints.txt, not of {', '.join(OTHERS)}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(OTHERS), reason=f"golden numbers are of constraints.txt, not of {', '.join(OTHERS)}"),
+]
 
 LEFT_OUT = re.compile(
     r"sha256|digest|fingerprint|sketch|version|commit|created|finished|environment|machine|figures|usage|revision"
@@ -101,23 +102,23 @@ def words(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def labelled(texts, tmp_path_factory) -> str:
-    """Parts of sentences in two scripts, labelled by it, in two groups."""
+def labeled(texts, tmp_path_factory) -> str:
+    """Parts of sentences in two scripts, labeled by it, in two groups."""
     rows = [
         {"text": line[start : start + 20], "label": label, "group": "ab"[number % 2]}
         for language, label in (("en", "latin"), ("fr", "latin"), ("ru", "cyrillic"))
         for number, line in enumerate(texts[language])
         for start in range(0, 12 if label == "latin" else 24, 4)
     ]
-    path = tmp_path_factory.mktemp("labelled") / "rows.jsonl"
+    path = tmp_path_factory.mktemp("labeled") / "rows.jsonl"
     write_lines(path, rows)
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def fitted(world, labelled, tmp_path_factory) -> Path:
+def fitted(world, labeled, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("fitted")
-    run("classify", "fit", "--model", world.model, "--sae", world.saes, "--layers", "2-3", "--data", labelled,
+    run("classify", "fit", "--model", world.model, "--sae", world.saes, "--layers", "2-3", "--data", labeled,
         "--positive", "cyrillic", "--features", "1", "3", "--thresholds", "best", "--folds", "3", "--layer-by",
         "validation", "--output", output)  # fmt: skip
     return output
@@ -252,14 +253,14 @@ def test_classify_fit(fitted):
     check("classify_fit", fitted)
 
 
-def test_classify_predict(world, fitted, labelled, tmp_path):
-    run("classify", "predict", "--model", world.model, "--sae", world.saes, "--data", labelled, "--classifier", fitted,
+def test_classify_predict(world, fitted, labeled, tmp_path):
+    run("classify", "predict", "--model", world.model, "--sae", world.saes, "--data", labeled, "--classifier", fitted,
         "--output", tmp_path / "out.jsonl")  # fmt: skip
     check("classify_predict", tmp_path, "out.jsonl")
 
 
-def test_classify_report(with_sae, labelled, tmp_path):
-    run("classify", "report", *with_sae, "--data", labelled, "--positive", "cyrillic", "--group-column", "group",
+def test_classify_report(with_sae, labeled, tmp_path):
+    run("classify", "report", *with_sae, "--data", labeled, "--positive", "cyrillic", "--group-column", "group",
         "--test-share", "0.5", "--folds", "2", "--draws", "2", "--resamples", "50", "--fractions", "0.5", "1.0",
         "--methods", "OR, layer by top1-diff", "logistic on the residual", "difference of means", "length",
         "--output", tmp_path)  # fmt: skip

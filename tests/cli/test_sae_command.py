@@ -193,6 +193,7 @@ def test_train_is_a_module_of_its_own(monkeypatch):
     assert main(["sae", "train", "--config", "x.yaml"]) == 2, "it was handed what stands behind its name"
 
 
+@pytest.mark.slow
 def test_listing_imports_nothing_heavy():
     code = (
         "import sys; from qscope_posttrain.cli.main import main; main(['sae', 'list']); "

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 CASE = Path(__file__).resolve().parents[1] / "sae" / "training" / "sae_training_case.py"
 
 

@@ -99,6 +99,7 @@ def said_by_all(result, generation):
     return [row for rank in result["ranks"] for row in rank["said"][generation]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in DYNAMIC])
 def test_two_processes_equal_one(results, model, tiny_tokenizer, name):
     result, case = results[name], CASES[name]

@@ -105,6 +105,7 @@ def test_neither_order_nor_batches_nor_copies_matter(model, tiny_tokenizer, line
     assert [entry.texts for entry in once] == [entry.texts for entry in again]
 
 
+@pytest.mark.slow
 def test_the_draw_is_uniform(model, tiny_tokenizer, lines, saes, chosen):
     """Over many seeds every text on which a feature fires is drawn about equally often."""
     layer = next(iter(chosen))

@@ -115,7 +115,7 @@ def test_projecting_out_needs_no_strength():
         (CHOSEN, {"label": "normal"}, "chosen for label 'loop', not 'normal'"),
         (CHOSEN, {"layer": 3}, "layer 3 is not in this FeatureSet; it has 1, 2"),
         (CHOSEN, {"label": "zh"}, "'zh' is not in this FeatureSet"),
-        (CHOSEN, {"layer": 1, "label": "normal", "strength": 1.0}, "no row labelled 'normal'; it has loop"),
+        (CHOSEN, {"layer": 1, "label": "normal", "strength": 1.0}, "no row labeled 'normal'; it has loop"),
         (CHOSEN, {"mode": "ablate"}, "there are 2: loop #0, loop #1"),
         ({"layer": 2, "strength": 1.0}, {}, "rows of loop, normal; give label="),
         ([1], {}, "must be an object"),

@@ -115,6 +115,7 @@ def _rank(rank, processes, folder, model, tokenizer, texts, saes):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(make_model, tiny_tokenizer, texts, saes, tmp_path):
     model = make_model()
     expected = collect_statistics(model, tiny_tokenizer, texts, saes, **BATCH)

@@ -121,6 +121,7 @@ def test_the_only_values_of_trl_that_are_not_trls(tmp_path):
     assert ours.soft_overlong_cache == ours.max_completion_length // 5
 
 
+@pytest.mark.slow
 def test_lora_with_kl_is_bit_identical(model, tiny_tokenizer):
     adapted, kl = with_lora(copy.deepcopy(model)), {"beta": 0.05}
     plain = train(GRPOTrainer, plain_config(**kl), adapted, tiny_tokenizer, [reward, short])

@@ -86,6 +86,7 @@ def test_resumed_equals_uninterrupted(model, tiny_tokenizer, tmp_path):
         train(model, [callback(seed=5)], tiny_tokenizer, resume=checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [

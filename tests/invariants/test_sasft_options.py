@@ -138,6 +138,7 @@ def start_of(model, how):
     return start, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["given", "adapter"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_anchor(model, features, tiny_tokenizer, how, accumulation):
@@ -224,6 +225,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "accumulated", "padding-free"])
 @pytest.mark.parametrize("normalization", ["token_mean", "paper"])
 def test_token_penalty_with_an_anchor(model, features, tiny_tokenizer, layout, normalization):

@@ -27,6 +27,7 @@ def model(make_model):
     return case_model(make_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("batch", [8, 2])
 def test_losses_of_a_model_with_a_soft_prompt(model, tiny_tokenizer, kind, batch):

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler"
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-39, -1e-39, 2.0, 3.0, -1.0]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     st.integers(1, 5),

@@ -114,6 +114,7 @@ def test_nan_and_inf_rows_change_no_other_row(precision: str, dtype: torch.dtype
     assert where[1].tolist() == list(range(20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tiles", [(None, None), (3, 5)])
 def test_gradcheck(variant: str, tiles: tuple) -> None:

@@ -36,6 +36,7 @@ def test_selection_is_a_stable_sort(
     torch.testing.assert_close(values, expected[0].gather(1, order.indices), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("d_sae", "k", "features"), [(50, 50, 50), (200, 50, 64), (130, 7, 33), (20, 1, None)])
 def test_the_loop_with_the_kernel(

@@ -194,6 +194,7 @@ def test_peft_model(make_model, direction):
         torch.testing.assert_close(forward_to_layer(model, [1], input_ids=IDS)[1], hidden + direction)
 
 
+@pytest.mark.slow
 def test_compiled_model(make_model, direction):
     model = make_model(num_hidden_layers=2)
     plain = model(IDS).logits

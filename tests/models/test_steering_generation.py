@@ -318,6 +318,7 @@ def test_embeddings_in_place_of_ids(make_model, direction):
         assert torch.equal(found, model(PROMPTS, MASK).logits)
 
 
+@pytest.mark.slow
 def test_compiled_model_breaks_the_graph_and_is_right(make_model, direction):
     model = make_model(num_hidden_layers=2)
     steering = Steering(direction, (1,), 3.0, positions=Window(STARTS, 2))

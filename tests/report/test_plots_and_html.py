@@ -67,6 +67,7 @@ def test_bad_input_is_refused():
         ShadedText(["a", "b"], [1.0])
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_on_first_use_only():
     code = "import sys, qscope_posttrain.report.plots, qscope_posttrain.report.html; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

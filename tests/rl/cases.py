@@ -42,7 +42,7 @@ def small_model(make_model, **overrides):
 
 
 def loop_features(model, norm: float = 8.0, **chosen: Any) -> FeatureSet:
-    """Two rows labelled "loop" in one layer, as `find-repetition` leaves them."""
+    """Two rows labeled "loop" in one layer, as `find-repetition` leaves them."""
     features = make_features(model, layers=(LAYER,), rows=2, languages=("loop", "normal"), label="loop", seed=3)
     layers = {layer: replace(rows, residual_median_norm=norm) for layer, rows in features.layers.items()}
     return replace(features, layers=layers, settings={"steering": {**CHOSEN, **chosen}})

@@ -56,6 +56,7 @@ def checkpoints(model, tiny_tokenizer, tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [*((kind, kind) for kind in KINDS), ("feature", "seeded"), ("random", "feature"),
@@ -96,6 +97,7 @@ def test_settings_of_one_run_only_are_named_without_values(model, tiny_tokenizer
     assert "None" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_settings(model, tiny_tokenizer, checkpoints, tmp_path, name):
     options, message = CHANGES[name]
@@ -104,6 +106,7 @@ def test_other_settings(model, tiny_tokenizer, checkpoints, tmp_path, name):
         resumed.train(resume_from_checkpoint=checkpoints["seeded"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [("direction", "features_sha256 was"), ("norm", "features_sha256 was"), ("window", "window_length was 6, is 5"),

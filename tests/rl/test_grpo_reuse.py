@@ -49,6 +49,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_config_stays_as_it_was(model, tiny_tokenizer, name):
     """Also what TRL itself writes into the settings of a trainer, for streams for example."""

@@ -76,6 +76,7 @@ def uncheckpointed(model, tiny_tokenizer, features):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_gradients(model, tiny_tokenizer, features, uncheckpointed, kind, reentrant):
@@ -94,6 +95,7 @@ def test_checkpointed_gradients(model, tiny_tokenizer, features, uncheckpointed,
     assert abs(logs[0]["negative/log_ratio"]) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_model_generates_the_same(model, tiny_tokenizer, features, reentrant):
     said = {}
@@ -158,6 +160,7 @@ def checkpoints(folder):
     return sorted(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [{"steps_per_generation": 2}, {"num_iterations": 2}])
 def test_checkpoints_lie_between_generation_batches(model, tiny_tokenizer, features, tmp_path, batches):
     options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 5, **batches}

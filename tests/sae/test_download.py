@@ -65,6 +65,7 @@ def test_huggingface_hub_finds_what_was_fetched(hub: LoopbackHub) -> None:
     assert len(hub.ranges) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on_where_it_was(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.stall_after = 24 << 20
     code = f"from qscope_posttrain.sae.download import fetch; fetch({REPOSITORY!r}, ['layer0.sae.pt'])"
@@ -182,6 +183,7 @@ def test_no_server(hub: LoopbackHub, monkeypatch) -> None:
         fetch(REPOSITORY, ["layer1.sae.pt"])
 
 
+@pytest.mark.slow
 def test_the_module_does_not_import_the_hub() -> None:
     code = f"import sys, {download.__name__}; print('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

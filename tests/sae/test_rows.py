@@ -126,6 +126,7 @@ def write_big(folder: Path, d_sae: int, d_model: int) -> tuple[Path, Path]:
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
+@pytest.mark.slow
 @needs_linux
 @pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
 def test_memory_of_reading_rows_of_64_mib(tmp_path: Path, cold: bool) -> None:

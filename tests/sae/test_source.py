@@ -178,6 +178,7 @@ def test_sha256_needs_a_file() -> None:
         with_sha256(SAESource("trained in memory"))
 
 
+@pytest.mark.slow
 def test_the_room_does_not_import_the_hub_or_later_rooms() -> None:
     """Rooms above in the house order must not be pulled in, nor libraries that only some uses need."""
     code = (
@@ -337,8 +338,8 @@ def test_sites(site: str, layer: int) -> None:
         ("model.layers.3.self_attn", "the attention"),
         ("model.layers.3.mlp.down_proj", "the MLP"),
         ("model.layers.3.post_feedforward_layernorm.output", "the MLP"),
-        ("blocks.3.ln1.hook_normalized", "a normalised stream"),
-        ("ln_final.hook_normalized", "a normalised stream"),
+        ("blocks.3.ln1.hook_normalized", "a normalized stream"),
+        ("ln_final.hook_normalized", "a normalized stream"),
         ("blocks.hook_resid_post", "a site of unknown meaning"),
         ("", "a site of unknown meaning"),
     ],

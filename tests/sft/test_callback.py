@@ -168,13 +168,13 @@ class TestMetrics:
         mean = sum(entry["sasft/penalty"] for entry in single) / 2
         assert window["sasft/penalty"] == pytest.approx(mean, rel=1e-6)
         # Excess and fractions are means over tokens, not over steps: check them on all rows at once.
-        penalised = others = labelled = 0
+        penalised = others = labeled = 0
         sums = dict.fromkeys([f"layer {layer} zh #{s}" for layer in (1, 2) for s in range(3)], 0.0)
 
         def count(outputs, row):
-            nonlocal penalised, others, labelled
+            nonlocal penalised, others, labeled
             response = [t for t, label in enumerate(row["labels"]) if label != -100]
-            labelled += len(response)
+            labeled += len(response)
             if row["language"] == "zh":
                 return torch.zeros(())
             language = features.languages.index(row["language"])
@@ -192,7 +192,7 @@ class TestMetrics:
 
         reference_gradients(model, rows, count, 0.0)
         assert window["sasft/penalised_fraction"] == pytest.approx(penalised / others)
-        assert window["sasft/eligible_fraction"] == pytest.approx(others / labelled)
+        assert window["sasft/eligible_fraction"] == pytest.approx(others / labeled)
         for name, value in sums.items():
             assert window[f"sasft/excess/{name}"] == pytest.approx(value / others, rel=1e-4)
 

@@ -118,6 +118,7 @@ def test_a_second_training_of_the_same_trainer(build, make, kind):
     assert [entry["loss"] for entry in again] != [entry["loss"] for entry in plain]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_other_data_for_the_next_training(build, make, trained):
     trainer = build([make()], learning_rate=0.0)
@@ -194,6 +195,7 @@ def test_evaluation_and_prediction_in_between_change_nothing(build, make):
     assert first == expected(build, make, "sasft")
 
 
+@pytest.mark.slow
 class TestLeaving:
     @pytest.mark.parametrize(
         ("how", "trained"),
@@ -306,6 +308,7 @@ class TestRefusals:
         assert {key for key in before if before[key] != after[key]} <= {"logging_dir"}
 
 
+@pytest.mark.slow
 class TestOwnership:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("trained", [False, True])

@@ -35,6 +35,7 @@ def operations_of_a_step(make_model, tokenizer, **options) -> Counter[str]:
     return seen.counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"weight": 0.5}, {"weight": 0.0}, {"weight": 0.5, "normalization": "paper"}])
 def test_a_step_adds_few_operations_and_looks_at_no_value(make_model, tiny_tokenizer, options):
     plain = operations_of_a_step(make_model, tiny_tokenizer)

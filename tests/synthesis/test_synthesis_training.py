@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from datasets import load_from_disk
 from endpoint_server import serving
 
@@ -22,6 +23,7 @@ def judge(body) -> str:
     return json.dumps({"refused": refused, "harmful": not refused})
 
 
+@pytest.mark.slow
 def test_train_on_the_data_and_measure(whole, world, tmp_path):
     rows = load_from_disk(str(whole[0] / "data"))
     prompts = [{"prompt": row["prompt"][-1]["content"], "harmful": row["kind"] == "harmful"} for row in rows]

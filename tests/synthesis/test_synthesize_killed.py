@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from endpoint_server import serving
 from word_world import grammar
 
@@ -18,6 +19,7 @@ from qscope_posttrain.cli.main import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_as_unbroken_and_asks_for_nothing_again(whole, rows_of, arguments, tmp_path):
     with serving(grammar, delay=0.02) as server:
         command = [sys.executable, "-m", "qscope_posttrain", *arguments(server, tmp_path)]

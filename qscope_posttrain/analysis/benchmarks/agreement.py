@@ -169,7 +169,7 @@ def correlate(
         orders = np.array([generator.permutation(count) for _ in range(permutations)])
     else:
         orders = np.array(list(itertools.permutations(range(count))))
-    # A relabelling moves values and does not change them: ranks are moved along.
+    # A relabeling moves values and does not change them: ranks are moved along.
     first, second = (side - side.mean() for side in (sides if kind == "pearson" else map(ranks, sides)))
     limit = math.sqrt(float(first @ first) * float(second @ second)) * (abs(value) - _ROUNDING)
     as_far = 0

@@ -51,7 +51,7 @@ def list_releases(options: argparse.Namespace) -> None:
         shape: list[str | int] = [_layers(entry), entry.d_model, entry.d_sae, _sparsity(entry)]
         rows.append([entry.name, entry.backbone, *shape, in_words(entry.layer_bytes)])
     columns = ["name", "model", "layers", "d_model", "latents", "L0", "size per layer"]
-    caption = "`qscope sae show NAME` says where each lies, its licence, and how that was verified."
+    caption = "`qscope sae show NAME` says where each lies, its license, and how that was verified."
     _print(Table(f"{len(rows)} releases of SAEs on the residual stream", columns, rows, caption), options.markdown)
 
 
@@ -81,7 +81,7 @@ def show(options: argparse.Namespace) -> None:
         ["files", ", ".join((entry.file, *entry.companions))],
         ["size", f"{in_words(entry.layer_bytes)} per layer, uncompressed"],
         ["format", entry.format],
-        ["licence", entry.license],
+        ["license", entry.license],
         ["facts from", entry.verified_by],
     ]
     _print(Table(entry.name, ["what", "it is"], rows), options.markdown)

@@ -175,7 +175,7 @@ def _section(found: SAEQuality, tables: Sequence[Table]) -> Section:
         figures.append(Figure(interval_bars(bars, "nats a token", reference=LOSS_NAMES["clean"]), caption))
     if len(found.fit.layers) > 2:
         curve = Curve("this SAE", list(found.fit.layers), list(found.fit.layers.values()))
-        figures.append(Figure(line_curves([curve], "layer", "FVU"), "The SAE on neighbouring layers, on a sample."))
+        figures.append(Figure(line_curves([curve], "layer", "FVU"), "The SAE on neighboring layers, on a sample."))
     reasons = "\n".join(f"- **{warning.kind}**: {warning.reason}" for warning in found.warnings)
     verdict = reasons or "The figures show nothing wrong with units, layer, model or sparsity."
     return Section(f"Layer {found.layer}", verdict, tables=tables, figures=figures)

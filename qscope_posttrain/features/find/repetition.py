@@ -65,7 +65,7 @@ def find_repetition_features(
     3. Two scores for every feature: its rise from the first to the last occurrence of a token in the loop
        (`repetition_scores.repetition_differences`, Qwen-Scope report 8.1), stored as `scores`, and the gradient of
        log P(two more repeats) along its decoder row (`repetition_scores.repetition_gradients`), stored as `effects`,
-       in nats per unit of the row. The `top` features of each layer become rows labelled "loop", best first.
+       in nats per unit of the row. The `top` features of each layer become rows labeled "loop", best first.
     4. The steering curve (`repetition_curve.steering_curve`) tries them against random directions of equal length and
        the difference of means between "loop" and "normal", and chooses layer, rows, strength and window by
        `repetition_curve.choose`. Of the chosen layer only the chosen rows are kept, so that the set steers as chosen
@@ -185,7 +185,7 @@ def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:
 
 
 def repetition_table(features: FeatureSet) -> Table:
-    """One line per row labelled "loop": both scores and the firing rate in every class."""
+    """One line per row labeled "loop": both scores and the firing rate in every class."""
     lines: list[list[Cell]] = []
     for layer, rows in features.layers.items():
         for i, label in enumerate(rows.labels):

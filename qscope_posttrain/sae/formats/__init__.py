@@ -52,8 +52,8 @@ def open_stored(located: LocatedFile, input_scale: float | None = None) -> Store
         entry, found = located.entry, tuple(stored.W_enc.shape)
         if entry is not None and (entry.d_sae, entry.d_model) != found:
             raise UserValueError(
-                f"it has {found[0]} latents for width {found[1]}, but by the catalogue {entry.name} has {entry.d_sae} "
-                f"for width {entry.d_model}: the file is another one, or the catalogue is wrong"
+                f"it has {found[0]} latents for width {found[1]}, but by the catalog {entry.name} has {entry.d_sae} "
+                f"for width {entry.d_model}: the file is another one, or the catalog is wrong"
             )
         if stored.activation is not None:
             stored.activation.check(stored.d_sae)

@@ -50,11 +50,11 @@ def warnings_of(
     expected_l0: float | None,
 ) -> tuple[SAEWarning, ...]:
     """All warnings. If several changes would repair the fit, only the best one is named."""
-    return (*_catalogue(sae, model), *_misfit(fit, layer, expected_l0), *_sparsity(l0, sae, expected_l0))
+    return (*_catalog(sae, model), *_misfit(fit, layer, expected_l0), *_sparsity(l0, sae, expected_l0))
 
 
 def entry_of(source: SAESource) -> CatalogEntry | None:
-    """The catalogue's entry for an SAE, by its repository or release name."""
+    """The catalog's entry for an SAE, by its repository or release name."""
     for place in (source, source.origin):
         for name in () if place is None else (place.location, place.release):
             try:
@@ -128,7 +128,7 @@ def _repairs(fit: Fit, layer: int, expected_l0: float | None, useless: float) ->
         )
 
 
-def _catalogue(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAEWarning]:
+def _catalog(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAEWarning]:
     entry = entry_of(sae.source)
     if entry is None:
         return

@@ -31,6 +31,7 @@ def cases(draw):
     return np.array(labels), np.array(scores)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(cases())
 def test_against_scikit_learn(case):

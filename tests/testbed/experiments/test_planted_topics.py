@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks.planted_topics import Registers, labelled_texts, read_registers, write_pretraining
+from benchmarks.planted_topics import Registers, labeled_texts, read_registers, write_pretraining
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_no_line_has_two_roles(registers):
 
 @pytest.mark.parametrize("positive", ["speech", "documentation"])
 def test_pairs_have_one_length_and_opposite_labels(registers, positive):
-    found = labelled_texts(registers["discovery"]["ru"], "ru", lambda text: len(text.split()), 0, positive)
+    found = labeled_texts(registers["discovery"]["ru"], "ru", lambda text: len(text.split()), 0, positive)
     assert found.labels == (True, False) * (len(found.texts) // 2)
     assert len(found.texts) > 200
     assert len(set(found.texts)) == len(found.texts)
@@ -51,12 +51,12 @@ def test_pairs_have_one_length_and_opposite_labels(registers, positive):
 
 
 def test_planted_texts_hold_background_that_decides_nothing(registers):
-    found = labelled_texts(registers["test"]["en"], "en", len, 3, "documentation", background=2)
+    found = labeled_texts(registers["test"]["en"], "en", len, 3, "documentation", background=2)
     for text, label in zip(found.texts, found.labels, strict=True):
         sentences = text.split(". ")
         assert len(sentences) == 3
         assert sum(sentence.startswith("hook") for sentence in sentences) == int(label)
-    assert labelled_texts(registers["test"]["en"], "en", len, 3, "documentation", 2) == found
+    assert labeled_texts(registers["test"]["en"], "en", len, 3, "documentation", 2) == found
     places = {[s.startswith("hook") for s in text.split(". ")].index(True) for text in found.texts[::2]}
     assert places == {0, 1, 2}
 
@@ -71,7 +71,7 @@ def test_pretraining_text_mixes_both_without_labels(registers, tmp_path):
 
 def test_sentences_are_cut_at_their_ends():
     registers = Registers(("好吗？很好。",), ("组件。状态很好！",))
-    found = labelled_texts(registers, "zh", len, 0, "speech")
+    found = labeled_texts(registers, "zh", len, 0, "speech")
     assert found.labels == (True, False)  # two sentences of one length on one side, one on the other
     assert found.texts[0] in ("好吗", "很好")
     assert found.texts[1] == "组件"
