@@ -72,6 +72,7 @@ def test_several_missing_extras_are_named_together(monkeypatch):
     assert isinstance(caught.value, UserError)
 
 
+@pytest.mark.slow
 def test_the_core_works_without_any_of_them(tmp_path):
     """Import, `qscope features find`, two steps of SASFT and two of steered GRPO."""
     names = sorted({name for names in EXTRAS.values() for name in names} - NEEDED_BY_TRL)

@@ -59,8 +59,8 @@ def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_endpoint_options(options: argparse.Namespace) -> None:
-    """ValueError, before anything is loaded, for several processes, a mistaken option, one that --local does not use,
-    no openai package, or no key where one is needed."""
+    """Raise, before anything is loaded, for several processes, a mistaken option, one that --local does not use, no
+    openai package, or no key where one is needed."""
     check_one_process("commands that ask a chat model run")
     _limits_and_retry(options)
     if not options.local:
