@@ -46,6 +46,7 @@ COMMANDS = {
     ),
     "evaluate safety": ("endpoint", [*MODEL, "--prompts", "none.jsonl", "--output", "OUT", *CHAT]),
     "demo": ("report", ["--output", "OUT"]),
+    "experiment": ("analysis", ["--config", "none.yaml", "--output", "OUT"]),
 }  # fmt: skip
 
 

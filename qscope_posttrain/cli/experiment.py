@@ -12,13 +12,14 @@ from typing import Any
 
 import qscope_posttrain
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.errors import UserFileNotFoundError
+from qscope_posttrain.errors import UserFileNotFoundError, require_extra
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the grid of a recipe, print its tables, write everything into a folder, and return the exit status."""
     options = _parser().parse(arguments)
     _find_experiments()
+    require_extra("analysis", "report")  # their tests of significance use scipy
     from benchmarks.experiments.experiment import grid_table, run_experiment
     from benchmarks.experiments.recipe import load_recipe
 
@@ -50,7 +51,7 @@ def _find_experiments() -> None:
     if not (repository / "benchmarks" / "experiments").is_dir():
         raise UserFileNotFoundError(
             f"no benchmarks/experiments in '{repository}': experiments need a clone of the repository, installed with "
-            "`pip install -e .`."
+            "`pip install -e '.[all]'`."
         )
     if str(repository) not in sys.path:
         sys.path.append(str(repository))
