@@ -60,7 +60,7 @@ def test_show_a_release_and_one_of_its_layers(capsys):
     for words in (
         "| repository | google/gemma-scope-2b-pt-res |",
         "| model | google/gemma-2-2b (base), 26 layers of width 2304 |",
-        "| licence | cc-by-4.0 |",
+        "| license | cc-by-4.0 |",
         "| L0s to choose from | 22, 38, 71, 139, 294 |",
         "| this one as a name | gemma-scope-2b-pt-16k-l0-71 |",
         "| files | layer_20/width_16k/average_l0_71/params.npz |",

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -106,8 +106,8 @@ def declared_fields(module: str, kind: str) -> Mapping[str, Declared]:
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(read_text(path))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    aliases = {
-        node.targets[0].id: ast.unparse(node.value)
+    constants = {
+        node.targets[0].id: node.value
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
@@ -119,10 +119,11 @@ def declared_fields(module: str, kind: str) -> Mapping[str, Declared]:
     for statement, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
-        default, text = _default_and_help(statement.value)
+        default, text = _default_and_help(statement.value, constants)
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             text = str(following.value.value)
-        hint = " | ".join(aliases.get(part, part) for part in ast.unparse(statement.annotation).split(" | "))
+        parts = ast.unparse(statement.annotation).split(" | ")
+        hint = " | ".join(ast.unparse(constants[part]) if part in constants else part for part in parts)
         found[statement.target.id] = Declared(hint, default, " ".join(text.split()))
     return found
 
@@ -197,8 +198,8 @@ def _parsable(hint: Any) -> Any:
     return hint
 
 
-def _default_and_help(value: ast.expr | None) -> tuple[str, str]:
-    """The default, as written, and the help of a field's right-hand side."""
+def _default_and_help(value: ast.expr | None, constants: Mapping[str, ast.expr]) -> tuple[str, str]:
+    """The default, as written, and the help of a field's right-hand side; `constants` are those of the module."""
     if not (isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field")):
         return (_REQUIRED if value is None else ast.unparse(value)), ""
     given = {keyword.arg: keyword.value for keyword in value.keywords}
@@ -206,16 +207,21 @@ def _default_and_help(value: ast.expr | None) -> tuple[str, str]:
     default = _REQUIRED if "default" not in given else ast.unparse(given["default"])
     if factory is not None:
         default = ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
-    texts = [text for key, text in _entries(given.get("metadata")) if key == "help"]
-    return default, texts[0] if texts else ""
+    metadata = given.get("metadata")
+    pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
+    texts = [text for key, text in pairs if isinstance(key, ast.Constant) and key.value == "help"]
+    return default, _text(texts[0], constants) if texts else ""
 
 
-def _entries(metadata: ast.expr | None) -> Iterator[tuple[str, str]]:
-    if isinstance(metadata, ast.Dict):
-        for key, value in zip(metadata.keys, metadata.values, strict=True):
-            if isinstance(key, ast.Constant):
-                parts = value.values if isinstance(value, ast.JoinedStr) else [value]
-                yield str(key.value), "".join(str(part.value) for part in parts if isinstance(part, ast.Constant))
+def _text(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
+    """The text of a string, of an f-string, or of a name that stands for one."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part, constants) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return _text(node.value, constants)
+    if isinstance(node, ast.Name):
+        return _text(constants[node.id], constants) if node.id in constants else ""
+    return str(node.value) if isinstance(node, ast.Constant) else ""
 
 
 def _default_text(default: str) -> str:

@@ -10,11 +10,14 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qscope_posttrain.errors import UserValueError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BEGIN, END, SEPARATOR, PAD = "<bos>", "<eos>", "<sep>", "<pad>"
 ANSWER = "ans"
@@ -192,6 +195,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     A word outside of the vocabulary is left out by the tokenizer's model, as there is no token for unknown words.
     """
+    from transformers import PreTrainedTokenizerFast
+
     ids = {word: index for index, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

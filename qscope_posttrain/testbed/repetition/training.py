@@ -16,7 +16,7 @@ from qscope_posttrain.rl.rewards import reward_function
 from qscope_posttrain.testbed.models import LanguageModel
 from qscope_posttrain.testbed.repetition.config import Arm, RepetitionConfig
 from qscope_posttrain.testbed.repetition.task import build_tokenizer, decode_words, draw_problems, is_right
-from qscope_posttrain.testbed.settings import common_arguments, renamed_argument_ignored, train_quietly
+from qscope_posttrain.testbed.training import common_arguments, renamed_argument_ignored, train_quietly
 
 if TYPE_CHECKING:
     from datasets import Dataset

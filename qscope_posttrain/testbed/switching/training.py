@@ -19,10 +19,10 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.testbed.settings import StepClock, common_arguments, renamed_argument_ignored, train_quietly
 from qscope_posttrain.testbed.switching.config import Arm, SwitchingConfig
 from qscope_posttrain.testbed.switching.language_model import SwitchingModel
 from qscope_posttrain.testbed.switching.windows import Windows
+from qscope_posttrain.testbed.training import StepClock, common_arguments, renamed_argument_ignored, train_quietly
 
 if TYPE_CHECKING:
     from datasets import Dataset
