@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.kernels import CertifiedWeights, certified_weights, feature_preactivations, sparse_decode
-from qscope_posttrain.models.batches import input_device
-from qscope_posttrain.models.layers import text_config
 from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
@@ -274,5 +272,8 @@ def load_sae(source: SparseAutoencoder | str | Path, layer: int, k: int | None, 
     """The SAE itself, or the one at `source`, on the model's device; ValueError when it is of another width."""
     if isinstance(source, SparseAutoencoder):
         return source
+    from qscope_posttrain.models.batches import input_device
+    from qscope_posttrain.models.layers import text_config
+
     width = int(text_config(model).hidden_size)
     return SparseAutoencoder.load(source, layer=layer, k=k, d_model=width, device=input_device(model))
