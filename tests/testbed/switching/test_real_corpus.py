@@ -10,7 +10,7 @@ from qscope_posttrain.testbed.switching.corpus import SPLITS, load_corpus
 from qscope_posttrain.testbed.switching.windows import WindowMaker, train_tokenizer
 from qscope_posttrain.text.tokens import script_token_ids
 
-FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "react_docs"
+FOLDER = Path(__file__).resolve().parents[4] / "shared" / "data" / "react_docs"
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"real text is not at {FOLDER}")
 
