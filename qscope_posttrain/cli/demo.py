@@ -44,7 +44,7 @@ QUICK_REPETITION: dict[str, Any] = {
     "seeds": [0],
     "arms": ["plain", "default", "seeded", "random"],
 }
-"""The small run: sizes at which the effects are clear and two idle cores need less than five minutes. One seed each."""
+"""The small run: sizes at which the effects are clear, in about five minutes on two idle cores. One seed each."""
 PREFIX = "repetition_"
 SHARED = tuple(field.name for field in dataclasses.fields(TaskSettings) if field.name != "device")
 """Settings that both tasks take from the same option."""
@@ -62,7 +62,7 @@ class DemoArguments:
     )
     full: bool = field(
         default=False,
-        metadata={"help": "Larger models, more methods and seeds: some 20 minutes on two cores instead of under five."},
+        metadata={"help": "Larger models, more methods and seeds: some 20 minutes on two cores instead of about five."},
     )
     quick: bool = field(default=False, metadata={"help": "The small run, which is the default."})
     repetition: str = field(
