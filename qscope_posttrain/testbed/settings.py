@@ -1,4 +1,4 @@
-"""What both tasks share: settings, the processes on which their work runs, and what surrounds a trainer of TRL."""
+"""Settings that both tasks share, and the processes on which their work runs."""
 
 from __future__ import annotations
 
