@@ -116,7 +116,7 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/decode.py
 	$(PEERS)/bin/python benchmarks/sae_training.py
 	$(PEERS)/bin/python benchmarks/read_rows.py
-	$(PEERS)/bin/python benchmarks/analysis_pass.py --tokens 1000000
+	$(PEERS)/bin/python -m benchmarks.analysis_pass --tokens 1000000
 	$(PEERS)/bin/python benchmarks/sasft_penalty.py --rounds 5
 	$(PEERS)/bin/python benchmarks/sasft_overhead.py
 	$(PEERS)/bin/python benchmarks/feature_pass.py

@@ -16,6 +16,7 @@ import pytest
 from datasets import disable_progress_bars
 
 import qscope_posttrain
+from benchmarks.testbed.switching.corpus import load_files
 from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.analysis.benchmarks.performance import read_scores
 from qscope_posttrain.endpoint.templates import PromptTemplates
@@ -27,7 +28,6 @@ from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.sae.containers import json_file
 from qscope_posttrain.sae.training.text_stream import FileSource
 from qscope_posttrain.synthesis.relevance import read_relevance
-from qscope_posttrain.testbed.switching.corpus import load_files
 from qscope_posttrain.text.data_sets import read_file
 from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
 from qscope_posttrain.text.jsonl import read_json, read_jsonl
@@ -281,7 +281,6 @@ OWN_FILES = {
     "sae/training/log.py": "appending to a log of its own",
     "sae/training/checkpoint.py": "files that only the package writes, in folders of its own",
     "endpoint/cache.py": "records in bytes, locked, written and checked line by line by itself",
-    "testbed/": "the cache of the testbed, written by itself",
 }
 """Modules that may open files themselves, and why."""
 

@@ -8,8 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
-from qscope_posttrain.errors import UserError, UserValueError, did_you_mean, one_line
+import qscope_posttrain
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, did_you_mean, one_line
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "train": {
@@ -30,11 +32,14 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "sparse autoencoders": {"sae": ("sae", "list, show, check, convert and train sparse autoencoders")},
     "try it": {
-        "demo": ("demo", "run the whole chain on tiny models, on a CPU, without network"),
-        "experiment": ("experiment", "run a controlled experiment from a recipe: arms, base models, seeds, intervals"),
+        "demo": ("benchmarks.testbed.command", "run the whole chain on tiny models, on a CPU, without network"),
+        "experiment": (
+            "benchmarks.experiments.command",
+            "run a controlled experiment from a recipe: arms, base models, seeds, intervals",
+        ),
     },
 }
-"""Task -> command -> (module in `qscope_posttrain.cli`, summary)"""
+"""Task -> command -> (module in `qscope_posttrain.cli`, or in the repository beside the package, summary)"""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 USER_MISTAKE = 2
 INTERRUPTED = 130
@@ -121,4 +126,24 @@ def _module(name: str):  # type: ignore[no-untyped-def]
         raise UserValueError(
             f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}."
         )
-    return importlib.import_module(f"qscope_posttrain.cli.{COMMANDS[name][0]}")
+    module = COMMANDS[name][0]
+    if module.startswith("benchmarks."):
+        _find_repository(name)
+        return importlib.import_module(module)
+    return importlib.import_module(f"qscope_posttrain.cli.{module}")
+
+
+def _find_repository(command: str) -> None:
+    """Make `benchmarks`, which is not installed with the package, importable here and in the processes that it starts.
+
+    Raises:
+        FileNotFoundError: the package was installed without its repository.
+    """
+    repository = Path(qscope_posttrain.__file__).parents[1]
+    if not (repository / "benchmarks" / "testbed").is_dir():
+        raise UserFileNotFoundError(
+            f"no benchmarks/ in '{repository}': `qscope {command}` needs a clone of the repository, installed from "
+            "inside it with `pip install -e '.[all]'`."
+        )
+    if str(repository) not in sys.path:
+        sys.path.append(str(repository))

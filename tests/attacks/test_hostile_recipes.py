@@ -207,7 +207,7 @@ def test_what_the_command_line_says_is_the_users_word(parse):
 def test_values_are_no_code(parse):
     values = {"trust_remote_code": False, "model_init_kwargs": {"trust_remote_code": False, "weights_only": True}}
     parse("sft", values | {"attn_implementation": "sdpa"})
-    rewards = ["trl.rewards.accuracy_reward", "qscope_posttrain.testbed.repetition.training.RightAnswer"]
+    rewards = ["trl.rewards.accuracy_reward", "qscope_posttrain.rl.rewards.RepetitionPenalty"]
     rewards += [{"name": "language_consistency", "column": "a.b"}]
     parse("grpo", {"rewards": rewards})
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._utils import ExceptionWrapper
 
+import qscope_posttrain
 from qscope_posttrain import __version__
 from qscope_posttrain.cli import main as module
 from qscope_posttrain.cli.main import COMMANDS, main
@@ -47,18 +48,18 @@ SUBCOMMANDS = {
 
 def test_no_help_text_imports_torch_transformers_or_trl():
     """All commands and sub-commands in one process, and a command line of which only TRL's keys are missing."""
-    lines = [[command] for command in COMMANDS if command != "demo"]  # it imports the testbed's settings, and torch
+    lines = [[command] for command in COMMANDS]
     lines += [[command, name] for command, names in SUBCOMMANDS.items() for name in names]
     code = (
         "import contextlib, io, sys\nfrom qscope_posttrain.cli.main import main\n"
-        f"for line in {[*lines, ['demo']]!r}:\n"
+        f"for line in {lines!r}:\n"
         "    text = io.StringIO()\n"
         "    with contextlib.redirect_stdout(text):\n"
         "        try:\n            main([*line, '--help'])\n"
         "        except SystemExit as end:\n            assert not end.code, line\n"
         "    assert 'usage: qscope ' + ' '.join(line) in text.getvalue(), (line, text.getvalue())\n"
-        "    heavy = {'trl', 'transformers', 'datasets'} | ({'torch'} if line != ['demo'] else set())\n"
-        "    assert not heavy & set(sys.modules), (line, heavy & set(sys.modules))\n"
+        "    heavy = {'torch', 'trl', 'transformers', 'datasets', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "    assert not heavy, (line, heavy)\n"
         "for command in ('sft', 'grpo'):\n"
         "    assert main([command]) == 2\n"
         "assert 'trl' not in sys.modules\n"
@@ -80,6 +81,16 @@ def test_help_and_version(capsys):
 def test_unknown_command_is_suggested(capsys):
     assert main(["featuers"]) == 2
     assert "Did you mean 'features'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "experiment"])
+def test_what_needs_the_repository_says_so_where_there_is_none(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(qscope_posttrain, "__file__", str(tmp_path / "site" / "qscope_posttrain" / "__init__.py"))
+    assert main([command, "--help"]) == 2
+    said = capsys.readouterr().err
+    assert f"`qscope {command}` needs a clone of the repository" in said
+    assert str(tmp_path / "site") in said
+    assert str(tmp_path / "site") not in sys.path
 
 
 def test_every_command_has_a_module():

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.testbed.switching.grammar import write_paragraphs
 from qscope_posttrain.evaluation.span_identification import (
     WordSettings,
     best_run,
@@ -19,7 +20,6 @@ from qscope_posttrain.evaluation.span_identification import (
 )
 from qscope_posttrain.evaluation.word_model import fit_word_model, words_of
 from qscope_posttrain.intervals import wilson
-from qscope_posttrain.testbed.switching.grammar import write_paragraphs
 
 ENGLISH = "We walk along the river and look at the old houses with their gardens."
 FRENCH = "Nous marchons le long de la rivière et nous regardons les vieilles maisons avec leurs jardins."
