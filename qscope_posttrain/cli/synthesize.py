@@ -7,9 +7,17 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.chat_model import add_endpoint_options, check_endpoint_options, open_session
-from qscope_posttrain.cli.options import TEXT_LIST, add_sae_options, add_shared, layers_of, load, load_saes
+from qscope_posttrain.cli.options import (
+    add_endpoint_options,
+    check_endpoint_options,
+    chosen,
+    layers_of,
+    load,
+    load_saes,
+    open_session,
+)
 from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.parsing.table import MODEL, TEXT_LIST, add_options
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -26,6 +34,29 @@ DATA = "data"
 PROMPTS = "prompts.jsonl"
 RELEVANCE = "relevance.csv"
 PAGE = "report.html"
+OPTIONS = f"""
+--explanations: text required  # explanations.jsonl, or a FeatureSet with explanations
+--topic: text required  # topic of the data, in a few words
+--seed-data: text required  # existing data: {TEXT_LIST}
+--output  # folder for the data, every prompt, answers, page and summary.json
+--relevance: text  # CSV of layer, feature, relevance; by default the judge rates the explanations
+--tau: float = 0.5  # minimum relevance of a target feature, 0 to 1
+--held-out: float = 0.5  # share of targets kept apart, to measure coverage on
+--measure-layers: text+  # further layers to measure coverage on; needs --natural
+--natural: text  # texts by people on the topic, the control of natural sampling: {TEXT_LIST}
+--random-control: yes|no = yes  # also write as many prompts without features, as control
+--kinds: text+ = harmful benign  # kinds of prompts to write
+--styles: text*  # styles of adversarial rewrites, each one argument; no values for no rewrites
+--prompts-per-kind: int = 1  # vanilla prompts per feature and kind
+--rounds: int = 3  # maximum number of attempts at a prompt that fires its feature
+--enough: int = 2  # number of seed examples that make a target covered
+--features-at-once: int = 16  # features to finish before the next ones begin
+--temperature  # sampling temperature of prompts and responses
+--max-new-tokens = 512  # maximum length of prompts and responses, in tokens
+--confirm-kind: yes|no = yes  # ask the judge whether a prompt should be declined
+--balance: switch  # keep equal numbers of examples of the four types
+--max-texts --max-length --seed
+"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -130,30 +161,7 @@ def run(arguments: Sequence[str]) -> int:
 def build_parser() -> CommandParser:
     """The parser of `qscope synthesize`."""
     parser = CommandParser(prog="qscope synthesize", description=__doc__)
-    add_sae_options(parser, layers=False)
-    new = parser.add_argument
-    new("--explanations", required=True, help="explanations.jsonl, or a FeatureSet with explanations")
-    new("--topic", required=True, help="topic of the data, in a few words")
-    new("--seed-data", required=True, help=f"existing data: {TEXT_LIST}")
-    add_shared(parser, "output", help="folder for the data, every prompt, answers, page and summary.json")
-    new("--relevance", help="CSV of layer, feature, relevance; by default the judge rates the explanations")
-    new("--tau", type=float, default=0.5, help="minimum relevance of a target feature, 0 to 1")
-    new("--held-out", type=float, default=0.5, help="share of targets kept apart, to measure coverage on")
-    new("--measure-layers", nargs="+", help="further layers to measure coverage on; needs --natural")
-    new("--natural", help=f"texts by people on the topic, the control of natural sampling: {TEXT_LIST}")
-    switch = argparse.BooleanOptionalAction
-    new("--random-control", action=switch, default=True, help="also write as many prompts without features, as control")
-    new("--kinds", nargs="+", default=["harmful", "benign"], help="kinds of prompts to write")
-    new("--styles", nargs="*", help="styles of adversarial rewrites, each one argument; no values for no rewrites")
-    new("--prompts-per-kind", type=int, default=1, help="vanilla prompts per feature and kind")
-    new("--rounds", type=int, default=3, help="maximum number of attempts at a prompt that fires its feature")
-    new("--enough", type=int, default=2, help="number of seed examples that make a target covered")
-    new("--features-at-once", type=int, default=16, help="features to finish before the next ones begin")
-    new("--temperature", type=float, default=1.0, help="sampling temperature of prompts and responses")
-    new("--max-new-tokens", type=int, default=512, help="maximum length of prompts and responses, in tokens")
-    new("--confirm-kind", action=switch, default=True, help="ask the judge whether a prompt should be declined")
-    new("--balance", action="store_true", help="keep equal numbers of examples of the four types")
-    add_shared(parser, "max-texts", "max-length", "seed")
+    add_options(parser, MODEL, "--sae --k", OPTIONS)
     add_endpoint_options(parser)
     return parser
 
@@ -166,7 +174,7 @@ def _settings(options: argparse.Namespace) -> Any:
         kinds=tuple(options.kinds),
         styles=STYLES if options.styles is None else tuple(options.styles),
         max_tokens=options.max_new_tokens,
-        **{name: getattr(options, name) for name in names},
+        **chosen(options, *names),
     )
 
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from qscope_posttrain.cli import features
-from qscope_posttrain.cli.chat_model import add_endpoint_options
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.cli.options import add_endpoint_options
 from qscope_posttrain.cli.parsing import recipes
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.training import grpo, sft

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import TEXT_LIST, add_sae_options, add_shared, layers_of, load
+from qscope_posttrain.cli.options import chosen, layers_of, load
+from qscope_posttrain.cli.parsing.table import TEXT_LIST
 from qscope_posttrain.distributed import join_processes
 from qscope_posttrain.errors import require_extra
 from qscope_posttrain.files import read_text
@@ -18,6 +19,43 @@ from qscope_posttrain.text.inputs import read_text_list, read_texts
 if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet
 
+FIND = """
+--texts
+--top: int = 2  # features to keep per language and layer
+--target: text  # language whose features are measured for their effect, such as zh
+--causal: yes|no = yes  # with --target: ablate and add its features, next to random ones and the difference of means
+--output --saes-at-once --max-texts --max-length --tokens-per-batch
+--resumable: switch  # write checkpoints, so that an interrupted pass can be resumed
+--seed  # seed for choosing the random control features
+"""
+TEXTS = "--output --max-texts --max-length"
+CONTRAST = f"""
+--positive: text required  # texts with the property: {TEXT_LIST}
+--negative: text required  # texts without the property: {TEXT_LIST}
+--names: text{{2}}  # names of the two sets; by default those of the files
+--by: activation|firing_rate = activation  # quantity to compare
+--common-tokens: int = 0  # ignore the N most frequent tokens
+--top: int = 5  # features to keep per layer
+"""
+RANK = f"""
+--reference: text  # ordinary texts, in which common features fire too: {TEXT_LIST}
+--max-reference-rate: float = 1.0  # maximum share of reference tokens on which one may fire
+--by: max|mean = max  # activation over the response's tokens
+--top: int = 10  # features to keep per layer
+"""
+RESPONSE = """
+--response: text  # the problematic response
+--response-file: text  # file with the response
+"""
+PROMPT = """
+--prompt: text  # prompt of the response, read as context, exactly as the model saw it
+--prompt-file: text  # file with the prompt
+"""
+SHOW = """
+path: text  # features.safetensors, or the folder that holds it
+--language --layer --top --markdown
+"""
+
 
 def find(options: argparse.Namespace) -> None:
     """Find the features of each language, print them, and write `features.safetensors` and `summary.json`."""
@@ -28,14 +66,13 @@ def find(options: argparse.Namespace) -> None:
     status("texts: " + ", ".join(f"{language} {len(entries)}" for language, entries in texts.items()))
     options.device = join_processes(options.device)
     model, tokenizer = load(options)
-    names = ("top", "target", "causal", "k", "saes_at_once", "seed", "tokens_per_batch", "max_length")
     features = find_language_features(
         model,
         tokenizer,
         texts,
         dict.fromkeys(layers_of(options.layers, model), options.sae),
         checkpoint=output / "pass.checkpoint" if options.resumable else None,
-        **{name: getattr(options, name) for name in names},
+        **chosen(options, "top", "target", "causal", "k", "saes_at_once", "seed", "tokens_per_batch", "max_length"),
     )
     if not is_main_process():
         return
@@ -63,7 +100,7 @@ def contrast(options: argparse.Namespace) -> None:
         negative,
         dict.fromkeys(layers_of(options.layers, model), options.sae),
         names=tuple(names),
-        **{name: getattr(options, name) for name in ("top", "by", "common_tokens", "k", "max_length")},
+        **chosen(options, "top", "by", "common_tokens", "k", "max_length"),
     )
     features.to_table().print()
     _save(features, output, options, {})
@@ -86,7 +123,7 @@ def rank(options: argparse.Namespace) -> None:
         dict.fromkeys(layers_of(options.layers, model), options.sae),
         prompt=prompt,
         reference=reference,
-        **{name: getattr(options, name) for name in ("max_reference_rate", "by", "top", "k", "max_length")},
+        **chosen(options, "max_reference_rate", "by", "top", "k", "max_length"),
     )
     features.to_table().print()
     _save(features, output, options, {})
@@ -129,58 +166,6 @@ def print_steering(features: FeatureSet) -> None:
     if isinstance(chosen, dict):
         shown = [(name, str(value) if isinstance(value, list) else value) for name, value in chosen.items()]
         Table("Steering, as chosen", ["what", "value"], shown).print()
-
-
-def add_find_options(new: argparse.ArgumentParser) -> None:
-    """Options of `qscope features find`."""
-    add_sae_options(new)
-    add_shared(new, "texts")
-    new.add_argument("--top", type=int, default=2, help="features to keep per language and layer")
-    new.add_argument("--target", help="language whose features are measured for their effect, such as zh")
-    new.add_argument(
-        "--causal",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="with --target: ablate and add its features, next to random ones and the difference of means",
-    )
-    add_shared(new, "output", "saes-at-once", "max-texts", "max-length", "tokens-per-batch")
-    new.add_argument(
-        "--resumable", action="store_true", help="write checkpoints, so that an interrupted pass can be resumed"
-    )
-    add_shared(new, "seed", help="seed for choosing the random control features")
-
-
-def add_contrast_options(new: argparse.ArgumentParser) -> None:
-    """Options of `qscope features contrast`."""
-    _add_common(new)
-    new.add_argument("--positive", required=True, help=f"texts with the property: {TEXT_LIST}")
-    new.add_argument("--negative", required=True, help=f"texts without the property: {TEXT_LIST}")
-    new.add_argument("--names", nargs=2, help="names of the two sets; by default those of the files")
-    new.add_argument("--by", choices=("activation", "firing_rate"), default="activation", help="quantity to compare")
-    new.add_argument("--common-tokens", type=int, default=0, help="ignore the N most frequent tokens")
-    new.add_argument("--top", type=int, default=5, help="features to keep per layer")
-
-
-def add_rank_options(new: argparse.ArgumentParser) -> None:
-    """Options of `qscope features rank`."""
-    _add_common(new)
-    response = new.add_mutually_exclusive_group(required=True)
-    response.add_argument("--response", help="the problematic response")
-    response.add_argument("--response-file", help="file with the response")
-    prompt = new.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", help="prompt of the response, read as context, exactly as the model saw it")
-    prompt.add_argument("--prompt-file", help="file with the prompt")
-    new.add_argument("--reference", help=f"ordinary texts, in which common features fire too: {TEXT_LIST}")
-    new.add_argument(
-        "--max-reference-rate", type=float, default=1.0, help="maximum share of reference tokens on which one may fire"
-    )
-    new.add_argument("--by", choices=("max", "mean"), default="max", help="activation over the response's tokens")
-    new.add_argument("--top", type=int, default=10, help="features to keep per layer")
-
-
-def _add_common(new: argparse.ArgumentParser) -> None:
-    add_sae_options(new)
-    add_shared(new, "output", "max-texts", "max-length")
 
 
 def _save(features: FeatureSet, output: Path, options: argparse.Namespace, more: dict[str, Any]) -> None:

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 from qscope_posttrain.cli.features.find import print_steering
 from qscope_posttrain.cli.options import (
-    PROMPTS,
-    add_sae_options,
-    add_sampling_options,
-    add_shared,
     chat_settings,
     check_one_process,
+    chosen,
     layers_of,
     load,
     sampling_settings,
 )
+from qscope_posttrain.cli.parsing.table import PROMPTS, SAMPLING
 from qscope_posttrain.errors import UserError, UserValueError, require_extra
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
@@ -29,6 +27,31 @@ if TYPE_CHECKING:
     from qscope_posttrain.features.find.loops import LoopCollection
 
 LOOPS_FILE = "loops.jsonl"
+OPTIONS = f"""
+--output  # folder for features.safetensors, loops.jsonl and summary.json
+--prompts: text  # prompts to sample loops from and to measure the steering curve on: {PROMPTS}
+--loops: text  # JSONL of completions instead of sampling: prompt and completion, ids, or text
+--benign: text  # JSONL with text: wanted repetition, for the firing rates of features in it
+--max-prompts
+--wanted: int = 20  # number of loops to sample
+--max-samples: int = 4096  # maximum number of completions to sample for loops
+--min-copies --min-tokens
+--top: int = 4  # features to try per layer
+--rank-by: difference|attribution|both = both  # rise of activation in the loop, effect on its probability, or the best
+    of each in turn
+--curve: yes|no = yes  # choose layer and strength by steering
+--strengths: float+ = 0.5 0.75 1.0 1.25  # strengths to try, in median residual norms
+--window-start: int{{2}} = 4 12  # lowest and highest first token that is steered
+--window-lengths: int+  # numbers of steered tokens to try; 0 steers to the end; by default a quarter of
+    --max-new-tokens
+--fresh-samples: int = 256  # completions for the final check of the choice
+--random-directions: int = 8  # number of random directions that are controls
+--max-unlikely-share: float = 1.0  # maximum share of tokens with p < 0.001 at the chosen strength
+{SAMPLING}
+--samples = 64  # completions per point of the curve
+--batch-size = 64
+--tokens-per-batch --saes-at-once
+"""
 
 
 def find_repetition(options: argparse.Namespace) -> None:
@@ -60,7 +83,7 @@ def find_repetition(options: argparse.Namespace) -> None:
         curve = CurveSettings(
             window_lengths=options.window_lengths or (),
             sampling=sampling,
-            **{name: getattr(options, name) for name in names},
+            **chosen(options, *names),
             **bounds,
         )
     model, tokenizer = load(options)
@@ -78,7 +101,7 @@ def find_repetition(options: argparse.Namespace) -> None:
         loops=loops,
         benign=benign,
         curve=curve,
-        **{name: getattr(options, name) for name in ("top", "rank_by", "k", "saes_at_once", "tokens_per_batch")},
+        **chosen(options, "top", "rank_by", "k", "saes_at_once", "tokens_per_batch"),
         **chat,
     )
     path = features.save(output)
@@ -100,53 +123,6 @@ def find_repetition(options: argparse.Namespace) -> None:
     }
     write_summary(output, "features find-repetition", vars(options), results)
     status(f"features written to {path}")
-
-
-def add_options(new: argparse.ArgumentParser) -> None:
-    """Options of `find-repetition`."""
-    add_sae_options(new)
-    add_shared(new, "output", help="folder for features.safetensors, loops.jsonl and summary.json")
-    new.add_argument("--prompts", help=f"prompts to sample loops from and to measure the steering curve on: {PROMPTS}")
-    new.add_argument("--loops", help="JSONL of completions instead of sampling: prompt and completion, ids, or text")
-    new.add_argument("--benign", help="JSONL with text: wanted repetition, for the firing rates of features in it")
-    add_shared(new, "max-prompts")
-    new.add_argument("--wanted", type=int, default=20, help="number of loops to sample")
-    new.add_argument("--max-samples", type=int, default=4096, help="maximum number of completions to sample for loops")
-    add_shared(new, "min-copies", "min-tokens")
-    new.add_argument("--top", type=int, default=4, help="features to try per layer")
-    new.add_argument(
-        "--rank-by",
-        choices=("difference", "attribution", "both"),
-        default="both",
-        help="rise of activation in the loop, effect on its probability, or the best of each in turn",
-    )
-    new.add_argument(
-        "--curve", action=argparse.BooleanOptionalAction, default=True, help="choose layer and strength by steering"
-    )
-    strengths = [0.5, 0.75, 1.0, 1.25]
-    new.add_argument(
-        "--strengths", type=float, nargs="+", default=strengths, help="strengths to try, in median residual norms"
-    )
-    new.add_argument(
-        "--window-start", type=int, nargs=2, default=[4, 12], help="lowest and highest first token that is steered"
-    )
-    new.add_argument(
-        "--window-lengths",
-        type=int,
-        nargs="+",
-        help="numbers of steered tokens to try; 0 steers to the end; by default a quarter of --max-new-tokens",
-    )
-    new.add_argument("--fresh-samples", type=int, default=256, help="completions for the final check of the choice")
-    new.add_argument("--random-directions", type=int, default=8, help="number of random directions that are controls")
-    new.add_argument(
-        "--max-unlikely-share",
-        type=float,
-        default=1.0,
-        help="maximum share of tokens with p < 0.001 at the chosen strength",
-    )
-    samples_help = "completions per point of the curve"
-    add_sampling_options(new, samples=64, batch_size=64, samples_help=samples_help)
-    add_shared(new, "tokens-per-batch", "saes-at-once")
 
 
 def _given_loops(options: argparse.Namespace, bounds: dict[str, int]) -> LoopCollection:

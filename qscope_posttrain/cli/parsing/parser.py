@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 from qscope_posttrain.cli.parsing import recipes
 from qscope_posttrain.cli.parsing.fields import HelpFormatter, add_fields
 from qscope_posttrain.cli.parsing.recipes import RecipeFile
+from qscope_posttrain.cli.parsing.table import add_options
 from qscope_posttrain.cli.parsing.values import checked, kinds_of, kinds_of_option
 from qscope_posttrain.errors import UserValueError, did_you_mean, library_refusals
 
@@ -52,12 +53,13 @@ class CommandParser(argparse.ArgumentParser):
         self.said: set[str] = set()
         """The options that the command line gave, of what was parsed last"""
 
-    def command(self, name: str, call: Command, help: str, **settings: Any) -> CommandParser:
-        """Add a sub-command, which `run` calls with its options."""
+    def command(self, name: str, call: Command, help: str, *tables: str, **settings: Any) -> CommandParser:
+        """Add a sub-command with the options of these tables, which `run` calls with its options."""
         if self._choices is None:
             self._choices = self.add_subparsers(dest="action", required=True)
         self._commands[name] = call
-        parser: CommandParser = self._choices.add_parser(name, help=help, description=settings.pop("description", help))
+        parser: CommandParser = self._choices.add_parser(name, help=help, **{"description": help, **settings})
+        add_options(parser, *tables)
         return parser
 
     def run(self, arguments: Sequence[str]) -> int:
@@ -192,9 +194,3 @@ def check_seed(name: str, seed: int | None) -> None:
     """ValueError for a seed that not every random generator takes."""
     if seed is not None and not 0 <= seed <= _LARGEST_SEED:
         raise UserValueError(f"{name} must be a whole number from 0 to {_LARGEST_SEED}; got {seed}.")
-
-
-def given_options(options: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
-    """The options that differ from their defaults, as they are written: `--top-p, --seed`; empty without any."""
-    given = (name for name, default in defaults.items() if getattr(options, name) != default)
-    return ", ".join(f"--{name.replace('_', '-')}" for name in given)

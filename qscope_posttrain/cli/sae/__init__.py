@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qscope_posttrain.cli.options import add_shared
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.parsing.recipes import split_arguments
 from qscope_posttrain.cli.sae import check
@@ -26,7 +25,24 @@ if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 
-TARGETS = ("native", "sae_lens", "qwen_scope")
+LIST = """
+--model: text  # only those for this model: hub id, or a part of it such as qwen3-8b
+--markdown
+"""
+SHOW = """
+source: text  # name or hub id in the catalog, file or folder
+--layer: int  # layer number from 0
+--k --markdown
+"""
+CONVERT = """
+source: text  # file, folder, name in the catalog, or hub id
+--to: native|sae_lens|qwen_scope required  # format to write; qwen_scope holds only TopK
+--output  # folder; for qwen_scope its name must say what the files do not: SAE-Res-<model>-W<latents/1024>K-L0_<k>
+--layers optional  # layer numbers from 0, ranges such as 20-27, or all; by default what a folder holds
+--k
+--revision  # branch, tag or commit of the SAE on the hub
+--input-scale
+"""
 _ANY_LAYER = 1 << 16
 
 
@@ -216,31 +232,10 @@ def _check_equal(first: SparseAutoencoder, second: SparseAutoencoder, place: Pat
 def build_parser() -> CommandParser:
     """The parser of `qscope sae`, but for `train`, which has its own."""
     parser = CommandParser(prog="qscope sae")
-    every = parser.command("list", list_releases, "list the published SAEs that can be used by name")
-    every.add_argument("--model", help="only those for this model: hub id, or a part of it such as qwen3-8b")
-    one = parser.command("show", show, "describe a release, file or folder; downloads nothing")
-    one.add_argument("source", help="name or hub id in the catalog, file or folder")
-    one.add_argument("--layer", type=int, help="layer number from 0")
-    add_shared(one, "k")
-    for action in (every, one):
-        add_shared(action, "markdown")
-    check.add_options(parser.command("check", check.check, "load an SAE, and measure on text whether it fits a model"))
-    new = parser.command("convert", convert, "write an SAE in another format, and read it back to compare")
-    new.add_argument("source", help="file, folder, name in the catalog, or hub id")
-    new.add_argument("--to", choices=TARGETS, required=True, help="format to write; qwen_scope holds only TopK")
-    add_shared(
-        new,
-        "output",
-        help="folder; for qwen_scope its name must say what the files do not: SAE-Res-<model>-W<latents/1024>K-L0_<k>",
-    )
-    add_shared(
-        new,
-        "layers",
-        required=False,
-        help="layer numbers from 0, ranges such as 20-27, or all; by default what a folder holds",
-    )
-    add_shared(new, "k")
-    add_shared(new, "revision", help="branch, tag or commit of the SAE on the hub")
-    check.add_input_scale(new)
+    parser.command("list", list_releases, "list the published SAEs that can be used by name", LIST)
+    parser.command("show", show, "describe a release, file or folder; downloads nothing", SHOW)
+    says = "load an SAE, and measure on text whether it fits a model"
+    parser.command("check", check.check, says, check.OPTIONS)
+    parser.command("convert", convert, "write an SAE in another format, and read it back to compare", CONVERT)
     parser.command("train", list_releases, "train SAEs for several layers of a model in one stream", add_help=False)
     return parser
