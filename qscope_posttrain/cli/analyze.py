@@ -48,11 +48,6 @@ OVERLAP = """
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the sub-command and return the exit status."""
-    return build_parser().run(arguments)
-
-
 def redundancy(options: argparse.Namespace) -> None:
     """Measure R-hat and coverage of every benchmark; with per-item correctness, R and how the two agree."""
     require_extra("analysis", "report")

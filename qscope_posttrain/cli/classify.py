@@ -60,11 +60,6 @@ REPORT = """
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the sub-command and return the exit status."""
-    return build_parser().run(arguments)
-
-
 def fit(options: argparse.Namespace) -> None:
     """Learn from a labeled table, print the features, write `classifier.safetensors` and `summary.json`."""
     require_extra("analysis")

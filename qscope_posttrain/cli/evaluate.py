@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,6 @@ SAFETY = """
 --temperature = 0
 --chat: yes|no = yes
 """
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run the sub-command and return the exit status."""
-    return build_parser().run(arguments)
 
 
 def code_switching(options: argparse.Namespace) -> None:

@@ -6,8 +6,9 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from qscope_posttrain.errors import UserError, UserValueError, did_you_mean, one_line
 
@@ -76,7 +77,7 @@ def usage() -> str:
 def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
         with _recipe_environment(arguments):
-            status: int = _module(arguments[0]).run(arguments[1:])
+            status = _runner(arguments[0])(arguments[1:])
         sys.stdout.flush()  # a reader that is gone shows here, not after the last handler
         return status
     except UserError as error:
@@ -116,9 +117,12 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _module(name: str):  # type: ignore[no-untyped-def]
+def _runner(name: str) -> Callable[[Sequence[str]], int]:
+    """What runs a command: the function `run` of its module, where it has one of its own, or that of its parser."""
     if name not in COMMANDS:
         raise UserValueError(
             f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}."
         )
-    return importlib.import_module(f"qscope_posttrain.cli.{COMMANDS[name][0]}")
+    module: Any = importlib.import_module(f"qscope_posttrain.cli.{COMMANDS[name][0]}")
+    run: Callable[[Sequence[str]], int] = module.run if hasattr(module, "run") else module.build_parser().run
+    return run

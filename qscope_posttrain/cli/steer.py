@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +52,8 @@ CURVE = f"""
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Generate twice or measure a curve, print the table, write the results where asked, and return the exit status."""
-    options = build_parser().parse(arguments)
+def steer(options: argparse.Namespace) -> None:
+    """Generate twice or measure a curve, print the table, and write the results where asked."""
     from qscope_posttrain.features.feature_set import FeatureSet
 
     if options.output is not None:
@@ -74,14 +72,13 @@ def run(arguments: Sequence[str]) -> int:
         raise UserValueError("--curve has its own strengths; leave --strength out.")
     else:
         _measure_curve(options, features, [prompt for group in prompts.values() for prompt in group], positions)
-    return 0
 
 
 def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[str, Any], positions: Positions) -> None:
     """Generate with and without steering, side by side."""
     from qscope_posttrain.features.steering import feature_steering
+    from qscope_posttrain.models import steering as hooks
     from qscope_posttrain.models.generation import generate_samples
-    from qscope_posttrain.models.steering import steer
     from qscope_posttrain.text.repetition import is_endless_repetition
 
     settings, chat = sampling_settings(options), chat_settings(options)
@@ -93,7 +90,7 @@ def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[st
     without = generate_samples(model, tokenizer, prompts, settings, **chat)
     status(f"with steering: {_in_words(steering)}")
     # Where every response ends with its first token there is nothing to steer, and the table shows it.
-    with steer(model, steering, require_generated=False):
+    with hooks.steer(model, steering, require_generated=False):
         steered = generate_samples(model, tokenizer, prompts, settings, **chat)
     pairs = list(zip(without, steered, strict=True))
     sides = [
@@ -173,7 +170,8 @@ def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: l
 
 def build_parser() -> CommandParser:
     """The parser of `qscope steer`."""
-    parser = CommandParser(prog="qscope steer", description="Generate with and without steering, side by side.")
+    says = "Generate with and without steering, side by side."
+    parser = CommandParser(call=steer, prog="qscope steer", description=says)
     add_options(parser, MODEL, "--features")
     add_options(parser.add_mutually_exclusive_group(required=True), PROMPT)
     add_options(parser, STEERING, SAMPLING, "--samples = 1", "--max-new-tokens = 128", "--output optional")

@@ -59,9 +59,8 @@ OPTIONS = f"""
 """
 
 
-def run(arguments: Sequence[str]) -> int:
+def synthesize(options: argparse.Namespace) -> None:
     """Choose targets, write prompts and responses, measure coverage; leave data, prompts, a page and a summary."""
-    options = build_parser().parse(arguments)
     require_extra("analysis", "report")
     from qscope_posttrain.features.explain.explanation_file import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
@@ -155,12 +154,11 @@ def run(arguments: Sequence[str]) -> int:
     if made.unfinished:
         status(f"the budget left {len(made.unfinished)} targets undone; raise it and run the same command to go on")
     status(f"{len(rows)} examples written to {output / DATA}")
-    return 0
 
 
 def build_parser() -> CommandParser:
     """The parser of `qscope synthesize`."""
-    parser = CommandParser(prog="qscope synthesize", description=__doc__)
+    parser = CommandParser(call=synthesize, prog="qscope synthesize", description=__doc__)
     add_options(parser, MODEL, "--sae --k", OPTIONS)
     add_endpoint_options(parser)
     return parser

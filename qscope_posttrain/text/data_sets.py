@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
 from qscope_posttrain.files import check_is_file, check_plain, read_csv, text_suffix
@@ -51,6 +51,30 @@ def saved_data_set(folder: str | os.PathLike[str]) -> Any:
         return None
     with reading(str(place)):
         return load_from_disk(str(place))
+
+
+def read_splits(
+    source: str, split: str = "train", config: str | None = None, streaming: bool = False, what: str = "file"
+) -> Mapping[Any, Any]:
+    """{split: rows} of a file, of a folder written by `save_to_disk`, or of a data set of the hub.
+
+    Args:
+        split: Name of the rows that come without one.
+        config: Configuration of a data set of the hub.
+    """
+    if text_suffix(source) in READERS:
+        return cast("Mapping[Any, Any]", read_file(source, split, streaming, what))
+    found = saved_data_set(source)
+    if found is None:
+        found = read_data_set(source, name=config, streaming=streaming)
+    return found if isinstance(found, Mapping) else {split: found}
+
+
+def split_of(splits: Mapping[Any, Any], split: str, source: str) -> Any:
+    """The rows of a split. ValueError: no such split; `source` is the name of the data in the message."""
+    if split not in splits:
+        raise UserValueError(f"{source} has no split '{split}'; it has {', '.join(map(str, splits))}.")
+    return splits[split]
 
 
 def check_data_file(path: str | os.PathLike[str], streaming: bool = False, what: str = "file") -> Path:

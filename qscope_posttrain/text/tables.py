@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserValueError, did_you_mean, library_refusals
-from qscope_posttrain.files import text_suffix
-from qscope_posttrain.text.data_sets import READERS, read_data_set, read_file, saved_data_set
+from qscope_posttrain.text.data_sets import read_splits, split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,15 +24,7 @@ def read_table(source: str, split: str = "train", limit: int | None = None) -> D
         FileNotFoundError: a file that is not there.
         ValueError: no such split, or no rows.
     """
-    if text_suffix(source) in READERS:
-        found: Any = read_file(source, split)
-    else:
-        found = saved_data_set(source)
-        found = read_data_set(source) if found is None else found
-    if isinstance(found, Mapping):
-        if split not in found:
-            raise UserValueError(f"'{source}' has no split '{split}'; it has {', '.join(map(str, found))}.")
-        found = found[split]
+    found = split_of(read_splits(source, split), split, f"'{source}'")
     if not len(found):
         raise UserValueError(f"'{source}' has no rows.")
     return found if limit is None else found.select(range(min(limit, len(found))))

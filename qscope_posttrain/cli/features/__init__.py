@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from qscope_posttrain.cli.features import explain, find, repetition
+from qscope_posttrain.cli.features import explain, find
 from qscope_posttrain.cli.options import add_endpoint_options
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.parsing.table import MODEL, SAES, add_options
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run the sub-command and return the exit status."""
-    return build_parser().run(arguments)
 
 
 def build_parser() -> CommandParser:
@@ -27,9 +20,9 @@ def build_parser() -> CommandParser:
     )
     parser.command(
         "find-repetition",
-        repetition.find_repetition,
+        find.find_repetition,
         "find the features of endless repetition, and try them",
-        *(SAES, repetition.OPTIONS),
+        *(SAES, find.FIND_REPETITION),
         description="Runs in one process, not under a launcher: it samples completions in turn.",
     )
     says = "find the features that distinguish two sets of texts"

@@ -68,14 +68,15 @@ def list_releases(options: argparse.Namespace) -> None:
         rows.append([entry.name, entry.backbone, *shape, in_words(entry.layer_bytes)])
     columns = ["name", "model", "layers", "d_model", "latents", "L0", "size per layer"]
     caption = "`qscope sae show NAME` says where each lies, its license, and how that was verified."
-    _print(Table(f"{len(rows)} releases of SAEs on the residual stream", columns, rows, caption), options.markdown)
+    table = Table(f"{len(rows)} releases of SAEs on the residual stream", columns, rows, caption)
+    table.print(markdown=options.markdown)
 
 
 def show(options: argparse.Namespace) -> None:
     """Describe a release of the catalog, or a file or folder on this machine, without a download."""
     if Path(options.source).expanduser().exists():
         for table in _local_tables(Path(options.source).expanduser(), options.layer, options.k):
-            _print(table, options.markdown)
+            table.print(markdown=options.markdown)
         return
     entry = catalog.find(options.source)
     if entry is None:
@@ -100,7 +101,7 @@ def show(options: argparse.Namespace) -> None:
         ["license", entry.license],
         ["facts from", entry.verified_by],
     ]
-    _print(Table(entry.name, ["what", "it is"], rows), options.markdown)
+    Table(entry.name, ["what", "it is"], rows).print(markdown=options.markdown)
     if options.layer is not None:
         rows = [["files", ", ".join(entry.files_of(options.layer))]]
         taken, expected = entry.l0_of(options.layer), entry.expected_l0(options.layer)
@@ -108,7 +109,7 @@ def show(options: argparse.Namespace) -> None:
             rows.append(["L0s to choose from", ", ".join(entry.choices[options.layer])])
             rows.append(["this one as a name", f"{entry.name}-l0-{taken}"])
         rows.append(["latents active per token", "not stated" if expected is None else f"{expected:.3g}"])
-        _print(Table(f"Layer {options.layer}", ["what", "it is"], rows), options.markdown)
+        Table(f"Layer {options.layer}", ["what", "it is"], rows).print(markdown=options.markdown)
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -185,13 +186,6 @@ def _sparsity(entry: CatalogEntry) -> str:
     if not all(label.isdecimal() for label in labels):
         return ", ".join(dict.fromkeys(labels))
     return f"{min(map(int, labels))} to {max(map(int, labels))}"
-
-
-def _print(table: Table, markdown: bool) -> None:
-    if markdown:
-        print(table.to_markdown())
-    else:
-        table.print()
 
 
 def _layers_to_convert(source: str, words: list[str] | None) -> list[int | None]:

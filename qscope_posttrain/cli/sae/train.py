@@ -34,30 +34,32 @@ _DECLARED = (
 class TrainArguments:
     """The keys of `qscope sae train` beside those of SAETrainingConfig, StreamConfig and RunConfig."""
 
-    model: str = field(metadata={"help": "Folder or hub id of the model whose activations are learned."})
-    texts: str | None = field(
-        default=None,
-        metadata={
-            "help": "A .txt file with one document per line, a .jsonl file, or a folder of them; or give dataset."
-        },
-    )
-    dataset: str | None = field(default=None, metadata={"help": "Folder or hub id of a data set for `datasets`."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
-    streaming: bool = field(default=True, metadata={"help": "Stream the data set instead of downloading it first."})
-    text_column: str = field(default="text", metadata={"help": "Column of JSONL and data sets with the documents."})
-    layers: list[str] = field(
-        default_factory=lambda: ["all"], metadata={"help": "Numbers from 0, ranges such as 20-27, or all."}
-    )
-    output: str = field(default="runs/sae", metadata={"help": "Folder for dictionaries, metrics and checkpoints."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the hub."})
-    dtype: str = field(
-        default="auto", metadata={"help": "Dtype of the model: auto (float32 on a CPU), float32, bfloat16 or float16."}
-    )
-    device: str | None = field(default=None, metadata={"help": "For example cuda:0 or cpu; by default a GPU."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check the recipe against the model's configuration, print it, and stop."}
-    )
+    model: str
+    """Folder or hub id of the model whose activations are learned."""
+    texts: str | None = None
+    """A .txt file with one document per line, a .jsonl file, or a folder of them; or give dataset."""
+    dataset: str | None = None
+    """Folder or hub id of a data set for `datasets`."""
+    dataset_config: str | None = None
+    """Configuration of the data set."""
+    dataset_split: str = "train"
+    """Split of the data set."""
+    streaming: bool = True
+    """Stream the data set instead of downloading it first."""
+    text_column: str = "text"
+    """Column of JSONL and data sets with the documents."""
+    layers: list[str] = field(default_factory=lambda: ["all"])
+    """Numbers from 0, ranges such as 20-27, or all."""
+    output: str = "runs/sae"
+    """Folder for dictionaries, metrics and checkpoints."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    dtype: str = "auto"
+    """Dtype of the model: auto (float32 on a CPU), float32, bfloat16 or float16."""
+    device: str | None = None
+    """For example cuda:0 or cpu; by default a GPU."""
+    dry_run: bool = False
+    """Check the recipe against the model's configuration, print it, and stop."""
 
     def __post_init__(self) -> None:
         if (self.texts is None) == (self.dataset is None):

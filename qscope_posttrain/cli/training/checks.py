@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +15,8 @@ from transformers import AutoModelForCausalLM, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
-from qscope_posttrain.cli.training.data import Rows, first_rows, load_rows
-from qscope_posttrain.cli.training.recipe import TrainingRecipe
+from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_rows
+from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.files import check_plain
 from qscope_posttrain.models.loading import load_config
@@ -23,7 +25,6 @@ from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.jsonl import read_json
 
 T = TypeVar("T")
-NO_LENGTH = "a streamed data set has no length; set 'max_steps'."
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Checks:
 def begin(recipe: TrainingRecipe, load_tokenizer: Callable[[], Any]) -> tuple[Checks, Any, Any]:
     """(checks, model, tokenizer) after a look at output folder, device, model, tokenizer and adapter."""
     checks = Checks()
-    checks.check("output folder", lambda: (folder := writable_folder(recipe.output), f"{folder} can be written"))
+    checks.check("output folder", _output_folder, recipe)
     _check_device(checks, recipe)
     model = checks.check("model", build_model, recipe)
     tokenizer = checks.check("tokenizer", _tokenizer, load_tokenizer)
@@ -103,9 +104,37 @@ def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
     return path, f"resuming from {path}"
 
 
-def processes_by_rows(processes: int, rows: int) -> str:
-    """The beginning of the sentence on batches: `2 processes x 4 rows`."""
-    return f"{processes} process{'es' if processes > 1 else ''} x {rows} rows"
+def rows_of_step(training: Any) -> tuple[str, int]:
+    """("2 processes x 4 rows", rows of an optimizer step)."""
+    processes, rows = launched_processes(), training.per_device_train_batch_size
+    words = f"{processes} process{'es' if processes > 1 else ''} x {rows} rows"
+    return words, processes * rows * training.gradient_accumulation_steps
+
+
+def planned_steps(training: Any, rows: Rows, rows_of_step: int, uses: int = 1) -> int:
+    """Number of optimizer steps; every row of the data is trained on `uses` times per epoch.
+
+    Raises:
+        ValueError: nothing says how many.
+    """
+    if training.max_steps > 0:
+        return int(training.max_steps)
+    if not hasattr(rows, "__len__"):
+        raise UserValueError("a streamed data set has no length; set 'max_steps'.")
+    return math.ceil(training.num_train_epochs * len(rows) * uses / rows_of_step)
+
+
+def _output_folder(recipe: TrainingRecipe) -> tuple[Path, str]:
+    """The folder, which can be written; what has to be made to find out is removed again."""
+    folder = recipe.output
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        writable_folder(folder)
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+    return folder, f"{folder} can be written"
 
 
 def _check_device(checks: Checks, recipe: TrainingRecipe) -> None:

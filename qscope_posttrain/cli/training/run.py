@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from transformers import Trainer, TrainerCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
+from qscope_posttrain.cli.training import TrainingRecipe
 from qscope_posttrain.cli.training.checks import check_checkpoint
-from qscope_posttrain.cli.training.recipe import TrainingRecipe
 from qscope_posttrain.errors import library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.progress import status
