@@ -13,8 +13,16 @@ from qscope_posttrain.cli.parsing.table import MODEL, SAES
 from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
-from qscope_posttrain.text.data_sets import READERS
-from qscope_posttrain.text.tables import WRITERS, column, labels_of, read_table, split_rows, texts_of, write_table
+from qscope_posttrain.text.data_sets import (
+    READERS,
+    WRITERS,
+    column,
+    labels_of,
+    read_table,
+    split_rows,
+    texts_of,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer

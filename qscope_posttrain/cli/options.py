@@ -178,11 +178,11 @@ def _limits_and_retry(options: argparse.Namespace) -> tuple[Limits, RetryPolicy]
 def _chat_model(options: argparse.Namespace, name: str) -> ChatModel:
     more = json_object(options.request_options, "--request-options")
     if options.local:
-        from qscope_posttrain.endpoint.local_model import LocalChatModel
+        from qscope_posttrain.endpoint.models import LocalChatModel
 
         model, tokenizer = load_model(name, None, options.dtype, options.device)
         return LocalChatModel(model, tokenizer, name=name, batch_size=options.concurrency, template_options=more)
-    from qscope_posttrain.endpoint.openai_model import OFFICIAL, OpenAIChatModel
+    from qscope_posttrain.endpoint.models import OFFICIAL, OpenAIChatModel
 
     names = ("api_key_env", "timeout", "concurrency", "send_seed", "max_tokens_name")
     return OpenAIChatModel(name, options.base_url or OFFICIAL, options=more, **chosen(options, *names))

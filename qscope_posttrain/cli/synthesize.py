@@ -65,9 +65,8 @@ def synthesize(options: argparse.Namespace) -> None:
     from qscope_posttrain.features.explain.explanation_file import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
-    from qscope_posttrain.synthesis.coverage import FeatureReader
+    from qscope_posttrain.synthesis.coverage import FeatureReader, write_relevance
     from qscope_posttrain.synthesis.prompts import synthesis_templates
-    from qscope_posttrain.synthesis.relevance import write_relevance
 
     check_endpoint_options(options)
     settings = _settings(options)
@@ -121,7 +120,7 @@ def synthesize(options: argparse.Namespace) -> None:
         reason = made.stopped or f"{output / PROMPTS} holds what was written."
         raise UserValueError(f"no prompt fired its feature and was answered; {reason}")
     dataset.save_rows(rows, output / DATA)
-    measured = report.measure(
+    measured, drawn = report.measure(
         made,
         wanted,
         held_out,
@@ -133,10 +132,10 @@ def synthesize(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     new_hits = coverage.firing(reader.read([row["prompt"][0]["content"] for row in rows], layers), targets)
-    tables = [report.examples_table(rows, made), report.target_table(targets, seed_hits, new_hits), *measured.tables]
+    tables = [report.examples_table(rows, made), report.target_table(targets, seed_hits, new_hits), *measured]
     for table in tables:
         table.print()
-    figure = Figure(measured.figure, "Prompts of each strategy in random order.")
+    figure = Figure(drawn, "Prompts of each strategy in random order.")
     write_html(output / PAGE, "Feature-driven synthesis", [Section("Coverage", tables=tables, figures=[figure])])
     results = {
         "data": output / DATA,
@@ -183,17 +182,17 @@ def _relevance(
     templates: PromptTemplates,
 ) -> tuple[Mapping[FeatureId, float], Sequence[FeatureId]]:
     """(relevance, features whose rating by the judge could not be read)."""
-    from qscope_posttrain.synthesis.relevance import judge_relevance, read_relevance
+    from qscope_posttrain.synthesis.coverage import judge_relevance, read_relevance
 
     if options.relevance is not None:
         return read_relevance(options.relevance), ()
-    found = judge_relevance(judge, templates, list(explanations.values()), options.topic)
-    if found.unreadable:
+    relevance, unreadable = judge_relevance(judge, templates, list(explanations.values()), options.topic)
+    if unreadable:
         status(
-            f"{len(found.unreadable)} of {len(explanations)} features have no readable relevance and are left out: "
-            f"{', '.join(map(str, found.unreadable[:5]))}"
+            f"{len(unreadable)} of {len(explanations)} features have no readable relevance and are left out: "
+            f"{', '.join(map(str, unreadable[:5]))}"
         )
-    return found.relevance, found.unreadable
+    return relevance, unreadable
 
 
 def _random_control(
