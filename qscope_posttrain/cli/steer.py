@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,24 +204,21 @@ def _positions(options: argparse.Namespace) -> Positions:
 
 
 def _summary(steering: Steering) -> dict[str, Any]:
-    positions = steering.positions
-    window = None if isinstance(positions, str) else {"start": positions.start, "length": positions.length}
-    names = ("mode", "layers", "strength", "unit")
-    return {
-        **{name: getattr(steering, name) for name in names},
-        "positions": "window" if window else positions,
-        "window": window,
-    }
+    found = {name: getattr(steering, name) for name in ("mode", "layers", "strength", "unit", "positions")}
+    if isinstance(steering.positions, str):
+        return {**found, "window": None}
+    return {**found, "positions": "window", "window": asdict(steering.positions)}
 
 
 def _in_words(steering: Steering) -> str:
-    what = _summary(steering)
     places = {"all": "all tokens", "prompt": "tokens of the prompt", "generated": "generated tokens"}
-    place = places.get(what["positions"], "generated tokens")
-    if what["window"]:
-        start, length = what["window"]["start"], what["window"]["length"]
-        place += f" from {start}" if length is None else f" {start} to {start + length - 1}"
-    return f"{what['mode']}, strength {what['strength']:g} ({what['unit']}), layer {steering.layers[0]}, {place}"
+    if isinstance(steering.positions, str):
+        place = places[steering.positions]
+    else:
+        start, length = steering.positions.start, steering.positions.length
+        place = "generated tokens " + (f"from {start}" if length is None else f"{start} to {start + length - 1}")
+    strength = f"strength {steering.strength:g} ({steering.unit})"
+    return f"{steering.mode}, {strength}, layer {steering.layers[0]}, {place}"
 
 
 def _random_rows(options: argparse.Namespace, features: FeatureSet) -> Tensor | None:

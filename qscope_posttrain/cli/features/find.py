@@ -169,7 +169,6 @@ def find_repetition(options: argparse.Namespace) -> None:
         **chosen(options, "top", "rank_by", "k", "saes_at_once", "tokens_per_batch"),
         **chat,
     )
-    path = features.save(output)
     Table(**features.provenance["ranking"]).print()
     print_steering(features)
     figures = []
@@ -177,17 +176,14 @@ def find_repetition(options: argparse.Namespace) -> None:
         figures.append(output / f"steering_curve_layer{layer}.svg")
         write_text(figures[-1], svg)
     results = {
-        "features": path,
         "table": repetition_table(features),
         "ranking": features.provenance["ranking"],
         "loops": {"file": loops_path, **features.provenance["loops"]},
         "steering": features.settings.get("steering"),
         "steering_curve": features.provenance.get(CURVE_KEY),
         "figures": figures,
-        "provenance": features.provenance,
     }
-    write_summary(output, "features find-repetition", vars(options), results)
-    status(f"features written to {path}")
+    _save(features, output, options, results)
 
 
 def contrast(options: argparse.Namespace) -> None:

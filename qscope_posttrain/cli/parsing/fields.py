@@ -75,30 +75,24 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, prefix: str = "") ->
     return added
 
 
-def add_declared(parser: argparse.ArgumentParser, module: str, kind: str, prefix: str = "") -> None:
-    """Add the help of a dataclass's fields without importing it: its module may import torch or TRL."""
-    for name, (hint, default, text) in declared_fields(module, kind).items():
-        help_text = (text + _default_text(default)).replace("%", "%%")
-        parser.add_argument(f"--{prefix}{name}", metavar=_metavar(hint), help=help_text)
-        if (hint, default) == ("bool", "True"):
-            parser.add_argument(f"--no_{prefix}{name}", action="store_true", help=f"the opposite of --{prefix}{name}")
-
-
 def print_declared(
     arguments: Sequence[str], prog: str, declared: Sequence[tuple[str, ...]], description: str = ""
 ) -> None:
-    """Print the help of declared dataclasses, (module, class, prefix) each, and exit, where `--help` asks for it."""
-    if not {"-h", "--help"}.isdisjoint(arguments):
-        parser = argparse.ArgumentParser(
-            prog=prog,
-            usage=f"{prog} [--config FILE] [--KEY VALUE ...]",
-            description=description,
-            epilog=HELP,
-            formatter_class=HelpFormatter,
-        )
-        for entry in declared:
-            add_declared(parser, *entry)
-        parser.parse_args(["--help"])
+    """Print the help of dataclasses, (module, class, prefix) each, and exit, where `--help` asks for it. They are not
+    imported: their modules may import torch or TRL."""
+    if {"-h", "--help"}.isdisjoint(arguments):
+        return
+    usage = f"{prog} [--config FILE] [--KEY VALUE ...]"
+    words = {"usage": usage, "description": description, "epilog": HELP}
+    parser = argparse.ArgumentParser(prog=prog, formatter_class=HelpFormatter, **words)
+    for module, kind, *prefix in declared:
+        for name, (hint, default, text) in declared_fields(module, kind).items():
+            option = "".join([*prefix, name])
+            help_text = (text + _default_text(default)).replace("%", "%%")
+            parser.add_argument(f"--{option}", metavar=_metavar(hint), help=help_text)
+            if (hint, default) == ("bool", "True"):
+                parser.add_argument(f"--no_{option}", action="store_true", help=f"the opposite of --{option}")
+    parser.parse_args(["--help"])
 
 
 @cache

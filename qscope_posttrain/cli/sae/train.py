@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qscope_posttrain.cli.options import layers_of
 from qscope_posttrain.cli.parsing.fields import print_declared
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.distributed import join_processes, launched_processes
 from qscope_posttrain.errors import UserValueError, require_extra
-from qscope_posttrain.models.loading import DTYPES, load_config, load_model, parse_layers
+from qscope_posttrain.models.loading import load_config, load_model, parse_layers
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
@@ -54,8 +54,8 @@ class TrainArguments:
     """Folder for dictionaries, metrics and checkpoints."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
-    dtype: str = "auto"
-    """Dtype of the model: auto (float32 on a CPU), float32, bfloat16 or float16."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the model; auto is float32 on a CPU."""
     device: str | None = None
     """For example cuda:0 or cpu; by default a GPU."""
     dry_run: bool = False
@@ -64,8 +64,6 @@ class TrainArguments:
     def __post_init__(self) -> None:
         if (self.texts is None) == (self.dataset is None):
             raise UserValueError("a recipe needs 'texts' (a file or folder) or 'dataset' (a hub id), one of them.")
-        if self.dtype not in DTYPES:
-            raise UserValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'.")
 
 
 @dataclass(frozen=True)

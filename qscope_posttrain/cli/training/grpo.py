@@ -54,17 +54,9 @@ def run(arguments: Sequence[str]) -> int:
         return grpo_checks.check_recipe(recipe).report()
     writable_folder(recipe.output)
     features = grpo_checks.needed_features(recipe)
-    inputs = grpo_checks.prepare(recipe, features)
+    inputs = {**grpo_checks.prepare(recipe, features), "features": features}
     trainer = run.make_trainer(
-        recipe,
-        SteeredGRPOTrainer,
-        recipe.model_name,
-        inputs.rewards,
-        recipe.trainer_arguments(),
-        features=features,
-        train_dataset=inputs.rows,
-        eval_dataset=inputs.evaluation,
-        processing_class=inputs.tokenizer,
+        recipe, SteeredGRPOTrainer, model=recipe.model_name, args=recipe.trainer_arguments(), **inputs
     )
 
     def report(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,18 +35,8 @@ _VERIFIED_BY_MATH = "trl.rewards.accuracy_rewards"
 """The module of rewards that compare mathematical answers, and fail at their first call without its dependency"""
 
 
-@dataclass(frozen=True, eq=False)
-class GRPOInputs:
-    """Inputs of the trainer beside the model and its settings."""
-
-    rewards: list[RewardFunction]
-    rows: Rows
-    evaluation: Rows | None
-    tokenizer: PreTrainedTokenizerBase
-
-
-def prepare(recipe: TrainingRecipe, features: FeatureSet | None) -> GRPOInputs:
-    """Rewards, data and tokenizer, checked before the model's weights are loaded.
+def prepare(recipe: TrainingRecipe, features: FeatureSet | None) -> dict[str, Any]:
+    """Rewards, data and tokenizer as arguments of the trainer, checked before the model's weights are loaded.
 
     Raises:
         ValueError: features of another model or without what steering needs, rewards that do not fit the data, prompts
@@ -55,17 +44,18 @@ def prepare(recipe: TrainingRecipe, features: FeatureSet | None) -> GRPOInputs:
         FileNotFoundError: no such data or model.
     """
     rewards = build_rewards(recipe)
-    tokenizer = _load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
     if recipe.training.has_negatives:
         model, _ = build_model(recipe)
         negative_source(recipe.training, features, model, tokenizer)
         _check_generation(recipe)
     rows, evaluation = load_rows(recipe, recipe.script.dataset_train_split), load_evaluation(recipe)
-    for data in (rows, evaluation):
-        if data is not None:
-            check_prompts(recipe, data, tokenizer)
-            check_reward_columns(rewards, data)
-    return GRPOInputs(rewards, rows, evaluation, tokenizer)
+    for part in (rows, evaluation):
+        if part is not None:
+            check_prompts(recipe, part, tokenizer)
+            check_reward_columns(rewards, part)
+    data = {"train_dataset": rows, "eval_dataset": evaluation}
+    return {"reward_funcs": rewards, **data, "processing_class": tokenizer}
 
 
 def needed_features(recipe: TrainingRecipe) -> FeatureSet | None:
@@ -75,7 +65,7 @@ def needed_features(recipe: TrainingRecipe) -> FeatureSet | None:
 
 def check_recipe(recipe: TrainingRecipe) -> Checks:
     """Check output folder, device, model, negatives, data, rewards and batch, in this order."""
-    checks, model, tokenizer = begin(recipe, lambda: _load_tokenizer(recipe))
+    checks, model, tokenizer = begin(recipe, lambda: load_tokenizer(recipe.model_name, recipe.model.model_revision))
     if recipe.training.has_negatives:
         if recipe.training.is_steered and recipe.run.features is not None:
             checks.check("features", _features, recipe, model)
@@ -115,10 +105,6 @@ def check_prompts(recipe: TrainingRecipe, rows: Rows, tokenizer: PreTrainedToken
     """`prompt_lengths` with the settings of the recipe: for a dry run, of all rows in memory."""
     options: Any = recipe.training.chat_template_kwargs
     return prompt_lengths(rows, tokenizer, options, recipe.run.dry_run)
-
-
-def _load_tokenizer(recipe: TrainingRecipe) -> PreTrainedTokenizerBase:
-    return load_tokenizer(recipe.model_name, recipe.model.model_revision)
 
 
 def _features(recipe: TrainingRecipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
