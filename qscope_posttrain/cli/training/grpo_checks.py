@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.import_utils import is_math_verify_available
 
 from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_evaluation, load_rows
-from qscope_posttrain.cli.training.checks import (
+from qscope_posttrain.cli.training.run import (
     Checks,
     begin,
     build_model,

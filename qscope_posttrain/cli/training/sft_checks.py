@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from qscope_posttrain.cli.training import Rows, first_row, first_rows
-from qscope_posttrain.cli.training.checks import (
+from qscope_posttrain.cli.training.run import (
     Checks,
     begin,
     check_checkpoint,
