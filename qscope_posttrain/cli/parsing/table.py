@@ -92,10 +92,10 @@ def read_tables(*tables: str, shared: Mapping[str, dict[str, Any]] | None = None
             found |= {name: shared[name] for name in names}
             continue
         match = _HEAD.fullmatch(head)
-        if match is None:
-            raise SyntaxError(f"an option reads 'NAME: TYPE = DEFAULT  # HELP'; got {entry!r}")
+        known = {} if match is None else found.get(match["name"], shared.get(match["name"], {}))
+        if match is None or not (match["kind"] or known):
+            raise SyntaxError(f"an option reads 'NAME: TYPE = DEFAULT  # HELP', or is a shared one; got {entry!r}")
         name, kind, need, default = match.group("name", "kind", "need", "default")
-        known = found.get(name, shared.get(name, {}))
         settings = dict(known) if kind is None else {"help": known.get("help"), **_kind(kind)}
         settings |= {"help": help_text.replace("%", "%%")} if help_text else {}
         settings |= {} if need is None else {"required": need == "required"}
