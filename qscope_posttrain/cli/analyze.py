@@ -49,7 +49,7 @@ OVERLAP = """
 
 
 def redundancy(options: argparse.Namespace) -> None:
-    """Measure R-hat and coverage of every benchmark; with per-item correctness, R and how the two agree."""
+    """Measure how few items reach the features of a benchmark; with per-item correctness, how R and R-hat agree."""
     require_extra("analysis", "report")
     from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
@@ -96,7 +96,7 @@ def redundancy(options: argparse.Namespace) -> None:
 
 
 def overlap(options: argparse.Namespace) -> None:
-    """Measure the overlap of all pairs and recommend what to keep; with scores, how overlap and performance agree."""
+    """Measure how much features of benchmarks overlap, recommend what to merge, keep or drop, compare with scores."""
     require_extra("analysis", "report")
     from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
@@ -139,10 +139,8 @@ def overlap(options: argparse.Namespace) -> None:
 def build_parser() -> CommandParser:
     """The parser of `qscope analyze`."""
     parser = CommandParser(prog="qscope analyze")
-    says = "measure how few items reach the features of a benchmark"
-    parser.command("redundancy", redundancy, says, COMMON, REDUNDANCY)
-    says = "measure how much features of benchmarks overlap; merge, keep or drop"
-    parser.command("overlap", overlap, says, COMMON, OVERLAP)
+    parser.command(redundancy, COMMON, REDUNDANCY)
+    parser.command(overlap, COMMON, OVERLAP)
     return parser
 
 

@@ -69,7 +69,7 @@ REPORT = """
 
 
 def fit(options: argparse.Namespace) -> None:
-    """Learn from a labeled table, print the features, write `classifier.safetensors` and `summary.json`."""
+    """Learn a classifier from labeled texts, print its features, and write it and `summary.json`."""
     require_extra("analysis")
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
@@ -116,7 +116,7 @@ def fit(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Score every row of a table and write the table, filtered if asked, beside a `summary.json`."""
+    """Classify every row of a table, and write the table, filtered if asked, beside a `summary.json`."""
     require_extra("analysis")
     import numpy as np
 
@@ -156,7 +156,7 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Compare the classifiers with probes and controls, print the tables, write `report.html` and `summary.json`."""
+    """Compare feature classifiers with probes and controls, print tables, write `report.html` and `summary.json`."""
     require_extra("analysis", "report")
     from qscope_posttrain.analysis.classifier.methods import all_methods, collect_examples, methods_named
     from qscope_posttrain.analysis.classifier.report import make_report
@@ -200,11 +200,9 @@ def report(options: argparse.Namespace) -> None:
 def build_parser() -> CommandParser:
     """The parser of `qscope classify`."""
     parser = CommandParser(prog="qscope classify")
-    parser.command("fit", fit, "learn a classifier from labeled texts", SAES, DATA, LEARNING, FIT)
-    parser.command("predict", predict, "classify a table, or filter it", MODEL, "--sae --k", DATA, PREDICT)
-    parser.command(
-        "report", report, "compare feature classifiers with probes and controls", SAES, DATA, LEARNING, REPORT
-    )
+    parser.command(fit, SAES, DATA, LEARNING, FIT)
+    parser.command(predict, MODEL, "--sae --k", DATA, PREDICT)
+    parser.command(report, SAES, DATA, LEARNING, REPORT)
     return parser
 
 

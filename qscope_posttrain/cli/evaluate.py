@@ -45,7 +45,7 @@ SAFETY = """
 
 
 def code_switching(options: argparse.Namespace) -> None:
-    """Sample, count switches, print the table, and write `examples.jsonl` and `summary.json`."""
+    """Measure the share of responses that switch, unasked, to a language; write `examples.jsonl` and `summary.json`."""
     from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
     from qscope_posttrain.evaluation.span_identification import word_detector
     from qscope_posttrain.text.scripts import check_source
@@ -75,7 +75,7 @@ def code_switching(options: argparse.Namespace) -> None:
 
 
 def repetition(options: argparse.Namespace) -> None:
-    """Sample, look for loops, print the table, and write `examples.jsonl` and `summary.json`."""
+    """Measure the share of responses that repeat themselves until they are cut off, and write these and a summary."""
     from qscope_posttrain.evaluation.repetition import evaluate_repetition
 
     output = writable_folder(options.output)
@@ -88,7 +88,7 @@ def repetition(options: argparse.Namespace) -> None:
 
 
 def safety(options: argparse.Namespace) -> None:
-    """Sample responses, have them judged, print the table, and write `examples.jsonl` and `summary.json`.
+    """Measure attack success and over-refusal on a test set, with a judge; write `examples.jsonl` and `summary.json`.
 
     The responses are in `examples.jsonl`, without verdicts, before the judge is asked.
     """
@@ -123,13 +123,9 @@ def build_parser() -> CommandParser:
     """The parser of `qscope evaluate`."""
     parser = CommandParser(prog="qscope evaluate")
     asks = (MODEL, "--prompts --output --max-prompts")
-    says = "share of responses that switch, unasked, to a language"
-    parser.command("code-switching", code_switching, says, *asks, SWITCHING, SAMPLING, "--top-p = 0.8")
-    says = "share of responses that repeat themselves until they are cut off"
-    limits = "--min-copies --min-tokens"
-    parser.command("repetition", repetition, says, *asks, limits, SAMPLING, "--max-new-tokens = 1024")
-    says = "attack success and over-refusal on a test set, with a judge"
-    add_endpoint_options(parser.command("safety", safety, says, *asks, SAMPLING, SAFETY))
+    parser.command(code_switching, *asks, SWITCHING, SAMPLING, "--top-p = 0.8")
+    parser.command(repetition, *asks, "--min-copies --min-tokens", SAMPLING, "--max-new-tokens = 1024")
+    add_endpoint_options(parser.command(safety, *asks, SAMPLING, SAFETY))
     return parser
 
 

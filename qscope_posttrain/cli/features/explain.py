@@ -45,7 +45,7 @@ TOKENS = f"""
 
 
 def explain(options: argparse.Namespace) -> None:
-    """Explain and test features; write the explanations, a page of contexts, the FeatureSet if given, a summary."""
+    """Let a chat model explain features, and test what it says; write explanations, a page of contexts, a summary."""
     require_extra("report")
     from qscope_posttrain.features.explain.ask import ExplainSettings, explain_features, explain_templates
     from qscope_posttrain.features.explain.contexts import ContextSettings
@@ -92,7 +92,7 @@ def explain(options: argparse.Namespace) -> None:
 
 
 def tokens(options: argparse.Namespace) -> None:
-    """Show on the terminal, and if asked on a page, where the features of a FeatureSet fire in texts."""
+    """Show token by token, on the terminal and if asked on a page, where features fire in texts."""
     from qscope_posttrain.features.explain.token_view import token_view
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.report.html import Section, print_shaded, write_html

@@ -94,7 +94,10 @@ path: text  # features.safetensors, or the folder that holds it
 
 
 def find(options: argparse.Namespace) -> None:
-    """Find the features of each language, print them, and write `features.safetensors` and `summary.json`."""
+    """Find the features of each language, print them, and write `features.safetensors` and `summary.json`.
+
+    One pass over texts, which a launcher (accelerate launch, torchrun) may share among processes.
+    """
     from qscope_posttrain.features.find.language import find_language_features
 
     output = writable_folder(options.output)
@@ -120,7 +123,10 @@ def find(options: argparse.Namespace) -> None:
 
 
 def find_repetition(options: argparse.Namespace) -> None:
-    """Find the features, print both tables, and write features, loops, curves as SVG, and `summary.json`."""
+    """Find the features of endless repetition, try them by steering, and write them, loops, curves and `summary.json`.
+
+    Runs in one process, not under a launcher: it samples completions in turn.
+    """
     from qscope_posttrain.features.dose_curve import CurveSettings
     from qscope_posttrain.features.find.loops import collect_loops
     from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table
@@ -210,7 +216,7 @@ def contrast(options: argparse.Namespace) -> None:
 
 
 def rank(options: argparse.Namespace) -> None:
-    """Rank the features by one response, print them, and write them and `summary.json`."""
+    """Rank features by their activation on one response, print them, and write them and `summary.json`."""
     require_extra("analysis")
     from qscope_posttrain.features.find.contrast import rank_response_features
 

@@ -56,12 +56,17 @@ class CommandParser(argparse.ArgumentParser):
         self.values = argparse.Namespace()
         """All values of what was built last"""
 
-    def command(self, name: str, call: Command, help: str, *tables: str, **settings: Any) -> CommandParser:
-        """Add a sub-command with the options of these tables, which `run` calls with its options."""
+    def command(self, call: Command, *tables: str, name: str = "", **settings: Any) -> CommandParser:
+        """Add a sub-command with the options of these tables, which `run` calls with its options.
+
+        It has the name of the function and its docstring for a help text, unless others are given.
+        """
         if self._choices is None:
             self._choices = self.add_subparsers(dest="action", required=True)
+        name = name or call.__name__.replace("_", "-")
         self._commands[name] = call
-        parser: CommandParser = self._choices.add_parser(name, help=help, **{"description": help, **settings})
+        texts = {"help": (call.__doc__ or "").partition("\n")[0], "description": call.__doc__}
+        parser: CommandParser = self._choices.add_parser(name, **{**texts, **settings})
         add_options(parser, *tables)
         return parser
 

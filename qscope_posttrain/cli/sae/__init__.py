@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def list_releases(options: argparse.Namespace) -> None:
-    """Print the published SAEs of the catalog, of all models or one."""
+    """List the published SAEs that can be used by name, of all models or one."""
     entries = catalog.entries() if options.model is None else catalog.for_model(options.model)
     if not entries:
         known = sorted({entry.backbone for entry in catalog.entries()})
@@ -113,7 +113,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Write each layer, read it back, and print its place; `summary.json` says what it was made from."""
+    """Write an SAE in another format, layer by layer, and read each back to compare."""
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
     output = writable_folder(options.output)
@@ -226,10 +226,10 @@ def _check_equal(first: SparseAutoencoder, second: SparseAutoencoder, place: Pat
 def build_parser() -> CommandParser:
     """The parser of `qscope sae`, but for `train`, which has its own."""
     parser = CommandParser(prog="qscope sae")
-    parser.command("list", list_releases, "list the published SAEs that can be used by name", LIST)
-    parser.command("show", show, "describe a release, file or folder; downloads nothing", SHOW)
-    says = "load an SAE, and measure on text whether it fits a model"
-    parser.command("check", check.check, says, check.OPTIONS)
-    parser.command("convert", convert, "write an SAE in another format, and read it back to compare", CONVERT)
-    parser.command("train", list_releases, "train SAEs for several layers of a model in one stream", add_help=False)
+    parser.command(list_releases, LIST, name="list")
+    parser.command(show, SHOW)
+    parser.command(check.check, check.OPTIONS)
+    parser.command(convert, CONVERT)
+    says = "Train SAEs for several layers of a model in one stream over text, from a recipe."
+    parser.command(list_releases, name="train", help=says, add_help=False)
     return parser

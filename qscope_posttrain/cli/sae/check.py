@@ -46,7 +46,7 @@ HARMLESS = ("tuning",)
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print what the SAEs are and how they fit; status 1 where the figures show that something is wrong."""
+    """Load an SAE, and measure on text whether it fits a model; status 1 where the figures say that it does not."""
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sae.quality.measure import measure_sae
 
