@@ -83,7 +83,7 @@ def print_declared(
     if {"-h", "--help"}.isdisjoint(arguments):
         return
     usage = f"{prog} [--config FILE] [--KEY VALUE ...]"
-    words = {"usage": usage, "description": description, "epilog": HELP}
+    words: dict[str, Any] = {"usage": usage, "description": description, "epilog": HELP}
     parser = argparse.ArgumentParser(prog=prog, formatter_class=HelpFormatter, **words)
     for module, kind, *prefix in declared:
         for name, (hint, default, text) in declared_fields(module, kind).items():
