@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 from qscope_posttrain.errors import UserError, UserValueError, did_you_mean, one_line
 
@@ -119,10 +118,14 @@ def _leave_process_group() -> None:
 
 def _runner(name: str) -> Callable[[Sequence[str]], int]:
     """What runs a command: the function `run` of its module, where it has one of its own, or that of its parser."""
+    module = _module(name)
+    run: Callable[[Sequence[str]], int] = module.run if hasattr(module, "run") else module.build_parser().run
+    return run
+
+
+def _module(name: str):  # type: ignore[no-untyped-def]
     if name not in COMMANDS:
         raise UserValueError(
             f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}."
         )
-    module: Any = importlib.import_module(f"qscope_posttrain.cli.{COMMANDS[name][0]}")
-    run: Callable[[Sequence[str]], int] = module.run if hasattr(module, "run") else module.build_parser().run
-    return run
+    return importlib.import_module(f"qscope_posttrain.cli.{COMMANDS[name][0]}")
