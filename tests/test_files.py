@@ -27,7 +27,7 @@ from qscope_posttrain.files import check_is_file, read_lines, read_text
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.sae.containers import json_file
 from qscope_posttrain.sae.training.text_stream import FileSource
-from qscope_posttrain.synthesis.relevance import read_relevance
+from qscope_posttrain.synthesis.coverage import read_relevance
 from qscope_posttrain.text.data_sets import read_file
 from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
 from qscope_posttrain.text.jsonl import read_json, read_jsonl

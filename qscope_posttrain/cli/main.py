@@ -6,7 +6,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def usage() -> str:
 def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
         with _recipe_environment(arguments):
-            status: int = _module(arguments[0]).run(arguments[1:])
+            status = _runner(arguments[0])(arguments[1:])
         sys.stdout.flush()  # a reader that is gone shows here, not after the last handler
         return status
     except UserError as error:
@@ -119,6 +119,13 @@ def _leave_process_group() -> None:
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # a trainer is full of reference cycles
         torch.distributed.destroy_process_group()
+
+
+def _runner(name: str) -> Callable[[Sequence[str]], int]:
+    """What runs a command: the function `run` of its module, where it has one of its own, or that of its parser."""
+    module = _module(name)
+    run: Callable[[Sequence[str]], int] = module.run if hasattr(module, "run") else module.build_parser().run
+    return run
 
 
 def _module(name: str):  # type: ignore[no-untyped-def]

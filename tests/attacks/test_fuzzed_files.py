@@ -22,7 +22,7 @@ from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.feature_set_file import FORMAT
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.recipe_file import read_yaml
-from qscope_posttrain.synthesis.relevance import read_relevance
+from qscope_posttrain.synthesis.coverage import read_relevance
 from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
 
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -95,7 +95,7 @@ def test_what_needs_the_repository_says_so_where_there_is_none(command, monkeypa
 
 def test_every_command_has_a_module():
     for command in COMMANDS:
-        assert callable(module._module(command).run)
+        assert callable(module._runner(command))
 
 
 class _Failing:
@@ -108,7 +108,7 @@ class _Failing:
 
 @pytest.mark.parametrize("error", [UserValueError("bad"), UserTypeError("bad"), UserFileNotFoundError("bad")])
 def test_mistakes_are_one_line_and_debug_shows_more(monkeypatch, capsys, error):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(error))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(error).run)
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error: bad\n"
     with pytest.raises(type(error)):
@@ -116,7 +116,7 @@ def test_mistakes_are_one_line_and_debug_shows_more(monkeypatch, capsys, error):
 
 
 def test_other_ranks_say_who_they_are(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(UserValueError("bad")))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(UserValueError("bad")).run)
     monkeypatch.setenv("RANK", "3")
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error (rank 3): bad\n"
@@ -126,13 +126,13 @@ def test_other_ranks_say_who_they_are(monkeypatch, capsys):
     "error", [RuntimeError, ValueError, TypeError, OSError, ImportError, KeyError, BrokenPipeError]
 )
 def test_faults_of_the_program_are_not_hidden(monkeypatch, error):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(error("a bug")))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(error("a bug")).run)
     with pytest.raises(error, match="a bug"):
         main(["sft"])
 
 
 def test_a_message_of_several_lines_is_one(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(UserValueError("first\n\n  second\n")))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(UserValueError("first\n\n  second\n")).run)
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error: first second\n"
 
@@ -144,7 +144,7 @@ def test_an_error_of_a_worker_that_loads_data_is_one_line(monkeypatch, capsys):
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(UserValueError, match="Traceback") as caught:
         wrapped.reraise()
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(caught.value))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(caught.value).run)
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error: no such language\n"
 
@@ -194,7 +194,7 @@ def test_variables_of_a_recipe_are_there_before_the_command_is_imported(monkeypa
             return 0
 
     seen = []
-    monkeypatch.setattr(module, "_module", lambda name: seen.append(dict(os.environ)) or Looking())
+    monkeypatch.setattr(module, "_runner", lambda name: (seen.append(dict(os.environ)) or Looking()).run)
     monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "WARN"})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("env: {OMP_NUM_THREADS: 1, NCCL_DEBUG: INFO}\n")
@@ -214,7 +214,7 @@ def test_a_reader_that_is_gone_ends_the_command_quietly(monkeypatch, capfd):
 
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr(module, "_module", lambda name: Talking())
+    monkeypatch.setattr(module, "_runner", lambda name: Talking().run)
     with open(writing, "w", closefd=False) as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         assert main(["sae"]) == 141
@@ -224,6 +224,6 @@ def test_a_reader_that_is_gone_ends_the_command_quietly(monkeypatch, capfd):
 
 
 def test_interruption(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(KeyboardInterrupt()))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(KeyboardInterrupt()).run)
     assert main(["sft"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -115,7 +115,7 @@ def test_grpo_recipe_parses_as_a_dry_run(path):
     # A process alone holds whole groups at a time, so that the recipe fits any number of processes.
     assert training.per_device_train_batch_size * training.steps_per_generation % training.num_generations == 0
     assert training.gradient_accumulation_steps % (training.steps_per_generation * training.num_iterations) == 0
-    assert all(callable(reward_function(spec)) for spec in recipe.rewards)
+    assert all(callable(reward_function(spec)) for spec in recipe.run.rewards)
     _check_written_is_resolved(path, recipe.to_dict())
 
 

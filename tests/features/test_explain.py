@@ -12,7 +12,7 @@ import torch
 from endpoint_server import serving
 
 from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
+from qscope_posttrain.endpoint.models import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.features.explain.ask import (
     ExplainSettings,

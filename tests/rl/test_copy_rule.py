@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qscope_posttrain.rl.rollouts.copying import SHORTEST_PIECE, CopyRule, boundary_tokens
+from qscope_posttrain.rl.rollouts.generation_tap import SHORTEST_PIECE, CopyRule, boundary_tokens
 
 VOCABULARY = 7
 BOUNDARIES = {0, 1}

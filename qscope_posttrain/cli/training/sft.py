@@ -3,61 +3,51 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.cli.training.recipe import DeviceRule, TrainingRecipe, before_trl
-from qscope_posttrain.errors import UserValueError, did_you_mean
+from qscope_posttrain.cli.training import (
+    TrainingRecipe,
+    before_trl,
+    check_values,
+    first_row,
+    load_evaluation,
+    load_rows,
+)
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder
+from qscope_posttrain.sft.settings import ANCHOR_WEIGHT, CONFIGS, METHODS, config_class, make_callback, method_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
-    from qscope_posttrain.cli.training.data import Rows
+    from qscope_posttrain.cli.training import Rows
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-    from qscope_posttrain.sft.config import LossConfig
     from qscope_posttrain.sft.packing import PackingStrategy
 
-_CONFIGS = "qscope_posttrain.sft.config"
-METHODS = {
-    "sasft": ("SASFTConfig", "sasft_"),
-    "token_penalty": ("TokenPenaltyConfig", "token_penalty_"),
-    "kl_anchor": ("KLAnchorConfig", "anchor_"),
-}
-"""Method -> the class of its settings in `sft.config`, and the prefix of their keys"""
 _DECLARED = (
     ("qscope_posttrain.cli.training.sft", "RunArguments"),
-    *((_CONFIGS, kind, prefix) for kind, prefix in METHODS.values()),
+    *((CONFIGS, kind, prefix) for kind, prefix in METHODS.values()),
 )
-ANCHOR_WEIGHT = "anchor_weight"
-"""The key of every method with an anchor; `sasft_anchor_weight` and `token_penalty_anchor_weight` are the same"""
 
 
 @dataclass
 class RunArguments:
     """The keys of `qscope sft` beside those of its methods and of TRL."""
 
-    method: Literal["sasft", "token_penalty", "kl_anchor", "sft"] = field(
-        default="sasft",
-        metadata={
-            "help": "sasft: the penalty on features (keys sasft_...). token_penalty: on the probability of tokens of "
-            "the target language, without an SAE (token_penalty_...). kl_anchor: to the starting model alone "
-            "(anchor_...). The first two take anchor_weight as well. sft: TRL alone, as the control of any recipe."
-        },
-    )
-    features: str | None = field(
-        default=None, metadata={"help": "FeatureSet file written by `qscope features find`; required by method sasft."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check everything that can be checked without training, print it, and stop."}
-    )
+    method: Literal["sasft", "token_penalty", "kl_anchor", "sft"] = "sasft"
+    """sasft: the penalty on features (keys sasft_...). token_penalty: on the probability of tokens of the target
+    language, without an SAE (token_penalty_...). kl_anchor: to the starting model alone (anchor_...). The first two
+    take anchor_weight as well. sft: TRL alone, as the control of any recipe."""
+    features: str | None = None
+    """FeatureSet file written by `qscope features find`; required by method sasft."""
+    dry_run: bool = False
+    """Check everything that can be checked without training, print it, and stop."""
 
     def __post_init__(self) -> None:
         if self.method == "sasft" and self.features is None:
@@ -73,10 +63,8 @@ class RunArguments:
 class Recipe(TrainingRecipe):
     """All settings of one run of `qscope sft`."""
 
-    run: RunArguments
     penalty: Any
     """The settings of the method, a `LossConfig`; None for method sft"""
-    training: SFTConfig
 
     def own_keys(self) -> dict[str, Any]:
         if self.penalty is None:
@@ -114,28 +102,24 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     arguments = before_trl(arguments, "qscope sft", _DECLARED, "SFTConfig")
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-    device = DeviceRule()
     losses: list[Any] = [(config_class(method), prefix) for method, (_, prefix) in METHODS.items()]
     kinds = (RunArguments, *losses, ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)
-    parser = CommandParser(kinds, before_build=device, prog="qscope sft")
+    parser = CommandParser(kinds, before_build=check_values, prog="qscope sft")
     run, *own, script, mixture, training, model = parser.build(arguments)
     given = {key: value for part in own for key, value in part.items()}
-    penalty = _settings(run.method, given, parser.said)
-    parts = {"run": run, "penalty": penalty, "script": script, "mixture": mixture, "training": training, "model": model}
-    return Recipe(**parts, assumed_cpu=device.assumed_cpu)
-
-
-def config_class(method: str) -> type[LossConfig]:
-    """The class of the settings of a method."""
-    kind: type[LossConfig] = getattr(importlib.import_module(_CONFIGS), METHODS[method][0])
-    return kind
+    penalty = None
+    if run.method != "sft":
+        penalty = method_config(run.method, given, parser.said)
+    elif given:
+        status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
+    parts = {"run": run, "script": script, "mixture": mixture, "training": training, "model": model}
+    return Recipe(**parts, penalty=penalty, assumed_cpu=parser.values.assumed_cpu)
 
 
 def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     """Make a stock SFTTrainer with the method's callback in its list of callbacks."""
     from trl import SFTTrainer
 
-    from qscope_posttrain.cli.training.data import first_row, load_evaluation, load_rows
     from qscope_posttrain.cli.training.run import make_trainer
     from qscope_posttrain.sft.preparation import Preparation, is_template_file, trained_tokenizer
 
@@ -146,7 +130,7 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         tokenizer = trained_tokenizer(tokenizer, None, path)
         training.chat_template_path = None
     rows, evaluation = load_rows(recipe, recipe.script.dataset_train_split), load_evaluation(recipe)
-    callback = build_callback(recipe, features)
+    callback = None if recipe.penalty is None else make_callback(recipe.run.method, recipe.penalty, features)
     if training.packing and callback is not None and callback.reads_languages:
         packed = _pack(recipe, rows, callback.languages)
         if evaluation is not None:  # prepared as the trainer would, by the kind of the training data
@@ -165,26 +149,6 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         processing_class=tokenizer,
         callbacks=[] if callback is None else [callback],
     )
-
-
-def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLossCallback | None:
-    """Make the callback of the recipe's method; None for plain SFT.
-
-    Raises:
-        ValueError: features and options that do not fit, or method sasft without features.
-    """
-    from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
-    from qscope_posttrain.sft.callback import SASFTCallback
-
-    if recipe.penalty is None:
-        return None
-    if recipe.run.method == "token_penalty":
-        return TokenPenaltyCallback(config=recipe.penalty)
-    if recipe.run.method == "kl_anchor":
-        return KLAnchorCallback(config=recipe.penalty)
-    if features is None:
-        raise UserValueError("method sasft needs 'features'.")
-    return SASFTCallback(features, config=recipe.penalty)
 
 
 def skips_preparation(training: Any) -> bool:
@@ -238,45 +202,3 @@ def _without_packing(training: Any) -> Any:
     arguments.padding_free = training.padding_free or training.packing_strategy != "wrapped"
     arguments.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
     return arguments
-
-
-def _settings(method: str, given: dict[str, Any], said: Collection[str]) -> LossConfig | None:
-    """The settings of a method from the keys that were given; those in `said` are from the command line.
-
-    The control, method sft, ignores all of them.
-    """
-    if method == "sft":
-        if given:
-            status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
-        return None
-    kind, prefix = config_class(method), METHODS[method][1]
-    keys = {prefix + name: name for name in kind.__dataclass_fields__}
-    if prefix + ANCHOR_WEIGHT in keys:
-        keys[ANCHOR_WEIGHT] = ANCHOR_WEIGHT
-    foreign = [key for key in given if key not in keys]
-    if foreign:
-        raise UserValueError(" ".join(_not_of(method, key, keys) for key in foreign))
-    values: dict[str, Any] = {}
-    by_key: dict[str, str] = {}
-    for key in sorted(given, key=lambda key: key not in said):
-        name, value = keys[key], given[key]
-        other = by_key.setdefault(name, key)
-        if other in said and key not in said:
-            continue  # the command line goes before the file
-        if other != key and values[name] != value:
-            raise UserValueError(
-                f"'{prefix}{name}' and '{name}' are the same option; got {values[name]!r} and {value!r}. Give one."
-            )
-        values[name] = value
-    try:
-        return kind(**values)
-    except (ValueError, TypeError) as error:
-        raise UserValueError(f"{error} (In recipes these options begin with '{prefix}'.)") from error
-
-
-def _not_of(method: str, key: str, keys: dict[str, str]) -> str:
-    """A sentence about a key that another method uses."""
-    owner, prefix = next((name, prefix) for name, (_, prefix) in METHODS.items() if key.startswith(prefix))
-    same = METHODS[method][1] + key.removeprefix(prefix)
-    hint = f" Did you mean '{same}'?" if same in keys else did_you_mean(key, sorted(keys))
-    return f"method {method} does not use '{key}', a key of method {owner}.{hint or ' Leave it out.'}"
