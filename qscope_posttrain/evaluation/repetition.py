@@ -14,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict, write_rows
+from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
+from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.repetition import RepeatedTail, compression_ratio, ngram_repetition_rate, repeated_tail
 

@@ -1,17 +1,13 @@
-"""Group the responses of a model by prompt, describe how they were drawn, and write them to a file."""
+"""Group the responses of a model by prompt, and describe how they were drawn."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.generation import Sample
-from qscope_posttrain.report.summary import write_text
 
 
 def group_by_prompt(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
@@ -43,9 +39,3 @@ def note_of(settings: Mapping[str, Any], seed_noise: float, scope: str) -> str:
 def rates_dict(entry: Any) -> dict[str, Any]:
     """JSON-ready fields of a dataclass with the intervals `wilson` and `bootstrap` of a rate."""
     return {**asdict(entry), "wilson": entry.wilson._asdict(), "bootstrap": entry.bootstrap._asdict()}
-
-
-def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write every row as one line of JSON, in one step, and return the path. ValueError if it cannot be written."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return Path(path)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MaxAbsScaler, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardScaler
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -124,23 +124,9 @@ class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
         return tags
 
 
-class LayerSlice(TransformerMixin, BaseEstimator):
-    """Select the columns of one layer of several side by side, so that a search can choose the layer."""
-
-    def __init__(self, widths: Mapping[int, int], layer: int) -> None:
-        self.widths = widths
-        self.layer = layer
-
-    def fit(self, X: Any, y: Any = None) -> LayerSlice:
-        """Nothing to learn."""
-        return self
-
-    def transform(self, X: Any) -> Any:
-        """[texts, width of the layer]."""
-        return X[:, layer_slice(self.widths, self.layer)]
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
+def columns_of_layer(X: Any, widths: Mapping[int, int], layer: int) -> Any:
+    """The columns of one layer of several side by side."""
+    return X[:, layer_slice(widths, layer)]
 
 
 Grid = Callable[[LabeledTexts], Mapping[str, Sequence[Any]]]
@@ -175,11 +161,6 @@ class Method:
         search = GridSearchCV(estimator, dict(grid), scoring="f1", cv=splits, error_score="raise")
         return search.fit(matrix, labels).best_estimator_
 
-    def apply(self, fitted: Any, texts: LabeledTexts) -> tuple[Any, Any]:
-        """(predictions [N] bool, scores [N] or None)."""
-        matrix = texts.inputs[self.reads]
-        return fitted.predict(matrix), fitted.decision_function(matrix) if self.ranks else None
-
 
 def all_methods() -> tuple[Method, ...]:
     """Feature classifiers first, then probes and controls."""
@@ -192,10 +173,13 @@ def all_methods() -> tuple[Method, ...]:
 
     def probe(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
         def build(texts: LabeledTexts, seed: int) -> Any:
-            widths: Mapping[int, int] = getattr(texts, reads)
-            return make_pipeline(LayerSlice(widths, min(widths)), *(step() for step in steps))
+            return make_pipeline(FunctionTransformer(columns_of_layer), *(step() for step in steps))
 
-        return Method(name, reads, build, lambda texts: {**grid, "layerslice__layer": list(getattr(texts, reads))})
+        def layers(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
+            widths: Mapping[int, int] = getattr(texts, reads)
+            return {**grid, "functiontransformer__kw_args": [{"widths": widths, "layer": layer} for layer in widths]}
+
+        return Method(name, reads, build, layers)
 
     def control(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
         return Method(name, reads, lambda texts, seed: make_pipeline(*(s() for s in steps)), lambda texts: grid)
@@ -253,6 +237,6 @@ def choice_of(fitted: Any) -> str:
         layers = ", ".join(dict.fromkeys(map(str, fitted.feature_layers_.tolist())))
         return f"layer {layers}; {len(fitted.feature_ids_)} features"
     steps = getattr(fitted, "named_steps", {})
-    layer = [f"layer {steps['layerslice'].layer}"] if "layerslice" in steps else []
+    layer = [f"layer {steps['functiontransformer'].kw_args['layer']}"] if "functiontransformer" in steps else []
     model = steps.get("logisticregression")
     return "; ".join([*layer, *([f"C {model.C:g}"] if model is not None else [])])

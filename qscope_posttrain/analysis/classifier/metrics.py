@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 from qscope_posttrain.analysis.classifier.featurizer import layer_slice
-from qscope_posttrain.analysis.classifier.methods import COUNTS, LabeledTexts, Method, choice_of
+from qscope_posttrain.analysis.classifier.methods import COUNTS, LabeledTexts, Method
 from qscope_posttrain.analysis.classifier.rates import firing_rates, top_features
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
@@ -33,19 +33,18 @@ class Evaluation:
     values: Mapping[str, float]
     """By name, see METRICS; NaN where not defined: precision without a positive prediction, ranks without scores."""
     replicates: Mapping[str, Floats]
-    """[resamples] of each; the same seed and labels give the same resamples, so that differences are paired."""
-    level: float
+    """[resamples] of each; the same labels give the same resamples, so that differences are paired."""
 
     def interval(self, name: str) -> Interval:
-        """Percentile interval of one metric."""
-        return _interval(self.values[name], self.replicates[name], self.level)
+        """95 % percentile interval of one metric."""
+        return _interval(self.values[name], self.replicates[name])
 
     def difference(self, other: Evaluation, name: str) -> Interval:
-        """Paired interval of this one's metric minus the other's, on the same texts with the same seed."""
+        """Paired interval of this one's metric minus the other's, on the same texts."""
         if len(self.replicates[name]) != len(other.replicates[name]):
             raise UserValueError("A paired difference needs evaluations with the same resamples.")
         replicates = self.replicates[name] - other.replicates[name]
-        return _interval(self.values[name] - other.values[name], replicates, self.level)
+        return _interval(self.values[name] - other.values[name], replicates)
 
     def to_dict(self) -> dict[str, Any]:
         """{metric: [value, low, high]}."""
@@ -58,8 +57,6 @@ def evaluate(
     scores: ArrayLike | None = None,
     *,
     resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Evaluation:
     """Measure predictions, and the ranking by `scores` if there are any.
 
@@ -83,28 +80,18 @@ def evaluate(
         )
     if ranks is not None and not np.isfinite(ranks).all():
         raise UserValueError("scores must be finite numbers.")
-    if resamples < 1 or not 0 < level < 1:
-        raise UserValueError(f"resamples must be at least 1 and level within (0, 1); got {resamples}, {level}.")
+    if resamples < 1:
+        raise UserValueError(f"resamples must be at least 1; got {resamples}.")
     once = np.ones((1, len(truth)))
     values = {name: float(found[0]) for name, found in _measure(truth, guess, ranks, once).items()}
-    return Evaluation(values, _measure(truth, guess, ranks, _resamples(truth, resamples, seed)), level)
+    return Evaluation(values, _measure(truth, guess, ranks, _resamples(truth, resamples)))
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A fitted method."""
-
-    method: Method
-    estimator: Any
-
-    @property
-    def choice(self) -> str:
-        return choice_of(self.estimator)
-
-    def evaluate(self, texts: LabeledTexts, resamples: int = 1000) -> Evaluation:
-        """Measure it on labeled texts."""
-        predicted, scores = self.method.apply(self.estimator, texts)
-        return evaluate(texts.labels, predicted, scores, resamples=resamples)
+def measure(method: Method, fitted: Any, texts: LabeledTexts, resamples: int = 1000) -> Evaluation:
+    """Measure a fitted method on labeled texts."""
+    matrix = texts.inputs[method.reads]
+    scores = fitted.decision_function(matrix) if method.ranks else None
+    return evaluate(texts.labels, fitted.predict(matrix), scores, resamples=resamples)
 
 
 @dataclass(frozen=True)
@@ -115,14 +102,6 @@ class LayerRow:
     k: int
     top1_difference: float
     f1: float
-
-
-def fit_methods(
-    methods: Sequence[Method], discovery: LabeledTexts, *, folds: int = 5, seed: int = 0
-) -> dict[str, Fitted]:
-    """Fit each method on all discovery texts."""
-    shown = progress(methods, description="fitting the methods")
-    return {method.name: Fitted(method, method.fit(discovery, folds=folds, seed=seed)) for method in shown}
 
 
 def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] = COUNTS) -> list[LayerRow]:
@@ -141,10 +120,8 @@ def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] 
     return rows
 
 
-def jaccard_by_layer(
-    discovery: Mapping[str, LabeledTexts], top: int = JACCARD_TOP
-) -> dict[int, dict[tuple[str, str], float]]:
-    """Per layer, for each pair of groups, |A and B| / |A or B| of their `top` features by Delta."""
+def jaccard_by_layer(discovery: Mapping[str, LabeledTexts], top: int = JACCARD_TOP) -> dict[int, dict[str, float]]:
+    """Per layer, for each pair of groups "A/B", |A and B| / |A or B| of their `top` features by Delta."""
     chosen: dict[int, dict[str, set[int]]] = {}
     for group, texts in discovery.items():
         difference = firing_rates(texts.inputs["features"], texts.labels).difference
@@ -153,7 +130,7 @@ def jaccard_by_layer(
             chosen.setdefault(layer, {})[group] = set(top_features(part, top).tolist())
     pairs = [(one, two) for one in discovery for two in discovery if one < two]
     return {
-        layer: {(a, b): len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs}
+        layer: {f"{a}/{b}": len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs}
         for layer, sets in chosen.items()
     }
 
@@ -177,8 +154,8 @@ def efficiency(
     for share, draw in progress(plan, description="learning from parts of the texts"):
         part = discovery.take(draw_rows(discovery.labels, share, seed + draw))
         for method in methods:
-            fitted = Fitted(method, method.fit(part, folds=folds, seed=seed + draw))
-            found[method.name].setdefault(share, []).append(fitted.evaluate(test, resamples=1).values["f1"])
+            fitted = method.fit(part, folds=folds, seed=seed + draw)
+            found[method.name].setdefault(share, []).append(measure(method, fitted, test, resamples=1).values["f1"])
     return found
 
 
@@ -194,9 +171,9 @@ def draw_rows(labels: Any, share: float, seed: int) -> list[int]:
     return sorted(rows)
 
 
-def _resamples(truth: NDArray[np.bool_], count: int, seed: int) -> Floats:
+def _resamples(truth: NDArray[np.bool_], count: int) -> Floats:
     """[count, texts] number of times each text is drawn: with replacement, within its class."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     weights = np.zeros((count, len(truth)))
     for kind in (truth, ~truth):
         size = int(kind.sum())
@@ -229,9 +206,9 @@ def _measure(
     return found
 
 
-def _interval(value: float, replicates: Floats, level: float) -> Interval:
+def _interval(value: float, replicates: Floats) -> Interval:
     kept = replicates[np.isfinite(replicates)]
     if math.isnan(value) or not len(kept):
         return Interval(value, math.nan, math.nan)
-    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(kept, [0.025, 0.975])
     return Interval(value, float(low), float(high))

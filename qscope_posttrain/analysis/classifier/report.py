@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from qscope_posttrain.analysis.classifier.methods import LabeledTexts, Method
+from qscope_posttrain.analysis.classifier.methods import LabeledTexts, Method, choice_of
 from qscope_posttrain.analysis.classifier.metrics import (
     FRACTIONS,
     JACCARD_TOP,
@@ -18,14 +18,14 @@ from qscope_posttrain.analysis.classifier.metrics import (
     LayerRow,
     by_layer,
     efficiency,
-    fit_methods,
     jaccard_by_layer,
+    measure,
 )
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Curve, line_curves
-from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.tables import Table
 
 REFERENCE = "logistic on the residual"
@@ -53,31 +53,19 @@ class ClassifierReport:
     """Group -> every layer and K on its own test texts"""
     chosen_layers: Mapping[str, int]
     """Group -> layer by top1-diff, from discovery texts alone"""
-    jaccard: Mapping[int, Mapping[tuple[str, str], float]]
-    """Layer -> pair of groups -> overlap of their top sets"""
+    jaccard: Mapping[int, Mapping[str, float]]
+    """Layer -> pair of groups, "A/B" -> overlap of their top sets"""
     curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
     """Group -> method -> share of the discovery texts -> F1 of each draw"""
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, as JSON values."""
-        return {
-            "sizes": {group: list(sizes) for group, sizes in self.sizes.items()},
-            "evaluations": {
-                method: {one: {two: e.to_dict() for two, e in row.items()} for one, row in rows.items()}
-                for method, rows in self.evaluations.items()
-            },
-            "choices": {method: dict(rows) for method, rows in self.choices.items()},
-            "layers": {group: [vars(row) for row in rows] for group, rows in self.layers.items()},
-            "chosen_layers": dict(self.chosen_layers),
-            "jaccard": {
-                str(layer): {f"{one}/{two}": value for (one, two), value in pairs.items()}
-                for layer, pairs in self.jaccard.items()
-            },
-            "curves": {
-                group: {m: {str(share): list(f1) for share, f1 in curve.items()} for m, curve in curves.items()}
-                for group, curves in self.curves.items()
-            },
+        evaluations = {
+            method: {one: {two: e.to_dict() for two, e in row.items()} for one, row in rows.items()}
+            for method, rows in self.evaluations.items()
         }
+        layers = {group: [vars(row) for row in rows] for group, rows in self.layers.items()}
+        return {**vars(self), "evaluations": evaluations, "layers": layers}
 
     def tables(self) -> list[Table]:
         """All tables, in the order of the page."""
@@ -139,7 +127,7 @@ class ClassifierReport:
             for layer, values in self.jaccard.items()
         ]
         caption = "|A and B| / |A or B| of the features with the largest firing-rate difference in each group."
-        columns = ["layer", *(f"{one}, {two}" for one, two in pairs), "mean"]
+        columns = ["layer", *pairs, "mean"]
         return Table(f"Overlap of the top {JACCARD_TOP} features", columns, rows, caption)
 
     def _layer_table(self, group: str) -> Table:
@@ -190,9 +178,10 @@ def make_report(
         sizes[group] = tuple(
             int(count) for part in (texts, test[group]) for count in (part.labels.sum(), (~part.labels).sum())
         )
-        for name, fitted in fit_methods(methods, texts, folds=folds, seed=seed).items():
-            evaluations[name][group] = {other: fitted.evaluate(part, resamples) for other, part in test.items()}
-            choices[name][group] = fitted.choice
+        for method in progress(methods, description="fitting the methods"):
+            fitted = method.fit(texts, folds=folds, seed=seed)
+            found = {other: measure(method, fitted, part, resamples) for other, part in test.items()}
+            evaluations[method.name][group], choices[method.name][group] = found, choice_of(fitted)
         layers[group] = by_layer(texts, test[group])
         chosen[group] = max(layers[group], key=lambda row: (row.top1_difference, -row.layer)).layer
         if draws:
@@ -208,10 +197,10 @@ def draw_interval(values: Any, level: float = 0.95) -> Interval:
     """Mean of independent draws with its t interval, within [0, 1]; the value alone where there is one draw."""
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
-    if len(sample) < 2:
+    if len(sample) < 2 or not sample.std():
         return Interval(mean, mean, mean)
-    reach = float(stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample)))
-    return Interval(mean, max(0.0, mean - reach), min(1.0, mean + reach))
+    low, high = stats.t.interval(level, len(sample) - 1, mean, stats.sem(sample))
+    return Interval(mean, max(0.0, float(low)), min(1.0, float(high)))
 
 
 def _cell(interval: Interval) -> str:
