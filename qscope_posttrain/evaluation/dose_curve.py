@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.directions import random_directions
+from qscope_posttrain.features.build import difference_of_means, random_directions
 from qscope_posttrain.features.dose_curve import FEATURE, MEANS, RANDOM, UNSTEERED
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.selection import difference_of_means
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums, bootstrap_over_prompts, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, encode_prompts, generate_samples

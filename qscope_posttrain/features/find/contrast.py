@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import features_from_rows
+from qscope_posttrain.features.build import features_from_rows, top_features
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.search import Sources, search
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.features.selection import top_features
 from qscope_posttrain.features.statistics import PassStatistics
 from qscope_posttrain.features.text_features import collect_text_features
 from qscope_posttrain.models.batches import Text, TokenText, longest_allowed, tokenize_texts

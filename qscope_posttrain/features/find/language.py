@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import feature_set_from, features_from_rows
+from qscope_posttrain.features.build import (
+    feature_set_from,
+    features_from_rows,
+    monolinguality,
+    random_layer_features,
+    top_features,
+)
 from qscope_posttrain.features.causal import causal_check, measure_effects
-from qscope_posttrain.features.directions import random_layer_features
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.search import Sources, search
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.features.selection import monolinguality, top_features
 from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics
 from qscope_posttrain.models.batches import check_texts
 from qscope_posttrain.models.layers import check_layers

@@ -14,7 +14,7 @@ from qscope_posttrain.features.build import features_from_rows
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import LoopCollection, collect_loops
-from qscope_posttrain.features.find.repetition_curve import CURVE_KEY, Contrast, SteeringCurve, steering_curve
+from qscope_posttrain.features.find.repetition_curve import CURVE_KEY, LOOP, NORMAL, SteeringCurve, steering_curve
 from qscope_posttrain.features.find.repetition_scores import (
     Ranking,
     rank_features,
@@ -31,7 +31,7 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-LOOP, NORMAL, BENIGN = "loop", "normal", "benign"
+BENIGN = "benign"
 REPETITION = "repetition"
 """`settings["selector"]` of these features"""
 DEFAULT_CURVE = CurveSettings()
@@ -165,9 +165,8 @@ def find_repetition_features(
     features = replace(features, provenance={**features.provenance, **tables})
     if curve is None:
         return features
-    contrast = Contrast(LOOP, features.language_index(LOOP), features.language_index(NORMAL))
     shown: dict[str, Any] = {"periods": loops.periods, "show_progress": show_progress}
-    return with_choice(features, steering_curve(model, tokenizer, prompt_ids, features, contrast, curve, **shown))
+    return with_choice(features, steering_curve(model, tokenizer, prompt_ids, features, curve, **shown))
 
 
 def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:
@@ -177,7 +176,7 @@ def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:
     chosen = curve.to_settings(LOOP)
     if curve.chosen is not None and chosen is not None:
         settings[SETTINGS_KEY] = chosen
-        layers[chosen["layer"]] = layers[chosen["layer"]].take(curve.chosen.trial.push.rows)
+        layers[chosen["layer"]] = layers[chosen["layer"]].take(curve.chosen.trial.rows)
     if not curve.specific:
         status(f"warning: {curve.verdict()}", enabled=True)
     provenance = {**features.provenance, CURVE_KEY: curve.to_table().to_dict()}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.features.build import top_features
 from qscope_posttrain.features.causal import steering_gradients
 from qscope_posttrain.features.find.loops import Loop
-from qscope_posttrain.features.selection import top_features
 from qscope_posttrain.features.sums import tokens_at_a_time
 from qscope_posttrain.kernels.statistics import feature_statistics_
 from qscope_posttrain.models.batches import (

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from qscope_posttrain.features.build import difference_of_means_set, direction_feature_set, random_feature_set
 from qscope_posttrain.features.causal import causal_check, effect_gradients, measure_effects
-from qscope_posttrain.features.directions import difference_of_means_set, direction_feature_set, random_feature_set
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.language import language_feature_set
 from qscope_posttrain.features.statistics import collect_statistics
