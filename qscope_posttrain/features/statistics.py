@@ -35,7 +35,6 @@ from qscope_posttrain.models.calibration import calibrate, calibration_sample, l
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress
-from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 
@@ -93,24 +92,8 @@ class PassStatistics:
     """[L] int64: texts read"""
     skipped: Tensor
     """[L] int64: tokens before the first that counts: the first one of a text, the context of a `TokenText`"""
-    truncated: Tensor
-    """[L] int64: texts longer than max_length"""
     settings: Mapping[str, Any]
     text_fingerprint: str
-
-    def to_table(self) -> Table:
-        """Numbers of texts and tokens read and left out per language; outliers of the layer that has most of them."""
-        outliers = torch.stack([layer.outliers for layer in self.layers.values()])
-        tokens = torch.stack([layer.tokens for layer in self.layers.values()])
-        return Table(
-            title="Tokens behind the statistics",
-            columns=["language", "texts", "cut", "tokens", "first tokens left out", "norm outliers left out (most)"],
-            rows=[
-                [name, int(self.texts[i]), int(self.truncated[i]), int(tokens[:, i].max()), int(self.skipped[i]),
-                 int(outliers[:, i].max())]
-                for i, name in enumerate(self.languages)
-            ],
-        )  # fmt: skip
 
 
 def collect_statistics(
@@ -220,7 +203,6 @@ def collect_statistics(
         layers={layer: _finished(layer, sums[layer], calibration.medians[layer], languages) for layer in layers},
         texts=_count(sequences, len(languages)),
         skipped=_count(sequences, len(languages), [min(s.start, len(s.ids)) for s in sequences]),
-        truncated=_count([sequence for sequence in sequences if sequence.truncated], len(languages)),
         settings=settings,
         text_fingerprint=text_fingerprint({name: map(describe_text, entries) for name, entries in texts.items()}),
     )

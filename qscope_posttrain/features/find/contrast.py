@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import features_from_rows, top_features
+from qscope_posttrain.features.build import Sources, features_from_rows, search, top_features
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find.search import Sources, search
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.statistics import PassStatistics
 from qscope_posttrain.features.text_features import collect_text_features
@@ -47,7 +46,7 @@ def find_contrastive_features(
         firing_rate  share of tokens with f_s > 0 in positive - share in negative
 
     so that "activation" prefers features that fire strongly, "firing_rate" those that fire often. First tokens and norm
-    outliers do not count. `pass_options` are those of `search.search` and `statistics.collect_statistics`.
+    outliers do not count. `pass_options` are those of `build.search` and `statistics.collect_statistics`.
 
     Args:
         positive, negative: strings, token ids, or `TokenText`s that count from some position on.

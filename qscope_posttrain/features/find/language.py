@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.build import (
+    Sources,
     feature_set_from,
     features_from_rows,
     monolinguality,
     random_layer_features,
+    search,
     top_features,
 )
 from qscope_posttrain.features.causal import causal_check, measure_effects
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find.search import Sources, search
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics
 from qscope_posttrain.models.batches import check_texts
@@ -77,7 +78,7 @@ def find_language_features(
         controls (int, default 5): Number of random features in it.
         seed (int, default 0): Of the random features and the bootstrap.
         show_progress (bool, default None): Show progress bars; None: on a terminal.
-        pass_options: `k`, `saes_at_once` and `checkpoint` of `search.search`, and the options of
+        pass_options: `k`, `saes_at_once` and `checkpoint` of `build.search`, and the options of
             `statistics.collect_statistics`.
 
     Raises:

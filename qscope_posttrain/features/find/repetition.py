@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import features_from_rows
+from qscope_posttrain.features.build import Sources, features_from_rows, search
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import LoopCollection, collect_loops
@@ -21,7 +21,6 @@ from qscope_posttrain.features.find.repetition_scores import (
     repetition_differences,
     repetition_gradients,
 )
-from qscope_posttrain.features.find.search import Sources, search
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.statistics import PassStatistics
 from qscope_posttrain.features.steering import SETTINGS_KEY
@@ -94,7 +93,7 @@ def find_repetition_features(
         chat (bool, default False): Send prompts through the chat template.
         chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
         show_progress (bool, default None): Show progress bars; None: on a terminal.
-        pass_options: `k` and `saes_at_once` of `search.search`, and the options of `statistics.collect_statistics`.
+        pass_options: `k` and `saes_at_once` of `build.search`, and the options of `statistics.collect_statistics`.
             `max_length` is by default that of the longest completion, because a loop is at the end of its text.
 
     Raises:
