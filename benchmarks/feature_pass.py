@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find.language import language_feature_set
+from qscope_posttrain.features.find.contrast import language_feature_set
 from qscope_posttrain.features.build import monolinguality, top_features
 from qscope_posttrain.features.statistics import PassStatistics, collect_statistics
 from qscope_posttrain.provenance import machine, package_versions

@@ -192,13 +192,12 @@ class SpanIdentifier:
     least_words: int
     """Minimum number of words in a span"""
     name = "words"
-    """Name of this way of detecting in reports"""
 
     def evidence(self, text: str) -> NDArray[np.float64]:
         """`[words]`: the contribution of each word to a span.
 
-        It is the word's score (see `WordModel.scores`), a positive one divided by k at the k-th occurrence of the word,
-        so that neither one odd word nor a list or loop that repeats it can decide.
+        It is the word's score, a positive one divided by k at the k-th occurrence of the word, so that neither one odd
+        word nor a list or loop that repeats it can decide.
         """
         words = words_of(text)
         scores = self.model.scores(words)

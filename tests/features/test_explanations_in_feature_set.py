@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId, Prediction
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.feature_set_file import FORMAT
-from qscope_posttrain.features.find.language import find_language_features
+from qscope_posttrain.features.find.contrast import find_language_features
 
 PREDICTION = {"hits": 8, "positives": 10, "rejections": 3, "negatives": 6}
 

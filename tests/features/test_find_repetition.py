@@ -12,9 +12,13 @@ from qscope_posttrain.features.build import feature_set_from, features_from_dire
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import LoopCollection, collect_loops
-from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table, with_choice
-from qscope_posttrain.features.find.repetition_curve import candidates, curve_figures, steering_curve
-from qscope_posttrain.features.find.repetition_scores import repetition_differences, repetition_gradients
+from qscope_posttrain.features.find.repetition import (
+    find_repetition_features,
+    repetition_differences,
+    repetition_gradients,
+    repetition_table,
+)
+from qscope_posttrain.features.find.repetition_curve import candidates, curve_figures, steering_curve, with_choice
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.models.generation import SamplingSettings, encode_prompts, sample_batch

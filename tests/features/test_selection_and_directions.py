@@ -16,7 +16,7 @@ from qscope_posttrain.features.build import (
     random_features,
     top_features,
 )
-from qscope_posttrain.features.find.language import language_feature_set
+from qscope_posttrain.features.find.contrast import language_feature_set
 
 
 def test_monolinguality_is_the_paper_formula():

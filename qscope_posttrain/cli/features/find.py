@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def find(options: argparse.Namespace) -> None:
     """Find the features of each language, print them, and write `features.safetensors` and `summary.json`."""
-    from qscope_posttrain.features.find.language import find_language_features
+    from qscope_posttrain.features.find.contrast import find_language_features
 
     output = writable_folder(options.output)
     texts = read_texts(options.texts, options.max_texts)

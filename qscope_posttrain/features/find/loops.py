@@ -54,6 +54,24 @@ class Loop(Completion):
         return TokenText(self.ids, len(self.prompt_ids) + self.tail.second_copy)
 
 
+def occurrences(loop: Loop) -> list[tuple[int, int]]:
+    """(first position, position) of the token at every position of the last whole copy, the last `period` tokens.
+
+    Positions count from the first token of the prompt. The first occurrence is anywhere in the completion, before the
+    tail or in its first copy; the prompt does not count. A block may hold a token several times: every position counts.
+    The first token of a text has no state worth comparing (it is an attention sink), so it is skipped, and so is a
+    token that occurs once.
+    """
+    start = len(loop.prompt_ids)
+    first: dict[int, int] = {}
+    for position, token in enumerate(loop.completion_ids, start):
+        if position > 0:
+            first.setdefault(token, position)
+    end = start + len(loop.completion_ids)
+    pairs = ((first[loop.ids[last]], last) for last in range(end - loop.tail.period, end))
+    return [(before, after) for before, after in pairs if before < after]
+
+
 @dataclass(frozen=True)
 class LoopCollection:
     """Loops, ordinary completions for contrast, and the number of completions examined."""

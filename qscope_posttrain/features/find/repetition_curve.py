@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from qscope_posttrain.features.dose_curve import (
 )
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
+from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.intervals import Interval, rate_difference
 from qscope_posttrain.models.steering_spec import unit
 from qscope_posttrain.report.plots import Curve, line_curves
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Cell, Table
 
 LOOP, NORMAL = "loop", "normal"
@@ -248,6 +250,20 @@ def controls(features: FeatureSet, layer: int, settings: CurveSettings, seed: in
             f"Layer {layer}: both classes have the same mean residual, so there is no difference of means."
         )
     yield Trial(MEANS, MEANS, layer, unit(difference)[None], rows.residual_median_norm)
+
+
+def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:
+    """Add the curve, and keep only the chosen rows of the chosen layer; warn of a choice that is not specific."""
+    settings = {**features.settings, "curve": asdict(curve.settings)}
+    layers = dict(features.layers)
+    chosen = curve.to_settings(LOOP)
+    if curve.chosen is not None and chosen is not None:
+        settings[SETTINGS_KEY] = chosen
+        layers[chosen["layer"]] = layers[chosen["layer"]].take(curve.chosen.trial.rows)
+    if not curve.specific:
+        status(f"warning: {curve.verdict()}", enabled=True)
+    provenance = {**features.provenance, CURVE_KEY: curve.to_table().to_dict()}
+    return replace(features, layers=layers, settings=settings, provenance=provenance)
 
 
 def curve_figures(features: FeatureSet) -> dict[int, str]:

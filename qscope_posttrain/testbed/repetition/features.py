@@ -11,8 +11,8 @@ from qscope_posttrain.features.build import difference_of_means_set
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import Completion
-from qscope_posttrain.features.find.repetition import LOOP, NORMAL, find_repetition_features, with_choice
-from qscope_posttrain.features.find.repetition_curve import steering_curve
+from qscope_posttrain.features.find.repetition import find_repetition_features
+from qscope_posttrain.features.find.repetition_curve import LOOP, NORMAL, steering_curve, with_choice
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.models.batches import TokenText

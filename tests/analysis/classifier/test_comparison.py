@@ -17,14 +17,14 @@ from qscope_posttrain.analysis.classifier.methods import (
     methods_named,
     token_counts,
 )
-from qscope_posttrain.analysis.classifier.metrics import (
+from qscope_posttrain.analysis.classifier.report import (
     by_layer,
     draw_rows,
     efficiency,
     jaccard_by_layer,
+    make_report,
     measure,
 )
-from qscope_posttrain.analysis.classifier.report import make_report
 
 
 def make_examples(count=80, informative=3, seed=0, layers=(1, 4)):
