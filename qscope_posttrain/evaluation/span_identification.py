@@ -184,7 +184,6 @@ class SpanIdentifier:
     others: tuple[str, ...]
     """The languages that it is distinguished from"""
     model: WordModel
-    """Scores of words"""
     calibration: Mapping[str, SourceThreshold]
     """By source language: those whose texts can be judged"""
     false_positive_rate: float

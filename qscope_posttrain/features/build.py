@@ -135,6 +135,16 @@ def features_from_rows(
     )
 
 
+def best_rows(
+    statistics: LayerStatistics, sae: SparseAutoencoder, scores: Mapping[str, Tensor], top: int
+) -> LayerFeatures:
+    """The `top` features of each label by its scores [features], grouped by label, best first."""
+    ids = {label: top_features(of_label, top) for label, of_label in scores.items()}
+    labels = [label for label in scores for _ in range(top)]
+    kept = torch.cat([scores[label][best] for label, best in ids.items()])
+    return features_from_rows(statistics, sae.select(torch.cat(list(ids.values()))), labels, kept)
+
+
 def features_from_directions(
     statistics: LayerStatistics, directions: Tensor, names: Sequence[str], label: str, target: int
 ) -> LayerFeatures:

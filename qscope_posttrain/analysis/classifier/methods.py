@@ -187,14 +187,8 @@ def all_methods() -> tuple[Method, ...]:
     def constant(name: str, **parameters: Any) -> Method:
         return Method(name, "length", lambda texts, seed: DummyClassifier(**parameters), ranks=False)
 
-    def few(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"k": COUNTS}
-
-    def few_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"k": COUNTS, "layer": list(texts.features)}
-
-    def many_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"k": MANY, "layer": list(texts.features)}
+    def of_a_layer(counts: Sequence[int]) -> Grid:
+        return lambda texts: {"k": counts, "layer": list(texts.features)}
 
     def layer_counts(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
         return {"n_layers": range(1, min(len(texts.features), 8) + 1)}
@@ -204,14 +198,14 @@ def all_methods() -> tuple[Method, ...]:
 
     c: dict[str, Sequence[float]] = {"logisticregression__C": PENALTIES}
     return (
-        features("OR, layer by top1-diff", few),
-        features("OR, layer by validation", few_of_a_layer),
+        features("OR, layer by top1-diff", lambda texts: {"k": COUNTS}),
+        features("OR, layer by validation", of_a_layer(COUNTS)),
         features("OR, one feature a layer", layer_counts),
-        features("OR, best thresholds", few_of_a_layer, thresholds="best"),
-        features("votes", many_of_a_layer, rule="votes"),
-        features("logistic on top features", many_of_a_layer, rule="logistic"),
-        features("logistic, best thresholds", many_of_a_layer, rule="logistic", thresholds="best"),
-        features("random features, OR", few, selection="random"),
+        features("OR, best thresholds", of_a_layer(COUNTS), thresholds="best"),
+        features("votes", of_a_layer(MANY), rule="votes"),
+        features("logistic on top features", of_a_layer(MANY), rule="logistic"),
+        features("logistic, best thresholds", of_a_layer(MANY), rule="logistic", thresholds="best"),
+        features("random features, OR", lambda texts: {"k": COUNTS}, selection="random"),
         probe("logistic on all features", "features", MaxAbsScaler, logistic, **c),
         probe("logistic on the residual", "residual", StandardScaler, logistic, **c),
         probe("difference of means", "residual", MeanDifferenceProbe),

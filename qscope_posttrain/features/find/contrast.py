@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.build import (
     Sources,
+    best_rows,
     feature_set_from,
-    features_from_rows,
     monolinguality,
     random_layer_features,
     search,
-    top_features,
 )
 from qscope_posttrain.features.causal import causal_check, measure_effects
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -157,11 +156,8 @@ def language_feature_set(
 def _language_rows(
     statistics: LayerStatistics, sae: SparseAutoencoder, languages: Sequence[str], top: int
 ) -> LayerFeatures:
-    """The `top` features of each language in one layer, grouped by language in the order given, best first."""
     scores = monolinguality(statistics.mean_activation)
-    ids = torch.stack([top_features(scores[i], top) for i in range(len(languages))])
-    labels = [language for language in languages for _ in range(top)]
-    return features_from_rows(statistics, sae.select(ids.flatten()), labels, scores.gather(1, ids).flatten())
+    return best_rows(statistics, sae, dict(zip(languages, scores, strict=True)), top)
 
 
 def find_contrastive_features(
@@ -205,10 +201,8 @@ def find_contrastive_features(
         rows = {}
         for layer, sae in loaded.items():
             measured = passed.layers[layer]
-            means = measured.mean_activation if by == "activation" else measured.firing_rate
-            scores = means[0] - means[1]
-            ids = top_features(scores, top)
-            rows[layer] = features_from_rows(measured, sae.select(ids), [names[0]] * top, scores[ids])
+            inside, outside = measured.mean_activation if by == "activation" else measured.firing_rate
+            rows[layer] = best_rows(measured, sae, {names[0]: inside - outside}, top)
         return rows
 
     score = "difference of mean activation, or of firing rate, between the first set and the second"
@@ -285,15 +279,13 @@ def rank_response_features(
             scores[ids.long()] = values.double()
             if reference:
                 scores[passed.layers[layer].firing_rate[1] > max_reference_rate] = -math.inf
-            best = top_features(scores, top)
-            if not float(scores[best[-1]]) > 0:
-                left = int((scores > 0).sum())
+            if (left := int((scores > 0).sum())) < top:
                 raise UserValueError(
                     f"Layer {layer}: only {left} features fire on the response"
                     + (f" and on at most {max_reference_rate:g} of the reference's tokens" if reference else "")
                     + f", fewer than top={top}."
                 )
-            rows[layer] = features_from_rows(passed.layers[layer], sae.select(best), [RESPONSE] * top, scores[best])
+            rows[layer] = best_rows(passed.layers[layer], sae, {RESPONSE: scores}, top)
         return rows
 
     score = "largest or mean activation over the response's tokens"
