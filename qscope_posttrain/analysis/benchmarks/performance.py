@@ -188,8 +188,8 @@ def kendall(full: ArrayLike, parts: ArrayLike) -> NDArray[np.float64]:
 
     Rounded, so that sums of the same numbers in another order tie.
     """
-    reference = np.round(full, 12)
-    return np.nan_to_num([stats.kendalltau(reference, row).statistic for row in np.round(parts, 12)])
+    reference, rows = np.round(np.asarray(full), 12), np.round(np.asarray(parts), 12)
+    return np.nan_to_num([stats.kendalltau(reference, row).statistic for row in rows])
 
 
 def _read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:

@@ -77,7 +77,7 @@ def check_origin(path: Path, stored: Any, found: Mapping[str, Any], layers: set[
         raise UserValueError(f"{path} was made with another model or other SAEs: {'; '.join(differences)}.")
 
 
-def _check_document(path: Path, document: dict[str, Any]) -> None:
+def _check_document(path: Path, document: Any) -> None:
     """Check every field but the parameters; keys that are layers become integers."""
 
     def need(fits: bool, message: str) -> None:

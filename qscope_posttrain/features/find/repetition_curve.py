@@ -219,7 +219,7 @@ def steering_curve(
     if chosen is not None and chosen.trial.layer is not None:
         trial = chosen.trial
         again = controls(features, chosen.trial.layer, settings, seed + _FRESH_SEED)
-        same = {"strength": trial.strength, "window_length": trial.window_length}
+        same: dict[str, Any] = {"strength": trial.strength, "window_length": trial.window_length}
         trials = [trials[0], trial, *(replace(push, **same) for push in again)]
         used = settings.samples % len(shuffled)
         others = shuffled[used:] + shuffled[:used]
