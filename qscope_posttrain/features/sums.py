@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
@@ -23,6 +24,7 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
+FORMAT = "qscope_posttrain.pass_checkpoint"
 SAME_MEDIAN = 1e-4
 """Relative difference of median norms up to which a model counts as the same: the medians stand for its weights."""
 CODE_ENTRIES = 1 << 24
@@ -138,37 +140,51 @@ class PassCheckpoint:
             raise UserFileNotFoundError(f"No checkpoint at {self.path}: the folder {self.path.parent} does not exist.")
         if self.path is not None and processes > 1:
             self.path = self.path.with_name(f"{self.path.name}.rank{rank}")
-        # As JSON, in which equal keys are equal whatever they are made of.
         self.key = json.dumps({**key, "rank": rank}, sort_keys=True)
-        self.medians = list(medians.values())
+        self.medians = {str(layer): median for layer, median in medians.items()}
 
     def resume(self, sums: Mapping[int, LayerSums]) -> int:
         """Fill `sums` from the file if it belongs to this pass; returns the number of batches already in them."""
         if self.path is None or not self.path.exists():
             return 0
         try:
-            with self.path.open("rb") as file:  # of a path with the suffix of another format torch makes another reader
-                saved = torch.load(file, map_location="cpu", weights_only=True)
-            pairs = zip(saved["medians"], self.medians, strict=True)
-            if saved["key"] != self.key or not all(math.isclose(*pair, rel_tol=SAME_MEDIAN) for pair in pairs):
-                status(f"{self.path} belongs to another pass; starting from the beginning.", enabled=True)
-                return 0
-        except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+            with safe_open(str(self.path), framework="pt") as file:
+                done = self._matching(file.metadata() or {}, set(file.keys()), sums)
+                if done is None:
+                    status(f"{self.path} belongs to another pass; starting from the beginning.", enabled=True)
+                    return 0
+                for layer, layer_sums in sums.items():
+                    for name, value in layer_sums.tensors().items():
+                        value.copy_(file.get_tensor(f"{layer}.{name}"))
+        except SafetensorError as error:
             status(f"{self.path} is damaged ({error}); starting from the beginning.", enabled=True)
             return 0
-        for layer, layer_sums in sums.items():
-            for name, value in layer_sums.tensors().items():
-                value.copy_(saved["sums"][layer][name])
-        status(f"Resuming from {self.path}: {saved['batches']} batches are done.", enabled=True)
-        return int(saved["batches"])
+        status(f"Resuming from {self.path}: {done} batches are done.", enabled=True)
+        return done
+
+    def _matching(self, metadata: Mapping[str, str], names: set[str], sums: Mapping[int, LayerSums]) -> int | None:
+        try:
+            document = json.loads(metadata.get(FORMAT, "{}"))
+            medians, done = document["medians"], document["batches"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            return None
+        expected = {f"{layer}.{name}" for layer, layer_sums in sums.items() for name in layer_sums.tensors()}
+        same = (
+            document.get("key") == self.key
+            and names == expected
+            and medians.keys() == self.medians.keys()
+            and all(math.isclose(medians[i], self.medians[i], rel_tol=SAME_MEDIAN) for i in medians)
+        )
+        return int(done) if same else None
 
     def write(self, sums: Mapping[int, LayerSums], batches: int) -> None:
         """Replace the file by the current state."""
         if self.path is None:
             return
-        state = {"key": self.key, "medians": self.medians, "batches": batches}
+        tensors = {f"{layer}.{name}": v.cpu() for layer, part in sums.items() for name, v in part.tensors().items()}
+        document = json.dumps({"key": self.key, "medians": self.medians, "batches": batches})
         with replacing(self.path) as unfinished:
-            torch.save({**state, "sums": {layer: part.tensors() for layer, part in sums.items()}}, unfinished)
+            unfinished.write_bytes(save(tensors, metadata={FORMAT: document}))
 
     def delete(self) -> None:
         if self.path is not None:
