@@ -22,7 +22,7 @@ from qscope_posttrain.analysis.benchmarks.performance import read_scores
 from qscope_posttrain.endpoint.templates import PromptTemplates
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.evaluation.safety import read_safety_prompts
-from qscope_posttrain.features.explain.explanation_file import read_explanations
+from qscope_posttrain.features.feature_set import read_explanations
 from qscope_posttrain.files import check_is_file, read_lines, read_text
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.sae.containers import json_file

@@ -62,7 +62,7 @@ OPTIONS = f"""
 def synthesize(options: argparse.Namespace) -> None:
     """Choose targets, write prompts and responses, measure coverage; leave data, prompts, a page and a summary."""
     require_extra("analysis", "report")
-    from qscope_posttrain.features.explain.explanation_file import read_explanations
+    from qscope_posttrain.features.feature_set import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
     from qscope_posttrain.synthesis.coverage import FeatureReader, write_relevance

@@ -1,7 +1,7 @@
 """Losses that need no SAE and no FeatureSet, with the interface of SASFT: token penalty, KL anchor alone.
 
 The difference of means and random features are FeatureSets, so they run through `SASFTCallback` itself (see
-`features.directions`).
+`features.build`).
 """
 
 from __future__ import annotations

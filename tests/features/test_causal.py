@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qscope_posttrain.features.build import direction_feature_set, random_directions
 from qscope_posttrain.features.causal import (
     CONTROL,
     FEATURE,
@@ -16,7 +17,6 @@ from qscope_posttrain.features.causal import (
     effect_gradients,
     measure_effects,
 )
-from qscope_posttrain.features.directions import direction_feature_set, random_directions
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.models.scoring import target_probability
 from qscope_posttrain.models.steering import Steering, steer
@@ -165,8 +165,8 @@ def test_table_has_one_line_for_all_controls(planted, tiny_tokenizer, texts):
     assert len(table.rows) == 3 * 3
     assert sum("random direction (3): mean, range" in row for row in table.rows) == 3
     statistics = collect_statistics(model, tiny_tokenizer, texts, {LAYER: None})
-    drawn = random_directions(torch.ones(1), 64, seed=1)
-    controls = direction_feature_set(statistics, LAYER, drawn, ["drawn"], language="zh")
+    drawn = random_directions(torch.ones(1), 64, seed=1)[0]
+    controls = direction_feature_set(statistics, LAYER, drawn, "drawn", language="zh")
     named = causal_check(model, tiny_tokenizer, texts, features, "zh", controls=controls)
     assert len(named.of(CONTROL, LAYER, "add")) == 1
 

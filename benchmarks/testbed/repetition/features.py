@@ -18,12 +18,12 @@ from benchmarks.testbed.repetition.task import (
     finish,
     write_steps,
 )
-from qscope_posttrain.features.directions import difference_of_means_set
+from qscope_posttrain.features.build import difference_of_means_set
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import Completion
-from qscope_posttrain.features.find.repetition import LOOP, NORMAL, find_repetition_features, with_choice
-from qscope_posttrain.features.find.repetition_curve import Contrast, steering_curve
+from qscope_posttrain.features.find.repetition import find_repetition_features
+from qscope_posttrain.features.find.repetition_curve import LOOP, NORMAL, steering_curve, with_choice
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.models.batches import TokenText
@@ -170,12 +170,11 @@ def _find(
             random_directions=config.scan_random_directions,
             sampling=sampling,
         )
-        contrast = Contrast(LOOP, candidates.language_index(LOOP), candidates.language_index(NORMAL))
         # Steered to the end this model stutters but does not loop as it does by itself; the report, whose method that
         # is, counts any endless repetition.
         periods = None if to_end else collection.periods
         curve = steering_curve(
-            model, tokenizer, encode_prompts(tokenizer, prompts), candidates, contrast, settings, periods=periods
+            model, tokenizer, encode_prompts(tokenizer, prompts), candidates, settings, periods=periods
         )
         chosen = with_choice(candidates, curve)
         if curve.chosen is None:

@@ -10,7 +10,7 @@ from qscope_posttrain.cli.options import check_endpoint_options, layers_of, load
 from qscope_posttrain.cli.parsing.table import TEXT_LIST
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.report.summary import writable_folder, write_rows, write_summary
 from qscope_posttrain.text.inputs import read_text_list
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ def explain(options: argparse.Namespace) -> None:
     require_extra("report")
     from qscope_posttrain.features.explain.ask import ExplainSettings, explain_features, explain_templates
     from qscope_posttrain.features.explain.contexts import ContextSettings
-    from qscope_posttrain.features.explain.explanation_file import write_explanations
     from qscope_posttrain.features.feature_set import FeatureSet
 
     check_endpoint_options(options)
@@ -76,7 +75,7 @@ def explain(options: argparse.Namespace) -> None:
         table.print()
     for feature, reason in found.skipped.items():
         status(f"{feature} is not explained: {reason}")
-    written = write_explanations(output / EXPLANATIONS, found.explanations)
+    written = write_rows(output / EXPLANATIONS, (entry.to_dict() for entry in found.explanations))
     if features is not None:
         features.explained(found.explanations).save(output)
     page = _write_page(found, tokenizer, output / PAGE)

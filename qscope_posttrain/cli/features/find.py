@@ -98,7 +98,7 @@ def find(options: argparse.Namespace) -> None:
 
     One pass over texts, which a launcher (accelerate launch, torchrun) may share among processes.
     """
-    from qscope_posttrain.features.find.language import find_language_features
+    from qscope_posttrain.features.find.contrast import find_language_features
 
     output = writable_folder(options.output)
     texts = read_texts(options.texts, options.max_texts)
