@@ -16,14 +16,18 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from benchmarks.testbed.processes import run_in_parallel
 from benchmarks.testbed.settings import TaskSettings
 from qscope_posttrain.provenance import package_versions
-from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.progress import progress, status
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "trl")
 """Packages whose version may change a result."""
+
+
+Job = TypeVar("Job")
 
 
 class Artefact(NamedTuple):
@@ -93,6 +97,19 @@ class Cache:
     ) -> Artefact:
         """Return the artefact at `place`, made first if it is not there."""
         return self.fill(self.place(kind, version, settings, inputs), build)
+
+
+def run_missing(
+    cache: Cache,
+    jobs: Mapping[Artefact, Job],
+    work: Callable[[tuple[Artefact, Job]], object],
+    workers: int | None,
+    description: str,
+) -> None:
+    """Call `work` on the jobs whose results are not in the cache, with their places, in up to `workers` processes."""
+    missing = [(place, job) for place, job in jobs.items() if not cache.has(place)]
+    for _ in progress(run_in_parallel(work, missing, workers), total=len(missing), description=description):
+        pass
 
 
 def default_cache_folder() -> Path:

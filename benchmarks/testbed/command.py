@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
@@ -12,8 +11,7 @@ from benchmarks.testbed.repetition.config import RepetitionConfig
 from benchmarks.testbed.settings import TaskSettings
 from benchmarks.testbed.switching.config import SwitchingConfig
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.errors import UserValueError, did_you_mean
-from qscope_posttrain.recipe_file import read_yaml
+from qscope_posttrain.errors import UserValueError
 
 QUICK: dict[str, Any] = {
     "corpus_scale": 0.5,
@@ -44,7 +42,7 @@ QUICK_REPETITION: dict[str, Any] = {
     "seeds": [0],
     "arms": ["plain", "default", "seeded", "random"],
 }
-"""The small run: sizes at which the effects are clear, in about five minutes on two idle cores. One seed each."""
+"""The small run: sizes at which the effects are clear, in less than five minutes on two idle cores. One seed each."""
 PREFIX = "repetition_"
 SHARED = tuple(field.name for field in dataclasses.fields(TaskSettings) if field.name != "device")
 """Settings that both tasks take from the same option."""
@@ -65,19 +63,12 @@ class DemoArguments:
         metadata={"help": "Larger models, more methods and seeds: some 20 minutes on two cores instead of about five."},
     )
     quick: bool = field(default=False, metadata={"help": "The small run, which is the default."})
-    repetition: str = field(
-        default="{}",
-        metadata={
-            "help": "Several --repetition_... options at once, over which they win: a YAML or JSON file, or JSON such "
-            'as {"seeds": [0, 1]}.'
-        },
-    )
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse (`--config FILE` works here too), run, and return the exit status."""
     kinds = (DemoArguments, SwitchingConfig, repetition_arguments())
-    parser = CommandParser(kinds, mappings=["repetition"], prog="qscope demo")
+    parser = CommandParser(kinds, prog="qscope demo")
     demo, config, second = parser.build(arguments)
     if demo.full and demo.quick:
         raise UserValueError("--full and --quick exclude each other; give one of them, or neither for the small run.")
@@ -86,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
         demo, config, second = parser.build(arguments, quick)
     given = {name.removeprefix(PREFIX): value for name, value in vars(second).items()}
     shared = {name: getattr(config, name) for name in SHARED}
-    repetition = RepetitionConfig(**{**shared, **given, **_several(demo.repetition, parser)})
+    repetition = RepetitionConfig(**shared, **given)
     from benchmarks.testbed.demo import run_demo
 
     run_demo(
@@ -106,30 +97,3 @@ def repetition_arguments() -> type:
         if entry.name not in SHARED:
             made.append((PREFIX + entry.name, hints[entry.name], field(metadata=entry.metadata, **default)))
     return dataclasses.make_dataclass("RepetitionArguments", made)
-
-
-def _several(given: Any, parser: CommandParser) -> dict[str, Any]:
-    """Settings that `--repetition` gives, checked as the options are."""
-    text = given
-    if isinstance(given, str):
-        if given.endswith((".yaml", ".yml", ".json")):
-            given = read_yaml(given)
-        else:
-            try:
-                given = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise UserValueError(
-                    f"--repetition must be a JSON object or a YAML or JSON file; got {text!r} ({error})."
-                ) from error
-    if not isinstance(given, dict):
-        raise UserValueError(f"--repetition must be a JSON object or a YAML or JSON file; got {text!r}.")
-    known = RepetitionConfig.__dataclass_fields__
-    unknown = sorted(map(str, set(given) - set(known)))
-    if unknown:
-        raise UserValueError(
-            f"--repetition has no setting {', '.join(unknown)}; there are {', '.join(known)}."
-            f"{did_you_mean(unknown[0], known)}"
-        )
-    options = {name if name in SHARED else PREFIX + name: value for name, value in given.items()}
-    checked = parser.checked(options, {}, "--repetition")
-    return {name.removeprefix(PREFIX): value for name, value in checked.items()}

@@ -18,6 +18,7 @@ from qscope_posttrain.report.tables import Cell, Table
 class DemoPart:
     """A finished experiment, ready for the report and the summary."""
 
+    name: str
     headline: list[list[Cell]]
     """Its lines of the summary table, see `headline_row`."""
     note: str

@@ -1,32 +1,22 @@
 """Fast sampling of many short completions from token prompts, reproducible on its own generator.
 
-`generate` of transformers, behind `residual.sampling`, costs the models of the testbed several times as much per token.
+`generate` of transformers, behind `models.generation`, costs the models of the testbed several times as much per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.generation import Response
 from qscope_posttrain.report.progress import progress
 
 _LEAVE_AT = 0.1
 """Finished rows leave the batch when they are this share of it: each time costs a copy of the cache."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The model's output for one prompt."""
-
-    tokens: tuple[int, ...]
-    """Up to, not including, the end token."""
-    ended: bool
-    """Whether the end token followed; otherwise the length limit cut it."""
 
 
 def sample_completions(
@@ -39,13 +29,13 @@ def sample_completions(
     batch_size: int = 512,
     end: int | None = None,
     description: str | None = None,
-) -> list[Completion]:
+) -> list[Response]:
     """Draw one completion of every prompt from the whole distribution (no top-k, no top-p).
 
     Prompts of equal length are sampled together, so nothing is padded. The same arguments give the same draws.
 
     Args:
-        max_new_tokens: longest completion, the end token not counted in `Completion.tokens`.
+        max_new_tokens: longest completion, the end token not counted in `Response.tokens`.
         temperature: divides the logits; 0 takes the likeliest token.
         end: token that ends a completion; None: every completion has `max_new_tokens` tokens.
         description: of a progress line; None shows none.
@@ -67,7 +57,7 @@ def sample_completions(
         for _, indices in sorted(by_length.items())
         for begin in range(0, len(indices), batch_size)
     ]
-    completions: dict[int, Completion] = {}
+    completions: dict[int, Response] = {}
     was_training = model.training
     model.eval()
     try:
@@ -77,7 +67,7 @@ def sample_completions(
                 indices, _sample_batch(model, tokens, max_new_tokens, end, temperature, generator).tolist(), strict=True
             ):
                 length = row.index(end) if end in row else len(row)
-                completions[index] = Completion(tuple(row[:length]), length < len(row))
+                completions[index] = Response(row[:length], length < len(row))
     finally:
         model.train(was_training)
     return [completions[index] for index in range(len(prompts))]

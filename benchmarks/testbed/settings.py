@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from qscope_posttrain.errors import UserValueError
 
@@ -14,6 +14,25 @@ def option(default: Any, text: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train; everything else (data, order, optimizer, sampling) is the same for all methods of a task."""
+
+    name: str
+    """Key in settings and files."""
+    title: str
+    """Name in tables and plots."""
+    description: str
+    """One line for the report."""
+
+    WORDS: ClassVar[tuple[str, ...]] = ("title", "description")
+    """Fields that decide nothing about the result of a run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what decides the result of a run, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name not in self.WORDS}
 
 
 @dataclass(frozen=True)

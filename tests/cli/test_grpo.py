@@ -174,7 +174,7 @@ def test_a_resumed_run_equals_one_that_was_not_killed(recipe, trained, tmp_path)
         {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "dataset_name": "messages"},
         {"negatives_per_group": 0, "features": "not_found_yet.safetensors"},
         {"negative": "seeded", "features": None, "reward_weights": [1.0, 0.5]},
-        {"mode": "paper", "gate": None, "negative_tokens": None},
+        pytest.param({"mode": "paper", "gate": None, "negative_tokens": None}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2, "num_iterations": 2, "soft_overlong_cache": 0, "eval_strategy": "steps",
          "eval_steps": 1, "dataset_test_split": "train", "per_device_eval_batch_size": 4, "max_steps": 1},
     ],

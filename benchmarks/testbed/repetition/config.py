@@ -5,35 +5,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
 from benchmarks.testbed.repetition.task import DocumentSettings
-from benchmarks.testbed.settings import TaskSettings, option
+from benchmarks.testbed.settings import Method, TaskSettings, option
 from qscope_posttrain.errors import UserValueError
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to train; prompts, rewards, optimizer and number of generated rows are the same for all."""
+class Arm(Method):
+    """One way to train; the number of generated rows is the same for all, too."""
 
-    name: str
-    """Key in settings and files."""
-    title: str
-    """Name in tables and plots."""
-    description: str
-    """One line for the report."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `SteeredGRPOConfig` beside those that are the same for all."""
     steering: str = "window"
     """Way to steer (see `features.WAYS`) for which layer, rows and strength were chosen."""
     rewards: tuple[str, ...] = ()
     """Reward functions beside the right answer, by the names of `rl.rewards.reward_function`, each with weight 1."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what decides the result of a run, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name not in ("title", "description")}
 
     @property
     def steers(self) -> bool:

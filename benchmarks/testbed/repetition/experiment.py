@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from benchmarks.testbed.cache import Artefact, Cache, open_cache
+from benchmarks.testbed.cache import Artefact, Cache, open_cache, run_missing
 from benchmarks.testbed.models import Dictionaries, LanguageModel, load_language_model, load_model, save_model
-from benchmarks.testbed.processes import one_thread, run_in_parallel
+from benchmarks.testbed.processes import one_thread
 from benchmarks.testbed.repetition.config import ARMS, PLAIN, Arm, RepetitionConfig
 from benchmarks.testbed.repetition.features import WAYS, WINDOW, RepetitionFeatures, make_features, make_saes
 from benchmarks.testbed.repetition.language_model import (
@@ -31,9 +31,10 @@ from benchmarks.testbed.repetition.task import (
     is_right,
 )
 from benchmarks.testbed.repetition.training import Watcher, train
-from benchmarks.testbed.sampling import Completion, sample_completions
+from benchmarks.testbed.sampling import sample_completions
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.intervals import Interval, wilson
+from qscope_posttrain.models.generation import Response
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.text.repetition import is_endless_repetition
 
@@ -217,11 +218,10 @@ def run_jobs(jobs: Sequence[Job], world: World, watch: Watch | None = None, desc
     Trained models and their samples are cached apart. The result of a job does not depend on the number of processes.
     """
     places = [_places(job, world, watch) for job in jobs]
-    pairs = zip(jobs, places, strict=True)
-    missing = {place: (job, trained, place) for job, (trained, place) in pairs if not world.cache.has(place)}
     inputs = [Artefact(part.folder, part.key) for part in (world.language_model, world.loops, world.features)]
     work = functools.partial(_run_in_cache, world.config, world.cache, inputs, watch)
-    run_in_parallel(work, list(missing.values()), world.config.workers, description)
+    tasks = {place: (job, trained) for job, (trained, place) in zip(jobs, places, strict=True)}
+    run_missing(world.cache, tasks, work, world.config.workers, description)
     return [_load(job, *found) for job, found in zip(jobs, places, strict=True)]
 
 
@@ -245,9 +245,9 @@ def _run_in_cache(
     cache: Cache,
     inputs: Sequence[Artefact],
     watch: Watch | None,
-    task: tuple[Job, Artefact, Artefact],
+    task: tuple[Artefact, tuple[Job, Artefact]],
 ) -> None:
-    job, trained, place = task
+    place, (job, trained) = task
     model_place, loops_place, features_place = inputs
 
     def build(folder: Path) -> None:
@@ -315,7 +315,7 @@ def _evaluate(
     return content
 
 
-def _sample(language_model: LanguageModel, index: int, pair: tuple[Problem, Completion]) -> dict[str, Any]:
+def _sample(language_model: LanguageModel, index: int, pair: tuple[Problem, Response]) -> dict[str, Any]:
     problem, completion = pair
     words = decode_words(language_model.tokenizer, completion.tokens)
     return {

@@ -34,7 +34,7 @@ _PROMPTS = 1000
 
 
 def run_repetition(config: RepetitionConfig, folder: Path) -> DemoPart:
-    """Run the chain, print its tables, and write model, SAEs, features and data into `folder`."""
+    """Run the chain, and write model, SAEs, features and data into `folder`."""
     experiment = run_experiment(config)
     features = experiment.world.features
     chosen = features.load()
@@ -47,16 +47,15 @@ def run_repetition(config: RepetitionConfig, folder: Path) -> DemoPart:
         "repetition_features": chosen.to_table(),
         "repetition_sampled": sampled_table(experiment),
         "negatives": negatives_table(experiment),
+        **steering,
     }
-    for table in tables.values():
-        table.print()
-    tables |= steering
     results = {
         "repetition_arms": {result.name: _numbers(result) for result in (experiment.start, *experiment.arms)},
         "steering": chosen.settings.get(SETTINGS_KEY),
     }
     headline, note = _headline(experiment)
     return DemoPart(
+        name="repetition",
         headline=headline,
         note=note,
         sections=_sections(experiment, tables, list(steering)),

@@ -5,24 +5,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from benchmarks.testbed.settings import TaskSettings, option
+from benchmarks.testbed.settings import Method, TaskSettings, option
 from qscope_posttrain.errors import UserValueError
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to fine-tune; everything else (data, order, optimizer, sampling) is the same for all."""
+class Arm(Method):
+    """One way to fine-tune."""
 
-    name: str
-    """Key in settings and files."""
-    title: str
-    """Name in tables and plots."""
-    description: str
-    """One line for the report."""
+    WORDS = (*Method.WORDS, "weight", "grid")  # the weight belongs to the run
+
     penalty: Literal["none", "features", "token", "both"] = "none"
     """none: plain SFT. features: a SASFT penalty. token: -log(1 - P(target tokens)). both: their sum."""
     rows: Literal["sae", "difference_of_means", "gradient", "random"] = "sae"
@@ -43,11 +39,6 @@ class Arm:
     """Weight of the penalty, as chosen on validation prompts of the generated corpus with `tune`."""
     grid: tuple[float, ...] = ()
     """Weights that `tune` tries, ascending."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what decides the result of a run, as JSON values; the weight belongs to the run."""
-        words = ("title", "description", "weight", "grid")
-        return {name: value for name, value in asdict(self).items() if name not in words}
 
     @property
     def uses_features(self) -> bool:

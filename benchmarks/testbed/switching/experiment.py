@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.testbed.cache import Artefact, Cache, open_cache
+from benchmarks.testbed.cache import Artefact, Cache, open_cache, run_missing
 from benchmarks.testbed.models import Dictionaries
-from benchmarks.testbed.processes import one_thread, run_in_parallel
+from benchmarks.testbed.processes import one_thread
 from benchmarks.testbed.sampling import sample_completions
 from benchmarks.testbed.switching.config import ARMS, SFT, Arm, SwitchingConfig
 from benchmarks.testbed.switching.features import RANDOM_DRAWS, FeatureSets, make_dictionaries, make_feature_sets
@@ -166,10 +166,9 @@ def run_jobs(jobs: Sequence[Job], world: World, description: str) -> list[Run]:
     The result of a job does not depend on the number of processes.
     """
     places = [_place(job, world) for job in jobs]
-    missing = {place: job for place, job in zip(places, jobs, strict=True) if not world.cache.has(place)}
     model, features = (Artefact(part.folder, part.key) for part in (world.language_model, world.feature_sets))
     work = functools.partial(_run_in_cache, world.config, world.cache, model, features)
-    run_in_parallel(work, list(missing.items()), world.config.workers, description)
+    run_missing(world.cache, dict(zip(places, jobs, strict=True)), work, world.config.workers, description)
     return [_load(job, place.folder) for job, place in zip(jobs, places, strict=True)]
 
 
@@ -227,8 +226,8 @@ def _sample(job: Job, config: SwitchingConfig, language_model: SwitchingModel, m
     for language, prompt, completion in zip(windows.languages, prompts, completions, strict=True):
         index = seen[language] = seen.get(language, -1) + 1
         # The last token of the prompt is <sep>; a response keeps only what is text.
-        texts = decode(tokenizer, prompt[:-1]), decode(tokenizer, list(completion.tokens), special=False)
-        samples.append(Sample(language, index, 0, *texts, ended=False, tokens=completion.tokens))
+        texts = decode(tokenizer, prompt[:-1]), decode(tokenizer, completion.tokens, special=False)
+        samples.append(Sample(language, index, 0, *texts, ended=False, tokens=tuple(completion.tokens)))
     return samples
 
 

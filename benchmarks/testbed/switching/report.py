@@ -34,7 +34,7 @@ _TEXTS_SEED, _SFT_SEED, _PROMPTS_SEED = 41, 42, 43
 
 
 def run_switching(config: SwitchingConfig, folder: Path) -> DemoPart:
-    """Run the chain, print its tables, and write examples and artefacts into `folder`."""
+    """Run the chain, and write examples and artefacts into `folder`."""
     experiment = run_experiment(config)
     results = (experiment.base, *experiment.methods)
     features = experiment.world.feature_sets.load("sae")
@@ -46,8 +46,6 @@ def run_switching(config: SwitchingConfig, folder: Path) -> DemoPart:
         "sampled": sampled_table(experiment),
         "teacher_forced": forced_table(experiment),
     }
-    for table in tables.values():
-        table.print()
     examples = write_lines(
         folder / EXAMPLES,
         (
@@ -66,6 +64,7 @@ def run_switching(config: SwitchingConfig, folder: Path) -> DemoPart:
     )
     headline, note = _headline(experiment)
     return DemoPart(
+        name="switching",
         headline=headline,
         note=note,
         sections=_sections(experiment, features, tables),

@@ -19,6 +19,9 @@ SETTINGS = (
     "sampled_tokens", "workers",
 )  # fmt: skip
 
+SHORT = {"sft_windows": 64, "evaluation_windows": 24, "sampled_prompts": 9}
+"""Little of what is done in each run: the results are not looked at."""
+
 
 @pytest.fixture
 def recipe(small_config: SwitchingConfig, tmp_path: Path) -> Path:
@@ -26,7 +29,7 @@ def recipe(small_config: SwitchingConfig, tmp_path: Path) -> Path:
         "kind": "switching",
         "title": "A small experiment",
         "question": "Does anything come out?",
-        "settings": {name: getattr(small_config, name) for name in SETTINGS},
+        "settings": {name: getattr(small_config, name) for name in SETTINGS} | SHORT,
         "bases": [0],
         "seeds": [11, 12],
         "arms": {"token_penalty": [10, 40], "sasft_decoder": [0.2], "random_features": [0.2]},

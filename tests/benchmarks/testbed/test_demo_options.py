@@ -26,7 +26,7 @@ def test_demo_runs_either_half(monkeypatch):
     calls = []
     monkeypatch.setattr("benchmarks.testbed.demo.run_demo", lambda *settings: calls.append(settings))
     demo.run(["--part", "switching"])
-    demo.run(["--part", "repetition", "--repetition", '{"seeds": [3], "updates": 2}'])
+    demo.run(["--part", "repetition", "--repetition_seeds", "3", "--repetition-updates", "2"])
     assert calls[0][0] is not None
     assert calls[0][2] is None
     assert calls[1][0] is None
@@ -36,7 +36,7 @@ def test_demo_runs_either_half(monkeypatch):
 def test_the_demo_is_small_by_default_and_gives_way_to_options(monkeypatch):
     calls = []
     monkeypatch.setattr("benchmarks.testbed.demo.run_demo", lambda *settings: calls.append(settings))
-    demo.run(["--sae_steps", "77", "--repetition", '{"updates": 5}'])
+    demo.run(["--sae_steps", "77", "--repetition_updates", "5"])
     config, _, repetition = calls[0]
     assert config.pretraining_steps < SwitchingConfig().pretraining_steps
     assert config.sae_steps == 77
@@ -56,16 +56,14 @@ def test_demo_takes_the_second_half_as_options_and_from_a_file(monkeypatch, tmp_
     monkeypatch.setattr("benchmarks.testbed.demo.run_demo", lambda *settings: calls.append(settings))
     recipe = tmp_path / "demo.yaml"
     recipe.write_text("quick: true\nsae_steps: 55\nrepetition_updates: 6\nrepetition_seeds: [4, 5]\nworkers: 2\n")
-    several = tmp_path / "repetition.yaml"
-    several.write_text("top: 3\n")
-    demo.run(["--config", str(recipe), "--repetition-seeds", "7", "--repetition", str(several)])
+    demo.run(["--config", str(recipe), "--repetition-seeds", "7", "--repetition_top", "3"])
     config, _, repetition = calls[0]
     assert (config.sae_steps, config.sae_windows) == (55, demo.QUICK["sae_windows"])  # the file over the small run's
     assert (repetition.updates, repetition.seeds, repetition.top, repetition.workers) == (6, [7], 3, 2)
     assert repetition.habit_steps == demo.QUICK_REPETITION["habit_steps"]
 
 
-@pytest.mark.parametrize("text", ["{seeds: 1}", '{"sedes": [1]}', "[1]", '{"updates": "x"}', '{"seeds": 1.5}'])
-def test_demo_refuses_settings_it_does_not_know(text):
-    with pytest.raises(ValueError, match="--repetition"):
-        demo.run(["--repetition", text])
+@pytest.mark.parametrize("option", [["--sedes", "1"], ["--repetition_sedes", "1"], ["--repetition-updates", "x"]])
+def test_demo_refuses_settings_it_does_not_know(option):
+    with pytest.raises(ValueError, match=option[0].strip("-").replace("-", ".")):
+        demo.run(option)

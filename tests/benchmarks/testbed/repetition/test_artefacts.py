@@ -13,8 +13,8 @@ from benchmarks.testbed.models import LanguageModel, collect_activations
 from benchmarks.testbed.repetition.experiment import ArmResult, Quality, _sample
 from benchmarks.testbed.repetition.language_model import document_rows, load_loops
 from benchmarks.testbed.repetition.task import DocumentSettings, Problem, encode_words
-from benchmarks.testbed.sampling import Completion
 from qscope_posttrain.models.capture import LayerCapture
+from qscope_posttrain.models.generation import Response
 
 
 def test_activations_are_the_layers_outputs_on_every_token_but_the_first(tiny: LanguageModel) -> None:
@@ -39,7 +39,7 @@ def test_counts_of_loops_and_right_answers(tiny: LanguageModel) -> None:
         (step * 5, True),
         ([*step, "ans", "7"], False),
     ]
-    completions = [Completion(tuple(encode_words(tiny.tokenizer, words)), ended) for words, ended in texts]
+    completions = [Response(encode_words(tiny.tokenizer, words), ended) for words, ended in texts]
     problem = Problem(3, (("+", 4),))
     samples = [_sample(tiny, index, (problem, completion)) for index, completion in enumerate(completions)]
     assert [sample["loop"] for sample in samples] == [False, False, True, False, False]

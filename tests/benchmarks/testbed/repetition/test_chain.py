@@ -19,7 +19,7 @@ from qscope_posttrain.features.feature_set import FeatureSet
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 TINY = RepetitionConfig(
     fewest_operations=1,

@@ -45,7 +45,7 @@ def test_rows_that_leave_do_not_disturb_the_others(tiny: LanguageModel) -> None:
         after = sample_completions(model.model, [row], 1, temperature=0.0, end=end)[0]
         with torch.no_grad():
             best = int(model.model(torch.tensor([row])).logits[0, -1].argmax())
-        assert after.tokens == (() if best == model.tokenizer.eos_token_id else (best,))
+        assert after.tokens == ([] if best == model.tokenizer.eos_token_id else [best])
     together = sample_completions(model.model, prompts, 25, temperature=1e-4, end=end)
     assert together == sample_completions(model.model, prompts, 25, temperature=1e-4, end=end, batch_size=1)
 

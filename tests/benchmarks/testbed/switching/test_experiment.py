@@ -82,7 +82,14 @@ def test_fine_tuning_leaves_the_start_alone(experiment: Experiment, small_config
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", [name for name in ARMS if name not in DEMO_ARMS])
+OTHERS = [name for name in ARMS if name not in DEMO_ARMS]
+OFTEN = ("sasft_token", "gradient")
+"""Between them both penalties, and rows of no other method; what the rest add is tested where it is made."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+)
 def test_other_methods_run_and_lower_what_they_are_to_lower(
     experiment: Experiment, small_config: SwitchingConfig, name: str
 ) -> None:
@@ -149,7 +156,11 @@ def test_processes_agree_with_one_process(
 
 
 def test_tuning_stays_within_its_budget(experiment: Experiment, small_config: SwitchingConfig) -> None:
-    tuned = run_experiment(replace(small_config, tune=True, tune_budget=0.01, arms=["difference_of_means"]))
+    tuned = run_experiment(
+        replace(
+            small_config, tune=True, tune_budget=0.01, arms=["difference_of_means"], sft_windows=96, sampled_prompts=6
+        )
+    )
     assert tuned.tuning is not None
     grid = ARMS["difference_of_means"].grid
     rows = tuned.tuning.rows
