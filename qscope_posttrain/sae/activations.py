@@ -8,7 +8,7 @@ of value zero only fill the rectangle, and add nothing when decoded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,24 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class TopK(Activation):
+class WithK(Activation):
+    """Base of the activations in which `k` latents of a token survive."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int):
+            raise UserTypeError(f"k must be an integer, got {self.k!r} ({type(self.k).__name__})")
+        if self.k < 1:
+            raise UserValueError(f"k must be at least 1, got {self.k}")
+
+    def check(self, d_sae: int) -> None:
+        if self.k > d_sae:
+            raise UserValueError(f"{type(self).__name__} keeps k={self.k} latents, but the dictionary has only {d_sae}")
+
+
+@dataclass(frozen=True)
+class TopK(WithK):
     """The `k` largest pre-activations of a token (Gao et al. 2024, arXiv 2406.04093, equation 2).
 
     Published encoders differ in the position of the ReLU. With z = W_enc x + b_enc:
@@ -89,23 +106,15 @@ class TopK(Activation):
     All three agree on every token with at least `k` positive pre-activations.
     """
 
-    k: int
     variant: str = "relu_after"
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int):
-            raise UserTypeError(f"k must be an integer, got {self.k!r} ({type(self.k).__name__})")
-        if self.k < 1:
-            raise UserValueError(f"k must be at least 1, got {self.k}")
+        super().__post_init__()
         if self.variant not in TOP_K_VARIANTS:
             raise UserValueError(f"unknown TopK variant {self.variant!r}; choose one of {', '.join(TOP_K_VARIANTS)}")
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return topk_encode(x, W_enc, b_enc, self.k, variant=self.variant, **options)
-
-    def check(self, d_sae: int) -> None:
-        if self.k > d_sae:
-            raise UserValueError(f"TopK keeps k={self.k} latents, but the dictionary has only {d_sae}")
 
 
 @dataclass(frozen=True)
@@ -170,16 +179,8 @@ class JumpReLU(Thresholded):
 
 
 @dataclass(frozen=True)
-class AbsTopK(Activation):
+class AbsTopK(WithK):
     """The `k` pre-activations of largest magnitude, with their signs. Those below zero count as not firing."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        TopK(self.k)  # the same checks
-
-    def check(self, d_sae: int) -> None:
-        TopK(self.k).check(d_sae)
 
     def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         indices = pre.detach().abs().topk(self.k, dim=-1).indices
@@ -187,13 +188,8 @@ class AbsTopK(Activation):
 
 
 @dataclass(frozen=True)
-class GroupMax(Activation):
+class GroupMax(WithK):
     """relu of the largest pre-activation of each of `k` groups of consecutive latents, of d_sae / k latents each."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        TopK(self.k)  # the same checks
 
     def check(self, d_sae: int) -> None:
         if d_sae % self.k:
@@ -204,8 +200,8 @@ class GroupMax(Activation):
         return values, within + torch.arange(0, pre.shape[1], pre.shape[1] // self.k, device=pre.device)
 
 
-AnyActivation = TopK | ReLU | BatchTopK | JumpReLU | AbsTopK | GroupMax
-_BY_NAME: dict[str, type[Activation]] = {kind.__name__.lower(): kind for kind in get_args(AnyActivation)}
+_KINDS: tuple[type[Activation], ...] = (TopK, ReLU, BatchTopK, JumpReLU, AbsTopK, GroupMax)
+_BY_NAME = {kind.__name__.lower(): kind for kind in _KINDS}
 
 
 def activation_to_spec(activation: Activation) -> tuple[dict[str, Any], dict[str, Tensor]]:

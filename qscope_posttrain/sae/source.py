@@ -88,7 +88,7 @@ class LocatedFile:
 
     def describe(self, format: str, sha256: str | None, origin: SAESource | None = None) -> SAESource:
         """The `SAESource` of this file."""
-        release = self.release.name if self.release else (origin.release if origin else None)
+        release = self.release.name if self.release else origin.release if origin else None
         if release is None and self.entry is not None:
             release = self.entry.name
         return SAESource(self.location, self.revision, self.file or self.path.name, sha256, format, release, origin)

@@ -124,10 +124,9 @@ def _description(sae: SparseAutoencoder) -> Table:
 
 def describe_activation(activation: Activation) -> str:
     """In words: TopK, k 50."""
-    from qscope_posttrain.sae.activations import BatchTopK, TopK
-    from qscope_posttrain.sae.loading import WITH_K
+    from qscope_posttrain.sae.activations import BatchTopK, TopK, WithK
 
-    if isinstance(activation, WITH_K):
+    if isinstance(activation, WithK):
         signed = isinstance(activation, TopK) and activation.variant == "signed"
         return f"{type(activation).__name__}, k {activation.k}" + (", signed" if signed else "")
     if isinstance(activation, BatchTopK):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qscope_posttrain.sae import catalog
+from qscope_posttrain.sae.activations import WithK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.catalog import CatalogEntry
-from qscope_posttrain.sae.loading import WITH_K
 from qscope_posttrain.sae.quality.fit import Fit
 from qscope_posttrain.sae.source import SAESource
 
@@ -160,7 +160,7 @@ def _catalog(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAEWa
 
 def _sparsity(l0: float, sae: SparseAutoencoder, expected: float | None) -> Iterator[SAEWarning]:
     source = "is stated"
-    if expected is None and isinstance(sae.activation, WITH_K):
+    if expected is None and isinstance(sae.activation, WithK):
         expected, source = float(sae.activation.k), "is its k"
     if expected is None or expected / L0_FACTOR <= l0 <= expected * L0_FACTOR:
         return
