@@ -15,8 +15,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.quality.fit import Fit, Reconstructed, squares
-from qscope_posttrain.sae.quality.warnings import SAEWarning, warnings_of
+from qscope_posttrain.sae.quality.fit import Fit, Reconstructed, SAEWarning, squares, warnings_of
 
 LOSS_NAMES = {
     "clean": "the model as it is",
