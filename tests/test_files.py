@@ -24,7 +24,7 @@ from qscope_posttrain.evaluation.safety import read_safety_prompts
 from qscope_posttrain.features.explain.explanation_file import read_explanations
 from qscope_posttrain.files import check_is_file, read_lines, read_text
 from qscope_posttrain.recipe_file import read_yaml
-from qscope_posttrain.sae.containers import json_file
+from qscope_posttrain.sae.checks import read_settings
 from qscope_posttrain.sae.training.text_stream import file_source
 from qscope_posttrain.synthesis.relevance import read_relevance
 from qscope_posttrain.testbed.switching.corpus import load_files
@@ -80,7 +80,7 @@ READERS = {
     "prompts": Reader(read_prompts, "a.jsonl", jsonl({"prompt": "café", "language": "fr"})),
     "safety prompts": Reader(read_safety_prompts, "a.jsonl", jsonl({"prompt": "café", "harmful": True}), packed=True),
     "recipe": Reader(read_yaml, "a.yaml", "a: café\nb: [1, 小]\n"),
-    "settings": Reader(lambda path: json_file.read(path).values, "cfg.json", '{"a": "café",\n"b": 1}\n'),
+    "settings": Reader(lambda path: read_settings(path).values, "cfg.json", '{"a": "café",\n"b": 1}\n'),
     "items of jsonl": Reader(items("text"), "a.jsonl", TEXT_ROWS, packed=True),
     "items of csv": Reader(items("q"), "a.csv", 'q,a\n"café, ""x""",1\n小船,2\n', packed=True),
     "items of tsv": Reader(items("0"), "a.tsv", 'café "x\t1\n小船\t2\n', packed=True),

@@ -11,44 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.kernels import CertifiedWeights, threshold_encode, topk_encode
-from qscope_posttrain.kernels.checks import check_choice, check_tiles
+from qscope_posttrain.kernels import threshold_encode, topk_encode
 from qscope_posttrain.kernels.encode import VARIANTS
-from qscope_posttrain.kernels.tiles import product_dtype, result_dtype
 from qscope_posttrain.sae.checks import as_number, check_finite, check_tensor
 
 TOP_K_VARIANTS = VARIANTS
 
-_TILE_ELEMENTS = 1 << 24
-"""Pre-activations held at a time where no kernel does it: 64 MiB in float32."""
-
 
 @dataclass(frozen=True)
 class Activation:
-    """Base of all activations. `encode` checks the options once; a subclass gives `_encode`, or only `_select`."""
+    """Base of all activations."""
 
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        *,
-        precision: str = "model",
-        weights: CertifiedWeights | None = None,
-        tile_tokens: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(values, int32 indices), both [tokens, width], of z = W_enc x + b_enc; arguments as `kernels.topk_encode`.
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """(values, int32 indices), both [tokens, width], of z = W_enc x + b_enc.
 
-        `weights` are for the precision "certified", which TopK alone offers. Differentiable with respect to the three
-        tensors; the choice of the survivors is not.
+        Options are `precision`, `weights` (for the precision "certified", which TopK alone offers) and `tile_tokens` of
+        `kernels.topk_encode`. Differentiable with respect to the three tensors; the choice of the survivors is not.
         """
-        if weights is not None or precision == "certified":
-            raise UserValueError("precision='certified' is for TopK; this activation has no certified encoding")
-        return self._encode(x, W_enc, b_enc, precision, tile_tokens)
+        raise NotImplementedError
 
     def check(self, d_sae: int) -> None:
         """Raise ValueError if the activation cannot belong to an SAE of `d_sae` latents."""
@@ -57,44 +40,9 @@ class Activation:
         """The same activation with its tensors, if it has any, on another device or in another dtype."""
         return self
 
-    def _encode(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, precision: str, tile_tokens: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """`_select` on the pre-activations of some tokens at a time: plain torch, for activations without a kernel."""
-        check_choice("precision", precision, ("model", "fp32"))
-        dtype = product_dtype(W_enc, precision == "fp32")
-        W_enc, b_enc = W_enc.to(dtype), b_enc.to(dtype)
-        check_tiles(tile_tokens, None)
-        tile = tile_tokens or max(1, _TILE_ELEMENTS // W_enc.shape[0])
-        with torch.autocast(x.device.type, enabled=False):
-            parts = [self._select(F.linear(piece.to(dtype), W_enc, b_enc)) for piece in x.split(tile)]
-        values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
-        return values.to(result_dtype(W_enc)), indices.to(torch.int32)
-
-    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """(values, indices) of the survivors among pre-activations [tokens, d_sae]."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
-class WithK(Activation):
-    """Base of the activations in which `k` latents of a token survive."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int):
-            raise UserTypeError(f"k must be an integer, got {self.k!r} ({type(self.k).__name__})")
-        if self.k < 1:
-            raise UserValueError(f"k must be at least 1, got {self.k}")
-
-    def check(self, d_sae: int) -> None:
-        if self.k > d_sae:
-            raise UserValueError(f"{type(self).__name__} keeps k={self.k} latents, but the dictionary has only {d_sae}")
-
-
-@dataclass(frozen=True)
-class TopK(WithK):
+class TopK(Activation):
     """The `k` largest pre-activations of a token (Gao et al. 2024, arXiv 2406.04093, equation 2).
 
     Published encoders differ in the position of the ReLU. With z = W_enc x + b_enc:
@@ -106,15 +54,23 @@ class TopK(WithK):
     All three agree on every token with at least `k` positive pre-activations.
     """
 
+    k: int
     variant: str = "relu_after"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if isinstance(self.k, bool) or not isinstance(self.k, int):
+            raise UserTypeError(f"k must be an integer, got {self.k!r} ({type(self.k).__name__})")
+        if self.k < 1:
+            raise UserValueError(f"k must be at least 1, got {self.k}")
         if self.variant not in TOP_K_VARIANTS:
             raise UserValueError(f"unknown TopK variant {self.variant!r}; choose one of {', '.join(TOP_K_VARIANTS)}")
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return topk_encode(x, W_enc, b_enc, self.k, variant=self.variant, **options)
+
+    def check(self, d_sae: int) -> None:
+        if self.k > d_sae:
+            raise UserValueError(f"TopK keeps k={self.k} latents, but the dictionary has only {d_sae}")
 
 
 @dataclass(frozen=True)
@@ -125,10 +81,11 @@ class Thresholded(Activation):
         """A pre-activation survives above this: one limit for all latents, or one each [d_sae]."""
         return 0.0
 
-    def _encode(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, precision: str, tile_tokens: int | None
-    ) -> tuple[Tensor, Tensor]:
-        return threshold_encode(x, W_enc, b_enc, self.limit(), precision=precision, tile_tokens=tile_tokens)
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        weights = options.pop("weights", None)
+        if weights is not None or options.get("precision") == "certified":
+            raise UserValueError("precision='certified' is for TopK; this activation has no certified encoding")
+        return threshold_encode(x, W_enc, b_enc, self.limit(), **options)
 
 
 @dataclass(frozen=True)
@@ -178,29 +135,7 @@ class JumpReLU(Thresholded):
         return JumpReLU(self.threshold.to(device=device, dtype=dtype))
 
 
-@dataclass(frozen=True)
-class AbsTopK(WithK):
-    """The `k` pre-activations of largest magnitude, with their signs. Those below zero count as not firing."""
-
-    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        indices = pre.detach().abs().topk(self.k, dim=-1).indices
-        return pre.gather(-1, indices), indices
-
-
-@dataclass(frozen=True)
-class GroupMax(WithK):
-    """relu of the largest pre-activation of each of `k` groups of consecutive latents, of d_sae / k latents each."""
-
-    def check(self, d_sae: int) -> None:
-        if d_sae % self.k:
-            raise UserValueError(f"GroupMax divides the latents into k={self.k} equal groups, which {d_sae} cannot be")
-
-    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        values, within = pre.relu().unflatten(-1, (self.k, -1)).max(dim=-1)
-        return values, within + torch.arange(0, pre.shape[1], pre.shape[1] // self.k, device=pre.device)
-
-
-_KINDS: tuple[type[Activation], ...] = (TopK, ReLU, BatchTopK, JumpReLU, AbsTopK, GroupMax)
+_KINDS: tuple[type[Activation], ...] = (TopK, ReLU, BatchTopK, JumpReLU)
 _BY_NAME = {kind.__name__.lower(): kind for kind in _KINDS}
 
 

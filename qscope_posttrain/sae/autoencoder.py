@@ -54,20 +54,13 @@ class SparseAutoencoder:
         torch.Size([5, 64])
     """
 
-    W_enc: Tensor
-    """Encoder, [d_sae, d_model]: one row per feature."""
-    b_enc: Tensor
-    """Encoder bias, [d_sae]."""
-    W_dec: Tensor
-    """Decoder, [d_sae, d_model]: a feature's direction is a row. Norms are whatever was trained."""
-    b_dec: Tensor
-    """Decoder bias, [d_model]: added in `decode`, never subtracted in `encode`."""
-    activation: Activation
-    """The nonlinearity: which pre-activations survive."""
-    layer: int | None = None
-    """Decoder layer whose output it reads, counted from 0; None if unknown."""
-    source: SAESource = field(default_factory=lambda: SAESource("memory"))
-    """Its origin."""
+    W_enc: Tensor  # Encoder, [d_sae, d_model]: one row per feature
+    b_enc: Tensor  # Encoder bias, [d_sae]
+    W_dec: Tensor  # Decoder, [d_sae, d_model]: a feature's direction is a row; norms are whatever was trained
+    b_dec: Tensor  # Decoder bias, [d_model]: added in `decode`, never subtracted in `encode`
+    activation: Activation  # The nonlinearity: which pre-activations survive
+    layer: int | None = None  # Decoder layer whose output it reads, counted from 0; None if unknown
+    source: SAESource = field(default_factory=lambda: SAESource("memory"))  # Its origin
 
     def __post_init__(self) -> None:
         check_tensor("b_enc", self.b_enc, (None,))

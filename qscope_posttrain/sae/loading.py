@@ -10,32 +10,26 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.sae.activations import Activation, TopK, WithK
+from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 from qscope_posttrain.sae.containers.mapped import compute_dtype, copy_block, gather
 from qscope_posttrain.sae.formats import open_stored
 from qscope_posttrain.sae.formats.stored import StoredSAE, fold_rows
 from qscope_posttrain.sae.source import SAESource, locate
 
-_BLOCK_BYTES = 1 << 25
-"""Float32 rows of the encoder that are folded at a time while a whole SAE is loaded."""
+_BLOCK_BYTES = 1 << 25  # Float32 rows of the encoder that are folded at a time while a whole SAE is loaded
 
-_PAGE_COLUMNS = 1024
-"""Features stored as columns are read in multiples of a page of the file."""
+_PAGE_COLUMNS = 1024  # Features stored as columns are read in multiples of a page of the file
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureRows:
     """Encoder and decoder rows of F features, in raw residual-stream units. Checked on construction."""
 
-    feature_ids: Tensor
-    """int64 [F], on the CPU."""
-    encoder: Tensor
-    """[F, d_model]"""
-    encoder_bias: Tensor
-    """[F]"""
-    decoder: Tensor
-    """Directions, [F, d_model]."""
+    feature_ids: Tensor  # int64 [F], on the CPU
+    encoder: Tensor  # [F, d_model]
+    encoder_bias: Tensor  # [F]
+    decoder: Tensor  # Directions, [F, d_model]
     source: SAESource
     layer: int | None = None
 
@@ -117,10 +111,10 @@ def read_rows(stored: StoredSAE, feature_ids: Sequence[int] | Tensor) -> Feature
 def activation_of(stored: StoredSAE, k: int | None) -> Activation:
     """The activation by file, release name and caller, which must not contradict each other."""
     own, release = stored.activation, stored.located.release
-    if own is not None and not isinstance(own, WithK) and k is not None:
+    if own is not None and not isinstance(own, TopK) and k is not None:
         raise UserValueError(f"{stored.path} has a {type(own).__name__} activation, so k={k} means nothing")
     stated = {
-        "the file": own.k if isinstance(own, WithK) else None,
+        "the file": own.k if isinstance(own, TopK) else None,
         f"the release name {release.name if release else ''}": release.k if release else None,
         "the caller": k,
     }

@@ -124,11 +124,10 @@ def _description(sae: SparseAutoencoder) -> Table:
 
 def describe_activation(activation: Activation) -> str:
     """In words: TopK, k 50."""
-    from qscope_posttrain.sae.activations import BatchTopK, TopK, WithK
+    from qscope_posttrain.sae.activations import BatchTopK, TopK
 
-    if isinstance(activation, WithK):
-        signed = isinstance(activation, TopK) and activation.variant == "signed"
-        return f"{type(activation).__name__}, k {activation.k}" + (", signed" if signed else "")
+    if isinstance(activation, TopK):
+        return f"TopK, k {activation.k}" + (", signed" if activation.variant == "signed" else "")
     if isinstance(activation, BatchTopK):
         return f"BatchTopK, threshold {activation.threshold:.4g}"
     return type(activation).__name__

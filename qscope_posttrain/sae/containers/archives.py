@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sae.containers import json_file
+from qscope_posttrain.sae.checks import parse_object
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PICKLE_BYTES = 1 << 20
@@ -56,7 +56,7 @@ def _check_safetensors_header(path: Path, size: int) -> None:
                 f"{path} is not a valid SAE file: its header claims {claimed} bytes, the file has {size} and "
                 f"at most {_MAX_HEADER_BYTES} are accepted"
             )
-        header = json_file.parse(file.read(claimed), f"{path} is not a valid safetensors file: its header")
+        header = parse_object(file.read(claimed), f"{path} is not a valid safetensors file: its header")
     if len(header) > _MAX_TENSORS:
         raise UserValueError(
             f"{path} is not a valid SAE file: it has {len(header)} tensors, at most {_MAX_TENSORS} are"

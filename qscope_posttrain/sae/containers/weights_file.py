@@ -13,9 +13,8 @@ from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import check_is_file_with_data
-from qscope_posttrain.sae.checks import as_number, check_tensor
-from qscope_posttrain.sae.containers import archives, json_file
-from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.checks import Settings, as_number, check_tensor, read_settings
+from qscope_posttrain.sae.containers import archives
 from qscope_posttrain.sae.containers.mapped import lies_in_a_file
 from qscope_posttrain.sae.layout import listed
 
@@ -30,10 +29,8 @@ class WeightsFile:
     """The content of a file: names and shapes are known, values are not yet read. Errors do not name the file."""
 
     path: Path
-    kind: str
-    """"safetensors", "torch" or "npz"."""
-    entries: Mapping[str, object]
-    """Tensors by name; a torch archive may hold other values among them."""
+    kind: str  # "safetensors", "torch" or "npz"
+    entries: Mapping[str, object]  # Tensors by name; a torch archive may hold other values among them
     metadata: Mapping[str, str]
     memory_mapped: bool
 
@@ -46,9 +43,9 @@ class WeightsFile:
 
     def settings(self, name: str) -> Settings | None:
         """A JSON file beside the weights (or above their folder `checkpoints`); None if it is not there."""
-        found = json_file.read(self.path.parent / name)
+        found = read_settings(self.path.parent / name)
         if found is None and self.path.parent.name == "checkpoints":
-            found = json_file.read(self.path.parent.parent / name)
+            found = read_settings(self.path.parent.parent / name)
         return found
 
     def required_settings(self, name: str) -> Settings:

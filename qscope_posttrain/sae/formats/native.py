@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import replacing
 from qscope_posttrain.sae.activations import activation_from_spec, activation_to_spec
-from qscope_posttrain.sae.checks import as_integer, shown
-from qscope_posttrain.sae.containers import json_file
+from qscope_posttrain.sae.checks import as_integer, parse_object, shown
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Layout, StoredSAE, read_stored, unshared
 from qscope_posttrain.sae.source import LocatedFile, SAESource
@@ -52,7 +51,7 @@ def recognizes(weights: WeightsFile) -> bool:
 
 
 def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
-    described = json_file.parse(weights.metadata[METADATA_KEY], "its metadata")
+    described = parse_object(weights.metadata[METADATA_KEY], "its metadata")
     version, layer = described.get("version"), described.get("layer")
     if version != VERSION:
         raise UserValueError(f"format version {version!r}, but this version of the package reads {VERSION}")

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import replacing
-from qscope_posttrain.sae.activations import AbsTopK, Activation, BatchTopK, JumpReLU, ReLU, TopK
-from qscope_posttrain.sae.checks import as_positive
-from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.checks import Settings, as_positive
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, gated, read_stored, unshared
 from qscope_posttrain.sae.layout import layer_of_site
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 _ARCHITECTURES = {
     "standard": "standard",
     "topk": "topk",
-    "abstopk": "abstopk",
     "batchtopk": "jumprelu",
     "matryoshka_batchtopk": "jumprelu",
     "jumprelu": "jumprelu",
@@ -101,9 +99,8 @@ def write_file(path: Path, sae: SparseAutoencoder) -> Path:
         "metadata": metadata | {"converted_from": str(sae.source.origin or sae.source)},
     }
     tensors = {"W_enc": sae.W_enc.t(), "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    if isinstance(activation, TopK | AbsTopK) and getattr(activation, "variant", None) != "signed":
-        architecture = "topk" if isinstance(activation, TopK) else "abstopk"
-        settings |= {"architecture": architecture, "k": activation.k, "rescale_acts_by_decoder_norm": False}
+    if isinstance(activation, TopK) and activation.variant != "signed":
+        settings |= {"architecture": "topk", "k": activation.k, "rescale_acts_by_decoder_norm": False}
     elif isinstance(activation, ReLU):
         settings["architecture"] = "standard"
     elif isinstance(activation, JumpReLU | BatchTopK):  # SAELens saves BatchTopK as JumpReLU, too
@@ -141,11 +138,9 @@ def _architecture(settings: Settings) -> tuple[str, int | None]:
         raise UserValueError(f"its architecture is {named!r}; known are {', '.join(_ARCHITECTURES)}")
     if architecture == "standard" and k is not None:
         architecture = "topk"
-    if architecture not in ("topk", "abstopk"):
-        return architecture, None
-    if k is None:
+    if architecture == "topk" and k is None:
         raise UserValueError(f"its architecture is {architecture!r}, but cfg.json lacks k")
-    return architecture, k
+    return architecture, k if architecture == "topk" else None
 
 
 def _k(settings: Settings) -> int | None:
@@ -208,9 +203,7 @@ def _input_scale(scales_input: bool, scaler: Settings | None, given: float | Non
 def _activation(weights: WeightsFile, architecture: str, k: int | None) -> Activation:
     if architecture == "jumprelu":
         return JumpReLU(weights.tensor("threshold", None).clone())
-    if k is None:
-        return ReLU()
-    return (TopK if architecture == "topk" else AbsTopK)(k)
+    return ReLU() if k is None else TopK(k)
 
 
 def _finetuning(weights: WeightsFile, settings: Settings, d_sae: int, rescales: bool) -> Tensor | None:

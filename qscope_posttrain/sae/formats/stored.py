@@ -31,20 +31,14 @@ from qscope_posttrain.sae.source import LocatedFile, SAESource
 class Fold:
     """The quirks of one stored SAE. The defaults change nothing."""
 
-    input_scale: float = 1.0
-    """s: the encoder was trained on s * x."""
-    output_scale: float = 1.0
-    """t: the decoder yields t * x."""
-    activation_scale: float = 1.0
-    """u: an activation of 1 in the stored units is u here."""
-    subtract_b_dec: bool = False
-    """The encoder is fed s * x - b_dec."""
+    input_scale: float = 1.0  # s: the encoder was trained on s * x
+    output_scale: float = 1.0  # t: the decoder yields t * x
+    activation_scale: float = 1.0  # u: an activation of 1 in the stored units is u here
+    subtract_b_dec: bool = False  # The encoder is fed s * x - b_dec
     unit_decoder: bool = False
     """Activations are multiplied by the norm of their decoder row before the activation function."""
-    encoder_scale: Tensor | None = None
-    """a, [d_sae]"""
-    decoder_scale: Tensor | None = None
-    """Factor on each decoder row before all this, [d_sae]."""
+    encoder_scale: Tensor | None = None  # a, [d_sae]
+    decoder_scale: Tensor | None = None  # Factor on each decoder row before all this, [d_sae]
 
 
 @dataclass(frozen=True)
@@ -52,14 +46,10 @@ class Layout:
     """The tensors of a format, or of one of its variants."""
 
     format: str
-    names: tuple[str, str, str, str]
-    """Of encoder, its bias, decoder, its bias."""
-    features_in: str
-    """"rows" or "columns" of the encoder and of the decoder: "rows, columns"."""
-    more: tuple[str, ...] = ()
-    """Further tensors."""
-    optional: tuple[str, ...] = ()
-    """Those that may also be there, or of `names` be missing."""
+    names: tuple[str, str, str, str]  # Of encoder, its bias, decoder, its bias
+    features_in: str  # "rows" or "columns" of the encoder and of the decoder: "rows, columns"
+    more: tuple[str, ...] = ()  # Further tensors
+    optional: tuple[str, ...] = ()  # Those that may also be there, or of `names` be missing
 
     @property
     def required(self) -> set[str]:
@@ -76,22 +66,15 @@ class StoredSAE:
 
     located: LocatedFile
     format: str
-    W_enc: Tensor
-    """[d_sae, d_model]; a transposed view where the file stores the features as columns."""
-    b_enc: Tensor
-    """[d_sae]"""
-    W_dec: Tensor
-    """[d_sae, d_model]; a transposed view where the file stores the directions as columns."""
-    b_dec: Tensor
-    """[d_model]"""
+    W_enc: Tensor  # [d_sae, d_model]; a transposed view where the file stores the features as columns
+    b_enc: Tensor  # [d_sae]
+    W_dec: Tensor  # [d_sae, d_model]; a transposed view where the file stores the directions as columns
+    b_dec: Tensor  # [d_model]
     memory_mapped: bool
     """The tensors are pages of the file and never written to, so that pages may be released after reading."""
-    fold: Fold = field(default_factory=Fold)
-    """The quirks to fold into these four."""
-    activation: Activation | None = None
-    """In units after folding; None where the file does not state it."""
-    layer: int | None = None
-    """Layer stated in the file or its settings, else by its place or the caller."""
+    fold: Fold = field(default_factory=Fold)  # The quirks to fold into these four
+    activation: Activation | None = None  # In units after folding; None where the file does not state it
+    layer: int | None = None  # Layer stated in the file or its settings, else by its place or the caller
     origin: SAESource | None = None
 
     @property

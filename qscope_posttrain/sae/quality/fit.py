@@ -14,26 +14,22 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.sae import catalog
-from qscope_posttrain.sae.activations import WithK
+from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.catalog import CatalogEntry
 from qscope_posttrain.sae.source import SAESource
 
 REPAIRED = 0.1
 """A change counts as the repair if it lowers the FVU by more than this share of it, and by more than 0.02."""
-USELESS = 0.85
-"""From this share of the chance FVU on, an SAE is unrelated to the activations."""
+USELESS = 0.85  # From this share of the chance FVU on, an SAE is unrelated to the activations
 MORE_LATENTS = 1.5
 """Ignore a rescaling that activates more than this many times the latents: it improves the reconstruction of any SAE,
 so it is no evidence of wrong units."""
-UNALIGNED = 0.05
-"""Mean cosine of encoder rows and directions below which they do not belong together."""
-L0_FACTOR = 2.0
-"""Accepted factor between L0 and its stated value, either way: L0 depends on the text."""
+UNALIGNED = 0.05  # Mean cosine of encoder rows and directions below which they do not belong together
+L0_FACTOR = 2.0  # Accepted factor between L0 and its stated value, either way: L0 depends on the text
 
 _TUNED = re.compile(r"[-_.](base|pt|it|instruct|chat|thinking|hf)(?=$|[-_.])", re.IGNORECASE)
-SCALE_TOKENS = 256
-"""Tokens on which scales of the input are tried: 12 to 18 times each."""
+SCALE_TOKENS = 256  # Tokens on which scales of the input are tried: 12 to 18 times each
 
 _OCTAVES = range(-6, 7)
 _QUARTERS = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
@@ -43,10 +39,8 @@ _QUARTERS = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
 class Reconstructed:
     """Residual vectors and their reconstruction by an SAE."""
 
-    x: Tensor
-    """[tokens, d_model] float32"""
-    x_hat: Tensor
-    """[tokens, d_model] float32, with b_dec"""
+    x: Tensor  # [tokens, d_model] float32
+    x_hat: Tensor  # [tokens, d_model] float32, with b_dec
     values: Tensor
     indices: Tensor
 
@@ -78,20 +72,15 @@ class Reconstructed:
 class Fit:
     """Unexplained shares of the variance (FVU) of a sample, under changes that would repair a mistake."""
 
-    fvu: float
-    """Without a change."""
-    output_scale: float
-    """Factor of the decoded part, x_hat - b_dec, that makes the FVU smallest."""
+    fvu: float  # Without a change
+    output_scale: float  # Factor of the decoded part, x_hat - b_dec, that makes the FVU smallest
     fvu_at_output_scale: float
     input_scale: float
     """Factor of x before encoding (undone after decoding) that makes the FVU smallest, from 2^-6 to 2^6."""
     fvu_at_input_scale: float
-    fvu_subtracting_b_dec: float
-    """Fed with x - b_dec."""
-    fvu_adding_b_dec: float
-    """Fed with x + b_dec."""
-    l0: float
-    """Firing latents per token, without a change."""
+    fvu_subtracting_b_dec: float  # Fed with x - b_dec
+    fvu_adding_b_dec: float  # Fed with x + b_dec
+    l0: float  # Firing latents per token, without a change
     l0_at_input_scale: float
     chance: float
     """FVU of an SAE of this width and sparsity on unrelated data: at the best scales, on residual vectors whose
@@ -163,8 +152,7 @@ def _best_input_scale(sae: SparseAutoencoder, x: Tensor) -> float:
 class SAEWarning:
     """A probable fault."""
 
-    kind: str
-    """"units", "b_dec", "layer", "model", "tuning", "decoder" or "sparsity"."""
+    kind: str  # "units", "b_dec", "layer", "model", "tuning", "decoder" or "sparsity"
     reason: str
 
     def __str__(self) -> str:
@@ -282,7 +270,7 @@ def _catalog(sae: SparseAutoencoder, model: Mapping[str, Any]) -> Iterator[SAEWa
 
 def _sparsity(l0: float, sae: SparseAutoencoder, expected: float | None) -> Iterator[SAEWarning]:
     source = "is stated"
-    if expected is None and isinstance(sae.activation, WithK):
+    if expected is None and isinstance(sae.activation, TopK):
         expected, source = float(sae.activation.k), "is its k"
     if expected is None or expected / L0_FACTOR <= l0 <= expected * L0_FACTOR:
         return

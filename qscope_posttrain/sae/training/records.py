@@ -38,20 +38,13 @@ LOG = "metrics.jsonl"
 class TrainingState:
     """Progress of a training, without the tensors of its layers."""
 
-    step: int
-    """Updates that are done"""
-    block: int
-    """Number of the block of activations that the next update draws from"""
-    update: int
-    """Updates drawn from that block"""
-    position: StreamPosition
-    """Start of that block in the text"""
-    medians: dict[int, float]
-    """Median norm of each layer"""
-    left_out: dict[int, int]
-    """Norm outliers of each layer in the blocks before"""
-    seconds: float
-    """Time that the training has taken"""
+    step: int  # Updates that are done
+    block: int  # Number of the block of activations that the next update draws from
+    update: int  # Updates drawn from that block
+    position: StreamPosition  # Start of that block in the text
+    medians: dict[int, float]  # Median norm of each layer
+    left_out: dict[int, int]  # Norm outliers of each layer in the blocks before
+    seconds: float  # Time that the training has taken
 
 
 def write_checkpoint(
@@ -133,8 +126,7 @@ class TrainingLog:
         self.path = folder / LOG
         self.note = ""
         self.records = [record for record in _read(self.path) if record["step"] <= done] if done else []
-        self._sums: dict[int, Tensor] = {}
-        """Layer -> [2, metrics]: sums of the known values and their number"""
+        self._sums: dict[int, Tensor] = {}  # Layer -> [2, metrics]: sums of the known values and their number
         self._accelerator = None
         if report_to:
             from accelerate import Accelerator

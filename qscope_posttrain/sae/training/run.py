@@ -47,14 +47,11 @@ CHECKPOINTS = "checkpoints"
 class SAETrainingResult:
     """Result of a training."""
 
-    saes: dict[int, SparseAutoencoder]
-    """By layer, in raw units"""
+    saes: dict[int, SparseAutoencoder]  # By layer, in raw units
     quality: dict[int, dict[str, Any]]
     """By layer, on held-out text: fvu, l0, dead, loss_recovered and more; empty if nothing was held out"""
-    records: list[dict[str, Any]]
-    """Content of metrics.jsonl"""
-    facts: dict[str, Any]
-    """Model, data with its fingerprint, tokens, epochs, outliers, seconds"""
+    records: list[dict[str, Any]]  # Content of metrics.jsonl
+    facts: dict[str, Any]  # Model, data with its fingerprint, tokens, epochs, outliers, seconds
 
 
 def train_saes_on_text(
@@ -130,8 +127,7 @@ class _Run:
             "held_out": text_fingerprint({"held out": held_out}),
         }
         self.trainings: dict[int, LayerTraining] = {}
-        self.update = 0
-        """Updates drawn from the block in memory"""
+        self.update = 0  # Updates drawn from the block in memory
         self.seconds = 0.0
 
     def train(self) -> SAETrainingResult:

@@ -22,14 +22,10 @@ _DOCUMENTS_PER_CALL = 256
 class StreamPosition:
     """The next token of the text."""
 
-    epoch: int = 0
-    """Number of times that the text has been read to its end"""
-    document: int = 0
-    """Number of the document in the source"""
-    offset: int = 0
-    """Number of its tokens that have been read"""
-    digest: str = ""
-    """SHA-256 chained over all documents before it, in reading order"""
+    epoch: int = 0  # Number of times that the text has been read to its end
+    document: int = 0  # Number of the document in the source
+    offset: int = 0  # Number of its tokens that have been read
+    digest: str = ""  # SHA-256 chained over all documents before it, in reading order
 
     def after(self, document: str) -> StreamPosition:
         """The start of the next document."""
@@ -45,10 +41,8 @@ class PackedSequence:
     ids: tuple[int, ...]
     starts: tuple[int, ...]
     """Positions where a document, or a piece of one that was cut, begins; ascending, the first is 0"""
-    used: int
-    """Number of tokens before the padding"""
-    end: StreamPosition
-    """Start of the next sequence"""
+    used: int  # Number of tokens before the padding
+    end: StreamPosition  # Start of the next sequence
 
     def positions(self) -> list[int]:
         """Distance of each token to the start of its piece."""
@@ -117,10 +111,8 @@ def _tokenized(source: TextSource, tokenizer: Any, first: int) -> Iterator[tuple
 class TextSource:
     """Documents in a fixed order, which can be read again, starting from any of them."""
 
-    documents: Callable[..., Iterator[str]]
-    """documents(skip=0): those from number `skip` on, once."""
-    facts: dict[str, Any]
-    """For the model card, JSON-able; they must agree when a training is resumed."""
+    documents: Callable[..., Iterator[str]]  # documents(skip=0): those from number `skip` on, once
+    facts: dict[str, Any]  # For the model card, JSON-able; they must agree when a training is resumed
 
 
 def open_source(texts: Any, column: str = "text") -> TextSource:
