@@ -102,8 +102,9 @@ def read_rows(stored: StoredSAE, feature_ids: Sequence[int] | Tensor) -> Feature
     parts = (stored.W_enc, stored.b_enc.unsqueeze(1), stored.W_dec)
     encoder, bias, decoder = (gather(part, ids, stored.memory_mapped) for part in parts)
     rows = fold_rows(stored.fold, encoder, bias.squeeze(1), decoder, stored.b_dec, ids)
+    encoder, bias, decoder = (part.float() for part in rows)
     try:
-        return FeatureRows(ids, *(part.float() for part in rows), stored.source(), stored.layer)
+        return FeatureRows(ids, encoder, bias, decoder, stored.source(), stored.layer)
     except ValueError as error:
         raise UserValueError(f"{stored.path}: {error}") from error
 

@@ -95,7 +95,7 @@ def _checked_width(weights: WeightsFile) -> int:
         )
     if found == (upright, transposed):
         return d_sae
-    faults = {
+    faults: dict[tuple[tuple[int, ...], ...], str] = {
         (transposed, upright): "W_enc and W_dec (or b_enc and b_dec) are swapped",
         (upright, upright): "W_dec is transposed",
         (transposed, transposed): "W_enc is transposed",

@@ -73,8 +73,16 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
         encoder_scale=gain,
         decoder_scale=_finetuning(weights, settings, d_sae, rescales),
     )
-    activation = activation or _activation(weights, architecture, k)
-    return read_stored(weights, located, layout, d_sae, d_model, fold=fold, activation=activation, layer=layer)
+    return read_stored(
+        weights,
+        located,
+        layout,
+        d_sae,
+        d_model,
+        fold=fold,
+        activation=activation or _activation(weights, architecture, k),
+        layer=layer,
+    )
 
 
 def write_file(path: Path, sae: SparseAutoencoder) -> Path:
