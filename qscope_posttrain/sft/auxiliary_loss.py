@@ -15,7 +15,7 @@ from transformers import Trainer
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.models.layers import decoder_layers, final_norm
-from qscope_posttrain.models.target_tokens import find_target_tokens, fingerprint
+from qscope_posttrain.models.scoring import find_target_tokens, fingerprint
 from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.logits import check_head
 from qscope_posttrain.sft.loss import Normalizer

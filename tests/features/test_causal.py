@@ -18,7 +18,8 @@ from qscope_posttrain.features.causal import (
     measure_effects,
 )
 from qscope_posttrain.features.statistics import collect_statistics
-from qscope_posttrain.models.scoring import target_probability
+from qscope_posttrain.models.layers import evaluation_mode
+from qscope_posttrain.models.scoring import TextScores, contrast_sample, score_sample
 from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.text.tokens import script_token_ids
 
@@ -50,6 +51,12 @@ def explicit_scores(model, tokenizer, texts, languages, ids):
             loss.append(-log[:-1].gather(1, tokens[0, 1:, None])[:, 0])
     probability = torch.cat(probability)
     return float(probability.mean()), float(probability.log().mean()), float(torch.cat(loss).mean().exp())
+
+
+def target_probability(model, tokenizer, texts, target, **options) -> TextScores:
+    sample = contrast_sample(model, tokenizer, texts, target, **options)
+    with evaluation_mode(model):
+        return score_sample(model, sample)
 
 
 def test_target_probability_equals_a_plain_loop(planted, tiny_tokenizer, texts):

@@ -139,7 +139,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def _local_tables(path: Path, layer: int | None, k: int | None) -> list[Table]:
     """The weights in a folder, and the SAE of `layer`, or the only one, from its headers alone."""
-    from qscope_posttrain.sae.loading import activation_of, layer_of, open_source
+    from qscope_posttrain.sae.loading import activation_of, open_source
 
     path = path.absolute()
     found = weights_in(path) if path.is_dir() else []
@@ -149,18 +149,17 @@ def _local_tables(path: Path, layer: int | None, k: int | None) -> list[Table]:
     listing = [Table(f"SAEs in {path}", ["layer", "file", "size"], files)] if len(files) > 1 else []
     if listing and layer is None:
         return listing
-    located, stored = open_source(path, layer, None, None, None)
-    d_sae, d_model = stored.W_enc.shape
-    number = layer_of(located, stored)
+    stored = open_source(path, layer)
+    located, d_sae, d_model = stored.located, stored.d_sae, stored.d_model
     try:
-        activation = check.describe_activation(activation_of(located, stored, k))
+        activation = check.describe_activation(activation_of(stored, k))
     except ValueError as error:
         activation = f"not known: {str(error).rpartition(': ')[2]}"
     origin = stored.origin
     rows = [
         ["file", f"{located.path} ({in_words(located.path.stat().st_size)})"],
         ["format", stored.format],
-        ["layer", "not stated" if number is None else f"{number}, counted from 0"],
+        ["layer", "not stated" if stored.layer is None else f"{stored.layer}, counted from 0"],
         ["latents", f"{d_sae} for a residual stream of width {d_model} ({d_sae / d_model:.3g} per dimension)"],
         ["activation", activation],
         ["stored as", str(stored.W_enc.dtype).removeprefix("torch.")],

@@ -113,11 +113,9 @@ def _description(sae: SparseAutoencoder) -> Table:
 def describe_activation(activation: Activation) -> str:
     """In words: TopK, k 50."""
     from qscope_posttrain.sae.activations import BatchTopK, TopK
-    from qscope_posttrain.sae.loading import WITH_K
 
-    if isinstance(activation, WITH_K):
-        signed = isinstance(activation, TopK) and activation.variant == "signed"
-        return f"{type(activation).__name__}, k {activation.k}" + (", signed" if signed else "")
+    if isinstance(activation, TopK):
+        return f"TopK, k {activation.k}" + (", signed" if activation.variant == "signed" else "")
     if isinstance(activation, BatchTopK):
         return f"BatchTopK, threshold {activation.threshold:.4g}"
     return type(activation).__name__

@@ -153,8 +153,8 @@ def check(recipe: SAERecipe) -> Table:
 
 
 def _dataset(own: TrainArguments) -> Any:
-    from qscope_posttrain.sae.training.text_stream import DatasetSource
+    from qscope_posttrain.sae.training.text_stream import dataset_source
 
     data = read_data_set(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)
-    return DatasetSource(data, own.text_column, name)
+    return dataset_source(data, own.text_column, name)
