@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from qscope_posttrain.errors import UserImportError, UserTypeError, UserValueError
 from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
-from qscope_posttrain.sft.masks import PADDING_ID
+from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
 from qscope_posttrain.sft.settings import LossSettings
 from qscope_posttrain.sft.train_data import count_languages, without_effect
 
@@ -46,6 +46,10 @@ _REMEDY = (
     'Name the column with the language in ms-swift\'s arguments: --columns \'{"language": "channel"}\', or call it '
     "channel in the data."
 )
+_FOR_THE_TRAINER = frozenset(
+    (CHANNEL, "loss_scale", "compute_loss_func", "text_position_ids", "logits_to_keep", "output_router_logits")
+)
+"""Entries of a batch that ms-swift's compute_loss takes out, or that only the model with its head understands"""
 
 
 class SwiftHost(Host):
@@ -96,26 +100,32 @@ class SwiftHost(Host):
     def train_dataloader(self, build: Any, decide: SampleLanguage, key: str, *args: Any) -> Any:
         return build(*args)  # the batches have their languages already
 
+    def token_batch(self, inputs: MutableMapping[str, Any], decide: SampleLanguage | None, key: str) -> TokenBatch:
+        positions = inputs.get("text_position_ids", inputs.get("position_ids"))
+        if (
+            positions is not None and positions.ndim == 3
+        ):  # templates of multimodal models: those of the text come first
+            positions = positions[0]
+        return super().token_batch({**inputs, "position_ids": positions}, decide, key)
+
     def language_ids(self, inputs: MutableMapping[str, Any], decide: SampleLanguage, key: str) -> Tensor:
         if decide.rule == SCRIPT:
             return super().language_ids(inputs, decide, key)
-        labels, names = inputs["labels"], inputs.get(CHANNEL)
+        labels, names, mask = inputs["labels"], inputs.get(CHANNEL), inputs.get("attention_mask")
         if names is None or None in names:
             raise UserValueError(f"A batch has rows without {CHANNEL!r}. {_REMEDY}")
-        ids = torch.tensor([decide.id(name) for name in names], device=labels.device)
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            documents, real = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels), mask.bool()
-            count = len(labels)
+        if mask is not None:  # rows beside padding
+            documents = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
         else:
-            positions = inputs.get("text_position_ids", inputs.get("position_ids"))
-            if positions is None:
-                raise UserValueError("A batch of ms-swift has neither attention mask nor position ids.")
-            documents, real = (positions == 0).cumsum(1) - 1, torch.ones_like(labels, dtype=torch.bool)
-            count = int(documents.max()) + 1
-        if count != len(ids):
-            raise UserValueError(f"A batch has {count} documents, but the languages of {len(ids)} ({names}).")
-        return torch.where(real, ids[documents], PADDING_ID)
+            documents = TokenBatch.from_inputs(inputs, None).documents()
+        count = int(documents.max()) + 1
+        if count != len(names):
+            raise UserValueError(f"A batch has {count} documents, but the languages of {len(names)}: {names}.")
+        ids = torch.tensor([decide.id(name) for name in names], device=labels.device)[documents]
+        return ids if mask is None else ids.masked_fill(mask == 0, PADDING_ID)
+
+    def model_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in _FOR_THE_TRAINER}
 
 
 class Attach(TrainerCallback):
@@ -160,6 +170,11 @@ def _arguments() -> Iterator[Any]:
 def _check_before_the_model_is_loaded() -> None:
     """Find mistakes now that would otherwise show after minutes, or never."""
     for arguments in _arguments():
+        if type(arguments).__module__.startswith("swift.megatron"):
+            raise UserValueError(
+                "qscope_posttrain does not work with Megatron (`megatron sft`), which splits layers and batches over "
+                "ranks. Use `swift sft` with data parallelism or ZeRO, or leave the plug-in out."
+            )
         if NAME not in arguments.callbacks:
             raise UserValueError(
                 f"--external_plugins loads qscope_posttrain, and --callbacks does not have {NAME} "

@@ -174,7 +174,7 @@ class AttachedRun:
             layers, named = self.loss.captured(batch.labels)
             self.micro_batches += 1
             self.hook_calls += sum(capture.calls.values())
-            term, sums = self._term(batch, layers, named, num_items_in_batch, plain)
+            term, sums = self._term(batch, layers, named, num_items_in_batch, self.host.model_inputs(plain))
             self.window.add(sums, loss.device)
             if self.loss.config.weight > 0 or self.loss.config.anchor > 0:  # else it is only measured
                 loss = loss + term.to(loss)

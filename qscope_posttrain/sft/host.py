@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +183,10 @@ class Host:
     def token_batch(self, inputs: MutableMapping[str, Any], decide: SampleLanguage | None, key: str) -> TokenBatch:
         """Labels, languages and documents of a micro-batch; entries that the model must not see may be taken out."""
         return TokenBatch.from_inputs(inputs, None if decide is None else self.language_ids(inputs, decide, key))
+
+    def model_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the starting model of an anchor is given of a batch that came to `compute_loss`, beside its labels."""
+        return inputs
 
     def language_ids(self, inputs: MutableMapping[str, Any], decide: SampleLanguage, key: str) -> Tensor:
         """`[batch, tokens]`: the index of each token's language in `decide.languages`, or -1.

@@ -34,6 +34,8 @@ class KeepGradients(TrainerCallback):
             return batches, count
 
         self.trainer.get_batch_samples = get_batch_samples
+        if state.global_step > 0:
+            return  # resumed
         # LoRA starts with one matrix of zeros, and then the other has no gradient.
         generator = torch.Generator().manual_seed(1)
         for name, parameter in self.trainer.model.named_parameters():

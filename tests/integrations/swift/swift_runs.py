@@ -77,15 +77,20 @@ class Workplace:
     def __init__(self, folder: Path, make_model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]]) -> None:
         self.folder = folder
         self.model = folder / "model"
-        self.features = folder / "features.safetensors"
         self.tokenizer = tokenizer
         self.texts = texts
         self.count = 0
-        model = case_model(make_model)
-        model.save_pretrained(self.model)
+        self._model = case_model(make_model)
+        self._model.save_pretrained(self.model)
         tokenizer.save_pretrained(self.model)
-        make_features(model).save(self.features)
+        self.features = self.features_of(*LANGUAGES)
         write_rows(folder / "data.jsonl", self.conversations())
+
+    def features_of(self, *languages: str) -> Path:
+        """The file of a FeatureSet of the model that knows these languages."""
+        file = self.folder / f"features_{'_'.join(languages)}.safetensors"
+        make_features(self._model, languages=languages).save(file)
+        return file
 
     def conversations(self, column: str | None = "channel") -> list[dict[str, Any]]:
         """Eight rows in three languages, in turn; the prompts are in another one than the responses."""
