@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 PEERS ?= .venv-peers
+SWIFT ?= .venv-swift
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 TRITON := 3.9.0
@@ -22,10 +23,10 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers cases fuzz lint types format house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-swift cases fuzz lint types format house benchmarks clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | test-peers | cases | fuzz | lint | types | format | house |" \
-	    "benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | test-swift | cases | fuzz | lint | types |" \
+	    "format | house | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -96,6 +97,18 @@ cases: $(VENV)/.installed
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers
 
+# ms-swift in an environment of its own: its pins contradict ours, so the package comes without its dependencies.
+$(SWIFT)/.installed: pyproject.toml .ci/swift.txt
+	@echo "Setting up $(SWIFT) (the first time takes a few minutes)"
+	@$(PYTHON) -m venv $(SWIFT)
+	$(call install_torch,$(SWIFT))
+	@$(SWIFT)/bin/pip install --quiet --disable-pip-version-check --requirement .ci/swift.txt
+	@$(SWIFT)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-swift: $(SWIFT)/.installed
+	$(SWIFT)/bin/python -m pytest tests/integrations/swift tests/sft/test_loss_settings.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -123,4 +136,4 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(SWIFT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
 from qscope_posttrain.sft.settings import LossSettings
-from qscope_posttrain.sft.train_data import count_languages, without_effect
+from qscope_posttrain.sft.train_data import without_effect
+from qscope_posttrain.text.language_labels import distinct_labels
 
 try:
     from swift.callbacks import callbacks_map
@@ -92,7 +94,14 @@ class SwiftHost(Host):
                 raise UserValueError(
                     f"The training data has no column {CHANNEL!r}; it has {', '.join(data.column_names)}. {_REMEDY}"
                 )
-            counts = count_languages(data, decide)
+            counts: Counter[str] = Counter()
+            for label in distinct_labels(data, CHANNEL):  # ms-swift has shuffled the rows: their numbers say nothing
+                try:
+                    name = decide.name(label.value)
+                    decide.id(name)
+                except UserValueError as error:
+                    raise UserValueError(f"The training data, in {label.times} rows: {error}") from error
+                counts[name] += label.times
             if nothing := without_effect(counts, str(config.target), config.ignore_languages):
                 warnings.warn(nothing, stacklevel=2)
         return decide
@@ -121,7 +130,7 @@ class SwiftHost(Host):
         count = int(documents.max()) + 1
         if count != len(names):
             raise UserValueError(f"A batch has {count} documents, but the languages of {len(names)}: {names}.")
-        ids = torch.tensor([decide.id(name) for name in names], device=labels.device)[documents]
+        ids = torch.tensor([decide.id(decide.name(name)) for name in names], device=labels.device)[documents]
         return ids if mask is None else ids.masked_fill(mask == 0, PADDING_ID)
 
     def model_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

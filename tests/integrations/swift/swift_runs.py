@@ -145,11 +145,7 @@ class Workplace:
             "logging_steps": 1,
             "report_to": "none",
         }
-        words: list[str] = []
-        for name, value in (settings | dict(options)).items():
-            values = value if isinstance(value, list) else [value]
-            words += [] if value is None else [f"--{name}", *map(str, values)]
-        return words
+        return spelled(settings | dict(options))
 
     def settings(self, values: Mapping[str, Any] | None = None, **changes: Any) -> Path:
         """A settings file; the features are the workplace's where the method needs some."""
@@ -171,17 +167,12 @@ class Workplace:
 
     def train(self, options: Mapping[str, Any] | None = None, settings: Path | None = None, main: Any = None) -> Run:
         """One training in this process, by what `swift sft` calls."""
-        from swift.arguments import SftArguments
         from swift.pipelines import sft_main
 
         run = self.new_run()
         environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_SETTINGS"}
         try:
-            with (
-                # ms-swift lets packed rows only to flash attention, which no CPU has; sdpa masks by position ids.
-                mock.patch.object(SftArguments, "_check_padding_free", _pack_without_flash_attention),
-                mock.patch.dict(os.environ, environment | self.environment(run, settings), clear=True),
-            ):
+            with mock.patch.dict(os.environ, environment | self.environment(run, settings), clear=True):
                 (main or sft_main)(self.command(run, options or {}))
         finally:
             # ms-swift replaces this function for the whole process, with the kind of checkpointing of its first run.
@@ -191,23 +182,37 @@ class Workplace:
         return run
 
     def by_command(
-        self, options: Mapping[str, Any], settings: Path | None, processes: int | None = None
+        self,
+        options: Mapping[str, Any],
+        settings: Path | None,
+        processes: int | None = None,
+        recipe: Path | None = None,
     ) -> tuple[Run, subprocess.CompletedProcess[str]]:
-        """`swift sft ...` as a user types it."""
+        """`swift sft ...` as a user types it; with a recipe, `options` override its keys."""
         run = self.new_run()
         environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_SETTINGS"}
         environment |= self.environment(run, settings) | {"PYTHONPATH": str(HERE.parents[2])}
         if processes is not None:
             environment |= {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port())}
-        words = [str(Path(sys.executable).parent / "swift"), "sft", *self.command(run, options)]
+        given = (
+            self.command(run, options)
+            if recipe is None
+            else [str(recipe), *spelled({**options, "output_dir": run.folder})]
+        )
+        words = [str(Path(sys.executable).parent / "swift"), "sft", *given]
         done = subprocess.run(
             words, env=environment, cwd=self.folder, capture_output=True, text=True, check=False, timeout=300
         )
         return run, done
 
 
-def _pack_without_flash_attention(arguments: Any) -> None:
-    arguments.padding_free = arguments.padding_free or arguments.packing
+def spelled(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line; None leaves one out."""
+    words: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        words += [] if value is None else [f"--{name}", *map(str, values)]
+    return words
 
 
 def free_port() -> int:
