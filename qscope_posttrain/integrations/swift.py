@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,11 +110,10 @@ class SwiftHost(Host):
         return build(*args)  # the batches have their languages already
 
     def token_batch(self, inputs: MutableMapping[str, Any], decide: SampleLanguage | None, key: str) -> TokenBatch:
+        # Templates of multimodal models have three position ids for a token, and those of the text under another name.
         positions = inputs.get("text_position_ids", inputs.get("position_ids"))
-        if (
-            positions is not None and positions.ndim == 3
-        ):  # templates of multimodal models: those of the text come first
-            positions = positions[0]
+        if positions is not None and positions.ndim != 2:
+            positions = None
         return super().token_batch({**inputs, "position_ids": positions}, decide, key)
 
     def language_ids(self, inputs: MutableMapping[str, Any], decide: SampleLanguage, key: str) -> Tensor:
@@ -166,33 +165,31 @@ def _rows(data: Any) -> Dataset | None:
     return data
 
 
-def _arguments() -> Iterator[Any]:
-    """The arguments of ms-swift that are importing this file now, if they are those of a training."""
+def _check_before_the_model_is_loaded() -> None:
+    """Find mistakes now that would otherwise show after minutes, or never.
+
+    ms-swift imports this file from a method of its arguments, which it passes to no plug-in.
+    """
     frame: Any = sys._getframe(1)
     while frame is not None:
-        found = frame.f_locals.get("self")
-        if hasattr(found, "external_plugins") and hasattr(found, "callbacks"):
-            yield found
+        arguments = frame.f_locals.get("self")
+        if hasattr(arguments, "external_plugins") and hasattr(arguments, "callbacks"):  # those of a training
+            break
         frame = frame.f_back
-
-
-def _check_before_the_model_is_loaded() -> None:
-    """Find mistakes now that would otherwise show after minutes, or never."""
-    for arguments in _arguments():
-        if type(arguments).__module__.startswith("swift.megatron"):
-            raise UserValueError(
-                "qscope_posttrain does not work with Megatron (`megatron sft`), which splits layers and batches over "
-                "ranks. Use `swift sft` with data parallelism or ZeRO, or leave the plug-in out."
-            )
-        if NAME not in arguments.callbacks:
-            raise UserValueError(
-                f"--external_plugins loads qscope_posttrain, and --callbacks does not have {NAME} "
-                f"({arguments.callbacks}): this would be a training without the penalty. Give --callbacks {NAME}, or "
-                "leave the plug-in out."
-            )
-        if path := os.environ.get(SETTINGS):
-            LossSettings.load(path, language=CHANNEL)
+    else:
         return
+    if type(arguments).__module__.startswith("swift.megatron"):
+        raise UserValueError(
+            "qscope_posttrain does not work with Megatron (`megatron sft`), which splits layers and batches over "
+            "ranks. Use `swift sft` with data parallelism or ZeRO, or leave the plug-in out."
+        )
+    if NAME not in arguments.callbacks:
+        raise UserValueError(
+            f"--external_plugins loads qscope_posttrain, and --callbacks does not have {NAME} ({arguments.callbacks}): "
+            f"this would be a training without the penalty. Give --callbacks {NAME}, or leave the plug-in out."
+        )
+    if path := os.environ.get(SETTINGS):
+        LossSettings.load(path, language=CHANNEL)
 
 
 callbacks_map[NAME] = make_callback

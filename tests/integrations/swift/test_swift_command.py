@@ -55,13 +55,6 @@ def test_the_recipe_trains_with_the_language_in_a_column_of_its_own(workplace):
     assert list(run.folder.rglob("checkpoint-2/adapter_model.safetensors"))
 
 
-def test_every_loss_file_beside_the_recipe_can_be_read(workplace):
-    from qscope_posttrain.sft.settings import LossSettings
-
-    found = {file.name: LossSettings.load(file, language="channel") for file in RECIPES.glob("loss_*.yaml")}
-    assert {settings.method for settings in found.values()} == {"sasft", "token_penalty"}
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -204,9 +204,17 @@ def test_a_plugin_of_ones_own_may_import_the_module(workplace):
 
 @pytest.mark.usefixtures("first_import")
 def test_inference_from_a_checkpoint_imports_the_plugin_and_needs_no_settings(workplace, monkeypatch):
+    run = workplace.train({"tuner_type": "lora", "save_strategy": "steps", "save_steps": 1}, workplace.settings())
+    for name in [name for name in sys.modules if name.startswith("_swift_external_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(callbacks_map, "qscope_sasft")
     monkeypatch.delenv("QSCOPE_SETTINGS", raising=False)
-    InferArguments(model=str(workplace.model), model_type="qwen3", template="qwen3", external_plugins=[str(PLUGIN)])
+    monkeypatch.setenv("KEEP_GRADIENTS", str(run.keep))
+    InferArguments(adapters=[str(run.checkpoint)])
     assert "qscope_sasft" in callbacks_map
+    monkeypatch.delitem(callbacks_map, "qscope_sasft")
+    InferArguments(adapters=[str(run.checkpoint)], model=str(workplace.model), template="qwen3", load_args=False)
+    assert "qscope_sasft" not in callbacks_map
 
 
 @pytest.mark.usefixtures("first_import")
