@@ -37,13 +37,18 @@ def refused(workplace):
     return call
 
 
-@pytest.fixture
-def first_import(monkeypatch):
-    """The plug-in is imported as in a new process."""
+def forget(monkeypatch):
+    """ms-swift has loaded no plug-in yet."""
     for name in [name for name in sys.modules if name.startswith("_swift_external_")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(callbacks_map, "qscope_sasft", raising=False)
     monkeypatch.setattr("swift.utils.utils._external_files", [])
+
+
+@pytest.fixture
+def first_import(monkeypatch):
+    """The plug-in is imported as in a new process."""
+    forget(monkeypatch)
 
 
 # The settings
@@ -205,16 +210,13 @@ def test_a_plugin_of_ones_own_may_import_the_module(workplace):
 @pytest.mark.usefixtures("first_import")
 def test_inference_from_a_checkpoint_imports_the_plugin_and_needs_no_settings(workplace, monkeypatch):
     run = workplace.train({"tuner_type": "lora", "save_strategy": "steps", "save_steps": 1}, workplace.settings())
-    for name in [name for name in sys.modules if name.startswith("_swift_external_")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(callbacks_map, "qscope_sasft")
     monkeypatch.delenv("QSCOPE_SETTINGS", raising=False)
     monkeypatch.setenv("KEEP_GRADIENTS", str(run.keep))
-    InferArguments(adapters=[str(run.checkpoint)])
-    assert "qscope_sasft" in callbacks_map
-    monkeypatch.delitem(callbacks_map, "qscope_sasft")
-    InferArguments(adapters=[str(run.checkpoint)], model=str(workplace.model), template="qwen3", load_args=False)
-    assert "qscope_sasft" not in callbacks_map
+    for load_args in (True, False):
+        forget(monkeypatch)
+        given = {"model": str(workplace.model), "model_type": "qwen3", "template": "qwen3", "load_args": load_args}
+        InferArguments(adapters=[str(run.checkpoint)], **given)
+        assert ("qscope_sasft" in callbacks_map) is load_args
 
 
 @pytest.mark.usefixtures("first_import")
