@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 PEERS ?= .venv-peers
+LLAMAFACTORY ?= .venv-llamafactory
 SWIFT ?= .venv-swift
 BIN := $(VENV)/bin
 TORCH := 2.13.0
@@ -23,10 +24,10 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers test-swift cases fuzz lint types format house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift cases fuzz lint types format house benchmarks clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | test-peers | test-swift | cases | fuzz | lint | types |" \
-	    "format | house | benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | cases | fuzz |" \
+	    "lint | types | format | house | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -97,6 +98,19 @@ cases: $(VENV)/.installed
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers
 
+# LLaMA-Factory in an environment of its own: its caps contradict ours, so both come without their dependencies. Its last
+# line of imports wants torchaudio, of which no release fits the CPU build of torch; the tests bring a stand-in.
+$(LLAMAFACTORY)/.installed: pyproject.toml .ci/llamafactory.txt
+	@$(PYTHON) -m venv $(LLAMAFACTORY)
+	$(call install_torch,$(LLAMAFACTORY))
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --requirement .ci/llamafactory.txt
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --no-deps llamafactory==0.9.5
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-llamafactory: $(LLAMAFACTORY)/.installed
+	$(LLAMAFACTORY)/bin/python -m pytest tests/integrations/llamafactory tests/integrations/transformers
+
 # ms-swift in an environment of its own: its pins contradict ours, so the package comes without its dependencies.
 $(SWIFT)/.installed: pyproject.toml .ci/swift.txt
 	@echo "Setting up $(SWIFT) (the first time takes a few minutes)"
@@ -136,4 +150,4 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(SWIFT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
