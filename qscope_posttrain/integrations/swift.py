@@ -78,9 +78,6 @@ class SwiftHost(Host):
             )
         super().check()
 
-    def columns(self) -> tuple[str, ...]:
-        return () if self.callback.config.language == SCRIPT else (CHANNEL,)
-
     def sample_language(self) -> SampleLanguage | None:
         if not self.callback.reads_languages:
             return None
@@ -106,8 +103,8 @@ class SwiftHost(Host):
                 warnings.warn(nothing, stacklevel=2)
         return decide
 
-    def train_dataloader(self, build: Any, decide: SampleLanguage, key: str, *args: Any) -> Any:
-        return build(*args)  # the batches have their languages already
+    def train_dataloader(self, build: Any, decide: SampleLanguage, key: str) -> Any:
+        return build()  # the batches have their languages already
 
     def token_batch(self, inputs: MutableMapping[str, Any], decide: SampleLanguage | None, key: str) -> TokenBatch:
         # Templates of multimodal models have three position ids for a token, and those of the text under another name.
@@ -117,7 +114,7 @@ class SwiftHost(Host):
         return super().token_batch({**inputs, "position_ids": positions}, decide, key)
 
     def language_ids(self, inputs: MutableMapping[str, Any], decide: SampleLanguage, key: str) -> Tensor:
-        if decide.rule == SCRIPT:
+        if self.by_documents:
             return super().language_ids(inputs, decide, key)
         labels, names, mask = inputs["labels"], inputs.get(CHANNEL), inputs.get("attention_mask")
         if names is None or None in names:
