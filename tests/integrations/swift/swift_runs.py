@@ -200,9 +200,7 @@ class Workplace:
             else [str(recipe), *spelled({**options, "output_dir": run.folder})]
         )
         words = [str(Path(sys.executable).parent / "swift"), "sft", *given]
-        done = subprocess.run(
-            words, env=environment, cwd=self.folder, capture_output=True, text=True, check=False, timeout=300
-        )
+        done = subprocess.run(words, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
         return run, done
 
 
