@@ -110,8 +110,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             if run.hooked:
                 raise RuntimeError(f"This {type(self).__name__} is already attached to the trainer; detach() it first.")
             run.leave()
-        kind = host_class(trainer, type(self).__name__) if host is None else host
-        place = kind(trainer, self)
+        place = (host or host_class(trainer, type(self).__name__))(trainer, self)
         place.check()
         self._check_once(trainer)
         for other in trainer.callback_handler.callbacks:
@@ -165,9 +164,9 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             if run.trainer.state is state and run.hooked:
                 return run
         raise RuntimeError(
-            f"{type(self).__name__} is among the callbacks of this trainer but not attached to it: it was added after "
-            "the trainer had been made (trainer.add_callback), and transformers tells a callback only while it makes "
-            "the trainer which one that is. Use callback.attach(trainer), or give it to the trainer's callbacks=[...]."
+            f"{type(self).__name__} is among the callbacks of this trainer but not attached to it: it was added with "
+            "trainer.add_callback after the trainer had been made, and a callback learns which trainer it is in only "
+            "while that is made. Use callback.attach(trainer), or give it to the trainer's callbacks=[...]."
         )
 
     def _check_once(self, trainer: Trainer) -> None:
