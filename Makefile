@@ -108,7 +108,7 @@ $(LLAMAFACTORY)/.installed: pyproject.toml .ci/llamafactory.txt
 	@touch $@
 
 test-llamafactory: $(LLAMAFACTORY)/.installed
-	$(LLAMAFACTORY)/bin/python -m pytest tests/integrations/llamafactory tests/integrations/transformers
+	$(LLAMAFACTORY)/bin/python -m pytest tests/integrations/llamafactory
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
