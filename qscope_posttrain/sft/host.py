@@ -72,7 +72,7 @@ class Host:
                 "Launch with `accelerate launch` or torchrun, or make one GPU visible."
             )
         model: Any = pretrained_model(trainer.model)
-        loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+        loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
         if loss is not ForCausalLMLoss or getattr(model.config, "is_encoder_decoder", False):
             raise UserValueError(
                 f"{name} needs a causal language model, whose labels are the tokens of its input, and "
