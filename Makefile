@@ -109,7 +109,7 @@ $(LLAMAFACTORY)/.installed: pyproject.toml .ci/llamafactory.txt
 	@touch $@
 
 test-llamafactory: $(LLAMAFACTORY)/.installed
-	$(LLAMAFACTORY)/bin/python -m pytest tests/integrations/llamafactory tests/integrations/transformers
+	$(LLAMAFACTORY)/bin/python -m pytest tests/integrations/llamafactory
 
 # ms-swift in an environment of its own: its pins contradict ours, so the package comes without its dependencies.
 $(SWIFT)/.installed: pyproject.toml .ci/swift.txt

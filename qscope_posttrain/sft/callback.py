@@ -154,6 +154,9 @@ class PenaltyLayer:
     bias: Tensor  # [R] fp32
     thresholds: Tensor  # [languages, R] fp32, in the order of the FeatureSet's languages
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def to(self, device: torch.device) -> PenaltyLayer:
         return replace(
             self, rows=self.rows.to(device), bias=self.bias.to(device), thresholds=self.thresholds.to(device)

@@ -111,10 +111,9 @@ class LanguageCollator:
         self._read = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        kept = examples  # also where a trainer has nested them
         if self.drop:
             kept = [{name: value for name, value in row.items() if name not in self.drop} for row in examples]
-        else:  # rows that a trainer has nested are left as they are
-            kept = examples
         if self.documents:
             batch = self.inner(kept)
             if len(batch["input_ids"]) < len(examples) and batch.get("position_ids") is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TEXTS, build_model
 from integrations.reference import (
     KeepGradients,
@@ -246,3 +247,16 @@ def test_the_launcher(folder, features, tmp_path, processes):
     for name, value in start.trainer.state.log_history[0].items():
         if name in ("loss", "grad_norm") or name.startswith("sasft/"):
             assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_the_recipe_holds_options_that_both_know(features, tmp_path):
+    from llamafactory.hparams import get_train_args
+
+    settings = yaml.safe_load((LAUNCHER.parent / "sasft_zh.yaml").read_text(encoding="utf-8"))
+    qscope = settings.pop("qscope")
+    here = {"use_cpu": True, "bf16": False, "output_dir": str(tmp_path)}
+    _, data, training, _, _ = get_train_args({**settings, **here})
+    assert data.neat_packing
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 4
+    callback = SASFTCallback(**{**qscope, "features": features, "layers": None})
+    assert callback.config.language == "script"
