@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, MetricWindow, Step
+from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.loss import Normalizer, count_in_window
 from qscope_posttrain.sft.masks import TokenBatch
-from qscope_posttrain.sft.train_data import with_languages
 
 if TYPE_CHECKING:
-    from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
+    from qscope_posttrain.sft.language_ids import SampleLanguage
 
 
 class AttachedRun:
@@ -28,19 +27,19 @@ class AttachedRun:
     Between two trainings of the trainer only a wrapped `train` is left, which brings the rest back.
     """
 
-    def __init__(
-        self, callback: AuxiliaryLossCallback, trainer: Trainer, loss: AuxiliaryLoss, columns: tuple[str, ...] | None
-    ) -> None:
-        """`loss` was made for this trainer; `columns` decide the languages of samples, None if none is read."""
-        self.callback = callback
-        self.trainer = trainer
+    def __init__(self, host: Host, loss: AuxiliaryLoss, decide: SampleLanguage | None) -> None:
+        """`loss` was made for the host's trainer; `decide` tells the languages of its data, None if none is read."""
+        self.host = host
+        self.callback = host.callback
+        self.trainer: Trainer = host.trainer
         self.loss = loss
-        self.columns = columns
-        self._data = trainer.train_dataset
-        self.key = f"{callback.name}_language_ids"
+        self.decide = decide
+        self._data = self.trainer.train_dataset
+        # Entries of a batch on its way to compute_loss: what the collator adds, and what was read from it
+        self.key, self.read_key = f"{self.callback.name}_language_ids", f"{self.callback.name}_tokens"
         self.hooked = self.training = False
-        self._entry = InstancePatches(trainer)
-        self._patches = InstancePatches(trainer)
+        self._entry = InstancePatches(self.trainer)
+        self._patches = InstancePatches(self.trainer)
         self._entry.wrap("train", self._train)
         # A model may outlive its trainer.
         weakref.finalize(self, loss.capture.remove)
@@ -57,7 +56,8 @@ class AttachedRun:
         self.loss.capture.attach()
         self._patches.wrap("compute_loss", self._compute_loss)
         self._patches.wrap("get_batch_samples", self._get_batch_samples)
-        if self.columns is not None:
+        self._patches.wrap("log", self._log)
+        if self.decide is not None:
             self._patches.wrap("get_train_dataloader", self._get_train_dataloader)
         self.hooked = True
 
@@ -79,6 +79,7 @@ class AttachedRun:
     def restart(self) -> None:
         """Forget all counts: a training begins, or begins again with smaller batches."""
         self.window = MetricWindow()
+        self.to_log: dict[str, float] = {}
         self.steps = self.micro_batches = self.hook_calls = 0
         self.eligible_in_window: Tensor | None = None
 
@@ -93,18 +94,16 @@ class AttachedRun:
             )
 
     def flush(self) -> None:
-        """Hand the window to the trainer's own metrics just before it logs.
+        """Turn the window into values for the trainer's log, which comes next.
 
         All ranks get here in the same step, so that the reduction meets on all of them.
         """
         if self.steps == 0:
             return
-        trainer: Any = self.trainer
-        ranks = trainer.accelerator.num_processes
-        values = self.loss.metrics(self.window.totals(trainer.accelerator), self.steps, ranks)
+        accelerator = self.trainer.accelerator
+        values = self.loss.metrics(self.window.totals(accelerator), self.steps, accelerator.num_processes)
         values["hook_calls"] = self.hook_calls / max(self.micro_batches * len(self.loss.capture.calls), 1)
-        for key, value in values.items():
-            trainer._metrics["train"][f"{self.callback.name}/{key}"].append(value)
+        self.to_log = {f"{self.callback.name}/{key}": value for key, value in values.items()}
         self.steps = self.micro_batches = self.hook_calls = 0
 
     # In place of the trainer's methods
@@ -114,7 +113,7 @@ class AttachedRun:
             self.leave()
             return original(*args, **kwargs)
         if self.trainer.train_dataset is not self._data:
-            self.columns, self._data = self.callback.columns_of(self.trainer), self.trainer.train_dataset
+            self.decide, self._data = self.host.sample_language(), self.trainer.train_dataset
         if not self.hooked:
             self.hook()
         self.training = True
@@ -126,16 +125,26 @@ class AttachedRun:
             if self.removed:
                 self.leave()
 
-    def _get_train_dataloader(self, original: Any) -> Any:
-        callback = self.callback
-        return with_languages(original, self.trainer, self.columns or (), callback.config, callback.languages, self.key)
+    def _get_train_dataloader(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        decide: Any = self.decide
+        return self.host.train_dataloader(functools.partial(original, *args, **kwargs), decide, self.key)
 
     def _get_batch_samples(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         batches, num_items_in_batch = original(*args, **kwargs)
-        if self.loss.config.normalization == "paper" and batches:
-            counts = [self.loss.eligible(self._token_batch(batch)).sum() for batch in batches]
+        read = [self.host.token_batch(batch, self.decide, self.key) for batch in batches]
+        for batch, tokens in zip(batches, read, strict=True):
+            batch[self.read_key] = tokens.stacked()
+        if self.loss.config.normalization == "paper" and read:
+            counts = [self.loss.eligible(tokens).sum() for tokens in read]
             self.eligible_in_window = count_in_window(self.trainer, torch.stack(counts).sum())
         return batches, num_items_in_batch
+
+    def _log(self, original: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.trainer.model
+        if model.training:  # or else these are the values of an evaluation
+            logs.update(self.to_log)
+            self.to_log = {}
+        return original(logs, *args, **kwargs)
 
     def _compute_loss(
         self,
@@ -148,8 +157,11 @@ class AttachedRun:
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if not model.training:
             return original(model, inputs, **options)
-        batch = self._token_batch(inputs)
-        plain = {key: value for key, value in inputs.items() if key != self.key}
+        plain = {key: value for key, value in inputs.items() if key not in (self.key, self.read_key)}
+        if self.read_key in inputs:
+            batch = TokenBatch.from_stacked(inputs[self.read_key])
+        else:  # a batch of the data loader that has not passed through get_batch_samples
+            batch = self.host.token_batch(dict(inputs), self.decide, self.key)
         if self.removed:
             return original(model, plain, **options)
         capture = self.loss.capture
@@ -194,16 +206,6 @@ class AttachedRun:
         finally:
             for capture in active:
                 capture.active = True
-
-    def _token_batch(self, inputs: Mapping[str, Any]) -> TokenBatch:
-        if self.columns is None:
-            return TokenBatch.from_inputs(inputs, None)
-        if self.key not in inputs:
-            raise UserValueError(
-                f"The batch has no {self.key!r} (its keys: {', '.join(inputs)}): it does not come from the trainer's "
-                f"get_train_dataloader() with {type(self.callback).__name__} attached."
-            )
-        return TokenBatch.from_inputs(inputs, inputs[self.key])
 
 
 _ABSENT = object()
@@ -273,5 +275,5 @@ def calling_trainer(callback: object) -> Trainer:
         frame = frame.f_back  # type: ignore[assignment]
     raise RuntimeError(
         f"{type(callback).__name__} could not find the trainer that it was given to. Attach it by hand after "
-        "construction: trainer = SFTTrainer(...); callback.attach(trainer)."
+        "construction: trainer = Trainer(...); callback.attach(trainer)."
     )

@@ -1,4 +1,4 @@
-"""The base of every auxiliary loss on a stock `SFTTrainer`: attach, refuse what cannot work, leave."""
+"""The base of every auxiliary loss on a trainer: attach, refuse what cannot work, leave."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.provenance import check_resumed
 from qscope_posttrain.sft.attached_run import AttachedRun, calling_trainer
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss
 from qscope_posttrain.sft.config import LossConfig
-from qscope_posttrain.sft.train_data import language_columns
+from qscope_posttrain.sft.host import Host, host_class
 
 Self = TypeVar("Self", bound="AuxiliaryLossCallback")
 
 
 class AuxiliaryLossCallback(TrainerCallback, ABC):
-    """Adds `weight * term` to the loss of a `trl.SFTTrainer`, without changing model, labels or data.
+    """Adds `weight * term` to the loss of a `transformers.Trainer` of a causal language model or a `trl.SFTTrainer`.
 
     Forward hooks capture what the term needs, and a wrapper around `trainer.compute_loss` adds it, so that loss
-    scaling, accumulation, DDP, FSDP2 and DeepSpeed treat it as the loss that it is. All changes are on the trainer
-    instance and are undone at the end of training and after an exception in it. A further `trainer.train()` makes them
-    again, until `detach()` or `trainer.remove_callback(callback)`: then the trainer is a plain one.
+    scaling, accumulation, DDP, FSDP2 and DeepSpeed treat it as the loss that it is. Model, labels and data stay as they
+    are; what differs between trainers is in `sft.host`. All changes are on the trainer instance and are undone at the
+    end of training and after an exception in it. A further `trainer.train()` makes them again, until `detach()` or
+    `trainer.remove_callback(callback)`: then the trainer is a plain one.
 
     One object serves several trainers, one after another or in turns: it holds settings, and each trainer holds the
     state of its own runs.
@@ -97,19 +98,25 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         """Whether hooks and wrappers are on a trainer now."""
         return any(run.hooked for run in self.runs)
 
-    def attach(self: Self, trainer: Trainer) -> Self:
-        """Attach to a constructed `SFTTrainer`; returns itself, so that `with callback.attach(trainer):` works too.
+    def attach(self: Self, trainer: Trainer, host: type[Host] | None = None) -> Self:
+        """Attach to a constructed trainer; returns itself, so that `with callback.attach(trainer):` works too.
+
+        Args:
+            trainer: a `transformers.Trainer` of a causal language model, or a `trl.SFTTrainer`.
+            host: the kind of trainer, where an integration brings one; None finds it by the trainer's class.
 
         Raises:
             RuntimeError: already attached to this trainer.
-            TypeError: not an `SFTTrainer`.
+            TypeError: another trainer.
             ValueError: a set-up that cannot work, with what to change.
         """
         for run in self.runs_on(trainer):
             if run.hooked:
                 raise RuntimeError(f"This {type(self).__name__} is already attached to the trainer; detach() it first.")
             run.leave()
-        _check_trainer(trainer, type(self).__name__)
+        kind = host_class(trainer, type(self).__name__) if host is None else host
+        place = kind(trainer, self)
+        place.check()
         self._check_once(trainer)
         for other in trainer.callback_handler.callbacks:
             same = isinstance(other, AuxiliaryLossCallback) and other is not self and other.name == self.name
@@ -118,8 +125,8 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
                     f"A callback named {self.name!r} is already attached to this trainer; give one of the two another "
                     f"name, for example name='{self.name}_2', so that their metrics stay apart."
                 )
-        columns = self.columns_of(trainer)
-        self.runs.add(AttachedRun(self, trainer, self.prepare(trainer), columns))
+        decide = place.sample_language()
+        self.runs.add(AttachedRun(place, self.prepare(trainer), decide))
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         return self
@@ -156,19 +163,15 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         callbacks = [other for other in trainer.callback_handler.callbacks if isinstance(other, AuxiliaryLossCallback)]
         return [run.loss.capture for other in callbacks for run in other.runs_on(trainer)]
 
-    def columns_of(self, trainer: Trainer) -> tuple[str, ...] | None:
-        """The columns that decide the languages of the trainer's data; None if no language is read."""
-        return language_columns(trainer, self.config, self.languages) if self.reads_languages else None
-
     def _running(self, state: TrainerState) -> AttachedRun:
         """The run of the trainer that an event comes from, which transformers identifies by its state alone."""
         for run in self.runs:
             if run.trainer.state is state and run.hooked:
                 return run
         raise RuntimeError(
-            f"{type(self).__name__} is among the callbacks of this trainer but not attached to it: it was added with "
-            f"trainer.add_callback after the trainer had been made, when it can no longer see the training data. "
-            "Use callback.attach(trainer) instead, or give it to SFTTrainer(callbacks=[...])."
+            f"{type(self).__name__} is among the callbacks of this trainer but not attached to it: it was added after "
+            "the trainer had been made (trainer.add_callback), and transformers tells a callback only while it makes "
+            "the trainer which one that is. Use callback.attach(trainer), or give it to the trainer's callbacks=[...]."
         )
 
     def _check_once(self, trainer: Trainer) -> None:
@@ -178,7 +181,9 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     # Events of the trainer
 
     def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.attach(calling_trainer(self))
+        trainer = calling_trainer(self)
+        if not any(run.hooked for run in self.runs_on(trainer)):  # an integration may just have attached it
+            self.attach(trainer)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         run = self._running(state)
@@ -195,25 +200,3 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log:
             self._running(state).flush()
-
-
-def _check_trainer(trainer: Trainer, callback_name: str) -> None:
-    """Refuse trainers whose loss or batches are not what the penalties rely on."""
-    from trl import SFTTrainer
-
-    if not isinstance(trainer, SFTTrainer):
-        raise UserTypeError(
-            f"{callback_name} attaches to trl.SFTTrainer (or a subclass), got {type(trainer).__name__}."
-        )
-    parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_size > 1 or parallelism.sp_size > 1):
-        raise UserValueError(
-            f"{callback_name} does not work with context or sequence parallelism (cp_size={parallelism.cp_size}, "
-            f"sp_size={parallelism.sp_size}): they split a sequence over ranks inside the training step, so labels and "
-            "languages no longer match the captured tokens. Use data parallelism, FSDP2 or ZeRO instead."
-        )
-    if trainer.args.n_gpu > 1:
-        raise UserValueError(
-            f"{callback_name} does not work with nn.DataParallel, whose replicas run in threads of one process. "
-            "Launch with `accelerate launch` or torchrun, or make one GPU visible."
-        )

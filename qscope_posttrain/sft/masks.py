@@ -28,7 +28,7 @@ class TokenBatch:
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any], language_ids: Tensor | None) -> TokenBatch:
-        """Read a batch of the trainer's collator: padded, padding-free or packed. Without ids all is one language.
+        """Read a batch of a trainer's collator: padded, padding-free or packed. Without ids all is one language.
 
         Raises:
             ValueError: no labels, or language ids of another shape.
@@ -50,6 +50,20 @@ class TokenBatch:
         starts = torch.zeros_like(labels, dtype=torch.bool) if positions is None else positions == 0
         starts[:, 0] = True
         return cls(labels, language_ids, starts)
+
+    @classmethod
+    def from_stacked(cls, stacked: Tensor) -> TokenBatch:
+        """Read `stacked()` again."""
+        labels, language_ids, starts = stacked
+        return cls(labels, language_ids, starts.bool())
+
+    def stacked(self) -> Tensor:
+        """All three as one tensor `[3, batch, tokens]`, which travels in a batch like any other of its tensors."""
+        return torch.stack([self.labels, self.language_ids, self.starts.to(self.labels)])
+
+    def documents(self) -> Tensor:
+        """The number of the document that each token is in, counted over the batch; padding goes with its row."""
+        return self.starts.flatten().cumsum(0).view_as(self.labels) - 1
 
     def labeled(self) -> Tensor:
         """Tokens that carry a label, as the published code takes them: `labels != -100`, unshifted."""

@@ -1,51 +1,24 @@
-"""Languages of the trainer's training data: checked at attach, and carried by its collator to every token."""
+"""Languages of training data: counted row by row, and carried by the trainer's collator to every token."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
-from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import if_many, progress
-from qscope_posttrain.sft.config import LossConfig
 from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
-from qscope_posttrain.sft.masks import PADDING_ID
-from qscope_posttrain.text.language_labels import class_names, distinct_labels
+from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
+from qscope_posttrain.text.language_labels import distinct_labels
 
 TOKEN_LANGUAGES = "language_ids"
 """Column of packed data sets: index of each token's language in the row's `LANGUAGE_NAMES`"""
 LANGUAGE_NAMES = "language_names"  # Column of packed data sets: the names behind `TOKEN_LANGUAGES`
-
-
-def language_columns(trainer: Trainer, config: LossConfig, languages: Sequence[str]) -> tuple[str, ...]:
-    """The columns of the training data that decide the language. All rows in memory are read.
-
-    Warns where none of them is in a language on which a loss against the target acts.
-
-    Raises:
-        ValueError: they are not there, or a row is in no known language; the message says how to provide them.
-    """
-    columns = _columns(trainer, config)
-    data: Any = trainer.train_dataset
-    if isinstance(data, Dataset):  # a stream is read batch by batch, as it comes
-        decide = _sample_language(trainer, config, languages)
-        if config.language == SCRIPT and TOKEN_LANGUAGES not in columns and "labels" not in columns:
-            # Only the collator knows which tokens carry the loss.
-            collator = LanguageCollator(trainer.data_collator, decide, SCRIPT, _dropped(trainer, columns))
-            found = _each_row(data, lambda row: int(collator([row])[SCRIPT].amax()))
-            counts = Counter(languages[place] if place >= 0 else NO_LANGUAGE for place in found)
-        else:
-            counts = count_languages(data, decide)
-        if nothing := without_effect(counts, str(config.target), config.ignore_languages):
-            warnings.warn(nothing, stacklevel=2)
-    return columns
 
 
 def without_effect(counts: Mapping[str, int], target: str, ignore: Collection[str]) -> str:
@@ -77,7 +50,7 @@ def languages_of(rows: Iterable[Any], decide: SampleLanguage, total: int | None 
 
     `total` is the number of rows, where they have no length.
     """
-    return _each_row(rows, lambda row: _known(decide, decide(row)), total)
+    return each_row(rows, lambda row: _known(decide, decide(row)), total)
 
 
 def _known(decide: SampleLanguage, language: str) -> str:
@@ -86,7 +59,8 @@ def _known(decide: SampleLanguage, language: str) -> str:
     return language
 
 
-def _each_row(rows: Iterable[Any], look: Callable[[Any], Any], total: int | None = None) -> list[Any]:
+def each_row(rows: Iterable[Any], look: Callable[[Any], Any], total: int | None = None) -> list[Any]:
+    """`look(row)` of every row, with a progress bar; errors name the row."""
     total = len(rows) if isinstance(rows, Sized) else total
     shown = progress(rows, total, "looking at languages", if_many(total))
     return [_at(number, look, row) for number, row in enumerate(shown)]
@@ -99,72 +73,21 @@ def _at(number: int, look: Callable[[Any], Any], value: Any) -> Any:
         raise UserValueError(f"Row {number} of the training data: {error}") from error
 
 
-def _columns(trainer: Trainer, config: LossConfig) -> tuple[str, ...]:
-    args: Any = trainer.args
-    rule, columns = config.language, getattr(trainer.train_dataset, "column_names", None)  # None: a stream may not know
-    if columns is not None and TOKEN_LANGUAGES in columns:
-        return TOKEN_LANGUAGES, LANGUAGE_NAMES
-    if args.packing:
-        raise UserValueError(
-            "SFTTrainer(packing=True) keeps only token ids and labels, so a packed row no longer holds the language of "
-            "its documents. Pack with qscope_posttrain.pack_with_languages(dataset, tokenizer, max_length=...) and "
-            "train with packing=False, padding_free=True, max_length=None, "
-            'dataset_kwargs={"skip_prepare_dataset": True}.'
-        )
-    if callable(rule) and columns is None and args.remove_unused_columns:
-        raise UserValueError(
-            "The training data does not say which columns it has, so the trainer would remove all that a function of "
-            "the example may read. Set remove_unused_columns=False, or name a column."
-        )
-    if callable(rule) or rule == SCRIPT:
-        # Which columns a function reads is unknown: it gets them all.
-        return tuple(columns or ())
-    if columns is not None and rule not in columns:
-        raise UserValueError(
-            f"The training data has no column {rule!r} with a sample's language; it has {', '.join(columns)}. "
-            'Name another column, or pass language="script" or a function of the example.'
-        )
-    return (rule,)
-
-
-def with_languages(
-    build: Callable[[], Any],
-    trainer: Trainer,
-    columns: Sequence[str],
-    config: LossConfig,
-    languages: Sequence[str],
-    key: str,
-) -> Any:
-    """Call `build()`, the trainer's `get_train_dataloader`, while its collator adds `batch[key]`.
-
-    The collator is wrapped and the columns are kept for this one dataloader; evaluation never sees either.
-    """
-    stock: Any = trainer
-    drop = _dropped(trainer, columns)
-    collator, signature = stock.data_collator, list(stock._signature_columns)
-    stock.data_collator = LanguageCollator(collator, _sample_language(trainer, config, languages), key, drop)
-    stock._signature_columns = signature + [column for column in columns if column not in signature]
-    try:
-        return build()
-    finally:
-        stock.data_collator, stock._signature_columns = collator, signature
-
-
-def _sample_language(trainer: Trainer, config: LossConfig, languages: Sequence[str]) -> SampleLanguage:
-    tools: Any = trainer.processing_class
-    classes = class_names(trainer.train_dataset, config.language)
-    return SampleLanguage(config.language, languages, config.ignore_languages, tools.decode, classes)
-
-
-def _dropped(trainer: Any, columns: Sequence[str]) -> list[str]:
-    """Columns that the trainer would have removed, and that must not reach its collator."""
-    trainer._set_signature_columns_if_needed()
-    extra = [column for column in columns if column not in trainer._signature_columns]
-    return extra if trainer.args.remove_unused_columns else []
+def languages_of_documents(batch: Mapping[str, Any], decide: SampleLanguage) -> Tensor:
+    """Language ids `[batch, tokens]` by the labeled tokens of each document; -1 where a document has none."""
+    tokens = TokenBatch.from_inputs(batch, None)
+    documents, mask = tokens.documents(), batch.get("attention_mask")
+    real = torch.ones_like(tokens.starts) if mask is None or mask.shape != documents.shape else mask.bool()
+    ids = torch.full_like(documents, PADDING_ID)
+    for number in documents[tokens.labeled()].unique().tolist():
+        here = real & (documents == number)
+        text = {"input_ids": batch["input_ids"][here].tolist(), "labels": tokens.labels[here].tolist()}
+        ids[here] = decide.id(decide(text))
+    return ids
 
 
 class LanguageCollator:
-    """Wraps a collator of `SFTTrainer` and adds the language of every token to its batches.
+    """Wraps a trainer's collator and adds the language of every token to its batches.
 
     Adds `batch[key]`, int64, of the shape of `input_ids`: an index into `SampleLanguage.languages`, or -1 for padding
     and ignored languages. A sample's language holds for all its tokens; rows of `pack_with_languages` bring one per
@@ -175,6 +98,7 @@ class LanguageCollator:
         language: decides the language of a sample.
         key: name of the entry in the batch.
         drop: columns that were kept in the data set for the language only, and that `inner` must not see.
+        documents: whether the labeled tokens of each document in the batch decide, whatever the samples hold.
     """
 
     def __init__(
@@ -183,14 +107,20 @@ class LanguageCollator:
         language: SampleLanguage,
         key: str,
         drop: Iterable[str] = (),
+        documents: bool = False,
     ) -> None:
         self.inner = inner
         self.language = language
         self.key = key
         self.drop = frozenset(drop)
+        self.documents = documents
         self._read = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        if self.documents:
+            batch = self._inner(examples)
+            batch[self.key] = languages_of_documents(batch, self.language)
+            return batch
         for example in examples:
             if "input_ids" not in example:
                 raise UserValueError(
@@ -198,7 +128,7 @@ class LanguageCollator:
                     "Vision data sets, which TRL tokenizes in the collator, are not supported."
                 )
         lengths = [len(example["input_ids"]) for example in examples]
-        batch = self.inner([{k: v for k, v in example.items() if k not in self.drop} for example in examples])
+        batch = self._inner(examples)
         real = _real_tokens(lengths, batch)
         labels: Any = [None] * len(examples)
         if self.language.rule == SCRIPT and "labels" in batch:
@@ -215,6 +145,11 @@ class LanguageCollator:
         ids[real] = torch.cat(rows)
         batch[self.key] = ids
         return batch
+
+    def _inner(self, examples: list[dict[str, Any]]) -> Any:
+        if not self.drop:
+            return self.inner(examples)
+        return self.inner([{k: v for k, v in example.items() if k not in self.drop} for example in examples])
 
     def _token_ids(self, example: Mapping[str, Any]) -> Tensor:
         """[tokens] language ids of one row of the data set."""
