@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -196,6 +197,9 @@ class AddedLoss:
         self._engine, self._client = trainer.engine, trainer.training_client
         self._inner: Any = self._client.loss_fn
         self._module = module = trainer.engine.module
+        if isinstance(self._inner, AddedLoss) and self._inner.name == self.name:
+            raise UserValueError(f"A loss named {self.name!r} is already attached to this trainer: detach() it first.")
+        callback = copy(callback)  # the user's may serve trainers of transformers too
         callback.logits_given = True
         if callback.config.anchor > 0 or isinstance(callback, KLAnchorCallback):
             callback.anchor_model = _StartingModel.of(trainer)
@@ -288,7 +292,7 @@ class AddedLoss:
         batch = self._tokens_of(data, packed, next(iter(outputs.values())).shape[:2])
         layers, named = self.loss.captured(batch.labels)
         if self._logits is not None:
-            # Cast here, so that it is a copy: flash-attention's cross-entropy writes its gradient into the logits.
+            # The terms index them, which copies: flash-attention's cross-entropy writes its gradient into its logits.
             named[FINAL_NORM] = self._logits
         # As verl's own loss: summed over micro-batches, and over ranks whose gradients are then averaged.
         kind, ranks = self.loss.config.normalization, data["dp_size"]
@@ -315,8 +319,8 @@ class AddedLoss:
         shape = size if shape is None else shape
         if shape != size and not (packed and shape[0] == 1 and shape[1] > size[1]):
             raise UserValueError(
-                f"The model's hidden states are {list(shape)} and the batch {list(size)} tokens, so it is unknown which "
-                "position belongs to which label: the model adds, drops or splits tokens. Train without what does so."
+                f"The model's hidden states are {list(shape)} and the tokens of the batch {list(size)}, so that labels "
+                "cannot be told apart: the model adds, drops or splits tokens."
             )
         if packed:
             row = torch.zeros_like(row)
