@@ -129,7 +129,9 @@ class Normalizer:
     """Turns the sum S over one micro-batch into the term that is added to its loss.
 
     token_mean: S / (F N), N the trainer's `num_items_in_batch`: all tokens of the accumulation window and of all ranks
-        that the cross-entropy counts. Tokens of the target language are among them, and add nothing to S.
+        that the cross-entropy counts. Tokens of the target language are among them, and add nothing to S. Where the
+        cross-entropy is a mean over each micro-batch (`loss_is_scaled_for_ga=False`, or a model that accepts no
+        `num_items_in_batch`), so is this, with the tokens of the micro-batch as N.
     paper: S / N, N the penalized tokens of the accumulation window and of all ranks.
     official: S / (F N + 1), N the response tokens of the micro-batch. The published trainer adds this mean once per
         micro-batch and does not divide it by their number, so that its weight grows with gradient accumulation.
@@ -175,9 +177,10 @@ class Normalizer:
             if eligible_in_window is None:
                 return cls(normalization, eligible.sum(), 1, 1 / later)
             return cls(normalization, eligible_in_window, ranks * later, 1 / later)
-        if num_items_in_batch is None:
-            # A mean over the micro-batch; the trainer divides by the number of micro-batches later.
-            return cls(normalization, (batch.labels[..., 1:] != IGNORED_LABEL).sum(), 1, 1 / later)
+        if num_items_in_batch is None or not scaled:
+            # A mean over the micro-batch, then over micro-batches, unless the trainer divides by their number later.
+            factor = later / trainer.current_gradient_accumulation_steps
+            return cls(normalization, (batch.labels[..., 1:] != IGNORED_LABEL).sum(), factor, 1 / later)
         factor = ranks if trainer.args.average_tokens_across_devices else 1
         return cls(normalization, torch.as_tensor(num_items_in_batch, device=batch.labels.device), factor, 1 / later)
 

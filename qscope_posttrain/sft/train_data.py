@@ -124,8 +124,8 @@ class LanguageCollator:
         for example in examples:
             if "input_ids" not in example:
                 raise UserValueError(
-                    f"Expected tokenized samples with 'input_ids', got the columns {', '.join(example)}. "
-                    "Vision data sets, which TRL tokenizes in the collator, are not supported."
+                    f"Expected tokenized samples with 'input_ids', got the columns {', '.join(example)}: of texts that "
+                    "only the collator tokenizes, as TRL's does for vision data, the languages are not known."
                 )
         lengths = [len(example["input_ids"]) for example in examples]
         batch = self._inner(examples)
@@ -181,6 +181,8 @@ def _real_tokens(lengths: list[int], batch: Mapping[str, Any]) -> Tensor:
                 f"The collator made rows of {counts} tokens out of samples of {lengths}; truncate before collating."
             )
         return real
+    if lengths == [input_ids.shape[1]] * input_ids.shape[0]:
+        return torch.ones_like(input_ids, dtype=torch.bool)
     if input_ids.shape[0] == 1 and sum(lengths) <= input_ids.shape[1]:
         return torch.arange(input_ids.shape[1])[None] < sum(lengths)
     raise UserValueError(

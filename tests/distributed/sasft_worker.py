@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from conftest import build_model
 from datasets import Dataset
+from integrations.transformers.plain import make_plain
 from sft.cases import KeepGradients, case_model, make_features, make_trainer, paper_callback
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorWithFlattening
 
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.packing import pack_with_languages
@@ -34,15 +35,21 @@ def main(folder: Path) -> None:
         else:
             callback = paper_callback(features, **options)
         keep = KeepGradients()
-        trainer = make_trainer(
-            copy.deepcopy(model),
-            dataset,
-            [callback, keep],
-            processing_class=tokenizer,
-            padding_free=case["padding_free"],
-            ddp_backend="gloo",
-            **case["arguments"],
-        )
+        arguments = {"ddp_backend": "gloo", **case["arguments"]}
+        if case["plain"]:
+            collator = DataCollatorWithFlattening() if case["padding_free"] else None
+            trainer = make_plain(
+                copy.deepcopy(model), dataset, [callback, keep], tokenizer=tokenizer, collator=collator, **arguments
+            )
+        else:
+            trainer = make_trainer(
+                copy.deepcopy(model),
+                dataset,
+                [callback, keep],
+                processing_class=tokenizer,
+                padding_free=case["padding_free"],
+                **arguments,
+            )
         labels = []
         inner = trainer.training_step
 

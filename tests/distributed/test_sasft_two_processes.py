@@ -44,10 +44,16 @@ CASES = {
     "reentrant": {"arguments": PER_RANK | REENTRANT},
     "local token counts": {"arguments": PER_RANK | {"average_tokens_across_devices": False}},
     "paper": {"arguments": PER_RANK, "options": {"normalization": "paper"}},
+    "plain trainer": {"arguments": PER_RANK},
+    "plain trainer, flattening": {
+        "arguments": PER_RANK | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    },
+    "plain trainer, checkpointed": {"arguments": PER_RANK | CHECKPOINTED},
     "token penalty": {"arguments": PER_RANK, "options": {"token_penalty": True, **RISK}},
 }
 HAND_WRITTEN = [
     "padded, accumulation 4", "padded, accumulation 1", "padding-free", "packed", "checkpointed", "reentrant",
+    "plain trainer", "plain trainer, flattening", "plain trainer, checkpointed",
 ]  # fmt: skip
 
 
@@ -74,7 +80,8 @@ def results(rows, tiny_tokenizer, tmp_path_factory):
             "options": {"weight": WEIGHT, **case.get("options", {})},
             "arguments": case["arguments"],
             "packed": name == "packed",
-            "padding_free": name in ("packed", "padding-free"),
+            "padding_free": name == "packed" or name.endswith(("padding-free", "flattening")),
+            "plain": name.startswith("plain"),
         }
         for name, case in CASES.items()
     }

@@ -172,6 +172,41 @@ def row_penalty(features: FeatureSet, target=TARGET):
     return penalty
 
 
+def watch(trainer) -> list[dict[str, Any]]:
+    """Every micro-batch that reaches `trainer.compute_loss` from now on, with what an attached callback read from it.
+
+    Call it after the callback has attached: its entry `<name>_tokens` is `[3, batch, tokens]`, the labels before the
+    trainer cut them, the language ids, and 1 where a document starts.
+    """
+    seen: list[dict[str, Any]] = []
+    inner = trainer.compute_loss
+
+    def compute_loss(model, inputs, *arguments: Any, **options: Any):
+        if model.training:
+            seen.append({name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()})
+        return inner(model, inputs, *arguments, **options)
+
+    trainer.compute_loss = compute_loss
+    return seen
+
+
+def rows_read(seen: list[dict[str, Any]], languages=LANGUAGES, name="sasft") -> list[dict[str, Any]]:
+    """The documents of watched micro-batches, each in the language that the callback took it for, None for none."""
+    rows = []
+    for batch in seen:
+        labels, ids, _ = batch[f"{name}_tokens"]
+        positions = batch.get("text_position_ids", batch.get("position_ids"))
+        whole = {"attention_mask": batch.get("attention_mask"), "position_ids": positions, "labels": labels}
+        told = documents({**whole, "input_ids": ids})
+        for document, of_tokens in zip(documents({**whole, "input_ids": batch["input_ids"]}), told, strict=True):
+            pairs = zip(of_tokens["input_ids"], of_tokens["labels"], strict=True)
+            places = {place for place, label in pairs if label != -100}
+            assert len(places) == 1, f"one document in several languages: {places}"
+            place = places.pop()
+            rows.append({**document, "language": languages[place] if place >= 0 else None})
+    return rows
+
+
 def documents(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The documents of a padded, padding-free or packed batch in order: `input_ids` and `labels` without padding.
 
