@@ -49,6 +49,7 @@ def world(tmp_path_factory, tiny_tokenizer):
 def own_forward(monkeypatch):
     """verl's fused kernels replace the forward of the model's class for good."""
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)
+    return monkeypatch.undo
 
 
 def penalized(world, *overrides, **settings):
@@ -98,6 +99,7 @@ def test_gradient(world, remove_padding, lora, micro_batches, checkpointing):
 )
 def test_gradient_with_other_micro_batches_and_engines(world, own_forward, overrides):
     trainer, found, _ = penalized(world, *overrides)
+    own_forward()
     check(world, trainer, found)
 
 
