@@ -22,6 +22,7 @@ from transformers import Qwen3ForCausalLM
 from verl_cases import (
     PENALTY,
     WEIGHT,
+    command_line,
     expected,
     fit,
     integration,
@@ -35,6 +36,8 @@ from verl_cases import (
 
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.models.target_tokens import target_token_ids
+
+RECIPES = Path(__file__).resolve().parents[3] / "recipes" / "integrations" / "verl"
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,35 @@ def logit_terms(model, start, rows, tokens, settings):
                 first = first - logits[t].softmax(-1)[others].sum().log() / count
     (loss + settings["weight"] * first).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, float(first.detach())
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes(world, tmp_path, monkeypatch, recipe):
+    """As a user starts them, but for the model, the data and what only a GPU has; one is stopped and started again."""
+    steps, own = [], integration.attach
+
+    def attach(trainer, settings):
+        added, train_batch = own(trainer, settings), trainer.training_client.train_batch
+        trainer.training_client.train_batch = lambda data: steps.append(train_batch(data)) or steps[-1]
+        return added
+
+    monkeypatch.setattr(integration, "attach", attach)
+    for name in ("initialize_global_process_group", "destroy_global_process_group"):
+        monkeypatch.setattr(integration, name, lambda: None)
+    features = [f"qscope.features={world / 'features.safetensors'}", "qscope.layers=[1,2]"]
+    settings = ["data.train_batch_size=4", "data.micro_batch_size_per_gpu=4", "optim.lr=1e-3", "trainer.save_freq=1"]
+    settings += ["optim.lr_scheduler_type=constant", "optim.lr_warmup_steps=0", "trainer.resume_mode=auto"]
+    for folder, limit in (("whole", []), ("stopped", ["trainer.total_training_steps=1"]), ("stopped", [])):
+        overrides = command_line(world, *settings, *limit, *(features if "sasft" in recipe.stem else []))
+        overrides += [f"trainer.default_local_dir={tmp_path / folder}", f"hydra.run.dir={tmp_path / 'hydra'}"]
+        monkeypatch.setattr(sys, "argv", ["sft", f"--config-dir={RECIPES}", f"--config-name={recipe.stem}", *overrides])
+        integration.main()
+    whole = [integration.tensordict_utils.get(step, "metrics") for step in steps]
+    assert len(whole) == 4, "two steps, one, and the other one"
+    own = {"sasft_zh": "sasft/penalty", "token_penalty_zh": "token_penalty/anchor"}[recipe.stem]
+    for name in (own, "train/loss"):
+        assert [step[name] for step in whole[2:]] == [step[name] for step in whole[:2]]
+    assert whole[0][own] != whole[1][own]
 
 
 def test_two_processes_are_one(world, tmp_path):
