@@ -25,16 +25,17 @@ from verl_cases import (
     command_line,
     expected,
     fit,
-    integration,
     join_processes,
     make_trainer,
     make_world,
     plain_rows,
+    tensordict_utils,
     tokenized,
     write_rows,
 )
 
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.integrations import verl as integration
 from qscope_posttrain.models.target_tokens import target_token_ids
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes" / "integrations" / "verl"
@@ -218,7 +219,7 @@ def test_recipes(world, tmp_path, monkeypatch, recipe):
         overrides += [f"trainer.default_local_dir={tmp_path / folder}", f"hydra.run.dir={tmp_path / 'hydra'}"]
         monkeypatch.setattr(sys, "argv", ["sft", f"--config-dir={RECIPES}", f"--config-name={recipe.stem}", *overrides])
         integration.main()
-    whole = [integration.tensordict_utils.get(step, "metrics") for step in steps]
+    whole = [tensordict_utils.get(step, "metrics") for step in steps]
     assert len(whole) == 4, "two steps, one, and the other one"
     own = {"sasft_zh": "sasft/penalty", "token_penalty_zh": "token_penalty/anchor"}[recipe.stem]
     for name in (own, "train/loss"):
@@ -330,13 +331,13 @@ def test_validation_is_of_verl_alone(world):
         trainer = make_trainer(world, *overrides)
         if settings is None:
             plain_rows(trainer)
-            trainer.val_dataset.decide = trainer.train_dataset.decide
+            trainer.val_dataset.attached = True
         else:
             integration.attach(trainer, settings)
         inner = trainer.training_client.infer_batch
         trainer.training_client.infer_batch = lambda data, inner=inner: losses.append(inner(data)) or losses[-1]
         fit(trainer)
-    first, second = (integration.tensordict_utils.get(output, "metrics")["loss"] for output in losses)
+    first, second = (tensordict_utils.get(output, "metrics")["loss"] for output in losses)
     assert first == second
 
 
@@ -365,7 +366,7 @@ def hook_count(trainer) -> int:
     [
         (None, "no block `qscope`"),
         ({"method": "saft"}, "qscope.method must be one of sasft.*Did you mean"),
-        ({"method": "sasft"}, "needs qscope.features"),
+        ({"method": "sasft"}, "needs features"),
         ({"method": "sasft", "features": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"method": "token_penalty", "wieght": 1.0}, "no option 'wieght'.*weight"),
         ({"method": "token_penalty", "weight": -1.0}, "weight must be a finite number"),

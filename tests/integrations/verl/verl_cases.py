@@ -57,8 +57,7 @@ set_platform(PlatformCPU())
 fsdp_init._check_module_states_for_sync_module_states = _nothing
 
 from verl.trainer.sft_trainer import SFTTrainer  # noqa: E402
-
-from qscope_posttrain.integrations import verl as integration  # noqa: E402
+from verl.utils import tensordict_utils  # noqa: E402
 
 FP32 = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
 WEIGHT = 20 * PAPER["weight"]  # the gradient without the penalty is then far from the one with it
@@ -139,7 +138,7 @@ def make_trainer(folder: Path, *overrides: str) -> SFTTrainer:
 
 def plain_rows(trainer: SFTTrainer) -> None:
     """Let a data set of ours give its rows to a trainer without a loss of ours."""
-    trainer.train_dataset.decide = integration._no_language
+    trainer.train_dataset.attached = True
 
 
 def fit(trainer: SFTTrainer, run: Any = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -158,7 +157,7 @@ def fit(trainer: SFTTrainer, run: Any = None) -> tuple[dict[str, torch.Tensor], 
 
     def train_batch(data: Any) -> Any:
         output = batch(data)
-        metrics.update(integration.tensordict_utils.get(output, "metrics"))
+        metrics.update(tensordict_utils.get(output, "metrics"))
         return output
 
     trainer.engine.optimizer_step, trainer.training_client.train_batch = optimizer_step, train_batch
@@ -169,7 +168,7 @@ def fit(trainer: SFTTrainer, run: Any = None) -> tuple[dict[str, torch.Tensor], 
 
 def tokenized(trainer: SFTTrainer, languages: list[str] | None = None) -> list[dict[str, Any]]:
     """verl's tokens and labels of each row, with its language as the test, not the package, knows it."""
-    plain_rows(trainer) if trainer.train_dataset.decide is None else None
+    plain_rows(trainer)
     rows = []
     for i, language in enumerate(languages or OF_ROWS):
         row = trainer.train_dataset[i]

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from verl_cases import command_line, fit, integration, join_processes
+from verl_cases import command_line, fit, join_processes
+
+from qscope_posttrain.integrations import verl as integration
 
 
 def main(folder: Path, rank: int, cases: list[list[str]]) -> None:
