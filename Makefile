@@ -4,6 +4,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 PEERS ?= .venv-peers
 VERL ?= .venv-verl
+LLAMAFACTORY ?= .venv-llamafactory
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 TRITON := 3.9.0
@@ -23,10 +24,11 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers test-verl cases fuzz lint types format house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-verl cases fuzz lint types format house benchmarks \
+    clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | test-peers | test-verl | cases | fuzz | lint | types | format | house" \
-	    "| benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-verl | cases | fuzz | lint |" \
+	    "types | format | house | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -109,6 +111,19 @@ test-verl: $(VERL)/.installed
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers
 
+# LLaMA-Factory in an environment of its own: its caps contradict ours, so both come without their dependencies. Its last
+# line of imports wants torchaudio, of which no release fits the CPU build of torch; the tests bring a stand-in.
+$(LLAMAFACTORY)/.installed: pyproject.toml .ci/llamafactory.txt
+	@$(PYTHON) -m venv $(LLAMAFACTORY)
+	$(call install_torch,$(LLAMAFACTORY))
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --requirement .ci/llamafactory.txt
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --no-deps llamafactory==0.9.5
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-llamafactory: $(LLAMAFACTORY)/.installed
+	$(LLAMAFACTORY)/bin/python -m pytest tests/integrations/llamafactory tests/integrations/transformers
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -136,4 +151,4 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(VERL) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(VERL) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

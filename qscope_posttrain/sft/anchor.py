@@ -33,22 +33,10 @@ class Anchor:
 
     @classmethod
     def for_trainer(cls, trainer: Trainer, given: nn.Module | Anchor | None) -> Anchor:
-        """The anchor for a trainer's model, if it is not given. Of a model that is given, only the device may change.
-
-        Raises:
-            ValueError: parameters are sharded, or the given model is (part of) the trained one, has another vocabulary
-                or a head that is adapted.
-        """
+        """The anchor for a trainer's model, unless it is given. Of a given model, only the device may change."""
         if isinstance(given, Anchor):
             return given
         model: Any = trainer.model
-        scheme = sharding_of(trainer)
-        if scheme is not None:
-            raise UserValueError(
-                f"anchor_weight needs whole logits of the starting and the trained model; under {scheme} no rank "
-                "holds the whole output embedding outside of the model's forward. Use DDP or ZeRO-1/2, or "
-                "anchor_weight=0."
-            )
         if given is not None:
             if not isinstance(given, nn.Module):
                 raise UserTypeError(f"anchor_model must be a loaded model; got {type(given).__name__} {given!r}.")

@@ -16,7 +16,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.models.layers import decoder_layers, final_norm
 from qscope_posttrain.models.target_tokens import find_target_tokens, fingerprint
-from qscope_posttrain.sft.anchor import Anchor
+from qscope_posttrain.sft.anchor import Anchor, sharding_of
 from qscope_posttrain.sft.logits import LogitHead, check_head
 from qscope_posttrain.sft.loss import Normalizer
 from qscope_posttrain.sft.masks import TokenBatch
@@ -62,6 +62,11 @@ class AuxiliaryLoss(ABC):
         self.logits_given = callback.logits_given
         if config.needs_logits:
             if not self.logits_given:
+                if scheme := sharding_of(trainer):
+                    raise UserValueError(
+                        "The token penalty and the anchor need the whole output embedding, which no rank holds under "
+                        f"{scheme} outside of the model's forward. Use DDP or ZeRO-1/2, or SASFT with anchor_weight=0."
+                    )
                 check_head(model)
             given = callback.target_token_ids
             if config.target is not None or given is not None:
@@ -129,10 +134,6 @@ class AuxiliaryLoss(ABC):
         """The captured tensors, by layer and by name, at the positions of `labels` `[batch, tokens]`.
 
         Virtual tokens, which PEFT puts before every row inside the model (prompt tuning, p-tuning), are left out.
-
-        Raises:
-            RuntimeError: a hook has not fired.
-            ValueError: hidden states and labels differ in shape.
         """
         self.capture.require()
         prompt: Any = getattr(self.model, "active_peft_config", None)

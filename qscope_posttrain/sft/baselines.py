@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sft.anchor import sharding_of
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.auxiliary_loss import FINAL_NORM, AuxiliaryLoss, Step
 from qscope_posttrain.sft.config import (
@@ -144,15 +142,6 @@ class _TokenPenalty(AuxiliaryLoss):
 
     config: TokenPenaltyConfig
     needs_tokens = True
-
-    def __init__(self, trainer: Trainer, callback: TokenPenaltyCallback) -> None:
-        scheme = None if callback.logits_given else sharding_of(trainer)
-        if scheme is not None:
-            raise UserValueError(
-                f"The token penalty needs the whole output embedding with gradient, which no rank holds under {scheme} "
-                "outside of the model's forward. Use DDP or ZeRO-1/2."
-            )
-        super().__init__(trainer, callback)
 
     def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         positions, tokens = step.eligible, torch.as_tensor(self.tokens)

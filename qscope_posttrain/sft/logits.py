@@ -29,11 +29,7 @@ class LogitHead:
 
     @classmethod
     def of(cls, model: nn.Module) -> LogitHead:
-        """The head of a causal language model, with its weight (no copy), scaling and softcapping.
-
-        Raises:
-            ValueError: the model has no head, or one that an adapter changes (see `check_head`).
-        """
+        """The head of a causal language model, with its weight (no copy), scaling and softcapping; see `check_head`."""
         check_head(model)
         embedding: Any = output_embedding(model)
         config = text_config(model)
@@ -68,9 +64,6 @@ def check_head(model: nn.Module) -> None:
     """Refuse a head whose logits are not those of its weight: an adapter adds its own part inside the head's forward.
 
     A trained copy of the head (PEFT's `modules_to_save`) is a weight, and so are adapters that are merged or disabled.
-
-    Raises:
-        ValueError: the model has no head, or an active adapter (LoRA) works on it.
     """
     head = output_embedding(model)
     if not isinstance(head, BaseTunerLayer) or head.disable_adapters or head.merged:
