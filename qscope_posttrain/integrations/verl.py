@@ -143,7 +143,7 @@ def _check_engine(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> None:
 def _give_languages(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> None:
     """Tell the trainer's data sets how to decide languages. All training rows are read."""
     config, data = loss.config, trainer.train_dataset
-    if not isinstance(data, LanguageRows):
+    if not isinstance(trainer.train_dataset, LanguageRows):
         if not loss.reads_languages:
             return
         raise UserValueError(

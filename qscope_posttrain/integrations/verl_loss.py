@@ -21,7 +21,7 @@ from qscope_posttrain.models.layers import evaluation_mode
 from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.attached_run import InstancePatches
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-from qscope_posttrain.sft.auxiliary_loss import FINAL_NORM, MetricWindow, Step
+from qscope_posttrain.sft.auxiliary_loss import FINAL_NORM, AuxiliaryLoss, MetricWindow, Step
 from qscope_posttrain.sft.baselines import KLAnchorCallback
 from qscope_posttrain.sft.logits import LogitHead
 from qscope_posttrain.sft.loss import Normalizer
@@ -44,17 +44,18 @@ class AddedLoss:
         self._module = module = trainer.engine.module
         if isinstance(self._inner, AddedLoss) and self._inner.name == self.name:
             raise UserValueError(f"A loss named {self.name!r} is already attached to this trainer: detach() it first.")
-        callback = copy(callback)  # the user's may serve trainers of transformers too
-        callback.logits_given = True
-        if callback.config.anchor > 0 or isinstance(callback, KLAnchorCallback):
-            callback.anchor_model = _StartingModel.of(trainer)
+        own: Any = copy(callback)  # the user's may serve trainers of transformers too
+        own.logits_given = True
+        if own.config.anchor > 0 or isinstance(callback, KLAnchorCallback):
+            own.anchor_model = _StartingModel.of(trainer)
         # What the losses ask a trainer for.
         subject: Any = SimpleNamespace(model=module, processing_class=trainer.model_config.tokenizer)
-        self.loss = callback.prepare(subject)
+        self.loss: AuxiliaryLoss = own.prepare(subject)
         self._window = MetricWindow()
         self._in_window: Tensor | None = None
         self._micro_batches = 0
-        self._forget()
+        self._inputs: dict[str, Any] = {}
+        self._logits: Tensor | None = None
         self.loss.capture.attach()
         before = module.register_forward_pre_hook(self._before, with_kwargs=True)
         self._handles = [before, module.register_forward_hook(self._after)]
@@ -85,8 +86,7 @@ class AddedLoss:
 
     def _forget(self) -> None:
         """Release the graph of the forward."""
-        self._inputs: dict[str, Any] = {}
-        self._logits: Tensor | None = None
+        self._inputs, self._logits = {}, None
         self.loss.capture.active = False
         self.loss.capture.clear()
 
