@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 PEERS ?= .venv-peers
+VERL ?= .venv-verl
 LLAMAFACTORY ?= .venv-llamafactory
 SWIFT ?= .venv-swift
 BIN := $(VENV)/bin
@@ -24,10 +25,11 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift cases fuzz lint types format house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-verl cases fuzz lint types format \
+    house benchmarks clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | cases | fuzz |" \
-	    "lint | types | format | house | benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-verl |" \
+	    "cases | fuzz | lint | types | format | house | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -95,6 +97,18 @@ cases: $(VENV)/.installed
 	    else failed=1; echo "FAILED: $$script"; tail -n 3 $(VENV)/case.log; fi; \
 	done; test -z "$$failed"
 
+# verl in an environment of its own: it caps transformers below the versions of constraints.txt. The list is whole, so
+# that nothing is resolved; what this package needs beside it (no TRL) is in it too.
+$(VERL)/.installed: pyproject.toml .ci/verl.txt
+	@$(PYTHON) -m venv $(VERL)
+	$(call install_torch,$(VERL))
+	@$(VERL)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .ci/verl.txt
+	@$(VERL)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-verl: $(VERL)/.installed
+	$(VERL)/bin/python -m pytest tests/integrations/verl tests/integrations/slime
+
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers
 
@@ -150,4 +164,5 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(VERL) build *.egg-info .pytest_cache .ruff_cache \
+	    .mypy_cache .hypothesis

@@ -34,6 +34,10 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     state of its own runs.
     """
 
+    logits_given = False
+    """Whether a step brings the model's logits: then a term needs neither the weight of the output embedding nor whole
+    parameters. An integration sets it."""
+
     def __init__(
         self,
         config: LossConfig,

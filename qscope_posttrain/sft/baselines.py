@@ -22,7 +22,7 @@ from qscope_posttrain.sft.config import (
     TokenPenaltyConfig,
     known_languages,
 )
-from qscope_posttrain.sft.logits import LogitHead, target_surprise
+from qscope_posttrain.sft.logits import target_surprise
 
 
 class TokenPenaltyCallback(AuxiliaryLossCallback):
@@ -148,7 +148,7 @@ class _TokenPenalty(AuxiliaryLoss):
         if self.config.skip_target_labels:
             positions = positions & ~torch.isin(step.batch.next_labels(), tokens.to(positions.device))
         hidden = step.named[FINAL_NORM]
-        surprise = target_surprise(LogitHead.of(self.model), hidden[positions.to(hidden.device)], tokens)
+        surprise = target_surprise(self.head, hidden[positions.to(hidden.device)], tokens)
         probability = -torch.expm1(-surprise.detach())
         return step.normalizer(surprise.sum()), {"probability": probability.sum(), "positions": positions.sum()}
 

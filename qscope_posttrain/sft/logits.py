@@ -22,7 +22,7 @@ CHUNK_TOKENS = 256  # Tokens whose logits exist at one time: 150 MB in fp32 for 
 class LogitHead:
     """The map from final-norm output to logits: `cap * tanh(z / cap)` of `z = multiplier * (h W' + b)`."""
 
-    weight: Tensor  # [vocabulary, d_model]
+    weight: Tensor | None  # [vocabulary, d_model]; None where logits are given in place of final-norm outputs
     bias: Tensor | None = None
     multiplier: float = 1.0
     softcap: float | None = None  # cap; None leaves z as it is
@@ -41,6 +41,8 @@ class LogitHead:
 
         The product runs in the precision in which the model itself would run it (autocast included).
         """
+        if self.weight is None:
+            return hidden.float()
         hidden = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
         logits = linear(hidden.to(self.weight.device), self.weight, self.bias).float() * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

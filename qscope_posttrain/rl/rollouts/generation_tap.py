@@ -1,82 +1,18 @@
-"""Watch a model generate, token by token, and make rows copy pieces of their own text: negatives without an SAE."""
+"""Watch a model generate, token by token, and change the distribution of the next one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.layers import pretrained_model
 from qscope_posttrain.models.steering import other_rows
-
-SHORTEST_PIECE = 4  # Tokens. A shorter piece runs on to the next boundary, so that no lone mark is repeated.
-_CAPACITY = 256  # Tokens for which room is made at first
-
-
-def boundary_tokens(tokenizer: PreTrainedTokenizerBase, boundaries: Sequence[str], vocabulary: int) -> Tensor:
-    """[vocabulary] bool: tokens whose text, without spaces around it, ends with one of `boundaries`.
-
-    A line break counts wherever it stands in the token.
-    """
-    is_boundary = torch.zeros(vocabulary, dtype=torch.bool)
-    marks = tuple(mark for mark in boundaries if mark.strip())
-    breaks = [mark for mark in boundaries if not mark.strip()]
-    known = min(vocabulary, len(tokenizer))
-    for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(known)])):
-        ends = bool(marks) and text.strip().endswith(marks)
-        is_boundary[token] = ends or any(mark in text for mark in breaks)
-    return is_boundary
-
-
-class CopyRule:
-    """Forces rows to repeat the piece of text that they have just written, from a given token on.
-
-    A piece lies between two boundaries, or is `piece_length` tokens long where none comes. At the first boundary at
-    or after generated token `start` of a row, the piece that ends there is repeated `copies` times. Everything before
-    is the row's own, and everything after it too. All state is on the device of the logits.
-    """
-
-    def __init__(self, is_boundary: Tensor, start: Tensor, copies: int, piece_length: int) -> None:
-        """`is_boundary` is [vocabulary] bool, `start` [rows] the first generated token at which copying may start."""
-        self._is_boundary = is_boundary
-        self._start = start
-        self._copies = copies
-        self._piece_length = piece_length
-        self._said = 0
-        self._tokens = torch.zeros(_CAPACITY, len(start), dtype=torch.long, device=start.device)
-        self._piece = torch.zeros_like(start)
-        self._begin = torch.full_like(start, -1)
-        self._length = torch.ones_like(start)
-
-    def read(self, token: Tensor) -> None:
-        """Take note of the last token `[rows]` of each row."""
-        if self._said == len(self._tokens):
-            self._tokens = torch.cat([self._tokens, torch.zeros_like(self._tokens)])
-        self._tokens[self._said] = token
-        self._said = step = self._said + 1
-        size = step - self._piece
-        is_end = (self._is_boundary[token] & (size >= SHORTEST_PIECE)) | (size >= self._piece_length)
-        ends = is_end & (self._begin < 0)
-        begins = ends & (step >= self._start)
-        self._begin = torch.where(begins, step, self._begin)
-        self._length = torch.where(begins, size, self._length)
-        self._piece = torch.where(ends & ~begins, step, self._piece)
-
-    def __call__(self, step: int, logits: Tensor) -> Tensor:
-        """Logits `[rows, vocabulary]` of generated token `step`: of a row that copies, one token alone is possible."""
-        if not self._said:
-            return logits
-        since = step - self._begin
-        copying = (self._begin >= 0) & (since < self._copies * self._length)
-        source = torch.where(copying, self._piece + since % self._length, 0)
-        forced = self._tokens.gather(0, source[None])[0]
-        only = torch.full_like(logits, -torch.inf).scatter(1, forced[:, None], 0.0)
-        return torch.where(copying[:, None], only, logits)
+from qscope_posttrain.rl.rollouts.copying import CopyRule
 
 
 class GenerationTap:
