@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TEXTS, build_model
 from integrations.reference import (
     KeepGradients,
     case_model,
@@ -48,18 +47,23 @@ CHECKPOINTING = {
     "non-reentrant": {"disable_gradient_checkpointing": False, "use_reentrant_gc": False},
     "reentrant": {"disable_gradient_checkpointing": False, "use_reentrant_gc": True},  # LLaMA-Factory's default
 }
+ANSWERS = {
+    "en": ["It runs past the old mill and into the valley.", "She reads a book every evening.", "At noon, I think."],
+    "zh": ["河水流过旧磨坊，流进山谷。", "她每天晚上都要看一本书。", "中午。"],
+    "ru": ["Она течёт мимо старой мельницы.", "Каждый вечер она читает книгу.", "В полдень."],
+}
 SAMPLES = [
     # Questions are English throughout, and so is the template's system prompt: only the answer tells the language.
-    {"instruction": TEXTS["en"][number % 4], "input": "", "output": TEXTS[LANGUAGES[number % 3]][number % 4]}
+    {"instruction": f"Question {number}: when?", "input": "", "output": ANSWERS[LANGUAGES[number % 3]][number // 3]}
     for number in range(8)
 ]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_tokenizer):
+def folder(tmp_path_factory, make_model, tiny_tokenizer):
     """A model, its tokenizer and a data set on the disk."""
     folder = tmp_path_factory.mktemp("llamafactory")
-    case_model(build_model).save_pretrained(folder / "model")
+    case_model(make_model).save_pretrained(folder / "model")
     tiny_tokenizer.save_pretrained(folder / "model")
     (folder / "tiny.json").write_text(json.dumps(SAMPLES), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps({"tiny": {"file_name": "tiny.json"}}), encoding="utf-8")
