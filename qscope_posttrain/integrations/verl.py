@@ -3,16 +3,16 @@
     torchrun --nproc_per_node=8 -m qscope_posttrain.integrations.verl model.path=Qwen/Qwen3-1.7B-Base \
         data.train_files=sft.parquet data.custom_cls.path=pkg://qscope_posttrain.integrations.verl \
         data.custom_cls.name=LanguageSFTDataset \
-        +qscope.method=token_penalty +qscope.target=zh +qscope.weight=40 +qscope.anchor_weight=1
+        +qscope.method=token_penalty +qscope.token_penalty_weight=40 +qscope.anchor_weight=1
 
-is `python -m verl.trainer.sft_trainer` with all its options and a block `qscope` beside them (see `read_settings`).
-In a script of one's own: `trainer = SFTTrainer(config)`, `attach(trainer)`, `trainer.fit()`.
+is `python -m verl.trainer.sft_trainer` with all its options and a block `qscope` beside them, whose keys are those of a
+recipe of `qscope sft` (see `LossSettings`). In a script of one's own: `trainer = SFTTrainer(config)`,
+`attach(trainer)`, `trainer.fit()`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,46 +24,37 @@ from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 from verl.utils.device import auto_set_device
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-from qscope_posttrain.errors import UserTypeError, UserValueError, did_you_mean
-from qscope_posttrain.integrations.verl_loss import LANGUAGE_IDS, AddedLoss
+from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.integrations.verl_loss import AddedLoss, language_entry
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
-from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.config import KLAnchorConfig, SASFTConfig, TokenPenaltyConfig
 from qscope_posttrain.sft.data.language_ids import SCRIPT, SampleLanguage
-from qscope_posttrain.sft.data.train_data import languages_of, without_effect
-from qscope_posttrain.sft.masks import IGNORED_LABEL, PADDING_ID
-
-_METHODS: dict[str, tuple[Any, Any]] = {
-    "sasft": (SASFTConfig, SASFTCallback),
-    "token_penalty": (TokenPenaltyConfig, TokenPenaltyCallback),
-    "kl_anchor": (KLAnchorConfig, KLAnchorCallback),
-}
+from qscope_posttrain.sft.data.train_data import count_languages, without_effect
+from qscope_posttrain.sft.masks import IGNORED_LABEL
+from qscope_posttrain.sft.settings import LossSettings
 
 
 class LanguageRows:
     """Mixin for a data set of verl with a `dataframe`: its rows carry the language ids of their tokens."""
 
-    attached = False  # Whether a loss will be added
-    decide: SampleLanguage | None = None  # None: no language is read, and all ids are -1
+    deciders: dict[str, SampleLanguage] | None = None  # By the name of a loss that reads languages; None: none attached
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        if not self.attached:
+        if self.deciders is None:
             raise UserValueError(
                 f"{type(self).__name__} gives rows for qscope's losses, and none is attached, so this would train "
                 "without. Start with `-m qscope_posttrain.integrations.verl` in place of `-m verl.trainer.sft_trainer` "
                 "(or call its attach(trainer)), or remove data.custom_cls."
             )
         row: dict[str, Any] = super().__getitem__(item)  # type: ignore[misc]
-        decide = self.decide
-        language = PADDING_ID if decide is None else decide.id(decide(self.example(item, row)))
-        row[LANGUAGE_IDS] = torch.full_like(row["input_ids"], language)
+        for name, decide in self.deciders.items():
+            language = decide.id(decide(self.example(item, decide, row)))
+            row[language_entry(name)] = torch.full_like(row["input_ids"], language)
         return row
 
-    def example(self, item: int, row: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def example(self, item: int, decide: SampleLanguage, row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The columns of a row, and unless one of them is the language its tokens and labels."""
         example: dict[str, Any] = self.dataframe.iloc[item].to_dict()  # type: ignore[attr-defined]
-        if self.decide is not None and (callable(self.decide.rule) or self.decide.rule == SCRIPT):
+        if callable(decide.rule) or decide.rule == SCRIPT:
             row = super().__getitem__(item) if row is None else row  # type: ignore[misc]
             labels = row["input_ids"].masked_fill(row["loss_mask"] == 0, IGNORED_LABEL)
             example |= {"input_ids": row["input_ids"].tolist(), "labels": labels.tolist()}
@@ -75,39 +66,27 @@ class LanguageSFTDataset(LanguageRows, MultiTurnSFTDataset):
 
 
 def read_settings(block: Mapping[str, Any] | DictConfig | None) -> AuxiliaryLossCallback:
-    """The loss that a block `qscope` describes; nothing of verl is needed to check it.
-
-    Keys: `method` (sasft, token_penalty or kl_anchor), `features` (path of a FeatureSet, for sasft), `target_token_ids`
-    (optional), and the fields of `SASFTConfig`, `TokenPenaltyConfig` or `KLAnchorConfig`.
+    """The loss that a block `qscope` describes, by the keys of `LossSettings`; nothing of verl is needed to check it.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: a key or value that cannot work.
+        ValueError, FileNotFoundError: no block, or a key or value that cannot work.
     """
     if not block:
         raise UserValueError(
             "The config has no block `qscope`, so nothing would be added to verl's loss. Give it, for example "
-            "+qscope.method=token_penalty +qscope.target=zh, or start verl.trainer.sft_trainer itself."
+            "+qscope.method=token_penalty +qscope.token_penalty_target=zh, or start verl.trainer.sft_trainer itself."
         )
-    options: dict[str, Any] = dict(OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block)
-    method = options.pop("method", None)
-    if method not in _METHODS:
-        hint = did_you_mean(str(method), _METHODS)
-        raise UserValueError(f"qscope.method must be one of {', '.join(_METHODS)}; got {method!r}.{hint}")
-    given, features = options.pop("target_token_ids", None), options.pop("features", None)
-    if (features is None) == (method == "sasft"):
-        needs = "needs" if method == "sasft" else "uses no"
-        raise UserValueError(f"qscope.method={method} {needs} features (qscope.features: the path of a FeatureSet).")
-    config, kind = _METHODS[method]
-    tokens = None if given is None else torch.as_tensor(given)
-    return kind(*([features] if features else []), config=config.of(None, **options), target_token_ids=tokens)
+    values: Any = OmegaConf.to_container(block, resolve=True) if OmegaConf.is_config(block) else block
+    return LossSettings.read(values, "qscope").callback()
 
 
 def attach(trainer: SFTTrainer, settings: Mapping[str, Any] | AuxiliaryLossCallback | None = None) -> AddedLoss:
-    """Add a loss to a constructed trainer of verl, until `detach()`.
+    """Add a loss to a constructed trainer of verl, until `detach()`. Losses of different names add up.
 
     Args:
         trainer: verl's, with an FSDP engine.
-        settings: what `read_settings` takes or returns; None is the block `qscope` of the trainer's config.
+        settings: keys as in the block `qscope`, or a callback (with `target_token_ids`, say); None is that block of the
+            trainer's config.
 
     Raises:
         TypeError: another trainer.
@@ -119,8 +98,12 @@ def attach(trainer: SFTTrainer, settings: Mapping[str, Any] | AuxiliaryLossCallb
         settings = trainer.config.get("qscope")
     loss = settings if isinstance(settings, AuxiliaryLossCallback) else read_settings(settings)
     _check_engine(trainer, loss)
-    _give_languages(trainer, loss)
-    return AddedLoss(trainer, loss)
+    added = AddedLoss(trainer, loss, _sample_language(trainer, loss))
+    for rows in (trainer.train_dataset, trainer.val_dataset):
+        if isinstance(rows, LanguageRows) and rows.deciders is None:
+            rows.deciders = {}
+    added.attach()
+    return added
 
 
 def _check_engine(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> None:
@@ -140,30 +123,26 @@ def _check_engine(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> None:
         )
 
 
-def _give_languages(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> None:
-    """Tell the trainer's data sets how to decide languages. All training rows are read."""
+def _sample_language(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> SampleLanguage | None:
+    """What decides the languages of the training data, if the loss reads any. All rows are read."""
+    if not loss.reads_languages:
+        return None
     config, data = loss.config, trainer.train_dataset
-    if not isinstance(trainer.train_dataset, LanguageRows):
-        if not loss.reads_languages:
-            return
+    if not isinstance(data, LanguageRows):
         raise UserValueError(
             f"verl's {type(data).__name__} drops the language of a row. Set "
             "data.custom_cls.path=pkg://qscope_posttrain.integrations.verl data.custom_cls.name=LanguageSFTDataset, or "
             "make a data set of your own with the mixin LanguageRows."
         )
-    for rows in (data, trainer.val_dataset):  # the loss is not added in validation
-        if isinstance(rows, LanguageRows):
-            rows.attached, rows.decide = True, None
-    if not loss.reads_languages:
-        return
     rule, decode = config.language, trainer.model_config.tokenizer.decode
-    data.decide = decide = SampleLanguage(rule, loss.languages, config.ignore_languages, decode)
-    examples: Any = (data.example(i) for i in range(len(data)))
+    decide = SampleLanguage(rule, loss.languages, config.ignore_languages, decode)
     if rule != SCRIPT and not callable(rule) and rule in data.dataframe:
-        examples = ({rule: value} for value in data.dataframe[rule])
-    counts = Counter(languages_of(examples, decide, len(data)))
-    if nothing := without_effect(counts, str(config.target), config.ignore_languages):
+        examples: Any = [{rule: value} for value in data.dataframe[rule]]
+    else:
+        examples = (data.example(i, decide) for i in range(len(data)))
+    if nothing := without_effect(count_languages(examples, decide), str(config.target), config.ignore_languages):
         warnings.warn(nothing, stacklevel=3)
+    return decide
 
 
 @hydra.main(config_path="pkg://verl.trainer.config", config_name="sft_trainer_engine", version_base=None)

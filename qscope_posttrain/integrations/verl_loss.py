@@ -23,31 +23,38 @@ from qscope_posttrain.sft.attached_run import InstancePatches
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.auxiliary_loss import FINAL_NORM, AuxiliaryLoss, MetricWindow, Step
 from qscope_posttrain.sft.baselines import KLAnchorCallback
+from qscope_posttrain.sft.data.language_ids import SampleLanguage
 from qscope_posttrain.sft.logits import LogitHead
 from qscope_posttrain.sft.loss import Normalizer
 from qscope_posttrain.sft.masks import IGNORED_LABEL, PADDING_ID, TokenBatch
 
-LANGUAGE_IDS = "qscope_language_ids"  # Entry of a row and of the batch: the language id of each token
+
+def language_entry(name: str) -> str:
+    """The entry of a row and of a batch with the language id of each token, for the loss `name`."""
+    return f"{name}_language_ids"
 
 
 class AddedLoss:
-    """verl's `loss_fn` and a term; hooks on the model take what the term needs.
+    """A term beside verl's `loss_fn`; hooks on the model take what the term needs.
 
     A step's metrics get those that the same loss has on other trainers: `sasft/penalty` and so on.
     """
 
-    def __init__(self, trainer: SFTTrainer, callback: AuxiliaryLossCallback) -> None:
-        """Check the loss against the trainer's model, then hook it."""
-        self.name, self.reads_languages = callback.name, callback.reads_languages
-        self._engine, self._client = trainer.engine, trainer.training_client
-        self._inner: Any = self._client.loss_fn
+    def __init__(self, trainer: SFTTrainer, callback: AuxiliaryLossCallback, decide: SampleLanguage | None) -> None:
+        """Check the loss against the trainer; nothing is changed. `decide` tells its languages, if it reads any."""
+        self.name, self._decide = callback.name, decide
+        self._engine, self._client, self._data = trainer.engine, trainer.training_client, trainer.train_dataset
         self._module = module = trainer.engine.module
-        if isinstance(self._inner, AddedLoss) and self._inner.name == self.name:
-            raise UserValueError(f"A loss named {self.name!r} is already attached to this trainer: detach() it first.")
+        self._attached: dict[str, AddedLoss] = vars(trainer).setdefault("qscope_losses", {})
+        if self.name in self._attached:
+            raise UserValueError(
+                f"A loss named {self.name!r} is already attached to this trainer: detach() it first, or give a "
+                "callback of another name."
+            )
         own: Any = copy(callback)  # the user's may serve trainers of transformers too
         own.logits_given = True
         if own.config.anchor > 0 or isinstance(callback, KLAnchorCallback):
-            own.anchor_model = _StartingModel.of(trainer)
+            own.anchor_model = _StartingModel(trainer)
         # What the losses ask a trainer for.
         subject: Any = SimpleNamespace(model=module, processing_class=trainer.model_config.tokenizer)
         self.loss: AuxiliaryLoss = own.prepare(subject)
@@ -56,21 +63,32 @@ class AddedLoss:
         self._micro_batches = 0
         self._inputs: dict[str, Any] = {}
         self._logits: Tensor | None = None
-        self.loss.capture.attach()
-        before = module.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._handles = [before, module.register_forward_hook(self._after)]
+        self._handles: list[Any] = []
         self._patches = InstancePatches(self._client)
+
+    def attach(self) -> None:
+        """Change the trainer, its data set and its model."""
+        self._attached[self.name] = self
+        if self._decide is not None:
+            self._data.deciders[self.name] = self._decide
+        self.loss.capture.attach()
+        before = self._module.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._handles = [before, self._module.register_forward_hook(self._after)]
         self._patches.wrap("train_batch", self._train_batch)
-        self._client.set_loss_fn(self)
+        self._patches.wrap("loss_fn", self._add)
 
     def detach(self) -> None:
-        """Leave the model and the trainer, which goes on with the loss that it had."""
+        """Undo `attach`: the trainer goes on with the losses that it has beside this one."""
+        if self._attached.get(self.name) is not self:
+            return
+        del self._attached[self.name]
         for handle in self._handles:
             handle.remove()
         self.loss.capture.remove()
         self._forget()
         self._patches.restore()
-        self._client.set_loss_fn(self._inner)
+        if self._decide is not None:
+            del self._data.deciders[self.name]
 
     # The forward. In eval mode (validation, the starting model) nothing is kept.
 
@@ -92,9 +110,9 @@ class AddedLoss:
 
     # In place of verl's functions
 
-    def __call__(self, model_output: Any, data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
+    def _add(self, original: Callable[..., Any], data: TensorDict, **given: Any) -> tuple[Tensor, dict[str, Any]]:
         """The loss of one micro-batch; in validation verl's own."""
-        loss, metrics = self._inner(model_output=model_output, data=data, dp_group=dp_group)
+        loss, metrics = original(data=data, **given)
         if not self._module.training:
             return loss, metrics
         try:
@@ -170,7 +188,7 @@ class AddedLoss:
         def placed(values: Tensor, padding: int) -> Tensor:
             return values.new_full(shape, padding).index_put_((row, column), values)
 
-        languages = data[LANGUAGE_IDS].values() if self.reads_languages else torch.zeros_like(ids)
+        languages = data[language_entry(self.name)].values() if self._decide else torch.zeros_like(ids)
         labels = ids.masked_fill(data["loss_mask"].values() == 0, IGNORED_LABEL)
         starts = placed(first.long(), 0).bool()
         return TokenBatch(placed(labels, IGNORED_LABEL), placed(languages, PADDING_ID), starts)
@@ -179,20 +197,15 @@ class AddedLoss:
 class _StartingModel(Anchor):
     """The model without its adapter, or a second engine of verl that holds `model.path`, sharded as the trained one."""
 
-    def __init__(self, engine: Any, adapted: bool) -> None:
+    def __init__(self, trainer: SFTTrainer) -> None:
         super().__init__(None)
-        self._engine, self._adapted = engine, adapted
-
-    @classmethod
-    def of(cls, trainer: SFTTrainer) -> _StartingModel:
-        if trainer.model_config.lora_rank > 0:
-            return cls(trainer.engine, adapted=True)
-        configs = (trainer.model_config, trainer.engine_config, trainer.optimizer_config, trainer.checkpoint_config)
-        engine = EngineRegistry.new("language_model", trainer.engine_config.strategy, *configs)
-        engine.initialize()
-        engine.module.requires_grad_(False)
-        engine.optimizer = engine.lr_scheduler = None
-        return cls(engine, adapted=False)
+        self._engine, self._adapted = trainer.engine, trainer.model_config.lora_rank > 0
+        if not self._adapted:
+            configs = (trainer.model_config, trainer.engine_config, trainer.optimizer_config, trainer.checkpoint_config)
+            self._engine = engine = EngineRegistry.new("language_model", trainer.engine_config.strategy, *configs)
+            engine.initialize()
+            engine.module.requires_grad_(False)
+            engine.optimizer = engine.lr_scheduler = None
 
     @torch.no_grad()
     def start(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, LogitHead]:

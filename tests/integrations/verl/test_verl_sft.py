@@ -18,9 +18,10 @@ from conftest import build_model
 from integrations.reference import case_model, reference_gradients, relative_error, row_penalty
 from omegaconf import OmegaConf
 from peft import PeftModel
-from qscope_posttrain.models.target_tokens import target_token_ids
 from transformers import Qwen3ForCausalLM
 from verl_cases import (
+    ANCHOR,
+    ANCHORED,
     PENALTY,
     WEIGHT,
     command_line,
@@ -37,6 +38,8 @@ from verl_cases import (
 
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.integrations import verl as integration
+from qscope_posttrain.models.scoring import target_token_ids
+from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes" / "integrations" / "verl"
 
@@ -59,7 +62,7 @@ def own_forward(monkeypatch):
 def penalized(world, *overrides, **settings):
     """A step with the penalty: the trainer, its gradients and its metrics."""
     trainer = make_trainer(world, *overrides)
-    options = {**PENALTY, "features": world / "features.safetensors", **settings}
+    options = {**PENALTY, "features": str(world / "features.safetensors"), **settings}
     integration.attach(trainer, options)
     return trainer, *fit(trainer)
 
@@ -110,7 +113,7 @@ def test_gradient_with_other_micro_batches_and_engines(world, own_forward, overr
 @pytest.mark.parametrize("normalization", ["paper", "official"])
 def test_divisors(world, normalization):
     """Over the penalized tokens of the step; or, as published, over the response tokens of each micro-batch."""
-    trainer, found, metrics = penalized(world, "data.micro_batch_size_per_gpu=4", normalization=normalization)
+    trainer, found, metrics = penalized(world, "data.micro_batch_size_per_gpu=4", sasft_normalization=normalization)
     rows = {tuple(row["input_ids"]): row for row in tokenized(trainer)}
     by_row = row_penalty(FeatureSet.load(world / "features.safetensors"))
     count = {name: sum(label != -100 for row in rows.values() for label in row["labels"][1:]) for name in ("all",)}
@@ -146,18 +149,17 @@ def test_terms_of_logits(world, method, lora, strategy):
     else:  # Elsewhere than the starting model, or the anchor would be 0.
         model = move(case_model(build_model))
         move(trainer.engine.module)
-    settings = {"method": method, "target": "zh", "weight": 30.0}
-    settings |= {"anchor_weight": 20.0} if method == "token_penalty" else {}
-    integration.attach(trainer, settings)
+    integration.attach(trainer, {"token_penalty": ANCHORED, "kl_anchor": ANCHOR}[method])
     found, metrics = fit(trainer)
     tokens = target_token_ids(model, trainer.model_config.tokenizer, "zh", None)
-    by_hand, value = logit_terms(model, start, tokenized(trainer), tokens, settings)
+    rows, held = tokenized(trainer), {"token_penalty": 20.0}.get(method)
+    by_hand, value = logit_terms(model, start, rows, tokens, 30.0, held)
     assert relative_error(found, by_hand) <= 1e-6
     assert metrics[f"{method}/penalty"] == pytest.approx(value, rel=1e-5)
-    plain, _ = logit_terms(model, start, tokenized(trainer), tokens, {**settings, "weight": 0.0, "anchor_weight": 0.0})
+    plain, _ = logit_terms(model, start, rows, tokens, 0.0, 0.0)
     assert relative_error(plain, by_hand) > 0.5
     if method == "token_penalty":
-        alone, _ = logit_terms(model, start, tokenized(trainer), tokens, {**settings, "anchor_weight": 0.0})
+        alone, _ = logit_terms(model, start, rows, tokens, 30.0, 0.0)
         assert relative_error(alone, by_hand) > 0.01
 
 
@@ -169,8 +171,11 @@ def move(model):
     return model
 
 
-def logit_terms(model, start, rows, tokens, settings):
-    """Gradients of the cross-entropy and the terms of logits, row by row, and the value of the first term."""
+def logit_terms(model, start, rows, tokens, weight, anchor_weight):
+    """Gradients of the cross-entropy and the token penalty with its anchor, row by row, and the penalty's value.
+
+    With `anchor_weight` None the first term is the anchor itself, and there is no penalty.
+    """
     model.zero_grad()
     count = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
     others = [token for token in range(model.config.vocab_size) if token not in set(tokens.tolist())]
@@ -188,13 +193,13 @@ def logit_terms(model, start, rows, tokens, settings):
                 continue
             p, q = before[t][others].log_softmax(-1), logits[t][others].log_softmax(-1)
             divergence = (p.exp() * (p - q)).sum() / count
-            if settings["method"] == "kl_anchor":
+            if anchor_weight is None:
                 first = first + divergence
                 continue
-            loss = loss + settings["anchor_weight"] * divergence
+            loss = loss + anchor_weight * divergence
             if label not in tokens:
                 first = first - logits[t].softmax(-1)[others].sum().log() / count
-    (loss + settings["weight"] * first).backward()
+    (loss + weight * first).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, float(first.detach())
 
 
@@ -211,7 +216,7 @@ def test_recipes(world, tmp_path, monkeypatch, recipe):
     monkeypatch.setattr(integration, "attach", attach)
     for name in ("initialize_global_process_group", "destroy_global_process_group"):
         monkeypatch.setattr(integration, name, lambda: None)
-    features = [f"qscope.features={world / 'features.safetensors'}", "qscope.layers=[1,2]"]
+    features = [f"qscope.features={world / 'features.safetensors'}", "qscope.sasft_layers=[1,2]"]
     settings = ["data.train_batch_size=4", "data.micro_batch_size_per_gpu=4", "optim.lr=1e-3", "trainer.save_freq=1"]
     settings += ["optim.lr_scheduler_type=constant", "optim.lr_warmup_steps=0", "trainer.resume_mode=auto"]
     for folder, limit in (("whole", []), ("stopped", ["trainer.total_training_steps=1"]), ("stopped", [])):
@@ -229,9 +234,8 @@ def test_recipes(world, tmp_path, monkeypatch, recipe):
 
 def test_two_processes_are_one(world, tmp_path):
     """The whole program on the sharded model; each process has four of the rows."""
-    anchored = {"method": "token_penalty", "target": "zh", "weight": 30.0, "anchor_weight": 20.0}
     adapter = [f"model.lora_adapter_path={world / 'adapter'}", "model.lora_rank=4"]
-    cases = [({**PENALTY, "features": world / "features.safetensors"}, []), (anchored, []), (anchored, adapter)]
+    cases = [({**PENALTY, "features": str(world / "features.safetensors")}, []), (ANCHORED, []), (ANCHORED, adapter)]
     lines = [
         ["data.micro_batch_size_per_gpu=2", *overrides, *(f"+qscope.{key}={value}" for key, value in settings.items())]
         for settings, overrides in cases
@@ -255,11 +259,11 @@ def test_two_processes_are_one(world, tmp_path):
 @pytest.mark.parametrize("remove_padding", [True, False])
 @pytest.mark.parametrize(
     "settings",
-    [{**PENALTY, "weight": 0.0}, {"method": "token_penalty", "target": "zh", "weight": 0.0}],
+    [{**PENALTY, "sasft_weight": 0.0}, {"method": "token_penalty", "token_penalty_weight": 0.0}],
     ids=["sasft", "token_penalty"],
 )
 def test_weight_zero_changes_no_bit(world, settings, remove_padding):
-    features = {"features": world / "features.safetensors"} if settings["method"] == "sasft" else {}
+    features = {"features": str(world / "features.safetensors")} if settings["method"] == "sasft" else {}
     overrides = (f"model.use_remove_padding={remove_padding}", "optim.lr=1e-3", "trainer.total_epochs=3")
     plain = make_trainer(world, *overrides)
     plain_rows(plain)
@@ -292,17 +296,20 @@ def test_language_of_every_token(world, tmp_path, language):
         "data.use_dynamic_bsz=True",
         "data.max_token_len_per_gpu=150",
     )
-    added = integration.attach(
-        trainer, {"method": "token_penalty", "target": "zh", "languages": known, "language": rule}
-    )
+    if language == "function":
+        given = TokenPenaltyCallback("zh", languages=known, language=rule)
+    else:
+        given = {"method": "token_penalty", "token_penalty_languages": known, "token_penalty_language": rule}
+    added = integration.attach(trainer, given)
     seen, batches, inner, decode = [], [], added.loss.eligible, trainer.model_config.tokenizer.decode
+    own = trainer.training_client.loss_fn
 
     def eligible(batch):
         batches.append(batch)
         return inner(batch)
 
     def loss_fn(model_output, data, dp_group=None):
-        loss = added(model_output=model_output, data=data, dp_group=dp_group)
+        loss = own(model_output=model_output, data=data, dp_group=dp_group)
         flat = batches[-1].language_ids.flatten()
         for ids, found in zip(
             data["input_ids"].unbind(), flat.split(data["input_ids"].offsets().diff().tolist()), strict=True
@@ -327,11 +334,11 @@ def test_language_of_every_token(world, tmp_path, language):
 def test_validation_is_of_verl_alone(world):
     overrides = (f"data.val_files={world / 'train.parquet'}", "trainer.test_freq=1")
     losses = []
-    for settings in (None, {**PENALTY, "features": world / "features.safetensors"}):
+    for settings in (None, {**PENALTY, "features": str(world / "features.safetensors")}):
         trainer = make_trainer(world, *overrides)
         if settings is None:
             plain_rows(trainer)
-            trainer.val_dataset.attached = True
+            trainer.val_dataset.deciders = {}
         else:
             integration.attach(trainer, settings)
         inner = trainer.training_client.infer_batch
@@ -344,14 +351,51 @@ def test_validation_is_of_verl_alone(world):
 def test_detached_it_is_verl_again(world):
     trainer = make_trainer(world)
     own, hooks = trainer.training_client.loss_fn, hook_count(trainer)
-    added = integration.attach(trainer, {**PENALTY, "features": world / "features.safetensors"})
+    added = integration.attach(trainer, {**PENALTY, "features": str(world / "features.safetensors")})
     assert hook_count(trainer) > hooks
     with pytest.raises(ValueError, match="already attached"):
-        integration.attach(trainer, {**PENALTY, "features": world / "features.safetensors"})
+        integration.attach(trainer, {**PENALTY, "features": str(world / "features.safetensors")})
     added.detach()
     assert trainer.training_client.loss_fn is own
     assert hook_count(trainer) == hooks
     assert "train_batch" not in vars(trainer.training_client)
+    assert trainer.train_dataset.deciders == {}
+
+
+@pytest.mark.parametrize("detached", [None, "sasft", "token_penalty"])
+def test_two_losses(world, detached):
+    """Both terms are in the gradient; whichever is detached, the other stays, and after it verl alone."""
+    overrides = (f"model.lora_adapter_path={world / 'adapter'}", "model.lora_rank=4")
+    trainer = make_trainer(world, "data.micro_batch_size_per_gpu=4", *overrides)
+    own, hooks = trainer.training_client.loss_fn, hook_count(trainer)
+    added = {
+        "sasft": integration.attach(trainer, {**PENALTY, "features": str(world / "features.safetensors")}),
+        "token_penalty": integration.attach(trainer, ANCHORED),
+    }
+    ids = [decide.id("zh") for decide in trainer.train_dataset.deciders.values()]
+    assert ids[0] != ids[1], "a language has another number in each"
+    if detached is not None:
+        added.pop(detached).detach()
+    found, metrics = fit(trainer)
+    assert {name.split("/")[0] for name in metrics if name.endswith("/penalty")} == set(added)
+    rows = tokenized(trainer)
+    plain, _, _ = expected(world, rows, 0.0, lora=True)
+    by_hand = plain
+    if "sasft" in added:
+        by_hand, _, _ = expected(world, rows, WEIGHT, lora=True)
+    if "token_penalty" in added:
+        start = case_model(build_model)
+        model = PeftModel.from_pretrained(case_model(build_model), world / "adapter", is_trainable=True)
+        tokens = target_token_ids(model, trainer.model_config.tokenizer, "zh", None)
+        terms, _ = logit_terms(model, start, rows, tokens, 30.0, 20.0)
+        by_hand = {name: by_hand[name] + grad - plain[name] for name, grad in terms.items()}
+    assert relative_error(found, by_hand) <= 1e-6
+    assert relative_error(plain, by_hand) > 0.5
+    for loss in added.values():
+        loss.detach()
+    assert hook_count(trainer) == hooks
+    assert trainer.training_client.loss_fn is own
+    assert trainer.train_dataset.deciders == {}
 
 
 def hook_count(trainer) -> int:
@@ -365,11 +409,12 @@ def hook_count(trainer) -> int:
     ("block", "message"),
     [
         (None, "no block `qscope`"),
-        ({"method": "saft"}, "qscope.method must be one of sasft.*Did you mean"),
-        ({"method": "sasft"}, "needs features"),
+        ({"method": "saft"}, "qscope: method must be one of sasft"),
+        ({"method": "sasft"}, "needs 'features'"),
         ({"method": "sasft", "features": "nowhere.safetensors"}, "nowhere.safetensors"),
-        ({"method": "token_penalty", "wieght": 1.0}, "no option 'wieght'.*weight"),
-        ({"method": "token_penalty", "weight": -1.0}, "weight must be a finite number"),
+        ({"method": "token_penalty", "weight": 1.0}, "qscope: unknown key 'weight'"),
+        ({"method": "token_penalty", "sasft_weight": 1.0}, "Did you mean 'token_penalty_weight'"),
+        ({"method": "token_penalty", "token_penalty_weight": -1.0}, "weight must be a finite number"),
         ({"method": "kl_anchor", "features": "some.safetensors"}, "uses no features"),
     ],
 )
@@ -384,7 +429,7 @@ def test_other_trainers_are_refused():
 
 
 def test_engines_that_cannot_work_are_refused(world, own_forward):
-    settings = {"method": "token_penalty", "target": "zh"}
+    settings = {"method": "token_penalty"}
     trainer = make_trainer(world)
     for change, message in (({"ulysses_sequence_parallel_size": 2}, "Ulysses"), ({"strategy": "veomni"}, "got veomni")):
         trainer.engine_config = SimpleNamespace(**{"strategy": "fsdp2", "ulysses_sequence_parallel_size": 1, **change})
@@ -407,20 +452,20 @@ def test_languages_are_checked(world, tmp_path, languages, columns, message):
     write_rows(tmp_path / "rows.parquet", languages, **columns)
     trainer = make_trainer(world, f"data.train_files={tmp_path / 'rows.parquet'}")
     with pytest.raises(ValueError, match=message):
-        integration.attach(trainer, {**PENALTY, "features": world / "features.safetensors"})
+        integration.attach(trainer, {**PENALTY, "features": str(world / "features.safetensors")})
 
 
 def test_data_without_effect_warns(world, tmp_path):
     write_rows(tmp_path / "rows.parquet", ["zh"] * 8)
     trainer = make_trainer(world, f"data.train_files={tmp_path / 'rows.parquet'}")
     with pytest.warns(UserWarning, match="All 8 rows are in zh"):
-        integration.attach(trainer, {**PENALTY, "features": world / "features.safetensors"})
+        integration.attach(trainer, {**PENALTY, "features": str(world / "features.safetensors")})
 
 
 def test_other_data_sets_are_refused(world):
     trainer = make_trainer(world, "data.custom_cls.path=null", "data.custom_cls.name=null")
     with pytest.raises(ValueError, match=r"MultiTurnSFTDataset drops the language.*LanguageSFTDataset"):
-        integration.attach(trainer, {**PENALTY, "features": world / "features.safetensors"})
+        integration.attach(trainer, {**PENALTY, "features": str(world / "features.safetensors")})
 
 
 def test_verl_alone_does_not_train_without_the_loss(world):
@@ -433,7 +478,7 @@ def test_verl_alone_does_not_train_without_the_loss(world):
 def test_a_replaced_loss_is_noticed(world):
     trainer = make_trainer(world)
     own = trainer.training_client.loss_fn
-    integration.attach(trainer, {**PENALTY, "features": world / "features.safetensors"})
+    integration.attach(trainer, {**PENALTY, "features": str(world / "features.safetensors")})
     trainer.training_client.set_loss_fn(own)
     with pytest.raises(RuntimeError, match="without qscope's loss"):
         trainer.fit()

@@ -61,7 +61,10 @@ from verl.utils import tensordict_utils  # noqa: E402
 
 FP32 = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
 WEIGHT = 20 * PAPER["weight"]  # the gradient without the penalty is then far from the one with it
-PENALTY = {**PAPER, "method": "sasft", "target": "zh", "weight": WEIGHT}
+# Blocks `qscope`; that of SASFT lacks the path of its features.
+PENALTY = {"method": "sasft", **{f"sasft_{key}": value for key, value in PAPER.items()}, "sasft_weight": WEIGHT}
+ANCHORED = {"method": "token_penalty", "token_penalty_weight": 30.0, "anchor_weight": 20.0}
+ANCHOR = {"method": "kl_anchor", "anchor_target": "zh", "anchor_weight": 30.0}
 LANGUAGE_ROWS = (
     "data.custom_cls.path=pkg://qscope_posttrain.integrations.verl",
     "data.custom_cls.name=LanguageSFTDataset",
@@ -138,7 +141,7 @@ def make_trainer(folder: Path, *overrides: str) -> SFTTrainer:
 
 def plain_rows(trainer: SFTTrainer) -> None:
     """Let a data set of ours give its rows to a trainer without a loss of ours."""
-    trainer.train_dataset.attached = True
+    trainer.train_dataset.deciders = {}
 
 
 def fit(trainer: SFTTrainer, run: Any = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
