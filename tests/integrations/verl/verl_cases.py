@@ -141,7 +141,8 @@ def make_trainer(folder: Path, *overrides: str) -> SFTTrainer:
 
 def plain_rows(trainer: SFTTrainer) -> None:
     """Let a data set of ours give its rows to a trainer without a loss of ours."""
-    trainer.train_dataset.deciders = {}
+    if trainer.train_dataset.deciders is None:
+        trainer.train_dataset.deciders = {}
 
 
 def fit(trainer: SFTTrainer, run: Any = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
