@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.training.recipe import DeviceRule, TrainingRecipe, before_trl
-from qscope_posttrain.errors import UserValueError, did_you_mean
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder
+from qscope_posttrain.sft.settings import ANCHOR_WEIGHT, CONFIGS, METHODS, config_class, make_callback, method_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,19 +25,10 @@ if TYPE_CHECKING:
     from qscope_posttrain.sft.config import LossConfig
     from qscope_posttrain.sft.packing import PackingStrategy
 
-_CONFIGS = "qscope_posttrain.sft.config"
-METHODS = {
-    "sasft": ("SASFTConfig", "sasft_"),
-    "token_penalty": ("TokenPenaltyConfig", "token_penalty_"),
-    "kl_anchor": ("KLAnchorConfig", "anchor_"),
-}
-"""Method -> the class of its settings in `sft.config`, and the prefix of their keys"""
 _DECLARED = (
     ("qscope_posttrain.cli.training.sft", "RunArguments"),
-    *((_CONFIGS, kind, prefix) for kind, prefix in METHODS.values()),
+    *((CONFIGS, kind, prefix) for kind, prefix in METHODS.values()),
 )
-ANCHOR_WEIGHT = "anchor_weight"
-"""The key of every method with an anchor; `sasft_anchor_weight` and `token_penalty_anchor_weight` are the same"""
 
 
 @dataclass
@@ -125,12 +116,6 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     return Recipe(**parts, assumed_cpu=device.assumed_cpu)
 
 
-def config_class(method: str) -> type[LossConfig]:
-    """The class of the settings of a method."""
-    kind: type[LossConfig] = getattr(importlib.import_module(_CONFIGS), METHODS[method][0])
-    return kind
-
-
 def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     """Make a stock SFTTrainer with the method's callback in its list of callbacks."""
     from trl import SFTTrainer
@@ -173,18 +158,9 @@ def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLoss
     Raises:
         ValueError: features and options that do not fit, or method sasft without features.
     """
-    from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
-    from qscope_posttrain.sft.callback import SASFTCallback
-
     if recipe.penalty is None:
         return None
-    if recipe.run.method == "token_penalty":
-        return TokenPenaltyCallback(config=recipe.penalty)
-    if recipe.run.method == "kl_anchor":
-        return KLAnchorCallback(config=recipe.penalty)
-    if features is None:
-        raise UserValueError("method sasft needs 'features'.")
-    return SASFTCallback(features, config=recipe.penalty)
+    return make_callback(recipe.run.method, recipe.penalty, features)
 
 
 def skips_preparation(training: Any) -> bool:
@@ -241,42 +217,9 @@ def _without_packing(training: Any) -> Any:
 
 
 def _settings(method: str, given: dict[str, Any], said: Collection[str]) -> LossConfig | None:
-    """The settings of a method from the keys that were given; those in `said` are from the command line.
-
-    The control, method sft, ignores all of them.
-    """
+    """The settings of a method from the keys that were given. The control, method sft, ignores all of them."""
     if method == "sft":
         if given:
             status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
         return None
-    kind, prefix = config_class(method), METHODS[method][1]
-    keys = {prefix + name: name for name in kind.__dataclass_fields__}
-    if prefix + ANCHOR_WEIGHT in keys:
-        keys[ANCHOR_WEIGHT] = ANCHOR_WEIGHT
-    foreign = [key for key in given if key not in keys]
-    if foreign:
-        raise UserValueError(" ".join(_not_of(method, key, keys) for key in foreign))
-    values: dict[str, Any] = {}
-    by_key: dict[str, str] = {}
-    for key in sorted(given, key=lambda key: key not in said):
-        name, value = keys[key], given[key]
-        other = by_key.setdefault(name, key)
-        if other in said and key not in said:
-            continue  # the command line goes before the file
-        if other != key and values[name] != value:
-            raise UserValueError(
-                f"'{prefix}{name}' and '{name}' are the same option; got {values[name]!r} and {value!r}. Give one."
-            )
-        values[name] = value
-    try:
-        return kind(**values)
-    except (ValueError, TypeError) as error:
-        raise UserValueError(f"{error} (In recipes these options begin with '{prefix}'.)") from error
-
-
-def _not_of(method: str, key: str, keys: dict[str, str]) -> str:
-    """A sentence about a key that another method uses."""
-    owner, prefix = next((name, prefix) for name, (_, prefix) in METHODS.items() if key.startswith(prefix))
-    same = METHODS[method][1] + key.removeprefix(prefix)
-    hint = f" Did you mean '{same}'?" if same in keys else did_you_mean(key, sorted(keys))
-    return f"method {method} does not use '{key}', a key of method {owner}.{hint or ' Leave it out.'}"
+    return method_config(method, given, said)
