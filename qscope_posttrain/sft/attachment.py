@@ -166,8 +166,8 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
                 return run
         raise RuntimeError(
             f"{type(self).__name__} is among the callbacks of this trainer but not attached to it: it was added with "
-            "trainer.add_callback after the trainer had been made, and transformers tells a callback only while it makes "
-            "a trainer which one that is. Use callback.attach(trainer), or give it to the trainer's callbacks=[...]."
+            "trainer.add_callback after the trainer had been made, and a callback learns which trainer it is in only "
+            "while that is made. Use callback.attach(trainer), or give it to the trainer's callbacks=[...]."
         )
 
     def _check_once(self, trainer: Trainer) -> None:

@@ -51,16 +51,8 @@ def assert_same(first, second):
 
 def test_evaluation_is_that_of_the_trainer_alone(build, features):
     """It sees neither the term nor the columns, and its log carries none of the metrics."""
-    with_it, without = (
-        build(
-            callbacks,
-            eval_dataset=Dataset.from_list(make_rows(4, seed=3)),
-            eval_strategy="steps",
-            eval_steps=1,
-            **COURSE,
-        )
-        for callbacks in ([paper_callback(features, weight=0.0)], [])
-    )
+    options = {"eval_dataset": Dataset.from_list(make_rows(4, seed=3)), "eval_strategy": "steps", "eval_steps": 1}
+    with_it, without = build([paper_callback(features, weight=0.0)], **options, **COURSE), build(**options, **COURSE)
     for trainer in (with_it, without):
         trainer.train()
     evaluations = [
