@@ -57,7 +57,8 @@ def check(run, workplace, references, count):
 @pytest.mark.parametrize("batches", list(BATCHES))
 def test_gradient_equals_the_written_out_loss(workplace, references, batches, accumulation, checkpointing, tuning):
     run = workplace.train(
-        **{"sample_packing": batches == "multipack", "gradient_accumulation_steps": accumulation},
+        sample_packing=batches == "multipack",
+        gradient_accumulation_steps=accumulation,
         **BATCHES[batches][accumulation],
         **CHECKPOINTING[checkpointing],
         **TUNING[tuning],

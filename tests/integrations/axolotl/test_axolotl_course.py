@@ -1,0 +1,168 @@
+"""Whole trainings of axolotl with the losses: by command, over two processes, resumed, evaluated, other methods."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("axolotl.integrations.base", reason="axolotl is not installed; `make test-axolotl` installs it")
+
+from axolotl_runs import SASFT, WEIGHT
+from integrations.reference import relative_error, rows_read
+from test_axolotl_gradients import TUNING, check
+
+STEPS = {"learning_rate": 1e-3, "max_steps": 2, "micro_batch_size": 2}
+
+
+def languages(workplace, batches, name="sasft"):
+    """(told, of the texts) per document"""
+    rows = workplace.rows_of(batches)
+    return [row["language"] for row in rows_read(batches, name=name)], [row["language"] for row in rows]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_by_command(workplace, references, packed):
+    """What a user types, in a process of its own: packed, and padded with LoRA."""
+    options = {"sample_packing": True, "micro_batch_size": 1} if packed else TUNING["lora"]
+    run, done = workplace.by_command(workplace.config(**options))
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(run, workplace, references, count=8)
+    assert "sasft/penalty" in done.stdout + done.stderr
+
+
+def test_a_mistake_by_command(workplace):
+    run, done = workplace.by_command(workplace.config(SASFT | {"sasft_wieght": 1.0}))
+    assert done.returncode != 0
+    assert "sasft_wieght" in done.stdout + done.stderr
+    assert not run.begun
+
+
+def test_two_processes_equal_one(workplace, references):
+    config = workplace.config(micro_batch_size=2, gradient_accumulation_steps=2, ddp=True)
+    run, done = workplace.by_command(config, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [run.step(rank=rank) for rank in range(2)]
+    rows = [row for kept in ranks for row in workplace.rows_of(kept["batches"])]
+    assert len(rows) == 8
+    assert len({tuple(row["input_ids"]) for row in rows}) == 8
+    for kept in ranks:
+        told, texts = languages(workplace, kept["batches"])
+        assert told == texts
+        expected, _, _ = references(sorted(rows, key=lambda row: row["input_ids"]))
+        assert relative_error(kept["gradients"], expected) <= 1e-6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_resumed_training_equals_one_in_a_row(workplace, packed):
+    options = STEPS | {"sample_packing": packed, "num_epochs": 4}
+    if packed:
+        options |= {"micro_batch_size": 1, "sequence_len": 192}
+    whole = workplace.train(**options)
+    first = workplace.train(**options, save_strategy="steps", save_steps=1)
+    checkpoint = first.folder / "checkpoint-1"
+    rest = workplace.train(**options, resume_from_checkpoint=str(checkpoint))
+    assert not (rest.folder / "kept" / "rank_0_step_0.pt").exists()
+    for run in (first, rest):
+        assert run.step(1)["gradients"].keys() == whole.step(1)["gradients"].keys()
+        for name, gradient in whole.step(1)["gradients"].items():
+            assert torch.equal(run.step(1)["gradients"][name], gradient), name
+    with pytest.raises(ValueError, match="sasft"):
+        workplace.train(SASFT | {"sasft_weight": 1.0}, **options, resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_evaluation_is_that_of_axolotl(workplace, packed):
+    """Its batches contain no language and its loss no penalty, also where evaluation is packed."""
+    options = {"val_set_size": 2, "eval_steps": 1, "micro_batch_size": 1, "sequence_len": 256, "eval_batch_size": 1}
+    options |= {"sample_packing": packed, "eval_sample_packing": packed}
+    plain, with_penalty = workplace.train(None, **options), workplace.train(**options)
+    losses = [[log["eval_loss"] for log in run.logs if "eval_loss" in log] for run in (plain, with_penalty)]
+    assert losses[0] == losses[1] != []
+    assert "language" in with_penalty.step()["eval_columns"]
+
+
+def test_evaluate_by_itself(workplace):
+    """`axolotl evaluate` takes the training data too, with whatever columns they have."""
+    config = workplace.config(
+        sample_packing=True, eval_sample_packing=True, val_set_size=2, sequence_len=256, micro_batch_size=1
+    )
+    _, done = workplace.by_command(config, command="evaluate")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_script_of_the_labeled_tokens(workplace, packed):
+    """No column is there. The prompts of the French responses are Chinese, and decide nothing."""
+    data = workplace.write(workplace.conversations(column=None))
+    run = workplace.train(
+        SASFT | {"sasft_language": "script"},
+        datasets=[{"path": str(data), "ds_type": "json", "type": "chat_template"}],
+        sample_packing=packed,
+        micro_batch_size=1 if packed else 8,
+    )
+    told, texts = languages(workplace, run.step()["batches"])
+    # Script cannot tell French from English.
+    assert told == ["zh" if language == "zh" else "en" for language in texts]
+    assert {"en", "zh"} == set(told)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_and_rows_of_more_than_one_bin(workplace, references, packed):
+    """Batches padded to a multiple, and of several packed rows."""
+    run = workplace.train(
+        sample_packing=packed,
+        multipack_real_batches=True if packed else None,
+        micro_batch_size=4,
+        gradient_accumulation_steps=1 if packed else 2,
+        sequence_len=192,
+        pad_to_sequence_len=True,
+    )
+    rows = check(run, workplace, references, count=6)
+    assert len(rows) >= 6
+    if packed:
+        assert len(run.step()["batches"][0]["input_ids"]) > 1
+
+
+def test_a_changed_column_is_not_taken_from_the_cache(workplace):
+    """axolotl keeps tokenized data; what it kept with one column must not serve for another."""
+    rows = [row | {"other": "zh"} for row in workplace.conversations()]
+    options = {
+        "datasets": [{"path": str(workplace.write(rows)), "ds_type": "json", "type": "chat_template"}],
+        "dataset_prepared_path": str(workplace.folder / "cache"),
+    }
+    first, again, other = (
+        workplace.train(SASFT | {"sasft_language": column}, **options) for column in ("language", "language", "other")
+    )
+    told = [sorted(languages(workplace, run.step()["batches"])[0]) for run in (first, again, other)]
+    assert told[0] == told[1]
+    assert set(told[0]) == {"en", "fr", "zh"}
+    assert set(told[2]) == {"zh"}
+
+
+def test_two_processes_tokenize(workplace, references):
+    """axolotl has a queue of its own for it."""
+    check(workplace.train(dataset_num_proc=2), workplace, references, count=8)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_token_penalty_and_anchors(workplace, packed):
+    """Each changes the gradient; the anchor alone reads no languages, and starts from the model itself."""
+    options = {"sample_packing": packed, "micro_batch_size": 1 if packed else 8, "learning_rate": 1e-2, "max_steps": 2}
+    plain = workplace.train(None, **options)
+    penalty = {"method": "token_penalty", "token_penalty_weight": WEIGHT, "token_penalty_languages": ["en", "fr", "zh"]}
+    blocks = {
+        "token_penalty": penalty,
+        "kl_anchor": {"method": "kl_anchor", "anchor_weight": WEIGHT},
+        "sasft": SASFT | {"anchor_weight": WEIGHT},
+    }
+    for name, block in blocks.items():
+        run = workplace.train(block, **options)
+        steps = [relative_error(run.step(n)["gradients"], plain.step(n)["gradients"]) for n in range(2)]
+        if name == "kl_anchor":  # its gradient is zero where it starts
+            assert steps[0] < 1e-5
+            assert steps[1] > 1e-3
+            assert run.logs[1]["kl_anchor/penalty"] > 0
+        else:
+            assert min(steps) > 1e-2
+            told, texts = languages(workplace, run.step()["batches"], name=name)
+            assert told == texts
