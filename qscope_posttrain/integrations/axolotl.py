@@ -53,6 +53,8 @@ REFUSED = {
     "pretraining_dataset": _STREAM,
     "streaming": _STREAM,
     "balance_labels": "it accepts no collator but axolotl's own, and the languages come from one around it",
+    "chunked_cross_entropy": "it replaces transformers' loss, whose divisor the penalty follows",
+    "cut_cross_entropy": "it replaces the model's loss, and whether the penalty then has its divisor was never run",
 }
 """Options of axolotl with which the loss does not work, and why"""
 

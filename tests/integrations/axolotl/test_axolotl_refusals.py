@@ -76,7 +76,8 @@ def test_a_wrong_block(refused, workplace, change, words):
     ("option", "value"),
     [
         ("context_parallel_size", 2),
-        ("orpo_alpha", 0.1),
+        ("orpo_alpha", 1.0),
+        ("chunked_cross_entropy", True),
         ("balance_labels", True),
         ("streaming", True),
         ("reward_model", True),
