@@ -83,7 +83,7 @@ class SASFTArgs(BaseModel):
 
 def read_settings(block: Mapping[str, Any]) -> LossSettings:
     """The settings in the block `qscope:`."""
-    return LossSettings.read(dict(block), f"{BLOCK}:")
+    return LossSettings.read(dict(block), BLOCK)
 
 
 class SASFTPlugin(BasePlugin):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -164,6 +165,7 @@ class Workplace:
         from axolotl.cli.train import do_train
         from axolotl.integrations.base import PluginManager
 
+        gc.freeze()  # axolotl collects garbage several times a run, and the objects of pytest and of axolotl are many
         PluginManager.get_instance().plugins.clear()  # those of an earlier run; a process of axolotl has one
         do_train(load_cfg(str(self.write_config(config))), TrainerCliArgs())
         return Run(Path(config["output_dir"]))

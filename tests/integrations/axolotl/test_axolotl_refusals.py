@@ -61,7 +61,7 @@ def test_neither_is_a_training_like_any_other(workplace):
     [
         ({"sasft_wieght": 1.0}, ["sasft_wieght", "Did you mean", "sasft_weight"]),
         ({"learning_rate": 1.0}, ["learning_rate"]),
-        ({"sasft_weight": -1.0}, ["sasft_weight", "-1.0"]),
+        ({"sasft_weight": -1.0}, ["SASFTConfig.weight", "-1.0", "begin with 'sasft_'"]),
         ({"method": "grpo"}, ["method must be one of", "grpo"]),
         ({"token_penalty_target": "zh"}, ["method sasft does not use 'token_penalty_target'"]),
         ({"features": None}, ["needs 'features'"]),
