@@ -76,7 +76,8 @@ class SASFTArgs(BaseModel):
         read_settings(self.qscope)
         for option, why in REFUSED.items():
             value = getattr(self, option, None)
-            if (value and value != 1) or value is True:
+            splits_nothing = value == 1 and option in ("sequence_parallel_degree", "context_parallel_size")
+            if value and not splits_nothing:
                 raise UserValueError(f"{BLOCK}: the loss does not work with `{option}: {value}`: {why}.")
         return self
 
@@ -86,7 +87,7 @@ def read_settings(block: Mapping[str, Any]) -> LossSettings:
     return LossSettings.read(dict(block), BLOCK)
 
 
-class SASFTPlugin(BasePlugin):  # type: ignore[misc]
+class SASFTPlugin(BasePlugin):
     """What axolotl loads; see the module."""
 
     def get_input_args(self) -> str:
@@ -243,7 +244,7 @@ def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None, processor: Any = None) ->
     return WithLanguage(inner, str(language_column(read_settings(cfg.qscope))))
 
 
-class WithLanguage(PromptTokenizingStrategy):  # type: ignore[misc]
+class WithLanguage(PromptTokenizingStrategy):
     """Another strategy, whose samples keep the column with their language."""
 
     supports_batched = False  # so that a sample that the other strategy drops takes its language with it
