@@ -89,7 +89,9 @@ def test_options_of_axolotl_by_name(refused, workplace, option, value):
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
 def test_preferences_and_rewards(refused, workplace, kind):
-    config = workplace.config(rl=kind, datasets=[{"path": str(workplace.data), "ds_type": "json"}])
+    config = workplace.config(
+        rl=kind, remove_unused_columns=False, datasets=[{"path": str(workplace.data), "ds_type": "json"}]
+    )
     refused(ValueError, ["the loss does not work with", "rl"], config)
 
 
