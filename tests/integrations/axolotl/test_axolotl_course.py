@@ -56,7 +56,7 @@ def test_two_processes_equal_one(workplace, references):
 def test_a_resumed_training_equals_one_in_a_row(workplace, packed):
     options = STEPS | {"sample_packing": packed, "num_epochs": 4}
     if packed:
-        options |= {"micro_batch_size": 1, "sequence_len": 192}
+        options |= {"micro_batch_size": 1, "sequence_len": 128}
     whole = workplace.train(**options)
     first = workplace.train(**options, save_strategy="steps", save_steps=1)
     checkpoint = first.folder / "checkpoint-1"
@@ -114,7 +114,7 @@ def test_padding_and_rows_of_more_than_one_bin(workplace, references, packed):
         multipack_real_batches=True if packed else None,
         micro_batch_size=4,
         gradient_accumulation_steps=1 if packed else 2,
-        sequence_len=192,
+        sequence_len=128,
         pad_to_sequence_len=True,
     )
     rows = check(run, workplace, references, count=6)
