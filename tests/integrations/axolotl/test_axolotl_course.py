@@ -147,7 +147,8 @@ def test_two_processes_tokenize(workplace, references):
 @pytest.mark.parametrize("packed", [False, True])
 def test_token_penalty_and_anchors(workplace, packed):
     """Each changes the gradient; the anchor alone reads no languages, and starts from the model itself."""
-    options = {"sample_packing": packed, "micro_batch_size": 1 if packed else 8, "learning_rate": 1e-2, "max_steps": 2}
+    options = {"sample_packing": packed, "micro_batch_size": 2, "learning_rate": 1e-2, "max_steps": 2}
+    options |= {"micro_batch_size": 1, "sequence_len": 128} if packed else {}
     plain = workplace.train(None, **options)
     penalty = {"method": "token_penalty", "token_penalty_weight": WEIGHT, "token_penalty_languages": ["en", "fr", "zh"]}
     blocks = {
