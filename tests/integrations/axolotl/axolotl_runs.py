@@ -176,11 +176,13 @@ class Workplace:
         """`axolotl train config.yml` as a user types it."""
         path = ":".join([str(HERE), str(HERE.parents[1]), str(HERE.parents[2])])
         environment = os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"} | quiet()
-        words = [str(Path(sys.executable).parent / "axolotl"), command, str(self.write_config(config))]
-        if command == "train" and processes > 1:
+        programs = Path(sys.executable).parent
+        environment["PATH"] = f"{programs}:{environment['PATH']}"  # where axolotl looks for its launcher
+        words = [str(programs / "axolotl"), command, str(self.write_config(config))]
+        if processes > 1:
             port = str(free_port())
             words += ["--launcher", "torchrun", "--", f"--nproc_per_node={processes}", f"--master_port={port}"]
-        elif command == "train":
+        else:
             words += ["--launcher", "python"]
         done = subprocess.run(words, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
         return Run(Path(config["output_dir"])), done
