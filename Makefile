@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 PEERS ?= .venv-peers
+VERL ?= .venv-verl
+LLAMAFACTORY ?= .venv-llamafactory
+SWIFT ?= .venv-swift
 AXOLOTL ?= .venv-axolotl
 BIN := $(VENV)/bin
 TORCH := 2.13.0
@@ -23,10 +26,11 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers test-axolotl cases fuzz lint types format house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl cases fuzz lint \
+    types format house benchmarks clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | test-peers | test-axolotl | cases | fuzz | lint |" \
-	    "types | format | house | benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-axolotl |" \
+	    "test-verl | cases | fuzz | lint | types | format | house | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -94,8 +98,45 @@ cases: $(VENV)/.installed
 	    else failed=1; echo "FAILED: $$script"; tail -n 3 $(VENV)/case.log; fi; \
 	done; test -z "$$failed"
 
+# verl in an environment of its own: it caps transformers below the versions of constraints.txt. The list is whole, so
+# that nothing is resolved; what this package needs beside it (no TRL) is in it too.
+$(VERL)/.installed: pyproject.toml .ci/verl.txt
+	@$(PYTHON) -m venv $(VERL)
+	$(call install_torch,$(VERL))
+	@$(VERL)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .ci/verl.txt
+	@$(VERL)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-verl: $(VERL)/.installed
+	$(VERL)/bin/python -m pytest tests/integrations/verl tests/integrations/slime
+
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers
+
+# LLaMA-Factory in an environment of its own: its caps contradict ours, so both come without their dependencies. Its last
+# line of imports wants torchaudio, of which no release fits the CPU build of torch; the tests bring a stand-in.
+$(LLAMAFACTORY)/.installed: pyproject.toml .ci/llamafactory.txt
+	@$(PYTHON) -m venv $(LLAMAFACTORY)
+	$(call install_torch,$(LLAMAFACTORY))
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --requirement .ci/llamafactory.txt
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --no-deps llamafactory==0.9.5
+	@$(LLAMAFACTORY)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-llamafactory: $(LLAMAFACTORY)/.installed
+	$(LLAMAFACTORY)/bin/python -m pytest tests/integrations/llamafactory
+
+# ms-swift in an environment of its own: its pins contradict ours, so the package comes without its dependencies.
+$(SWIFT)/.installed: pyproject.toml .ci/swift.txt
+	@echo "Setting up $(SWIFT) (the first time takes a few minutes)"
+	@$(PYTHON) -m venv $(SWIFT)
+	$(call install_torch,$(SWIFT))
+	@$(SWIFT)/bin/pip install --quiet --disable-pip-version-check --requirement .ci/swift.txt
+	@$(SWIFT)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-swift: $(SWIFT)/.installed
+	$(SWIFT)/bin/python -m pytest tests/integrations/swift tests/sft/test_loss_settings.py
 
 # axolotl in an environment of its own: it asks for Python 3.12, and its pins contradict ours, so the package comes
 # without its dependencies. 7 GB, most of it CUDA libraries: PyPI has no CPU build of torch for this Python.
@@ -132,11 +173,12 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/decode.py
 	$(PEERS)/bin/python benchmarks/sae_training.py
 	$(PEERS)/bin/python benchmarks/read_rows.py
-	$(PEERS)/bin/python benchmarks/analysis_pass.py --tokens 1000000
+	$(PEERS)/bin/python -m benchmarks.analysis_pass --tokens 1000000
 	$(PEERS)/bin/python benchmarks/sasft_penalty.py --rounds 5
 	$(PEERS)/bin/python benchmarks/sasft_overhead.py
 	$(PEERS)/bin/python benchmarks/feature_pass.py
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(AXOLOTL) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(AXOLOTL) $(VERL) build *.egg-info .pytest_cache .ruff_cache \
+	    .mypy_cache .hypothesis

@@ -5,7 +5,7 @@ paragraphs, once for each number of tokens, each in a fresh process, so that the
 What is kept of a text is its feature ids at the last token: at most 4 k + 24 bytes a layer, and its characters.
 Run with
 
-    python benchmarks/analysis_pass.py [--tokens 100000] [--repeats 2] [--output benchmarks/results/analysis_pass.json]
+    python -m benchmarks.analysis_pass [--tokens 100000] [--repeats 2] [--output benchmarks/results/analysis_pass.json]
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.testbed.models import build_model
 from qscope_posttrain.analysis.benchmarks.feature_sets import collect_item_features
 from qscope_posttrain.analysis.benchmarks.items import BenchmarkItems
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.testbed.models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ROOT.parent / "shared" / "data" / "react_docs"
@@ -160,7 +160,7 @@ def peak() -> int:
 def in_new_process(options: argparse.Namespace, tokens: int) -> dict[str, float]:
     names = ("layers", "hidden", "vocabulary", "expansion", "k", "items_at_once")
     words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
-    command = [sys.executable, __file__, "--worker", str(tokens), *words]
+    command = [sys.executable, "-m", "benchmarks.analysis_pass", "--worker", str(tokens), *words]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     result: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
     return result

@@ -7,7 +7,7 @@ planted beside one of everyday speech. A testbed model and SAEs of all its layer
 text of both kinds. Everything (layers, numbers of features, regularisation) is learned and chosen on the discovery
 texts; test texts were seen by nothing before.
 
-    python benchmarks/classifier.py --seeds 0 1 2 --output benchmarks/results
+    python -m benchmarks.classifier --seeds 0 1 2 --output benchmarks/results
 
 writes classifier_<task>.json (every number) and .svg (F1 over the amount of data). The models are kept in the cache of
 the testbed; on one core a model takes some seven minutes, the methods some three, and the curves some five.
@@ -24,9 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from planted_topics import labeled_texts, read_registers, write_pretraining
 from scipy import stats
 
+from benchmarks.planted_topics import labeled_texts, read_registers, write_pretraining
+from benchmarks.testbed.cache import open_cache
+from benchmarks.testbed.switching.config import SwitchingConfig
+from benchmarks.testbed.switching.features import make_dictionaries
+from benchmarks.testbed.switching.language_model import make_language_model
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 from qscope_posttrain.analysis.classifier.methods import LabeledTexts, all_methods, collect_examples, methods_named
 from qscope_posttrain.analysis.classifier.report import CURVES, TRANSFER, draw_interval, make_report
@@ -35,10 +39,6 @@ from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import to_json, write_text
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.testbed.cache import open_cache
-from qscope_posttrain.testbed.switching.config import SwitchingConfig
-from qscope_posttrain.testbed.switching.features import make_dictionaries
-from qscope_posttrain.testbed.switching.language_model import make_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS: dict[str, tuple[Any, int]] = {

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.kernels import certified_encode, certified_weights, native, topk_encode
-from qscope_posttrain.kernels.tiles import preactivation_tiles, tile_shape
+from qscope_posttrain.kernels.select import preactivation_tiles, tile_shape
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 

@@ -21,7 +21,7 @@ import torch
 from interleaved import in_turn, ratios
 from torch import Tensor
 
-from qscope_posttrain.kernels import feature_penalty, sparse_decode, steer_add_, topk_encode
+from qscope_posttrain.kernels import feature_penalty, sparse_decode, steer_add, topk_encode
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 
@@ -158,12 +158,12 @@ class Bench:
         strengths = torch.ones(1, len(self.x), 2, device=hidden.device)
         found = self.times(
             {
-                "steer_add_": lambda: steer_add_(hidden, directions, strengths),
+                "steer_add": lambda: steer_add(hidden, directions, strengths),
                 "eager": lambda: hidden + (strengths @ directions).to(hidden.dtype),
             },
-            "steer_add_",
+            "steer_add",
         )
-        found["steer_add_"]["share_of_bandwidth"] = 4 * hidden.numel() / found["steer_add_"]["median_s"] / bandwidth
+        found["steer_add"]["share_of_bandwidth"] = 4 * hidden.numel() / found["steer_add"]["median_s"] / bandwidth
         return found
 
     def run(self) -> dict[str, Any]:

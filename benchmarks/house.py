@@ -1,5 +1,8 @@
 """Size and shape of the package: lines, files, entries of folders, dependencies, and files on the way of four actions.
 
+The testbed and the experiments, which need the repository and are not installed, are counted apart, and have no limit
+but that of a file.
+
     python benchmarks/house.py [--check] [--walks] [--output FILE.json]
 
 `--check` ends with status 1 if a limit is broken. `--walks` counts the files of the package that one step of SASFT, one
@@ -27,6 +30,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qscope_posttrain"
+OUTSIDE = ("benchmarks/testbed", "benchmarks/experiments")
+"""Folders of the repository that commands of the package run"""
 
 LINES = 30_000
 FILES = 200
@@ -59,16 +64,20 @@ def main() -> int:
 
 def measure() -> dict[str, Any]:
     """Figures of the working tree."""
-    files = {file.relative_to(PACKAGE).as_posix(): file.read_bytes() for file in sorted(PACKAGE.rglob("*.py"))}
-    lines = {name: content.count(b"\n") for name, content in files.items()}
-    code = {name: code_lines(content.decode()) for name, content in files.items()}
+    lines, code = count_lines(PACKAGE)
     rooms: dict[str, dict[str, int]] = {}
-    for name in files:
+    for name in lines:
         room = name.split("/")[0] if "/" in name else "."
         found = rooms.setdefault(room, {"lines": 0, "code_lines": 0, "files": 0})
         found["lines"] += lines[name]
         found["code_lines"] += code[name]
         found["files"] += 1
+    outside, outside_lines = {}, {}
+    for folder in OUTSIDE:
+        own_lines, own_code = count_lines(ROOT / folder)
+        counts = {"lines": sum(own_lines.values()), "code_lines": sum(own_code.values()), "files": len(own_lines)}
+        outside[folder] = counts
+        outside_lines |= {f"{folder}/{name}": count for name, count in own_lines.items()}
     folders = [PACKAGE, *(path for path in sorted(PACKAGE.rglob("*")) if path.is_dir() and path.name != "__pycache__")]
     entries = {folder.relative_to(ROOT).as_posix(): _entries(folder) for folder in folders}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -76,15 +85,25 @@ def measure() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD") + (" with changes" if _git("status", "--porcelain") else ""),
         "lines": sum(lines.values()),
         "code_lines": sum(code.values()),
-        "files": len(files),
+        "files": len(lines),
         "rooms": rooms,
+        "outside_the_package": outside,
         "entries": {name: count for name, count in entries.items() if count},
         "files_under_25_code_lines": {name: count for name, count in code.items() if count < CODE_LINES_LEAST},
-        "files_over_350_lines": {name: count for name, count in lines.items() if count > LINES_OF_FILE},
+        "files_over_350_lines": {
+            name: count for name, count in (lines | outside_lines).items() if count > LINES_OF_FILE
+        },
         "readme_lines": (ROOT / "README.md").read_bytes().count(b"\n"),
         "dependencies": project["dependencies"],
         "extras": project["optional-dependencies"],
     }
+
+
+def count_lines(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """All lines, and lines of code, by file."""
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*.py"))}
+    lines = {name: content.count(b"\n") for name, content in files.items()}
+    return lines, {name: code_lines(content.decode()) for name, content in files.items()}
 
 
 def code_lines(text: str) -> int:
@@ -120,6 +139,11 @@ def show(figures: dict[str, Any]) -> None:
         entries = figures["entries"].get("qscope_posttrain" if room == "." else f"qscope_posttrain/{room}", 0)
         print(f"{room:<16}{found['lines']:>8}{found['code_lines']:>8}{found['files']:>7}{entries:>9}")
     print(f"{'together':<16}{figures['lines']:>8}{figures['code_lines']:>8}{figures['files']:>7}")
+    for folder, found in figures["outside_the_package"].items():
+        print(
+            f"outside the package, not installed: {folder}: {found['lines']} lines, {found['code_lines']} of code, "
+            f"{found['files']} files"
+        )
     print(f"lines of README.md: {figures['readme_lines']}")
     print(f"core dependencies ({len(figures['dependencies'])}): {', '.join(figures['dependencies'])}")
     for name, requirements in figures["extras"].items():

@@ -10,7 +10,7 @@ written as files, and analysed with `qscope analyze` like any other model. Three
 
 Run with
 
-    python benchmarks/real_benchmarks.py [--steps 500] [--output benchmarks/results/real_benchmarks]
+    python -m benchmarks.real_benchmarks [--steps 500] [--output benchmarks/results/real_benchmarks]
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 import yaml
-from own_order import correct_orders
 
+from benchmarks.own_order import correct_orders
+from benchmarks.testbed.cache import Cache, default_cache_folder
+from benchmarks.testbed.models import save_model
+from benchmarks.testbed.switching.config import SwitchingConfig
+from benchmarks.testbed.switching.features import make_dictionaries
+from benchmarks.testbed.switching.language_model import make_language_model
 from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.cli.main import main as qscope
-from qscope_posttrain.testbed.cache import Cache, default_cache_folder
-from qscope_posttrain.testbed.models import save_model
-from qscope_posttrain.testbed.switching.config import SwitchingConfig
-from qscope_posttrain.testbed.switching.features import make_dictionaries
-from qscope_posttrain.testbed.switching.language_model import make_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"

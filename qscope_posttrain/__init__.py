@@ -17,7 +17,7 @@ _HOME = {
     "SAETrainingConfig": "qscope_posttrain.sae.training",
     "train_saes": "qscope_posttrain.sae.training",
     "train_saes_on_text": "qscope_posttrain.sae.training.run",
-    "find_language_features": "qscope_posttrain.features.find.language",
+    "find_language_features": "qscope_posttrain.features.find.contrast",
     "find_repetition_features": "qscope_posttrain.features.find.repetition",
     "measure_sae": "qscope_posttrain.sae.quality.measure",
     "SASFTCallback": "qscope_posttrain.sft.callback",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.evaluation.code_switching import evaluate_code_switching as evaluate_code_switching
     from qscope_posttrain.evaluation.repetition import evaluate_repetition as evaluate_repetition
     from qscope_posttrain.features.feature_set import FeatureSet as FeatureSet
-    from qscope_posttrain.features.find.language import find_language_features as find_language_features
+    from qscope_posttrain.features.find.contrast import find_language_features as find_language_features
     from qscope_posttrain.features.find.repetition import find_repetition_features as find_repetition_features
     from qscope_posttrain.models.positions import Window as Window
     from qscope_posttrain.models.steering import Steering as Steering

@@ -23,10 +23,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
     def text(self, form: str = ".3f") -> str:
         """The estimate and its limits, each in this format: "0.500 [0.400, 0.600]"."""
         return f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}]"

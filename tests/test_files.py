@@ -16,18 +16,18 @@ import pytest
 from datasets import disable_progress_bars
 
 import qscope_posttrain
+from benchmarks.testbed.switching.corpus import load_files
 from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.analysis.benchmarks.performance import read_scores
 from qscope_posttrain.endpoint.templates import PromptTemplates
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.evaluation.safety import read_safety_prompts
-from qscope_posttrain.features.explain.explanation_file import read_explanations
+from qscope_posttrain.features.feature_set import read_explanations
 from qscope_posttrain.files import check_is_file, read_lines, read_text
 from qscope_posttrain.recipe_file import read_yaml
-from qscope_posttrain.sae.containers import json_file
-from qscope_posttrain.sae.training.text_stream import FileSource
-from qscope_posttrain.synthesis.relevance import read_relevance
-from qscope_posttrain.testbed.switching.corpus import load_files
+from qscope_posttrain.sae.checks import read_settings
+from qscope_posttrain.sae.training.text_stream import file_source
+from qscope_posttrain.synthesis.coverage import read_relevance
 from qscope_posttrain.text.data_sets import read_file
 from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
 from qscope_posttrain.text.jsonl import read_json, read_jsonl
@@ -80,16 +80,16 @@ READERS = {
     "prompts": Reader(read_prompts, "a.jsonl", jsonl({"prompt": "café", "language": "fr"})),
     "safety prompts": Reader(read_safety_prompts, "a.jsonl", jsonl({"prompt": "café", "harmful": True}), packed=True),
     "recipe": Reader(read_yaml, "a.yaml", "a: café\nb: [1, 小]\n"),
-    "settings": Reader(lambda path: json_file.read(path).values, "cfg.json", '{"a": "café",\n"b": 1}\n'),
+    "settings": Reader(lambda path: read_settings(path).values, "cfg.json", '{"a": "café",\n"b": 1}\n'),
     "items of jsonl": Reader(items("text"), "a.jsonl", TEXT_ROWS, packed=True),
     "items of csv": Reader(items("q"), "a.csv", 'q,a\n"café, ""x""",1\n小船,2\n', packed=True),
     "items of tsv": Reader(items("0"), "a.tsv", 'café "x\t1\n小船\t2\n', packed=True),
     "scores": Reader(scores, "a.csv", "model,café\na,1\nb,2\n小,3.5\n", packed=True),
     "relevance": Reader(read_relevance, "a.csv", "layer,feature,relevance,é\n1,2,0.5,小\n", packed=True),
     "explanations": Reader(read_explanations, "a.jsonl", jsonl(EXPLANATION), packed=True),
-    "documents": Reader(lambda path: list(FileSource(path).documents()), "a.txt", TEXT, packed=True, empty=True),
+    "documents": Reader(lambda path: list(file_source(path).documents()), "a.txt", TEXT, packed=True, empty=True),
     "rows of documents": Reader(
-        lambda path: list(FileSource(path).documents()), "a.jsonl", TEXT_ROWS, packed=True, empty=True
+        lambda path: list(file_source(path).documents()), "a.jsonl", TEXT_ROWS, packed=True, empty=True
     ),
     "template": Reader(template, "ask.jinja", "{% block user %}\nHé {{ who }}\n小\n{% endblock %}\n"),
     "corpus": Reader(
@@ -278,10 +278,8 @@ OWN_FILES = {
     "sae/containers/": "binary files, and opening of archives",
     "sae/download.py": "appending to a download",
     "sae/catalog.py": "the package's own data",
-    "sae/training/log.py": "appending to a log of its own",
-    "sae/training/checkpoint.py": "files that only the package writes, in folders of its own",
+    "sae/training/records.py": "a log and checkpoints that only the package writes, in folders of its own",
     "endpoint/cache.py": "records in bytes, locked, written and checked line by line by itself",
-    "testbed/": "the cache of the testbed, written by itself",
 }
 """Modules that may open files themselves, and why."""
 

@@ -46,7 +46,6 @@ ROOMS = [
     "analysis",
     "synthesis",
     "integrations",
-    "testbed",
     "cli",
 ]
 """The folders of the package; each imports only from those before it (and the top files, which import none of them)."""

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from qscope_posttrain.features.explain.explanation import Explanation
-from qscope_posttrain.features.explain.explanation_file import write_explanations
+from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.sae.activations import ReLU
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
@@ -70,7 +70,7 @@ def write_world(folder: Path) -> Path:
         pairs[number // 2, number] = 1.0
     _sae(pairs, 0).save(folder / "saes" / "layer0.sae.safetensors")
     explained = [Explanation(1, number, f"the word {word}", "by hand") for number, word in enumerate(features)]
-    write_explanations(folder / "explanations.jsonl", explained)
+    write_rows(folder / "explanations.jsonl", (entry.to_dict() for entry in explained))
     draw = random.Random(0)
     seeds = [f"how do i use the {draw.choice(WORDS[:4])} on my {draw.choice(FILLER)}" for _ in range(30)]
     (folder / "seed.txt").write_text("\n".join(seeds))

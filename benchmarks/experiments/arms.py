@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from qscope_posttrain.testbed.repetition.config import ARMS as DEMO_REPETITION_ARMS
-from qscope_posttrain.testbed.repetition.config import SEEDED
-from qscope_posttrain.testbed.repetition.config import Arm as RepetitionArm
-from qscope_posttrain.testbed.switching.config import ARMS as DEMO_SWITCHING_ARMS
-from qscope_posttrain.testbed.switching.config import COMBINED, STANDARD
-from qscope_posttrain.testbed.switching.config import Arm as SwitchingArm
+from benchmarks.testbed.repetition.config import ARMS as DEMO_REPETITION_ARMS
+from benchmarks.testbed.repetition.config import SEEDED
+from benchmarks.testbed.repetition.config import Arm as RepetitionArm
+from benchmarks.testbed.switching.config import ARMS as DEMO_SWITCHING_ARMS
+from benchmarks.testbed.switching.config import COMBINED, STANDARD
+from benchmarks.testbed.switching.config import Arm as SwitchingArm
 
 _ALL_TOKENS: dict[str, Any] = {"negative_tokens": "all"}
 

@@ -11,10 +11,10 @@ from benchmarks.experiments.clustered import ClusteredInterval, clustered_interv
 from benchmarks.experiments.equal_cost import BUDGETS, ArmAtCost, arm_at_cost, paired_difference
 from benchmarks.experiments.grouping import by_base, by_cell
 from benchmarks.experiments.switching_rows import MEASURES, Compared, Measure, SwitchingRow, by_arm, compared_with_sft
+from benchmarks.testbed.switching.config import SFT
+from benchmarks.testbed.switching.experiment import BASE
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
-from qscope_posttrain.testbed.switching.config import SFT
-from qscope_posttrain.testbed.switching.experiment import BASE
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.testbed.models import LanguageModel, pad_right
+from benchmarks.testbed.repetition.config import RepetitionConfig
+from benchmarks.testbed.repetition.language_model import OwnLoops, prompt_ids
+from benchmarks.testbed.repetition.task import draw_problems, encode_words, write_steps
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.testbed.models import LanguageModel, pad_right
-from qscope_posttrain.testbed.repetition.config import RepetitionConfig
-from qscope_posttrain.testbed.repetition.language_model import OwnLoops, prompt_ids
-from qscope_posttrain.testbed.repetition.task import draw_problems, encode_words, write_steps
 from qscope_posttrain.text.repetition import repeated_tail
 
 _BATCH = 64

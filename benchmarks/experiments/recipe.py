@@ -26,9 +26,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from benchmarks.experiments.arms import REPETITION_ARMS, SWITCHING_ARMS
 from benchmarks.experiments.probes import ProbedConfig
+from benchmarks.testbed.switching.config import Arm, SwitchingConfig
 from qscope_posttrain.errors import UserError, UserValueError, did_you_mean
 from qscope_posttrain.recipe_file import read_yaml
-from qscope_posttrain.testbed.switching.config import Arm, SwitchingConfig
 
 SWITCHING, REPETITION = "switching", "repetition"
 _KEYS = ("kind", "title", "question", "settings", "bases", "seeds", "arms", "cells", "variants")

@@ -10,12 +10,12 @@ from typing import Any
 from benchmarks.experiments.arms import REPETITION_ARMS as ARMS
 from benchmarks.experiments.probes import ProbedConfig, Probing
 from benchmarks.experiments.repetition_rows import KIND
+from benchmarks.testbed.processes import one_thread
+from benchmarks.testbed.repetition.config import PLAIN, Arm
+from benchmarks.testbed.repetition.experiment import START, Run, World, make_world, run_arms, steerable
+from benchmarks.testbed.repetition.features import WAYS, RepetitionFeatures
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.testbed.repetition.config import PLAIN, Arm
-from qscope_posttrain.testbed.repetition.experiment import START, Run, World, make_world, run_arms, steerable
-from qscope_posttrain.testbed.repetition.features import WAYS, RepetitionFeatures
-from qscope_posttrain.testbed.settings import one_thread
 
 _UNLIKELY = "negative/unlikely_tokens"
 

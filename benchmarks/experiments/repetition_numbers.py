@@ -17,8 +17,8 @@ from benchmarks.experiments.repetition_rows import (
     loop_difference,
     pair_up,
 )
+from benchmarks.testbed.repetition.experiment import Quality
 from qscope_posttrain.intervals import Interval, wilson
-from qscope_posttrain.testbed.repetition.experiment import Quality
 
 FEWER = 0.1
 """Goal: at most this many times DAPO's loops ..."""

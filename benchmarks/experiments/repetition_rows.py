@@ -9,9 +9,9 @@ from typing import Any
 
 from benchmarks.experiments.arms import REPETITION_ARMS as ARMS
 from benchmarks.experiments.probes import Probes
+from benchmarks.testbed.repetition.config import PLAIN
+from benchmarks.testbed.repetition.experiment import START, Quality
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.testbed.repetition.config import PLAIN
-from qscope_posttrain.testbed.repetition.experiment import START, Quality
 
 KIND = "repetition"
 

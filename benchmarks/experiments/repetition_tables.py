@@ -21,9 +21,9 @@ from benchmarks.experiments.repetition_numbers import (
     steered_otherwise,
 )
 from benchmarks.experiments.repetition_rows import RepetitionRow, by_arm
+from benchmarks.testbed.repetition.config import PLAIN
+from benchmarks.testbed.repetition.experiment import START
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.testbed.repetition.config import PLAIN
-from qscope_posttrain.testbed.repetition.experiment import START
 
 COMPARED = (
     ("default", "seeded"), ("default", "difference_of_means"), ("default", "copied_default"), ("default", "random"),

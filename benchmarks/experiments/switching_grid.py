@@ -10,15 +10,15 @@ import torch
 
 from benchmarks.experiments.arms import SWITCHING_ARMS as ARMS
 from benchmarks.experiments.recipe import SwitchingCell
+from benchmarks.testbed.processes import one_thread
+from benchmarks.testbed.switching.config import SwitchingConfig
+from benchmarks.testbed.switching.experiment import TEST, VALIDATION, Job, make_world, run_jobs
+from benchmarks.testbed.switching.language_model import SwitchingModel
+from benchmarks.testbed.switching.windows import decode
 from qscope_posttrain.evaluation.code_switching import ScriptDetector, SwitchDetector
 from qscope_posttrain.evaluation.span_identification import SpanIdentifier, fit_span_identifier
 from qscope_posttrain.models.generation import Sample
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.testbed.settings import one_thread
-from qscope_posttrain.testbed.switching.config import SwitchingConfig
-from qscope_posttrain.testbed.switching.experiment import TEST, VALIDATION, Job, make_world, run_jobs
-from qscope_posttrain.testbed.switching.language_model import SwitchingModel
-from qscope_posttrain.testbed.switching.windows import decode
 from qscope_posttrain.text.repetition import is_endless_repetition
 from qscope_posttrain.text.scripts import contains_script, language_scripts
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from benchmarks.experiments.arms import SWITCHING_ARMS as ARMS
+from benchmarks.testbed.switching.config import SFT
+from benchmarks.testbed.switching.experiment import BASE
+from benchmarks.testbed.switching.training import Metrics
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.testbed.switching.config import SFT
-from qscope_posttrain.testbed.switching.experiment import BASE
-from qscope_posttrain.testbed.switching.training import Metrics
 
 KIND = "switching"
 Split = Literal["val", "test"]

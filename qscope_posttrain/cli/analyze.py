@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import add_sae_options, add_shared, layers_of, load, load_saes
+from qscope_posttrain.cli.options import chosen, layers_of, load, load_saes
 from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.parsing.table import SAES
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -20,15 +21,35 @@ if TYPE_CHECKING:
     from qscope_posttrain.report.html import Section
 
 TOKENS = "tokens, no model"
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run the sub-command and return the exit status."""
-    return build_parser().run(arguments)
+COMMON = f"""
+{SAES}
+--benchmarks: text+ required  # a YAML file (see recipes/analysis), or NAME=SOURCE:FIELD for each; SOURCE is .jsonl,
+    .csv or .tsv, also with .gz, a folder written by datasets, or a hub id; a template such as {{question}} may stand
+    for FIELD
+--prompt: text = {{text}}  # text around every item; \\n is a line break
+--pooling: last|max|mean = last  # tokens of an item that count
+--max-items: int  # maximum number of items per benchmark, the first ones
+--max-length = 2048  # truncate each item to this many tokens; the end is kept
+--tokens-per-batch
+--correctness: text  # folder of <benchmark>.csv: one column per model, one row per item, 0 to 1
+--level: float = 0.95  # confidence level of the intervals
+--output --seed
+"""
+REDUNDANCY = """
+--size: int  # items of the size-matched R-hat; by default half the smallest benchmark
+--repeats: int = 100  # random item orders that check the exact curve and R
+"""
+OVERLAP = """
+--scores: text  # CSV: one row per model with its name first, one column per benchmark
+--control: text  # benchmark whose scores are partialled out, such as mmlu
+--size: int  # items of the size-matched parts; by default as many as fit
+--threshold: float = 0.9  # overlap from which one benchmark covers another
+--token-control: switch  # repeat the analysis with token ids as features
+"""
 
 
 def redundancy(options: argparse.Namespace) -> None:
-    """Measure R-hat and coverage of every benchmark; with per-item correctness, R and how the two agree."""
+    """Measure how few items reach the features of a benchmark; with per-item correctness, how R and R-hat agree."""
     require_extra("analysis", "report")
     from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
@@ -75,7 +96,7 @@ def redundancy(options: argparse.Namespace) -> None:
 
 
 def overlap(options: argparse.Namespace) -> None:
-    """Measure the overlap of all pairs and recommend what to keep; with scores, how overlap and performance agree."""
+    """Measure how much features of benchmarks overlap, recommend what to merge, keep or drop, compare with scores."""
     require_extra("analysis", "report")
     from qscope_posttrain.analysis.benchmarks import report
     from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
@@ -118,41 +139,9 @@ def overlap(options: argparse.Namespace) -> None:
 def build_parser() -> CommandParser:
     """The parser of `qscope analyze`."""
     parser = CommandParser(prog="qscope analyze")
-    new = parser.command("redundancy", redundancy, "measure how few items reach the features of a benchmark")
-    _add_options(new)
-    new.add_argument("--size", type=int, help="items of the size-matched R-hat; by default half the smallest benchmark")
-    new.add_argument("--repeats", type=int, default=100, help="random item orders that check the exact curve and R")
-    new = parser.command("overlap", overlap, "measure how much features of benchmarks overlap; merge, keep or drop")
-    _add_options(new)
-    new.add_argument("--scores", help="CSV: one row per model with its name first, one column per benchmark")
-    new.add_argument("--control", help="benchmark whose scores are partialled out, such as mmlu")
-    new.add_argument("--size", type=int, help="items of the size-matched parts; by default as many as fit")
-    new.add_argument("--threshold", type=float, default=0.9, help="overlap from which one benchmark covers another")
-    new.add_argument("--token-control", action="store_true", help="repeat the analysis with token ids as features")
+    parser.command(redundancy, COMMON, REDUNDANCY)
+    parser.command(overlap, COMMON, OVERLAP)
     return parser
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_sae_options(parser)
-    parser.add_argument(
-        "--benchmarks",
-        nargs="+",
-        required=True,
-        help="a YAML file (see recipes/analysis), or NAME=SOURCE:FIELD for each; SOURCE is .jsonl, .csv or .tsv, also "
-        "with .gz, a folder written by datasets, or a hub id; a template such as {question} may stand for FIELD",
-    )
-    parser.add_argument("--prompt", default="{text}", help="text around every item; \\n is a line break")
-    parser.add_argument(
-        "--pooling", choices=("last", "max", "mean"), default="last", help="tokens of an item that count"
-    )
-    parser.add_argument("--max-items", type=int, help="maximum number of items per benchmark, the first ones")
-    add_shared(parser, "max-length", default=2048, help="truncate each item to this many tokens; the end is kept")
-    add_shared(parser, "tokens-per-batch")
-    parser.add_argument(
-        "--correctness", help="folder of <benchmark>.csv: one column per model, one row per item, 0 to 1"
-    )
-    parser.add_argument("--level", type=float, default=0.95, help="confidence level of the intervals")
-    add_shared(parser, "output", "seed")
 
 
 def _read_benchmarks(options: argparse.Namespace) -> list[BenchmarkItems]:
@@ -175,7 +164,7 @@ def _collect(
 
     model, tokenizer = load(options)
     saes = load_saes(options, layers_of(options.layers, model), model)
-    settings = {name: getattr(options, name) for name in ("pooling", "max_length", "tokens_per_batch")}
+    settings = chosen(options, "pooling", "max_length", "tokens_per_batch")
     features = collect_item_features(model, tokenizer, benchmarks, saes, **settings)
     found: dict[int | str, list[ItemFeatures]] = dict(features.items())
     if token_control:

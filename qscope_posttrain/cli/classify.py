@@ -7,27 +7,69 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import add_sae_options, add_shared, layers_of, load, load_saes
+from qscope_posttrain.cli.options import chosen, layers_of, load, load_saes
 from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.parsing.table import MODEL, SAES
 from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
-from qscope_posttrain.text.data_sets import READERS
-from qscope_posttrain.text.tables import WRITERS, column, labels_of, read_table, split_rows, texts_of, write_table
+from qscope_posttrain.text.data_sets import (
+    READERS,
+    WRITERS,
+    column,
+    labels_of,
+    read_table,
+    split_rows,
+    texts_of,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 
 FILE_NAME = "classifier.safetensors"
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run the sub-command and return the exit status."""
-    return build_parser().run(arguments)
+DATA = f"""
+--data: text required  # table ({", ".join(READERS)}), folder written by datasets, or hub id
+--split: text = train  # split of a data set with several
+--text-column: text = text  # column with the texts
+--max-texts --tokens-per-batch
+"""
+LEARNING = """
+--label-column: text = label  # column with the labels
+--positive: text  # the positive label; may be left out if labels are 0/1 or false/true
+--max-length
+--folds: int = 5  # folds of the cross-validation on the discovery texts
+--seed --output
+"""
+FIT = """
+--features: int+ = 1  # features per layer; cross-validation picks among several
+--rule: or|votes|logistic = or  # how features decide together
+--layer-count: int = 1  # number of layers to combine, the best by top1-diff
+--layer-by: top1-diff|validation = top1-diff  # how a layer is chosen
+--thresholds: zero|best = zero  # activation above which one fires
+"""
+PREDICT = f"""
+--classifier: text required  # {FILE_NAME}, or the folder that holds it
+--score-column: text = score  # name of the new column of scores; above 0 is positive
+--decision-column: text = positive  # name of the new column of decisions, true or false
+--drop: positive|negative  # leave out the rows with this decision
+--texts-at-once: int = 2000  # number of texts whose features are in memory
+--output  # table ({", ".join(WRITERS)}) beside which summary.json goes, or folder for load_from_disk
+"""
+REPORT = """
+--group-column: text  # column of languages or other groups: learned apart, tested on each other
+--test-data: text  # another table to test on; by default a share of --data
+--test-split: text = test  # split of --test-data, if it has several
+--test-share: float = 0.2  # share of each group and class that is tested on
+--methods: text+  # names of methods; all by default
+--draws: int = 5  # random parts per point of the data curve; 0: no curve
+--fractions: float+ = 0.01 0.02 0.05 0.1 0.2 0.5 1.0  # shares of the data on the curve
+--resamples: int = 1000  # resamples of the bootstrap over test texts
+"""
 
 
 def fit(options: argparse.Namespace) -> None:
-    """Learn from a labeled table, print the features, write `classifier.safetensors` and `summary.json`."""
+    """Learn a classifier from labeled texts, print its features, and write it and `summary.json`."""
     require_extra("analysis")
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
@@ -74,7 +116,7 @@ def fit(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Score every row of a table and write the table, filtered if asked, beside a `summary.json`."""
+    """Classify every row of a table, and write the table, filtered if asked, beside a `summary.json`."""
     require_extra("analysis")
     import numpy as np
 
@@ -114,7 +156,7 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Compare the classifiers with probes and controls, print the tables, write `report.html` and `summary.json`."""
+    """Compare feature classifiers with probes and controls, print tables, write `report.html` and `summary.json`."""
     require_extra("analysis", "report")
     from qscope_posttrain.analysis.classifier.methods import all_methods, collect_examples, methods_named
     from qscope_posttrain.analysis.classifier.report import make_report
@@ -144,7 +186,7 @@ def report(options: argparse.Namespace) -> None:
     for name, part in [*parts[0].items(), *parts[1].items()]:
         if part.labels.all() or not part.labels.any():
             raise UserValueError(f"group '{name}' needs discovery and test texts of both classes.")
-    settings = {name: getattr(options, name) for name in ("folds", "draws", "fractions", "resamples", "seed")}
+    settings = chosen(options, "folds", "draws", "fractions", "resamples", "seed")
     found = make_report(methods, *parts, **settings)
     for shown in found.tables():
         shown.print()
@@ -158,59 +200,10 @@ def report(options: argparse.Namespace) -> None:
 def build_parser() -> CommandParser:
     """The parser of `qscope classify`."""
     parser = CommandParser(prog="qscope classify")
-    new = parser.command("fit", fit, "learn a classifier from labeled texts")
-    _add_learning_options(new)
-    new.add_argument(
-        "--features", type=int, nargs="+", default=[1], help="features per layer; cross-validation picks among several"
-    )
-    new.add_argument("--rule", choices=("or", "votes", "logistic"), default="or", help="how features decide together")
-    new.add_argument("--layer-count", type=int, default=1, help="number of layers to combine, the best by top1-diff")
-    new.add_argument(
-        "--layer-by", choices=("top1-diff", "validation"), default="top1-diff", help="how a layer is chosen"
-    )
-    new.add_argument("--thresholds", choices=("zero", "best"), default="zero", help="activation above which one fires")
-    new = parser.command("predict", predict, "classify a table, or filter it")
-    add_sae_options(new, layers=False)
-    _add_data_options(new, labels=False)
-    new.add_argument("--classifier", required=True, help=f"{FILE_NAME}, or the folder that holds it")
-    new.add_argument("--score-column", default="score", help="name of the new column of scores; above 0 is positive")
-    new.add_argument("--decision-column", default="positive", help="name of the new column of decisions, true or false")
-    new.add_argument("--drop", choices=("positive", "negative"), help="leave out the rows with this decision")
-    new.add_argument("--texts-at-once", type=int, default=2000, help="number of texts whose features are in memory")
-    add_shared(
-        new, "output", help=f"table ({', '.join(WRITERS)}) beside which summary.json goes, or folder for load_from_disk"
-    )
-    new = parser.command("report", report, "compare feature classifiers with probes and controls")
-    _add_learning_options(new)
-    new.add_argument("--group-column", help="column of languages or other groups: learned apart, tested on each other")
-    new.add_argument("--test-data", help="another table to test on; by default a share of --data")
-    new.add_argument("--test-split", default="test", help="split of --test-data, if it has several")
-    new.add_argument("--test-share", type=float, default=0.2, help="share of each group and class that is tested on")
-    new.add_argument("--methods", nargs="+", help="names of methods; all by default")
-    new.add_argument("--draws", type=int, default=5, help="random parts per point of the data curve; 0: no curve")
-    fractions = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-    new.add_argument("--fractions", type=float, nargs="+", default=fractions, help="shares of the data on the curve")
-    new.add_argument("--resamples", type=int, default=1000, help="resamples of the bootstrap over test texts")
+    parser.command(fit, SAES, DATA, LEARNING, FIT)
+    parser.command(predict, MODEL, "--sae --k", DATA, PREDICT)
+    parser.command(report, SAES, DATA, LEARNING, REPORT)
     return parser
-
-
-def _add_learning_options(new: argparse.ArgumentParser) -> None:
-    add_sae_options(new)
-    _add_data_options(new)
-    add_shared(new, "max-length")
-    new.add_argument("--folds", type=int, default=5, help="folds of the cross-validation on the discovery texts")
-    add_shared(new, "seed", "output")
-
-
-def _add_data_options(parser: argparse.ArgumentParser, labels: bool = True) -> None:
-    formats = ", ".join(READERS)
-    parser.add_argument("--data", required=True, help=f"table ({formats}), folder written by datasets, or hub id")
-    parser.add_argument("--split", default="train", help="split of a data set with several")
-    parser.add_argument("--text-column", default="text", help="column with the texts")
-    add_shared(parser, "max-texts", "tokens-per-batch")
-    if labels:
-        parser.add_argument("--label-column", default="label", help="column with the labels")
-        parser.add_argument("--positive", help="the positive label; may be left out if labels are 0/1 or false/true")
 
 
 def _featurizer(options: argparse.Namespace, words: Sequence[str], max_length: int = 512) -> TextFeaturizer:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qscope_posttrain.cli.chat_model import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.options import (
-    add_model_options,
-    add_sampling_options,
-    add_shared,
+    add_endpoint_options,
     chat_settings,
+    check_endpoint_options,
     load,
+    open_session,
     sampling_settings,
 )
 from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.parsing.table import MODEL, SAMPLING
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
@@ -26,15 +25,27 @@ from qscope_posttrain.text.inputs import read_prompts, read_texts
 from qscope_posttrain.text.language_labels import language_hint
 
 EXAMPLES = "examples.jsonl"
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run the sub-command and return the exit status."""
-    return build_parser().run(arguments)
+SWITCHING = """
+--target: text = zh  # language switched to; by script, one with its own script (or ja, by kana)
+--identify: script|words = script  # how a switch is detected: script counts any character of the target's script; words
+    finds spans of the target's words, for a target without a script of its own (English to French) or a register
+--identify-texts: text  # with --identify words: folder of <language>.txt, clean text of the target and of every
+    language of the prompts, one paragraph per line, in scripts with spaces between words. Words are learned from the
+    first 65 % of the lines; the others, cut to --max-new-tokens tokens, set the thresholds
+--false-positive-rate: float = 0.005  # with --identify words: share of clean responses that may be called switched;
+    0.005 needs 199 pieces of text of --max-new-tokens tokens per language to set thresholds on, 0.02 needs 49
+"""
+SAFETY = """
+--prompts  # JSONL with prompt, harmful (true or false) and perhaps group
+--max-prompts  # maximum number of prompts of each kind, harmful and benign
+--samples = 1
+--temperature = 0
+--chat: yes|no = yes
+"""
 
 
 def code_switching(options: argparse.Namespace) -> None:
-    """Sample, count switches, print the table, and write `examples.jsonl` and `summary.json`."""
+    """Measure the share of responses that switch, unasked, to a language; write `examples.jsonl` and `summary.json`."""
     from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
     from qscope_posttrain.evaluation.span_identification import word_detector
     from qscope_posttrain.text.scripts import check_source
@@ -64,7 +75,7 @@ def code_switching(options: argparse.Namespace) -> None:
 
 
 def repetition(options: argparse.Namespace) -> None:
-    """Sample, look for loops, print the table, and write `examples.jsonl` and `summary.json`."""
+    """Measure the share of responses that repeat themselves until they are cut off, and write these and a summary."""
     from qscope_posttrain.evaluation.repetition import evaluate_repetition
 
     output = writable_folder(options.output)
@@ -77,7 +88,7 @@ def repetition(options: argparse.Namespace) -> None:
 
 
 def safety(options: argparse.Namespace) -> None:
-    """Sample responses, have them judged, print the table, and write `examples.jsonl` and `summary.json`.
+    """Measure attack success and over-refusal on a test set, with a judge; write `examples.jsonl` and `summary.json`.
 
     The responses are in `examples.jsonl`, without verdicts, before the judge is asked.
     """
@@ -111,52 +122,11 @@ def safety(options: argparse.Namespace) -> None:
 def build_parser() -> CommandParser:
     """The parser of `qscope evaluate`."""
     parser = CommandParser(prog="qscope evaluate")
-    new = parser.command("code-switching", code_switching, "share of responses that switch, unasked, to a language")
-    _add_prompt_options(new)
-    new.add_argument(
-        "--target", default="zh", help="language switched to; by script, one with its own script (or ja, by kana)"
-    )
-    new.add_argument(
-        "--identify",
-        choices=("script", "words"),
-        default="script",
-        help="how a switch is detected: script counts any character of the target's script; words finds spans of the "
-        "target's words, for a target without a script of its own (English to French) or a register",
-    )
-    new.add_argument(
-        "--identify-texts",
-        help="with --identify words: folder of <language>.txt, clean text of the target and of every language of the "
-        "prompts, one paragraph per line, in scripts with spaces between words. Words are learned from the first "
-        "65 %% of the lines; the others, cut to --max-new-tokens tokens, set the thresholds",
-    )
-    new.add_argument(
-        "--false-positive-rate",
-        type=float,
-        default=0.005,
-        help="with --identify words: share of clean responses that may be called switched; 0.005 needs 199 pieces of "
-        "text of --max-new-tokens tokens per language to set thresholds on, 0.02 needs 49",
-    )
-    add_sampling_options(new, top_p=0.8)
-    new = parser.command("repetition", repetition, "share of responses that repeat themselves until they are cut off")
-    _add_prompt_options(new)
-    add_shared(new, "min-copies", "min-tokens")
-    add_sampling_options(new, max_new_tokens=1024)
-    new = parser.command("safety", safety, "attack success and over-refusal on a test set, with a judge")
-    _add_prompt_options(
-        new,
-        help="JSONL with prompt, harmful (true or false) and perhaps group",
-        limit="maximum number of prompts of each kind, harmful and benign",
-    )
-    add_sampling_options(new, samples=1, temperature=0.0, chat=True)
-    add_endpoint_options(new)
+    asks = (MODEL, "--prompts --output --max-prompts")
+    parser.command(code_switching, *asks, SWITCHING, SAMPLING, "--top-p = 0.8")
+    parser.command(repetition, *asks, "--min-copies --min-tokens", SAMPLING, "--max-new-tokens = 1024")
+    add_endpoint_options(parser.command(safety, *asks, SAMPLING, SAFETY))
     return parser
-
-
-def _add_prompt_options(new: argparse.ArgumentParser, limit: str = "", **changes: Any) -> None:
-    add_model_options(new)
-    add_shared(new, "prompts", **changes)
-    add_shared(new, "output")
-    add_shared(new, "max-prompts", **({"help": limit} if limit else {}))
 
 
 def _finish(options: argparse.Namespace, result: Any, examples: Path, more: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
-from qscope_posttrain.errors import UserError, UserValueError, did_you_mean, one_line
+import qscope_posttrain
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, did_you_mean, one_line
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "train": {
@@ -30,11 +32,14 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "sparse autoencoders": {"sae": ("sae", "list, show, check, convert and train sparse autoencoders")},
     "try it": {
-        "demo": ("demo", "run the whole chain on tiny models, on a CPU, without network"),
-        "experiment": ("experiment", "run a controlled experiment from a recipe: arms, base models, seeds, intervals"),
+        "demo": ("benchmarks.testbed.command", "run the whole chain on tiny models, on a CPU, without network"),
+        "experiment": (
+            "benchmarks.experiments.command",
+            "run a controlled experiment from a recipe: arms, base models, seeds, intervals",
+        ),
     },
 }
-"""Task -> command -> (module in `qscope_posttrain.cli`, summary)"""
+"""Task -> command -> (module in `qscope_posttrain.cli`, or in the repository beside the package, summary)"""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 USER_MISTAKE = 2
 INTERRUPTED = 130
@@ -76,7 +81,7 @@ def usage() -> str:
 def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
         with _recipe_environment(arguments):
-            status: int = _module(arguments[0]).run(arguments[1:])
+            status = _runner(arguments[0])(arguments[1:])
         sys.stdout.flush()  # a reader that is gone shows here, not after the last handler
         return status
     except UserError as error:
@@ -116,9 +121,36 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _runner(name: str) -> Callable[[Sequence[str]], int]:
+    """What runs a command: the function `run` of its module, where it has one of its own, or that of its parser."""
+    module = _module(name)
+    run: Callable[[Sequence[str]], int] = module.run if hasattr(module, "run") else module.build_parser().run
+    return run
+
+
 def _module(name: str):  # type: ignore[no-untyped-def]
     if name not in COMMANDS:
         raise UserValueError(
             f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}."
         )
-    return importlib.import_module(f"qscope_posttrain.cli.{COMMANDS[name][0]}")
+    module = COMMANDS[name][0]
+    if module.startswith("benchmarks."):
+        _find_repository(name)
+        return importlib.import_module(module)
+    return importlib.import_module(f"qscope_posttrain.cli.{module}")
+
+
+def _find_repository(command: str) -> None:
+    """Make `benchmarks`, which is not installed with the package, importable here and in the processes that it starts.
+
+    Raises:
+        FileNotFoundError: the package was installed without its repository.
+    """
+    repository = Path(qscope_posttrain.__file__).parents[1]
+    if not (repository / "benchmarks" / "testbed").is_dir():
+        raise UserFileNotFoundError(
+            f"no benchmarks/ in '{repository}': `qscope {command}` needs a clone of the repository, installed from "
+            "inside it with `pip install -e '.[all]'`."
+        )
+    if str(repository) not in sys.path:
+        sys.path.append(str(repository))

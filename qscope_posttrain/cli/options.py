@@ -1,112 +1,68 @@
-"""Options that several commands share, each with one help text, and what they load."""
+"""Load what the shared options name: model, SAEs, settings of sampling, and the session with a chat model."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qscope_posttrain.cli.parsing.table import add_options, defaults_of
 from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.models.loading import DTYPES, load_model, parse_layers
+from qscope_posttrain.models.loading import load_model, parse_layers
+from qscope_posttrain.report.progress import status
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qscope_posttrain.endpoint.chat import ChatModel
+    from qscope_posttrain.endpoint.limits import Limits, RetryPolicy
+    from qscope_posttrain.endpoint.session import ChatSession
     from qscope_posttrain.models.generation import SamplingSettings
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-PROMPTS = "JSONL with prompt (text or chat messages) and, if known, language; or a folder of <language>.txt"
-TEXT_LIST = "a text file with one text per line, or JSONL with text"
-_TEXTS = "folder of <language>.txt with one text per line, or JSONL with text and language"
-_SHARED: dict[str, dict[str, Any]] = {
-    "model": {"required": True, "help": "folder or hub id of the model"},
-    "revision": {"help": "branch, tag or commit of the model on the hub"},
-    "dtype": {"choices": DTYPES, "default": "auto", "help": "dtype of the model; auto is float32 on a CPU"},
-    "device": {"help": "device such as cuda:0 or cpu; by default the first GPU if there is one"},
-    "sae": {"required": True, "help": "folder of layer files, file of one layer, catalog name or hub id of an SAE"},
-    "layers": {"nargs": "+", "required": True, "help": "layer numbers from 0, ranges such as 20-27, or all"},
-    "k": {"type": int, "help": "k of a TopK SAE, if neither its file nor its release name says it"},
-    "saes-at-once": {"type": int, "help": "number of SAEs in memory at a time; each group of them takes one pass"},
-    "features": {"required": True, "help": "features.safetensors, or the folder that holds it"},
-    "texts": {"required": True, "help": _TEXTS},
-    "prompts": {"required": True, "help": PROMPTS},
-    "max-texts": {"type": int, "help": "maximum number of texts per language, file or set, the first ones"},
-    "max-prompts": {"type": int, "help": "maximum number of prompts per language, the first ones"},
-    "max-length": {"type": int, "default": 512, "help": "truncate each text to this many tokens"},
-    "tokens-per-batch": {"type": int, "default": 4096, "help": "tokens in one forward pass"},
-    "batch-size": {"type": int, "default": 32, "help": "responses generated at a time"},
-    "top-p": {"type": float, "default": 1.0, "help": "nucleus sampling: probability mass to draw from; 1 keeps all"},
-    "seed": {"type": int, "default": 0, "help": "seed of everything that is drawn at random"},
-    "output": {"required": True, "help": "folder for summary.json and the other results; made if missing"},
-    "markdown": {"action": "store_true", "help": "print Markdown tables"},
-    "language": {"help": "show only features of this language"},
-    "layer": {"type": int, "nargs": "+", "help": "show only features of these layers"},
-    "top": {"type": int, "help": "show only the N best features per language and layer"},
-    "min-copies": {"type": int, "default": 4, "help": "minimum number of whole copies at the end that make a loop"},
-    "min-tokens": {"type": int, "default": 12, "help": "minimum number of tokens that these copies have together"},
-}
-
-
-def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
-    """Add shared options by name, for example `add_shared(new, "k", "seed")`; `changes` hold for all of them."""
-    for name in names:
-        parser.add_argument(f"--{name}", **{**_SHARED[name], **changes})
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --revision, --dtype, --device."""
-    add_shared(parser, "model", "revision", "dtype", "device")
-
-
-def add_sae_options(parser: argparse.ArgumentParser, layers: bool = True) -> None:
-    """Model options, --sae, --layers, --k."""
-    add_model_options(parser)
-    add_shared(parser, "sae", *(["layers"] if layers else []), "k")
-
-
-def add_sampling_options(
-    parser: argparse.ArgumentParser,
-    samples: int = 8,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 32,
-    chat: bool = False,
-    samples_help: str = "responses per prompt",
-) -> None:
-    """How responses are drawn; the arguments are the defaults."""
-    parser.add_argument("--samples", type=int, default=samples, help=samples_help)
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=temperature,
-        help="sampling temperature; 0 is greedy, and rates depend on it",
-    )
-    add_shared(parser, "top-p", default=top_p)
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=max_new_tokens, help="maximum length of a response, in tokens"
-    )
-    add_shared(parser, "batch-size", default=batch_size)
-    action = argparse.BooleanOptionalAction if chat else "store_true"
-    parser.add_argument(
-        "--chat", action=action, default=chat, help="send texts through the chat template, as a user's message"
-    )
-    parser.add_argument(
-        "--chat-template-options", help='JSON with arguments of the chat template, such as {"enable_thinking": false}'
-    )
-    add_shared(parser, "seed")
+ANSWERS = "answers.jsonl"
+CHAT_MODEL = f"""
+--chat-model: text required  # name of the model at the endpoint; with --local, folder or hub id
+--judge-model: text  # another model of the same endpoint for judging; by default --chat-model
+--local: switch  # run the chat model in this process, with transformers
+--concurrency: int = 8  # requests at a time; with --local, the batch size
+--requests-per-minute: float  # maximum rate of requests, evenly spaced; no limit by default
+--max-requests: int  # budget: maximum number of requests, retries included
+--max-total-tokens: int  # budget: maximum number of tokens, prompts and answers together
+--request-options: text  # JSON with further fields of a request, such as {{"reasoning_effort": "low"}}; with --local,
+    further arguments of the chat template, such as {{"enable_thinking": false}}
+--ask-refused-again: switch  # repeat requests that the endpoint refused in earlier runs
+--answers: text  # file that keeps every answer; by default {ANSWERS} in the output folder
+--templates: text  # folder with templates that replace the package's own of the same name
+"""
+ENDPOINT = """
+--base-url: text  # URL of an OpenAI-compatible endpoint, up to /v1; by default OpenAI's own
+--api-key-env: text = OPENAI_API_KEY  # environment variable that holds the API key
+--timeout: float = 120  # seconds before an attempt is given up
+--attempts: int = 6  # maximum number of times that a request is sent
+--send-seed: switch  # send seeds, for repeatable draws at endpoints that accept them
+--max-tokens-name: text = max_tokens  # name of the length limit in requests; some models need max_completion_tokens
+"""
+"""Options that mean nothing to a model in this process"""
 
 
 def sampling_settings(options: argparse.Namespace, **changes: Any) -> SamplingSettings:
-    """The settings that `add_sampling_options` describes."""
+    """The settings that the options of SAMPLING give."""
     from qscope_posttrain.models.generation import SamplingSettings
 
     names = ("temperature", "top_p", "max_new_tokens", "seed", "batch_size")
-    given = {"samples_per_prompt": options.samples, **{name: getattr(options, name) for name in names}}
+    given = {"samples_per_prompt": options.samples, **chosen(options, *names)}
     return SamplingSettings(**{**given, **changes})
+
+
+def chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The values of these options, by name."""
+    return {name: getattr(options, name) for name in names}
 
 
 def chat_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -151,3 +107,82 @@ def check_one_process(what: str) -> None:
     """ValueError under a launcher, for what runs in one process."""
     if launched_processes() > 1:
         raise UserValueError(f"{what} in one process; start it without a launcher.")
+
+
+def check_only_with(options: argparse.Namespace, table: str, why: str) -> None:
+    """ValueError where an option of `table` is given that has no effect, in words `why`."""
+    given = [name for name, default in defaults_of(table).items() if getattr(options, name) != default]
+    if given:
+        raise UserValueError(f"{', '.join('--' + name.replace('_', '-') for name in given)}{why}")
+
+
+def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Which chat model to ask, how fast, and how much it may cost."""
+    add_options(parser.add_argument_group("chat model"), CHAT_MODEL, ENDPOINT)
+
+
+def check_endpoint_options(options: argparse.Namespace) -> None:
+    """Raise, before anything is loaded, for several processes, a mistaken option, one that --local does not use, no
+    openai package, or no key where one is needed."""
+    check_one_process("commands that ask a chat model run")
+    _limits_and_retry(options)
+    if options.local:
+        json_object(options.request_options, "--request-options")
+        check_only_with(options, ENDPOINT, " of an endpoint cannot be used with --local; leave out either.")
+    else:
+        _chat_model(options, options.chat_model)
+
+
+@contextmanager
+def open_session(options: argparse.Namespace, output: Path) -> Iterator[tuple[ChatSession, ChatSession]]:
+    """(writer, judge): sessions with one cache and one budget; prints the usage at the end.
+
+    Raises:
+        ValueError: as `check_endpoint_options`, or a cache in use by another process.
+    """
+    from qscope_posttrain.endpoint.cache import CompletionCache
+    from qscope_posttrain.endpoint.session import ChatSession
+
+    check_endpoint_options(options)
+    limits, retry = _limits_and_retry(options)
+    model = _chat_model(options, options.chat_model)
+    with CompletionCache(options.answers or output / ANSWERS) as cache:
+        if len(cache):
+            status(f"{len(cache)} answers in {cache.path} need not be asked for again")
+        session = ChatSession(model, cache, limits=limits, retry=retry, ask_refused_again=options.ask_refused_again)
+        judge = session
+        if options.judge_model not in (None, options.chat_model):
+            judge = session.beside(_chat_model(options, options.judge_model))
+        try:
+            yield session, judge
+        finally:
+            usage = session.usage
+            status(
+                f"requests: {usage.sent} sent, {usage.failed} of them without an answer; {usage.cached} answers taken "
+                f"from {cache.path}; {usage.tokens} tokens"
+            )
+            if usage.refused:
+                status(
+                    f"{usage.refused} requests were refused and have no answer; --ask-refused-again sends them once "
+                    f"more. The first refusal: {usage.first_refusal}"
+                )
+
+
+def _limits_and_retry(options: argparse.Namespace) -> tuple[Limits, RetryPolicy]:
+    from qscope_posttrain.endpoint.limits import Limits, RetryPolicy
+
+    limits = Limits(options.requests_per_minute, options.max_requests, options.max_total_tokens)
+    return limits, RetryPolicy(attempts=options.attempts)
+
+
+def _chat_model(options: argparse.Namespace, name: str) -> ChatModel:
+    more = json_object(options.request_options, "--request-options")
+    if options.local:
+        from qscope_posttrain.endpoint.models import LocalChatModel
+
+        model, tokenizer = load_model(name, None, options.dtype, options.device)
+        return LocalChatModel(model, tokenizer, name=name, batch_size=options.concurrency, template_options=more)
+    from qscope_posttrain.endpoint.models import OFFICIAL, OpenAIChatModel
+
+    names = ("api_key_env", "timeout", "concurrency", "send_seed", "max_tokens_name")
+    return OpenAIChatModel(name, options.base_url or OFFICIAL, options=more, **chosen(options, *names))

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import (
-    TEXT_LIST,
-    add_model_options,
-    add_sampling_options,
-    add_shared,
-    chat_settings,
-    load,
-    sampling_settings,
-)
-from qscope_posttrain.cli.parsing.parser import CommandParser, given_options
+from qscope_posttrain.cli.options import chat_settings, check_only_with, chosen, load, sampling_settings
+from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.parsing.table import MODEL, SAMPLING, TEXT_LIST, add_options
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -30,14 +23,38 @@ if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.models.steering import Positions, Steering
 
-MODES = ("add", "project_out", "ablate", "clamp")
-UNITS = ("raw", "norm", "relative")
-POSITIONS = ("all", "prompt", "generated")
+PROMPT = """
+--prompt: text+  # one or several texts
+--prompts optional
+"""
+STEERING = """
+--layer: int  # layer to steer; by default the one chosen with the features
+--label: text  # language or class whose features are used, if there are several
+--feature: int+  # only the features with these ids
+--strength: float  # by default the one chosen with the features; negative ones suppress
+--unit: raw|norm|relative  # unit of strength; relative is in median lengths of hidden states
+--mode: add|project_out|ablate|clamp = add  # kind of change; ablate and clamp need one feature
+--positions: all|prompt|generated = generated  # tokens that are steered
+--window-start: int  # first generated token that is steered, from 0
+--window-length: int  # number of generated tokens that are steered; by default to the end
+"""
+CURVE = f"""
+--curve: float+  # strengths to compare; negative ones suppress
+--effect-language: text  # effect to measure: the response contains this language's script
+--effect-pattern: text  # effect to measure: the response matches this regular expression
+--suppress: switch  # the best strength is the one with the smallest effect
+--max-perplexity-ratio: float = 1.1  # largest acceptable perplexity ratio (steered / unsteered)
+--plain-prompt: text  # instruction that asks for the effect, measured without steering
+--other-texts: text  # texts whose perplexity under steering is measured too: {TEXT_LIST}
+--max-other-texts: int = 200  # maximum number of --other-texts to use
+--random-directions: int = 3  # number of control directions, pooled
+--sae optional  # draw the controls from features of this SAE instead of random directions
+--k
+"""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Generate twice or measure a curve, print the table, write the results where asked, and return the exit status."""
-    options = build_parser().parse(arguments)
+def steer(options: argparse.Namespace) -> None:
+    """Generate twice or measure a curve, print the table, and write the results where asked."""
     from qscope_posttrain.features.feature_set import FeatureSet
 
     if options.output is not None:
@@ -50,35 +67,31 @@ def run(arguments: Sequence[str]) -> int:
     if options.feature is not None:
         features = features.select(feature_ids=options.feature)
     if options.curve is None:
-        parser = argparse.ArgumentParser()
-        _add_curve_options(parser)
-        if given := given_options(options, vars(parser.parse_args([]))):
-            raise UserValueError(f"{given}: only a dose curve uses it; give its strengths with --curve.")
+        check_only_with(options, CURVE, ": only a dose curve uses it; give its strengths with --curve.")
         _compare(options, features, prompts, positions)
     elif options.strength is not None:
         raise UserValueError("--curve has its own strengths; leave --strength out.")
     else:
         _measure_curve(options, features, [prompt for group in prompts.values() for prompt in group], positions)
-    return 0
 
 
 def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[str, Any], positions: Positions) -> None:
     """Generate with and without steering, side by side."""
     from qscope_posttrain.features.steering import feature_steering
+    from qscope_posttrain.models import steering as hooks
     from qscope_posttrain.models.generation import generate_samples
-    from qscope_posttrain.models.steering import steer
     from qscope_posttrain.text.repetition import is_endless_repetition
 
     settings, chat = sampling_settings(options), chat_settings(options)
-    names = ("layer", "strength", "unit", "mode", "label")
-    steering = feature_steering(features, positions=positions, **{name: getattr(options, name) for name in names})
+    where = chosen(options, "layer", "strength", "unit", "mode", "label")
+    steering = feature_steering(features, positions=positions, **where)
     model, tokenizer = load(options)
     features.check_model(model)
     status("without steering")
     without = generate_samples(model, tokenizer, prompts, settings, **chat)
     status(f"with steering: {_in_words(steering)}")
     # Where every response ends with its first token there is nothing to steer, and the table shows it.
-    with steer(model, steering, require_generated=False):
+    with hooks.steer(model, steering, require_generated=False):
         steered = generate_samples(model, tokenizer, prompts, settings, **chat)
     pairs = list(zip(without, steered, strict=True))
     sides = [
@@ -130,7 +143,6 @@ def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: l
     texts = [] if options.other_texts is None else read_text_list(options.other_texts, options.max_other_texts)
     model, tokenizer = load(options)
     features.check_model(model)
-    names = ("label", "plain_prompt", "seed", "layer", "unit", "mode")
     curve = dose_curve(
         model,
         tokenizer,
@@ -143,7 +155,7 @@ def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: l
         random_count=options.random_directions,
         texts=texts,
         positions=positions,
-        **{name: getattr(options, name) for name in names},
+        **chosen(options, "label", "plain_prompt", "seed", "layer", "unit", "mode"),
         **chat,
     )
     table = curve.to_table()
@@ -159,55 +171,13 @@ def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: l
 
 def build_parser() -> CommandParser:
     """The parser of `qscope steer`."""
-    parser = CommandParser(prog="qscope steer", description="Generate with and without steering, side by side.")
-    add_model_options(parser)
-    add_shared(parser, "features")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", nargs="+", help="one or several texts")
-    add_shared(source, "prompts", required=False)
-    parser.add_argument("--layer", type=int, help="layer to steer; by default the one chosen with the features")
-    parser.add_argument("--label", help="language or class whose features are used, if there are several")
-    parser.add_argument("--feature", type=int, nargs="+", help="only the features with these ids")
-    parser.add_argument(
-        "--strength", type=float, help="by default the one chosen with the features; negative ones suppress"
-    )
-    parser.add_argument(
-        "--unit", choices=UNITS, help="unit of strength; relative is in median lengths of hidden states"
-    )
-    parser.add_argument(
-        "--mode", choices=MODES, default="add", help="kind of change; ablate and clamp need one feature"
-    )
-    parser.add_argument("--positions", choices=POSITIONS, default="generated", help="tokens that are steered")
-    parser.add_argument("--window-start", type=int, help="first generated token that is steered, from 0")
-    parser.add_argument(
-        "--window-length", type=int, help="number of generated tokens that are steered; by default to the end"
-    )
-    add_sampling_options(parser, samples=1, max_new_tokens=128)
-    add_shared(parser, "output", required=False)
-    _add_curve_options(parser)
+    says = "Generate with and without steering, side by side."
+    parser = CommandParser(call=steer, prog="qscope steer", description=says)
+    add_options(parser, MODEL, "--features")
+    add_options(parser.add_mutually_exclusive_group(required=True), PROMPT)
+    add_options(parser, STEERING, SAMPLING, "--samples = 1", "--max-new-tokens = 128", "--output optional")
+    add_options(parser.add_argument_group("dose curve"), CURVE)
     return parser
-
-
-def _add_curve_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("dose curve")
-    group.add_argument("--curve", type=float, nargs="+", help="strengths to compare; negative ones suppress")
-    group.add_argument("--effect-language", help="effect to measure: the response contains this language's script")
-    group.add_argument("--effect-pattern", help="effect to measure: the response matches this regular expression")
-    group.add_argument("--suppress", action="store_true", help="the best strength is the one with the smallest effect")
-    group.add_argument(
-        "--max-perplexity-ratio",
-        type=float,
-        default=1.1,
-        help="largest acceptable perplexity ratio (steered / unsteered)",
-    )
-    group.add_argument("--plain-prompt", help="instruction that asks for the effect, measured without steering")
-    group.add_argument("--other-texts", help=f"texts whose perplexity under steering is measured too: {TEXT_LIST}")
-    group.add_argument("--max-other-texts", type=int, default=200, help="maximum number of --other-texts to use")
-    group.add_argument("--random-directions", type=int, default=3, help="number of control directions, pooled")
-    add_shared(
-        group, "sae", required=False, help="draw the controls from features of this SAE instead of random directions"
-    )
-    add_shared(group, "k")
 
 
 def _positions(options: argparse.Namespace) -> Positions:
@@ -234,24 +204,21 @@ def _positions(options: argparse.Namespace) -> Positions:
 
 
 def _summary(steering: Steering) -> dict[str, Any]:
-    positions = steering.positions
-    window = None if isinstance(positions, str) else {"start": positions.start, "length": positions.length}
-    names = ("mode", "layers", "strength", "unit")
-    return {
-        **{name: getattr(steering, name) for name in names},
-        "positions": "window" if window else positions,
-        "window": window,
-    }
+    found = {name: getattr(steering, name) for name in ("mode", "layers", "strength", "unit", "positions")}
+    if isinstance(steering.positions, str):
+        return {**found, "window": None}
+    return {**found, "positions": "window", "window": asdict(steering.positions)}
 
 
 def _in_words(steering: Steering) -> str:
-    what = _summary(steering)
     places = {"all": "all tokens", "prompt": "tokens of the prompt", "generated": "generated tokens"}
-    place = places.get(what["positions"], "generated tokens")
-    if what["window"]:
-        start, length = what["window"]["start"], what["window"]["length"]
-        place += f" from {start}" if length is None else f" {start} to {start + length - 1}"
-    return f"{what['mode']}, strength {what['strength']:g} ({what['unit']}), layer {steering.layers[0]}, {place}"
+    if isinstance(steering.positions, str):
+        place = places[steering.positions]
+    else:
+        start, length = steering.positions.start, steering.positions.length
+        place = "generated tokens " + (f"from {start}" if length is None else f"{start} to {start + length - 1}")
+    strength = f"strength {steering.strength:g} ({steering.unit})"
+    return f"{steering.mode}, {strength}, layer {steering.layers[0]}, {place}"
 
 
 def _random_rows(options: argparse.Namespace, features: FeatureSet) -> Tensor | None:

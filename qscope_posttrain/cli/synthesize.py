@@ -7,9 +7,17 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.chat_model import add_endpoint_options, check_endpoint_options, open_session
-from qscope_posttrain.cli.options import TEXT_LIST, add_sae_options, add_shared, layers_of, load, load_saes
+from qscope_posttrain.cli.options import (
+    add_endpoint_options,
+    check_endpoint_options,
+    chosen,
+    layers_of,
+    load,
+    load_saes,
+    open_session,
+)
 from qscope_posttrain.cli.parsing.parser import CommandParser
+from qscope_posttrain.cli.parsing.table import MODEL, TEXT_LIST, add_options
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
@@ -26,18 +34,39 @@ DATA = "data"
 PROMPTS = "prompts.jsonl"
 RELEVANCE = "relevance.csv"
 PAGE = "report.html"
+OPTIONS = f"""
+--explanations: text required  # explanations.jsonl, or a FeatureSet with explanations
+--topic: text required  # topic of the data, in a few words
+--seed-data: text required  # existing data: {TEXT_LIST}
+--output  # folder for the data, every prompt, answers, page and summary.json
+--relevance: text  # CSV of layer, feature, relevance; by default the judge rates the explanations
+--tau: float = 0.5  # minimum relevance of a target feature, 0 to 1
+--held-out: float = 0.5  # share of targets kept apart, to measure coverage on
+--measure-layers: text+  # further layers to measure coverage on; needs --natural
+--natural: text  # texts by people on the topic, the control of natural sampling: {TEXT_LIST}
+--random-control: yes|no = yes  # also write as many prompts without features, as control
+--kinds: text+ = harmful benign  # kinds of prompts to write
+--styles: text*  # styles of adversarial rewrites, each one argument; no values for no rewrites
+--prompts-per-kind: int = 1  # vanilla prompts per feature and kind
+--rounds: int = 3  # maximum number of attempts at a prompt that fires its feature
+--enough: int = 2  # number of seed examples that make a target covered
+--features-at-once: int = 16  # features to finish before the next ones begin
+--temperature  # sampling temperature of prompts and responses
+--max-new-tokens = 512  # maximum length of prompts and responses, in tokens
+--confirm-kind: yes|no = yes  # ask the judge whether a prompt should be declined
+--balance: switch  # keep equal numbers of examples of the four types
+--max-texts --max-length --seed
+"""
 
 
-def run(arguments: Sequence[str]) -> int:
+def synthesize(options: argparse.Namespace) -> None:
     """Choose targets, write prompts and responses, measure coverage; leave data, prompts, a page and a summary."""
-    options = build_parser().parse(arguments)
     require_extra("analysis", "report")
-    from qscope_posttrain.features.explain.explanation_file import read_explanations
+    from qscope_posttrain.features.feature_set import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
     from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
-    from qscope_posttrain.synthesis.coverage import FeatureReader
+    from qscope_posttrain.synthesis.coverage import FeatureReader, write_relevance
     from qscope_posttrain.synthesis.prompts import synthesis_templates
-    from qscope_posttrain.synthesis.relevance import write_relevance
 
     check_endpoint_options(options)
     settings = _settings(options)
@@ -91,7 +120,7 @@ def run(arguments: Sequence[str]) -> int:
         reason = made.stopped or f"{output / PROMPTS} holds what was written."
         raise UserValueError(f"no prompt fired its feature and was answered; {reason}")
     dataset.save_rows(rows, output / DATA)
-    measured = report.measure(
+    measured, drawn = report.measure(
         made,
         wanted,
         held_out,
@@ -103,10 +132,10 @@ def run(arguments: Sequence[str]) -> int:
         seed=options.seed,
     )
     new_hits = coverage.firing(reader.read([row["prompt"][0]["content"] for row in rows], layers), targets)
-    tables = [report.examples_table(rows, made), report.target_table(targets, seed_hits, new_hits), *measured.tables]
+    tables = [report.examples_table(rows, made), report.target_table(targets, seed_hits, new_hits), *measured]
     for table in tables:
         table.print()
-    figure = Figure(measured.figure, "Prompts of each strategy in random order.")
+    figure = Figure(drawn, "Prompts of each strategy in random order.")
     write_html(output / PAGE, "Feature-driven synthesis", [Section("Coverage", tables=tables, figures=[figure])])
     results = {
         "data": output / DATA,
@@ -124,36 +153,12 @@ def run(arguments: Sequence[str]) -> int:
     if made.unfinished:
         status(f"the budget left {len(made.unfinished)} targets undone; raise it and run the same command to go on")
     status(f"{len(rows)} examples written to {output / DATA}")
-    return 0
 
 
 def build_parser() -> CommandParser:
     """The parser of `qscope synthesize`."""
-    parser = CommandParser(prog="qscope synthesize", description=__doc__)
-    add_sae_options(parser, layers=False)
-    new = parser.add_argument
-    new("--explanations", required=True, help="explanations.jsonl, or a FeatureSet with explanations")
-    new("--topic", required=True, help="topic of the data, in a few words")
-    new("--seed-data", required=True, help=f"existing data: {TEXT_LIST}")
-    add_shared(parser, "output", help="folder for the data, every prompt, answers, page and summary.json")
-    new("--relevance", help="CSV of layer, feature, relevance; by default the judge rates the explanations")
-    new("--tau", type=float, default=0.5, help="minimum relevance of a target feature, 0 to 1")
-    new("--held-out", type=float, default=0.5, help="share of targets kept apart, to measure coverage on")
-    new("--measure-layers", nargs="+", help="further layers to measure coverage on; needs --natural")
-    new("--natural", help=f"texts by people on the topic, the control of natural sampling: {TEXT_LIST}")
-    switch = argparse.BooleanOptionalAction
-    new("--random-control", action=switch, default=True, help="also write as many prompts without features, as control")
-    new("--kinds", nargs="+", default=["harmful", "benign"], help="kinds of prompts to write")
-    new("--styles", nargs="*", help="styles of adversarial rewrites, each one argument; no values for no rewrites")
-    new("--prompts-per-kind", type=int, default=1, help="vanilla prompts per feature and kind")
-    new("--rounds", type=int, default=3, help="maximum number of attempts at a prompt that fires its feature")
-    new("--enough", type=int, default=2, help="number of seed examples that make a target covered")
-    new("--features-at-once", type=int, default=16, help="features to finish before the next ones begin")
-    new("--temperature", type=float, default=1.0, help="sampling temperature of prompts and responses")
-    new("--max-new-tokens", type=int, default=512, help="maximum length of prompts and responses, in tokens")
-    new("--confirm-kind", action=switch, default=True, help="ask the judge whether a prompt should be declined")
-    new("--balance", action="store_true", help="keep equal numbers of examples of the four types")
-    add_shared(parser, "max-texts", "max-length", "seed")
+    parser = CommandParser(call=synthesize, prog="qscope synthesize", description=__doc__)
+    add_options(parser, MODEL, "--sae --k", OPTIONS)
     add_endpoint_options(parser)
     return parser
 
@@ -166,7 +171,7 @@ def _settings(options: argparse.Namespace) -> Any:
         kinds=tuple(options.kinds),
         styles=STYLES if options.styles is None else tuple(options.styles),
         max_tokens=options.max_new_tokens,
-        **{name: getattr(options, name) for name in names},
+        **chosen(options, *names),
     )
 
 
@@ -177,17 +182,17 @@ def _relevance(
     templates: PromptTemplates,
 ) -> tuple[Mapping[FeatureId, float], Sequence[FeatureId]]:
     """(relevance, features whose rating by the judge could not be read)."""
-    from qscope_posttrain.synthesis.relevance import judge_relevance, read_relevance
+    from qscope_posttrain.synthesis.coverage import judge_relevance, read_relevance
 
     if options.relevance is not None:
         return read_relevance(options.relevance), ()
-    found = judge_relevance(judge, templates, list(explanations.values()), options.topic)
-    if found.unreadable:
+    relevance, unreadable = judge_relevance(judge, templates, list(explanations.values()), options.topic)
+    if unreadable:
         status(
-            f"{len(found.unreadable)} of {len(explanations)} features have no readable relevance and are left out: "
-            f"{', '.join(map(str, found.unreadable[:5]))}"
+            f"{len(unreadable)} of {len(explanations)} features have no readable relevance and are left out: "
+            f"{', '.join(map(str, unreadable[:5]))}"
         )
-    return found.relevance, found.unreadable
+    return relevance, unreadable
 
 
 def _random_control(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, RequestFailed, RequestRefused
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
@@ -136,14 +136,6 @@ class CompletionCache:
         )
 
 
-class _Held(NamedTuple):
-    key: str
-    identity: Mapping[str, Any]
-    request: ChatRequest
-    completion: ChatCompletion
-    content: bool
-
-
 class Refusals:
     """Refusals, kept on disk as soon as the endpoint has answered another request sent in the same way.
 
@@ -154,7 +146,8 @@ class Refusals:
         """With `ask_again`, ignore refusals on disk."""
         self._cache, self._ask_again = cache, ask_again
         self._found: dict[str, ChatCompletion] = {}
-        self._held: dict[str, list[_Held]] = {}
+        self._held: dict[str, list[tuple[tuple[Any, ...], bool]]] = {}
+        """Way -> refusals not on disk: arguments of `CompletionCache.put`, and whether the content is the reason"""
         self._lock = threading.Lock()
 
     def get(self, key: str) -> ChatCompletion | None:
@@ -172,33 +165,34 @@ class Refusals:
         completion = ChatCompletion("", "refused", 0, 0, "", str(failure))
         with self._lock:
             self._found[key] = completion
+            record = (key, identity, request, completion, way)
             if self._cache.has_answer(way):
-                self._cache.put(key, identity, request, completion, way)
+                self._cache.put(*record)
                 return
             held = self._held.setdefault(way, [])
-            held.append(_Held(key, identity, request, completion, failure.content))
-            if sum(not entry.content for entry in held) >= FIRST_FEW:
-                raise _all_refused(held)
+            held.append((record, failure.content))
+            if sum(not content for _, content in held) >= FIRST_FEW:
+                raise _all_refused(len(held), completion.refusal, failure.content)
 
     def answered(self, way: str) -> None:
         """Put the refusals of this way on disk: an answer has come, so their content was the reason."""
         with self._lock:
-            for key, identity, request, completion, _ in self._held.pop(way, []):
-                self._cache.put(key, identity, request, completion, way)
+            for record, _ in self._held.pop(way, []):
+                self._cache.put(*record)
 
     def check(self, ways: Iterable[str]) -> None:
         """Raise a RequestFailed where all requests sent in one of these ways were refused."""
         for way in ways:
             if held := self._held.get(way):
-                raise _all_refused(held)
+                (*_, completion, _), content = held[-1]
+                raise _all_refused(len(held), completion.refusal, content)
 
 
-def _all_refused(held: list[_Held]) -> RequestFailed:
-    last = held[-1]
+def _all_refused(count: int, last: str, content: bool) -> RequestFailed:
     options = "--request-options, --max-tokens-name, --send-seed, temperature"
-    advice = "" if last.content else f". If that is about an option ({options}), change it"
+    advice = "" if content else f". If that is about an option ({options}), change it"
     return RequestFailed(
-        f"the endpoint refused all of {len(held)} requests and has answered none like them: {last.completion.refusal}"
+        f"the endpoint refused all of {count} requests and has answered none like them: {last}"
         f"{advice}. These refusals are not kept: the next run asks again.",
         retry=False,
     )

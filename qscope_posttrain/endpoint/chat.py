@@ -127,7 +127,7 @@ class ChatCompletion:
 
 
 class ChatModel(Protocol):
-    """A model that answers chats: `openai_model.OpenAIChatModel`, `local_model.LocalChatModel`, or one's own."""
+    """A model that answers chats: `models.OpenAIChatModel`, `models.LocalChatModel`, or one's own."""
 
     batch_size: int
     """Maximum number of requests in one call of `complete`"""

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict, write_rows
+from qscope_posttrain.evaluation.samples import GroupRate, group_by_prompt, note_of
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
+from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.scripts import contains_language_script, target_script
 
@@ -56,21 +57,12 @@ class ScriptDetector:
 
 
 @dataclass(frozen=True)
-class LanguageSwitching:
+class LanguageSwitching(GroupRate):
     """Switching in the responses to prompts in one source language."""
 
     language: str
-    prompts: int
-    samples: int
-    """Number of responses, over all prompts"""
     switched: int
     """Number of responses with any character of the target's script, or that the detector names"""
-    ended: int
-    """Number of responses that ended by themselves"""
-    wilson: Interval
-    """Ratio `switched / samples`; takes all responses as independent"""
-    bootstrap: Interval
-    """The same ratio; resamples prompts, because responses to one prompt are alike"""
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ class SwitchingResult:
             "micro_wilson": self.micro_wilson._asdict(),
             "macro": self.macro._asdict(),
             "seed_noise": self.seed_noise,
-            "languages": {entry.language: rates_dict(entry) for entry in self.languages},
+            "languages": {entry.language: entry.to_dict() for entry in self.languages},
             "settings": dict(self.settings),
             "note": self.note(),
         }
@@ -253,17 +245,8 @@ def switching_ratio(
     for language, groups in group_by_prompt(samples).items():
         matrix = np.array([[decides(sample.response, language) for sample in group] for group in groups], dtype=bool)
         ordered = [sample for group in groups for sample in group]
-        languages.append(
-            LanguageSwitching(
-                language=language,
-                prompts=len(groups),
-                samples=matrix.size,
-                switched=int(matrix.sum()),
-                ended=sum(sample.ended for sample in ordered),
-                wilson=wilson(int(matrix.sum()), matrix.size),
-                bootstrap=bootstrap_over_prompts(matrix),
-            )
-        )
+        rate = GroupRate.fields_of(matrix, ordered)
+        languages.append(LanguageSwitching(**rate, language=language, switched=int(matrix.sum())))
         kept += ordered
         matrices.append(matrix)
     outcomes = np.concatenate(matrices)

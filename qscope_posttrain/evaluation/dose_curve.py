@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.directions import random_directions
+from qscope_posttrain.features.build import difference_of_means, random_directions
 from qscope_posttrain.features.dose_curve import FEATURE, MEANS, RANDOM, UNSTEERED
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.selection import difference_of_means
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums, bootstrap_over_prompts, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, encode_prompts, generate_samples
@@ -79,7 +78,6 @@ class DoseCurve:
 
     points: tuple[DosePoint, ...]
     layer: int
-    settings: Mapping[str, Any]
 
     @property
     def unsteered(self) -> DosePoint:
@@ -173,67 +171,46 @@ def dose_curve(
     if len(features.languages) > 1:
         own = features.language_index(label if label is not None else rows.labels[0])
         directions[MEANS] = difference_of_means(rows.mean_residual, own)[None]
-    options = dict(chat_template_options or {})
-    original = encode_prompts(tokenizer, prompts, chat=chat, chat_template_options=options)
+    templated: dict[str, Any] = {"chat": chat, "chat_template_options": chat_template_options}
+    original = encode_prompts(tokenizer, prompts, **templated)
 
-    def measure(kind: str, strength: float, steerings: Sequence[Steering], asked: Sequence[Prompt]) -> DosePoint:
-        status(f"dose curve: {kind}" + (f", strength {strength:g}" if steerings else ""))
+    def measure(kind: str, strength: float, steerings: Sequence[Steering | None], asked: Sequence[Prompt]) -> DosePoint:
+        status(f"dose curve: {kind}" + (f", strength {strength:g}" if strength else ""))
         samples: list[Sample] = []
-        other: list[tuple[Tensor, Tensor]] = []
-        given: list[Steering | None] = [*steerings] or [None]
-        for steering in given:
-            with steer(model, steering, require_generated=False) if steering is not None else nullcontext():
-                samples += generate_samples(
-                    model, tokenizer, {"all": asked}, settings, chat=chat, chat_template_options=options
-                )
+        sums = torch.zeros(2, dtype=torch.float64)
+        for steering in steerings:
+            with nullcontext() if steering is None else steer(model, steering, require_generated=False):
+                samples += generate_samples(model, tokenizer, {"all": asked}, settings, **templated)
             if texts:
-                everywhere = None if steering is None else replace(steering, positions="all")
-                with steer(model, everywhere) if everywhere is not None else nullcontext():
-                    other.append(text_losses(model, tokenizer, texts))
-        return _point(kind, strength, samples, original, model, effect, other)
+                with nullcontext() if steering is None else steer(model, replace(steering, positions="all")):
+                    sums += torch.stack([part.double().sum() for part in text_losses(model, tokenizer, texts)])
+        losses = response_losses(model, [original[s.prompt_index] for s in samples], [s.tokens for s in samples])
+        by_prompt: list[list[float]] = [[] for _ in original]
+        for sample in samples:
+            by_prompt[sample.prompt_index].append(effect(sample))
+        return DosePoint(
+            kind=kind,
+            strength=strength,
+            samples=len(samples),
+            effect=_effect_interval(by_prompt),
+            perplexity=_perplexity(*losses, [sample.prompt_index for sample in samples]),
+            endless=float(np.mean([is_endless_repetition(s.tokens, ended=s.ended) for s in samples])),
+            repeated=float(np.mean([ngram_repetition_rate(s.tokens, 3) for s in samples])),
+            ended=float(np.mean([s.ended for s in samples])),
+            tokens=float(np.mean([len(s.tokens) for s in samples])),
+            text_perplexity=float((sums[0] / sums[1]).exp()) if texts else None,
+        )
 
-    points = [measure(UNSTEERED, 0.0, [], prompts)]
+    points = [measure(UNSTEERED, 0.0, [None], prompts)]
     if plain_prompt is not None:
-        points.append(measure(PLAIN, 0.0, [], [_with_instruction(prompt, plain_prompt) for prompt in prompts]))
+        points.append(measure(PLAIN, 0.0, [None], [_with_instruction(prompt, plain_prompt) for prompt in prompts]))
     for kind, vectors in directions.items():
         for strength in sorted(strengths):
             # As long as the features' own direction, which matters where strength multiplies it as it is.
             scaled = [vector.float() / vector.float().norm() * one.direction.norm() for vector in vectors]
             steerings = [replace(one, direction=vector, strength=float(strength)) for vector in scaled]
             points.append(measure(kind, float(strength), steerings, prompts))
-    described = {"sampling": settings.to_dict(), "random_directions": len(directions[RANDOM]), "seed": seed}
-    return DoseCurve(tuple(points), one.layers[0], described)
-
-
-def _point(
-    kind: str,
-    strength: float,
-    samples: Sequence[Sample],
-    original: Sequence[Sequence[int]],
-    model: nn.Module,
-    effect: Effect,
-    other: Sequence[tuple[Tensor, Tensor]],
-) -> DosePoint:
-    loss, tokens = response_losses(model, [original[s.prompt_index] for s in samples], [s.tokens for s in samples])
-    text_perplexity = None
-    if other:
-        text_loss, text_tokens = (torch.stack(part).sum() for part in zip(*other, strict=True))
-        text_perplexity = float((text_loss / text_tokens).exp())
-    by_prompt: list[list[float]] = [[] for _ in original]
-    for sample in samples:
-        by_prompt[sample.prompt_index].append(effect(sample))
-    return DosePoint(
-        kind=kind,
-        strength=strength,
-        samples=len(samples),
-        effect=_effect_interval(by_prompt),
-        perplexity=_perplexity(loss, tokens, [sample.prompt_index for sample in samples]),
-        endless=float(np.mean([is_endless_repetition(s.tokens, ended=s.ended) for s in samples])),
-        repeated=float(np.mean([ngram_repetition_rate(s.tokens, 3) for s in samples])),
-        ended=float(np.mean([s.ended for s in samples])),
-        tokens=float(np.mean([len(s.tokens) for s in samples])),
-        text_perplexity=text_perplexity,
-    )
+    return DoseCurve(tuple(points), one.layers[0])
 
 
 def _effect_interval(by_prompt: Sequence[Sequence[float]]) -> Interval:

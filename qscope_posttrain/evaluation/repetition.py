@@ -14,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.evaluation.samples import group_by_prompt, note_of, rates_dict, write_rows
-from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, seed_noise, wilson
+from qscope_posttrain.evaluation.samples import GroupRate, group_by_prompt, note_of
+from qscope_posttrain.intervals import seed_noise
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
+from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.repetition import RepeatedTail, compression_ratio, ngram_repetition_rate, repeated_tail
 
@@ -30,29 +31,20 @@ _ALL = "all"
 
 
 @dataclass(frozen=True)
-class GroupRepetition:
+class GroupRepetition(GroupRate):
     """Repetition in the responses to the prompts of one source language, or to all."""
 
     name: str
-    prompts: int
-    samples: int
-    """Number of responses, over all prompts"""
     endless: int
     """Number of responses that were in a loop when they were cut off"""
-    ended: int
-    """Number of responses that ended by themselves"""
     left: int
-    """Number of those that left a loop of the same kind with their end token: repetition, but not endless"""
+    """Number of responses that left a loop of the same kind with their end token: repetition, but not endless"""
     ngram_rate: float
     """Mean over responses of the share of token 3-grams that occurred before in the response"""
     compression: float
     """Mean over responses of the bytes of the text divided by those after compression"""
     tokens: float
     """Mean length of a response"""
-    wilson: Interval
-    """Ratio `endless / samples`; takes all responses as independent"""
-    bootstrap: Interval
-    """The same ratio; resamples prompts, because responses to one prompt are alike"""
 
 
 @dataclass(frozen=True)
@@ -102,9 +94,9 @@ class RepetitionResult:
         """JSON-ready numbers, settings and note; without the responses (see `write_examples`)."""
         return {
             "ratio": self.ratio,
-            **rates_dict(self.total),
+            **self.total.to_dict(),
             "seed_noise": self.seed_noise,
-            "groups": {group.name: rates_dict(group) for group in self.groups},
+            "groups": {group.name: group.to_dict() for group in self.groups},
             "settings": dict(self.settings),
             "note": self.note(),
         }
@@ -244,14 +236,10 @@ def _group(
     endless = int(outcomes.sum())
     return GroupRepetition(
         name=name,
-        prompts=len(outcomes),
-        samples=outcomes.size,
+        **GroupRate.fields_of(outcomes, samples),
         endless=endless,
-        ended=sum(sample.ended for sample in samples),
         left=sum(tail is not None for tail in tails) - endless,
         ngram_rate=float(np.mean([ngram_repetition_rate(sample.tokens, NGRAM) for sample in samples])),
         compression=float(np.mean([compression_ratio(sample.response) for sample in samples])),
         tokens=float(np.mean([len(sample.tokens) for sample in samples])),
-        wilson=wilson(endless, outcomes.size),
-        bootstrap=bootstrap_over_prompts(outcomes),
     )

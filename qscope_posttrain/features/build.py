@@ -1,21 +1,97 @@
-"""Make a FeatureSet from rows and the statistics of a pass: every number follows from the sums."""
+"""Make FeatureSets from the statistics of a pass: a search for rows of an SAE, free directions, random features.
+
+Every number follows from the sums of the pass, so directions that no SAE chose run through the same code.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import FREE_DIRECTION, LayerFeatures
-from qscope_posttrain.features.selection import monolinguality
-from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics
+from qscope_posttrain.features.statistics import LayerStatistics, PassStatistics, collect_statistics
+from qscope_posttrain.models.batches import Text
+from qscope_posttrain.models.layers import check_layers
 from qscope_posttrain.provenance import package_versions
-from qscope_posttrain.sae.autoencoder import FeatureRows, SAESource
+from qscope_posttrain.sae.autoencoder import FeatureRows, SAESource, SparseAutoencoder, load_sae
+
+Sources = Mapping[int, SparseAutoencoder | str | Path]
+"""{layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0"""
+Chooser = Callable[[PassStatistics, Mapping[int, SparseAutoencoder]], dict[int, LayerFeatures]]
+
+
+def monolinguality(mean_activation: Tensor) -> Tensor:
+    """nu_s^L = mu_s^L - mean over the other languages I of mu_s^I, for all features s and languages L at once.
+
+    mu_s^L is the mean post-activation over the tokens of language L; the languages in the second term count alike,
+    whatever their number of tokens (SASFT, arXiv 2507.14894, equation 7).
+
+    Args:
+        mean_activation: [L, features], at least two languages.
+
+    Returns:
+        [L, features]
+    """
+    if mean_activation.dim() != 2 or len(mean_activation) < 2:
+        raise UserValueError(
+            "Monolinguality compares languages: expected mean activations [languages, features] of at least two "
+            f"languages, got {list(mean_activation.shape)}."
+        )
+    others = (mean_activation.sum(dim=0) - mean_activation) / (len(mean_activation) - 1)
+    return mean_activation - others
+
+
+def top_features(scores: Tensor, top: int) -> Tensor:
+    """Ids of the `top` highest of `scores` [features], best first; equal scores in the order of their ids."""
+    if not 1 <= top <= len(scores):
+        raise UserValueError(f"top must lie between 1 and the {len(scores)} features of the SAE, got {top}.")
+    return scores.sort(descending=True, stable=True).indices[:top]
+
+
+def random_features(
+    firing_rate: Tensor,
+    scores: Tensor,
+    count: int,
+    seed: int = 0,
+    *,
+    exclude: Collection[int] = (),
+    min_firing_rate: float = 0.005,
+    max_relative_score: float = 0.05,
+) -> Tensor:
+    """Ids of `count` random features that fire but do not depend on the language: the control group.
+
+    Eligible are features that fire on more than `min_firing_rate` of the tokens (mean over languages) and whose
+    |score| is below `max_relative_score` times the highest score.
+
+    Args:
+        firing_rate: [L, features]
+        scores: [features], for the target language.
+        exclude: ids that must not be drawn.
+    """
+    eligible = (firing_rate.mean(dim=0) > min_firing_rate) & (scores.abs() < max_relative_score * scores.max())
+    eligible[list(exclude)] = False
+    ids = eligible.nonzero().squeeze(1)
+    if len(ids) < count:
+        raise UserValueError(
+            f"Only {len(ids)} features fire on more than {min_firing_rate:g} of the tokens with a score below "
+            f"{max_relative_score:g} of the best; {count} random features were requested. Request fewer, or relax "
+            "min_firing_rate or max_relative_score."
+        )
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return ids[order[:count]]
+
+
+def difference_of_means(mean_residual: Tensor, target: int) -> Tensor:
+    """[d_model]: the target's row of `mean_residual` [L, d_model] minus the unweighted mean of the other rows."""
+    return monolinguality(mean_residual)[target]
 
 
 def features_from_rows(
@@ -25,22 +101,48 @@ def features_from_rows(
     scores: Tensor,
     names: Sequence[str] | None = None,
 ) -> LayerFeatures:
-    """LayerFeatures of SAE features; `scores` [F] in the order of the rows. Names are by default `<label> #<id>`."""
+    """LayerFeatures of rows; `scores` [F] in their order. Names are by default `<label> #<id>`.
+
+    Activations of free directions, whose ids are all `FREE_DIRECTION`, are not measured.
+    """
     ids = rows.feature_ids.cpu()
     if names is None:
         names = [f"{label} #{feature}" for label, feature in zip(labels, ids.tolist(), strict=True)]
-    return _layer_features(
-        statistics,
+    # Round the rows first: the moments are those of the rows as stored.
+    encoder, encoder_bias, decoder = map(_stored, (rows.encoder, rows.encoder_bias, rows.decoder))
+    encoder_mean, encoder_covariance = map(_stored, statistics.moments(encoder, encoder_bias))
+    decoder_mean, decoder_covariance = map(_stored, statistics.moments(decoder))
+    free = bool((ids == FREE_DIRECTION).all())
+    unmeasured = torch.full_like(encoder_mean, math.nan)
+    return LayerFeatures(
         feature_ids=ids,
-        labels=labels,
-        names=names,
-        encoder=rows.encoder,
-        encoder_bias=rows.encoder_bias,
-        decoder=rows.decoder,
-        scores=scores,
-        mean_activation=statistics.mean_activation[:, ids],
-        firing_rate=statistics.firing_rate[:, ids],
+        labels=tuple(labels),
+        names=tuple(names),
+        encoder=encoder,
+        encoder_bias=encoder_bias,
+        decoder=decoder,
+        scores=_stored(scores),
+        effects=torch.full((len(ids),), math.nan),
+        mean_activation=unmeasured if free else _stored(statistics.mean_activation[:, ids]),
+        firing_rate=unmeasured if free else _stored(statistics.firing_rate[:, ids]),
+        tokens=statistics.tokens,
+        mean_residual=_stored(statistics.mean_residual),
+        residual_median_norm=statistics.median_norm,
+        encoder_mean=encoder_mean,
+        encoder_covariance=encoder_covariance,
+        decoder_mean=decoder_mean,
+        decoder_covariance=decoder_covariance,
     )
+
+
+def best_rows(
+    statistics: LayerStatistics, sae: SparseAutoencoder, scores: Mapping[str, Tensor], top: int
+) -> LayerFeatures:
+    """The `top` features of each label by its scores [features], grouped by label, best first."""
+    ids = {label: top_features(of_label, top) for label, of_label in scores.items()}
+    labels = [label for label in scores for _ in range(top)]
+    kept = torch.cat([scores[label][best] for label, best in ids.items()])
+    return features_from_rows(statistics, sae.select(torch.cat(list(ids.values()))), labels, kept)
 
 
 def features_from_directions(
@@ -52,42 +154,11 @@ def features_from_directions(
     languages, mean of h . d in the target minus the unweighted mean of the others.
     """
     mean, _ = statistics.moments(directions)
-    unmeasured = torch.full_like(mean, math.nan)
-    return _layer_features(
-        statistics,
-        feature_ids=torch.full((len(directions),), FREE_DIRECTION),
-        labels=[label] * len(directions),
-        names=names,
-        encoder=directions,
-        encoder_bias=torch.zeros(len(directions)),
-        decoder=directions,
-        scores=monolinguality(mean)[target] if len(mean) > 1 else unmeasured[target],
-        mean_activation=unmeasured,
-        firing_rate=unmeasured,
-    )
-
-
-def _layer_features(
-    statistics: LayerStatistics, *, labels: Sequence[str], names: Sequence[str], feature_ids: Tensor, **values: Tensor
-) -> LayerFeatures:
-    # Round the rows first: the moments are those of the rows as stored.
-    stored = {name: _stored(value) for name, value in values.items()}
-    encoder_mean, encoder_covariance = statistics.moments(stored["encoder"], stored["encoder_bias"])
-    decoder_mean, decoder_covariance = statistics.moments(stored["decoder"])
-    return LayerFeatures(
-        **stored,
-        feature_ids=feature_ids,
-        labels=tuple(labels),
-        names=tuple(names),
-        effects=torch.full((len(feature_ids),), math.nan),
-        tokens=statistics.tokens,
-        mean_residual=_stored(statistics.mean_residual),
-        residual_median_norm=statistics.median_norm,
-        encoder_mean=_stored(encoder_mean),
-        encoder_covariance=_stored(encoder_covariance),
-        decoder_mean=_stored(decoder_mean),
-        decoder_covariance=_stored(decoder_covariance),
-    )
+    count = len(directions)
+    scores = monolinguality(mean)[target] if len(mean) > 1 else torch.full((count,), math.nan)
+    ids, directions = torch.full((count,), FREE_DIRECTION), directions.float()
+    rows = FeatureRows(ids, directions, torch.zeros(count), directions, SAESource("free direction"))
+    return features_from_rows(statistics, rows, [label] * count, scores, names)
 
 
 def _stored(value: Tensor) -> Tensor:
@@ -120,3 +191,141 @@ def feature_set_from(
             "versions": package_versions(),
         },
     )
+
+
+def search(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[Text]],
+    saes: Sources,
+    choose: Chooser,
+    settings: Mapping[str, Any],
+    *,
+    k: int | None = None,
+    saes_at_once: int | None = None,
+    checkpoint: str | Path | None = None,
+    **statistics_options: Any,
+) -> FeatureSet:
+    """FeatureSet of the rows that `choose` takes from the statistics of every layer.
+
+    Args:
+        settings: of the FeatureSet; `top` among them is checked against the width of every SAE before its pass.
+        k: of TopK, for sources that do not say it.
+        saes_at_once: number of SAEs to load and use at a time, with one pass over the texts for each such group of
+            layers; None for all in one pass.
+        checkpoint: see `statistics.collect_statistics`, which also takes `statistics_options`; one file per group.
+    """
+    layers = check_layers(model, sorted(saes))
+    if saes_at_once is not None and saes_at_once < 1:
+        raise UserValueError(f"saes_at_once must be at least 1, got {saes_at_once}.")
+    size = saes_at_once or len(layers)
+    rows: dict[int, LayerFeatures] = {}
+    counts: dict[int, LayerStatistics] = {}
+    sources: dict[int, SAESource] = {}
+    for start in range(0, len(layers), size):
+        group = layers[start : start + size]
+        loaded = {layer: load_sae(saes[layer], layer, k, model) for layer in group}
+        for layer, sae in loaded.items():
+            if not 1 <= (top := settings["top"]) <= sae.d_sae:
+                raise UserValueError(
+                    f"top must lie between 1 and the {sae.d_sae} features of layer {layer}, got {top}."
+                )
+        place = None if checkpoint is None else Path(checkpoint)
+        if place is not None and len(group) < len(layers):
+            place = place.with_name(f"{place.name}.layers{group[0]}-{group[-1]}")
+        passed = collect_statistics(model, tokenizer, texts, loaded, checkpoint=place, **statistics_options)
+        rows |= choose(passed, loaded)
+        counts |= {layer: measured.counts_only() for layer, measured in passed.layers.items()}
+        sources |= {layer: sae.source for layer, sae in loaded.items()}
+        passed = replace(passed, layers=counts)
+        del loaded  # SAEs and sums of a group make room for the next one
+    return feature_set_from(passed, rows, settings, sources)
+
+
+def direction_feature_set(
+    statistics: PassStatistics, layer: int, direction: Tensor, name: str, *, language: str
+) -> FeatureSet:
+    """Any direction [d_model] as a FeatureSet for `language`."""
+    width = statistics.model["hidden_size"]
+    if tuple(direction.shape) != (width,):
+        raise UserValueError(f"Expected a direction [{width}], got {list(direction.shape)}.")
+    target, measured = _target_index(statistics, language), _layer(statistics, layer)
+    rows = features_from_directions(measured, direction[None], [name], language, target)
+    return feature_set_from(statistics, {layer: rows}, {"selector": "direction"})
+
+
+def difference_of_means_set(statistics: PassStatistics, target: str) -> FeatureSet:
+    """Per layer the mean residual of the target minus the unweighted mean of the other languages' means."""
+    index = _target_index(statistics, target)
+    built = {}
+    for layer, measured in statistics.layers.items():
+        direction = difference_of_means(measured.mean_residual, index)[None]
+        built[layer] = features_from_directions(measured, direction, [f"{target} difference of means"], target, index)
+    return feature_set_from(statistics, built, {"selector": "difference of means", "target": target})
+
+
+def random_feature_set(
+    statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], like: FeatureSet, *, seed: int = 0
+) -> FeatureSet:
+    """Random SAE features (see `random_features`), one for each row of `like`, as controls.
+
+    Each takes the label of its row and is scaled to the norms of its encoder and decoder, so that neither readout
+    differs in size. Activations are those of the feature as trained.
+    """
+    built = {}
+    for layer, rows in like.layers.items():
+        if layer not in saes:
+            raise UserValueError(f"random_feature_set needs the SAE of layer {layer}; got {sorted(saes)}.")
+        built[layer] = random_layer_features(_layer(statistics, layer), saes[layer], rows, statistics.languages, seed)
+    sources = {layer: saes[layer].source for layer in like.layers}
+    return feature_set_from(statistics, built, {"selector": "random features", "seed": seed}, sources)
+
+
+def random_layer_features(
+    statistics: LayerStatistics, sae: SparseAutoencoder, like: LayerFeatures, languages: Sequence[str], seed: int
+) -> LayerFeatures:
+    """The rows of one layer of `random_feature_set`."""
+    scores = monolinguality(statistics.mean_activation)
+    target = scores[languages.index(like.labels[0])]
+    taken = [feature for feature in like.feature_ids.tolist() if feature >= 0]
+    ids = random_features(statistics.firing_rate, target, len(like), seed, exclude=taken)
+    rows = sae.select(ids)
+    encoder_scale = _norm_ratio(like.encoder, rows.encoder)
+    rows = replace(
+        rows,
+        encoder=rows.encoder.float().cpu() * encoder_scale[:, None],
+        encoder_bias=rows.encoder_bias.float().cpu() * encoder_scale,
+        decoder=rows.decoder.float().cpu() * _norm_ratio(like.decoder, rows.decoder)[:, None],
+    )
+    names = [f"random #{feature}" for feature in ids.tolist()]
+    own = torch.stack([scores[languages.index(label), i] for label, i in zip(like.labels, ids.tolist(), strict=True)])
+    return features_from_rows(statistics, rows, like.labels, own, names)
+
+
+def random_directions(norms: Tensor, d_model: int, seed: int) -> Tensor:
+    """[F, d_model] uniformly distributed directions with the given norms [F]."""
+    drawn = torch.randn(len(norms), d_model, generator=torch.Generator().manual_seed(seed))
+    return drawn * (norms / drawn.norm(dim=1))[:, None]
+
+
+def _norm_ratio(reference: Tensor, rows: Tensor) -> Tensor:
+    norms = rows.float().cpu().norm(dim=1)
+    if bool((norms == 0).any()):
+        raise UserValueError("A random feature of this SAE has a row of norm 0; take another seed.")
+    return reference.norm(dim=1) / norms
+
+
+def _layer(statistics: PassStatistics, layer: int) -> LayerStatistics:
+    if layer not in statistics.layers:
+        raise UserValueError(
+            f"layer {layer} is not in these statistics; they have {', '.join(map(str, statistics.layers))}."
+        )
+    return statistics.layers[layer]
+
+
+def _target_index(statistics: PassStatistics, language: str) -> int:
+    if language not in statistics.languages:
+        raise UserValueError(
+            f"language {language!r} is not in these statistics; they have {', '.join(statistics.languages)}."
+        )
+    return statistics.languages.index(language)

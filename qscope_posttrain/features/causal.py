@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.directions import random_directions
+from qscope_posttrain.features.build import difference_of_means, random_directions
 from qscope_posttrain.features.dose_curve import MEANS
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.features.selection import difference_of_means
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums
 from qscope_posttrain.models.batches import TokenBatch
 from qscope_posttrain.models.capture import LayerCapture
@@ -257,7 +256,7 @@ def causal_check(
 
     Args:
         texts: {language: texts}; `scoring.contrast_sample` chooses those that are read and takes `options`.
-        controls: FeatureSet of random features (see `directions.random_feature_set`). Without it, and for layers it
+        controls: FeatureSet of random features (see `build.random_feature_set`). Without it, and for layers it
             lacks, `random_count` random directions take their place and are named so.
         seed: of the random directions and of the bootstrap.
     """

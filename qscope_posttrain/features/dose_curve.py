@@ -96,8 +96,8 @@ class CurveSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Push:
-    """A direction to try, or several that share the completions; or none at all."""
+class Trial:
+    """A direction to push along, or several that share the completions, or none at all; with strength and window."""
 
     kind: str
     """FEATURE, RANDOM, MEANS or UNSTEERED"""
@@ -109,22 +109,19 @@ class Push:
     """Median residual norm of the layer, the unit of strengths"""
     rows: tuple[int, ...] = ()
     """FEATURE: positions of its rows in the layer's features"""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A push with its strength and window; counts are added by `measure`."""
-
-    push: Push
     strength: float = 0.0
     window_length: int = 0
 
+    @property
+    def setting(self) -> tuple[int | None, float, int]:
+        """Layer, strength and window length: what it shares with its controls."""
+        return self.layer, self.strength, self.window_length
+
     def shift(self, sample: int) -> Tensor | None:
         """[d_model] added to the states of completion number `sample`: the directions take turns."""
-        if self.push.vectors is None:
+        if self.vectors is None:
             return None
-        vector = self.push.vectors[sample % len(self.push.vectors)]
-        return self.strength * self.push.norm * vector.float()
+        return self.strength * self.norm * self.vectors[sample % len(self.vectors)].float()
 
 
 @dataclass(frozen=True)
@@ -156,11 +153,6 @@ class CurvePoint:
     def unlikely_share(self) -> float:
         """Share of unlikely tokens: the distance from the model's own text; 0 without any token."""
         return self.unlikely / self.tokens if self.tokens else 0.0
-
-    @property
-    def setting(self) -> tuple[int | None, float, int]:
-        """Layer, strength and window length: what it shares with its controls."""
-        return self.trial.push.layer, self.trial.strength, self.trial.window_length
 
 
 def measure(
@@ -237,7 +229,7 @@ def unlikely_tokens(
 def _steerings(batch: Sequence[tuple[Trial, int]], starts: Tensor) -> list[Steering]:
     """One steering for each layer and window length in the batch, for its rows."""
     own_starts = starts[[j for _, j in batch]]
-    wishes = [(trial.push.layer, trial.window_length) for trial, _ in batch]
+    wishes = [(trial.layer, trial.window_length) for trial, _ in batch]
     steerings = []
     for layer, length in dict.fromkeys(wishes):
         if layer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from qscope_posttrain.features.feature_set_file import FILE_NAME, read_feature_s
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.provenance import embedding_agreement, model_shape
 from qscope_posttrain.report.tables import Cell, Table
+from qscope_posttrain.text.jsonl import read_jsonl
 from qscope_posttrain.text.language_labels import language_hint
 
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
@@ -254,3 +256,26 @@ def _matching_rows(rows: LayerFeatures, language: str | None, ids: set[int] | No
         # sorted() is stable, so rows of equal score keep their order
         kept += sorted((i for i in positions if rows.labels[i] == label), key=lambda i: -float(scores[i]))[:top]
     return kept
+
+
+def read_explanations(path: str | os.PathLike[str]) -> tuple[Explanation, ...]:
+    """Read explanations from JSONL, one feature a line, or from a FeatureSet (`*.safetensors`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no explanation, a feature explained twice, or none at all.
+    """
+    location = Path(path)
+    if location.suffix == ".safetensors":
+        found = FeatureSet.load(location).explanations
+    else:
+        found = ()
+        for number, row in read_jsonl(location):
+            try:
+                found += (Explanation.from_dict(row),)
+            except ValueError as error:
+                raise UserValueError(f"{location}, line {number}: {error}") from error
+    if not found:
+        raise UserValueError(f"'{location}' holds no explanations; `qscope features explain` writes them.")
+    check_distinct(found)
+    return found

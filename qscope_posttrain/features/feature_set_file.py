@@ -11,12 +11,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation
@@ -64,18 +66,12 @@ def write_feature_set(path: str | Path, features: FeatureSet) -> Path:
     }
     if features.explanations:
         document[EXPLANATIONS] = [entry.to_dict() for entry in features.explanations]
-    try:
-        text = json.dumps(document, ensure_ascii=False, allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise UserValueError(f"FeatureSet.model, .settings and .provenance must be JSON values: {error}.") from error
     tensors = {
         f"layers.{layer}.{name}": getattr(rows, name).contiguous().clone()  # the format shares no memory
         for layer, rows in features.layers.items()
         for name in TENSOR_FIELDS
     }
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(save(tensors, metadata={FORMAT: text}))
-    return path
+    return write_document(path, FORMAT, document, tensors, "FeatureSet.model, .settings and .provenance")
 
 
 def read_feature_set(path: str | Path) -> dict[str, Any]:
@@ -84,18 +80,11 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
     path = feature_set_path(path)
     if not path.exists():
         raise UserFileNotFoundError(f"No FeatureSet file at {path}: give {FILE_NAME}, or the folder that holds it.")
-    check_is_file(path)
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise UserValueError(f"{path} has {size} bytes; a FeatureSet has at most {MAX_BYTES}. It is something else.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            document = _parse_document(path, (file.metadata() or {}).get(FORMAT))
-            tensors = {f"layers.{layer}.{name}" for layer in document["layers"] for name in TENSOR_FIELDS}
-            _check_keys(path, "the tensors", file.keys(), tensors)
-            layers = {int(layer): _read_layer(path, file, layer, facts) for layer, facts in document["layers"].items()}
-    except (SafetensorError, OSError) as error:
-        raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
+    with open_document(path, "FeatureSet", FORMAT, VERSION, MAX_BYTES) as (file, document):
+        _check_document(path, document)
+        tensors = {f"layers.{layer}.{name}" for layer in document["layers"] for name in TENSOR_FIELDS}
+        _check_keys(path, "the tensors", file.keys(), tensors)
+        layers = {int(layer): _read_layer(path, file, layer, facts) for layer, facts in document["layers"].items()}
     explanations = document.get(EXPLANATIONS, [])
     if not isinstance(explanations, list):
         raise UserValueError(f"{path}: {EXPLANATIONS} must be a list, got {type(explanations).__name__}.")
@@ -113,19 +102,46 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
-    if text is None:
-        raise UserValueError(f"{path} is not a FeatureSet: its metadata has no {FORMAT!r}.")
+@contextmanager
+def open_document(path: Path, kind: str, form: str, version: int, max_bytes: int) -> Iterator[tuple[Any, Any]]:
+    """Open a safetensors file whose metadata is one JSON object under `form`: yields (file, object).
+
+    Raises:
+        ValueError: too large to be a `kind`, damaged, of another format or another version.
+    """
+    size = check_is_file(path).stat().st_size
+    if size > max_bytes:
+        raise UserValueError(f"{path} has {size} bytes; a {kind} has at most {max_bytes}. It is something else.")
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserValueError(f"{path}: the FeatureSet document is not valid JSON: {error}.") from error
-    if not isinstance(document, dict):
-        raise UserValueError(f"{path}: the FeatureSet document must be an object, got {type(document).__name__}.")
-    if document.get("version") != VERSION:
-        raise UserValueError(
-            f"{path} has FeatureSet version {document.get('version')!r}; this package reads version {VERSION}."
-        )
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(form)
+            if text is None:
+                raise UserValueError(f"{path} is not a {kind}: its metadata has no {form!r}.")
+            try:
+                document = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise UserValueError(f"{path}: the {kind} document is not valid JSON: {error}.") from error
+            if not isinstance(document, dict):
+                raise UserValueError(f"{path}: the {kind} document must be an object, got {type(document).__name__}.")
+            if (found := document.get("version")) != version:
+                raise UserValueError(f"{path} has {kind} version {found!r}; this package reads version {version}.")
+            yield file, document
+    except (SafetensorError, OSError) as error:
+        raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def write_document(path: Path, form: str, document: Any, tensors: Mapping[str, Tensor], what: str) -> Path:
+    """Write such a file in one step; the folder must exist. `what` names the parts that may not be JSON values."""
+    try:
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise UserValueError(f"{what} must be JSON values: {error}.") from error
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(save(dict(tensors), metadata={form: text}))
+    return path
+
+
+def _check_document(path: Path, document: dict[str, Any]) -> None:
     _check_keys(path, "the keys of the FeatureSet document", document, DOCUMENT_KEYS | ({EXPLANATIONS} & set(document)))
     for key in ("model", "settings", "provenance", "layers"):
         if not isinstance(document[key], dict):
@@ -137,7 +153,6 @@ def _parse_document(path: Path, text: str | None) -> dict[str, Any]:
     _check_strings(path, "languages", document["languages"])
     for layer, facts in document["layers"].items():
         _check_layer_facts(path, layer, facts)
-    return document
 
 
 def _check_layer_facts(path: Path, layer: str, facts: Any) -> None:

@@ -62,7 +62,7 @@ class LayerFeatures:
     decoder: Tensor
     """[F, d]: rows of W_dec; of a free direction the direction itself"""
     scores: Tensor
-    """[F] monolinguality nu for the row's label (see `selection.monolinguality`)"""
+    """[F] monolinguality nu for the row's label (see `build.monolinguality`)"""
     effects: Tensor
     """[F] decoder . g with g the mean gradient of the label's log-probability (see `causal.effect_gradients`)"""
     mean_activation: Tensor

@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qscope_posttrain.distributed import process_rank
+from qscope_posttrain.distributed import default_reduce, process_rank
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.sums import (
     LayerSums,
     PassCheckpoint,
     check_sums_fit,
     describe_sae,
-    reduce_over_processes,
     sequence_fingerprint,
 )
 from qscope_posttrain.models.batches import (
     Text,
-    TokenSequence,
     check_texts,
     describe_text,
     longest_allowed,
@@ -35,7 +33,6 @@ from qscope_posttrain.models.calibration import calibrate, calibration_sample, l
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress
-from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 
@@ -93,24 +90,8 @@ class PassStatistics:
     """[L] int64: texts read"""
     skipped: Tensor
     """[L] int64: tokens before the first that counts: the first one of a text, the context of a `TokenText`"""
-    truncated: Tensor
-    """[L] int64: texts longer than max_length"""
     settings: Mapping[str, Any]
     text_fingerprint: str
-
-    def to_table(self) -> Table:
-        """Numbers of texts and tokens read and left out per language; outliers of the layer that has most of them."""
-        outliers = torch.stack([layer.outliers for layer in self.layers.values()])
-        tokens = torch.stack([layer.tokens for layer in self.layers.values()])
-        return Table(
-            title="Tokens behind the statistics",
-            columns=["language", "texts", "cut", "tokens", "first tokens left out", "norm outliers left out (most)"],
-            rows=[
-                [name, int(self.texts[i]), int(self.truncated[i]), int(tokens[:, i].max()), int(self.skipped[i]),
-                 int(outliers[:, i].max())]
-                for i, name in enumerate(self.languages)
-            ],
-        )  # fmt: skip
 
 
 def collect_statistics(
@@ -212,15 +193,19 @@ def collect_statistics(
                 sums[layer].add(rows, groups, limits[layer], saes[layer])
             if number % checkpoint_every == 0 and number < len(mine):
                 saved.write(sums, number)
-    reduce_over_processes(sums)
+    reduce = default_reduce()
+    for layer in layers:
+        for value in sums[layer].tensors().values():
+            reduce(value)
     saved.delete()
+    owners = torch.tensor([sequence.language for sequence in sequences])
+    skipped = torch.tensor([min(sequence.start, len(sequence.ids)) for sequence in sequences])
     return PassStatistics(
         model=model_identity(model),
         languages=languages,
         layers={layer: _finished(layer, sums[layer], calibration.medians[layer], languages) for layer in layers},
-        texts=_count(sequences, len(languages)),
-        skipped=_count(sequences, len(languages), [min(s.start, len(s.ids)) for s in sequences]),
-        truncated=_count([sequence for sequence in sequences if sequence.truncated], len(languages)),
+        texts=owners.bincount(minlength=len(languages)),
+        skipped=owners.bincount(skipped, minlength=len(languages)).long(),
         settings=settings,
         text_fingerprint=text_fingerprint({name: map(describe_text, entries) for name, entries in texts.items()}),
     )
@@ -246,16 +231,9 @@ def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequen
                 f"Layer {layer}: every token of language {language!r} was left out as a norm outlier. Give more text, "
                 "or raise outlier_factor."
             )
-    missing: dict[str, Any] = {field.name: None for field in fields(sums)}
-    kept = {name: value.cpu() for name, value in sums.tensors().items()}
-    return LayerStatistics(**{**missing, **kept}, median_norm=median_norm)
-
-
-def _count(sequences: Sequence[TokenSequence], languages: int, each: Sequence[int] | None = None) -> Tensor:
-    """[L] int64: the sequences of each language, or the sum of `each` over them."""
-    owners = torch.tensor([sequence.language for sequence in sequences], dtype=torch.long)
-    amounts = torch.ones_like(owners) if each is None else torch.tensor(each, dtype=torch.long)
-    return torch.zeros(languages, dtype=torch.long).index_add_(0, owners, amounts)
+    values: dict[str, Any] = dict.fromkeys(field.name for field in fields(sums))
+    values |= {name: value.cpu() for name, value in sums.tensors().items()}
+    return LayerStatistics(**values, median_norm=median_norm)
 
 
 def _require_sae(value: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from qscope_posttrain.distributed import default_reduce
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.files import replacing
 from qscope_posttrain.kernels.statistics import feature_statistics_
@@ -128,14 +127,6 @@ def check_sums_fit(
             f"second moments), more than max_sums_gib={max_sums_gib:g}. Take fewer layers at a time, set "
             "second_moments=False (no standard deviations, no directions with covariances), or raise max_sums_gib."
         )
-
-
-def reduce_over_processes(sums: Mapping[int, LayerSums]) -> None:
-    """Add up the sums of all processes, in place."""
-    reduce = default_reduce()
-    for layer in sorted(sums):
-        for value in sums[layer].tensors().values():
-            reduce(value)
 
 
 class PassCheckpoint:

@@ -1,1 +1,1 @@
-"""Plug-ins that turn the trainers of other frameworks into trainers with an auxiliary loss."""
+"""The auxiliary losses in other training frameworks: one thin module each, imported by nothing else in the package."""

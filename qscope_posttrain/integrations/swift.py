@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections import Counter
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +25,10 @@ from transformers import TrainerCallback
 from qscope_posttrain.errors import UserImportError, UserTypeError, UserValueError
 from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
-from qscope_posttrain.sft.masks import PADDING_ID
+from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
 from qscope_posttrain.sft.settings import LossSettings
-from qscope_posttrain.sft.train_data import count_languages, without_effect
+from qscope_posttrain.sft.train_data import without_effect
+from qscope_posttrain.text.language_labels import distinct_labels
 
 try:
     from swift.callbacks import callbacks_map
@@ -46,6 +48,10 @@ _REMEDY = (
     'Name the column with the language in ms-swift\'s arguments: --columns \'{"language": "channel"}\', or call it '
     "channel in the data."
 )
+_FOR_THE_TRAINER = frozenset(
+    (CHANNEL, "loss_scale", "compute_loss_func", "text_position_ids", "logits_to_keep", "output_router_logits")
+)
+"""Entries of a batch that ms-swift's compute_loss takes out, or that only the model with its head understands"""
 
 
 class SwiftHost(Host):
@@ -72,9 +78,6 @@ class SwiftHost(Host):
             )
         super().check()
 
-    def columns(self) -> tuple[str, ...]:
-        return () if self.callback.config.language == SCRIPT else (CHANNEL,)
-
     def sample_language(self) -> SampleLanguage | None:
         if not self.callback.reads_languages:
             return None
@@ -88,34 +91,46 @@ class SwiftHost(Host):
                 raise UserValueError(
                     f"The training data has no column {CHANNEL!r}; it has {', '.join(data.column_names)}. {_REMEDY}"
                 )
-            counts = count_languages(data, decide)
+            counts: Counter[str] = Counter()
+            for label in distinct_labels(data, CHANNEL):  # ms-swift has shuffled the rows: their numbers say nothing
+                try:
+                    name = decide.name(label.value)
+                    decide.id(name)
+                except UserValueError as error:
+                    raise UserValueError(f"The training data, in {label.times} rows: {error}") from error
+                counts[name] += label.times
             if nothing := without_effect(counts, str(config.target), config.ignore_languages):
                 warnings.warn(nothing, stacklevel=2)
         return decide
 
-    def train_dataloader(self, build: Any, decide: SampleLanguage, key: str, *args: Any) -> Any:
-        return build(*args)  # the batches have their languages already
+    def train_dataloader(self, build: Any, decide: SampleLanguage, key: str) -> Any:
+        return build()  # the batches have their languages already
+
+    def token_batch(self, inputs: MutableMapping[str, Any], decide: SampleLanguage | None, key: str) -> TokenBatch:
+        # Templates of multimodal models have three position ids for a token, and those of the text under another name.
+        positions = inputs.get("text_position_ids", inputs.get("position_ids"))
+        if positions is not None and positions.ndim != 2:
+            positions = None
+        return super().token_batch({**inputs, "position_ids": positions}, decide, key)
 
     def language_ids(self, inputs: MutableMapping[str, Any], decide: SampleLanguage, key: str) -> Tensor:
-        if decide.rule == SCRIPT:
+        if self.by_documents:
             return super().language_ids(inputs, decide, key)
-        labels, names = inputs["labels"], inputs.get(CHANNEL)
+        labels, names, mask = inputs["labels"], inputs.get(CHANNEL), inputs.get("attention_mask")
         if names is None or None in names:
             raise UserValueError(f"A batch has rows without {CHANNEL!r}. {_REMEDY}")
-        ids = torch.tensor([decide.id(name) for name in names], device=labels.device)
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            documents, real = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels), mask.bool()
-            count = len(labels)
+        if mask is not None:  # rows beside padding
+            documents = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
         else:
-            positions = inputs.get("text_position_ids", inputs.get("position_ids"))
-            if positions is None:
-                raise UserValueError("A batch of ms-swift has neither attention mask nor position ids.")
-            documents, real = (positions == 0).cumsum(1) - 1, torch.ones_like(labels, dtype=torch.bool)
-            count = int(documents.max()) + 1
-        if count != len(ids):
-            raise UserValueError(f"A batch has {count} documents, but the languages of {len(ids)} ({names}).")
-        return torch.where(real, ids[documents], PADDING_ID)
+            documents = TokenBatch.from_inputs(inputs, None).documents()
+        count = int(documents.max()) + 1
+        if count != len(names):
+            raise UserValueError(f"A batch has {count} documents, but the languages of {len(names)}: {names}.")
+        ids = torch.tensor([decide.id(decide.name(name)) for name in names], device=labels.device)[documents]
+        return ids if mask is None else ids.masked_fill(mask == 0, PADDING_ID)
+
+    def model_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in _FOR_THE_TRAINER}
 
 
 class Attach(TrainerCallback):
@@ -147,28 +162,31 @@ def _rows(data: Any) -> Dataset | None:
     return data
 
 
-def _arguments() -> Iterator[Any]:
-    """The arguments of ms-swift that are importing this file now, if they are those of a training."""
+def _check_before_the_model_is_loaded() -> None:
+    """Find mistakes now that would otherwise show after minutes, or never.
+
+    ms-swift imports this file from a method of its arguments, which it passes to no plug-in.
+    """
     frame: Any = sys._getframe(1)
     while frame is not None:
-        found = frame.f_locals.get("self")
-        if hasattr(found, "external_plugins") and hasattr(found, "callbacks"):
-            yield found
+        arguments = frame.f_locals.get("self")
+        if hasattr(arguments, "external_plugins") and hasattr(arguments, "callbacks"):  # those of a training
+            break
         frame = frame.f_back
-
-
-def _check_before_the_model_is_loaded() -> None:
-    """Find mistakes now that would otherwise show after minutes, or never."""
-    for arguments in _arguments():
-        if NAME not in arguments.callbacks:
-            raise UserValueError(
-                f"--external_plugins loads qscope_posttrain, and --callbacks does not have {NAME} "
-                f"({arguments.callbacks}): this would be a training without the penalty. Give --callbacks {NAME}, or "
-                "leave the plug-in out."
-            )
-        if path := os.environ.get(SETTINGS):
-            LossSettings.load(path, language=CHANNEL)
+    else:
         return
+    if type(arguments).__module__.startswith("swift.megatron"):
+        raise UserValueError(
+            "qscope_posttrain does not work with Megatron (`megatron sft`), which splits layers and batches over "
+            "ranks. Use `swift sft` with data parallelism or ZeRO, or leave the plug-in out."
+        )
+    if NAME not in arguments.callbacks:
+        raise UserValueError(
+            f"--external_plugins loads qscope_posttrain, and --callbacks does not have {NAME} ({arguments.callbacks}): "
+            f"this would be a training without the penalty. Give --callbacks {NAME}, or leave the plug-in out."
+        )
+    if path := os.environ.get(SETTINGS):
+        LossSettings.load(path, language=CHANNEL)
 
 
 callbacks_map[NAME] = make_callback

@@ -6,11 +6,10 @@ ValueError or TypeError for shapes, devices, dtypes or options that do not fit.
 
 from qscope_posttrain.kernels.certified import CertifiedCode, CertifiedWeights, certified_encode, certified_weights
 from qscope_posttrain.kernels.decode import sparse_decode
-from qscope_posttrain.kernels.encode import topk_encode
+from qscope_posttrain.kernels.encode import batch_topk_encode, threshold_encode, topk_encode
 from qscope_posttrain.kernels.penalty import feature_penalty, feature_preactivations
 from qscope_posttrain.kernels.statistics import feature_statistics_
-from qscope_posttrain.kernels.steering import steer_add, steer_add_
-from qscope_posttrain.kernels.threshold import batch_topk_encode, threshold_encode
+from qscope_posttrain.kernels.steering import steer_add
 
 __all__ = [
     "CertifiedCode",
@@ -23,7 +22,6 @@ __all__ = [
     "feature_statistics_",
     "sparse_decode",
     "steer_add",
-    "steer_add_",
     "threshold_encode",
     "topk_encode",
 ]

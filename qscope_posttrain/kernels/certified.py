@@ -39,33 +39,25 @@ from torch import Tensor
 from qscope_posttrain.kernels import native
 from qscope_posttrain.kernels.checks import check_encoder, check_same, check_shape
 from qscope_posttrain.kernels.decode import register_encoder_gradient
-from qscope_posttrain.kernels.select import best, topk_product
-from qscope_posttrain.kernels.tiles import product_dtype
+from qscope_posttrain.kernels.select import best, product_dtype, topk_product
 
-BAND = 96
-"""Candidates beyond k: more cost little, since only those within the bound are evaluated."""
+BAND = 96  # Candidates beyond k: more cost little, since only those within the bound are evaluated
 _ROUNDING = 2.0**-8 + 2.0**-16
 _NORM_TOKENS = 256
-_GATHERED_ELEMENTS = 1 << 22
-"""Weights gathered at a time: 16 MiB."""
+_GATHERED_ELEMENTS = 1 << 22  # Weights gathered at a time: 16 MiB
 
 
 class CertifiedWeights(NamedTuple):
     """Bounds for `topk_encode(precision="certified")`; they must be made from the same weights."""
 
-    W_low: Tensor
-    """W_enc in bfloat16, [d_sae, d_model]; W_enc itself if it is bfloat16."""
-    b_low: Tensor
-    """b_enc in bfloat16, [d_sae]."""
-    norms: Tensor
-    """(N, E, B, E_b), float64, [4]."""
+    W_low: Tensor  # W_enc in bfloat16, [d_sae, d_model]; W_enc itself if it is bfloat16
+    b_low: Tensor  # b_enc in bfloat16, [d_sae]
+    norms: Tensor  # (N, E, B, E_b), float64, [4]
 
 
 class CertifiedCode(NamedTuple):
-    values: Tensor
-    """[tokens, k], float32."""
-    indices: Tensor
-    """[tokens, k], int32."""
+    values: Tensor  # [tokens, k], float32
+    indices: Tensor  # [tokens, k], int32
     recomputed: Tensor
     """Number of rows that were not certified and were encoded in float32: int64, [], on the device."""
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
-MAX_FEATURES = 2**31 - 1
-"""Indices are int32."""
+MAX_FEATURES = 2**31 - 1  # Indices are int32
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:

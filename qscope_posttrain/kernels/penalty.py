@@ -16,8 +16,7 @@ from torch import Tensor
 from qscope_posttrain.kernels import checks
 from qscope_posttrain.kernels.checks import accumulation_dtype, exact_dtype
 
-TILE_TOKENS = 1024
-"""Tokens of a half-precision x that are widened at a time on the CPU."""
+TILE_TOKENS = 1024  # Tokens of a half-precision x that are widened at a time on the CPU
 HANDFUL = 256
 """Rows up to which CUDA takes the kernel that reads x in its own dtype, once for every 64 of them; for more a library's
 matrix product of widened tiles is better."""
@@ -131,12 +130,9 @@ _feature_preactivations.register_autograd(_preactivations_backward, setup_contex
 class FeaturePenalty(NamedTuple):
     """Result of `feature_penalty`. Only `sums` has a gradient."""
 
-    sums: Tensor
-    """[F] sum_t w_t e_ts, fp32 (fp64 where x or rows are)"""
-    excesses: Tensor
-    """[F] sum_t e_ts, the same without position weights"""
-    above: Tensor
-    """`mask`'s shape, bool: where any feature exceeds its threshold"""
+    sums: Tensor  # [F] sum_t w_t e_ts, fp32 (fp64 where x or rows are)
+    excesses: Tensor  # [F] sum_t e_ts, the same without position weights
+    above: Tensor  # `mask`'s shape, bool: where any feature exceeds its threshold
 
 
 def feature_penalty(
@@ -251,10 +247,8 @@ def _penalty_gradient(
 
 
 @_feature_penalty.register_fake
-def _(
-    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, features = x.shape[0], rows.shape[0]
+def _(x: Tensor, rows: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, features, mask = x.shape[0], rows.shape[0], others[3]
     sums = x.new_empty(features, dtype=accumulation_dtype(x, rows))
     return sums, torch.empty_like(sums), mask.new_empty(tokens), mask.new_empty(tokens, features)
 

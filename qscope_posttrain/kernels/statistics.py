@@ -7,8 +7,7 @@ from torch import Tensor
 
 from qscope_posttrain.kernels.checks import check_floating, check_indices, check_same, check_shape
 
-ENTRIES_AT_A_TIME = 1 << 20
-"""Entries widened to fp64 and int64 at a time outside of CUDA: 24 MiB."""
+ENTRIES_AT_A_TIME = 1 << 20  # Entries widened to fp64 and int64 at a time outside of CUDA: 24 MiB
 DTYPES = {"activation_sum": (torch.float64,), "firing_count": (torch.int64,), "maximum": (torch.float32, torch.float64)}
 
 

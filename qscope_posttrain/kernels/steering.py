@@ -29,14 +29,6 @@ def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
     return steered
 
 
-def steer_add_(hidden: Tensor, directions: Tensor, strengths: Tensor) -> None:
-    """Do the same in place, without gradient. On CUDA one launch that allocates nothing and waits for nothing: it can
-    be captured in a CUDA graph, and replayed with other strengths written into the same tensor."""
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise ValueError("steer_add_ changes hidden states without a gradient; use steer_add where one is needed.")
-    _steer_add_(hidden, directions.detach(), _expanded(hidden, directions, strengths).detach())
-
-
 def _expanded(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
     """Check everything, and return the strengths as a view [B, T, N]."""
     check_shape("hidden", hidden, ("rows", "tokens", "d_model"))
@@ -71,16 +63,6 @@ def _steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
         chosen = strengths.any(-1, keepdim=True)
     # Not a shift by zero: that would turn -0.0 to 0.0.
     return torch.where(chosen, shifted.to(hidden.dtype), hidden)
-
-
-@torch.library.custom_op("qscope_posttrain::steer_add_", mutates_args=("hidden",))
-def _steer_add_(hidden: Tensor, directions: Tensor, strengths: Tensor) -> None:
-    if hidden.is_cuda:
-        from qscope_posttrain.kernels.triton.steering import steer_add as on_cuda
-
-        on_cuda(hidden, directions, strengths, hidden)
-    else:
-        hidden.copy_(_steer_add(hidden, directions, strengths))
 
 
 _steer_add.register_fake(lambda hidden, directions, strengths: torch.empty_like(hidden))

@@ -25,8 +25,7 @@ class TokenText:
     """A text as token ids, of which only those from `start` on count: those before are their context."""
 
     ids: tuple[int, ...]
-    start: int = 1
-    """Position of the first token that counts; the first token of a text never does"""
+    start: int = 1  # Position of the first token that counts; the first token of a text never does
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(map(operator.index, self.ids)))
@@ -47,14 +46,11 @@ Text = str | TokenText | Sequence[int]
 class TokenSequence:
     """One tokenized text."""
 
-    language: int
-    """Index into the languages"""
-    text: int
-    """Position among the texts of its language"""
+    language: int  # Index into the languages
+    text: int  # Position among the texts of its language
     ids: tuple[int, ...]
     truncated: bool
-    start: int = 1
-    """Position of the first token that counts; at the length or beyond, none does"""
+    start: int = 1  # Position of the first token that counts; at the length or beyond, none does
     ignored: frozenset[int] = frozenset()
     """Token ids that never count, wherever they stand; they are read all the same, as context of the others"""
 
@@ -76,10 +72,8 @@ class TokenBatch:
     never sees what stands to its right."""
 
     sequences: tuple[TokenSequence, ...]
-    input_ids: Tensor
-    """[batch, length] int64, on the CPU; positions at and beyond `lengths` are padding"""
-    lengths: Tensor
-    """[batch] int64"""
+    input_ids: Tensor  # [batch, length] int64, on the CPU; positions at and beyond `lengths` are padding
+    lengths: Tensor  # [batch] int64
 
     def positions(self) -> Tensor:
         """[tokens] int64: indices into the flattened [batch * length] grid, in order, of the tokens that count."""
@@ -110,15 +104,14 @@ def check_texts(texts: Mapping[str, Sequence[Text]]) -> tuple[str, ...]:
         if len(lines) == 0:
             raise UserValueError(f"Language {language!r} has no texts; remove it or give it some.")
         for line in lines:
-            if isinstance(line, bytes) or not isinstance(line, (str, TokenText, Sequence)):
+            if isinstance(line, (str, TokenText)):
+                continue
+            if isinstance(line, bytes) or not isinstance(line, Sequence):
                 kind = type(line).__name__
                 raise UserTypeError(f"texts[{language!r}] must hold strings or lists of token ids, got {kind}.")
-            if not isinstance(line, (str, TokenText)):
-                for token in line:
-                    if isinstance(token, bool) or not isinstance(token, int):
-                        raise UserTypeError(
-                            f"texts[{language!r}] holds a list with {token!r} in it, which is no token id."
-                        )
+            wrong = [token for token in line if isinstance(token, bool) or not isinstance(token, int)]
+            if wrong:
+                raise UserTypeError(f"texts[{language!r}] holds a list with {wrong[0]!r} in it, which is no token id.")
     return tuple(texts)
 
 
@@ -178,10 +171,8 @@ def _token_texts(tokenizer: Any, texts: Sequence[Text]) -> Iterator[TokenText]:
             raise UserTypeError(f"{type(tokenizer).__name__} returns no input_ids, got {list(encoded)}.")
         ids = iter(encoded["input_ids"])
         for text in part:
-            if isinstance(text, TokenText):
-                yield text
-            else:
-                yield TokenText(tuple(next(ids) if isinstance(text, str) else text))
+            known = next(ids) if isinstance(text, str) else text
+            yield known if isinstance(known, TokenText) else TokenText(tuple(known))
 
 
 def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_id: int = 0) -> list[TokenBatch]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,7 @@ CALIBRATION_TOKENS = 1024
 vectors are held in all layers: 0.3 GiB in bf16 for 36 layers of width 4096."""
 
 
-@dataclass(frozen=True)
-class LanguageRows:
+class LanguageRows(NamedTuple):
     """Neighboring rows of one batch that belong to one language."""
 
     language: int
@@ -57,12 +57,9 @@ def language_rows(batch: TokenBatch) -> list[LanguageRows]:
 class Calibration:
     """A fixed sample of the texts, read ahead of the rest to find the limit of outliers."""
 
-    medians: dict[int, float]
-    """Median residual norm of each layer"""
-    devices: dict[int, torch.device]
-    """Device of each layer"""
-    rows: list[tuple[int, Tensor, list[LanguageRows]]]
-    """Result of `layer_rows` for the sample, kept so that it need not be computed again"""
+    medians: dict[int, float]  # Median residual norm of each layer
+    devices: dict[int, torch.device]  # Device of each layer
+    rows: list[tuple[int, Tensor, list[LanguageRows]]]  # `layer_rows` of the sample, which need not be read again
 
 
 def calibration_sample(sequences: Sequence[TokenSequence]) -> tuple[list[TokenSequence], list[TokenSequence]]:
@@ -78,17 +75,16 @@ def calibration_sample(sequences: Sequence[TokenSequence]) -> tuple[list[TokenSe
 def calibrate(model: nn.Module, layers: Sequence[int], batches: Sequence[TokenBatch]) -> Calibration:
     """Read the batches of the sample."""
     rows = [found for batch in batches for found in layer_rows(model, layers, batch)]
-    norms = {
-        layer: [torch.linalg.vector_norm(r.float(), dim=1) for at, r, _ in rows if at == layer] for layer in layers
-    }
     devices = {layer: found.device for layer, found, _ in rows}
-    medians = torch.tensor([float(torch.cat(norms[layer]).median()) for layer in layers], dtype=torch.float64)
+    norms = [[torch.linalg.vector_norm(r.float(), dim=1) for at, r, _ in rows if at == layer] for layer in layers]
+    medians = torch.tensor([float(torch.cat(of_layer).median()) for of_layer in norms], dtype=torch.float64)
     if process_rank()[1] > 1:
         # Processes may round differently; all must leave out the same tokens.
         shared = medians.to(communication_device(devices[layers[0]]))
         dist.broadcast(shared, src=0)
         medians = shared.cpu()
-    for layer, median in zip(layers, medians.tolist(), strict=True):
+    by_layer: dict[int, float] = dict(zip(layers, medians.tolist(), strict=True))
+    for layer, median in by_layer.items():
         if not math.isfinite(median) or median == 0:
             raise UserValueError(f"The residual stream of layer {layer} has median norm {median}: the model is broken.")
-    return Calibration(dict(zip(layers, medians.tolist(), strict=True)), devices, rows)
+    return Calibration(by_layer, devices, rows)

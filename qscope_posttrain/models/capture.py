@@ -40,35 +40,27 @@ def residual_stream(output: Any, width: int) -> Tensor:
 class LayerCapture:
     """Forward hooks that keep the first output of chosen decoder layers since the last `clear()`.
 
+        with LayerCapture(model, layers=[20, 21]) as capture:  # or attach() and remove()
+            model(**inputs)
+            tensors = capture.require()  # {20: [batch, tokens, d_model], 21: ...}
+
     The *first* output is the one to keep under gradient checkpointing. transformers before 5.23 runs hooks inside the
     checkpoint, so that they fire again when backward recomputes the layer; and under reentrant checkpointing the first
     output is made without grad mode and receives its `grad_fn` afterwards, in place. That is why nothing here asks
     `torch.is_grad_enabled()`.
 
     A captured tensor keeps its whole graph alive: call `clear()` as soon as it has been used. Outputs that other hooks
-    replace are captured if those were registered before this one.
+    replace are captured if those were registered before this one. Under `torch.compile`, attach before the model's
+    first forward, because a graph that exists never learns of a new hook, and `clear()` before each forward, because a
+    graph is compiled for the counts it starts from.
 
-    Under `torch.compile`, attach before the model's first forward, because a graph that exists never learns of a new
-    hook, and `clear()` before each forward, because a graph is compiled for the counts it starts from.
-
-    Usable as a context manager, or with `attach()` and `remove()`:
-
-        with LayerCapture(model, layers=[20, 21]) as capture:
-            model(**inputs)
-            tensors = capture.require()     # {20: [batch, tokens, d_model], 21: ...}
-
-    Args:
-        model: a causal language model of transformers, plain or wrapped.
-        layers: numbers of decoder layers, from 0.
-        modules: further modules to read under names of one's own, e.g. `{"final_norm": final_norm(model)}`.
+    `modules` are further modules to read under names of one's own, e.g. `{"final_norm": final_norm(model)}`.
     """
 
-    active: bool
-    """Whether outputs are kept and counted; switch it off for forwards that are of no interest."""
+    active: bool  # Whether outputs are kept and counted; switch it off for forwards that are of no interest
     tensors: dict[int, Tensor]
     """First output of each layer since `clear()`: `[batch, tokens, d_model]`, with its graph."""
-    named: dict[str, Tensor]
-    """First output of each module in `modules`, by its name there."""
+    named: dict[str, Tensor]  # First output of each module in `modules`, by its name there
     calls: dict[int | str, int]
     """How often each layer (and named module) fired since `clear()`, recomputation included."""
 

@@ -65,20 +65,13 @@ class SamplingSettings:
 class Sample:
     """One response of the model."""
 
-    language: str
-    """Source language: the language of the prompt, in which the response should be."""
-    prompt_index: int
-    """Number of the prompt within its language, from 0."""
-    sample_index: int
-    """Number of the response to that prompt, from 0."""
-    prompt: str
-    """The text that the model read, chat template included."""
-    response: str
-    """The text that it wrote, without special tokens."""
-    ended: bool
-    """Whether it ended by itself, rather than at `max_new_tokens`."""
-    prompt_tokens: tuple[int, ...] = ()
-    """Token ids of the prompt; empty where they were not kept."""
+    language: str  # Source language: the language of the prompt, in which the response should be
+    prompt_index: int  # Number of the prompt within its language, from 0
+    sample_index: int  # Number of the response to that prompt, from 0
+    prompt: str  # The text that the model read, chat template included
+    response: str  # The text that it wrote, without special tokens
+    ended: bool  # Whether it ended by itself, rather than at `max_new_tokens`
+    prompt_tokens: tuple[int, ...] = ()  # Token ids of the prompt; empty where they were not kept
     tokens: tuple[int, ...] = ()
     """Token ids of the response up to, not including, the end token; empty where they were not kept."""
 
@@ -117,12 +110,9 @@ def generate_samples(
     tokenizer and the global random state are afterwards as before.
 
     Args:
-        model, tokenizer: a causal language model of transformers, plain or wrapped, and its tokenizer.
         prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
-        settings: how to draw; by default `SamplingSettings()`.
         chat: whether a string is the message of a user to a chat model, rather than text to continue.
         chat_template_options: further arguments of the template, e.g. `{"enable_thinking": False}`.
-        show_progress: whether to show progress; by default as `report.progress` decides.
 
     Returns:
         Samples ordered by language (as in `prompts`), prompt, sample.
@@ -134,14 +124,20 @@ def generate_samples(
     """
     settings = settings or SamplingSettings()
     encoded = _encoded(tokenizer, prompts, chat, dict(chat_template_options or {}))
-    ids = [prompt.ids for prompt in encoded]
-    _check_lengths(model, ids, settings.max_new_tokens, [_named(prompt.language, prompt.number) for prompt in encoded])
-    drawn = sample_tokens(model, tokenizer, ids, settings, show_progress=show_progress)
+    _check_lengths(model, settings, {_named(prompt.language, prompt.number): prompt.ids for prompt in encoded})
+    # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.
+    by_length = sorted(range(len(encoded)), key=lambda place: -len(encoded[place].ids))
+    rows = [(place, number) for place in by_length for number in range(settings.samples_per_prompt)]
+    batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+    responses: dict[tuple[int, int], Response] = {}
+    with _sampling(model, tokenizer, settings) as generate:
+        for batch in progress(batches, description="sampling responses", enabled=show_progress):
+            responses.update(zip(batch, generate([encoded[place].ids for place, _ in batch]), strict=True))
     samples = []
-    for (language, index, text, prompt_tokens), responses in zip(encoded, drawn, strict=True):
-        for number, (tokens, ended) in enumerate(responses):
-            response = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            samples.append(Sample(language, index, number, text, response, ended, tuple(prompt_tokens), tuple(tokens)))
+    for (place, number), (tokens, ended) in sorted(responses.items()):
+        language, index, text, ids = encoded[place]
+        response = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        samples.append(Sample(language, index, number, text, response, ended, tuple(ids), tuple(tokens)))
     return samples
 
 
@@ -156,29 +152,6 @@ def encode_prompts(
     return [prompt.ids for prompt in _encoded(tokenizer, {"": prompts}, chat, dict(chat_template_options or {}))]
 
 
-def sample_tokens(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    prompt_ids: Sequence[Sequence[int]],
-    settings: SamplingSettings,
-    *,
-    show_progress: bool | None = None,
-) -> list[list[Response]]:
-    """Draw `settings.samples_per_prompt` responses to each encoded prompt, as `generate_samples` does. Without a
-    tokenizer, only the model's generation defaults have end tokens."""
-    _check_lengths(model, prompt_ids, settings.max_new_tokens)
-    # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.
-    by_length = sorted(range(len(prompt_ids)), key=lambda place: -len(prompt_ids[place]))
-    rows = [(place, sample) for place in by_length for sample in range(settings.samples_per_prompt)]
-    batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
-    responses: dict[tuple[int, int], Response] = {}
-    with _sampling(model, tokenizer, settings) as generate:
-        for batch in progress(batches, description="sampling responses", enabled=show_progress):
-            responses.update(zip(batch, generate([prompt_ids[place] for place, _ in batch]), strict=True))
-    samples = range(settings.samples_per_prompt)
-    return [[responses[place, sample] for sample in samples] for place in range(len(prompt_ids))]
-
-
 def sample_batch(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -187,7 +160,7 @@ def sample_batch(
 ) -> list[Response]:
     """Draw one response to each encoded prompt, all in one batch with the rows in the order given, for a caller who
     does something to certain rows meanwhile (see `steering.steer`). Ignores `samples_per_prompt` and `batch_size`."""
-    _check_lengths(model, prompt_ids, settings.max_new_tokens)
+    _check_lengths(model, settings, {_named("", number): ids for number, ids in enumerate(prompt_ids)})
     with _sampling(model, tokenizer, settings) as generate:
         return generate(prompt_ids)
 
@@ -195,8 +168,7 @@ def sample_batch(
 class _Encoded(NamedTuple):
     language: str
     number: int
-    text: str
-    """The text that the model reads"""
+    text: str  # What the model reads
     ids: list[int]
 
 
@@ -266,21 +238,18 @@ def _named(language: str, index: int) -> str:
     return f"Prompt {index} of {language!r}" if language else f"Prompt {index}"
 
 
-def _check_lengths(
-    model: nn.Module, ids: Sequence[Sequence[int]], max_new_tokens: int, names: Sequence[str] | None = None
-) -> None:
+def _check_lengths(model: nn.Module, settings: SamplingSettings, prompts: Mapping[str, Sequence[int]]) -> None:
     """ValueError for no prompt, a prompt of no token, or one that leaves no room for its response."""
-    if not ids:
+    if not prompts:
         raise UserValueError("No prompts given.")
     longest = getattr(text_config(model), "max_position_embeddings", None)
-    for index, tokens in enumerate(ids):
-        name = names[index] if names else _named("", index)
+    for name, tokens in prompts.items():
         if len(tokens) == 0:
             raise UserValueError(f"{name} has no tokens.")
-        if longest is not None and len(tokens) + max_new_tokens > longest:
+        if longest is not None and len(tokens) + settings.max_new_tokens > longest:
             raise UserValueError(
-                f"{name} has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that exceeds the {longest} "
-                "positions of the model. Shorten the prompt or the response."
+                f"{name} has {len(tokens)} tokens; with max_new_tokens={settings.max_new_tokens} that exceeds the "
+                f"{longest} positions of the model. Shorten the prompt or the response."
             )
 
 

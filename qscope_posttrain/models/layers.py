@@ -53,8 +53,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     ValueError for an encoder-decoder, a model with several residual streams, or one without a single list of
     `num_hidden_layers` blocks beside its token embedding.
     """
-    layers = _text_backbone(model)[1]
-    config = text_config(model)
+    layers, config = _text_backbone(model)[1], text_config(model)
     if config.model_type == "xlnet":
         raise UserValueError(
             "XLNet's layers return [tokens, batch, d_model], and only [batch, tokens, d_model] is read."

@@ -24,11 +24,7 @@ _OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenize
 
 
 def parse_layers(words: Sequence[str], depth: int) -> tuple[int, ...]:
-    """Layers from words such as `26`, `20-27` and `all`, ascending, for a model of `depth` decoder layers.
-
-    Raises:
-        ValueError: a word of another form, or a layer outside 0..depth-1.
-    """
+    """Layers from words such as `26`, `20-27` and `all`, ascending, for a model of `depth` decoder layers."""
     layers: set[int] = set()
     for word in words:
         first, dash, last = word.partition("-")
@@ -74,47 +70,31 @@ def load_model(
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, from a folder or the hub.
-
-    Raises:
-        FileNotFoundError: neither holds a model of this name; the hub's own message does not always name it.
-        ValueError: the tokenizer cannot be read.
-    """
+    """Load a model's tokenizer, from a folder or the hub. FileNotFoundError if neither holds a model of this name,
+    ValueError if its files cannot be read."""
     from transformers import AutoTokenizer
 
-    with _loading(f"cannot load the tokenizer of '{name}'", name):
-        try:
-            return AutoTokenizer.from_pretrained(name, revision=revision)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise UserFileNotFoundError(
-                f"no model '{name}', neither a folder with a tokenizer nor on the hub: {reason}"
-            ) from error
+    return _from_pretrained(AutoTokenizer, name, revision, f"cannot load the tokenizer of '{name}'")
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """Load a model's configuration, from a folder or the hub.
-
-    Raises:
-        FileNotFoundError: neither holds a model of this name.
-        ValueError: no configuration of a known kind.
-    """
+    """Load a model's configuration; see `load_tokenizer`."""
     from transformers import AutoConfig
 
-    with _loading(f"cannot read the configuration of '{name}'", name):
+    return _from_pretrained(AutoConfig, name, revision, f"cannot read the configuration of '{name}'")
+
+
+def _from_pretrained(kind: Any, name: str, revision: str | None, what: str) -> Any:
+    with _loading(what, name):
         try:
-            return AutoConfig.from_pretrained(name, revision=revision)
-        except OSError as error:
+            return kind.from_pretrained(name, revision=revision)
+        except OSError as error:  # the hub's own message does not always name the model
             reason = str(error).splitlines()[0]
             raise UserFileNotFoundError(f"no model '{name}', neither a folder nor on the hub: {reason}") from error
 
 
 def choose_device(device: str | None) -> Any:
-    """The named torch device, or by default the first GPU and without one the CPU.
-
-    Raises:
-        ValueError: no such device on this machine.
-    """
+    """The named torch device, or by default the first GPU and without one the CPU. ValueError if it does not exist."""
     import torch
 
     if device is None:

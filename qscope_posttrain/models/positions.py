@@ -29,10 +29,8 @@ class Window:
         >>> steering = qp.Steering(torch.randn(64), layers=(3,), positions=window)
     """
 
-    start: int | Tensor = 0
-    """First token of the window, or one for every row: integers `[rows]`."""
-    length: int | None = None
-    """Number of tokens in the window; None reaches to the end."""
+    start: int | Tensor = 0  # First token of the window, or one for every row: integers `[rows]`
+    length: int | None = None  # Number of tokens in the window; None reaches to the end
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", whole_numbers("Window.start", self.start))
@@ -119,14 +117,10 @@ class ColumnTracker:
 
     prompt_length: int | Tensor | None
     """Columns of the prompt, or one number for each row (on the CPU); None before the first forward."""
-    first: int
-    """Column of the first token of the current forward."""
-    width: int
-    """Columns of the current forward; 0 before the first one."""
-    prompt_seen: bool
-    """Whether a forward has read a token of a prompt."""
-    generated_seen: bool
-    """Whether a forward has read a generated token."""
+    first: int  # Column of the first token of the current forward
+    width: int  # Columns of the current forward; 0 before the first one
+    prompt_seen: bool  # Whether a forward has read a token of a prompt
+    generated_seen: bool  # Whether a forward has read a generated token
 
     def __init__(self, prompt_length: int | Tensor | None = None) -> None:
         self._given = None if prompt_length is None else whole_numbers("prompt_length", prompt_length)

@@ -1,4 +1,5 @@
-"""Teacher-forced scores: the probability that a model gives to texts, to responses and to the tokens of a language."""
+"""Teacher-forced scores: the probability that a model gives to texts, to responses and to the tokens of a language, and
+the token ids that write a language."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.models.batches import (
     TokenBatch,
     TokenSequence,
@@ -22,12 +24,11 @@ from qscope_posttrain.models.batches import (
     token_batches,
     tokenize_texts,
 )
-from qscope_posttrain.models.layers import evaluation_mode
-from qscope_posttrain.models.target_tokens import target_token_ids
+from qscope_posttrain.models.layers import evaluation_mode, text_config
 from qscope_posttrain.text.scripts import language_code, scripts_of_name, target_script
+from qscope_posttrain.text.tokens import script_token_ids
 
-LOGITS_AT_A_TIME = 1 << 24
-"""Logits converted to fp32 at a time: 64 MiB."""
+LOGITS_AT_A_TIME = 1 << 24  # Logits converted to fp32 at a time: 64 MiB
 
 
 def model_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
@@ -101,11 +102,8 @@ def response_losses(
 ) -> tuple[Tensor, Tensor]:
     """-log P(response | prompt), summed over the response's tokens, by one forward over each pair of token ids.
 
-    Returns:
-        (loss [responses] fp64, tokens [responses] int64), on the CPU; 0 and 0 for an empty response.
-
-    Raises:
-        ValueError: an empty prompt, after which nothing predicts the first token, or different numbers of both.
+    Returns (loss [responses] fp64, tokens [responses] int64), on the CPU; 0 and 0 for an empty response. ValueError for
+    an empty prompt, after which nothing predicts the first token.
     """
     if len(prompts) != len(responses):
         raise UserValueError(f"{len(prompts)} prompts but {len(responses)} responses.")
@@ -138,20 +136,16 @@ class ContrastSample:
 
     languages: tuple[str, ...]
     batches: list[TokenBatch]
-    target_tokens: Tensor
-    """[tokens] int64, ascending"""
+    target_tokens: Tensor  # [tokens] int64, ascending
 
 
 @dataclass(frozen=True, eq=False)
 class TextScores:
     """Sums over the tokens of each text but its first; fp64, on the CPU."""
 
-    probability: Tensor
-    """[texts] sum of P(target tokens)"""
-    loss: Tensor
-    """[texts] sum of -log P(next token)"""
-    tokens: Tensor
-    """[texts] predicted tokens"""
+    probability: Tensor  # [texts] sum of P(target tokens)
+    loss: Tensor  # [texts] sum of -log P(next token)
+    tokens: Tensor  # [texts] predicted tokens
 
     @property
     def mean_probability(self) -> float:
@@ -163,21 +157,12 @@ class TextScores:
         return float((self.loss.sum() / self.tokens.sum()).exp())
 
 
-def target_probability(
-    model: nn.Module, tokenizer: Any, texts: Mapping[str, Sequence[str]], target: str, **options: Any
-) -> TextScores:
-    """Teacher-forced P(target tokens) = sum of the probabilities of a set of tokens, on text of the OTHER languages.
-
-    `options` are those of `contrast_sample`, which chooses texts and tokens.
-    """
-    sample = contrast_sample(model, tokenizer, texts, target, **options)
-    with evaluation_mode(model):
-        return score_sample(model, sample)
-
-
 @torch.no_grad()
 def score_sample(model: nn.Module, sample: ContrastSample) -> TextScores:
-    """Scores of all texts of the sample, in the order of its batches. One ordinary forward per batch."""
+    """Teacher-forced P(target tokens), the sum of their probabilities, on text of the other languages.
+
+    Texts are in the order of the sample's batches. One ordinary forward per batch.
+    """
     found = []
     for batch in sample.batches:
         flat = model_logits(model, batch)
@@ -211,11 +196,6 @@ def contrast_sample(
             and then languages that write it too are not read either: Japanese text rightly holds Han.
         texts_per_language: number of texts per language, those with the smallest content hashes, whatever their
             order; None for all.
-        tokens_per_batch: tokens in a forward pass, padding included.
-        max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
-
-    Raises:
-        ValueError: no text in another language, no unique script and no target_tokens, or ids that do not exist.
     """
     if texts_per_language is not None and texts_per_language < 1:
         raise UserValueError(f"texts_per_language must be at least 1, got {texts_per_language}.")
@@ -229,13 +209,63 @@ def contrast_sample(
     if not languages:
         unless = f", one that does not write {script}" if script else ""
         raise UserValueError(f"Text in a language other than {target!r} is needed{unless}; got {', '.join(texts)}.")
-    others = {language: _sample(texts[language], texts_per_language) for language in languages}
+    others = {language: _smallest_hashes(texts[language], texts_per_language) for language in languages}
     sequences = tokenize_texts(tokenizer, others, longest_allowed(model, max_length))
     usable = [sequence for sequence in sequences if len(sequence.ids) > 1]
     return ContrastSample(tuple(languages), token_batches(usable, tokens_per_batch, pad_token(tokenizer)), ids)
 
 
-def _sample(lines: Sequence[str], count: int | None) -> list[str]:
+def _smallest_hashes(lines: Sequence[str], count: int | None) -> list[str]:
     if count is None or len(lines) <= count:
         return list(lines)
     return sorted(lines, key=lambda line: hashlib.sha256(line.encode(errors="surrogatepass")).digest())[:count]
+
+
+def fingerprint(ids: Tensor) -> str:
+    """SHA-256 of a set of token ids."""
+    return hashlib.sha256(ids.sort().values.cpu().numpy().tobytes()).hexdigest()
+
+
+def target_token_ids(
+    model: nn.Module, tokenizer: Any, target: str, given: Tensor | None, option: str = "target_tokens"
+) -> Tensor:
+    """`given`, checked, or the vocabulary entries that write the target's script: `[n]` int64, ascending.
+
+    ValueError for ids outside the vocabulary, no token, or a target that shares its script with other languages; it
+    names `option`, with which the user can give ids.
+    """
+    if given is None:
+        try:
+            script = target_script(language_code(target))
+        except ValueError as error:
+            raise UserValueError(f"{error} Pass {option}=... to name the tokens of {target!r} yourself.") from error
+        given = script_token_ids(tokenizer, script)
+    ids = torch.as_tensor(given, dtype=torch.long).flatten().unique()
+    vocabulary = int(text_config(model).vocab_size)
+    if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        found = f"ids from {int(ids.min())} to {int(ids.max())}" if ids.numel() else "none"
+        raise UserValueError(
+            f"Expected tokens of {target!r} among the model's {vocabulary} tokens (ids from 0 to {vocabulary - 1}), "
+            f"got {found}. Pass {option}=... to name them yourself."
+        )
+    return ids
+
+
+def find_target_tokens(trainer: Trainer, target: str, given: Tensor | None, required: bool) -> Tensor | None:
+    """`target_token_ids` for the model and tokenizer of a trainer; TypeError if it has no tokenizer.
+
+    Without `required`, a language that shares its script gives None instead of an error.
+    """
+    tokenizer: Any = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    if given is None:
+        try:
+            target_script(language_code(target))
+        except ValueError:
+            if not required:
+                return None
+        else:
+            if not isinstance(tokenizer, PreTrainedTokenizerBase):
+                kind = type(tokenizer).__name__
+                raise UserTypeError(f"The trainer has no tokenizer ({kind}); pass target_token_ids=....")
+    model: Any = trainer.model
+    return target_token_ids(model, tokenizer, target, given, "target_token_ids")

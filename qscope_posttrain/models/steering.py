@@ -16,7 +16,6 @@ from qscope_posttrain.models.positions import ColumnTracker, Positions, Span, Wi
 from qscope_posttrain.models.steering_spec import Change, Mode, Steering, Unit
 
 __all__ = ["Mode", "Positions", "Steering", "Unit", "Window", "steer"]
-LayerHook = Callable[[nn.Module, Any, Any], Any]
 
 
 @contextmanager
@@ -34,16 +33,11 @@ def steer(
     Without `prompt_length` it is the width of the forward that starts with an empty cache: what `generate` does with
     prompts padded on the left. Another `generate` inside the block starts again.
 
-    Limits:
-
-    - `torch.compile`: with positions "all" a model must make its first forward inside the block, and compiles again
-      after it. Other positions break the graph at the steered layers: they are right, but slow.
-    - A backward that recomputes layers (gradient checkpointing) must run inside the block and, with positions other
-      than "all", before the next forward.
-    - Forwards from other threads are steered too. A batch packed into one row has one column count for all its texts:
-      only positions "all" make sense there.
-    - In a mixture of experts a steered row may go to other experts, which regroups the matrix products of the remaining
-      rows and may change their last bits.
+    Limits, beside those in docs/steering.md: under `torch.compile` with positions "all" a model must make its first
+    forward inside the block, and compiles again after it. A backward that recomputes layers (gradient checkpointing)
+    must run inside the block and, with positions other than "all", before the next forward. Forwards from other threads
+    are steered too. A batch packed into one row has one column count for all its texts: only positions "all" make sense
+    there.
 
     Args:
         model (nn.Module): Causal language model of transformers.
@@ -113,12 +107,14 @@ def _check_effect(
             )
 
 
-def _hook(steering: Steering, layer: int, width: int, calls: dict[int, int], columns: ColumnTracker) -> LayerHook:
+def _hook(
+    steering: Steering, layer: int, width: int, calls: dict[int, int], columns: ColumnTracker
+) -> Callable[[nn.Module, Any, Any], Any]:
     """Forward hook that steers one layer."""
     # Cast and moved once per device and dtype, not at every token of a generation.
     prepared: dict[tuple[torch.device, torch.dtype], tuple[Change, Tensor | None]] = {}
     batch_rows = steering.batch_rows
-    selection = None if steering.positions == "all" else _Selection(steering, columns)
+    selection = None if steering.positions == "all" else _selection(steering, columns)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = residual_stream(output, width)
@@ -126,7 +122,7 @@ def _hook(steering: Steering, layer: int, width: int, calls: dict[int, int], col
         calls[layer] = 1 if torch.compiler.is_compiling() else calls[layer] + 1
         if batch_rows is not None and hidden.shape[0] != batch_rows:
             raise UserValueError(other_rows("Steering is given", batch_rows, hidden.shape[0]))
-        inside = True if selection is None else selection.mask(hidden)
+        inside = True if selection is None else selection(hidden)
         if inside is False:
             return None
         key = (hidden.device, hidden.dtype)
@@ -151,24 +147,22 @@ def other_rows(what: str, expected: int, found: int) -> str:
     )
 
 
-class _Selection:
-    """The columns of the current forward that a steering changes."""
+def _selection(steering: Steering, columns: ColumnTracker) -> Callable[[Tensor], bool | Tensor]:
+    """Function of hidden states that finds which columns of the current forward are steered; see `Span.mask`."""
+    prompt_length: int | Tensor | None = None
+    span = Span(0, 0)
 
-    def __init__(self, steering: Steering, columns: ColumnTracker) -> None:
-        self._steering, self._columns = steering, columns
-        self._prompt_length: int | Tensor | None = None
-        self._span = Span(0, 0)
-
-    def mask(self, hidden: Tensor) -> bool | Tensor:
-        """True, False, or bool `[rows or 1, tokens]` (see `Span.mask`)."""
-        columns = self._columns
+    def selected(hidden: Tensor) -> bool | Tensor:
+        nonlocal prompt_length, span
         if columns.prompt_length is None or hidden.shape[1] != columns.width:
             raise RuntimeError(
                 f"A steered layer gave {hidden.shape[1]} columns, but the last forward of the model read "
                 f"{columns.width}: the layer runs outside of a forward, e.g. recomputed in a backward after another "
                 "forward. Only positions 'all' can be steered there."
             )
-        if columns.prompt_length is not self._prompt_length:
-            self._prompt_length = columns.prompt_length
-            self._span = Span.of(self._steering.positions, columns.prompt_length, self._steering.rows)
-        return self._span.mask(columns.first, columns.width, hidden.device)
+        if columns.prompt_length is not prompt_length:
+            prompt_length = columns.prompt_length
+            span = Span.of(steering.positions, prompt_length, steering.rows)
+        return span.mask(columns.first, columns.width, hidden.device)
+
+    return selected

@@ -102,9 +102,8 @@ class Steering:
         """The arithmetic at one of `layers`, in fp32 on the direction's device."""
         direction = self.direction.float()
         along = unit(direction)
-        length = self.strength * (
-            self.residual_norms[layer] if self.unit == "relative" and self.residual_norms else 1.0
-        )
+        norms = self.residual_norms if self.unit == "relative" else None
+        length = self.strength * (norms[layer] if norms else 1.0)
         shift = spread(length * (direction if self.unit == "raw" else along))
         if self.mode == "add":
             return Change(shift)
@@ -163,11 +162,10 @@ class Steering:
         if self.unit != "relative":
             return
         norms = self.residual_norms or {}
-        missing = [str(layer) for layer in self.layers if layer not in norms]
+        missing = ", ".join(str(layer) for layer in self.layers if layer not in norms)
         if missing:
             raise UserValueError(
-                f"unit 'relative' needs residual_norms, the median length of the hidden states, of layer(s) "
-                f"{', '.join(missing)}."
+                f"unit 'relative' needs residual_norms, the median length of the hidden states, of layer(s) {missing}."
             )
         for layer in self.layers:
             _check_number(f"residual_norms[{layer}]", norms[layer])
@@ -199,8 +197,7 @@ class Change:
     `[d_model]`, or `[rows, 1, d_model]` for one per row; None leaves its part out."""
 
     shift: Tensor | None = None
-    read: Tensor | None = None
-    """`[d_model, 1]`, or `[rows, d_model, 1]`"""
+    read: Tensor | None = None  # `[d_model, 1]`, or `[rows, d_model, 1]`
     write: Tensor | None = None
     bias: float = 0.0
     rectified: bool = False

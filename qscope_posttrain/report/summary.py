@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserValueError(str(error)) from error
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write every row as one line of JSON, in one step, and return the path. ValueError if it cannot be written."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return Path(path)
 
 
 def to_json(value: Any) -> Any:

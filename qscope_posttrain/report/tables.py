@@ -36,8 +36,11 @@ class Table:
                     f"row {number} of table '{title}' has {len(row)} cells for {len(self.columns)} columns: {row}."
                 )
 
-    def print(self, console: Console | None = None) -> None:
-        """Print the table with rich, on standard output unless a console is given."""
+    def print(self, console: Console | None = None, markdown: bool = False) -> None:
+        """Print the table with rich, on standard output unless a console is given; or its Markdown."""
+        if markdown:
+            print(self.to_markdown())
+            return
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text

@@ -31,21 +31,22 @@ def check_data(trainer: Any, flag: str) -> None:
         if flag in (getattr(dataset, "column_names", None) or []):
             raise UserValueError(f"The data set has a column {flag!r}, the name of the flag of negatives; rename it.")
         if trainer.environment_factories is None:  # they make the prompts
-            check_dataset(dataset, **_reads(trainer), name=name)
+            check_dataset(dataset, **_trainer_reads(trainer), name=name)
 
 
 def check_inputs(trainer: Any, inputs: Sequence[Mapping[str, Any]]) -> None:
     """`check_batch` for a batch of a `GRPOTrainer`, where streams and transforms show their rows."""
     if trainer.environment_factories is None:
-        check_batch([row.get(PROMPT) for row in inputs], **_reads(trainer))
+        check_batch([row.get(PROMPT) for row in inputs], **_trainer_reads(trainer))
 
 
-def _reads(trainer: Any) -> dict[str, Any]:
-    """The kinds of prompts that a trainer's tokenizer can read, as options of `check_batch`."""
-    return {
-        "empty_allowed": bool(trainer._tokenizer(text="")["input_ids"]),
-        "chat_allowed": trainer.chat_template is not None or trainer.processing_class.chat_template is not None,
-    }
+def _reads(tokenizer: Any, template: Any) -> dict[str, Any]:
+    """The kinds of prompts that can be read with a tokenizer and a chat template, as options of `check_batch`."""
+    return {"empty_allowed": bool(tokenizer(text="")["input_ids"]), "chat_allowed": template is not None}
+
+
+def _trainer_reads(trainer: Any) -> dict[str, Any]:
+    return _reads(trainer._tokenizer, trainer.chat_template or trainer.processing_class.chat_template)
 
 
 def check_dataset(
@@ -134,10 +135,7 @@ def prompt_lengths(
             which TRL does not read here.
     """
     in_memory = isinstance(rows, Dataset)
-    reads: dict[str, Any] = {
-        "empty_allowed": bool(tokenizer(text="")["input_ids"]),
-        "chat_allowed": tokenizer.chat_template is not None,
-    }
+    reads = _reads(tokenizer, tokenizer.chat_template)
     check_dataset(rows, **reads, name="data")
     examples: Iterable[dict[str, Any]] = rows if in_memory and whole else list(islice(iter(rows), _SAMPLED_ROWS))
     if not in_memory:

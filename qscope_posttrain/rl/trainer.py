@@ -16,7 +16,6 @@ from trl.rewards import get_soft_overlong_punishment
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.checkpoints import SameRun, SaveBetweenGenerations, run_identity
-from qscope_posttrain.rl.checks import check_trainer_arguments
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, dead_groups, replace_rows, rows_to_redraw
 from qscope_posttrain.rl.metrics import overwrite_last, row_metrics, token_metrics, token_sums
@@ -24,7 +23,7 @@ from qscope_posttrain.rl.prompts import check_data, check_inputs
 from qscope_posttrain.rl.rewards import check_reward_data
 from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap
 from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_rollout, negative_source
-from qscope_posttrain.rl.rollouts.options import check_trainer_generation
+from qscope_posttrain.rl.rollouts.options import check_trainer_arguments, check_trainer_generation
 from qscope_posttrain.rl.rows import (
     RowFacts,
     RowPlan,

@@ -8,47 +8,30 @@ of value zero only fill the rectangle, and add nothing when decoded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.kernels import CertifiedWeights, threshold_encode, topk_encode
-from qscope_posttrain.kernels.checks import check_choice, check_tiles
+from qscope_posttrain.kernels import threshold_encode, topk_encode
 from qscope_posttrain.kernels.encode import VARIANTS
-from qscope_posttrain.kernels.tiles import product_dtype, result_dtype
 from qscope_posttrain.sae.checks import as_number, check_finite, check_tensor
 
 TOP_K_VARIANTS = VARIANTS
 
-_TILE_ELEMENTS = 1 << 24
-"""Pre-activations held at a time where no kernel does it: 64 MiB in float32."""
-
 
 @dataclass(frozen=True)
 class Activation:
-    """Base of all activations. `encode` checks the options once; a subclass gives `_encode`, or only `_select`."""
+    """Base of all activations."""
 
-    def encode(
-        self,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        *,
-        precision: str = "model",
-        weights: CertifiedWeights | None = None,
-        tile_tokens: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(values, int32 indices), both [tokens, width], of z = W_enc x + b_enc; arguments as `kernels.topk_encode`.
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """(values, int32 indices), both [tokens, width], of z = W_enc x + b_enc.
 
-        `weights` are for the precision "certified", which TopK alone offers. Differentiable with respect to the three
-        tensors; the choice of the survivors is not.
+        Options are `precision`, `weights` (for the precision "certified", which TopK alone offers) and `tile_tokens` of
+        `kernels.topk_encode`. Differentiable with respect to the three tensors; the choice of the survivors is not.
         """
-        if weights is not None or precision == "certified":
-            raise UserValueError("precision='certified' is for TopK; this activation has no certified encoding")
-        return self._encode(x, W_enc, b_enc, precision, tile_tokens)
+        raise NotImplementedError
 
     def check(self, d_sae: int) -> None:
         """Raise ValueError if the activation cannot belong to an SAE of `d_sae` latents."""
@@ -56,24 +39,6 @@ class Activation:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Activation:
         """The same activation with its tensors, if it has any, on another device or in another dtype."""
         return self
-
-    def _encode(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, precision: str, tile_tokens: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """`_select` on the pre-activations of some tokens at a time: plain torch, for activations without a kernel."""
-        check_choice("precision", precision, ("model", "fp32"))
-        dtype = product_dtype(W_enc, precision == "fp32")
-        W_enc, b_enc = W_enc.to(dtype), b_enc.to(dtype)
-        check_tiles(tile_tokens, None)
-        tile = tile_tokens or max(1, _TILE_ELEMENTS // W_enc.shape[0])
-        with torch.autocast(x.device.type, enabled=False):
-            parts = [self._select(F.linear(piece.to(dtype), W_enc, b_enc)) for piece in x.split(tile)]
-        values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
-        return values.to(result_dtype(W_enc)), indices.to(torch.int32)
-
-    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """(values, indices) of the survivors among pre-activations [tokens, d_sae]."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -116,10 +81,11 @@ class Thresholded(Activation):
         """A pre-activation survives above this: one limit for all latents, or one each [d_sae]."""
         return 0.0
 
-    def _encode(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, precision: str, tile_tokens: int | None
-    ) -> tuple[Tensor, Tensor]:
-        return threshold_encode(x, W_enc, b_enc, self.limit(), precision=precision, tile_tokens=tile_tokens)
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        weights = options.pop("weights", None)
+        if weights is not None or options.get("precision") == "certified":
+            raise UserValueError("precision='certified' is for TopK; this activation has no certified encoding")
+        return threshold_encode(x, W_enc, b_enc, self.limit(), **options)
 
 
 @dataclass(frozen=True)
@@ -169,43 +135,8 @@ class JumpReLU(Thresholded):
         return JumpReLU(self.threshold.to(device=device, dtype=dtype))
 
 
-@dataclass(frozen=True)
-class AbsTopK(Activation):
-    """The `k` pre-activations of largest magnitude, with their signs. Those below zero count as not firing."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        TopK(self.k)  # the same checks
-
-    def check(self, d_sae: int) -> None:
-        TopK(self.k).check(d_sae)
-
-    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        indices = pre.detach().abs().topk(self.k, dim=-1).indices
-        return pre.gather(-1, indices), indices
-
-
-@dataclass(frozen=True)
-class GroupMax(Activation):
-    """relu of the largest pre-activation of each of `k` groups of consecutive latents, of d_sae / k latents each."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        TopK(self.k)  # the same checks
-
-    def check(self, d_sae: int) -> None:
-        if d_sae % self.k:
-            raise UserValueError(f"GroupMax divides the latents into k={self.k} equal groups, which {d_sae} cannot be")
-
-    def _select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        values, within = pre.relu().unflatten(-1, (self.k, -1)).max(dim=-1)
-        return values, within + torch.arange(0, pre.shape[1], pre.shape[1] // self.k, device=pre.device)
-
-
-AnyActivation = TopK | ReLU | BatchTopK | JumpReLU | AbsTopK | GroupMax
-_BY_NAME: dict[str, type[Activation]] = {kind.__name__.lower(): kind for kind in get_args(AnyActivation)}
+_KINDS: tuple[type[Activation], ...] = (TopK, ReLU, BatchTopK, JumpReLU)
+_BY_NAME = {kind.__name__.lower(): kind for kind in _KINDS}
 
 
 def activation_to_spec(activation: Activation) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -25,12 +25,10 @@ from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 from qscope_posttrain.sae.formats import WRITERS
-from qscope_posttrain.sae.formats.stored import StoredSAE
 from qscope_posttrain.sae.loading import (
     FeatureRows,
     activation_of,
     feature_id_tensor,
-    layer_of,
     load_tensors,
     open_source,
     read_rows,
@@ -56,20 +54,13 @@ class SparseAutoencoder:
         torch.Size([5, 64])
     """
 
-    W_enc: Tensor
-    """Encoder, [d_sae, d_model]: one row per feature."""
-    b_enc: Tensor
-    """Encoder bias, [d_sae]."""
-    W_dec: Tensor
-    """Decoder, [d_sae, d_model]: a feature's direction is a row. Norms are whatever was trained."""
-    b_dec: Tensor
-    """Decoder bias, [d_model]: added in `decode`, never subtracted in `encode`."""
-    activation: Activation
-    """The nonlinearity: which pre-activations survive."""
-    layer: int | None = None
-    """Decoder layer whose output it reads, counted from 0; None if unknown."""
-    source: SAESource = field(default_factory=lambda: SAESource("memory"))
-    """Its origin."""
+    W_enc: Tensor  # Encoder, [d_sae, d_model]: one row per feature
+    b_enc: Tensor  # Encoder bias, [d_sae]
+    W_dec: Tensor  # Decoder, [d_sae, d_model]: a feature's direction is a row; norms are whatever was trained
+    b_dec: Tensor  # Decoder bias, [d_model]: added in `decode`, never subtracted in `encode`
+    activation: Activation  # The nonlinearity: which pre-activations survive
+    layer: int | None = None  # Decoder layer whose output it reads, counted from 0; None if unknown
+    source: SAESource = field(default_factory=lambda: SAESource("memory"))  # Its origin
 
     def __post_init__(self) -> None:
         check_tensor("b_enc", self.b_enc, (None,))
@@ -180,9 +171,7 @@ class SparseAutoencoder:
         """
         if format not in WRITERS:
             raise UserValueError(f"unknown format {format!r}; an SAE can be saved as {', '.join(WRITERS)}")
-        place, origin = Path(path).expanduser(), self.source.origin or self.source
-        stored = StoredSAE(place, format, *self._tensors(), memory_mapped=False, layer=self.layer, origin=origin)
-        return WRITERS[format](place, stored, self.activation)
+        return WRITERS[format](Path(path).expanduser(), self)
 
     @classmethod
     def load(
@@ -218,16 +207,14 @@ class SparseAutoencoder:
             FileNotFoundError: nothing there.
             ValueError: damaged, hostile or mismatched: the message names file, fault, and what was expected.
         """
-        located, stored = open_source(source, layer, revision, d_model, input_scale)
-        activation = activation_of(located, stored, k)
+        stored = open_source(source, layer, revision, d_model, input_scale)
+        activation = activation_of(stored, k)
         sha256 = file_sha256(stored.path) if checksum else None
         place, kind = torch.device(device or "cpu"), dtype or torch.float32
         try:
+            tensors = load_tensors(stored, kind, place)
             return cls(
-                **load_tensors(stored, kind, place),
-                activation=activation.to(place, kind),
-                layer=layer_of(located, stored),
-                source=located.describe(stored.format, sha256, stored.origin),
+                **tensors, activation=activation.to(place, kind), layer=stored.layer, source=stored.source(sha256)
             )
         except ValueError as error:
             raise UserValueError(f"{stored.path}: {error}") from error
@@ -248,8 +235,7 @@ class SparseAutoencoder:
         k is not needed. The sha256 is left out of `source`, since it would read the whole file:
         `source.with_sha256(rows.source)` computes it.
         """
-        located, stored = open_source(source, layer, revision, d_model, input_scale)
-        return read_rows(located, stored, feature_ids)
+        return read_rows(open_source(source, layer, revision, d_model, input_scale), feature_ids)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.W_enc, self.b_enc, self.W_dec, self.b_dec

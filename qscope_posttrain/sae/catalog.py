@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.sae.layout import ranges
 
 MODEL_CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -29,43 +30,30 @@ MODEL_CLASSES = {
 }
 """Causal language model of transformers for each `model_type` of a text decoder, multimodal wrappers aside."""
 
-_TYPICAL_L0 = 100
-"""If no L0 is named, the available one nearest to this is taken."""
+_TYPICAL_L0 = 100  # If no L0 is named, the available one nearest to this is taken
 
 
 @dataclass(frozen=True)
 class CatalogEntry:
     """One release: the SAEs of one width for one model, one file per layer (and L0, where there is a choice)."""
 
-    name: str
-    """Short name, lower case."""
-    family: str
-    """"Qwen-Scope", "Gemma Scope", "Gemma Scope 2" or "Llama Scope"."""
-    repository: str
-    """Hub id."""
-    backbone: str
-    """Hub id of the model whose activations it was trained on."""
-    model_type: str
-    """`model_type` of that model's text decoder in transformers."""
-    tuning: str
-    """"base" or "instruct"."""
-    model_layers: int
-    """Decoder layers of the model."""
-    layers: tuple[int, ...]
-    """Layers that have an SAE, from 0: the residual stream after these blocks."""
+    name: str  # Short name, lower case
+    family: str  # "Qwen-Scope", "Gemma Scope", "Gemma Scope 2" or "Llama Scope"
+    repository: str  # Hub id
+    backbone: str  # Hub id of the model whose activations it was trained on
+    model_type: str  # `model_type` of that model's text decoder in transformers
+    tuning: str  # "base" or "instruct"
+    model_layers: int  # Decoder layers of the model
+    layers: tuple[int, ...]  # Layers that have an SAE, from 0: the residual stream after these blocks
     d_model: int
     d_sae: int
-    k: int | None
-    """k of TopK; None for JumpReLU."""
-    format: str
-    """Name of the on-disk format, as in `SAESource.format`."""
+    k: int | None  # k of TopK; None for JumpReLU
+    format: str  # Name of the on-disk format, as in `SAESource.format`
     file: str
     """Template of the path of a layer's weights in the repository, with {layer} and, where there is a choice, {l0}."""
-    companions: tuple[str, ...] = ()
-    """Further files that reading the weights needs, as templates."""
+    companions: tuple[str, ...] = ()  # Further files that reading the weights needs, as templates
     license: str = ""
-    verified_by: str = ""
-    """Where these facts come from, and which of them are not verified."""
+    verified_by: str = ""  # Where these facts come from, and which of them are not verified
     bytes_per_weight: int = 4
     site: str = "resid_post"
     choices: Mapping[int, tuple[str, ...]] = field(default_factory=dict, hash=False)
@@ -74,8 +62,7 @@ class CatalogEntry:
     """Mean number of firing latents stated for all layers of a release without TopK and without `choices`."""
     targets: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Target L0 of those `choices` that are words."""
-    l0: str | None = None
-    """The chosen one of `choices`; None takes the most typical of each layer."""
+    l0: str | None = None  # The chosen one of `choices`; None takes the most typical of each layer
 
     @property
     def model_class(self) -> str:
@@ -99,7 +86,7 @@ class CatalogEntry:
     def l0_of(self, layer: int) -> str | None:
         """The L0 that `file_of` takes for a layer, as the repository writes it; None where there is no choice."""
         if layer not in self.layers:
-            raise UserValueError(f"{self.name} has no layer {layer}; it has the layers {_in_words(self.layers)}.")
+            raise UserValueError(f"{self.name} has no layer {layer}; it has the layers {ranges(self.layers)}.")
         offered = self.choices.get(layer)
         if offered is None:
             return None
@@ -191,10 +178,3 @@ def _entry(facts: dict[str, Any]) -> CatalogEntry:
     return CatalogEntry(
         **facts | {"layers": layers, "choices": choices, "companions": tuple(facts.get("companions", ()))}
     )
-
-
-def _in_words(numbers: Iterable[int]) -> str:
-    ordered = sorted(numbers)
-    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
-        return f"{ordered[0]} to {ordered[-1]}"
-    return ", ".join(map(str, ordered))

@@ -36,15 +36,11 @@ class RemoteFile:
     """A file on the hub, and its state on this machine."""
 
     name: str
-    size: int | None
-    """Bytes; None where the hub does not say."""
-    etag: str
-    """Name of its content: the sha256 of a large file."""
+    size: int | None  # Bytes; None where the hub does not say
+    etag: str  # Name of its content: the sha256 of a large file
     commit: str
-    present: int
-    """Bytes of it on this machine."""
-    is_cached: bool
-    """The whole file is in the cache."""
+    present: int  # Bytes of it on this machine
+    is_cached: bool  # The whole file is in the cache
 
     @property
     def missing(self) -> int:
@@ -122,11 +118,10 @@ def list_files(repository: str, revision: str | None = None) -> list[str]:
     try:
         return HfApi().list_repo_files(repository, revision=revision)
     except Exception as error:  # the HTTP library under huggingface_hub, and so its errors, differ by version
-        reason = str(error).strip().splitlines()
         raise UserFileNotFoundError(
             f"{repository} is not a path on this machine, and the list of its files could not be had from the Hugging "
-            f"Face hub ({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the name, the "
-            "revision, the network and your access, or give a local file or folder."
+            f"Face hub ({_first_line(error)}). Check the name, the revision, the network and your access, or give a "
+            "local file or folder."
         ) from error
 
 
@@ -237,33 +232,25 @@ def _all_cached(repository: str, files: Sequence[str], revision: str | None) -> 
 
 
 def _explained(repository: str, name: str, revision: str | None, error: Exception) -> FileNotFoundError:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants, errors
 
     place = f"{repository} at {revision or 'its main branch'}"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return UserFileNotFoundError(
             f"{repository} is gated: accept its terms at {constants.ENDPOINT}/{repository}, then `hf auth login`."
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return UserFileNotFoundError(
             f"no repository {repository} on {constants.ENDPOINT}, or it is private: check the name, or `hf auth login`."
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return UserFileNotFoundError(
             f"{repository} has no revision {revision!r}: give one of its branches, tags or commits."
         )
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return NotInRepository(f"{place} holds no file {name}.")
     reason, advice = f"no answer from {constants.ENDPOINT} ({_first_line(error)})", "Check the network and HF_ENDPOINT"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         reason, advice = "HF_HUB_OFFLINE is set", "Unset it"
     return _NotReachable(
         reason,

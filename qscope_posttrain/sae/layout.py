@@ -7,7 +7,7 @@ layer, counted from 0: the residual stream after block n.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
@@ -152,10 +152,11 @@ def choose(names: Iterable[str], layer: int | None, where: str, above: str = "")
     return by_layer[wanted][0]
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first dozen of `names`."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def listed(names: Iterable[str]) -> str:
+    """The first dozen of `names` for a message, none of them too long."""
+    texts = sorted(name[:100] for name in names)
+    more = len(texts) - _SHOWN
+    return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def ranges(numbers: Iterable[int]) -> str:

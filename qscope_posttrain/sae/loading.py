@@ -10,35 +10,26 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.sae.activations import AbsTopK, Activation, GroupMax, TopK
+from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 from qscope_posttrain.sae.containers.mapped import compute_dtype, copy_block, gather
 from qscope_posttrain.sae.formats import open_stored
 from qscope_posttrain.sae.formats.stored import StoredSAE, fold_rows
-from qscope_posttrain.sae.source import LocatedFile, SAESource, locate
+from qscope_posttrain.sae.source import SAESource, locate
 
-WITH_K = (TopK, AbsTopK, GroupMax)
-"""Activations that k describes."""
+_BLOCK_BYTES = 1 << 25  # Float32 rows of the encoder that are folded at a time while a whole SAE is loaded
 
-_BLOCK_BYTES = 1 << 25
-"""Float32 rows of the encoder that are folded at a time while a whole SAE is loaded."""
-
-_PAGE_COLUMNS = 1024
-"""Features stored as columns are read in multiples of a page of the file."""
+_PAGE_COLUMNS = 1024  # Features stored as columns are read in multiples of a page of the file
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureRows:
     """Encoder and decoder rows of F features, in raw residual-stream units. Checked on construction."""
 
-    feature_ids: Tensor
-    """int64 [F], on the CPU."""
-    encoder: Tensor
-    """[F, d_model]"""
-    encoder_bias: Tensor
-    """[F]"""
-    decoder: Tensor
-    """Directions, [F, d_model]."""
+    feature_ids: Tensor  # int64 [F], on the CPU
+    encoder: Tensor  # [F, d_model]
+    encoder_bias: Tensor  # [F]
+    decoder: Tensor  # Directions, [F, d_model]
     source: SAESource
     layer: int | None = None
 
@@ -69,22 +60,25 @@ def feature_id_tensor(feature_ids: Sequence[int] | Tensor, d_sae: int) -> Tensor
 
 
 def open_source(
-    source: str | Path, layer: int | None, revision: str | None, d_model: int | None, input_scale: float | None
-) -> tuple[LocatedFile, StoredSAE]:
+    source: str | Path,
+    layer: int | None = None,
+    revision: str | None = None,
+    d_model: int | None = None,
+    input_scale: float | None = None,
+) -> StoredSAE:
     """Find and open the file of one layer: its structure is checked, no matrix is read."""
-    located = locate(source, layer, revision)
-    stored = open_stored(located, input_scale)
+    stored = open_stored(locate(source, layer, revision), input_scale)
     if d_model is not None and stored.d_model != d_model:
         raise UserValueError(
             f"{stored.path} is for a residual stream of width {stored.d_model}, but the model has {d_model}: "
             "this SAE belongs to another model"
         )
-    return located, stored
+    return stored
 
 
 def load_tensors(stored: StoredSAE, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """The four canonical tensors. Beyond them, at most one block of rows is in memory at a time."""
-    d_sae, d_model = stored.W_enc.shape
+    d_sae, d_model = stored.d_sae, stored.d_model
     b_dec = stored.b_dec.to(compute_dtype(stored.b_dec), copy=True)
     tensors = {
         "W_enc": torch.empty(d_sae, d_model, dtype=dtype, device=device),
@@ -94,52 +88,41 @@ def load_tensors(stored: StoredSAE, dtype: torch.dtype, device: torch.device) ->
     step = max(1, _BLOCK_BYTES // (4 * d_model * _PAGE_COLUMNS)) * _PAGE_COLUMNS
     for start in range(0, d_sae, step):
         block = slice(start, min(start + step, d_sae))
-        rows = (
-            copy_block(stored.W_enc[block], stored.memory_mapped),
-            copy_block(stored.b_enc[block].unsqueeze(1), stored.memory_mapped).squeeze(1),
-            copy_block(stored.W_dec[block], stored.memory_mapped),
-        )
-        for tensor, folded in zip(tensors.values(), fold_rows(stored.fold, *rows, stored.b_dec, block), strict=True):
+        parts = (stored.W_enc[block], stored.b_enc[block].unsqueeze(1), stored.W_dec[block])
+        encoder, bias, decoder = (copy_block(part, stored.memory_mapped) for part in parts)
+        rows = fold_rows(stored.fold, encoder, bias.squeeze(1), decoder, stored.b_dec, block)
+        for tensor, folded in zip(tensors.values(), rows, strict=True):
             tensor[block] = folded
     return tensors | {"b_dec": (b_dec / stored.fold.output_scale).to(device, dtype)}
 
 
-def read_rows(located: LocatedFile, stored: StoredSAE, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
+def read_rows(stored: StoredSAE, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
     """The rows of some features as float32; only these are read from the file, see `containers.mapped.gather`."""
     ids = feature_id_tensor(feature_ids, stored.d_sae)
-    rows = (
-        gather(stored.W_enc, ids, stored.memory_mapped),
-        gather(stored.b_enc.unsqueeze(1), ids, stored.memory_mapped).squeeze(1),
-        gather(stored.W_dec, ids, stored.memory_mapped),
-    )
-    encoder, bias, decoder = (part.float() for part in fold_rows(stored.fold, *rows, stored.b_dec, ids))
+    parts = (stored.W_enc, stored.b_enc.unsqueeze(1), stored.W_dec)
+    encoder, bias, decoder = (gather(part, ids, stored.memory_mapped) for part in parts)
+    rows = fold_rows(stored.fold, encoder, bias.squeeze(1), decoder, stored.b_dec, ids)
+    encoder, bias, decoder = (part.float() for part in rows)
     try:
-        source = located.describe(stored.format, None, stored.origin)
-        return FeatureRows(ids, encoder, bias, decoder, source, layer_of(located, stored))
+        return FeatureRows(ids, encoder, bias, decoder, stored.source(), stored.layer)
     except ValueError as error:
         raise UserValueError(f"{stored.path}: {error}") from error
 
 
-def layer_of(located: LocatedFile, stored: StoredSAE) -> int | None:
-    """The layer stated in the file, else by its name or the caller."""
-    return located.layer if stored.layer is None else stored.layer
-
-
-def activation_of(located: LocatedFile, stored: StoredSAE, k: int | None) -> Activation:
+def activation_of(stored: StoredSAE, k: int | None) -> Activation:
     """The activation by file, release name and caller, which must not contradict each other."""
-    own = stored.activation
-    known: dict[str, int] = {}
-    if isinstance(own, WITH_K):
-        known["the file"] = own.k
-    elif own is not None and k is not None:
+    own, release = stored.activation, stored.located.release
+    if own is not None and not isinstance(own, TopK) and k is not None:
         raise UserValueError(f"{stored.path} has a {type(own).__name__} activation, so k={k} means nothing")
-    if located.release is not None:
-        known[f"the release name {located.release.name}"] = located.release.k
-    if k is not None:
-        known["the caller"] = k
+    stated = {
+        "the file": own.k if isinstance(own, TopK) else None,
+        f"the release name {release.name if release else ''}": release.k if release else None,
+        "the caller": k,
+    }
+    known = {who: value for who, value in stated.items() if value is not None}
     if len(set(known.values())) > 1:
-        stated = ", ".join(f"{who} says k={value}" for who, value in known.items())
-        raise UserValueError(f"{stored.path}: contradicting k: {stated}")
+        words = ", ".join(f"{who} says k={value}" for who, value in known.items())
+        raise UserValueError(f"{stored.path}: contradicting k: {words}")
     if own is not None:
         return own
     if not known:
@@ -147,8 +130,8 @@ def activation_of(located: LocatedFile, stored: StoredSAE, k: int | None) -> Act
             f"{stored.path}: k is not in the file, and no folder above it is named like a release "
             "(SAE-Res-<model>-W<N>K-L0_<k>): give it with k=..., for Qwen-Scope 50 or 100"
         )
-    activation = TopK(next(iter(known.values())))
     try:
+        activation = TopK(next(iter(known.values())))
         activation.check(stored.d_sae)
     except ValueError as error:
         raise UserValueError(f"{stored.path}: {error}") from error

@@ -21,12 +21,9 @@ _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/
 class SAESource:
     """Origin of an SAE, kept with it and with everything made from it."""
 
-    location: str
-    """Hub repository id, absolute folder, or words such as "trained in memory"."""
-    revision: str | None = None
-    """Commit of the hub repository."""
-    file: str | None = None
-    """Path of the file in `location`."""
+    location: str  # Hub repository id, absolute folder, or words such as "trained in memory"
+    revision: str | None = None  # Commit of the hub repository
+    file: str | None = None  # Path of the file in `location`
     sha256: str | None = None
     """Digest of the file. Full loads record it; reading rows leaves it None, `with_sha256` computes it."""
     format: str = "memory"
@@ -34,8 +31,7 @@ class SAESource:
     "dictionary_learning", or "memory"."""
     release: str | None = None
     """Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, or a name of the catalog."""
-    origin: SAESource | None = None
-    """For a file written by this package: the source of the SAE before that."""
+    origin: SAESource | None = None  # For a file written by this package: the source of the SAE before that
 
     def __str__(self) -> str:
         place = self.location if self.file is None else f"{self.location}/{self.file}"
@@ -77,18 +73,15 @@ class LocatedFile:
 
     path: Path
     location: str
-    layer: int | None
-    """Layer by its path, else the one the caller gave, else None."""
+    layer: int | None  # Layer by its path, else the one the caller gave, else None
     release: Release | None = None
     revision: str | None = None
-    file: str | None = None
-    """Path in `location`; the file name if None."""
-    entry: catalog.CatalogEntry | None = None
-    """The release of the catalog by whose name it was requested."""
+    file: str | None = None  # Path in `location`; the file name if None
+    entry: catalog.CatalogEntry | None = None  # The release of the catalog by whose name it was requested
 
     def describe(self, format: str, sha256: str | None, origin: SAESource | None = None) -> SAESource:
         """The `SAESource` of this file."""
-        release = self.release.name if self.release else (origin.release if origin else None)
+        release = self.release.name if self.release else origin.release if origin else None
         if release is None and self.entry is not None:
             release = self.entry.name
         return SAESource(self.location, self.revision, self.file or self.path.name, sha256, format, release, origin)

@@ -32,21 +32,11 @@ class Anchor:
         self._to_place = frozen is not None and _can_move(frozen)
 
     @classmethod
-    def for_trainer(cls, trainer: Trainer, given: nn.Module | None) -> Anchor:
-        """The anchor for a trainer's model. Of a model that is given, only the device may change.
-
-        Raises:
-            ValueError: parameters are sharded, or the given model is (part of) the trained one, has another vocabulary
-                or a head that is adapted.
-        """
+    def for_trainer(cls, trainer: Trainer, given: nn.Module | Anchor | None) -> Anchor:
+        """The anchor for a trainer's model, unless it is given. Of a given model, only the device may change."""
+        if isinstance(given, Anchor):
+            return given
         model: Any = trainer.model
-        scheme = sharding_of(trainer)
-        if scheme is not None:
-            raise UserValueError(
-                f"anchor_weight needs whole logits of the starting and the trained model; under {scheme} no rank "
-                "holds the whole output embedding outside of the model's forward. Use DDP or ZeRO-1/2, or "
-                "anchor_weight=0."
-            )
         if given is not None:
             if not isinstance(given, nn.Module):
                 raise UserTypeError(f"anchor_model must be a loaded model; got {type(given).__name__} {given!r}.")
@@ -68,6 +58,7 @@ class Anchor:
         final_hidden: Tensor,
         positions: Tensor,
         excluded_ids: Tensor | None,
+        head: LogitHead | None = None,
     ) -> Tensor:
         """`KL(start || model)` at the chosen positions, `[positions]`; see `logits.divergence_from`.
 
@@ -76,12 +67,13 @@ class Anchor:
             final_hidden: its final-norm output `[batch, tokens, d_model]`, with graph.
             positions: bool `[batch, tokens]`.
             excluded_ids: tokens to renormalize without, or None.
+            head: the map from its output to logits; None: that of the model.
         """
         start_hidden, start_head = self.start(model, inputs)
         # The layers of a model that is split over devices end on another one than that of the labels.
         start_hidden = start_hidden[positions.to(start_hidden.device)]
         final_hidden = final_hidden[positions.to(final_hidden.device)]
-        return divergence_from(start_head, start_hidden, LogitHead.of(model), final_hidden, excluded_ids)
+        return divergence_from(start_head, start_hidden, head or LogitHead.of(model), final_hidden, excluded_ids)
 
     @torch.no_grad()
     def start(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, LogitHead]:

@@ -155,16 +155,14 @@ class AttachedRun:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
-        if not model.training:
-            return original(model, inputs, **options)
-        plain = {key: value for key, value in inputs.items() if key not in (self.key, self.read_key)}
+        plain = {name: value for name, value in inputs.items() if name not in (self.key, self.read_key)}
+        if not model.training or self.removed:
+            return original(model, plain, **options)
         if self.read_key in inputs:
             batch = TokenBatch.from_stacked(inputs[self.read_key])
         else:  # a batch of the data loader that has not passed through get_batch_samples
             batch = self.host.token_batch(dict(inputs), self.decide, self.key)
-        if self.removed:
-            return original(model, plain, **options)
-        capture = self.loss.capture
+        capture, paused = self.loss.capture, []
         capture.clear()
         capture.active = True
         try:
@@ -174,38 +172,26 @@ class AttachedRun:
             layers, named = self.loss.captured(batch.labels)
             self.micro_batches += 1
             self.hook_calls += sum(capture.calls.values())
-            term, sums = self._term(batch, layers, named, num_items_in_batch, plain)
+            # With PEFT the starting model of an anchor is the trained one, and its forward must not be captured.
+            paused = [other for other in self.callback.captures_on(self.trainer) if other.active]
+            for other in paused:
+                other.active = False
+            given = self.host.model_inputs(plain)
+            eligible, config = self.loss.eligible(batch), self.loss.config
+            normalizer = Normalizer.of(
+                self.trainer, config.normalization, batch, eligible, num_items_in_batch, self.eligible_in_window
+            )
+            term, sums = self.loss.value(Step(batch, eligible, layers, named, normalizer, given))
             self.window.add(sums, loss.device)
-            if self.loss.config.weight > 0 or self.loss.config.anchor > 0:  # else it is only measured
+            if config.weight > 0 or config.anchor > 0:  # else it is only measured
                 loss = loss + term.to(loss)
             return (loss, *result[1:]) if return_outputs else loss
         finally:
+            for other in paused:
+                other.active = True
             capture.active = False
             # The captured tensors hold the graph of the whole forward.
             capture.clear()
-
-    def _term(
-        self,
-        batch: TokenBatch,
-        layers: Mapping[int, Tensor],
-        named: Mapping[str, Tensor],
-        num_items_in_batch: Tensor | int | None,
-        inputs: Mapping[str, Any],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The term and its sums, computed while no capture is active: with PEFT the starting model is the trained one,
-        and its forward must not be captured."""
-        eligible, normalization = self.loss.eligible(batch), self.loss.config.normalization
-        normalizer = Normalizer.of(
-            self.trainer, normalization, batch, eligible, num_items_in_batch, self.eligible_in_window
-        )
-        active = [capture for capture in self.callback.captures_on(self.trainer) if capture.active]
-        for capture in active:
-            capture.active = False
-        try:
-            return self.loss.value(Step(batch, eligible, layers, named, normalizer, inputs))
-        finally:
-            for capture in active:
-                capture.active = True
 
 
 _ABSENT = object()

@@ -34,6 +34,10 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     state of its own runs.
     """
 
+    logits_given = False
+    """Whether a step brings the model's logits: then a term needs neither the weight of the output embedding nor whole
+    parameters. An integration sets it."""
+
     def __init__(
         self,
         config: LossConfig,
@@ -110,8 +114,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
             if run.hooked:
                 raise RuntimeError(f"This {type(self).__name__} is already attached to the trainer; detach() it first.")
             run.leave()
-        kind = host_class(trainer, type(self).__name__) if host is None else host
-        place = kind(trainer, self)
+        place = (host or host_class(trainer, type(self).__name__))(trainer, self)
         place.check()
         self._check_once(trainer)
         for other in trainer.callback_handler.callbacks:

@@ -15,9 +15,9 @@ from transformers import Trainer
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.models.layers import decoder_layers, final_norm
-from qscope_posttrain.models.target_tokens import find_target_tokens, fingerprint
-from qscope_posttrain.sft.anchor import Anchor
-from qscope_posttrain.sft.logits import check_head
+from qscope_posttrain.models.scoring import find_target_tokens, fingerprint
+from qscope_posttrain.sft.anchor import Anchor, sharding_of
+from qscope_posttrain.sft.logits import LogitHead, check_head
 from qscope_posttrain.sft.loss import Normalizer
 from qscope_posttrain.sft.masks import TokenBatch
 
@@ -36,7 +36,7 @@ class Step:
     batch: TokenBatch
     eligible: Tensor  # Positions that the term acts on, bool `[batch, tokens]`
     layers: Mapping[int, Tensor]  # Outputs of the captured decoder layers
-    named: Mapping[str, Tensor]  # Outputs of the captured modules: `FINAL_NORM`, where the loss needs logits
+    named: Mapping[str, Tensor]  # `FINAL_NORM`, where the loss needs logits: what the model's `head` reads
     normalizer: Normalizer
     inputs: Mapping[str, Any]  # The batch as the collator made it, without the languages
 
@@ -59,15 +59,23 @@ class AuxiliaryLoss(ABC):
         self.target_id = None if config.target is None else callback.languages.index(config.target)
         self.tokens: Tensor | None = None
         self.anchor: Anchor | None = None
+        self.logits_given = callback.logits_given
         if config.needs_logits:
-            check_head(model)
+            if not self.logits_given:
+                if scheme := sharding_of(trainer):
+                    raise UserValueError(
+                        "The token penalty and the anchor need the whole output embedding, which no rank holds under "
+                        f"{scheme} outside of the model's forward. Use DDP or ZeRO-1/2, or SASFT with anchor_weight=0."
+                    )
+                check_head(model)
             given = callback.target_token_ids
             if config.target is not None or given is not None:
                 self.tokens = find_target_tokens(trainer, config.target or "the anchor", given, self.needs_tokens)
         if self.needs_anchor or config.anchor > 0:
             self.anchor = Anchor.for_trainer(trainer, callback.anchor_model)
         chosen = tuple(layers) or (len(decoder_layers(model)) - 1,)
-        self.capture = LayerCapture(model, chosen, {FINAL_NORM: final_norm(model)} if config.needs_logits else None)
+        norm = {FINAL_NORM: final_norm(model)} if config.needs_logits and not self.logits_given else None
+        self.capture = LayerCapture(model, chosen, norm)
         self.capture.active = False
 
     # What a subclass gives
@@ -100,11 +108,17 @@ class AuxiliaryLoss(ABC):
             sums["anchor"] = anchor.detach() * step.normalizer.logged
         return term, sums
 
+    @property
+    def head(self) -> LogitHead:
+        """The map from a step's `FINAL_NORM` to logits."""
+        return LogitHead(None) if self.logits_given else LogitHead.of(self.model)
+
     def divergence(self, step: Step, positions: Tensor) -> Tensor:
         """`KL(start || model)` at `positions`, over all tokens but the target's if these are known; `[positions]`."""
         if self.anchor is None:
             raise RuntimeError("The divergence needs a starting model, which this loss was made without.")
-        return self.anchor.divergence(self.model, step.inputs, step.named[FINAL_NORM], positions, self.tokens)
+        hidden = step.named[FINAL_NORM]
+        return self.anchor.divergence(self.model, step.inputs, hidden, positions, self.tokens, self.head)
 
     def metrics(self, totals: Mapping[str, list[float]], steps: int, ranks: int) -> dict[str, float]:
         """Values to log, from sums over a logging window of `steps` optimizer steps and over `ranks` processes."""
@@ -120,10 +134,6 @@ class AuxiliaryLoss(ABC):
         """The captured tensors, by layer and by name, at the positions of `labels` `[batch, tokens]`.
 
         Virtual tokens, which PEFT puts before every row inside the model (prompt tuning, p-tuning), are left out.
-
-        Raises:
-            RuntimeError: a hook has not fired.
-            ValueError: hidden states and labels differ in shape.
         """
         self.capture.require()
         prompt: Any = getattr(self.model, "active_peft_config", None)

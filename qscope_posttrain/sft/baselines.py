@@ -1,7 +1,7 @@
 """Losses that need no SAE and no FeatureSet, with the interface of SASFT: token penalty, KL anchor alone.
 
 The difference of means and random features are FeatureSets, so they run through `SASFTCallback` itself (see
-`features.directions`).
+`features.build`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sft.anchor import sharding_of
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.auxiliary_loss import FINAL_NORM, AuxiliaryLoss, Step
 from qscope_posttrain.sft.config import (
@@ -24,7 +22,7 @@ from qscope_posttrain.sft.config import (
     TokenPenaltyConfig,
     known_languages,
 )
-from qscope_posttrain.sft.logits import LogitHead, target_surprise
+from qscope_posttrain.sft.logits import target_surprise
 
 
 class TokenPenaltyCallback(AuxiliaryLossCallback):
@@ -145,21 +143,12 @@ class _TokenPenalty(AuxiliaryLoss):
     config: TokenPenaltyConfig
     needs_tokens = True
 
-    def __init__(self, trainer: Trainer, callback: TokenPenaltyCallback) -> None:
-        scheme = sharding_of(trainer)
-        if scheme is not None:
-            raise UserValueError(
-                f"The token penalty needs the whole output embedding with gradient, which no rank holds under {scheme} "
-                "outside of the model's forward. Use DDP or ZeRO-1/2."
-            )
-        super().__init__(trainer, callback)
-
     def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         positions, tokens = step.eligible, torch.as_tensor(self.tokens)
         if self.config.skip_target_labels:
             positions = positions & ~torch.isin(step.batch.next_labels(), tokens.to(positions.device))
         hidden = step.named[FINAL_NORM]
-        surprise = target_surprise(LogitHead.of(self.model), hidden[positions.to(hidden.device)], tokens)
+        surprise = target_surprise(self.head, hidden[positions.to(hidden.device)], tokens)
         probability = -torch.expm1(-surprise.detach())
         return step.normalizer(surprise.sum()), {"probability": probability.sum(), "positions": positions.sum()}
 

@@ -1,4 +1,4 @@
-"""SASFT on a stock `trl.SFTTrainer`."""
+"""SASFT on a trainer of transformers or TRL."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from transformers import Trainer
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
+from qscope_posttrain.kernels.penalty import feature_penalty
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, Step
 from qscope_posttrain.sft.config import Combine, LanguageOf, SASFTConfig
-from qscope_posttrain.sft.loss import Normalization, excess_and_loss
+from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import TokenBatch
 
 
@@ -114,7 +115,7 @@ class _FeaturePenalty(AuxiliaryLoss):
         return batch.eligible(self.target_id, self.config.positions)
 
     def penalty(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        eligible, normalizer = step.eligible, step.normalizer
+        eligible = step.eligible
         penalty = torch.zeros((), device=eligible.device)
         above = torch.zeros_like(eligible)
         excesses: list[Tensor] = []
@@ -123,17 +124,9 @@ class _FeaturePenalty(AuxiliaryLoss):
             here = hidden.device
             if layer.rows.device != here:
                 layer = self.penalties[i] = layer.to(here)
-            found, share = excess_and_loss(
-                hidden,
-                layer.thresholds,
-                eligible.to(here),
-                normalizer.normalization,
-                normalizer.num_tokens.to(here),
-                rows=layer.rows,
-                bias=layer.bias,
-                groups=step.batch.language_ids.to(here),
-            )
-            penalty = penalty + normalizer.scaled(share).to(penalty.device)
+            mask, groups = eligible.to(here), step.batch.language_ids.to(here)
+            found = feature_penalty(hidden, layer.rows, layer.bias, layer.thresholds, mask, groups=groups)
+            penalty = penalty + step.normalizer(found.sums.sum(), len(found.sums)).to(penalty.device)
             above |= found.above.to(above.device)
             excesses.append(found.excesses)
         counts = {"penalized": above.sum(), "eligible": eligible.sum(), "labeled": step.batch.labeled().sum()}
@@ -171,11 +164,7 @@ class PenaltyLayer:
 
 
 def penalty_layers(features: FeatureSet, config: SASFTConfig) -> tuple[PenaltyLayer, ...]:
-    """The readouts that `config` asks for.
-
-    Raises:
-        ValueError: the target, a layer or enough statistics are not in the FeatureSet.
-    """
+    """The readouts that `config` asks for; ValueError for what is not in the FeatureSet."""
     selected = features.select(language=config.target, layers=config.layers, top=config.top)
     others = [i for i, name in enumerate(selected.languages) if name != config.target]
     if not others:
@@ -206,11 +195,7 @@ def _penalty_layer(layer: int, features: LayerFeatures, others: list[int], confi
 
 
 def combination_weights(features: LayerFeatures, combine: Combine, layer: int) -> Tensor:
-    """Non-negative weights `[F]` that sum to 1; see `SASFTConfig.combine`. A single feature has weight 1.
-
-    Raises:
-        ValueError: the FeatureSet lacks the numbers, or none of them is positive.
-    """
+    """Non-negative weights `[F]` that sum to 1; see `SASFTConfig.combine`. A single feature has weight 1."""
     if combine == "uniform" or len(features) == 1:
         raw = torch.ones(len(features))
     else:

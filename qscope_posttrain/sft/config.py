@@ -38,7 +38,7 @@ two features on each of the last two layers; its coefficient for Gemma is in eff
 
 _TARGET = "Language to keep out of responses in other languages; samples in it contribute nothing."
 _LANGUAGE = "Column with a sample's language, 'script' to decide by its letters, or, in Python, a callable(example)."
-_IGNORED = "Further languages, whose samples contribute nothing."
+_IGNORED = "Further languages that the data may hold, whose samples contribute nothing."
 _MEANS = "token_mean: divide as TRL divides the cross-entropy; paper: by the number of positions that the loss acts on"
 _LISTED = "Languages of the training data, the target among them. None: any known code."
 
@@ -171,12 +171,6 @@ class SASFTConfig(LossConfig):
         },
     )
     normalization: Normalization = field(default="token_mean", metadata={"help": f"{_MEANS}; official: as published."})
-    ignore_languages: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "Languages of samples that are neither target nor in the FeatureSet: they contribute nothing."
-        },
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +56,6 @@ class Host:
     trainer: Any
     callback: AuxiliaryLossCallback
 
-    script_of_documents = True
-    """Whether "script" goes by the labeled tokens of each document in a batch, and not by the columns of a sample"""
-
     def check(self) -> None:
         """Refuse trainers whose loss or batches are not what the terms rely on."""
         trainer, name = self.trainer, type(self.callback).__name__
@@ -75,27 +72,21 @@ class Host:
                 "Launch with `accelerate launch` or torchrun, or make one GPU visible."
             )
         model: Any = pretrained_model(trainer.model)
-        loss = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+        loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
         if loss is not ForCausalLMLoss or getattr(model.config, "is_encoder_decoder", False):
             raise UserValueError(
-                f"{name} needs a causal language model, whose labels are the tokens of its input, and "
-                f"{type(model).__name__} is none."
+                f"{name} needs a causal language model, labeled by its own input; {type(model).__name__} is none."
             )
         several = trainer.args.gradient_accumulation_steps > 1 or trainer.args.world_size > 1
         by_window = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
         if trainer.label_smoother is not None and several and not by_window:
             raise UserValueError(
-                "label_smoothing_factor: before transformers 5.15 the smoothed loss is a mean over each micro-batch "
-                "that the trainer then adds up, so that it grows with gradient accumulation and the number of ranks. "
-                f"{name} would have another weight in each of these. Use transformers 5.15, or no label smoothing."
+                "label_smoothing_factor: before transformers 5.15 the trainer adds up smoothed means of micro-batches, "
+                f"so that the weight of {name} would depend on accumulation and ranks. Use transformers 5.15, or none."
             )
 
     def columns(self) -> tuple[str, ...]:
-        """The columns of the training data that decide the languages, which the trainer's collator never sees.
-
-        Raises:
-            ValueError: they are not there; the message says how to provide them.
-        """
+        """The columns of the data that decide languages, which its collator never sees; they must be there."""
         rule, columns = self.callback.config.language, column_names(self.trainer)
         if columns is not None and TOKEN_LANGUAGES in columns:
             return TOKEN_LANGUAGES, LANGUAGE_NAMES
@@ -119,10 +110,7 @@ class Host:
     def sample_language(self) -> SampleLanguage | None:
         """The rule that tells languages, after it has read every row in memory; None where no language is read.
 
-        Warns where no row is in a language on which a loss against the target acts.
-
-        Raises:
-            ValueError: a row is in no known language, or has none; the message says which.
+        A row that is in no known language is an error, and a warning says if no row is in one that the loss acts on.
         """
         if not self.callback.reads_languages:
             return None
@@ -144,9 +132,8 @@ class Host:
 
     @property
     def by_documents(self) -> bool:
-        """Whether the batch itself tells the languages, by `script_of_documents`."""
-        names = column_names(self.trainer) or ()
-        return self.script_of_documents and self.callback.config.language == SCRIPT and TOKEN_LANGUAGES not in names
+        """Whether the labeled tokens of each document in a batch tell its language, whatever the samples hold."""
+        return self.callback.config.language == SCRIPT and TOKEN_LANGUAGES not in (column_names(self.trainer) or ())
 
     def _count(self, data: Dataset, columns: tuple[str, ...], decide: SampleLanguage) -> Counter[str]:
         if not self.by_documents and (decide.rule != SCRIPT or {TOKEN_LANGUAGES, "labels"}.intersection(columns)):
@@ -163,10 +150,9 @@ class Host:
 
         The collator is wrapped and the columns are kept for this one dataloader; evaluation never sees either.
         """
-        trainer, columns = self.trainer, self.columns()
-        wrapped = self._collator(decide, key, columns)
-        collator, signature = trainer.data_collator, list(trainer._signature_columns)
-        trainer.data_collator = wrapped
+        trainer, columns, collator = self.trainer, self.columns(), self.trainer.data_collator
+        trainer.data_collator = self._collator(decide, key, columns)
+        signature = list(trainer._signature_columns)
         trainer._signature_columns = signature + [column for column in columns if column not in signature]
         try:
             return build()
@@ -181,30 +167,28 @@ class Host:
         return LanguageCollator(self.trainer.data_collator, decide, key, drop, self.by_documents)
 
     def token_batch(self, inputs: MutableMapping[str, Any], decide: SampleLanguage | None, key: str) -> TokenBatch:
-        """Labels, languages and documents of a micro-batch; entries that the model must not see may be taken out."""
+        """Labels, languages and documents of a micro-batch, whose own entries stay as they are."""
         return TokenBatch.from_inputs(inputs, None if decide is None else self.language_ids(inputs, decide, key))
 
-    def language_ids(self, inputs: MutableMapping[str, Any], decide: SampleLanguage, key: str) -> Tensor:
-        """`[batch, tokens]`: the index of each token's language in `decide.languages`, or -1.
+    def model_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the starting model of an anchor is given of a batch that came to `compute_loss`, beside its labels."""
+        return inputs
 
-        Raises:
-            ValueError: the batch does not tell.
-        """
-        if key in inputs:
-            found: Tensor = inputs[key]
-            return found
-        if self.by_documents:
-            return languages_of_documents(inputs, decide)
-        raise UserValueError(
-            f"The batch has no {key!r} (its keys: {', '.join(inputs)}): it does not come from the trainer's "
-            f"get_train_dataloader() with {type(self.callback).__name__} attached."
-        )
+    def language_ids(self, inputs: MutableMapping[str, Any], decide: SampleLanguage, key: str) -> Tensor:
+        """`[batch, tokens]`: the index of each token's language in `decide.languages`, or -1."""
+        if key not in inputs and not self.by_documents:
+            raise UserValueError(
+                f"The batch has no {key!r} (its keys: {', '.join(inputs)}): it does not come from the trainer's "
+                f"get_train_dataloader() with {type(self.callback).__name__} attached."
+            )
+        found: Tensor = inputs[key] if key in inputs else languages_of_documents(inputs, decide)
+        return found
 
 
 class TRLHost(Host):
     """A `trl.SFTTrainer`, whose data may still have the texts beside the tokens."""
 
-    script_of_documents = False
+    by_documents = False
 
     def columns(self) -> tuple[str, ...]:
         if self.trainer.args.packing and TOKEN_LANGUAGES not in (column_names(self.trainer) or ()):
@@ -225,8 +209,7 @@ def column_names(trainer: Any) -> list[str] | None:
 def host_class(trainer: object, name: str) -> type[Host]:
     """The kind of a trainer, by its classes, without an import of their packages; `name` is the callback's.
 
-    Raises:
-        TypeError: no trainer of a supervised fine-tuning, or one that an integration attaches to.
+    TypeError for one of another kind of training, and for one that an integration attaches to.
     """
     classes = [(kind.__module__.split(".")[0], kind.__name__) for kind in type(trainer).__mro__]
     if ("trl", "SFTTrainer") in classes:

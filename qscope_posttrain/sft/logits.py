@@ -22,18 +22,14 @@ CHUNK_TOKENS = 256  # Tokens whose logits exist at one time: 150 MB in fp32 for 
 class LogitHead:
     """The map from final-norm output to logits: `cap * tanh(z / cap)` of `z = multiplier * (h W' + b)`."""
 
-    weight: Tensor  # [vocabulary, d_model]
+    weight: Tensor | None  # [vocabulary, d_model]; None where logits are given in place of final-norm outputs
     bias: Tensor | None = None
     multiplier: float = 1.0
     softcap: float | None = None  # cap; None leaves z as it is
 
     @classmethod
     def of(cls, model: nn.Module) -> LogitHead:
-        """The head of a causal language model, with its weight (no copy), scaling and softcapping.
-
-        Raises:
-            ValueError: the model has no head, or one that an adapter changes (see `check_head`).
-        """
+        """The head of a causal language model, with its weight (no copy), scaling and softcapping; see `check_head`."""
         check_head(model)
         embedding: Any = output_embedding(model)
         config = text_config(model)
@@ -45,6 +41,8 @@ class LogitHead:
 
         The product runs in the precision in which the model itself would run it (autocast included).
         """
+        if self.weight is None:
+            return hidden.float()
         hidden = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.weight.dtype)
         logits = linear(hidden.to(self.weight.device), self.weight, self.bias).float() * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -66,9 +64,6 @@ def check_head(model: nn.Module) -> None:
     """Refuse a head whose logits are not those of its weight: an adapter adds its own part inside the head's forward.
 
     A trained copy of the head (PEFT's `modules_to_save`) is a weight, and so are adapters that are merged or disabled.
-
-    Raises:
-        ValueError: the model has no head, or an active adapter (LoRA) works on it.
     """
     head = output_embedding(model)
     if not isinstance(head, BaseTunerLayer) or head.disable_adapters or head.merged:

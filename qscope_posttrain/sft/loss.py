@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.kernels.penalty import FeaturePenalty, feature_penalty, masked_excess
+from qscope_posttrain.kernels.penalty import feature_penalty, masked_excess
 from qscope_posttrain.sft.masks import IGNORED_LABEL, TokenBatch
 
 if TYPE_CHECKING:
@@ -70,46 +70,20 @@ def sasft_loss(
         >>> qp.sasft_loss(f, torch.tensor([2.0, 2.0]), mask=torch.tensor([True, False]))
         tensor(0.5000)
     """
-    return excess_and_loss(
-        pre_activations,
-        thresholds,
-        mask,
-        normalization,
-        num_tokens,
-        weights=weights,
-        rows=rows,
-        bias=bias,
-        groups=groups,
-    )[1]
-
-
-def excess_and_loss(
-    inputs: Tensor,
-    thresholds: Tensor,
-    mask: Tensor,
-    normalization: Normalization,
-    num_tokens: Tensor | int | None,
-    *,
-    weights: Tensor | None = None,
-    rows: Tensor | None = None,
-    bias: Tensor | None = None,
-    groups: Tensor | None = None,
-) -> tuple[FeaturePenalty, Tensor]:
-    """`sasft_loss`, and before it the sums that metrics need."""
-    if mask.shape != inputs.shape[:-1]:
-        raise UserValueError(f"mask must have one entry per token, {list(inputs.shape[:-1])}, got {list(mask.shape)}.")
+    if mask.shape != pre_activations.shape[:-1]:
+        raise UserValueError(
+            f"mask must have one entry per token, {list(pre_activations.shape[:-1])}, got {list(mask.shape)}."
+        )
     if rows is None:
-        wide = inputs if inputs.dtype == torch.float64 else inputs.float()
+        wide = pre_activations if pre_activations.dtype == torch.float64 else pre_activations.float()
         excess = masked_excess(wide, thresholds, mask)
         weighted = excess if weights is None else excess * weights.detach().masked_fill(~mask, 0).unsqueeze(-1)
-        sums, excesses = weighted.flatten(0, -2).sum(0), excess.detach().flatten(0, -2).sum(0)
-        found = FeaturePenalty(sums, excesses, (excess > 0).any(-1))
+        sums = weighted.flatten(0, -2).sum(0)
     else:
         bias = rows.new_zeros(len(rows)) if bias is None else bias
-        found = feature_penalty(inputs, rows, bias, thresholds, mask, groups=groups, weights=weights)
+        sums = feature_penalty(pre_activations, rows, bias, thresholds, mask, groups=groups, weights=weights).sums
     count = mask.sum() if num_tokens is None else num_tokens
-    loss = normalize(found.sums.sum(), features=len(found.sums), num_tokens=count, normalization=normalization)
-    return found, loss
+    return normalize(sums.sum(), features=len(sums), num_tokens=count, normalization=normalization)
 
 
 def normalize(total: Tensor, *, features: int, num_tokens: Tensor | int, normalization: Normalization) -> Tensor:
@@ -155,15 +129,10 @@ class Normalizer:
         num_items_in_batch: Tensor | int | None,
         eligible_in_window: Tensor | None,
     ) -> Normalizer:
-        """The normalizer of one micro-batch.
+        """The normalizer of one micro-batch with its penalized positions.
 
-        Args:
-            trainer: gives the number of ranks and how it treats accumulation.
-            normalization: see the class.
-            batch: the micro-batch.
-            eligible: its penalized positions, bool.
-            num_items_in_batch: as the trainer passed it to `compute_loss`.
-            eligible_in_window: see `count_in_window`; None outside of a training loop.
+        `num_items_in_batch` is what the trainer passed to `compute_loss`; `eligible_in_window` is by `count_in_window`,
+        None outside of a training loop.
         """
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers >= 5.19
         if scaled is None:
@@ -185,12 +154,9 @@ class Normalizer:
         return cls(normalization, torch.as_tensor(num_items_in_batch, device=batch.labels.device), factor, 1 / later)
 
     def __call__(self, total: Tensor, features: int = 1) -> Tensor:
-        """The normalized term of a sum over `features` features."""
+        """The share of a sum over `features` features, as the trainer's later averages need it."""
         count = self.num_tokens.to(total.device)
-        return self.scaled(normalize(total, features=features, num_tokens=count, normalization=self.normalization))
-
-    def scaled(self, share: Tensor) -> Tensor:
-        """This rank's normalized share as the trainer's later averages need it."""
+        share = normalize(total, features=features, num_tokens=count, normalization=self.normalization)
         return share if self.factor == 1 else share * self.factor
 
 

@@ -28,11 +28,7 @@ class TokenBatch:
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any], language_ids: Tensor | None) -> TokenBatch:
-        """Read a batch of a trainer's collator: padded, padding-free or packed. Without ids all is one language.
-
-        Raises:
-            ValueError: no labels, or language ids of another shape.
-        """
+        """Read a batch of a trainer's collator: padded, padding-free or packed. Without ids all is one language."""
         labels = inputs.get("labels")
         if labels is None:
             raise UserValueError(
@@ -46,8 +42,14 @@ class TokenBatch:
                 f"Language ids {list(language_ids.shape)} and labels {list(labels.shape)} of a batch differ in shape."
             )
         positions = inputs.get("position_ids")
+        if positions is not None and positions.ndim != 2:
+            raise UserValueError(
+                f"Position ids {list(positions.shape)} do not tell where documents start, as [batch, tokens] would. "
+                "Models with positions in several dimensions (vision) are not supported with this trainer."
+            )
         # A padding-free batch has no attention mask; its position ids restart at 0 with every document.
-        starts = torch.zeros_like(labels, dtype=torch.bool) if positions is None else positions == 0
+        begun = torch.zeros_like(labels, dtype=torch.bool) if positions is None else positions == 0
+        starts = begun.expand_as(labels).clone()
         starts[:, 0] = True
         return cls(labels, language_ids, starts)
 

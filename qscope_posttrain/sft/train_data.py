@@ -46,10 +46,7 @@ def count_languages(rows: Dataset | Iterable[Any], decide: SampleLanguage) -> Co
 
 
 def languages_of(rows: Iterable[Any], decide: SampleLanguage, total: int | None = None) -> list[str]:
-    """The language of every row, by name; ValueError for one that `decide` does not know, if it knows any.
-
-    `total` is the number of rows, where they have no length.
-    """
+    """The language of every row, by name; ValueError for one that `decide` does not know, if it knows any."""
     return each_row(rows, lambda row: _known(decide, decide(row)), total)
 
 
@@ -60,7 +57,7 @@ def _known(decide: SampleLanguage, language: str) -> str:
 
 
 def each_row(rows: Iterable[Any], look: Callable[[Any], Any], total: int | None = None) -> list[Any]:
-    """`look(row)` of every row, with a progress bar; errors name the row."""
+    """`look(row)` of every row, with a progress bar; errors name the row. `total`: their number, without a length."""
     total = len(rows) if isinstance(rows, Sized) else total
     shown = progress(rows, total, "looking at languages", if_many(total))
     return [_at(number, look, row) for number, row in enumerate(shown)]
@@ -91,12 +88,9 @@ class LanguageCollator:
 
     Adds `batch[key]`, int64, of the shape of `input_ids`: an index into `SampleLanguage.languages`, or -1 for padding
     and ignored languages. A sample's language holds for all its tokens; rows of `pack_with_languages` bring one per
-    token. The rule "script" goes by the labels that `inner` has made.
+    token. The rule "script" goes by the labels that `inner`, the trainer's own collator, has made.
 
     Args:
-        inner: the trainer's own collator, padded or padding-free.
-        language: decides the language of a sample.
-        key: name of the entry in the batch.
         drop: columns that were kept in the data set for the language only, and that `inner` must not see.
         documents: whether the labeled tokens of each document in the batch decide, whatever the samples hold.
     """
@@ -117,8 +111,16 @@ class LanguageCollator:
         self._read = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        kept = examples  # also where a trainer has nested them
+        if self.drop:
+            kept = [{name: value for name, value in row.items() if name not in self.drop} for row in examples]
         if self.documents:
-            batch = self._inner(examples)
+            batch = self.inner(kept)
+            if len(batch["input_ids"]) < len(examples) and batch.get("position_ids") is None:
+                raise UserValueError(
+                    f"The collator puts {len(examples)} samples into {len(batch['input_ids'])} rows without position "
+                    "ids that tell where each begins, so that their languages are not known. Let it return them."
+                )
             batch[self.key] = languages_of_documents(batch, self.language)
             return batch
         for example in examples:
@@ -128,7 +130,7 @@ class LanguageCollator:
                     "only the collator tokenizes, as TRL's does for vision data, the languages are not known."
                 )
         lengths = [len(example["input_ids"]) for example in examples]
-        batch = self._inner(examples)
+        batch = self.inner(kept)
         real = _real_tokens(lengths, batch)
         labels: Any = [None] * len(examples)
         if self.language.rule == SCRIPT and "labels" in batch:
@@ -145,11 +147,6 @@ class LanguageCollator:
         ids[real] = torch.cat(rows)
         batch[self.key] = ids
         return batch
-
-    def _inner(self, examples: list[dict[str, Any]]) -> Any:
-        if not self.drop:
-            return self.inner(examples)
-        return self.inner([{k: v for k, v in example.items() if k not in self.drop} for example in examples])
 
     def _token_ids(self, example: Mapping[str, Any]) -> Tensor:
         """[tokens] language ids of one row of the data set."""

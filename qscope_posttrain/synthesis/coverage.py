@@ -1,21 +1,30 @@
-"""Choose target features, and measure which of them texts reach (Qwen-Scope, equations 13, 18, 20 and 23)."""
+"""Rate features by their relevance to a topic, choose targets, and measure which of them texts reach (Qwen-Scope,
+equations 13, 18 to 20 and 23)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
+from qscope_posttrain.endpoint.session import ChatSession
+from qscope_posttrain.endpoint.templates import PromptTemplates, number_field
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explain.explanation import FeatureId
+from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.features.text_features import TextFeatures, collect_text_features
+from qscope_posttrain.files import read_csv
 from qscope_posttrain.intervals import Interval, wilson
+from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 Hits = NDArray[np.bool_]
+COLUMNS = ("layer", "feature", "relevance")
 
 
 class FeatureReader:
@@ -81,6 +90,68 @@ def activations(features: Mapping[int, TextFeatures], targets: Sequence[FeatureI
                 )
             found[:, places] = read.matrix()[:, columns].toarray()
     return found
+
+
+def judge_relevance(
+    session: ChatSession, templates: PromptTemplates, explanations: Sequence[Explanation], topic: str
+) -> tuple[dict[FeatureId, float], tuple[FeatureId, ...]]:
+    """s_f in [0, 1] of every explained feature (equation 19), from one greedy request to a judge each; and the features
+    whose rating could not be read, also after further requests, or was refused.
+
+    Raises:
+        ValueError: no rating at all can be read.
+    """
+    sampling = Sampling(temperature=0.0, max_tokens=64)
+    requests = [
+        ChatRequest(templates.messages("relevance", explanation=entry.text, topic=topic), sampling)
+        for entry in explanations
+    ]
+    answers = session.complete_parsed(requests, number_field("relevance", 0.0, 1.0), "relevance of features")
+    pairs = list(zip([entry.feature for entry in explanations], answers, strict=True))
+    relevance = {feature: answer.value for feature, answer in pairs if answer.value is not None}
+    if pairs and not relevance:
+        last = answers[-1].completion
+        said = f"was refused: {last.refusal}" if last.refusal else f"was {last.text[:300]!r}"
+        raise UserValueError(
+            f"the judge rated none of {len(pairs)} features readably; expected answers such as "
+            f'{{"relevance": 0.7}}, the last {said}. Ask another judge, change relevance.jinja (--templates), or give '
+            "a table (--relevance)."
+        )
+    return relevance, tuple(feature for feature, answer in pairs if answer.value is None)
+
+
+def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:
+    """Read a CSV table with the columns layer, feature and relevance; others are ignored.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a missing column, a cell that is no number, or a feature listed twice.
+    """
+    rows = read_csv(path, "table of relevance")
+    header = next(rows, (0, []))[1]
+    if not set(COLUMNS) <= set(header):
+        raise UserValueError(f"'{path}' needs the columns {', '.join(COLUMNS)}; it has {', '.join(header) or 'none'}.")
+    found: dict[FeatureId, float] = {}
+    for number, cells in rows:
+        row = dict(zip(header, cells, strict=False))
+        try:
+            feature, score = FeatureId(int(row["layer"]), int(row["feature"])), float(row["relevance"])
+        except (KeyError, ValueError) as error:
+            raise UserValueError(
+                f"{path}, line {number}: expected numbers for {', '.join(COLUMNS)}, got {cells} ({error})."
+            ) from error
+        if feature in found or not 0 <= score <= 1:
+            raise UserValueError(f"{path}, line {number}: {feature} comes twice, or its relevance is not in [0, 1].")
+        found[feature] = score
+    return found
+
+
+def write_relevance(path: str | os.PathLike[str], relevance: Mapping[FeatureId, float]) -> Path:
+    """Write the table that `read_relevance` reads, for editing by hand."""
+    lines = [",".join(COLUMNS)]
+    lines += [f"{feature.layer},{feature.feature_id},{score!r}" for feature, score in sorted(relevance.items())]
+    write_text(path, "\n".join(lines) + "\n")
+    return Path(path)
 
 
 def target_features(relevance: Mapping[FeatureId, float], tau: float) -> tuple[FeatureId, ...]:

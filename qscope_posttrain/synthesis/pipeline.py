@@ -18,7 +18,6 @@ from qscope_posttrain.synthesis.prompts import (
     PromptType,
     PromptWriter,
     SynthesisSettings,
-    rewrite_job,
 )
 
 Verify = Callable[[Sequence[str], Sequence[FeatureId]], Sequence[float]]
@@ -137,7 +136,10 @@ def random_synthesis(
     styles = [_style_of(draft.kind, turn, settings) for draft, turn in zip(chosen, turns, strict=True)]
     # Two drafts may hold the same words: each rewrite needs its own draw.
     samples = _occurrences((draft.text, style) for draft, style in zip(chosen, styles, strict=True))
-    jobs = [rewrite_job(*job) for job in zip(chosen, styles, samples, strict=True)]
+    jobs = [
+        PromptJob(None, draft.kind, sample, draft, style)
+        for draft, style, sample in zip(chosen, styles, samples, strict=True)
+    ]
     return drafts + [draft for draft in writer.write("adversarial", jobs) if draft is not None]
 
 
@@ -157,7 +159,8 @@ def _verified(
     def rewrite(slot: _Slot, attempt: int) -> PromptJob:
         # Two slots of one explanation may hold the same words, of either kind: each needs its own draw.
         number = slot.number * len(kinds) + kinds.index(slot.kind)
-        return rewrite_job(vanilla[slot][0], slot.style, number * rounds + attempt)
+        draft = vanilla[slot][0]
+        return PromptJob(draft.explanation, draft.kind, number * rounds + attempt, draft, slot.style)
 
     def until_it_fires(
         slots: Sequence[_Slot], prompt_type: PromptType, job: Callable[[_Slot, int], PromptJob]

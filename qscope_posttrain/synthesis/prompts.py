@@ -95,11 +95,6 @@ class PromptJob:
     style: str = ""
 
 
-def rewrite_job(draft: Draft, style: str, sample: int) -> PromptJob:
-    """The rewrite of a draft."""
-    return PromptJob(draft.explanation, draft.kind, sample, draft, style)
-
-
 def synthesis_templates(folder: str | os.PathLike[str] | None = None) -> PromptTemplates:
     """Templates relevance, vanilla, adversarial, kind, refuse and answer; those in a user's folder come first."""
     return PromptTemplates(Path(__file__).parent / "templates", folder)

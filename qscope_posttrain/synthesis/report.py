@@ -49,15 +49,6 @@ class StrategyTexts:
         return len(next(iter(self.hits.values())))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Coverage tables, and the curves of its growth."""
-
-    tables: tuple[Table, ...]
-    figure: str
-    """SVG"""
-
-
 def measure(
     run: SynthesisRun,
     made_for: Sequence[FeatureId],
@@ -70,8 +61,8 @@ def measure(
     other_layers: Sequence[int] = (),
     min_texts: int = 2,
     seed: int = 0,
-) -> Measured:
-    """Read everything once more, with all layers, and compare.
+) -> tuple[list[Table], str]:
+    """Read everything once more, with all layers, and compare: tables of coverage, and its growth as an SVG.
 
     Args:
         made_for: Targets that prompts were verified on: the filter's own.
@@ -114,7 +105,7 @@ def measure(
     places = {id(draft): place for place, draft in enumerate(run.drafts)}
     kept = [places[id(example.draft)] for example in run.examples]
     figure = _figure([made, *others], HELD_OUT if HELD_OUT in groups else MADE_FOR, run.drawn, seed)
-    return Measured(tuple(comparison_tables(made, kept, others, seed=seed)) if kept else (), figure)
+    return (comparison_tables(made, kept, others, seed=seed) if kept else []), figure
 
 
 def comparison_tables(

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.analysis.benchmarks.performance import read_scores
 from qscope_posttrain.errors import UserError
-from qscope_posttrain.features.explain.explanation_file import read_explanations
-from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.feature_set import FeatureSet, read_explanations
 from qscope_posttrain.features.feature_set_file import FORMAT
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.recipe_file import read_yaml
-from qscope_posttrain.synthesis.relevance import read_relevance
+from qscope_posttrain.synthesis.coverage import read_relevance
 from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
 
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

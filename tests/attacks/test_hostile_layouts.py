@@ -224,6 +224,7 @@ def sae_lens_folder(folder: Path, settings: bytes | dict[str, Any] | None = None
         ({"k": None}, "its architecture is 'topk', but cfg.json lacks k"),
         ({"k": "3"}, "k in cfg.json must be an integer"),
         ({"architecture": "../../etc"}, "its architecture is '../../etc'"),
+        ({"architecture": "abstopk"}, "its architecture is 'abstopk'; known are"),
         ({"architecture": "jumprelu"}, "lacks threshold"),
         ({"architecture": "gated"}, "lacks b_gate, b_mag, r_mag"),
         ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input in cfg.json must be true or false"),
@@ -376,3 +377,12 @@ def test_devices_and_pipes_are_no_files(tmp_path: Path, read: Callable[[Path], o
     os.mkfifo(tmp_path / "ae.pt")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read(tmp_path / "ae.pt")
+
+
+def test_sparsify_groupmax_is_no_topk(tmp_path: Path) -> None:
+    tensors = {"encoder.weight": torch.ones(D_SAE, D_MODEL), "encoder.bias": torch.ones(D_SAE)}
+    save_file(
+        tensors | {"W_dec": torch.ones(D_SAE, D_MODEL), "b_dec": torch.ones(D_MODEL)}, tmp_path / "sae.safetensors"
+    )
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D_MODEL, "num_latents": D_SAE, "activation": "groupmax"}))
+    refuses(tmp_path / "sae.safetensors", "its activation is 'groupmax'; known is topk")

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from qscope_posttrain.cli import features
-from qscope_posttrain.cli.chat_model import add_endpoint_options
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.cli.options import add_endpoint_options
 from qscope_posttrain.cli.parsing import recipes
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.training import grpo, sft
@@ -59,7 +59,7 @@ def test_a_recipe_sets_no_variable_that_chooses_code_places_or_secrets(tmp_path,
     before = dict(os.environ)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"env": {"NCCL_DEBUG": "INFO", name: CANARY}}))
-    run, arguments = {"sft": (sft.parse_recipe, []), "features": (features.run, ["show", "x"])}[command]
+    run, arguments = {"sft": (sft.parse_recipe, []), "features": (features.build_parser().run, ["show", "x"])}[command]
     with pytest.raises(ValueError, match=f"'env' may not set {name}") as error:
         run([*arguments, "--config", str(path)])
     assert "Set others in the shell" in str(error.value)
@@ -199,15 +199,15 @@ def test_settings_files_are_read_before_transformers_opens_them(parse, tmp_path,
 
 def test_what_the_command_line_says_is_the_users_word(parse):
     assert parse("sft", {}, "--trust_remote_code", "true").training.trust_remote_code
-    assert parse("grpo", {}, "--rewards", "my_rewards.brevity").rewards == ["my_rewards.brevity"]
+    assert parse("grpo", {}, "--rewards", "my_rewards.brevity").run.rewards == ["my_rewards.brevity"]
     assert not parse("sft", {"trust_remote_code": True}, "--trust_remote_code=false").training.trust_remote_code
-    assert parse("grpo", {"rewards": ["os.system"]}, "--rewards", "accuracy_reward").rewards == ["accuracy_reward"]
+    assert parse("grpo", {"rewards": ["os.system"]}, "--rewards", "accuracy_reward").run.rewards == ["accuracy_reward"]
 
 
 def test_values_are_no_code(parse):
     values = {"trust_remote_code": False, "model_init_kwargs": {"trust_remote_code": False, "weights_only": True}}
     parse("sft", values | {"attn_implementation": "sdpa"})
-    rewards = ["trl.rewards.accuracy_reward", "qscope_posttrain.testbed.repetition.training.RightAnswer"]
+    rewards = ["trl.rewards.accuracy_reward", "qscope_posttrain.rl.rewards.RepetitionPenalty"]
     rewards += [{"name": "language_consistency", "column": "a.b"}]
     parse("grpo", {"rewards": rewards})
 

@@ -230,7 +230,7 @@ def test_other_byte_order(good: Path, tmp_path: Path) -> None:
 def test_torch_with_a_known_hole_refuses_pickles(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
     refuses(good, "torch 2.9.1 can be attacked.*use torch 2.10")
-    assert qwen_scope.FORMAT == "qwen_scope"
+    assert qwen_scope.LAYOUT.format == "qwen_scope"
 
 
 def safetensors_bytes(header: object, data: bytes = b"", claimed: int | None = None) -> bytes:

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from benchmarks.testbed.switching.grammar import write_paragraphs
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.testbed.switching.grammar import write_paragraphs
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from benchmarks.testbed.switching.grammar import write_paragraphs
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.testbed.switching.grammar import write_paragraphs
 
 SHORT = ["--samples", "2", "--max-new-tokens", "6", "--batch-size", "8"]
 

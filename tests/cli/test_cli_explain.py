@@ -7,8 +7,7 @@ import json
 from endpoint_server import serving
 
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.features.explain.explanation_file import read_explanations
-from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.feature_set import FeatureSet, read_explanations
 
 
 def reply(body):

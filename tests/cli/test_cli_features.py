@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainerState
 
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.cli.training.checks import check_checkpoint
+from qscope_posttrain.cli.training.run import check_checkpoint
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.models.loading import load_model

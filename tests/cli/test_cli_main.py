@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._utils import ExceptionWrapper
 
+import qscope_posttrain
 from qscope_posttrain import __version__
 from qscope_posttrain.cli import main as module
 from qscope_posttrain.cli.main import COMMANDS, main
@@ -47,18 +48,18 @@ SUBCOMMANDS = {
 
 def test_no_help_text_imports_torch_transformers_or_trl():
     """All commands and sub-commands in one process, and a command line of which only TRL's keys are missing."""
-    lines = [[command] for command in COMMANDS if command != "demo"]  # it imports the testbed's settings, and torch
+    lines = [[command] for command in COMMANDS]
     lines += [[command, name] for command, names in SUBCOMMANDS.items() for name in names]
     code = (
         "import contextlib, io, sys\nfrom qscope_posttrain.cli.main import main\n"
-        f"for line in {[*lines, ['demo']]!r}:\n"
+        f"for line in {lines!r}:\n"
         "    text = io.StringIO()\n"
         "    with contextlib.redirect_stdout(text):\n"
         "        try:\n            main([*line, '--help'])\n"
         "        except SystemExit as end:\n            assert not end.code, line\n"
         "    assert 'usage: qscope ' + ' '.join(line) in text.getvalue(), (line, text.getvalue())\n"
-        "    heavy = {'trl', 'transformers', 'datasets'} | ({'torch'} if line != ['demo'] else set())\n"
-        "    assert not heavy & set(sys.modules), (line, heavy & set(sys.modules))\n"
+        "    heavy = {'torch', 'trl', 'transformers', 'datasets', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "    assert not heavy, (line, heavy)\n"
         "for command in ('sft', 'grpo'):\n"
         "    assert main([command]) == 2\n"
         "assert 'trl' not in sys.modules\n"
@@ -82,9 +83,19 @@ def test_unknown_command_is_suggested(capsys):
     assert "Did you mean 'features'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["demo", "experiment"])
+def test_what_needs_the_repository_says_so_where_there_is_none(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(qscope_posttrain, "__file__", str(tmp_path / "site" / "qscope_posttrain" / "__init__.py"))
+    assert main([command, "--help"]) == 2
+    said = capsys.readouterr().err
+    assert f"`qscope {command}` needs a clone of the repository" in said
+    assert str(tmp_path / "site") in said
+    assert str(tmp_path / "site") not in sys.path
+
+
 def test_every_command_has_a_module():
     for command in COMMANDS:
-        assert callable(module._module(command).run)
+        assert callable(module._runner(command))
 
 
 class _Failing:
@@ -97,7 +108,7 @@ class _Failing:
 
 @pytest.mark.parametrize("error", [UserValueError("bad"), UserTypeError("bad"), UserFileNotFoundError("bad")])
 def test_mistakes_are_one_line_and_debug_shows_more(monkeypatch, capsys, error):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(error))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(error).run)
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error: bad\n"
     with pytest.raises(type(error)):
@@ -105,7 +116,7 @@ def test_mistakes_are_one_line_and_debug_shows_more(monkeypatch, capsys, error):
 
 
 def test_other_ranks_say_who_they_are(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(UserValueError("bad")))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(UserValueError("bad")).run)
     monkeypatch.setenv("RANK", "3")
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error (rank 3): bad\n"
@@ -115,13 +126,13 @@ def test_other_ranks_say_who_they_are(monkeypatch, capsys):
     "error", [RuntimeError, ValueError, TypeError, OSError, ImportError, KeyError, BrokenPipeError]
 )
 def test_faults_of_the_program_are_not_hidden(monkeypatch, error):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(error("a bug")))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(error("a bug")).run)
     with pytest.raises(error, match="a bug"):
         main(["sft"])
 
 
 def test_a_message_of_several_lines_is_one(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(UserValueError("first\n\n  second\n")))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(UserValueError("first\n\n  second\n")).run)
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error: first second\n"
 
@@ -133,7 +144,7 @@ def test_an_error_of_a_worker_that_loads_data_is_one_line(monkeypatch, capsys):
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(UserValueError, match="Traceback") as caught:
         wrapped.reraise()
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(caught.value))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(caught.value).run)
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "error: no such language\n"
 
@@ -183,7 +194,7 @@ def test_variables_of_a_recipe_are_there_before_the_command_is_imported(monkeypa
             return 0
 
     seen = []
-    monkeypatch.setattr(module, "_module", lambda name: seen.append(dict(os.environ)) or Looking())
+    monkeypatch.setattr(module, "_runner", lambda name: (seen.append(dict(os.environ)) or Looking()).run)
     monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "WARN"})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("env: {OMP_NUM_THREADS: 1, NCCL_DEBUG: INFO}\n")
@@ -203,7 +214,7 @@ def test_a_reader_that_is_gone_ends_the_command_quietly(monkeypatch, capfd):
 
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr(module, "_module", lambda name: Talking())
+    monkeypatch.setattr(module, "_runner", lambda name: Talking().run)
     with open(writing, "w", closefd=False) as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         assert main(["sae"]) == 141
@@ -213,6 +224,6 @@ def test_a_reader_that_is_gone_ends_the_command_quietly(monkeypatch, capfd):
 
 
 def test_interruption(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_module", lambda name: _Failing(KeyboardInterrupt()))
+    monkeypatch.setattr(module, "_runner", lambda name: _Failing(KeyboardInterrupt()).run)
     assert main(["sft"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

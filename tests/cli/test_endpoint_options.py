@@ -9,9 +9,9 @@ import sys
 import pytest
 from endpoint_server import serving
 
-from qscope_posttrain.cli import chat_model
-from qscope_posttrain.cli.chat_model import add_endpoint_options, check_endpoint_options, open_session
+from qscope_posttrain.cli import options as cli_options
 from qscope_posttrain.cli.main import main
+from qscope_posttrain.cli.options import add_endpoint_options, check_endpoint_options, open_session
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.endpoint.chat import ChatRequest, Message, Sampling
 
@@ -76,14 +76,14 @@ def test_mistakes_are_found_at_once(more, message, monkeypatch):
 
 def test_request_options_are_the_template_s_of_a_local_model(world, tmp_path, monkeypatch):
     template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{{ 'think ' * 9 if thinking else '' }}"
-    load = chat_model.load_model
+    load = cli_options.load_model
 
     def with_template(*arguments):
         model, tokenizer = load(*arguments)
         tokenizer.chat_template = template
         return model, tokenizer
 
-    monkeypatch.setattr(chat_model, "load_model", with_template)
+    monkeypatch.setattr(cli_options, "load_model", with_template)
     request = ChatRequest((Message("user", "The river"),), Sampling(temperature=0, max_tokens=2))
     counts = []
     for given in ('{"thinking": false}', '{"thinking": true}'):
@@ -96,7 +96,7 @@ def test_request_options_are_the_template_s_of_a_local_model(world, tmp_path, mo
 
 def test_refusals_are_said_and_asked_again_on_request(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(chat_model, "status", said.append)
+    monkeypatch.setattr(cli_options, "status", said.append)
     requests = [ChatRequest((Message("user", text),)) for text in ("a", "b")]
     with serving(lambda body: "yes", [("ok", None), ("status", (400, {}))]) as server:
         common = ["--base-url", server.url, "--concurrency", "1"]

@@ -67,7 +67,7 @@ def test_show_a_release_and_one_of_its_layers(capsys):
     ):
         assert words in shown
     assert main(["sae", "show", "gemma-scope-2b-pt-16k", "--layer", "26"]) == 2
-    assert "gemma-scope-2b-pt-16k has no layer 26; it has the layers 0 to 25." in errors(capsys)
+    assert "gemma-scope-2b-pt-16k has no layer 26; it has the layers 0..25." in errors(capsys)
     assert main(["sae", "show", "qwen3-8b-64k-l0-50"]) == 2
     assert "Did you mean qwen3-8b-base-64k-l0-50 or" in errors(capsys)
 

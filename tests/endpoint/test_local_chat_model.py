@@ -9,7 +9,7 @@ import torch
 
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import ChatRequest, Message, RequestRefused, Sampling
-from qscope_posttrain.endpoint.local_model import LocalChatModel, with_user
+from qscope_posttrain.endpoint.models import LocalChatModel, with_user
 from qscope_posttrain.endpoint.session import ChatSession
 
 GREEDY = Sampling(temperature=0, max_tokens=8)

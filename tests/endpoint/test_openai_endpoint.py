@@ -11,7 +11,7 @@ from endpoint_server import serving
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import ChatRequest, Message, RequestFailed, Sampling
 from qscope_posttrain.endpoint.limits import BudgetSpent, Limits, RetryPolicy
-from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
+from qscope_posttrain.endpoint.models import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
 
 KEY = "sk-not-a-real-key-8f1d"

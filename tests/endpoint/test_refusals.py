@@ -10,7 +10,7 @@ from endpoint_server import serving
 from qscope_posttrain.endpoint.cache import FIRST_FEW, CompletionCache
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, Message, RequestFailed, RequestRefused, Sampling
 from qscope_posttrain.endpoint.limits import RetryPolicy
-from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
+from qscope_posttrain.endpoint.models import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
 
 WARM, COLD = Sampling(max_tokens=9), Sampling(temperature=0.0, max_tokens=9)

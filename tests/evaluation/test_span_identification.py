@@ -12,14 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qscope_posttrain.evaluation.span_identification import (
-    WordSettings,
-    best_run,
-    fit_span_identifier,
-)
-from qscope_posttrain.evaluation.word_model import fit_word_model, words_of
+from benchmarks.testbed.switching.grammar import write_paragraphs
+from qscope_posttrain.evaluation import span_identification
+from qscope_posttrain.evaluation.span_identification import best_sum, fit_span_identifier, fit_word_model, words_of
 from qscope_posttrain.intervals import wilson
-from qscope_posttrain.testbed.switching.grammar import write_paragraphs
 
 ENGLISH = "We walk along the river and look at the old houses with their gardens."
 FRENCH = "Nous marchons le long de la rivière et nous regardons les vieilles maisons avec leurs jardins."
@@ -50,44 +46,42 @@ def identifier(written):
 @pytest.mark.parametrize(
     ("scores", "least", "expected"),
     [
-        ([1, 2, 3], 1, (6, 0, 3)),
-        ([-1, 4, -2, 5, -9], 1, (7, 1, 4)),
-        ([-1, 4, -9, 5], 2, (3, 0, 2)),
-        ([-3, -1, -2], 1, (-1, 1, 2)),
-        ([0, 0, 2, 0], 1, (2, 2, 3)),
-        ([5, 5], 3, (-math.inf, 0, 0)),
+        ([1, 2, 3], 1, 6),
+        ([-1, 4, -2, 5, -9], 1, 7),
+        ([-1, 4, -9, 5], 2, 3),
+        ([-3, -1, -2], 1, -1),
+        ([0, 0, 2, 0], 1, 2),
+        ([5, 5], 3, -math.inf),
     ],
 )
-def test_best_run_of_known_scores(scores, least, expected):
-    assert best_run(np.array(scores, dtype=float), least) == expected
+def test_best_sum_of_known_scores(scores, least, expected):
+    assert best_sum(np.array(scores, dtype=float), least) == expected
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(-9, 9), max_size=12), st.integers(1, 4))
-def test_best_run_is_the_best_of_all(scores, least):
+def test_best_sum_is_the_best_of_all(scores, least):
     every = [sum(scores[start:end]) for end in range(len(scores) + 1) for start in range(end) if end - start >= least]
-    total, first, last = best_run(np.array(scores, dtype=float), least)
-    assert total == max(every, default=-math.inf)
-    if every:
-        assert last - first >= least
-        assert sum(scores[first:last]) == total
+    assert best_sum(np.array(scores, dtype=float), least) == max(every, default=-math.inf)
 
 
 def test_words_of_text():
     assert words_of(" L’Été\u00a02024,\nC'EST «\ufffd») \ufffd") == ["l'été", "0000,", "c'est", "«»)", ""]
 
 
-def test_counts_decide_where_spelling_is_silenced():
+def test_counts_decide_where_spelling_is_silenced(monkeypatch):
     """By hand: 4 words against 8, so that counts of the first are doubled; prior 1/2."""
     texts = {"a": ["foo foo", "bar baz"], "b": ["bar bar bar", "qux qux qux qux qux"]}
-    model = fit_word_model(texts, "a", settings=WordSettings(unseen_clip=1e-9, clip=2.0))
+    monkeypatch.setattr(span_identification, "UNSEEN_CLIP", 1e-9)
+    monkeypatch.setattr(span_identification, "CLIP", 2.0)
+    model = fit_word_model(texts, "a")
     expected = [2.0, math.log(2.5 / 3.5), math.log(2.5 / 0.5), -2.0, 0.0]
     assert model.scores(["foo", "bar", "baz", "qux", "new"]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_spelling_decides_where_a_word_is_new():
     texts = {"fr": ["nation ration station potion"], "en": ["walking talking sinking wording"]}
-    model = fit_word_model(texts, "fr", settings=WordSettings(unseen_clip=3.0))
+    model = fit_word_model(texts, "fr")
     lotion, asking, neither = model.scores(["lotion", "asking", "жжж"])
     assert lotion > 1
     assert asking < -1
@@ -107,18 +101,12 @@ def detected(identifier, texts, source):
     return sum(identifier.switched(text, source) for text in texts) / len(texts)
 
 
-def test_the_span_is_the_french_part(identifier):
+def test_the_french_part_is_found(identifier):
     text = f"{ENGLISH} {FRENCH}\n{ENGLISH}"
-    (span,) = identifier.spans(text, "en")
-    found = text[slice(*span)]
-    start = len(ENGLISH) + 1
-    assert abs(span[0] - start) <= 10, found
-    assert abs(span[1] - start - len(FRENCH)) <= 10, found
+    assert identifier.score(text) == pytest.approx(identifier.score(FRENCH), rel=0.1)
     assert identifier.switched(text, "en")
     assert identifier(text, "en")
     assert not identifier.switched(ENGLISH, "en")
-    assert identifier.spans(ENGLISH) == []
-    assert len(identifier.spans(f"{FRENCH} {ENGLISH} {ENGLISH} {FRENCH}")) == 2
 
 
 def test_neither_one_odd_word_nor_its_repetition_decides(identifier):
@@ -167,9 +155,6 @@ def test_source_words_never_switch_and_more_words_never_unswitch(frequent, ident
     assert not identifier.switched(" ".join(source), "en")
     text = " ".join(source + target)
     assert identifier.score(f"{text} {' '.join(more)}") >= identifier.score(text)
-    assert identifier.switched(text, "en") == bool(identifier.spans(text, "en"))
-    for start, end in identifier.spans(text, "en"):
-        assert identifier.switched(text[start:end], "en")
 
 
 def test_clean_texts_are_called_switched_as_often_as_stated():
@@ -194,9 +179,8 @@ def test_clean_texts_are_called_switched_as_often_as_stated():
 def test_the_threshold_is_at_least_what_fewer_words_can_reach(written):
     fitted = {language: halves[0] for language, halves in written.items()}
     clean = {"en": cut(written["en"][1], 25)[:199]}
-    found = fit_span_identifier(fitted, "fr", clean, settings=WordSettings(clip=4.0), least_words=5)
-    assert found.threshold("en") >= 16
-    assert found.threshold() == found.threshold("en")
+    found = fit_span_identifier(fitted, "fr", clean, least_words=5)
+    assert found.threshold("en") >= 20
 
 
 def test_report(identifier):
@@ -211,7 +195,7 @@ def test_report(identifier):
 
 def test_the_same_texts_give_the_same_identifier(written, identifier):
     fitted = {language: halves[0] for language, halves in written.items()}
-    again = fit_span_identifier(fitted, "fr", {"en": cut(written["en"][1], 25)[:220]}, seed=1)
+    again = fit_span_identifier(fitted, "fr", {"en": cut(written["en"][1], 25)[:220]})
     assert again.to_dict() == identifier.to_dict()
     assert again.evidence(FRENCH).tolist() == identifier.evidence(FRENCH).tolist()
 
@@ -242,12 +226,6 @@ def test_what_cannot_work_is_refused(texts, calibration, options, message):
 def test_one_string_is_no_list_of_texts():
     with pytest.raises(TypeError, match="list of texts"):
         fit_word_model({"fr": FRENCH, "en": [ENGLISH]}, "fr")
-
-
-@pytest.mark.parametrize("wrong", [{"ngrams": (0, 3)}, {"ngrams": (3, 2)}, {"smoothing": 0.0}, {"clip": -1.0}])
-def test_settings_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        WordSettings(**wrong)
 
 
 def test_a_language_without_calibration_cannot_be_judged(identifier):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qscope_posttrain.features.build import direction_feature_set, random_directions
 from qscope_posttrain.features.causal import (
     CONTROL,
     FEATURE,
@@ -16,9 +17,9 @@ from qscope_posttrain.features.causal import (
     effect_gradients,
     measure_effects,
 )
-from qscope_posttrain.features.directions import direction_feature_set, random_directions
 from qscope_posttrain.features.statistics import collect_statistics
-from qscope_posttrain.models.scoring import target_probability
+from qscope_posttrain.models.layers import evaluation_mode
+from qscope_posttrain.models.scoring import TextScores, contrast_sample, score_sample
 from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.text.tokens import script_token_ids
 
@@ -50,6 +51,12 @@ def explicit_scores(model, tokenizer, texts, languages, ids):
             loss.append(-log[:-1].gather(1, tokens[0, 1:, None])[:, 0])
     probability = torch.cat(probability)
     return float(probability.mean()), float(probability.log().mean()), float(torch.cat(loss).mean().exp())
+
+
+def target_probability(model, tokenizer, texts, target, **options) -> TextScores:
+    sample = contrast_sample(model, tokenizer, texts, target, **options)
+    with evaluation_mode(model):
+        return score_sample(model, sample)
 
 
 def test_target_probability_equals_a_plain_loop(planted, tiny_tokenizer, texts):
@@ -165,8 +172,8 @@ def test_table_has_one_line_for_all_controls(planted, tiny_tokenizer, texts):
     assert len(table.rows) == 3 * 3
     assert sum("random direction (3): mean, range" in row for row in table.rows) == 3
     statistics = collect_statistics(model, tiny_tokenizer, texts, {LAYER: None})
-    drawn = random_directions(torch.ones(1), 64, seed=1)
-    controls = direction_feature_set(statistics, LAYER, drawn, ["drawn"], language="zh")
+    drawn = random_directions(torch.ones(1), 64, seed=1)[0]
+    controls = direction_feature_set(statistics, LAYER, drawn, "drawn", language="zh")
     named = causal_check(model, tiny_tokenizer, texts, features, "zh", controls=controls)
     assert len(named.of(CONTROL, LAYER, "add")) == 1
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qscope_posttrain.features.directions import difference_of_means_set
+from qscope_posttrain.features.build import difference_of_means_set
 from qscope_posttrain.features.feature_set import SAME_EMBEDDING, FeatureSet
 from qscope_posttrain.provenance import embedding_agreement, embedding_sketch, model_identity
 
@@ -53,6 +53,7 @@ def with_lora(model, **options):
     return get_peft_model(copy.deepcopy(model), LoraConfig(r=2, **options))
 
 
+TRAINS_LONG = "trained from its start"
 SAME = {
     "itself": lambda model: model,
     "bf16": lambda model: copy.deepcopy(model).bfloat16(),
@@ -62,7 +63,7 @@ SAME = {
     "compiled": torch.compile,
     "fine-tuned": lambda model: tuned(model, 0.1),
     "much fine-tuned": lambda model: tuned(model, 0.7),
-    "trained from its start": lambda model: trained(model, 3e-3),
+    TRAINS_LONG: lambda model: trained(model, 3e-3),
     "lora": lambda model: with_lora(model, target_modules=["q_proj"]),
     "lora on the embedding": lambda model: with_lora(model, target_modules=["embed_tokens"]),
     "embedding trained beside": lambda model: with_lora(
@@ -72,7 +73,9 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("change", SAME)
+@pytest.mark.parametrize(
+    "change", [pytest.param(name, marks=pytest.mark.slow) if name == TRAINS_LONG else name for name in SAME]
+)
 def test_the_same_model_fits(features, make_model, change, tmp_path):
     loaded = FeatureSet.load(features.save(tmp_path / "features.safetensors"))
     assert loaded.check_model(SAME[change](make_model())) == "fit the model"

@@ -12,7 +12,7 @@ import torch
 from endpoint_server import serving
 
 from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
+from qscope_posttrain.endpoint.models import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.features.explain.ask import (
     ExplainSettings,
@@ -26,7 +26,8 @@ from qscope_posttrain.features.explain.ask import (
 )
 from qscope_posttrain.features.explain.contexts import Context, ContextSettings, FeatureContexts
 from qscope_posttrain.features.explain.explanation import FeatureId, Prediction
-from qscope_posttrain.features.explain.explanation_file import read_explanations, write_explanations
+from qscope_posttrain.features.feature_set import read_explanations
+from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.sae.activations import ReLU
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
@@ -155,7 +156,7 @@ def test_without_methods_only_explains(world, lines, tmp_path):
         found = explain(world, lines, tmp_path, server, ExplainSettings(methods=()), ids=(1,))
         assert len(server.requests) == 1
     assert found.explanations[0].detection is None
-    path = write_explanations(tmp_path / "explanations.jsonl", found.explanations)
+    path = write_rows(tmp_path / "explanations.jsonl", (entry.to_dict() for entry in found.explanations))
     assert read_explanations(path) == found.explanations
 
 

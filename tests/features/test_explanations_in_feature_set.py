@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId, Prediction
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.feature_set_file import FORMAT
-from qscope_posttrain.features.find.language import find_language_features
+from qscope_posttrain.features.find.contrast import find_language_features
 
 PREDICTION = {"hits": 8, "positives": 10, "rejections": 3, "negatives": 6}
 
@@ -104,6 +104,6 @@ def test_balanced_accuracy_by_hand():
     assert interval.estimate == pytest.approx(0.65)
     assert 0 < interval.low < 0.65 < interval.high < 1
     larger = Prediction(800, 1000, 300, 600).interval()
-    assert larger.half_width == pytest.approx(1.96 * ((0.16 / 1000 + 0.25 / 600) / 4) ** 0.5, rel=0.02)
+    assert (larger.high - larger.low) / 2 == pytest.approx(1.96 * ((0.16 / 1000 + 0.25 / 600) / 4) ** 0.5, rel=0.02)
     assert Prediction(3, 3, 0, 0).balanced_accuracy is None
     assert Prediction(0, 0, 0, 0).interval() is None

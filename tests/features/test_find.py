@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qscope_posttrain.features import build as search_module
+from qscope_posttrain.features.build import monolinguality
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find import language as find_module
-from qscope_posttrain.features.find import search as search_module
-from qscope_posttrain.features.find.language import find_language_features, language_feature_set
+from qscope_posttrain.features.find import contrast as find_module
+from qscope_posttrain.features.find.contrast import find_language_features, language_feature_set
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS
-from qscope_posttrain.features.selection import monolinguality
 from qscope_posttrain.report.tables import Table
 
 
@@ -87,9 +87,9 @@ def test_files_in_groups_give_the_same(make_model, tiny_tokenizer, texts, saes, 
 
 def test_too_few_random_features_do_not_lose_the_pass(make_model, tiny_tokenizer, texts, make_sae, capfd):
     small = {3: make_sae(3, d_sae=16)}
-    features = find_language_features(make_model(), tiny_tokenizer, texts, small, top=1, target="zh", controls=30)
+    features = find_language_features(make_model(), tiny_tokenizer, texts, small, top=1, target="zh", controls=16)
     assert "random directions are the controls" in capfd.readouterr().err
-    assert "random direction (30)" in str(features.provenance["causal_check"])
+    assert "random direction (16)" in str(features.provenance["causal_check"])
 
 
 def test_errors_come_before_the_pass(make_model, tiny_tokenizer, texts, saes, make_sae, monkeypatch):

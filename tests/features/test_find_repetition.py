@@ -12,9 +12,13 @@ from qscope_posttrain.features.build import feature_set_from, features_from_dire
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import LoopCollection, collect_loops
-from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table, with_choice
-from qscope_posttrain.features.find.repetition_curve import Contrast, candidates, curve_figures, steering_curve
-from qscope_posttrain.features.find.repetition_scores import repetition_differences, repetition_gradients
+from qscope_posttrain.features.find.repetition import (
+    find_repetition_features,
+    repetition_differences,
+    repetition_gradients,
+    repetition_table,
+)
+from qscope_posttrain.features.find.repetition_curve import candidates, curve_figures, steering_curve, with_choice
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.models.generation import SamplingSettings, encode_prompts, sample_batch
@@ -159,7 +163,7 @@ class TestNotSpecific:
     def test_it_is_said_and_recorded(self, idle, model, tokenizer, capfd):
         settings = replace(CURVE, strengths=(0.1,), fresh_samples=40)
         prompts = encode_prompts(tokenizer, looping_prompts())
-        curve = steering_curve(model, tokenizer, prompts, idle, Contrast("loop", 0, 1), settings)
+        curve = steering_curve(model, tokenizer, prompts, idle, settings)
         found = with_choice(idle, curve)
         assert not curve.specific
         assert found.settings["steering"]["specific"] is False
@@ -168,7 +172,7 @@ class TestNotSpecific:
     def test_nothing_is_chosen_where_nothing_loops(self, idle, model, tokenizer, capfd):
         settings = replace(CURVE, samples=4, min_copies=20)
         prompts = encode_prompts(tokenizer, looping_prompts())
-        found = with_choice(idle, steering_curve(model, tokenizer, prompts, idle, Contrast("loop", 0, 1), settings))
+        found = with_choice(idle, steering_curve(model, tokenizer, prompts, idle, settings))
         assert "steering" not in found.settings
         assert found.provenance["steering_curve"]["rows"]
         assert "nothing is chosen" in capfd.readouterr().err
@@ -179,7 +183,7 @@ class TestNotSpecific:
 def test_candidates_are_rows_and_sums(found, model, tokenizer, saes, loops):
     whole = find_repetition_features(model, tokenizer, {0: saes[0]}, loops=loops, top=4, curve=None)
     rows = whole.layers[0]
-    pushes = list(candidates(0, rows, Contrast("loop", 0, 1), replace(CURVE, single_rows=2)))
+    pushes = list(candidates(0, rows, replace(CURVE, single_rows=2)))
     assert [push.rows for push in pushes] == [(0,), (1,), (0, 1), (0, 1, 2, 3)]
     for push in pushes:
         own = replace(whole, layers={0: rows.take(push.rows)})

@@ -16,7 +16,6 @@ from qscope_posttrain.features.dose_curve import (
     UNSTEERED,
     CurvePoint,
     CurveSettings,
-    Push,
     Trial,
     measure,
     unlikely_tokens,
@@ -33,12 +32,14 @@ TOKENS = 1000
 
 def point(kind: str, layer: int, strength: float, looped: int, unlikely: int = 0, *, name="", window=30, n=100, own=-1):
     own = looped if own < 0 else own
-    return CurvePoint(Trial(Push(kind, name or kind, layer), strength, window), n, looped, own, TOKENS, unlikely)
+    return CurvePoint(
+        Trial(kind, name or kind, layer, strength=strength, window_length=window), n, looped, own, TOKENS, unlikely
+    )
 
 
 def chosen_name(points) -> str | None:
     found = choose(points)
-    return None if found is None else found.trial.push.name
+    return None if found is None else found.trial.name
 
 
 class TestChoice:
@@ -104,7 +105,7 @@ class TestChoice:
             point(FEATURE, 2, 1.0, 51, 59, name="near"), point(RANDOM, 2, 1.0, 9),
         ]  # fmt: skip
         assert chosen_name(points) == "far"
-        assert choose(points, 0.06).trial.push.name == "near"
+        assert choose(points, 0.06).trial.name == "near"
         assert choose(points, 0.01) is None
 
     def test_random_directions_must_have_been_measured(self):
@@ -177,10 +178,10 @@ class TestMeasure:
         """Trials of different layers, windows and directions share batches; each row gets exactly its own push."""
         model, tokenizer, prompts = world
         trials = [
-            Trial(Push(UNSTEERED, UNSTEERED)),
-            Trial(Push(FEATURE, "share", 0, unit_row(SHARE), 2.0), 0.75, 8),
-            Trial(Push(RANDOM, "two", 1, unit_row(SHARE, SHARE + 1), 1.0), 1.0, 8),
-            Trial(Push(FEATURE, "to the end", 1, unit_row(SHARE), 1.0), 0.5, 0),
+            Trial(UNSTEERED, UNSTEERED),
+            Trial(FEATURE, "share", 0, unit_row(SHARE), 2.0, strength=0.75, window_length=8),
+            Trial(RANDOM, "two", 1, unit_row(SHARE, SHARE + 1), 1.0, strength=1.0, window_length=8),
+            Trial(FEATURE, "to the end", 1, unit_row(SHARE), 1.0, strength=0.5, window_length=0),
         ]
         seen = []
 
@@ -203,12 +204,12 @@ class TestMeasure:
                 number, j = divmod(offset + place, samples)
                 trial = trials[number]
                 assert list(ids[place]) == list(prompts[j])
-                if trial.push.vectors is None:
+                if trial.vectors is None:
                     continue
-                vector = trial.push.vectors[j % len(trial.push.vectors)] * trial.strength * trial.push.norm
+                vector = trial.vectors[j % len(trial.vectors)] * trial.strength * trial.norm
                 rows = torch.arange(len(ids)) == place
                 window = Window(int(starts[j]), trial.window_length or None)
-                steerings.append(Steering(vector, (trial.push.layer,), positions=window, rows=rows))
+                steerings.append(Steering(vector, (trial.layer,), positions=window, rows=rows))
             with steer(model, *steerings, require_generated=False):
                 assert sample_batch(model, tokenizer, ids, replace(SAMPLING, seed=seed)) == found
             offset += len(ids)
@@ -225,7 +226,7 @@ class TestMeasure:
 
     def test_loops_of_another_length_are_not_like_the_models_own(self, world):
         model, tokenizer, prompts = world
-        trials = [Trial(Push(FEATURE, "share", 0, unit_row(SHARE), 1.0), 1.0, 8)]
+        trials = [Trial(FEATURE, "share", 0, unit_row(SHARE), 1.0, strength=1.0, window_length=8)]
         for periods, counted in (((1, 3), False), ((5, 99), False), ((4, 4), True), (None, True)):
             (point,) = measure(model, tokenizer, prompts, trials, 12, self.settings, seed=1, periods=periods)
             assert point.looped > 2
@@ -233,7 +234,7 @@ class TestMeasure:
 
     def test_the_same_seed_gives_the_same_points(self, world):
         model, tokenizer, prompts = world
-        trials = [Trial(Push(FEATURE, "share", 0, unit_row(SHARE), 1.0), 0.75, 8)]
+        trials = [Trial(FEATURE, "share", 0, unit_row(SHARE), 1.0, strength=0.75, window_length=8)]
         one, two, other = (measure(model, tokenizer, prompts, trials, 12, self.settings, seed=s) for s in (1, 1, 2))
         assert one == two
         assert one != other

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qscope_posttrain.features.find.loops import Loop
-from qscope_posttrain.features.find.repetition_scores import (
-    occurrences,
+from qscope_posttrain.features.find.loops import Loop, occurrences
+from qscope_posttrain.features.find.repetition import (
     rank_features,
     repetition_differences,
     repetition_gradients,

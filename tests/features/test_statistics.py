@@ -97,10 +97,6 @@ def test_first_tokens_and_norm_outliers_are_left_out_and_counted(make_model, tin
     for name in ("activation_sum", "residual_sum", "residual_second_moment"):
         torch.testing.assert_close(getattr(found.layers[2], name), expected[name], rtol=1e-4, atol=1e-3)
     assert found.texts.tolist() == [len(lines) for lines in texts.values()]
-    table = found.to_table()
-    assert [row[table.columns.index("norm outliers left out (most)")] for row in table.rows] == found.layers[
-        2
-    ].outliers.tolist()
 
 
 def test_order_of_texts_does_not_matter(make_model, tiny_tokenizer, texts, saes, statistics):
@@ -148,9 +144,8 @@ def test_calibration_sample_is_the_same_for_any_order_and_smaller_than_the_data(
     assert medians[0] != everything.layers[3].median_norm
 
 
-def test_long_texts_are_cut_and_counted(make_model, tiny_tokenizer, texts):
+def test_long_texts_are_cut(make_model, tiny_tokenizer, texts):
     found = collect_statistics(make_model(), tiny_tokenizer, texts, {0: None}, max_length=8)
-    assert found.truncated.tolist() == [4, 4, 4, 4, 4]
     assert found.layers[0].tokens.tolist() == [4 * 7] * 5
     assert found.layers[0].activation_sum is None
 

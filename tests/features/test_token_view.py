@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qscope_posttrain.features.explain.explanation import Explanation
 from qscope_posttrain.features.explain.token_view import token_view
-from qscope_posttrain.features.find.language import find_language_features
+from qscope_posttrain.features.find.contrast import find_language_features
 from qscope_posttrain.report.html import Section, ShadedText, ShadedTexts, print_shaded, write_html
 
 LINES = ["The river runs past the old mill", "она читает книгу"]

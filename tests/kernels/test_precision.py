@@ -11,7 +11,6 @@ from transformers.utils import enable_tf32
 
 from qscope_posttrain.kernels import feature_penalty, feature_preactivations, threshold_encode, topk_encode
 from qscope_posttrain.kernels.checks import exact_dtype, lowered_to
-from qscope_posttrain.sae.activations import AbsTopK
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -74,8 +73,6 @@ def test_float32_encoders_say_what_lowered_them(how: str) -> None:
             topk_encode(x, W_enc, b_enc, 3, precision=precision)
     with pytest.raises(ValueError, match="lowered"):
         threshold_encode(x, W_enc, b_enc, precision="fp32")
-    with pytest.raises(ValueError, match="lowered"):
-        AbsTopK(3).encode(x, W_enc, b_enc, precision="fp32")
     assert topk_encode(x, W_enc, b_enc, 3)[0].shape == (4, 3)
     assert topk_encode(x, W_enc.double(), b_enc.double(), 3, precision="fp32")[0].dtype == torch.float64
 

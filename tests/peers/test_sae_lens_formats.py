@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity import D_MODEL, D_SAE, assert_rows_agree, assert_same, randomise, tokens
 
-from qscope_posttrain.sae.activations import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.activations import BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed (make test-peers)")
@@ -32,8 +32,6 @@ def made(architecture: str, **options: object):  # type: ignore[no-untyped-def]
         ("standard", {}),
         ("topk", {"k": 7}),
         ("topk", {"k": 7, "rescale_acts_by_decoder_norm": True}),
-        ("abstopk", {"k": 7}),
-        ("abstopk", {"k": 7, "rescale_acts_by_decoder_norm": True}),
         ("jumprelu", {}),
         ("gated", {}),
     ],
@@ -54,7 +52,6 @@ def test_inference_saes(tmp_path: Path, architecture: str, options: dict[str, ob
     [
         ("StandardTrainingSAE", {}),
         ("TopKTrainingSAE", {"k": 7}),
-        ("AbsTopKTrainingSAE", {"k": 7}),
         ("BatchTopKTrainingSAE", {"k": 7}),
         ("MatryoshkaBatchTopKTrainingSAE", {"k": 7, "matryoshka_widths": [32, 96]}),
         ("JumpReLUTrainingSAE", {}),
@@ -133,7 +130,7 @@ def test_settings_of_before_version_6(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "activation",
-    [TopK(7), TopK(7, "relu_before"), AbsTopK(7), ReLU(), BatchTopK(0.5), JumpReLU(torch.linspace(0, 1, D_SAE))],
+    [TopK(7), TopK(7, "relu_before"), ReLU(), BatchTopK(0.5), JumpReLU(torch.linspace(0, 1, D_SAE))],
 )
 def test_ours_are_loaded_by_sae_lens(tmp_path: Path, activation) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ def made(folder: Path, **options: object):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"normalize_decoder": False}, {"num_latents": 0, "expansion_factor": 4}, {"activation": "groupmax", "k": 8}],
+    [{}, {"normalize_decoder": False}, {"num_latents": 0, "expansion_factor": 4}],
 )
 def test_saes(tmp_path: Path, options: dict[str, object]) -> None:
     theirs = made(tmp_path / "layers.10", **options)

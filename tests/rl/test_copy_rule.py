@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qscope_posttrain.rl.rollouts.copying import SHORTEST_PIECE, CopyRule, boundary_tokens
+from qscope_posttrain.rl.rollouts.copying import SHORTEST_PIECE, CopyRule, boundary_tokens, seeded_text
 
 VOCABULARY = 7
 BOUNDARIES = {0, 1}
@@ -70,6 +70,23 @@ def test_rows_say_what_a_simulation_says(data):
     wishes = data.draw(st.lists(wish, min_size=rows, max_size=rows))
     said = speak(make_rule(starts, copies, piece_length), wishes)
     assert said == [simulate(wish, start, copies, piece_length) for wish, start in zip(wishes, starts, strict=True)]
+
+
+@settings(deadline=None)
+@given(
+    own=st.lists(st.integers(0, VOCABULARY - 1), min_size=30, max_size=30),
+    start=st.integers(0, 20),
+    copies=st.integers(1, 3),
+    piece_length=st.integers(1, 9),
+)
+def test_text_for_engines_without_a_rule(own, start, copies, piece_length):
+    """Its own text and copies, as the rule makes them; from the next token on the row is free in both."""
+    is_boundary = make_rule([0], 1, 1)._is_boundary
+    text = seeded_text(own[: start + piece_length], is_boundary, start, copies, piece_length)
+    assert text is not None
+    wishes = own + [2] * (copies * piece_length)
+    assert simulate(wishes, start, copies, piece_length)[: len(text)] == text
+    assert seeded_text(own[: max(start - 1, 0)], is_boundary, start, copies, piece_length) is None
 
 
 def test_longer_than_the_room_made_at_first():

@@ -135,7 +135,9 @@ NEGATIVES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["grpo", *NEGATIVES])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("grpo", "off")), "steered", "seeded"]
+)
 def test_resumed_equals_uninterrupted(model, tiny_tokenizer, features, tmp_path, kind):
     """Also for GRPOTrainer alone: what it cannot do, we need not."""
     cls = GRPOTrainer if kind == "grpo" else SteeredGRPOTrainer

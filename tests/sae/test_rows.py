@@ -176,7 +176,7 @@ def test_blocks_are_copied_whole(
     release_folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, memory_mapped: bool
 ) -> None:
     monkeypatch.setattr(mapped, "_BLOCK_BYTES", block_bytes)
-    decoder = open_weights(release_folder / "layer0.sae.pt").any_matrix("W_dec")
+    decoder = open_weights(release_folder / "layer0.sae.pt").tensor("W_dec", None, None)
     for view in (decoder.t()[10:300], decoder[3:9], decoder.t()[:1], decoder[:, :5].t()):
         before = view.clone()
         copy = mapped.copy_block(view, memory_mapped)

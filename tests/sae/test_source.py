@@ -183,7 +183,7 @@ def test_the_room_does_not_import_the_hub_or_later_rooms() -> None:
     """Rooms above in the house order must not be pulled in, nor libraries that only some uses need."""
     code = (
         "import sys, qscope_posttrain.sae.training\n"
-        "rooms = ('features', 'sft', 'evaluation', 'testbed', 'cli', 'models', 'text')\n"
+        "rooms = ('features', 'sft', 'evaluation', 'cli', 'models', 'text')\n"
         "found = [m for m in sys.modules if m.startswith(tuple(f'qscope_posttrain.{r}' for r in rooms))]\n"
         "found += [m for m in ('huggingface_hub', 'transformers', 'trl', 'datasets') if m in sys.modules]\n"
         "sys.exit(str(found) if found else 0)"

@@ -69,7 +69,12 @@ ORDERS = ("make train make train", "make make train train", "second first", "nev
 
 
 @pytest.mark.parametrize(
-    ("kind", "order"), [("sasft", order) for order in ORDERS] + [(kind, ORDERS[1]) for kind in KINDS[1:]]
+    ("kind", "order"),
+    [
+        pytest.param("sasft", ORDERS[0], marks=pytest.mark.slow),
+        *(("sasft", order) for order in ORDERS[1:]),
+        *(pytest.param(kind, ORDERS[1], marks=pytest.mark.slow) for kind in KINDS[1:]),
+    ],
 )
 def test_one_object_for_two_trainers(build, make, kind, order):
     """As each trainer with a callback of its own: also the re-run notebook cell, whose first trainer never trains."""
@@ -105,7 +110,7 @@ def test_trainings_in_turns(build, make):
     assert course(second, "sasft") == expected(build, make, "sasft", seed=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sasft", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_a_second_training_of_the_same_trainer(build, make, kind):
     results = []
     for callbacks in ([make(kind)], []):

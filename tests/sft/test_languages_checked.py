@@ -9,7 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from sft.cases import LANGUAGES, case_model, make_features, make_rows, make_trainer
 
-from qscope_posttrain.models.target_tokens import find_target_tokens
+from qscope_posttrain.models.scoring import find_target_tokens
 from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SampleLanguage
 from qscope_posttrain.sft.packing import pack_with_languages

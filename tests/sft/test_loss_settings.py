@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from sft.cases import case_model, make_features
+from integrations.reference import case_model, make_features
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
@@ -67,6 +69,14 @@ def test_a_file_may_name_norwegian(tmp_path):
     config = LossSettings.load(file).config
     assert config.ignore_languages == ("no", "en")
     assert config.skip_target_labels is False
+
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "integrations").glob("*/loss_*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_the_files_in_recipes_can_be_read(file):
+    assert LossSettings.load(file).config.target == "zh"
 
 
 def test_a_file_that_is_not_there_or_says_nothing(tmp_path):

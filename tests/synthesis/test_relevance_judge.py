@@ -10,11 +10,11 @@ from word_world import COOKING, TOPIC, grammar
 
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.openai_model import OpenAIChatModel
+from qscope_posttrain.endpoint.models import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
+from qscope_posttrain.synthesis.coverage import judge_relevance
 from qscope_posttrain.synthesis.prompts import synthesis_templates
-from qscope_posttrain.synthesis.relevance import judge_relevance
 
 EXPLANATIONS = [
     Explanation(1, number, f"the word {word}", "") for number, word in enumerate(["ladder", "rung", "soup"])
@@ -32,8 +32,8 @@ def test_unreadable_and_refused_judgements_are_named(tmp_path):
         return "hard to say" if "rung" in body["messages"][-1]["content"] else '{"relevance": 0.7}'
 
     found = judged(tmp_path, reply, [("ok", None), ("ok", None), ("status", (400, {}, "content_filter"))])
-    assert found.relevance == {FeatureId(1, 0): 0.7}
-    assert found.unreadable == (FeatureId(1, 1), FeatureId(1, 2))
+    assert found[0] == {FeatureId(1, 0): 0.7}
+    assert found[1] == (FeatureId(1, 1), FeatureId(1, 2))
 
 
 def test_where_none_can_be_read_an_answer_is_quoted(tmp_path):

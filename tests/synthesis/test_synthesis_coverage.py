@@ -22,10 +22,11 @@ from qscope_posttrain.synthesis.coverage import (
     growth,
     missing_first,
     reached_features,
+    read_relevance,
     split_targets,
     target_features,
+    write_relevance,
 )
-from qscope_posttrain.synthesis.relevance import read_relevance, write_relevance
 from qscope_posttrain.synthesis.report import StrategyTexts, comparison_tables
 
 

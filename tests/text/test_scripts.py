@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qscope_posttrain.evaluation.code_switching import ScriptDetector
-from qscope_posttrain.text.language import language_by_script
 from qscope_posttrain.text.scripts import (
     SCRIPTS_OF_LANGUAGE,
     contains_language_script,
     contains_script,
+    language_by_script,
     language_scripts,
     script_counts,
     sentences,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
 from qscope_posttrain.analysis.benchmarks.overlap import OverlapMatrix
 from qscope_posttrain.analysis.benchmarks.performance import PerformanceRedundancy, ScoreTable, partial_correlation
@@ -24,7 +25,6 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 
 Kind = Literal["pearson", "spearman"]
-Vector = NDArray[np.float64]
 
 MIN_BENCHMARKS = 4
 _ROUNDING = 1e-12
@@ -54,9 +54,6 @@ class Agreement:
     predictor: str
     target: str
     correlation: Correlation
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"predictor": self.predictor, "target": self.target, **asdict(self.correlation)}
 
 
 def redundancy_agreement(
@@ -131,13 +128,7 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson's r of the ranks, ties sharing their mean rank."""
-    return pearson(ranks(x), ranks(y))
-
-
-def ranks(x: ArrayLike) -> Vector:
-    """Ranks from 1, ties sharing their mean; many times faster than scipy's on the short rows of a bootstrap."""
-    _, place, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return pearson(rankdata(x), rankdata(y))
 
 
 def correlate(
@@ -170,7 +161,7 @@ def correlate(
     else:
         orders = np.array(list(itertools.permutations(range(count))))
     # A relabeling moves values and does not change them: ranks are moved along.
-    first, second = (side - side.mean() for side in (sides if kind == "pearson" else map(ranks, sides)))
+    first, second = (side - side.mean() for side in (sides if kind == "pearson" else map(rankdata, sides)))
     limit = math.sqrt(float(first @ first) * float(second @ second)) * (abs(value) - _ROUNDING)
     as_far = 0
     for part in np.array_split(orders, max(1, len(orders) // _ORDERS_AT_ONCE)):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from qscope_posttrain.analysis.benchmarks.redundancy import curve_sizes
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
@@ -177,25 +178,18 @@ def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, 
     found = []
     for _ in range(repeats):
         sums = np.cumsum(outcomes[generator.permutation(items)], axis=0)[sizes - 1]
-        # Sums of rounded numbers in another order: the last one is the whole benchmark and must tie as it ties.
         found.append(float(np.interp(every, sizes, kendall(full, sums / sizes[:, None])).mean()))
     error = float(np.std(found, ddof=1)) / math.sqrt(repeats) if repeats > 1 else math.nan
     return PerformanceRedundancy(name, items, outcomes.shape[1], float(np.mean(found)), error, repeats)
 
 
 def kendall(full: ArrayLike, parts: ArrayLike) -> NDArray[np.float64]:
-    """Kendall's tau-b between `full` [M] and each row of `parts` [sizes, M]; 0 where a row is constant."""
-    reference, rows = np.asarray(full, dtype=np.float64), np.atleast_2d(np.asarray(parts, dtype=np.float64))
-    first, second = np.triu_indices(len(reference), 1)
-    known = _signs(reference[first] - reference[second])
-    found = _signs(rows[:, first] - rows[:, second])
-    scale = np.sqrt(np.abs(known).sum() * np.abs(found).sum(axis=1))
-    return np.divide(found @ known, scale, out=np.zeros(len(rows)), where=scale > 0)
+    """Kendall's tau-b between `full` [M] and each row of `parts` [sizes, M]; 0 where a row is constant.
 
-
-def _signs(differences: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Signs, with rounding errors counted as ties."""
-    return np.where(np.abs(differences) < 1e-12, 0.0, np.sign(differences))
+    Rounded, so that sums of the same numbers in another order tie.
+    """
+    reference, rows = np.round(np.asarray(full), 12), np.round(np.asarray(parts), 12)
+    return np.nan_to_num([stats.kendalltau(reference, row).statistic for row in rows])
 
 
 def _read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:

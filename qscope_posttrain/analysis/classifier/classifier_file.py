@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+import torch
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.files import check_is_file, replacing
+from qscope_posttrain.features.feature_set_file import open_document, write_document
 from qscope_posttrain.provenance import package_versions
 
 FORMAT = "qscope_posttrain.feature_classifier"
@@ -38,32 +36,20 @@ def write_classifier_file(path: str | Path, document: Mapping[str, Any], tensors
     """Write `document` (all `KEYS` but the versions) and the tensors `TENSORS` in one step; the folder must exist."""
     path = Path(path)
     document = {**document, "version": VERSION, "versions": package_versions()}
-    try:
-        text = json.dumps(document, ensure_ascii=False, allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise UserValueError(f"classes and parameters must be JSON values: {error}.") from error
-    content = {name: np.ascontiguousarray(tensors[name], dtype) for name, dtype in TENSORS.items()}
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(save(content, metadata={FORMAT: text}))
-    return path
+    content = {name: torch.from_numpy(np.array(tensors[name], dtype)) for name, dtype in TENSORS.items()}
+    return write_document(path, FORMAT, document, content, "classes and parameters")
 
 
 def read_classifier_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read (document, tensors) with every field checked but the parameters; keys that are layers become integers."""
     if not path.exists():
         raise UserFileNotFoundError(f"No classifier file at {path}.")
-    size = check_is_file(path).stat().st_size
-    if size > MAX_BYTES:
-        raise UserValueError(f"{path} has {size} bytes; a classifier has at most {MAX_BYTES}. It is something else.")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            document = _parse(path, (file.metadata() or {}).get(FORMAT))
-            found = set(file.keys())
-            if found != set(TENSORS):
-                raise UserValueError(f"{path} must hold the tensors {sorted(TENSORS)}, it holds {sorted(found)[:20]}.")
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
-    except (SafetensorError, OSError) as error:
-        raise UserValueError(f"{path} is not a readable safetensors file: {error}.") from error
+    with open_document(path, "classifier", FORMAT, VERSION, MAX_BYTES) as (file, document):
+        _check_document(path, document)
+        found = set(file.keys())
+        if found != set(TENSORS):
+            raise UserValueError(f"{path} must hold the tensors {sorted(TENSORS)}, it holds {sorted(found)[:20]}.")
+        tensors = {name: file.get_tensor(name).numpy() for name in TENSORS}
     _check_tensors(path, tensors, document["layer_widths"])
     return document, tensors
 
@@ -91,22 +77,17 @@ def check_origin(path: Path, stored: Any, found: Mapping[str, Any], layers: set[
         raise UserValueError(f"{path} was made with another model or other SAEs: {'; '.join(differences)}.")
 
 
-def _parse(path: Path, text: str | None) -> dict[str, Any]:
+def _check_document(path: Path, document: Any) -> None:
+    """Check every field but the parameters; keys that are layers become integers."""
+
     def need(fits: bool, message: str) -> None:
         if not fits:
             raise UserValueError(f"{path}{message}.")
 
-    need(text is not None, f" is not a classifier: its metadata has no {FORMAT!r}")
-    try:
-        document = json.loads(text or "")
-    except (ValueError, RecursionError) as error:
-        raise UserValueError(f"{path}: the classifier document is not valid JSON: {error}.") from error
-    found = sorted(document) if isinstance(document, dict) else type(document).__name__
-    fits = isinstance(document, dict) and set(document) == KEYS
-    need(fits, f": the classifier document must have the keys {sorted(KEYS)}, got {found!s:.300}")
-    version, parameters, classes, intercept = map(document.get, ("version", "parameters", "classes", "intercept"))
+    found = sorted(document)
+    need(set(document) == KEYS, f": the classifier document must have the keys {sorted(KEYS)}, got {found!s:.300}")
+    parameters, classes, intercept = map(document.get, ("parameters", "classes", "intercept"))
     widths, top, settings = map(document.get, ("layer_widths", "top1_differences", "settings"))
-    need(version == VERSION, f" has classifier version {version!r}; this package reads {VERSION}")
     fits = isinstance(parameters, dict) and set(parameters) == set(PARAMETERS)
     need(fits, f": parameters must be {', '.join(PARAMETERS)}, got {parameters!s:.300}")
     for name in ("layer", "random_state"):
@@ -130,7 +111,6 @@ def _parse(path: Path, text: str | None) -> dict[str, Any]:
         fits = _by_layer(norms, lambda norm: _is_number(norm) and norm > 0)
         need(fits, ": median_norms must give each layer a number above 0")
         settings["median_norms"] = {int(layer): float(norm) for layer, norm in norms.items()}
-    return document
 
 
 def _check_tensors(path: Path, tensors: Tensors, widths: Mapping[int, int]) -> None:

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from qscope_posttrain.analysis.classifier import classifier_file
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, are_texts, check_widths, layer_slice, stack
-from qscope_posttrain.analysis.classifier.rates import (
+from qscope_posttrain.analysis.classifier.metrics import (
     Booleans,
     Floats,
     Integers,

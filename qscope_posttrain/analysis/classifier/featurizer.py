@@ -103,13 +103,10 @@ class TextFeaturizer(TransformerMixin, BaseEstimator):
             self.tokenizer,
             list(texts),
             self.saes if layers is None else {layer: self.saes[layer] for layer in layers},
-            pooling=self.pooling,
             residual=residual,
             tokens_per_batch=self.tokens_per_batch,
-            max_length=self.max_length,
-            outlier_factor=self.outlier_factor,
-            median_norms=self.median_norms,
             show_progress=self.show_progress,
+            **self.settings(),
         )
 
     def with_norms(self, features: Mapping[int, TextFeatures]) -> TextFeaturizer:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MaxAbsScaler, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardScaler
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -124,23 +124,9 @@ class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
         return tags
 
 
-class LayerSlice(TransformerMixin, BaseEstimator):
-    """Select the columns of one layer of several side by side, so that a search can choose the layer."""
-
-    def __init__(self, widths: Mapping[int, int], layer: int) -> None:
-        self.widths = widths
-        self.layer = layer
-
-    def fit(self, X: Any, y: Any = None) -> LayerSlice:
-        """Nothing to learn."""
-        return self
-
-    def transform(self, X: Any) -> Any:
-        """[texts, width of the layer]."""
-        return X[:, layer_slice(self.widths, self.layer)]
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
+def columns_of_layer(X: Any, widths: Mapping[int, int], layer: int) -> Any:
+    """The columns of one layer of several side by side."""
+    return X[:, layer_slice(widths, layer)]
 
 
 Grid = Callable[[LabeledTexts], Mapping[str, Sequence[Any]]]
@@ -175,11 +161,6 @@ class Method:
         search = GridSearchCV(estimator, dict(grid), scoring="f1", cv=splits, error_score="raise")
         return search.fit(matrix, labels).best_estimator_
 
-    def apply(self, fitted: Any, texts: LabeledTexts) -> tuple[Any, Any]:
-        """(predictions [N] bool, scores [N] or None)."""
-        matrix = texts.inputs[self.reads]
-        return fitted.predict(matrix), fitted.decision_function(matrix) if self.ranks else None
-
 
 def all_methods() -> tuple[Method, ...]:
     """Feature classifiers first, then probes and controls."""
@@ -192,10 +173,13 @@ def all_methods() -> tuple[Method, ...]:
 
     def probe(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
         def build(texts: LabeledTexts, seed: int) -> Any:
-            widths: Mapping[int, int] = getattr(texts, reads)
-            return make_pipeline(LayerSlice(widths, min(widths)), *(step() for step in steps))
+            return make_pipeline(FunctionTransformer(columns_of_layer), *(step() for step in steps))
 
-        return Method(name, reads, build, lambda texts: {**grid, "layerslice__layer": list(getattr(texts, reads))})
+        def layers(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
+            widths: Mapping[int, int] = getattr(texts, reads)
+            return {**grid, "functiontransformer__kw_args": [{"widths": widths, "layer": layer} for layer in widths]}
+
+        return Method(name, reads, build, layers)
 
     def control(name: str, reads: str, *steps: Callable[[], Any], **grid: Sequence[Any]) -> Method:
         return Method(name, reads, lambda texts, seed: make_pipeline(*(s() for s in steps)), lambda texts: grid)
@@ -203,14 +187,8 @@ def all_methods() -> tuple[Method, ...]:
     def constant(name: str, **parameters: Any) -> Method:
         return Method(name, "length", lambda texts, seed: DummyClassifier(**parameters), ranks=False)
 
-    def few(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"k": COUNTS}
-
-    def few_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"k": COUNTS, "layer": list(texts.features)}
-
-    def many_of_a_layer(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
-        return {"k": MANY, "layer": list(texts.features)}
+    def of_a_layer(counts: Sequence[int]) -> Grid:
+        return lambda texts: {"k": counts, "layer": list(texts.features)}
 
     def layer_counts(texts: LabeledTexts) -> Mapping[str, Sequence[Any]]:
         return {"n_layers": range(1, min(len(texts.features), 8) + 1)}
@@ -220,14 +198,14 @@ def all_methods() -> tuple[Method, ...]:
 
     c: dict[str, Sequence[float]] = {"logisticregression__C": PENALTIES}
     return (
-        features("OR, layer by top1-diff", few),
-        features("OR, layer by validation", few_of_a_layer),
+        features("OR, layer by top1-diff", lambda texts: {"k": COUNTS}),
+        features("OR, layer by validation", of_a_layer(COUNTS)),
         features("OR, one feature a layer", layer_counts),
-        features("OR, best thresholds", few_of_a_layer, thresholds="best"),
-        features("votes", many_of_a_layer, rule="votes"),
-        features("logistic on top features", many_of_a_layer, rule="logistic"),
-        features("logistic, best thresholds", many_of_a_layer, rule="logistic", thresholds="best"),
-        features("random features, OR", few, selection="random"),
+        features("OR, best thresholds", of_a_layer(COUNTS), thresholds="best"),
+        features("votes", of_a_layer(MANY), rule="votes"),
+        features("logistic on top features", of_a_layer(MANY), rule="logistic"),
+        features("logistic, best thresholds", of_a_layer(MANY), rule="logistic", thresholds="best"),
+        features("random features, OR", lambda texts: {"k": COUNTS}, selection="random"),
         probe("logistic on all features", "features", MaxAbsScaler, logistic, **c),
         probe("logistic on the residual", "residual", StandardScaler, logistic, **c),
         probe("difference of means", "residual", MeanDifferenceProbe),
@@ -253,6 +231,6 @@ def choice_of(fitted: Any) -> str:
         layers = ", ".join(dict.fromkeys(map(str, fitted.feature_layers_.tolist())))
         return f"layer {layers}; {len(fitted.feature_ids_)} features"
     steps = getattr(fitted, "named_steps", {})
-    layer = [f"layer {steps['layerslice'].layer}"] if "layerslice" in steps else []
+    layer = [f"layer {steps['functiontransformer'].kw_args['layer']}"] if "functiontransformer" in steps else []
     model = steps.get("logisticregression")
     return "; ".join([*layer, *([f"C {model.C:g}"] if model is not None else [])])

@@ -1,29 +1,126 @@
-"""Measure classifiers on labeled texts: metrics with bootstrap intervals, layers, top features, amounts of data."""
+"""Numbers of classifiers: how much more often a feature fires on one class of texts, and metrics of decisions.
+
+A feature matrix `[texts, features]` holds each feature's largest activation over the tokens of a text, zero where it
+does not fire: `features.text_features.TextFeatures.matrix()`. Equations are those of the Qwen-Scope report, section 5.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csc_array, csr_array
 
-from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
-from qscope_posttrain.analysis.classifier.featurizer import layer_slice
-from qscope_posttrain.analysis.classifier.methods import COUNTS, LabeledTexts, Method, choice_of
-from qscope_posttrain.analysis.classifier.rates import firing_rates, top_features
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
-from qscope_posttrain.report.progress import progress
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
 
 METRICS = ("f1", "precision", "recall", "tpr_at_1", "tpr_at_5", "auroc")
 FALSE_POSITIVE_RATES = {"tpr_at_1": 0.01, "tpr_at_5": 0.05}
-JACCARD_TOP = 10
-FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
-Floats = NDArray[np.float64]
+
+class Rates(NamedTuple):
+    """Firing rates of every feature, each `[features]`."""
+
+    positive: Floats
+    """Share of the positive texts on which it fires, P(h = 1 | positive)"""
+    negative: Floats
+    """Share of the negative ones"""
+    threshold: Floats
+    """Activation above which it counts as firing"""
+
+    @property
+    def difference(self) -> Floats:
+        """Delta_f = P(h = 1 | positive) - P(h = 1 | negative), equation 14."""
+        return self.positive - self.negative
+
+
+def firing_rates(matrix: csr_array, positive: Booleans, epsilon: float = 0.0) -> Rates:
+    """Equation 13, h = 1[max_t a_t > epsilon], averaged within each class.
+
+    Args:
+        matrix: [texts, features], largest activation.
+        positive: [texts], both classes present.
+        epsilon: Threshold, not below 0: a value that is not stored is 0, and does not fire.
+    """
+    fires = firing(matrix, epsilon)
+    inside = fires[positive].sum(axis=0) / positive.sum()
+    outside = fires[~positive].sum(axis=0) / (~positive).sum()
+    return Rates(inside, outside, np.full(matrix.shape[1], float(epsilon)))
+
+
+def best_thresholds(matrix: csr_array, positive: Booleans, epsilon: float = 0.0) -> Rates:
+    """As `firing_rates`, with the threshold of each feature, at least `epsilon`, that maximizes its Delta.
+
+    Delta_f(theta) = P(a > theta | positive) - P(a > theta | negative); its largest value over theta is the one-sided
+    Kolmogorov-Smirnov statistic of the two samples of activations. The threshold lies halfway between the activations
+    that it separates; of several equally good ones it is the highest, with which the feature fires least. A feature
+    that no threshold makes fire more often on positive texts keeps `epsilon`.
+    """
+    columns = csc_array(matrix)
+    columns.sort_indices()
+    stored = columns.data > epsilon
+    values = columns.data[stored].astype(np.float64)
+    owners = np.repeat(np.arange(columns.shape[1]), np.diff(columns.indptr))[stored]
+    is_positive = positive[columns.indices[stored]]
+    order = np.lexsort((-values, owners))
+    values, owners, is_positive = values[order], owners[order], is_positive[order]
+    starts = np.searchsorted(owners, np.arange(columns.shape[1] + 1))
+    inside = _running_within(is_positive, owners, starts) / positive.sum()
+    outside = _running_within(~is_positive, owners, starts) / (~positive).sum()
+    # After entry i the texts with a >= values[i] fire; a threshold fits there unless the next value is the same.
+    following = np.append(values[1:], epsilon)
+    following[starts[1:][starts[1:] > starts[:-1]] - 1] = epsilon  # the last entry of a feature: nothing stored below
+    fits = values > following
+    result = firing_rates(matrix, positive, epsilon)
+    difference = np.where(fits, inside - outside, -np.inf)
+    best = np.full(columns.shape[1], -np.inf)
+    np.maximum.at(best, owners, difference)
+    chosen = np.flatnonzero((difference == best[owners]) & (difference > 0))[::-1]
+    features = owners[chosen]  # written from the last to the first, so that the first, the highest threshold, stays
+    result.positive[features] = inside[chosen]
+    result.negative[features] = outside[chosen]
+    result.threshold[features] = (values[chosen] + following[chosen]) / 2
+    return result
+
+
+def firing(matrix: csr_array, thresholds: float | Floats) -> csr_array:
+    """Indicators h of equation 13 as a sparse matrix of ones; one threshold, or one per feature, not below 0."""
+    limits = np.broadcast_to(np.asarray(thresholds, dtype=np.float64), (matrix.shape[1],))
+    fires = (matrix.data > limits[matrix.indices]).astype(np.float64)
+    found = csr_array((fires, matrix.indices, matrix.indptr), shape=matrix.shape).copy()
+    found.eliminate_zeros()
+    return found
+
+
+def top_features(difference: Floats, k: int) -> Integers:
+    """The `k` features with the largest difference, best first; of equal ones the lowest id first."""
+    return np.argsort(-difference, kind="stable")[:k]
+
+
+def _running_within(flags: Booleans, owners: Integers, starts: Integers) -> Floats:
+    """Running count of the flags, from the first entry of each feature on."""
+    total = np.concatenate([[0.0], np.cumsum(flags, dtype=np.float64)])
+    return total[1:] - total[starts[owners]]
+
+
+def best_vote_count(votes: Integers, positive: Booleans) -> int:
+    """The m >= 1 for which "positive if votes >= m" has the best F1, the smallest of equally good ones.
+
+    F1 = 2 TP / (predicted positive + positive). `votes` [texts] are counts from 0 on, `positive` [texts].
+    """
+    needed = np.arange(1, max(int(votes.max()), 1) + 1)
+    predicted = votes[:, None] >= needed
+    true_positives = (predicted & positive[:, None]).sum(axis=0)
+    f1 = 2 * true_positives / (predicted.sum(axis=0) + positive.sum())
+    return int(needed[f1.argmax()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +130,18 @@ class Evaluation:
     values: Mapping[str, float]
     """By name, see METRICS; NaN where not defined: precision without a positive prediction, ranks without scores."""
     replicates: Mapping[str, Floats]
-    """[resamples] of each; the same seed and labels give the same resamples, so that differences are paired."""
-    level: float
+    """[resamples] of each; the same labels give the same resamples, so that differences are paired."""
 
     def interval(self, name: str) -> Interval:
-        """Percentile interval of one metric."""
-        return _interval(self.values[name], self.replicates[name], self.level)
+        """95 % percentile interval of one metric."""
+        return _interval(self.values[name], self.replicates[name])
 
     def difference(self, other: Evaluation, name: str) -> Interval:
-        """Paired interval of this one's metric minus the other's, on the same texts with the same seed."""
+        """Paired interval of this one's metric minus the other's, on the same texts."""
         if len(self.replicates[name]) != len(other.replicates[name]):
             raise UserValueError("A paired difference needs evaluations with the same resamples.")
         replicates = self.replicates[name] - other.replicates[name]
-        return _interval(self.values[name] - other.values[name], replicates, self.level)
+        return _interval(self.values[name] - other.values[name], replicates)
 
     def to_dict(self) -> dict[str, Any]:
         """{metric: [value, low, high]}."""
@@ -58,8 +154,6 @@ def evaluate(
     scores: ArrayLike | None = None,
     *,
     resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Evaluation:
     """Measure predictions, and the ranking by `scores` if there are any.
 
@@ -83,120 +177,16 @@ def evaluate(
         )
     if ranks is not None and not np.isfinite(ranks).all():
         raise UserValueError("scores must be finite numbers.")
-    if resamples < 1 or not 0 < level < 1:
-        raise UserValueError(f"resamples must be at least 1 and level within (0, 1); got {resamples}, {level}.")
+    if resamples < 1:
+        raise UserValueError(f"resamples must be at least 1; got {resamples}.")
     once = np.ones((1, len(truth)))
     values = {name: float(found[0]) for name, found in _measure(truth, guess, ranks, once).items()}
-    return Evaluation(values, _measure(truth, guess, ranks, _resamples(truth, resamples, seed)), level)
+    return Evaluation(values, _measure(truth, guess, ranks, _resamples(truth, resamples)))
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A fitted method."""
-
-    method: Method
-    estimator: Any
-
-    @property
-    def choice(self) -> str:
-        return choice_of(self.estimator)
-
-    def evaluate(self, texts: LabeledTexts, resamples: int = 1000) -> Evaluation:
-        """Measure it on labeled texts."""
-        predicted, scores = self.method.apply(self.estimator, texts)
-        return evaluate(texts.labels, predicted, scores, resamples=resamples)
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer and K, fitted on discovery texts without choosing anything, measured on test texts."""
-
-    layer: int
-    k: int
-    top1_difference: float
-    f1: float
-
-
-def fit_methods(
-    methods: Sequence[Method], discovery: LabeledTexts, *, folds: int = 5, seed: int = 0
-) -> dict[str, Fitted]:
-    """Fit each method on all discovery texts."""
-    shown = progress(methods, description="fitting the methods")
-    return {method.name: Fitted(method, method.fit(discovery, folds=folds, seed=seed)) for method in shown}
-
-
-def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] = COUNTS) -> list[LayerRow]:
-    """F1 of the OR rule on the test texts for every layer and K: the cells whose maximum figure 8 of the report shows.
-
-    Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed.
-    """
-    rows = []
-    for layer in discovery.features:
-        for k in counts:
-            classifier = FeatureClassifier(k, layer=layer, layer_widths=discovery.features)
-            classifier.fit(discovery.inputs["features"], discovery.labels)
-            predicted = classifier.predict(test.inputs["features"])
-            f1 = evaluate(test.labels, predicted, resamples=1).values["f1"]
-            rows.append(LayerRow(layer, k, classifier.top1_differences_[layer], f1))
-    return rows
-
-
-def jaccard_by_layer(
-    discovery: Mapping[str, LabeledTexts], top: int = JACCARD_TOP
-) -> dict[int, dict[tuple[str, str], float]]:
-    """Per layer, for each pair of groups, |A and B| / |A or B| of their `top` features by Delta."""
-    chosen: dict[int, dict[str, set[int]]] = {}
-    for group, texts in discovery.items():
-        difference = firing_rates(texts.inputs["features"], texts.labels).difference
-        for layer in texts.features:
-            part = difference[layer_slice(texts.features, layer)]
-            chosen.setdefault(layer, {})[group] = set(top_features(part, top).tolist())
-    pairs = [(one, two) for one in discovery for two in discovery if one < two]
-    return {
-        layer: {(a, b): len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs}
-        for layer, sets in chosen.items()
-    }
-
-
-def efficiency(
-    methods: Sequence[Method],
-    discovery: LabeledTexts,
-    test: LabeledTexts,
-    *,
-    fractions: Sequence[float] = FRACTIONS,
-    draws: int = 5,
-    folds: int = 5,
-    seed: int = 0,
-) -> dict[str, dict[float, list[float]]]:
-    """{method: {fraction: [F1 of each draw]}}: everything, choices included, learned from a part of the texts.
-
-    Parts are drawn within each class, at least one text of each. All of it is one draw.
-    """
-    found: dict[str, dict[float, list[float]]] = {method.name: {} for method in methods}
-    plan = [(share, draw) for share in fractions for draw in range(draws if share < 1 else 1)]
-    for share, draw in progress(plan, description="learning from parts of the texts"):
-        part = discovery.take(draw_rows(discovery.labels, share, seed + draw))
-        for method in methods:
-            fitted = Fitted(method, method.fit(part, folds=folds, seed=seed + draw))
-            found[method.name].setdefault(share, []).append(fitted.evaluate(test, resamples=1).values["f1"])
-    return found
-
-
-def draw_rows(labels: Any, share: float, seed: int) -> list[int]:
-    """Draw rows with the same share of both classes, at least one of each; ascending. `share` lies in (0, 1]."""
-    if not 0 < share <= 1:
-        raise UserValueError(f"a part must be a share in (0, 1], got {share}.")
-    generator = np.random.default_rng(seed)
-    rows: list[int] = []
-    for kind in (False, True):
-        places = np.flatnonzero(np.asarray(labels) == kind)
-        rows += generator.permutation(places)[: max(1, round(share * len(places)))].tolist()
-    return sorted(rows)
-
-
-def _resamples(truth: NDArray[np.bool_], count: int, seed: int) -> Floats:
+def _resamples(truth: Booleans, count: int) -> Floats:
     """[count, texts] number of times each text is drawn: with replacement, within its class."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     weights = np.zeros((count, len(truth)))
     for kind in (truth, ~truth):
         size = int(kind.sum())
@@ -204,9 +194,7 @@ def _resamples(truth: NDArray[np.bool_], count: int, seed: int) -> Floats:
     return weights
 
 
-def _measure(
-    truth: NDArray[np.bool_], guess: NDArray[np.bool_], scores: Floats | None, weights: Floats
-) -> dict[str, Floats]:
+def _measure(truth: Booleans, guess: Booleans, scores: Floats | None, weights: Floats) -> dict[str, Floats]:
     """Every metric, [resamples], of texts that count `weights` [resamples, texts] times."""
     positives, negatives = weights[:, truth].sum(axis=1), weights[:, ~truth].sum(axis=1)
     hits, alarms = weights[:, guess & truth].sum(axis=1), weights[:, guess & ~truth].sum(axis=1)
@@ -229,9 +217,9 @@ def _measure(
     return found
 
 
-def _interval(value: float, replicates: Floats, level: float) -> Interval:
+def _interval(value: float, replicates: Floats) -> Interval:
     kept = replicates[np.isfinite(replicates)]
     if math.isnan(value) or not len(kept):
         return Interval(value, math.nan, math.nan)
-    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(kept, [0.025, 0.975])
     return Interval(value, float(low), float(high))

@@ -9,25 +9,19 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from qscope_posttrain.analysis.classifier.methods import LabeledTexts, Method
-from qscope_posttrain.analysis.classifier.metrics import (
-    FRACTIONS,
-    JACCARD_TOP,
-    METRICS,
-    Evaluation,
-    LayerRow,
-    by_layer,
-    efficiency,
-    fit_methods,
-    jaccard_by_layer,
-)
+from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
+from qscope_posttrain.analysis.classifier.featurizer import layer_slice
+from qscope_posttrain.analysis.classifier.methods import COUNTS, LabeledTexts, Method, choice_of
+from qscope_posttrain.analysis.classifier.metrics import METRICS, Evaluation, evaluate, firing_rates, top_features
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Curve, line_curves
-from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.tables import Table
 
+JACCARD_TOP = 10
+FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 REFERENCE = "logistic on the residual"
 """The usual probe, which needs no SAE; the differences are taken against it."""
 CURVES = (
@@ -37,6 +31,16 @@ CURVES = (
 """Methods whose data curve is drawn: those that are quick to fit many times."""
 TRANSFER = ("OR, best thresholds", "votes", "logistic on all features", *CURVES)
 """Methods with a table of transfer; the numbers of the others are in the summary."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer and K, fitted on discovery texts without choosing anything, measured on test texts."""
+
+    layer: int
+    k: int
+    top1_difference: float
+    f1: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,31 +57,19 @@ class ClassifierReport:
     """Group -> every layer and K on its own test texts"""
     chosen_layers: Mapping[str, int]
     """Group -> layer by top1-diff, from discovery texts alone"""
-    jaccard: Mapping[int, Mapping[tuple[str, str], float]]
-    """Layer -> pair of groups -> overlap of their top sets"""
+    jaccard: Mapping[int, Mapping[str, float]]
+    """Layer -> pair of groups, "A/B" -> overlap of their top sets"""
     curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
     """Group -> method -> share of the discovery texts -> F1 of each draw"""
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, as JSON values."""
-        return {
-            "sizes": {group: list(sizes) for group, sizes in self.sizes.items()},
-            "evaluations": {
-                method: {one: {two: e.to_dict() for two, e in row.items()} for one, row in rows.items()}
-                for method, rows in self.evaluations.items()
-            },
-            "choices": {method: dict(rows) for method, rows in self.choices.items()},
-            "layers": {group: [vars(row) for row in rows] for group, rows in self.layers.items()},
-            "chosen_layers": dict(self.chosen_layers),
-            "jaccard": {
-                str(layer): {f"{one}/{two}": value for (one, two), value in pairs.items()}
-                for layer, pairs in self.jaccard.items()
-            },
-            "curves": {
-                group: {m: {str(share): list(f1) for share, f1 in curve.items()} for m, curve in curves.items()}
-                for group, curves in self.curves.items()
-            },
+        evaluations = {
+            method: {one: {two: e.to_dict() for two, e in row.items()} for one, row in rows.items()}
+            for method, rows in self.evaluations.items()
         }
+        layers = {group: [vars(row) for row in rows] for group, rows in self.layers.items()}
+        return {**vars(self), "evaluations": evaluations, "layers": layers}
 
     def tables(self) -> list[Table]:
         """All tables, in the order of the page."""
@@ -139,7 +131,7 @@ class ClassifierReport:
             for layer, values in self.jaccard.items()
         ]
         caption = "|A and B| / |A or B| of the features with the largest firing-rate difference in each group."
-        columns = ["layer", *(f"{one}, {two}" for one, two in pairs), "mean"]
+        columns = ["layer", *pairs, "mean"]
         return Table(f"Overlap of the top {JACCARD_TOP} features", columns, rows, caption)
 
     def _layer_table(self, group: str) -> Table:
@@ -190,9 +182,10 @@ def make_report(
         sizes[group] = tuple(
             int(count) for part in (texts, test[group]) for count in (part.labels.sum(), (~part.labels).sum())
         )
-        for name, fitted in fit_methods(methods, texts, folds=folds, seed=seed).items():
-            evaluations[name][group] = {other: fitted.evaluate(part, resamples) for other, part in test.items()}
-            choices[name][group] = fitted.choice
+        for method in progress(methods, description="fitting the methods"):
+            fitted = method.fit(texts, folds=folds, seed=seed)
+            found = {other: measure(method, fitted, part, resamples) for other, part in test.items()}
+            evaluations[method.name][group], choices[method.name][group] = found, choice_of(fitted)
         layers[group] = by_layer(texts, test[group])
         chosen[group] = max(layers[group], key=lambda row: (row.top1_difference, -row.layer)).layer
         if draws:
@@ -204,14 +197,88 @@ def make_report(
     return ClassifierReport(sizes, evaluations, choices, layers, chosen, jaccard, curves)
 
 
+def measure(method: Method, fitted: Any, texts: LabeledTexts, resamples: int = 1000) -> Evaluation:
+    """Measure a fitted method on labeled texts."""
+    matrix = texts.inputs[method.reads]
+    scores = fitted.decision_function(matrix) if method.ranks else None
+    return evaluate(texts.labels, fitted.predict(matrix), scores, resamples=resamples)
+
+
+def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] = COUNTS) -> list[LayerRow]:
+    """F1 of the OR rule on the test texts for every layer and K: the cells whose maximum figure 8 of the report shows.
+
+    Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed.
+    """
+    rows = []
+    for layer in discovery.features:
+        for k in counts:
+            classifier = FeatureClassifier(k, layer=layer, layer_widths=discovery.features)
+            classifier.fit(discovery.inputs["features"], discovery.labels)
+            predicted = classifier.predict(test.inputs["features"])
+            f1 = evaluate(test.labels, predicted, resamples=1).values["f1"]
+            rows.append(LayerRow(layer, k, classifier.top1_differences_[layer], f1))
+    return rows
+
+
+def jaccard_by_layer(discovery: Mapping[str, LabeledTexts], top: int = JACCARD_TOP) -> dict[int, dict[str, float]]:
+    """Per layer, for each pair of groups "A/B", |A and B| / |A or B| of their `top` features by Delta."""
+    chosen: dict[int, dict[str, set[int]]] = {}
+    for group, texts in discovery.items():
+        difference = firing_rates(texts.inputs["features"], texts.labels).difference
+        for layer in texts.features:
+            part = difference[layer_slice(texts.features, layer)]
+            chosen.setdefault(layer, {})[group] = set(top_features(part, top).tolist())
+    pairs = [(one, two) for one in discovery for two in discovery if one < two]
+    return {
+        layer: {f"{a}/{b}": len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs}
+        for layer, sets in chosen.items()
+    }
+
+
+def efficiency(
+    methods: Sequence[Method],
+    discovery: LabeledTexts,
+    test: LabeledTexts,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    draws: int = 5,
+    folds: int = 5,
+    seed: int = 0,
+) -> dict[str, dict[float, list[float]]]:
+    """{method: {fraction: [F1 of each draw]}}: everything, choices included, learned from a part of the texts.
+
+    Parts are drawn within each class, at least one text of each. All of it is one draw.
+    """
+    found: dict[str, dict[float, list[float]]] = {method.name: {} for method in methods}
+    plan = [(share, draw) for share in fractions for draw in range(draws if share < 1 else 1)]
+    for share, draw in progress(plan, description="learning from parts of the texts"):
+        part = discovery.take(draw_rows(discovery.labels, share, seed + draw))
+        for method in methods:
+            fitted = method.fit(part, folds=folds, seed=seed + draw)
+            found[method.name].setdefault(share, []).append(measure(method, fitted, test, resamples=1).values["f1"])
+    return found
+
+
+def draw_rows(labels: Any, share: float, seed: int) -> list[int]:
+    """Draw rows with the same share of both classes, at least one of each; ascending. `share` lies in (0, 1]."""
+    if not 0 < share <= 1:
+        raise UserValueError(f"a part must be a share in (0, 1], got {share}.")
+    generator = np.random.default_rng(seed)
+    rows: list[int] = []
+    for kind in (False, True):
+        places = np.flatnonzero(np.asarray(labels) == kind)
+        rows += generator.permutation(places)[: max(1, round(share * len(places)))].tolist()
+    return sorted(rows)
+
+
 def draw_interval(values: Any, level: float = 0.95) -> Interval:
     """Mean of independent draws with its t interval, within [0, 1]; the value alone where there is one draw."""
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
-    if len(sample) < 2:
+    if len(sample) < 2 or not sample.std():
         return Interval(mean, mean, mean)
-    reach = float(stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample)))
-    return Interval(mean, max(0.0, mean - reach), min(1.0, mean + reach))
+    low, high = stats.t.interval(level, len(sample) - 1, mean, stats.sem(sample))
+    return Interval(mean, max(0.0, float(low)), min(1.0, float(high)))
 
 
 def _cell(interval: Interval) -> str:

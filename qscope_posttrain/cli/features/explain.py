@@ -6,19 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.chat_model import add_endpoint_options, check_endpoint_options, open_session
-from qscope_posttrain.cli.options import (
-    TEXT_LIST,
-    add_model_options,
-    add_sae_options,
-    add_shared,
-    layers_of,
-    load,
-    load_saes,
-)
+from qscope_posttrain.cli.options import check_endpoint_options, layers_of, load, load_saes, open_session
+from qscope_posttrain.cli.parsing.table import TEXT_LIST
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.report.summary import writable_folder, write_rows, write_summary
 from qscope_posttrain.text.inputs import read_text_list
 
 if TYPE_CHECKING:
@@ -29,14 +21,34 @@ if TYPE_CHECKING:
 
 EXPLANATIONS = "explanations.jsonl"
 PAGE = "explanations.html"
+EXPLAIN = f"""
+--texts  # natural text: {TEXT_LIST}
+--features optional  # FeatureSet to explain; a copy with the explanations is written
+--layers optional  # without --features: layer numbers from 0, ranges such as 20-27, or all
+--feature-ids: int+  # without --features: ids, the same in every layer
+--output  # folder for the explanations, their page and summary.json
+--methods: text* = detection fuzzing  # tests: detection, fuzzing, or none
+--tests: int = 20  # held-out contexts of each kind per score
+--control: yes|no = yes  # judge every feature's contexts also by the words for another feature
+--min-texts: int = 5  # skip features that fire on fewer texts
+--max-texts --max-length --seed
+"""
+TOKENS = f"""
+--features
+--text: text+  # texts, each one argument
+--texts optional  # texts in a file: {TEXT_LIST}
+--sae optional  # SAE whose activations to show; by default pre-activations above zero
+--language --layer --top
+--html: text  # HTML page to write
+--max-texts --max-length --k
+"""
 
 
 def explain(options: argparse.Namespace) -> None:
-    """Explain and test features; write the explanations, a page of contexts, the FeatureSet if given, a summary."""
+    """Let a chat model explain features, and test what it says; write explanations, a page of contexts, a summary."""
     require_extra("report")
     from qscope_posttrain.features.explain.ask import ExplainSettings, explain_features, explain_templates
     from qscope_posttrain.features.explain.contexts import ContextSettings
-    from qscope_posttrain.features.explain.explanation_file import write_explanations
     from qscope_posttrain.features.feature_set import FeatureSet
 
     check_endpoint_options(options)
@@ -63,7 +75,7 @@ def explain(options: argparse.Namespace) -> None:
         table.print()
     for feature, reason in found.skipped.items():
         status(f"{feature} is not explained: {reason}")
-    written = write_explanations(output / EXPLANATIONS, found.explanations)
+    written = write_rows(output / EXPLANATIONS, (entry.to_dict() for entry in found.explanations))
     if features is not None:
         features.explained(found.explanations).save(output)
     page = _write_page(found, tokenizer, output / PAGE)
@@ -79,7 +91,7 @@ def explain(options: argparse.Namespace) -> None:
 
 
 def tokens(options: argparse.Namespace) -> None:
-    """Show on the terminal, and if asked on a page, where the features of a FeatureSet fire in texts."""
+    """Show token by token, on the terminal and if asked on a page, where features fire in texts."""
     from qscope_posttrain.features.explain.token_view import token_view
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.report.html import Section, print_shaded, write_html
@@ -134,40 +146,3 @@ def _write_page(found: Explained, tokenizer: Any, path: Path) -> Path:
         body = words.get(feature, f"Not explained: {found.skipped.get(feature, '')}.")
         sections.append(Section(str(feature), body, shaded=shaded))
     return write_html(path, "What features stand for", sections)
-
-
-def add_explain_options(new: argparse.ArgumentParser) -> None:
-    """Options of `qscope features explain`."""
-    add_sae_options(new, layers=False)
-    add_shared(new, "texts", help=f"natural text: {TEXT_LIST}")
-    add_shared(new, "features", required=False, help="FeatureSet to explain; a copy with the explanations is written")
-    add_shared(
-        new, "layers", required=False, help="without --features: layer numbers from 0, ranges such as 20-27, or all"
-    )
-    new.add_argument("--feature-ids", type=int, nargs="+", help="without --features: ids, the same in every layer")
-    add_shared(new, "output", help="folder for the explanations, their page and summary.json")
-    new.add_argument(
-        "--methods", nargs="*", default=["detection", "fuzzing"], help="tests: detection, fuzzing, or none"
-    )
-    new.add_argument("--tests", type=int, default=20, help="held-out contexts of each kind per score")
-    new.add_argument(
-        "--control",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="judge every feature's contexts also by the words for another feature",
-    )
-    new.add_argument("--min-texts", type=int, default=5, help="skip features that fire on fewer texts")
-    add_shared(new, "max-texts", "max-length", "seed")
-    add_endpoint_options(new)
-
-
-def add_tokens_options(new: argparse.ArgumentParser) -> None:
-    """Options of `qscope features tokens`."""
-    add_model_options(new)
-    add_shared(new, "features")
-    new.add_argument("--text", nargs="+", help="texts, each one argument")
-    add_shared(new, "texts", required=False, help=f"texts in a file: {TEXT_LIST}")
-    add_shared(new, "sae", required=False, help="SAE whose activations to show; by default pre-activations above zero")
-    add_shared(new, "language", "layer", "top")
-    new.add_argument("--html", help="HTML page to write")
-    add_shared(new, "max-texts", "max-length", "k")

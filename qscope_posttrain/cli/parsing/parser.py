@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, get_origin, get_type_hints
 
 from qscope_posttrain.cli.parsing import recipes
-from qscope_posttrain.cli.parsing.fields import HelpFormatter, add_fields
+from qscope_posttrain.cli.parsing.fields import HelpFormatter, add_fields, checked, kinds_of, kinds_of_option
 from qscope_posttrain.cli.parsing.recipes import RecipeFile
-from qscope_posttrain.cli.parsing.values import checked, kinds_of, kinds_of_option
+from qscope_posttrain.cli.parsing.table import add_options
 from qscope_posttrain.errors import UserValueError, did_you_mean, library_refusals
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -30,6 +30,7 @@ class CommandParser(argparse.ArgumentParser):
             returns the values that were given, by prefixed name.
         before_build: Called with all values before the dataclasses are made; may change them, or raise.
         mappings: Fields that take mappings in a file, where their type is the text of the command line.
+        call: What `run` calls with the options of a parser without sub-commands.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class CommandParser(argparse.ArgumentParser):
         kinds: Sequence[type | tuple[type, str]] = (),
         before_build: Callable[[argparse.Namespace], None] | None = None,
         mappings: Collection[str] = (),
+        call: Command | None = None,
         **settings: Any,
     ) -> None:
         settings.setdefault("epilog", recipes.HELP)
@@ -47,23 +49,32 @@ class CommandParser(argparse.ArgumentParser):
         self._kinds = {name: kinds_of(hint) for fields in self._fields for name, hint in fields.items()}
         for name in mappings:
             self._kinds[name].add(dict)
-        self._commands: dict[str, Command] = {}
+        self._call, self._commands = call, dict[str, Command]()
         self._choices: Any = None
         self.said: set[str] = set()
         """The options that the command line gave, of what was parsed last"""
+        self.values = argparse.Namespace()
+        """All values of what was built last"""
 
-    def command(self, name: str, call: Command, help: str, **settings: Any) -> CommandParser:
-        """Add a sub-command, which `run` calls with its options."""
+    def command(self, call: Command, *tables: str, name: str = "", **settings: Any) -> CommandParser:
+        """Add a sub-command with the options of these tables, which `run` calls with its options.
+
+        It has the name of the function and its docstring for a help text, unless others are given.
+        """
         if self._choices is None:
             self._choices = self.add_subparsers(dest="action", required=True)
+        name = name or call.__name__.replace("_", "-")
         self._commands[name] = call
-        parser: CommandParser = self._choices.add_parser(name, help=help, description=settings.pop("description", help))
+        texts = {"help": (call.__doc__ or "").partition("\n")[0], "description": call.__doc__}
+        parser: CommandParser = self._choices.add_parser(name, **{**texts, **settings})
+        add_options(parser, *tables)
         return parser
 
     def run(self, arguments: Sequence[str]) -> int:
         """Call the sub-command that the arguments begin with, and return the exit status: its own, or 0."""
         options = self.parse(arguments)
-        return self._commands[options.action](options) or 0
+        call = self._call or self._commands[options.action]
+        return call(options) or 0
 
     def parse(self, arguments: Sequence[str], defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
         """Read the options. `defaults` replace those of the parser, and give way to the file and the command line.
@@ -87,6 +98,7 @@ class CommandParser(argparse.ArgumentParser):
             FileNotFoundError, ValueError: as `parse`, or a value that a dataclass refuses.
         """
         options, recipe = self._read(arguments, defaults)
+        self.values = options
         with recipes.environment_of(recipe), library_refusals():
             if self._before_build is not None:
                 self._before_build(options)
@@ -192,9 +204,3 @@ def check_seed(name: str, seed: int | None) -> None:
     """ValueError for a seed that not every random generator takes."""
     if seed is not None and not 0 <= seed <= _LARGEST_SEED:
         raise UserValueError(f"{name} must be a whole number from 0 to {_LARGEST_SEED}; got {seed}.")
-
-
-def given_options(options: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
-    """The options that differ from their defaults, as they are written: `--top-p, --seed`; empty without any."""
-    given = (name for name, default in defaults.items() if getattr(options, name) != default)
-    return ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qscope_posttrain.cli.options import add_shared
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.parsing.recipes import split_arguments
 from qscope_posttrain.cli.sae import check
@@ -26,7 +25,24 @@ if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 
-TARGETS = ("native", "sae_lens", "qwen_scope")
+LIST = """
+--model: text  # only those for this model: hub id, or a part of it such as qwen3-8b
+--markdown
+"""
+SHOW = """
+source: text  # name or hub id in the catalog, file or folder
+--layer: int  # layer number from 0
+--k --markdown
+"""
+CONVERT = """
+source: text  # file, folder, name in the catalog, or hub id
+--to: native|sae_lens|qwen_scope required  # format to write; qwen_scope holds only TopK
+--output  # folder; for qwen_scope its name must say what the files do not: SAE-Res-<model>-W<latents/1024>K-L0_<k>
+--layers optional  # layer numbers from 0, ranges such as 20-27, or all; by default what a folder holds
+--k
+--revision  # branch, tag or commit of the SAE on the hub
+--input-scale
+"""
 _ANY_LAYER = 1 << 16
 
 
@@ -41,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def list_releases(options: argparse.Namespace) -> None:
-    """Print the published SAEs of the catalog, of all models or one."""
+    """List the published SAEs that can be used by name, of all models or one."""
     entries = catalog.entries() if options.model is None else catalog.for_model(options.model)
     if not entries:
         known = sorted({entry.backbone for entry in catalog.entries()})
@@ -52,14 +68,15 @@ def list_releases(options: argparse.Namespace) -> None:
         rows.append([entry.name, entry.backbone, *shape, in_words(entry.layer_bytes)])
     columns = ["name", "model", "layers", "d_model", "latents", "L0", "size per layer"]
     caption = "`qscope sae show NAME` says where each lies, its license, and how that was verified."
-    _print(Table(f"{len(rows)} releases of SAEs on the residual stream", columns, rows, caption), options.markdown)
+    table = Table(f"{len(rows)} releases of SAEs on the residual stream", columns, rows, caption)
+    table.print(markdown=options.markdown)
 
 
 def show(options: argparse.Namespace) -> None:
     """Describe a release of the catalog, or a file or folder on this machine, without a download."""
     if Path(options.source).expanduser().exists():
         for table in _local_tables(Path(options.source).expanduser(), options.layer, options.k):
-            _print(table, options.markdown)
+            table.print(markdown=options.markdown)
         return
     entry = catalog.find(options.source)
     if entry is None:
@@ -84,7 +101,7 @@ def show(options: argparse.Namespace) -> None:
         ["license", entry.license],
         ["facts from", entry.verified_by],
     ]
-    _print(Table(entry.name, ["what", "it is"], rows), options.markdown)
+    Table(entry.name, ["what", "it is"], rows).print(markdown=options.markdown)
     if options.layer is not None:
         rows = [["files", ", ".join(entry.files_of(options.layer))]]
         taken, expected = entry.l0_of(options.layer), entry.expected_l0(options.layer)
@@ -92,11 +109,11 @@ def show(options: argparse.Namespace) -> None:
             rows.append(["L0s to choose from", ", ".join(entry.choices[options.layer])])
             rows.append(["this one as a name", f"{entry.name}-l0-{taken}"])
         rows.append(["latents active per token", "not stated" if expected is None else f"{expected:.3g}"])
-        _print(Table(f"Layer {options.layer}", ["what", "it is"], rows), options.markdown)
+        Table(f"Layer {options.layer}", ["what", "it is"], rows).print(markdown=options.markdown)
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Write each layer, read it back, and print its place; `summary.json` says what it was made from."""
+    """Write an SAE in another format, layer by layer, and read each back to compare."""
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
     output = writable_folder(options.output)
@@ -122,7 +139,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def _local_tables(path: Path, layer: int | None, k: int | None) -> list[Table]:
     """The weights in a folder, and the SAE of `layer`, or the only one, from its headers alone."""
-    from qscope_posttrain.sae.loading import activation_of, layer_of, open_source
+    from qscope_posttrain.sae.loading import activation_of, open_source
 
     path = path.absolute()
     found = weights_in(path) if path.is_dir() else []
@@ -132,18 +149,17 @@ def _local_tables(path: Path, layer: int | None, k: int | None) -> list[Table]:
     listing = [Table(f"SAEs in {path}", ["layer", "file", "size"], files)] if len(files) > 1 else []
     if listing and layer is None:
         return listing
-    located, stored = open_source(path, layer, None, None, None)
-    d_sae, d_model = stored.W_enc.shape
-    number = layer_of(located, stored)
+    stored = open_source(path, layer)
+    located, d_sae, d_model = stored.located, stored.d_sae, stored.d_model
     try:
-        activation = check.describe_activation(activation_of(located, stored, k))
+        activation = check.describe_activation(activation_of(stored, k))
     except ValueError as error:
         activation = f"not known: {str(error).rpartition(': ')[2]}"
     origin = stored.origin
     rows = [
         ["file", f"{located.path} ({in_words(located.path.stat().st_size)})"],
         ["format", stored.format],
-        ["layer", "not stated" if number is None else f"{number}, counted from 0"],
+        ["layer", "not stated" if stored.layer is None else f"{stored.layer}, counted from 0"],
         ["latents", f"{d_sae} for a residual stream of width {d_model} ({d_sae / d_model:.3g} per dimension)"],
         ["activation", activation],
         ["stored as", str(stored.W_enc.dtype).removeprefix("torch.")],
@@ -169,13 +185,6 @@ def _sparsity(entry: CatalogEntry) -> str:
     if not all(label.isdecimal() for label in labels):
         return ", ".join(dict.fromkeys(labels))
     return f"{min(map(int, labels))} to {max(map(int, labels))}"
-
-
-def _print(table: Table, markdown: bool) -> None:
-    if markdown:
-        print(table.to_markdown())
-    else:
-        table.print()
 
 
 def _layers_to_convert(source: str, words: list[str] | None) -> list[int | None]:
@@ -216,31 +225,10 @@ def _check_equal(first: SparseAutoencoder, second: SparseAutoencoder, place: Pat
 def build_parser() -> CommandParser:
     """The parser of `qscope sae`, but for `train`, which has its own."""
     parser = CommandParser(prog="qscope sae")
-    every = parser.command("list", list_releases, "list the published SAEs that can be used by name")
-    every.add_argument("--model", help="only those for this model: hub id, or a part of it such as qwen3-8b")
-    one = parser.command("show", show, "describe a release, file or folder; downloads nothing")
-    one.add_argument("source", help="name or hub id in the catalog, file or folder")
-    one.add_argument("--layer", type=int, help="layer number from 0")
-    add_shared(one, "k")
-    for action in (every, one):
-        add_shared(action, "markdown")
-    check.add_options(parser.command("check", check.check, "load an SAE, and measure on text whether it fits a model"))
-    new = parser.command("convert", convert, "write an SAE in another format, and read it back to compare")
-    new.add_argument("source", help="file, folder, name in the catalog, or hub id")
-    new.add_argument("--to", choices=TARGETS, required=True, help="format to write; qwen_scope holds only TopK")
-    add_shared(
-        new,
-        "output",
-        help="folder; for qwen_scope its name must say what the files do not: SAE-Res-<model>-W<latents/1024>K-L0_<k>",
-    )
-    add_shared(
-        new,
-        "layers",
-        required=False,
-        help="layer numbers from 0, ranges such as 20-27, or all; by default what a folder holds",
-    )
-    add_shared(new, "k")
-    add_shared(new, "revision", help="branch, tag or commit of the SAE on the hub")
-    check.add_input_scale(new)
-    parser.command("train", list_releases, "train SAEs for several layers of a model in one stream", add_help=False)
+    parser.command(list_releases, LIST, name="list")
+    parser.command(show, SHOW)
+    parser.command(check.check, check.OPTIONS)
+    parser.command(convert, CONVERT)
+    says = "Train SAEs for several layers of a model in one stream over text, from a recipe."
+    parser.command(list_releases, name="train", help=says, add_help=False)
     return parser

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import add_model_options, add_shared, load
+from qscope_posttrain.cli.options import chosen, load
+from qscope_posttrain.cli.parsing.table import MODEL
 from qscope_posttrain.errors import require_extra
 from qscope_posttrain.models.loading import choose_device, load_config, parse_layers
 from qscope_posttrain.report.progress import status
@@ -22,13 +23,30 @@ if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sae.quality.measure import SAEQuality
 
+OPTIONS = f"""
+source: text  # file, folder, name in the catalog, or hub id
+{MODEL}
+--layer: text+  # layer numbers from 0, or ranges such as 20-27; by default what the SAE says
+--texts optional
+--output optional
+--k
+--sae-revision: text  # branch, tag or commit of the SAE on the hub
+--sae-device: text  # device on which the SAE computes; by default the model's
+--input-scale
+--scan: int = 1  # neighboring layers on either side to try the SAE on
+--loss: yes|no = yes  # measure the loss with the reconstruction spliced in: four forward passes instead of one
+--max-texts = 200
+--max-length
+--tokens-per-batch = 2048
+--seed  # seed of the bootstrap intervals
+"""
 FAILED = 1
 HARMLESS = ("tuning",)
 """Kinds of warnings that do not make the check fail."""
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print what the SAEs are and how they fit; status 1 where the figures show that something is wrong."""
+    """Load an SAE, and measure on text whether it fits a model; status 1 where the figures say that it does not."""
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
     from qscope_posttrain.sae.quality.measure import measure_sae
 
@@ -41,7 +59,7 @@ def check(options: argparse.Namespace) -> int:
     place = choose_device(options.sae_device) if options.sae_device else None
     layers: Sequence[int | None] = [None] if options.layer is None else parse_layers(options.layer, depth)
     loading = {"revision": options.sae_revision, "d_model": d_model, "input_scale": options.input_scale}
-    settings = {name: getattr(options, name) for name in ("scan", "tokens_per_batch", "max_length", "seed")}
+    settings = chosen(options, "scan", "tokens_per_batch", "max_length", "seed")
     tables: list[list[Table]] = []
     measured: list[SAEQuality] = []
     model: Any = None
@@ -74,36 +92,6 @@ def check(options: argparse.Namespace) -> int:
     return FAILED if wrong else 0
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `qscope sae check`."""
-    parser.add_argument("source", help="file, folder, name in the catalog, or hub id")
-    add_model_options(parser)
-    parser.add_argument(
-        "--layer", nargs="+", help="layer numbers from 0, or ranges such as 20-27; by default what the SAE says"
-    )
-    add_shared(parser, "texts", "output", required=False)
-    add_shared(parser, "k")
-    parser.add_argument("--sae-revision", help="branch, tag or commit of the SAE on the hub")
-    parser.add_argument("--sae-device", help="device on which the SAE computes; by default the model's")
-    add_input_scale(parser)
-    parser.add_argument("--scan", type=int, default=1, help="neighboring layers on either side to try the SAE on")
-    parser.add_argument(
-        "--loss",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure the loss with the reconstruction spliced in: four forward passes instead of one",
-    )
-    add_shared(parser, "max-texts", default=200)
-    add_shared(parser, "max-length")
-    add_shared(parser, "tokens-per-batch", default=2048)
-    add_shared(parser, "seed", help="seed of the bootstrap intervals")
-
-
-def add_input_scale(parser: argparse.ArgumentParser) -> None:
-    """--input-scale."""
-    parser.add_argument("--input-scale", type=float, help="factor on the activations that a SAELens file may lack")
-
-
 def _description(sae: SparseAutoencoder) -> Table:
     norms = sae.W_dec.float().norm(dim=1)
     rows = [
@@ -125,11 +113,9 @@ def _description(sae: SparseAutoencoder) -> Table:
 def describe_activation(activation: Activation) -> str:
     """In words: TopK, k 50."""
     from qscope_posttrain.sae.activations import BatchTopK, TopK
-    from qscope_posttrain.sae.loading import WITH_K
 
-    if isinstance(activation, WITH_K):
-        signed = isinstance(activation, TopK) and activation.variant == "signed"
-        return f"{type(activation).__name__}, k {activation.k}" + (", signed" if signed else "")
+    if isinstance(activation, TopK):
+        return f"TopK, k {activation.k}" + (", signed" if activation.variant == "signed" else "")
     if isinstance(activation, BatchTopK):
         return f"BatchTopK, threshold {activation.threshold:.4g}"
     return type(activation).__name__

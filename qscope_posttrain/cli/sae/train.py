@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qscope_posttrain.cli.options import layers_of
 from qscope_posttrain.cli.parsing.fields import print_declared
 from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.distributed import join_processes, launched_processes
 from qscope_posttrain.errors import UserValueError, require_extra
-from qscope_posttrain.models.loading import DTYPES, load_config, load_model, parse_layers
+from qscope_posttrain.models.loading import load_config, load_model, parse_layers
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
@@ -34,36 +34,36 @@ _DECLARED = (
 class TrainArguments:
     """The keys of `qscope sae train` beside those of SAETrainingConfig, StreamConfig and RunConfig."""
 
-    model: str = field(metadata={"help": "Folder or hub id of the model whose activations are learned."})
-    texts: str | None = field(
-        default=None,
-        metadata={
-            "help": "A .txt file with one document per line, a .jsonl file, or a folder of them; or give dataset."
-        },
-    )
-    dataset: str | None = field(default=None, metadata={"help": "Folder or hub id of a data set for `datasets`."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
-    streaming: bool = field(default=True, metadata={"help": "Stream the data set instead of downloading it first."})
-    text_column: str = field(default="text", metadata={"help": "Column of JSONL and data sets with the documents."})
-    layers: list[str] = field(
-        default_factory=lambda: ["all"], metadata={"help": "Numbers from 0, ranges such as 20-27, or all."}
-    )
-    output: str = field(default="runs/sae", metadata={"help": "Folder for dictionaries, metrics and checkpoints."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the hub."})
-    dtype: str = field(
-        default="auto", metadata={"help": "Dtype of the model: auto (float32 on a CPU), float32, bfloat16 or float16."}
-    )
-    device: str | None = field(default=None, metadata={"help": "For example cuda:0 or cpu; by default a GPU."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check the recipe against the model's configuration, print it, and stop."}
-    )
+    model: str
+    """Folder or hub id of the model whose activations are learned."""
+    texts: str | None = None
+    """A .txt file with one document per line, a .jsonl file, or a folder of them; or give dataset."""
+    dataset: str | None = None
+    """Folder or hub id of a data set for `datasets`."""
+    dataset_config: str | None = None
+    """Configuration of the data set."""
+    dataset_split: str = "train"
+    """Split of the data set."""
+    streaming: bool = True
+    """Stream the data set instead of downloading it first."""
+    text_column: str = "text"
+    """Column of JSONL and data sets with the documents."""
+    layers: list[str] = field(default_factory=lambda: ["all"])
+    """Numbers from 0, ranges such as 20-27, or all."""
+    output: str = "runs/sae"
+    """Folder for dictionaries, metrics and checkpoints."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the model; auto is float32 on a CPU."""
+    device: str | None = None
+    """For example cuda:0 or cpu; by default a GPU."""
+    dry_run: bool = False
+    """Check the recipe against the model's configuration, print it, and stop."""
 
     def __post_init__(self) -> None:
         if (self.texts is None) == (self.dataset is None):
             raise UserValueError("a recipe needs 'texts' (a file or folder) or 'dataset' (a hub id), one of them.")
-        if self.dtype not in DTYPES:
-            raise UserValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'.")
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def check(recipe: SAERecipe) -> Table:
 
 
 def _dataset(own: TrainArguments) -> Any:
-    from qscope_posttrain.sae.training.text_stream import DatasetSource
+    from qscope_posttrain.sae.training.text_stream import dataset_source
 
     data = read_data_set(str(own.dataset), own.dataset_config, split=own.dataset_split, streaming=own.streaming)
     name = " ".join(part for part in (own.dataset, own.dataset_config, own.dataset_split) if part)
-    return DatasetSource(data, own.text_column, name)
+    return dataset_source(data, own.text_column, name)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.cli.training.recipe import DeviceRule, TrainingRecipe, before_trl
+from qscope_posttrain.cli.training import TrainingRecipe, before_trl, check_values
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.summary import writable_folder
-
-if TYPE_CHECKING:
-    from qscope_posttrain.rl.config import SteeredGRPOConfig
 
 RewardSpec = str | Mapping[str, Any]
 _DECLARED = (
@@ -26,24 +23,15 @@ _DECLARED = (
 class GRPORunArguments:
     """The keys of `qscope grpo` beside those of SteeredGRPOConfig and of TRL."""
 
-    rewards: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward functions, in the order of reward_weights: a name (repetition_penalty, ngram_repetition, "
-            "language_consistency, or one of trl.rewards such as accuracy_reward), the dotted path of a callable, or a "
-            "mapping with 'name' and the options of that reward. A mapping on the command line is written as JSON."
-        },
-    )
-    features: str | None = field(
-        default=None,
-        metadata={
-            "help": "FeatureSet file written by `qscope features find-repetition`; required by negative: feature. An "
-            "empty text ('') removes that of the recipe."
-        },
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check everything that can be checked without training, print it, and stop."}
-    )
+    rewards: list[str] = field(default_factory=list)
+    """Reward functions, in the order of reward_weights: a name (repetition_penalty, ngram_repetition,
+    language_consistency, or one of trl.rewards such as accuracy_reward), the dotted path of a callable, or a mapping
+    with 'name' and the options of that reward. A mapping on the command line is written as JSON."""
+    features: str | None = None
+    """FeatureSet file written by `qscope features find-repetition`; required by negative: feature. An empty text ('')
+    removes that of the recipe."""
+    dry_run: bool = False
+    """Check everything that can be checked without training, print it, and stop."""
 
     def __post_init__(self) -> None:
         self.features = self.features or None
@@ -55,45 +43,20 @@ class GRPORunArguments:
         self.rewards = specs
 
 
-@dataclass(frozen=True, kw_only=True)
-class GRPORecipe(TrainingRecipe):
-    """All settings of one run of `qscope grpo`."""
-
-    run: GRPORunArguments
-    training: SteeredGRPOConfig
-
-    @property
-    def rewards(self) -> Sequence[RewardSpec]:
-        """Names, dotted paths, and mappings with a name and options."""
-        return self.run.rewards
-
-    def training_keys(self) -> dict[str, Any]:
-        # steps_per_generation says the same for any number of processes; with both, TRL would refuse to read them back.
-        return super().training_keys() | {"generation_batch_size": None}
-
-
 def run(arguments: Sequence[str]) -> int:
     """Parse, then check (`--dry_run`) or train. Returns the exit status."""
     recipe = parse_recipe(arguments)
     from qscope_posttrain.cli.training import grpo_checks, run
-    from qscope_posttrain.rl.results import final_metrics, results_table
+    from qscope_posttrain.rl.metrics import final_metrics, results_table
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
     if recipe.run.dry_run:
         return grpo_checks.check_recipe(recipe).report()
     writable_folder(recipe.output)
     features = grpo_checks.needed_features(recipe)
-    inputs = grpo_checks.prepare(recipe, features)
+    inputs = {**grpo_checks.prepare(recipe, features), "features": features}
     trainer = run.make_trainer(
-        recipe,
-        SteeredGRPOTrainer,
-        recipe.model_name,
-        inputs.rewards,
-        recipe.trainer_arguments(),
-        features=features,
-        train_dataset=inputs.rows,
-        eval_dataset=inputs.evaluation,
-        processing_class=inputs.tokenizer,
+        recipe, SteeredGRPOTrainer, model=recipe.model_name, args=recipe.trainer_arguments(), **inputs
     )
 
     def report(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -105,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse_recipe(arguments: Sequence[str]) -> GRPORecipe:
+def parse_recipe(arguments: Sequence[str]) -> TrainingRecipe:
     """Read `--config FILE` and the overrides beside it.
 
     Raises:
@@ -118,9 +81,8 @@ def parse_recipe(arguments: Sequence[str]) -> GRPORecipe:
 
     from qscope_posttrain.rl.config import SteeredGRPOConfig
 
-    device = DeviceRule()
     kinds = (GRPORunArguments, ScriptArguments, DatasetMixtureConfig, SteeredGRPOConfig, ModelConfig)
-    parser = CommandParser(kinds, before_build=device, mappings=["rewards"], prog="qscope grpo")
+    parser = CommandParser(kinds, before_build=check_values, mappings=["rewards"], prog="qscope grpo")
     run, script, mixture, training, model = parser.build(arguments)
     if training.has_negatives and training.negative == "feature" and run.features is None:
         raise UserValueError(
@@ -129,7 +91,7 @@ def parse_recipe(arguments: Sequence[str]) -> GRPORecipe:
         )
     training = training.settled(run.features is not None)
     parts = {"run": run, "script": script, "mixture": mixture, "training": training, "model": model}
-    return GRPORecipe(**parts, assumed_cpu=device.assumed_cpu)
+    return TrainingRecipe(**parts, assumed_cpu=parser.values.assumed_cpu)
 
 
 def _reward_spec(entry: Any) -> RewardSpec:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.import_utils import is_math_verify_available
 
-from qscope_posttrain.cli.training.checks import (
-    NO_LENGTH,
+from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_evaluation, load_rows
+from qscope_posttrain.cli.training.run import (
     Checks,
     begin,
     build_model,
     check_checkpoint,
     check_data,
-    processes_by_rows,
+    planned_steps,
+    rows_of_step,
 )
-from qscope_posttrain.cli.training.data import Rows, first_rows, load_evaluation, load_rows
-from qscope_posttrain.cli.training.grpo import GRPORecipe
-from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.models.layers import text_config
@@ -39,18 +35,8 @@ _VERIFIED_BY_MATH = "trl.rewards.accuracy_rewards"
 """The module of rewards that compare mathematical answers, and fail at their first call without its dependency"""
 
 
-@dataclass(frozen=True, eq=False)
-class GRPOInputs:
-    """Inputs of the trainer beside the model and its settings."""
-
-    rewards: list[RewardFunction]
-    rows: Rows
-    evaluation: Rows | None
-    tokenizer: PreTrainedTokenizerBase
-
-
-def prepare(recipe: GRPORecipe, features: FeatureSet | None) -> GRPOInputs:
-    """Rewards, data and tokenizer, checked before the model's weights are loaded.
+def prepare(recipe: TrainingRecipe, features: FeatureSet | None) -> dict[str, Any]:
+    """Rewards, data and tokenizer as arguments of the trainer, checked before the model's weights are loaded.
 
     Raises:
         ValueError: features of another model or without what steering needs, rewards that do not fit the data, prompts
@@ -58,27 +44,28 @@ def prepare(recipe: GRPORecipe, features: FeatureSet | None) -> GRPOInputs:
         FileNotFoundError: no such data or model.
     """
     rewards = build_rewards(recipe)
-    tokenizer = _load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
     if recipe.training.has_negatives:
         model, _ = build_model(recipe)
         negative_source(recipe.training, features, model, tokenizer)
         _check_generation(recipe)
     rows, evaluation = load_rows(recipe, recipe.script.dataset_train_split), load_evaluation(recipe)
-    for data in (rows, evaluation):
-        if data is not None:
-            check_prompts(recipe, data, tokenizer)
-            check_reward_columns(rewards, data)
-    return GRPOInputs(rewards, rows, evaluation, tokenizer)
+    for part in (rows, evaluation):
+        if part is not None:
+            check_prompts(recipe, part, tokenizer)
+            check_reward_columns(rewards, part)
+    data = {"train_dataset": rows, "eval_dataset": evaluation}
+    return {"reward_funcs": rewards, **data, "processing_class": tokenizer}
 
 
-def needed_features(recipe: GRPORecipe) -> FeatureSet | None:
+def needed_features(recipe: TrainingRecipe) -> FeatureSet | None:
     """The recipe's FeatureSet where negatives are steered; a control without steering does not read the file."""
     return recipe.load_features() if recipe.training.is_steered else None
 
 
-def check_recipe(recipe: GRPORecipe) -> Checks:
+def check_recipe(recipe: TrainingRecipe) -> Checks:
     """Check output folder, device, model, negatives, data, rewards and batch, in this order."""
-    checks, model, tokenizer = begin(recipe, lambda: _load_tokenizer(recipe))
+    checks, model, tokenizer = begin(recipe, lambda: load_tokenizer(recipe.model_name, recipe.model.model_revision))
     if recipe.training.has_negatives:
         if recipe.training.is_steered and recipe.run.features is not None:
             checks.check("features", _features, recipe, model)
@@ -98,13 +85,13 @@ def check_recipe(recipe: GRPORecipe) -> Checks:
     return checks
 
 
-def build_rewards(recipe: GRPORecipe) -> list[RewardFunction]:
+def build_rewards(recipe: TrainingRecipe) -> list[RewardFunction]:
     """The reward functions of the recipe, in its order.
 
     Raises:
         ValueError: an unknown name or option, a package that a reward lacks, or weights of another number.
     """
-    rewards = [reward_function(spec) for spec in recipe.rewards]
+    rewards = [reward_function(spec) for spec in recipe.run.rewards]
     for reward in rewards:
         if getattr(reward, "__module__", "") == _VERIFIED_BY_MATH and not is_math_verify_available():
             raise UserValueError(f"the reward '{reward_name(reward)}' needs `pip install math-verify`.")
@@ -114,17 +101,13 @@ def build_rewards(recipe: GRPORecipe) -> list[RewardFunction]:
     return rewards
 
 
-def check_prompts(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def check_prompts(recipe: TrainingRecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`prompt_lengths` with the settings of the recipe: for a dry run, of all rows in memory."""
     options: Any = recipe.training.chat_template_kwargs
     return prompt_lengths(rows, tokenizer, options, recipe.run.dry_run)
 
 
-def _load_tokenizer(recipe: GRPORecipe) -> PreTrainedTokenizerBase:
-    return load_tokenizer(recipe.model_name, recipe.model.model_revision)
-
-
-def _features(recipe: GRPORecipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
+def _features(recipe: TrainingRecipe, model: torch.nn.Module) -> tuple[FeatureSet, str]:
     features = recipe.load_features()
     if features is None:
         raise UserValueError("the recipe names no 'features'.")
@@ -134,7 +117,7 @@ def _features(recipe: GRPORecipe, model: torch.nn.Module) -> tuple[FeatureSet, s
 
 
 def _negatives(
-    recipe: GRPORecipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+    recipe: TrainingRecipe, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[NegativeSource, str]:
     config = recipe.training
     source = negative_source(config, needed_features(recipe), model, tokenizer)
@@ -144,7 +127,7 @@ def _negatives(
     return source, f"{which} of a group of {config.generations}, {_describe_negatives(config, source)}"
 
 
-def _check_generation(recipe: GRPORecipe) -> None:
+def _check_generation(recipe: TrainingRecipe) -> None:
     """ValueError for an option of the model's own generation_config that would erase negatives."""
     try:
         own = GenerationConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
@@ -175,14 +158,14 @@ def _describe_negatives(config: SteeredGRPOConfig, source: NegativeSource) -> st
     )
 
 
-def _loss(recipe: GRPORecipe, source: NegativeSource) -> tuple[SteeredGRPOConfig, str]:
+def _loss(recipe: TrainingRecipe, source: NegativeSource) -> tuple[SteeredGRPOConfig, str]:
     config = recipe.training
     words = f"gate {config.gate}, tokens {config.negative_tokens}, weight {config.negative_weight:.4g}"
     return config, f"mode {config.mode}: {words}"
 
 
 def _prompts(
-    recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module
+    recipe: TrainingRecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module
 ) -> tuple[list[int], str]:
     lengths = check_prompts(recipe, rows, tokenizer)
     room = int(getattr(text_config(model), "max_position_embeddings", 0) or 0)
@@ -196,7 +179,9 @@ def _prompts(
     return lengths, f"{kind}; the first {len(lengths)} have {min(lengths)} to {max(lengths)} tokens"
 
 
-def _rewards(recipe: GRPORecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[list[RewardFunction], str]:
+def _rewards(
+    recipe: TrainingRecipe, rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[RewardFunction], str]:
     """Score the first prompt, as if it were its own completion, with each function, so that what they lack shows."""
     config, rewards = recipe.training, build_rewards(recipe)
     check_reward_columns(rewards, rows)
@@ -237,20 +222,15 @@ def _score(reward: RewardFunction, row: dict[str, Any], tokenizer: PreTrainedTok
     return values[0]
 
 
-def _batch(recipe: GRPORecipe, rows: Rows) -> tuple[int, str]:
-    config, processes = recipe.training, launched_processes()
-    generated = processes * config.per_device_train_batch_size * (config.steps_per_generation or 1)
+def _batch(recipe: TrainingRecipe, rows: Rows) -> tuple[int, str]:
+    config = recipe.training
+    words, trained = rows_of_step(config)
+    generated = trained // config.gradient_accumulation_steps * (config.steps_per_generation or 1)
     groups = generated // config.generations
-    trained = processes * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    words = (
-        f"{processes_by_rows(processes, config.per_device_train_batch_size)} x "
-        f"{config.steps_per_generation} = {generated} completions at a time, {groups} groups of {config.generations}, "
-        f"{groups * config.negatives_per_group} negatives; {trained} rows a step"
-    )
-    if config.max_steps > 0:
-        return groups, f"{words}; {config.max_steps} steps"
-    if not hasattr(rows, "__len__"):
-        raise UserValueError(NO_LENGTH)
     # Every prompt is used for num_generations rows, num_iterations times.
-    steps = math.ceil(config.num_train_epochs * len(rows) * config.generations * config.num_iterations / trained)
-    return groups, f"{words}; about {steps} steps"
+    steps = planned_steps(config, rows, trained, config.generations * config.num_iterations)
+    return groups, (
+        f"{words} x {config.steps_per_generation} = {generated} completions at a time, {groups} groups of "
+        f"{config.generations}, {groups * config.negatives_per_group} negatives; {trained} rows a step; "
+        f"{'' if config.max_steps > 0 else 'about '}{steps} steps"
+    )

@@ -1,4 +1,4 @@
-"""Make, run and save a trainer, and separate what the user got wrong from what broke.
+"""Check a recipe (`--dry_run`, without weights), make its trainer, run it and save the model.
 
 Trainers refuse settings when they are made, and some (an optimizer without its package, a scheduler without its
 options, a checkpoint of another model) only when training begins. From the first step on every error is a bug or a
@@ -7,21 +7,180 @@ failure of the machine, and keeps its traceback.
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import Trainer, TrainerCallback, set_seed
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config, get_quantization_config
 
-from qscope_posttrain.cli.training.checks import check_checkpoint
-from qscope_posttrain.cli.training.recipe import TrainingRecipe
-from qscope_posttrain.errors import library_refusals
+from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_rows
+from qscope_posttrain.distributed import launched_processes
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.files import check_plain
+from qscope_posttrain.models.loading import load_config
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.report.summary import write_summary
+from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.report.tables import Table
+from qscope_posttrain.text.jsonl import read_json
 
-T = TypeVar("T", bound=Trainer)
+T = TypeVar("T")
+Made = TypeVar("Made", bound=Trainer)
 Log = Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Checks:
+    """Findings in order, each `(what, "ok" | "note" | "failed" | "skipped", detail)`."""
+
+    findings: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def check(self, what: str, look: Callable[..., tuple[T, str]], *needed: Any) -> T | None:
+        """Call `look(*needed)`, which returns a value and a sentence, or raises the user's mistake; bugs pass through.
+
+        Where an earlier check gave None for something that this one needs, it is skipped: one mistake, one finding.
+        """
+        if any(value is None for value in needed):
+            self.findings.append((what, "skipped", "needs what failed above"))
+            return None
+        try:
+            with library_refusals():
+                value, detail = look(*needed)
+        except UserError as error:
+            self.findings.append((what, "failed", " ".join(str(error).split())))
+            return None
+        self.findings.append((what, "ok", detail))
+        return value
+
+    def report(self) -> int:
+        """Print the table, and return the exit status."""
+        Table("Dry run", ["check", "result", "finding"], self.findings).print()
+        return int(any(result == "failed" for _, result, _ in self.findings))
+
+
+def begin(recipe: TrainingRecipe, load_tokenizer: Callable[[], Any]) -> tuple[Checks, Any, Any]:
+    """(checks, model, tokenizer) after a look at output folder, device, model, tokenizer and adapter."""
+    checks = Checks()
+    checks.check("output folder", _output_folder, recipe)
+    _check_device(checks, recipe)
+    model = checks.check("model", build_model, recipe)
+    tokenizer = checks.check("tokenizer", _tokenizer, load_tokenizer)
+    if recipe.model.use_peft:
+        checks.check("adapter", _adapter, recipe, model)
+    return checks, model, tokenizer
+
+
+def build_model(recipe: TrainingRecipe) -> tuple[torch.nn.Module, str]:
+    """The architecture without memory for its weights."""
+    config = load_config(recipe.model_name, recipe.model.model_revision)
+    with torch.device("meta"), library_refusals(f"cannot build '{recipe.model_name}'"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config(decoder=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{text.num_hidden_layers} layers of width {text.hidden_size}, {_amount(parameters)} parameters"
+    return model, f"{text.model_type}, {size}"
+
+
+def check_data(recipe: TrainingRecipe, split: str) -> tuple[Rows, str]:
+    """The rows of a split, at least one."""
+    rows = load_rows(recipe, split)
+    examples = first_rows(rows, 1)
+    if not examples:
+        raise UserValueError(f"the split '{split}' has no rows.")
+    count = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream of rows"
+    return rows, f"{count} with {', '.join(examples[0])}"
+
+
+def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
+    """The checkpoint to resume from, with a state that can be read."""
+    path = Path(str(recipe.training.resume_from_checkpoint))
+    state = path / "trainer_state.json"
+    if not state.is_file():
+        last = get_last_checkpoint(str(recipe.output)) if recipe.output.is_dir() else None
+        hint = f" The last one in '{recipe.output}' is '{last}'." if last else ""
+        raise UserFileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.{hint}")
+    check_plain(state, marked=False)
+    read_json(state)
+    with library_refusals(f"'{state}' is no state of a trainer"):
+        TrainerState.load_from_json(str(state))
+    return path, f"resuming from {path}"
+
+
+def rows_of_step(training: Any) -> tuple[str, int]:
+    """("2 processes x 4 rows", rows of an optimizer step)."""
+    processes, rows = launched_processes(), training.per_device_train_batch_size
+    words = f"{processes} process{'es' if processes > 1 else ''} x {rows} rows"
+    return words, processes * rows * training.gradient_accumulation_steps
+
+
+def planned_steps(training: Any, rows: Rows, rows_of_step: int, uses: int = 1) -> int:
+    """Number of optimizer steps; every row of the data is trained on `uses` times per epoch.
+
+    Raises:
+        ValueError: nothing says how many.
+    """
+    if training.max_steps > 0:
+        return int(training.max_steps)
+    if not hasattr(rows, "__len__"):
+        raise UserValueError("a streamed data set has no length; set 'max_steps'.")
+    return math.ceil(training.num_train_epochs * len(rows) * uses / rows_of_step)
+
+
+def _output_folder(recipe: TrainingRecipe) -> tuple[Path, str]:
+    """The folder, which can be written; what has to be made to find out is removed again."""
+    folder = recipe.output
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        writable_folder(folder)
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+    return folder, f"{folder} can be written"
+
+
+def _check_device(checks: Checks, recipe: TrainingRecipe) -> None:
+    """Note where the training would run, and whether a package that it needs there is missing."""
+    training = recipe.training
+    if training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        checks.findings.append(("liger", "failed", "use_liger_kernel needs `pip install liger-kernel`."))
+    if recipe.assumed_cpu:
+        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+        detail = f"no GPU here; the recipe trains on one, in {precision}: not checked"
+        checks.findings.append(("device", "note", detail))
+    else:
+        place = "the CPU" if training.use_cpu else torch.accelerator.current_accelerator()
+        checks.check("device", lambda: (place, f"training on {place}"))
+
+
+def _tokenizer(load_tokenizer: Callable[[], Any]) -> tuple[Any, str]:
+    tokenizer = load_tokenizer()
+    chat = "no chat template" if tokenizer.chat_template is None else "a chat template"
+    return tokenizer, f"{len(tokenizer)} tokens, ends with {tokenizer.eos_token!r}, {chat}"
+
+
+def _adapter(recipe: TrainingRecipe, model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """The model with the adapter of the recipe."""
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, get_peft_config(recipe.model))  # type: ignore[arg-type]
+    trained, total = adapted.get_nb_trainable_parameters()
+    return adapted, f"{_amount(trained)} of {_amount(total)} parameters are trained"
+
+
+def _amount(number: int) -> str:
+    """A count in three digits: 1.72 B, 36.4 M, 512."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
 
 
 class _Begun(TrainerCallback):
@@ -37,7 +196,7 @@ class _Begun(TrainerCallback):
             self.first()
 
 
-def make_trainer(recipe: TrainingRecipe, kind: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: Any) -> Made:
     """Make a trainer of this kind, with the adapter and the quantization of the recipe.
 
     Raises:
@@ -52,7 +211,7 @@ def make_trainer(recipe: TrainingRecipe, kind: Callable[..., T], *arguments: Any
             "peft_config": get_peft_config(recipe.model),
             "quantization_config": get_quantization_config(recipe.model),
         }
-        return kind(*arguments, **settings)
+        return kind(**settings)
 
 
 def run_training(

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qscope_posttrain.cli.parsing.parser import CommandParser
-from qscope_posttrain.cli.training.recipe import DeviceRule, TrainingRecipe, before_trl
+from qscope_posttrain.cli.training import (
+    TrainingRecipe,
+    before_trl,
+    check_values,
+    first_row,
+    load_evaluation,
+    load_rows,
+)
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
@@ -17,12 +24,10 @@ from qscope_posttrain.sft.settings import ANCHOR_WEIGHT, CONFIGS, METHODS, confi
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
-    from qscope_posttrain.cli.training.data import Rows
+    from qscope_posttrain.cli.training import Rows
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-    from qscope_posttrain.sft.config import LossConfig
     from qscope_posttrain.sft.packing import PackingStrategy
 
 _DECLARED = (
@@ -35,20 +40,14 @@ _DECLARED = (
 class RunArguments:
     """The keys of `qscope sft` beside those of its methods and of TRL."""
 
-    method: Literal["sasft", "token_penalty", "kl_anchor", "sft"] = field(
-        default="sasft",
-        metadata={
-            "help": "sasft: the penalty on features (keys sasft_...). token_penalty: on the probability of tokens of "
-            "the target language, without an SAE (token_penalty_...). kl_anchor: to the starting model alone "
-            "(anchor_...). The first two take anchor_weight as well. sft: TRL alone, as the control of any recipe."
-        },
-    )
-    features: str | None = field(
-        default=None, metadata={"help": "FeatureSet file written by `qscope features find`; required by method sasft."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check everything that can be checked without training, print it, and stop."}
-    )
+    method: Literal["sasft", "token_penalty", "kl_anchor", "sft"] = "sasft"
+    """sasft: the penalty on features (keys sasft_...). token_penalty: on the probability of tokens of the target
+    language, without an SAE (token_penalty_...). kl_anchor: to the starting model alone (anchor_...). The first two
+    take anchor_weight as well. sft: TRL alone, as the control of any recipe."""
+    features: str | None = None
+    """FeatureSet file written by `qscope features find`; required by method sasft."""
+    dry_run: bool = False
+    """Check everything that can be checked without training, print it, and stop."""
 
     def __post_init__(self) -> None:
         if self.method == "sasft" and self.features is None:
@@ -64,10 +63,8 @@ class RunArguments:
 class Recipe(TrainingRecipe):
     """All settings of one run of `qscope sft`."""
 
-    run: RunArguments
     penalty: Any
     """The settings of the method, a `LossConfig`; None for method sft"""
-    training: SFTConfig
 
     def own_keys(self) -> dict[str, Any]:
         if self.penalty is None:
@@ -105,22 +102,24 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     arguments = before_trl(arguments, "qscope sft", _DECLARED, "SFTConfig")
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-    device = DeviceRule()
     losses: list[Any] = [(config_class(method), prefix) for method, (_, prefix) in METHODS.items()]
     kinds = (RunArguments, *losses, ScriptArguments, DatasetMixtureConfig, SFTConfig, ModelConfig)
-    parser = CommandParser(kinds, before_build=device, prog="qscope sft")
+    parser = CommandParser(kinds, before_build=check_values, prog="qscope sft")
     run, *own, script, mixture, training, model = parser.build(arguments)
     given = {key: value for part in own for key, value in part.items()}
-    penalty = _settings(run.method, given, parser.said)
-    parts = {"run": run, "penalty": penalty, "script": script, "mixture": mixture, "training": training, "model": model}
-    return Recipe(**parts, assumed_cpu=device.assumed_cpu)
+    penalty = None
+    if run.method != "sft":
+        penalty = method_config(run.method, given, parser.said)
+    elif given:
+        status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
+    parts = {"run": run, "script": script, "mixture": mixture, "training": training, "model": model}
+    return Recipe(**parts, penalty=penalty, assumed_cpu=parser.values.assumed_cpu)
 
 
 def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     """Make a stock SFTTrainer with the method's callback in its list of callbacks."""
     from trl import SFTTrainer
 
-    from qscope_posttrain.cli.training.data import first_row, load_evaluation, load_rows
     from qscope_posttrain.cli.training.run import make_trainer
     from qscope_posttrain.sft.preparation import Preparation, is_template_file, trained_tokenizer
 
@@ -131,7 +130,7 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         tokenizer = trained_tokenizer(tokenizer, None, path)
         training.chat_template_path = None
     rows, evaluation = load_rows(recipe, recipe.script.dataset_train_split), load_evaluation(recipe)
-    callback = build_callback(recipe, features)
+    callback = None if recipe.penalty is None else make_callback(recipe.run.method, recipe.penalty, features)
     if training.packing and callback is not None and callback.reads_languages:
         packed = _pack(recipe, rows, callback.languages)
         if evaluation is not None:  # prepared as the trainer would, by the kind of the training data
@@ -150,17 +149,6 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         processing_class=tokenizer,
         callbacks=[] if callback is None else [callback],
     )
-
-
-def build_callback(recipe: Recipe, features: FeatureSet | None) -> AuxiliaryLossCallback | None:
-    """Make the callback of the recipe's method; None for plain SFT.
-
-    Raises:
-        ValueError: features and options that do not fit, or method sasft without features.
-    """
-    if recipe.penalty is None:
-        return None
-    return make_callback(recipe.run.method, recipe.penalty, features)
 
 
 def skips_preparation(training: Any) -> bool:
@@ -214,12 +202,3 @@ def _without_packing(training: Any) -> Any:
     arguments.padding_free = training.padding_free or training.packing_strategy != "wrapped"
     arguments.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
     return arguments
-
-
-def _settings(method: str, given: dict[str, Any], said: Collection[str]) -> LossConfig | None:
-    """The settings of a method from the keys that were given. The control, method sft, ignores all of them."""
-    if method == "sft":
-        if given:
-            status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
-        return None
-    return method_config(method, given, said)

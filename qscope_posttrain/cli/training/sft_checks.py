@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +11,16 @@ from typing import Any
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from qscope_posttrain.cli.training.checks import (
-    NO_LENGTH,
+from qscope_posttrain.cli.training import Rows, first_row, first_rows
+from qscope_posttrain.cli.training.run import (
     Checks,
     begin,
     check_checkpoint,
     check_data,
-    processes_by_rows,
+    planned_steps,
+    rows_of_step,
 )
-from qscope_posttrain.cli.training.data import Rows, first_row, first_rows
-from qscope_posttrain.cli.training.sft import Recipe, build_callback, skips_preparation
-from qscope_posttrain.distributed import launched_processes
+from qscope_posttrain.cli.training.sft import Recipe, skips_preparation
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import if_many, progress
@@ -30,6 +28,7 @@ from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.preparation import Preparation, trained_tokenizer
+from qscope_posttrain.sft.settings import make_callback
 from qscope_posttrain.sft.train_data import count_languages, without_effect
 from qscope_posttrain.text.language_labels import class_names
 from qscope_posttrain.text.scripts import language_code, target_script
@@ -82,7 +81,7 @@ def data_tokenizer(recipe: Recipe) -> Any:
 def _callback(recipe: Recipe, model: torch.nn.Module) -> tuple[AuxiliaryLossCallback, str]:
     """The method's callback, its features checked against the model."""
     features = recipe.load_features()
-    callback: Any = build_callback(recipe, features)
+    callback: Any = make_callback(recipe.run.method, recipe.penalty, features)
     settings = callback.config
     if features is None:
         terms = f"{recipe.run.method} with weight {settings.weight:g}"
@@ -192,19 +191,10 @@ def _without_bars() -> Iterator[None]:
 
 def _batch(recipe: Recipe, rows: Rows) -> tuple[int, str]:
     training = recipe.training
-    processes = launched_processes()
-    per_step = processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
-    words = (
-        f"{processes_by_rows(processes, training.per_device_train_batch_size)} x "
-        f"{training.gradient_accumulation_steps} accumulated = {per_step} rows a step"
-    )
+    words, per_step = rows_of_step(training)
+    words += f" x {training.gradient_accumulation_steps} accumulated = {per_step} rows a step"
     if training.packing:
         return per_step, f"{words}, rows of {training.max_length} tokens"
-    if not hasattr(rows, "__len__"):
-        if training.max_steps <= 0:
-            raise UserValueError(NO_LENGTH)
-        return per_step, f"{words}; {training.max_steps} steps"
-    steps = (
-        training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * len(rows) / per_step)
-    )
-    return per_step, f"{words}; {steps} steps, {steps * per_step / len(rows):.3g} epochs"
+    steps = planned_steps(training, rows, per_step)
+    epochs = f", {steps * per_step / len(rows):.3g} epochs" if hasattr(rows, "__len__") else ""
+    return per_step, f"{words}; {steps} steps{epochs}"

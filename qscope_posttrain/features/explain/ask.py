@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,10 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 QUANTILES = 10
 """Bands of activation from which randomly drawn contexts are taken evenly, so that weak ones are tested too."""
+PER_REQUEST = 5
+"""Contexts per request to the judge"""
+SAMPLING = Sampling(temperature=0.0, max_tokens=256)
+"""Sampling of explainer and judge"""
 
 
 def explain_templates(folder: str | os.PathLike[str] | None = None) -> PromptTemplates:
@@ -60,12 +65,6 @@ class ExplainSettings:
     """Score every feature by the explanation of another one too"""
     min_texts: int = 5
     """A feature that fires on fewer distinct texts is not explained"""
-    per_request: int = 5
-    """Contexts per request to the judge"""
-    temperature: float = 0.0
-    """Sampling temperature of the explainer; the judge is greedy"""
-    max_tokens: int = 256
-    """Maximum length of an answer of explainer and judge, in tokens"""
     seed: int = 0
     """Seed of the order of contexts and of the control"""
 
@@ -73,7 +72,7 @@ class ExplainSettings:
         unknown = sorted(set(self.methods) - set(METHODS))
         if unknown:
             raise UserValueError(f"methods are {', '.join(METHODS)}; got {', '.join(unknown)}.")
-        for name in ("strongest", "tests", "min_texts", "per_request", "max_tokens"):
+        for name in ("strongest", "tests", "min_texts"):
             if getattr(self, name) < 1:
                 raise UserValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
 
@@ -94,7 +93,7 @@ def explain_features(
     """Explain the features `feature_ids` {layer: ids} and test the explanations.
 
     One pass over the texts (see `contexts.collect_contexts`, which takes `pass_options`), one request for each
-    explanation, and 2 * tests / per_request for each method, as many again for the control.
+    explanation, and 2 * tests / 5 for each method, as many again for the control.
 
     Args:
         texts: natural text in which the features occur.
@@ -113,16 +112,17 @@ def explain_features(
             splits[feature] = split_contexts(entry, settings.strongest, settings.others, settings.tests)
         else:
             skipped[feature] = f"fires on {entry.firing_texts} of {entry.texts} texts"
-    words = _explanations(session, templates, tokenizer, splits, settings)
+    words = _explanations(session, templates, tokenizer, splits)
     skipped |= {feature: "no readable explanation" for feature in splits if feature not in words}
     own: dict[Method, Mapping[FeatureId, Prediction]] = {}
     controls: dict[Method, Mapping[FeatureId, Prediction]] = {}
     others = shuffled_words(words, settings.seed) if settings.control else {}
     for method in settings.methods:
-        tests = {feature: _items(tokenizer, splits[feature], method, feature) for feature in words}
-        own[method] = _predict(judge or session, templates, method, tests, words, settings)
+        items = detection_items if method == "detection" else fuzzing_items
+        tests = {feature: items(tokenizer, splits[feature], str(feature)) for feature in words}
+        own[method] = _predict(judge or session, templates, method, tests, words, settings.seed)
         if others:
-            controls[method] = _predict(judge or session, templates, method, tests, others, settings)
+            controls[method] = _predict(judge or session, templates, method, tests, others, settings.seed)
     name = str(session.model.identity.get("name", ""))
     explanations = tuple(
         Explanation(*feature, text, name, *(own.get(method, {}).get(feature) for method in METHODS))
@@ -141,35 +141,18 @@ def shuffled_words(words: Mapping[FeatureId, str], seed: int) -> dict[FeatureId,
 
 
 def _explanations(
-    session: ChatSession,
-    templates: PromptTemplates,
-    tokenizer: Any,
-    splits: Mapping[FeatureId, Split],
-    settings: ExplainSettings,
+    session: ChatSession, templates: PromptTemplates, tokenizer: Any, splits: Mapping[FeatureId, Split]
 ) -> dict[FeatureId, str]:
-    sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
-    requests = [
-        ChatRequest(
-            templates.messages(
-                "explain",
-                strongest=[_passage(tokenizer, context) for context in split.strongest],
-                others=[_passage(tokenizer, context) for context in split.others],
-            ),
-            sampling,
-        )
-        for split in splits.values()
-    ]
+    def passages(contexts: Sequence[Context]) -> list[dict[str, Any]]:
+        shown = (text_pieces(tokenizer, context.ids, context.values) for context in contexts)
+        return [{"text": marked(*found), "peak": c.peak} for found, c in zip(shown, contexts, strict=True)]
+
+    requests = []
+    for split in splits.values():
+        content = {"strongest": passages(split.strongest), "others": passages(split.others)}
+        requests.append(ChatRequest(templates.messages("explain", **content), SAMPLING))
     answers = session.complete_parsed(requests, text_field("explanation"), description="explanations")
     return {feature: answer.value for feature, answer in zip(splits, answers, strict=True) if answer.value is not None}
-
-
-def _passage(tokenizer: Any, context: Context) -> dict[str, Any]:
-    pieces, values = text_pieces(tokenizer, context.ids, context.values)
-    return {"text": marked(pieces, values), "peak": context.peak}
-
-
-def _items(tokenizer: Any, split: Split, method: Method, feature: FeatureId) -> list[Item]:
-    return detection_items(tokenizer, split) if method == "detection" else fuzzing_items(tokenizer, split, str(feature))
 
 
 @dataclass(frozen=True)
@@ -215,11 +198,14 @@ class Item:
     positive: bool
 
 
-def detection_items(tokenizer: Any, split: Split) -> list[Item]:
+def detection_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
     """Contexts in which the feature fires, and as many in which it does not; nothing is marked."""
     count = min(len(split.tests), len(split.absent))
-    found = [Item(_text(tokenizer, context), True) for context in split.tests[:count]]
-    return found + [Item(_text(tokenizer, context), False) for context in split.absent[:count]]
+    return [
+        Item("".join(text_pieces(tokenizer, context.ids, context.values)[0]), positive)
+        for contexts, positive in ((split.tests, True), (split.absent, False))
+        for context in contexts[:count]
+    ]
 
 
 def fuzzing_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
@@ -249,7 +235,7 @@ def _predict(
     method: Method,
     tests: Mapping[FeatureId, Sequence[Item]],
     explanations: Mapping[FeatureId, str],
-    settings: ExplainSettings,
+    seed: int,
 ) -> dict[FeatureId, Prediction]:
     """Let the judge decide on every item by the words given for its feature.
 
@@ -258,26 +244,28 @@ def _predict(
     asked: list[tuple[FeatureId, list[Item]]] = []
     for feature, items in tests.items():
         mixed = list(items)
-        random.Random(f"{settings.seed} {feature}").shuffle(mixed)
-        starts = range(0, len(mixed), settings.per_request)
-        asked += [(feature, mixed[start : start + settings.per_request]) for start in starts]
-    sampling = Sampling(temperature=0.0, max_tokens=settings.max_tokens)
-    decided: dict[FeatureId, list[tuple[Item, bool]]] = {feature: [] for feature in tests}
+        random.Random(f"{seed} {feature}").shuffle(mixed)
+        asked += [(feature, mixed[start : start + PER_REQUEST]) for start in range(0, len(mixed), PER_REQUEST)]
+    # How often the judge said yes and no, by feature and right answer.
+    counts: Counter[tuple[FeatureId, bool, bool]] = Counter()
     # Requests of one length are read by one reader.
     for length in sorted({len(items) for _, items in asked}):
         group = [entry for entry in asked if len(entry[1]) == length]
-        requests = [
-            ChatRequest(
-                templates.messages(method, explanation=explanations[feature], passages=[item.text for item in items]),
-                sampling,
-            )
-            for feature, items in group
-        ]
+        requests = []
+        for feature, items in group:
+            content = {"explanation": explanations[feature], "passages": [item.text for item in items]}
+            requests.append(ChatRequest(templates.messages(method, **content), SAMPLING))
         answers = session.complete_parsed(requests, decisions(length), description=f"{method} of contexts")
         for (feature, items), answer in zip(group, answers, strict=True):
             if answer.value is not None:
-                decided[feature] += zip(items, answer.value, strict=True)
-    return {feature: _prediction(found) for feature, found in decided.items()}
+                counts.update((feature, item.positive, said) for item, said in zip(items, answer.value, strict=True))
+    found = {}
+    for feature in tests:
+        hits, misses, alarms, rejections = (
+            counts[feature, positive, said] for positive in (True, False) for said in (True, False)
+        )
+        found[feature] = Prediction(hits, hits + misses, rejections, alarms + rejections)
+    return found
 
 
 def decisions(count: int) -> Callable[[str], list[bool]]:
@@ -290,13 +278,3 @@ def decisions(count: int) -> Callable[[str], list[bool]]:
         return [bool(value) for value in found]
 
     return read
-
-
-def _prediction(decided: Sequence[tuple[Item, bool]]) -> Prediction:
-    positives = [taken for item, taken in decided if item.positive]
-    negatives = [taken for item, taken in decided if not item.positive]
-    return Prediction(sum(positives), len(positives), len(negatives) - sum(negatives), len(negatives))
-
-
-def _text(tokenizer: Any, context: Context) -> str:
-    return "".join(text_pieces(tokenizer, context.ids, context.values)[0])

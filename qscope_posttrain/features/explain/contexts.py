@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,24 +116,42 @@ def collect_contexts(
         distinct.setdefault(sequence.content_hash(), sequence)
     sequences = [sequence for sequence in distinct.values() if sequence.counted]
     pad_id = pad_token(tokenizer)
-    pool = _AbsentPool(settings)
-    kept = {(layer, feature): _Kept(settings) for layer in layers for feature in feature_ids[layer]}
+    features = [(layer, feature) for layer in layers for feature in feature_ids[layer]]
+    top = {feature: _Best(settings.top) for feature in features}
+    drawn = {feature: _Best(settings.sampled) for feature in features}
+    absent = _Best(4 * settings.absent)
+    firing_texts = Counter[tuple[int, int]]()
     with evaluation_mode(model), torch.no_grad():
         sample = token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
         medians = calibrate(model, layers, sample).medians
         batches = token_batches(sequences, tokens_per_batch, pad_id)
         for batch in progress(batches, description="contexts of features", enabled=show_progress):
-            pool.offer(batch.sequences)
+            anywhere = [_any_window(sequence, settings) for sequence in batch.sequences]
+            for sequence, entry in zip(batch.sequences, anywhere, strict=True):
+                absent.offer(-_priority(sequence, f"{settings.seed} absent"), sequence.content_hash(), entry)
             for layer, rows, _ in layer_rows(model, layers, batch):
                 limit = outlier_factor * medians[layer]
                 for number, slot, positions, values in _firings(batch, rows, saes[layer], slots[layer], limit):
-                    feature, sequence = int(feature_ids[layer][slot]), batch.sequences[number]
-                    kept[layer, feature].offer(sequence, positions, values, f"{layer} {feature}")
-                    pool.fires(sequence, positions, (layer, feature))
-    return [
-        FeatureContexts(layer, feature, found.texts, len(sequences), *found.best(), pool.without((layer, feature)))
-        for (layer, feature), found in kept.items()
-    ]
+                    feature, sequence = (layer, int(feature_ids[layer][slot])), batch.sequences[number]
+                    window, _, firing = anywhere[number]
+                    if any(position in window for position in positions):
+                        firing.add(feature)
+                    firing_texts[feature] += 1
+                    peak, key = max(values), sequence.content_hash()
+                    shown = _window(sequence, positions[values.index(peak)], settings)
+                    at = dict(zip(positions, values, strict=True))
+                    ids = sequence.ids[shown.start : shown.stop]
+                    context = Context(sequence.text, ids, tuple(at.get(position, 0.0) for position in shown))
+                    top[feature].offer(peak, key, context)
+                    drawn[feature].offer(-_priority(sequence, f"{settings.seed} {layer} {feature[1]}"), key, context)
+    found = []
+    for feature in features:
+        free = [context for _, context, firing in absent.entries() if feature not in firing][: settings.absent]
+        best, random = top[feature].entries(), drawn[feature].entries()
+        found.append(
+            FeatureContexts(*feature, firing_texts[feature], len(sequences), tuple(best), tuple(random), tuple(free))
+        )
+    return found
 
 
 def _slots(layer: int, saes: Mapping[int, SparseAutoencoder], ids: Sequence[int]) -> Tensor:
@@ -178,72 +197,33 @@ def _priority(sequence: TokenSequence, salt: str) -> float:
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
-def _window(sequence: TokenSequence, center: int, settings: ContextSettings) -> tuple[int, int]:
-    """Start and end of the window around a token, moved into the text where it would stand out of it."""
+def _window(sequence: TokenSequence, center: int, settings: ContextSettings) -> range:
+    """Positions of the window around a token, moved into the text where it would stand out of it."""
     start = max(min(center - settings.before, len(sequence.ids) - settings.window), 0)
-    return start, min(start + settings.window, len(sequence.ids))
+    return range(start, min(start + settings.window, len(sequence.ids)))
 
 
-_Heap = list[tuple[float, bytes, Context]]
-"""Entries, of which the smallest is the first to go. Equal scores are ordered by the unique hash of the text."""
+def _any_window(sequence: TokenSequence, settings: ContextSettings) -> tuple[range, Context, set[tuple[int, int]]]:
+    """A random window, which all features share: a feature takes it if it is not in the set of those that fire there,
+    empty at first."""
+    center = sequence.start + int(_priority(sequence, f"{settings.seed} centre") * sequence.counted)
+    window = _window(sequence, center, settings)
+    context = Context(sequence.text, sequence.ids[window.start : window.stop], (0.0,) * len(window))
+    return window, context, set()
 
 
-class _Kept:
-    """The strongest and the randomly drawn contexts of one feature so far."""
+class _Best:
+    """The entries with the highest scores so far; equal scores are ordered by the unique key."""
 
-    def __init__(self, settings: ContextSettings) -> None:
-        self._settings = settings
-        self._top: _Heap = []
-        self._drawn: _Heap = []
-        self.texts = 0
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._heap: list[tuple[float, bytes, Any]] = []
 
-    def offer(self, sequence: TokenSequence, positions: list[int], values: list[float], name: str) -> None:
-        self.texts += 1
-        peak = max(values)
-        priority = _priority(sequence, f"{self._settings.seed} {name}")
-        limits = (self._top, self._settings.top, peak), (self._drawn, self._settings.sampled, -priority)
-        for heap, size, score in limits:
-            if len(heap) < size or score >= heap[0][0]:
-                start, end = _window(sequence, positions[values.index(peak)], self._settings)
-                at = dict(zip(positions, values, strict=True))
-                shown = tuple(at.get(position, 0.0) for position in range(start, end))
-                context = Context(sequence.text, sequence.ids[start:end], shown)
-                heapq.heappush(heap, (score, sequence.content_hash(), context))
-                if len(heap) > size:
-                    heapq.heappop(heap)
+    def offer(self, score: float, key: bytes, entry: Any) -> None:
+        heapq.heappush(self._heap, (score, key, entry))
+        if len(self._heap) > self._size:
+            heapq.heappop(self._heap)
 
-    def best(self) -> tuple[tuple[Context, ...], tuple[Context, ...]]:
-        """The strongest contexts and the drawn ones, each best first."""
-        top, drawn = (tuple(entry[2] for entry in sorted(heap, reverse=True)) for heap in (self._top, self._drawn))
-        return top, drawn
-
-
-class _AbsentPool:
-    """Random windows that all features share: a feature takes those in which it does not fire."""
-
-    def __init__(self, settings: ContextSettings) -> None:
-        self._settings = settings
-        self._entries: dict[bytes, tuple[float, int, Context, set[tuple[int, int]]]] = {}
-        """By content of the text: priority, start, window, and the features that fire in it"""
-
-    def offer(self, sequences: Sequence[TokenSequence]) -> None:
-        """Add windows of these sequences, before any firing in them is reported."""
-        for sequence in sequences:
-            center = sequence.start + int(_priority(sequence, f"{self._settings.seed} centre") * sequence.counted)
-            start, end = _window(sequence, center, self._settings)
-            context = Context(sequence.text, sequence.ids[start:end], (0.0,) * (end - start))
-            priority = _priority(sequence, f"{self._settings.seed} absent")
-            self._entries[sequence.content_hash()] = (priority, start, context, set())
-        while len(self._entries) > 4 * self._settings.absent:
-            del self._entries[max(self._entries, key=lambda key: self._entries[key][0])]
-
-    def fires(self, sequence: TokenSequence, positions: Sequence[int], feature: tuple[int, int]) -> None:
-        if (found := self._entries.get(sequence.content_hash())) is not None:
-            _, start, context, firing = found
-            if any(start <= position < start + len(context.ids) for position in positions):
-                firing.add(feature)
-
-    def without(self, feature: tuple[int, int]) -> tuple[Context, ...]:
-        ordered = sorted(self._entries.values(), key=lambda entry: entry[0])
-        free = [context for _, _, context, firing in ordered if feature not in firing]
-        return tuple(free[: self._settings.absent])
+    def entries(self) -> list[Any]:
+        """Best first."""
+        return [entry for _, _, entry in sorted(self._heap, reverse=True)]

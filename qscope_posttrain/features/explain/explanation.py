@@ -154,11 +154,11 @@ class Explained:
 
     def to_table(self) -> Table:
         """One line per feature: explanation, scores with intervals, and the score of another feature's explanation."""
-        found = {FeatureId(entry.layer, entry.feature_id): entry for entry in self.contexts}
+        firing = {FeatureId(entry.layer, entry.feature_id): entry.firing_texts for entry in self.contexts}
         used = [method for method in METHODS if any(getattr(entry, method) for entry in self.explanations)]
         rows: list[list[Cell]] = []
         for entry in self.explanations:
-            row: list[Cell] = [entry.layer, entry.feature_id, found[entry.feature].firing_texts, entry.text]
+            row: list[Cell] = [*entry.feature, firing[entry.feature], entry.text]
             for method in used:
                 own = getattr(entry, method)
                 other = self.controls.get(method, {}).get(entry.feature)
@@ -170,15 +170,11 @@ class Explained:
 
     def summary_table(self) -> Table:
         """One line per method: means over features."""
-        rows: list[list[Cell]] = [
-            [
-                method,
-                len(self._pairs(method, False)),
-                *map(_shown, (self.mean(method), self.mean(method, True), self.gain(method))),
-            ]
-            for method in METHODS
-            if self._pairs(method, False)
-        ]
+        rows: list[list[Cell]] = []
+        for method in METHODS:
+            if count := len(self._pairs(method, False)):
+                intervals = (self.mean(method), self.mean(method, True), self.gain(method))
+                rows.append([method, count, *map(_shown, intervals)])
         return Table(
             "Explanations tested",
             ["method", "features", "balanced accuracy", "another feature's words", "difference"],
@@ -198,4 +194,4 @@ def _accuracy(prediction: Prediction | None) -> float | None:
 
 
 def _shown(interval: Interval | None) -> str | None:
-    return None if interval is None else f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return None if interval is None else interval.text(".2f")

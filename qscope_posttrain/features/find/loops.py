@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.models.batches import TokenText
 from qscope_posttrain.models.generation import Prompt, SamplingSettings, encode_prompts, sample_batch
 from qscope_posttrain.report.progress import progress, status
-from qscope_posttrain.report.summary import write_text
+from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
 
 NORMAL_PER_LOOP = 4
@@ -53,6 +52,24 @@ class Loop(Completion):
     def text(self) -> TokenText:
         """For a statistics pass: the tail from its second copy on counts, what led into it is context."""
         return TokenText(self.ids, len(self.prompt_ids) + self.tail.second_copy)
+
+
+def occurrences(loop: Loop) -> list[tuple[int, int]]:
+    """(first position, position) of the token at every position of the last whole copy, the last `period` tokens.
+
+    Positions count from the first token of the prompt. The first occurrence is anywhere in the completion, before the
+    tail or in its first copy; the prompt does not count. A block may hold a token several times: every position counts.
+    The first token of a text has no state worth comparing (it is an attention sink), so it is skipped, and so is a
+    token that occurs once.
+    """
+    start = len(loop.prompt_ids)
+    first: dict[int, int] = {}
+    for position, token in enumerate(loop.completion_ids, start):
+        if position > 0:
+            first.setdefault(token, position)
+    end = start + len(loop.completion_ids)
+    pairs = ((first[loop.ids[last]], last) for last in range(end - loop.tail.period, end))
+    return [(before, after) for before, after in pairs if before < after]
 
 
 @dataclass(frozen=True)
@@ -97,15 +114,13 @@ class LoopCollection:
 
     def write(self, path: str | Path, tokenizer: Any) -> Path:
         """Write one completion per line: `kind`, token ids, text, and the tail of a loop; for `loops_from_texts`."""
-        lines = []
+        rows = []
         for kind, entries in (("loop", self.loops), ("normal", self.normal)):
             for entry in entries:
-                row: dict[str, Any] = {"kind": kind, **asdict(entry), "ended": kind == "normal"}
-                row["prompt"] = tokenizer.decode(entry.prompt_ids)
-                row["completion"] = tokenizer.decode(entry.completion_ids)
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_text(path, "".join(lines))
-        return Path(path)
+                text = {"prompt": tokenizer.decode(entry.prompt_ids)}
+                text["completion"] = tokenizer.decode(entry.completion_ids)
+                rows.append({"kind": kind, **asdict(entry), "ended": kind == "normal", **text})
+        return write_rows(path, rows)
 
 
 def collect_loops(
@@ -158,17 +173,17 @@ def collect_loops(
         size = min(settings.batch_size, max_samples - samples)
         batch = [ids[(samples + place) % len(ids)] for place in range(size)]
         responses = sample_batch(model, tokenizer, batch, replace(settings, seed=settings.seed + number))
-        for prompt, (tokens, ended) in zip(batch, responses, strict=True):
-            found = _judged(Completion(tuple(prompt), tuple(tokens)), ended, min_copies, min_tokens)
-            if isinstance(found, Loop):
-                loops.append(found)
-            elif found is not None and len(ordinary) < normal:
-                ordinary.append(found)
+        judged = [
+            _judged(Completion(tuple(prompt), tuple(tokens)), ended, min_copies, min_tokens)
+            for prompt, (tokens, ended) in zip(batch, responses, strict=True)
+        ]
+        loops += [found for found in judged if isinstance(found, Loop)]
+        ordinary += [found for found in judged if type(found) is Completion]
         samples += size
         if len(loops) >= wanted and len(ordinary) >= min(normal, NORMAL_PER_LOOP):
             break
     drawn = {**settings.to_dict(), "min_copies": min_copies, "min_tokens": min_tokens, "prompts": len(prompts)}
-    collection = LoopCollection(tuple(loops), tuple(ordinary), samples, settings=drawn)
+    collection = LoopCollection(tuple(loops), tuple(ordinary[:normal]), samples, settings=drawn)
     if not loops:
         raise UserValueError(
             f"{collection.summary()}. Raise max_samples or max_new_tokens (a loop must be cut off to be one), take "
@@ -192,19 +207,14 @@ def loops_from_texts(
     `completion_ids`; `ended` says whether the model ended it. With a repeated tail, and not ended, it is a loop;
     without one, and not known to be cut off, it is ordinary; the rest is left out.
     """
-    loops: list[Loop] = []
-    ordinary: list[Completion] = []
-    count = 0
-    for count, text in enumerate(texts, start=1):
-        given = _completion(tokenizer, text, count)
-        ended = text.get("ended") if isinstance(text, Mapping) else None
-        found = _judged(given, ended, min_copies, min_tokens)
-        if isinstance(found, Loop):
-            loops.append(found)
-        elif found is not None:
-            ordinary.append(found)
     settings = {"min_copies": min_copies, "min_tokens": min_tokens}
-    collection = LoopCollection(tuple(loops), tuple(ordinary), count, sampled=False, settings=settings)
+    judged = []
+    for number, text in enumerate(texts, start=1):
+        ended = text.get("ended") if isinstance(text, Mapping) else None
+        judged.append(_judged(_completion(tokenizer, text, number), ended, **settings))
+    loops = tuple(found for found in judged if isinstance(found, Loop))
+    ordinary = tuple(found for found in judged if type(found) is Completion)
+    collection = LoopCollection(loops, ordinary, len(judged), sampled=False, settings=settings)
     if not loops:
         raise UserValueError(
             f"{collection.summary()}: a loop ends in at least {min_copies} copies of something, {min_tokens} tokens in "

@@ -1,37 +1,43 @@
-"""From a model, its SAEs and prompts to a FeatureSet: features of endless repetition, and how to steer with them."""
+"""Features of endless repetition: scored by their rise in loops and by their effect on the loops' probability."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import features_from_rows
+from qscope_posttrain.features.build import Sources, features_from_rows, search, top_features
+from qscope_posttrain.features.causal import steering_gradients
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find.loops import LoopCollection, collect_loops
-from qscope_posttrain.features.find.repetition_curve import CURVE_KEY, Contrast, SteeringCurve, steering_curve
-from qscope_posttrain.features.find.repetition_scores import (
-    Ranking,
-    rank_features,
-    repetition_differences,
-    repetition_gradients,
-)
-from qscope_posttrain.features.find.search import Sources, search
+from qscope_posttrain.features.find.loops import Loop, LoopCollection, collect_loops, occurrences
+from qscope_posttrain.features.find.repetition_curve import LOOP, NORMAL, steering_curve, with_choice
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.features.statistics import PassStatistics
-from qscope_posttrain.features.steering import SETTINGS_KEY
-from qscope_posttrain.models.batches import Text
+from qscope_posttrain.features.sums import tokens_at_a_time
+from qscope_posttrain.kernels.statistics import feature_statistics_
+from qscope_posttrain.models.batches import (
+    Text,
+    TokenBatch,
+    TokenSequence,
+    input_device,
+    longest_allowed,
+    token_batches,
+)
+from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.models.generation import Prompt, encode_prompts
-from qscope_posttrain.report.progress import status
+from qscope_posttrain.models.layers import check_layers, evaluation_mode
+from qscope_posttrain.models.scoring import predicted_tokens, token_losses
+from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-LOOP, NORMAL, BENIGN = "loop", "normal", "benign"
+Ranking = Literal["difference", "attribution", "both"]
+BENIGN = "benign"
 REPETITION = "repetition"
 """`settings["selector"]` of these features"""
 DEFAULT_CURVE = CurveSettings()
@@ -63,9 +69,9 @@ def find_repetition_features(
        of the repeated tail from its second copy on), "normal" (tokens of completions that ended by themselves) and
        "benign".
     3. Two scores for every feature: its rise from the first to the last occurrence of a token in the loop
-       (`repetition_scores.repetition_differences`, Qwen-Scope report 8.1), stored as `scores`, and the gradient of
-       log P(two more repeats) along its decoder row (`repetition_scores.repetition_gradients`), stored as `effects`,
-       in nats per unit of the row. The `top` features of each layer become rows labeled "loop", best first.
+       (`repetition_differences`), stored as `scores`, and the gradient of log P(two more repeats) along its decoder
+       row (`repetition_gradients`), stored as `effects`, in nats per unit of the row. The `top` features of each layer
+       become rows labeled "loop", best first.
     4. The steering curve (`repetition_curve.steering_curve`) tries them against random directions of equal length and
        the difference of means between "loop" and "normal", and chooses layer, rows, strength and window by
        `repetition_curve.choose`. Of the chosen layer only the chosen rows are kept, so that the set steers as chosen
@@ -87,14 +93,14 @@ def find_repetition_features(
             or token ids.
         top (int, default 4): Number of features per layer.
         rank_by (str, default "both"): "difference", "attribution", or "both" in turn, see
-            `repetition_scores.rank_features`.
+            `rank_features`.
         curve (CurveSettings, default `DEFAULT_CURVE`): Of the steering curve; None leaves it out.
         collect (dict, default None): Further arguments of `collect_loops`. It samples as `curve.sampling` says unless
             `settings` are given.
         chat (bool, default False): Send prompts through the chat template.
         chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
         show_progress (bool, default None): Show progress bars; None: on a terminal.
-        pass_options: `k` and `saes_at_once` of `search.search`, and the options of `statistics.collect_statistics`.
+        pass_options: `k` and `saes_at_once` of `build.search`, and the options of `statistics.collect_statistics`.
             `max_length` is by default that of the longest completion, because a loop is at the end of its text.
 
     Raises:
@@ -153,35 +159,21 @@ def find_repetition_features(
     longest = max(len(entry.ids) for entry in (*loops.loops, *loops.normal))
     pass_options = {"max_length": longest, "show_progress": show_progress, **pass_options}
     features = search(model, tokenizer, texts, saes, choose, settings, **pass_options)
-    rate = loops.rate
     described = {
         "loops": len(loops.loops),
         "normal": len(loops.normal),
         "samples": loops.samples,
-        "rate": None if rate is None else list(rate),
+        "rate": None if loops.rate is None else list(loops.rate),
         "periods": [loop.tail.period for loop in loops.loops],
     }
-    tables = {"ranking": repetition_table(features).to_dict(), "loops": described}
-    features = replace(features, provenance={**features.provenance, **tables})
+    ranking = repetition_table(features).to_dict()
+    features = replace(features, provenance={**features.provenance, "ranking": ranking, "loops": described})
     if curve is None:
         return features
-    contrast = Contrast(LOOP, features.language_index(LOOP), features.language_index(NORMAL))
-    shown: dict[str, Any] = {"periods": loops.periods, "show_progress": show_progress}
-    return with_choice(features, steering_curve(model, tokenizer, prompt_ids, features, contrast, curve, **shown))
-
-
-def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:
-    """Add the curve, and keep only the chosen rows of the chosen layer; warn of a choice that is not specific."""
-    settings = {**features.settings, "curve": asdict(curve.settings)}
-    layers = dict(features.layers)
-    chosen = curve.to_settings(LOOP)
-    if curve.chosen is not None and chosen is not None:
-        settings[SETTINGS_KEY] = chosen
-        layers[chosen["layer"]] = layers[chosen["layer"]].take(curve.chosen.trial.push.rows)
-    if not curve.specific:
-        status(f"warning: {curve.verdict()}", enabled=True)
-    provenance = {**features.provenance, CURVE_KEY: curve.to_table().to_dict()}
-    return replace(features, layers=layers, settings=settings, provenance=provenance)
+    made = steering_curve(
+        model, tokenizer, prompt_ids, features, curve, periods=loops.periods, show_progress=show_progress
+    )
+    return with_choice(features, made)
 
 
 def repetition_table(features: FeatureSet) -> Table:
@@ -204,3 +196,144 @@ def repetition_table(features: FeatureSet) -> Table:
         f"first-order change of log P({COPIES} more repeats), in nats, for a push of one median residual norm. fires: "
         f"share of tokens (counted: {tokens}).",
     )
+
+
+@torch.no_grad()
+def repetition_differences(
+    model: nn.Module,
+    loops: Sequence[Loop],
+    saes: Mapping[int, SparseAutoencoder],
+    norm_limits: Mapping[int, float] | None = None,
+    *,
+    tokens_per_batch: int = 4096,
+    show_progress: bool | None = None,
+) -> dict[int, Tensor]:
+    """Rise of every feature from the first occurrence of a token to its last one in the loop, {layer: [d_sae] fp64}.
+
+    With f(i) the post-activation of a feature at position i (after TopK or whatever the SAE has) and the pairs of
+    `loops.occurrences`:
+
+        score = mean over loops of  mean over the positions of the last copy of  f(last) - f(first)
+
+    so that a short block counts as much as a long one (Qwen-Scope report, section 8.1; the token is the same on both
+    sides, so its identity cancels). Only the compared states are encoded, and summed in fp64.
+
+    Args:
+        norm_limits: by layer, the norm above which a state is an outlier and its pair is left out; None for no limit.
+        tokens_per_batch: tokens in a forward pass, padding included.
+    """
+    layers = check_layers(model, sorted(saes))
+    pairs = [occurrences(loop) for loop in loops]
+    sequences = _sequences(model, [loop.ids for loop in loops], [1] * len(loops))
+    sums = {layer: torch.zeros(saes[layer].d_sae, dtype=torch.float64) for layer in layers}
+    counted = dict.fromkeys(layers, 0)
+    batches = token_batches(sequences, tokens_per_batch)
+    with evaluation_mode(model):
+        for batch in progress(batches, description="first and last occurrences", enabled=show_progress):
+            width = batch.input_ids.shape[1]
+            flat = [
+                (row, row * width + first, row * width + last)
+                for row, sequence in enumerate(batch.sequences)
+                for first, last in pairs[sequence.text]
+            ]
+            owners, firsts, lasts = torch.tensor(flat, dtype=torch.long).view(-1, 3).unbind(1)
+            hidden = forward_to_layer(model, layers, input_ids=batch.input_ids.to(input_device(model)))
+            for layer in layers:
+                states = hidden.pop(layer).flatten(0, 1)
+                before, after = (states.index_select(0, at.to(states.device)).float() for at in (firsts, lasts))
+                limit = float("inf") if norm_limits is None else norm_limits[layer]
+                kept = ((before.norm(dim=1) <= limit) & (after.norm(dim=1) <= limit)).cpu()
+                per_loop = torch.zeros(len(batch.sequences)).index_add_(0, owners, kept.float())
+                weights = torch.where(kept, 1 / per_loop[owners], 0.0).double()
+                counted[layer] += int((per_loop > 0).sum())
+                sums[layer] += _encoded_sum(saes[layer], after, weights) - _encoded_sum(saes[layer], before, weights)
+    empty = [str(layer) for layer in layers if counted[layer] == 0]
+    if empty:
+        raise UserValueError(
+            f"Layer(s) {', '.join(empty)}: no token of {len(loops)} loops could be compared with its first occurrence."
+        )
+    return {layer: sums[layer] / counted[layer] for layer in layers}
+
+
+def repetition_gradients(
+    model: nn.Module,
+    loops: Sequence[Loop],
+    layers: Sequence[int],
+    *,
+    copies: int = 2,
+    tokens_per_batch: int = 2048,
+    show_progress: bool | None = None,
+) -> dict[int, Tensor]:
+    """Gradient of log P(`copies` exact repeats) with respect to a constant steering vector, {layer: [d_model] fp64}.
+
+    A loop is cut after its first copy: the prefix. Its block B then follows `copies` times, as it did in the loop.
+    With h_t the output of the layer, summed over the positions t that predict a token of these copies (from the last
+    token of the prefix on), and averaged over loops:
+
+        g = mean over loops of  sum_t d log P(B ... B | prefix) / d h_t
+
+    so g . v is the first-order effect, in nats per loop, of adding v to those states: of steering from the boundary on.
+    The copies gain little once the loop runs, because they are certain already; the entry decides. Parameters receive
+    no gradient.
+    """
+    needed = copies + 1
+    if copies < 1 or any(loop.tail.copies < needed for loop in loops):
+        raise UserValueError(f"{copies} repeats (at least 1) need loops of {needed} whole copies or more.")
+    cut = [loop.ids[: len(loop.prompt_ids) + loop.tail.second_copy + copies * loop.tail.period] for loop in loops]
+    starts = [len(loop.prompt_ids) + loop.tail.second_copy for loop in loops]
+    batches = token_batches(_sequences(model, cut, starts), tokens_per_batch)
+
+    def log_probability(flat: Tensor, batch: TokenBatch) -> Tensor:
+        return -token_losses(flat, *predicted_tokens(batch)[:2]).sum()
+
+    shown = progress(batches, description="gradients of the loops", enabled=show_progress)
+    total = steering_gradients(model, shown, layers, log_probability, lambda batch: predicted_tokens(batch)[0])
+    return {layer: gradient / len(loops) for layer, gradient in total.items()}
+
+
+def rank_features(
+    difference: Tensor, attribution: Tensor, fires: Tensor, top: int, rank_by: Ranking = "both"
+) -> Tensor:
+    """Ids of the `top` features, best first.
+
+    Args:
+        difference: [d_sae], see `repetition_differences`.
+        attribution: [d_sae] effect of a step along the unit decoder row, see `repetition_gradients`.
+        fires: bool [d_sae], whether the feature fires within the loops. One that does not can still point the right
+            way, but is not what the model uses: it is left out.
+        rank_by: by either, or by both in turn: the best by difference, the best by attribution, the second best by
+            difference, and so on.
+    """
+    if rank_by not in get_args(Ranking):
+        raise UserValueError(f'rank_by must be "difference", "attribution" or "both", got {rank_by!r}.')
+    alive = int(fires.sum())
+    if not 1 <= top <= alive:
+        raise UserValueError(f"top must lie between 1 and the {alive} features that fire within the loops, got {top}.")
+    lists = [
+        top_features(torch.where(fires, scores, -torch.inf), top).tolist()
+        for name, scores in (("difference", difference), ("attribution", attribution))
+        if rank_by in (name, "both")
+    ]
+    in_turn = dict.fromkeys(feature for group in zip(*lists, strict=True) for feature in group)
+    return torch.tensor(list(in_turn)[:top])
+
+
+def _sequences(model: nn.Module, ids: Sequence[tuple[int, ...]], starts: Sequence[int]) -> list[TokenSequence]:
+    if not ids:
+        raise UserValueError("No loops given; see features.loops.collect_loops.")
+    longest = max(map(len, ids))
+    if longest_allowed(model, longest) < longest:
+        raise UserValueError(f"A loop has {longest} tokens, prompt included: more than the model's positions.")
+    pairs = enumerate(zip(ids, starts, strict=True))
+    return [TokenSequence(0, number, tokens, False, start) for number, (tokens, start) in pairs]
+
+
+def _encoded_sum(sae: SparseAutoencoder, states: Tensor, weights: Tensor) -> Tensor:
+    """sum over tokens of weight * post-activation, [d_sae] fp64 on the CPU, from `states` [tokens, d_model]."""
+    device = torch.device("cpu") if sae.device.type == "mps" else sae.device  # which has no fp64
+    total = torch.zeros(1, sae.d_sae, dtype=torch.float64, device=device)
+    step = tokens_at_a_time(sae)
+    for part, factors in zip(states.to(sae.device, sae.dtype).split(step), weights.to(device).split(step), strict=True):
+        values, indices = (tensor.to(device) for tensor in sae.encode(part))
+        feature_statistics_(values.double() * factors[:, None], indices, activation_sum=total)
+    return total[0].cpu()

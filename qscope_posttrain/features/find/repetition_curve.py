@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.directions import difference_of_means, random_directions
+from qscope_posttrain.features.build import difference_of_means, random_directions
 from qscope_posttrain.features.dose_curve import (
     FEATURE,
     MEANS,
@@ -19,17 +19,19 @@ from qscope_posttrain.features.dose_curve import (
     UNSTEERED,
     CurvePoint,
     CurveSettings,
-    Push,
     Trial,
     measure,
 )
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
+from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.intervals import Interval, rate_difference
 from qscope_posttrain.models.steering_spec import unit
 from qscope_posttrain.report.plots import Curve, line_curves
+from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Cell, Table
 
+LOOP, NORMAL = "loop", "normal"
 ONE_STANDARD_ERROR = 0.6827
 SCAN, FRESH = "scan", "fresh"
 CHOSEN = "*"
@@ -38,21 +40,12 @@ _FRESH_SEED = 7919
 """Added to the seed for the final check."""
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """Label of the rows to try, and the two classes of the difference of means by their position in the set."""
-
-    label: str
-    inside: int
-    outside: int
-
-
 def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95) -> Interval:
     """Share of loops like the model's own, minus that of random directions with the same layer, strength and window."""
     for other in points:
-        if other.trial.push.kind == RANDOM and other.setting == point.setting:
+        if other.trial.kind == RANDOM and other.trial.setting == point.trial.setting:
             return rate_difference((point.own, point.samples), (other.own, other.samples), level)
-    raise UserValueError(f"No random directions were measured at layer, strength and window {point.setting}.")
+    raise UserValueError(f"No random directions were measured at layer, strength and window {point.trial.setting}.")
 
 
 def choose(points: Sequence[CurvePoint], max_unlikely_share: float = 1.0) -> CurvePoint | None:
@@ -75,7 +68,7 @@ def choose(points: Sequence[CurvePoint], max_unlikely_share: float = 1.0) -> Cur
     looping = [
         point
         for point in points
-        if point.trial.push.kind == FEATURE and point.own > 0 and point.unlikely_share <= max_unlikely_share
+        if point.trial.kind == FEATURE and point.own > 0 and point.unlikely_share <= max_unlikely_share
     ]
     if not looping:
         return None
@@ -113,8 +106,7 @@ class SteeringCurve:
         if self.chosen is None:
             return "No push along these features made the model loop as it does by itself: nothing is chosen."
         point, control = self._fresh(FEATURE), self._fresh(RANDOM)
-        push = point.trial.push
-        where = f"{push.name} in layer {push.layer} at strength {point.trial.strength:g}"
+        where = f"{point.trial.name} in layer {point.trial.layer} at strength {point.trial.strength:g}"
         rates = f"{point.rate.estimate:.0%} of completions against {control.rate.estimate:.0%} with random directions"
         if self.specific:
             return f"Chosen: {where}, looping like the model itself in {rates}."
@@ -135,7 +127,7 @@ class SteeringCurve:
         names = {"looped": FEATURE, "random": RANDOM, "difference_of_means": MEANS, "unsteered": UNSTEERED}
         return {
             "label": label,
-            "layer": point.trial.push.layer,
+            "layer": point.trial.layer,
             "strength": point.trial.strength,
             "unit": "relative",
             "window_start": list(self.settings.window_start),
@@ -153,14 +145,14 @@ class SteeringCurve:
         rows: list[list[Cell]] = []
         for stage, points in ((SCAN, self.scan), (FRESH, self.fresh)):
             for point in points:
-                push, beyond = point.trial.push, None
-                if push.kind in (FEATURE, MEANS):
+                trial, beyond = point.trial, None
+                if trial.kind in (FEATURE, MEANS):
                     difference = margin(points, point)
                     beyond = f"{difference.estimate:+.3f} ({difference.low:+.3f} .. {difference.high:+.3f})"
-                setting = (point.trial.strength, point.trial.window_length) if push.kind != UNSTEERED else (None, None)
-                chosen = point is self.chosen or (stage == FRESH and push.kind == FEATURE)
+                setting = (trial.strength, trial.window_length) if trial.kind != UNSTEERED else (None, None)
+                chosen = point is self.chosen or (stage == FRESH and trial.kind == FEATURE)
                 rows.append([
-                    stage, push.layer, push.name, *setting, point.samples, point.looped_share, *point.rate, beyond,
+                    stage, trial.layer, trial.name, *setting, point.samples, point.looped_share, *point.rate, beyond,
                     point.unlikely_share, CHOSEN if chosen else "",
                 ])  # fmt: skip
         low, high = self.settings.window_start
@@ -179,7 +171,7 @@ class SteeringCurve:
         )  # fmt: skip
 
     def _fresh(self, kind: str) -> CurvePoint:
-        return next(point for point in self.fresh if point.trial.push.kind == kind)
+        return next(point for point in self.fresh if point.trial.kind == kind)
 
 
 def steering_curve(
@@ -187,7 +179,6 @@ def steering_curve(
     tokenizer: Any,
     prompt_ids: Sequence[Sequence[int]],
     features: FeatureSet,
-    contrast: Contrast,
     settings: CurveSettings,
     *,
     periods: tuple[int, int] | None = None,
@@ -212,11 +203,11 @@ def steering_curve(
     features.check_model(model)
     seed = settings.sampling.seed
     shuffled = random.Random(seed).sample(list(prompt_ids), len(prompt_ids))
-    trials = [Trial(Push(UNSTEERED, UNSTEERED))]
+    trials = [Trial(UNSTEERED, UNSTEERED)]
     for layer, rows in features.layers.items():
-        pushes = [*candidates(layer, rows, contrast, settings), *controls(layer, rows, contrast, settings, seed)]
+        pushes = [*candidates(layer, rows, settings), *controls(features, layer, settings, seed)]
         trials += [
-            Trial(push, strength, length)
+            replace(push, strength=strength, window_length=length)
             for strength in settings.strengths
             for length in settings.window_lengths
             for push in pushes
@@ -225,10 +216,11 @@ def steering_curve(
     scan = measure(model, tokenizer, shuffled, trials, settings.samples, settings, seed=seed, **shown)
     chosen = choose(scan, settings.max_unlikely_share)
     fresh: list[CurvePoint] = []
-    if chosen is not None and chosen.trial.push.layer is not None:
-        trial, layer = chosen.trial, chosen.trial.push.layer
-        again = [trial.push, *controls(layer, features.layers[layer], contrast, settings, seed + _FRESH_SEED)]
-        trials = [trials[0], *(Trial(push, trial.strength, trial.window_length) for push in again)]
+    if chosen is not None and chosen.trial.layer is not None:
+        trial = chosen.trial
+        again = controls(features, chosen.trial.layer, settings, seed + _FRESH_SEED)
+        same: dict[str, Any] = {"strength": trial.strength, "window_length": trial.window_length}
+        trials = [trials[0], trial, *(replace(push, **same) for push in again)]
         used = settings.samples % len(shuffled)
         others = shuffled[used:] + shuffled[:used]
         shown |= {"seed": seed + _FRESH_SEED, "description": "the choice, measured again"}
@@ -236,26 +228,42 @@ def steering_curve(
     return SteeringCurve(tuple(scan), chosen, tuple(fresh), settings, periods)
 
 
-def candidates(layer: int, rows: LayerFeatures, contrast: Contrast, settings: CurveSettings) -> Iterator[Push]:
-    """Rows of the label: the first ones alone, the first two together, and all together."""
-    mine = [row for row, label in enumerate(rows.labels) if label == contrast.label]
+def candidates(layer: int, rows: LayerFeatures, settings: CurveSettings) -> Iterator[Trial]:
+    """Rows labeled "loop": the first ones alone, the first two together, and all together."""
+    mine = [row for row, label in enumerate(rows.labels) if label == LOOP]
     groups = [(row,) for row in mine[: settings.single_rows]] + [tuple(mine[:2]), tuple(mine)]
     for group in dict.fromkeys(groups):
         name = " + ".join([rows.names[group[0]], *(f"#{int(rows.feature_ids[row])}" for row in group[1:])])
         vector = unit(unit(rows.decoder[list(group)]).sum(0))
-        yield Push(FEATURE, name, layer, vector[None], rows.residual_median_norm, group)
+        yield Trial(FEATURE, name, layer, vector[None], rows.residual_median_norm, group)
 
 
-def controls(layer: int, rows: LayerFeatures, contrast: Contrast, settings: CurveSettings, seed: int) -> Iterator[Push]:
-    """Random directions, and the difference of means between the two classes."""
+def controls(features: FeatureSet, layer: int, settings: CurveSettings, seed: int) -> Iterator[Trial]:
+    """Random directions, and the difference of means between loops and ordinary completions."""
+    rows = features.layers[layer]
     drawn = random_directions(torch.ones(settings.random_directions), rows.d_model, seed + layer)
-    yield Push(RANDOM, f"random ({len(drawn)} directions)", layer, drawn, rows.residual_median_norm)
-    difference = difference_of_means(rows.mean_residual[[contrast.inside, contrast.outside]], 0)
+    yield Trial(RANDOM, f"random ({len(drawn)} directions)", layer, drawn, rows.residual_median_norm)
+    classes = [features.language_index(name) for name in (LOOP, NORMAL)]
+    difference = difference_of_means(rows.mean_residual[classes], 0)
     if not bool(difference.any()):
         raise UserValueError(
             f"Layer {layer}: both classes have the same mean residual, so there is no difference of means."
         )
-    yield Push(MEANS, MEANS, layer, unit(difference)[None], rows.residual_median_norm)
+    yield Trial(MEANS, MEANS, layer, unit(difference)[None], rows.residual_median_norm)
+
+
+def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:
+    """Add the curve, and keep only the chosen rows of the chosen layer; warn of a choice that is not specific."""
+    settings = {**features.settings, "curve": asdict(curve.settings)}
+    layers = dict(features.layers)
+    chosen = curve.to_settings(LOOP)
+    if curve.chosen is not None and chosen is not None:
+        settings[SETTINGS_KEY] = chosen
+        layers[chosen["layer"]] = layers[chosen["layer"]].take(curve.chosen.trial.rows)
+    if not curve.specific:
+        status(f"warning: {curve.verdict()}", enabled=True)
+    provenance = {**features.provenance, CURVE_KEY: curve.to_table().to_dict()}
+    return replace(features, layers=layers, settings=settings, provenance=provenance)
 
 
 def curve_figures(features: FeatureSet) -> dict[int, str]:

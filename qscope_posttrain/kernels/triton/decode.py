@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ENTRIES = 16
-"""Rows that a program has under way at a time."""
+ENTRIES = 16  # Rows that a program has under way at a time
 
 
 @triton.jit
@@ -73,13 +72,8 @@ def sum_rows(
     weights: Tensor, rows: Tensor, table: Tensor, *, segments: int, starts: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`sum of weights[n] table[rows[n]]` over the entries of each segment, `[segments, D]` in the dtype of `table`.
-
-    Args:
-        weights, rows: `[entries]`.
-        segments: how many there are; of equal width unless `starts` `[segments + 1]` says where each begins.
-        bias: `[D]`, added to every segment.
-    """
+    """`sum of weights[n] table[rows[n]]` over the entries of each segment, plus `bias` `[D]`: `[segments, D]` in the
+    dtype of `table`. Segments are of equal width unless `starts` `[segments + 1]` says where each begins."""
     d_model = table.shape[1]
     out = table.new_empty(segments, d_model)
     if out.numel() == 0:
@@ -98,14 +92,8 @@ def dot_rows_(
     out: Tensor, x: Tensor, indices: Tensor, table: Tensor, bias: Tensor | None = None,
     first: Tensor | None = None, last: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`out[t, j] = x[t] . table[indices[t, j]] + bias[indices[t, j]]`, in place, in one launch.
-
-    Args:
-        out, indices: `[T, w]`; `out` is contiguous.
-        x: `[T, D]`.
-        table, bias: `[S, D]` and `[S]`; products and sums are in fp32, or fp64 where the table is.
-        first, last: `[T]`, integers: other entries than `first[t] <= j < last[t]` are left as they are.
-    """
+    """`out[t, j] = x[t] . table[indices[t, j]] + bias[indices[t, j]]`, in place, in one launch, in fp32, or fp64 where
+    the table is. Other entries than `first[t] <= j < last[t]` are left as they are."""
     tokens, width = indices.shape
     if out.numel() == 0:
         return

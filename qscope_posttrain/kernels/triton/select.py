@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8192
-"""Most features of a row that one program holds."""
+BLOCK = 8192  # Most features of a row that one program holds
 
 
 @triton.jit

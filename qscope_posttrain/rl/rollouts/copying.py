@@ -71,3 +71,25 @@ class CopyRule:
         forced = self._tokens.gather(0, source[None])[0]
         only = torch.full_like(logits, -torch.inf).scatter(1, forced[:, None], 0.0)
         return torch.where(copying[:, None], only, logits)
+
+
+def seeded_text(
+    own: Sequence[int], is_boundary: Tensor, start: int, copies: int, piece_length: int
+) -> list[int] | None:
+    """What a row has said when `CopyRule` lets it go on by itself, for engines that take token ids and no rule.
+
+    Args:
+        own: the first tokens of the row, its own; `start + piece_length` of them suffice.
+        is_boundary, start, copies, piece_length: as for `CopyRule`.
+
+    Returns:
+        Its own text up to the boundary, then the copies; None where it ended before there was one.
+    """
+    piece = 0
+    for said, token in enumerate(own, 1):
+        size = said - piece
+        if (bool(is_boundary[token]) and size >= SHORTEST_PIECE) or size >= piece_length:
+            if said >= start:
+                return [*own[:said], *(list(own[piece:said]) * copies)]
+            piece = said
+    return None

@@ -17,8 +17,7 @@ from qscope_posttrain.features.steering import SETTINGS_KEY, feature_steering
 from qscope_posttrain.models.layers import check_layers, text_config, unwrapped
 from qscope_posttrain.models.positions import check_counted
 from qscope_posttrain.models.steering import Steering, Window, steer
-from qscope_posttrain.rl.checks import check_window
-from qscope_posttrain.rl.config import SteeredGRPOConfig
+from qscope_posttrain.rl.config import SteeredGRPOConfig, check_window
 from qscope_posttrain.rl.rollouts.copying import CopyRule, boundary_tokens
 from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap, generation_tap
 from qscope_posttrain.rl.rows import RowPlan

@@ -124,6 +124,18 @@ def check_trainer_generation(trainer: Any, steered: bool) -> None:
     check_effective(trainer.generation_config, model.generation_config, given, equal, steered=steered)
 
 
+def check_trainer_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
+    """ValueError for arguments of the trainer under which a row of the batch is not one generation."""
+    if not (config.has_negatives or config.dynamic_sampling):
+        return
+    for name in ("tools", "rollout_func", "environment_factory"):
+        if arguments.get(name) is not None:
+            raise UserValueError(
+                f"{name} generates rows in an order or number of its own, so that negatives cannot be distinguished "
+                "from ordinary rows. Leave it out, or set negatives_per_group=0 and dynamic_sampling=False."
+            )
+
+
 def _is_off(name: str, value: Any, equal: Mapping[str, Any], steered: bool) -> bool:
     """Whether a value of an option that is not allowed as such changes nothing."""
     if name in _OF_THE_TRAINER:

@@ -25,8 +25,7 @@ from torch import Tensor
 _PAGES_WORTH_A_SEEK = 8
 """Reading every eighth page of a file row on its own takes about as long as reading the row in order."""
 
-_BLOCK_BYTES = 1 << 24
-"""Part of the file that is mapped at a time while columns are read."""
+_BLOCK_BYTES = 1 << 24  # Part of the file that is mapped at a time while columns are read
 
 
 def compute_dtype(view: Tensor) -> torch.dtype:

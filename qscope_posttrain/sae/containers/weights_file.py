@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import check_is_file_with_data
-from qscope_posttrain.sae.checks import as_number, check_tensor
-from qscope_posttrain.sae.containers import json_file, numpy_archive, safetensors_file, torch_archive
-from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.checks import Settings, as_number, check_tensor, read_settings
+from qscope_posttrain.sae.containers import archives
 from qscope_posttrain.sae.containers.mapped import lies_in_a_file
+from qscope_posttrain.sae.layout import listed
 
 SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")
 """Names of the settings that some format keeps beside its weights."""
 
-WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
+_KINDS = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".npz": "npz"}
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,10 @@ class WeightsFile:
     """The content of a file: names and shapes are known, values are not yet read. Errors do not name the file."""
 
     path: Path
-    kind: str
-    """"safetensors", "torch" or "npz"."""
-    entries: Mapping[str, object]
-    """Tensors by name; a torch archive may hold other values among them."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    memory_mapped: bool = True
+    kind: str  # "safetensors", "torch" or "npz"
+    entries: Mapping[str, object]  # Tensors by name; a torch archive may hold other values among them
+    metadata: Mapping[str, str]
+    memory_mapped: bool
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -45,9 +43,9 @@ class WeightsFile:
 
     def settings(self, name: str) -> Settings | None:
         """A JSON file beside the weights (or above their folder `checkpoints`); None if it is not there."""
-        found = json_file.read(self.path.parent / name)
+        found = read_settings(self.path.parent / name)
         if found is None and self.path.parent.name == "checkpoints":
-            found = json_file.read(self.path.parent.parent / name)
+            found = read_settings(self.path.parent.parent / name)
         return found
 
     def required_settings(self, name: str) -> Settings:
@@ -56,11 +54,23 @@ class WeightsFile:
             raise UserValueError(f"its settings are missing: there is no {name} beside it")
         return found
 
-    def vector(self, name: str, length: int | None = None) -> Tensor:
-        """A float tensor [length]."""
-        return self._tensor(name, (length,))
+    def tensor(self, name: str, *shape: int | None) -> Tensor:
+        """A float tensor of a shape; None: any length."""
+        tensor: Any = self._present(name)
+        check_tensor(name, tensor, shape)
+        found: Tensor = tensor.detach()
+        return found
 
-    def scalar(self, name: str) -> float:
+    def matrix(self, name: str, d_sae: int, d_model: int, features: str) -> Tensor:
+        """A float matrix as [d_sae, d_model], from a file whose `features` lie in "rows" or in "columns"."""
+        on_disk = (d_sae, d_model) if features == "rows" else (d_model, d_sae)
+        tensor = self._present(name)
+        if isinstance(tensor, Tensor) and tuple(tensor.shape) == on_disk[::-1] != on_disk:
+            raise UserValueError(f"{name} is transposed: it has shape {list(tensor.shape)}, expected {list(on_disk)}")
+        found = self.tensor(name, *on_disk)
+        return found if features == "rows" else found.t()
+
+    def number(self, name: str) -> float:
         """A tensor of one number that float32 can hold."""
         return as_number(name, self._item(name))
 
@@ -74,31 +84,13 @@ class WeightsFile:
             raise UserValueError(f"{name} must be an integer, got {whole}")
         return whole
 
-    def any_matrix(self, name: str) -> Tensor:
-        """A float matrix of any shape, as it lies in the file."""
-        return self._tensor(name, (None, None))
-
-    def matrix(self, name: str, d_sae: int, d_model: int, features: str) -> Tensor:
-        """A float matrix as [d_sae, d_model], from a file whose `features` lie in "rows" or in "columns"."""
-        on_disk = (d_sae, d_model) if features == "rows" else (d_model, d_sae)
-        tensor = self._present(name)
-        if isinstance(tensor, Tensor) and tuple(tensor.shape) == on_disk[::-1] != on_disk:
-            raise UserValueError(f"{name} is transposed: it has shape {list(tensor.shape)}, expected {list(on_disk)}")
-        tensor = self._tensor(name, on_disk)
-        return tensor if features == "rows" else tensor.t()
-
-    def only(self, required: set[str], optional: Collection[str] = ()) -> None:
+    def only(self, required: Collection[str], optional: Collection[str] = ()) -> None:
         """ValueError unless the file holds the required tensors, and none beyond the optional ones."""
-        missing, extra = required - self.names, self.names - required - set(optional)
+        missing, extra = set(required) - self.names, self.names - {*required, *optional}
         if missing or extra:
             faults = [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
-            faults += [f"has extra {_listed(extra)}"] * bool(extra)
+            faults += [f"has extra {listed(extra)}"] * bool(extra)
             raise UserValueError(f"it {' and '.join(faults)}; expected are {', '.join(sorted(required))}")
-
-    def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Tensor:
-        tensor = self._present(name)
-        check_tensor(name, tensor, shape)
-        return cast(Tensor, tensor).detach()
 
     def _item(self, name: str) -> bool | int | float:
         tensor = self._present(name)
@@ -108,7 +100,7 @@ class WeightsFile:
 
     def _present(self, name: str) -> object:
         if name not in self.entries:
-            raise UserValueError(f"it lacks the tensor {name}; it holds {_listed(self.names)}")
+            raise UserValueError(f"it lacks the tensor {name}; it holds {listed(self.names)}")
         return self.entries[name]
 
 
@@ -119,21 +111,21 @@ def open_weights(path: Path) -> WeightsFile:
     entries: Mapping[str, object]
     metadata: dict[str, str] = {}
     if kind == "torch":
-        entries = torch_archive.read(path, size)
+        entries = archives.read_torch(path, size)
         inner = entries.get("sae")
         if isinstance(inner, dict) and entries.keys() == {"sae", "version"}:  # lm-saes wraps its state dict
             metadata = {"version": str(entries["version"])[:80]}
             entries = {str(name): value for name, value in inner.items()}
     elif kind == "npz":
-        entries = numpy_archive.read(path, size)
+        entries = archives.read_npz(path, size)
     else:
-        entries, metadata = safetensors_file.read(path, size)
+        entries, metadata = archives.read_safetensors(path, size)
     mapped = lies_in_a_file(value for value in entries.values() if isinstance(value, Tensor))
     return WeightsFile(path, kind, entries, metadata, mapped)
 
 
 def _kind(path: Path) -> str:
-    by_suffix = {".safetensors": "safetensors", ".npz": "npz", ".pt": "torch", ".pth": "torch"}.get(path.suffix)
+    by_suffix = _KINDS.get(path.suffix)
     with path.open("rb") as file:
         head = file.read(9)
     if head[:4] == b"PK\x03\x04" and by_suffix != "safetensors":
@@ -150,11 +142,6 @@ def _kind(path: Path) -> str:
     if by_suffix is None:
         raise UserValueError(
             f"{path}: no SAE format has the suffix {path.suffix!r}, nor do its first bytes identify it; "
-            f"known are {', '.join(WEIGHTS_SUFFIXES)}"
+            f"known are {', '.join(_KINDS)}"
         )
     return by_suffix
-
-
-def _listed(names: set[str]) -> str:
-    shown = sorted(name[:80] for name in names)
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")

@@ -8,54 +8,35 @@
     JumpReluAutoEncoder     W_enc (d, d_sae), b_enc, W_dec (d_sae, d), b_dec, threshold (d_sae,)
     GatedAutoEncoder        encoder.weight, decoder.weight, decoder_bias, r_mag, gate_bias, mag_bias
 
-All but AutoEncoderNew and JumpReluAutoEncoder subtract the decoder's bias before encoding. The gate of GatedAutoEncoder
-opens where W (x - b) + gate_bias > 0; its magnitude is exp(r_mag) W (x - b) + mag_bias, so that the gate is the
-threshold mag_bias - exp(r_mag) gate_bias on the magnitude: a JumpReLU.
+All but AutoEncoderNew and JumpReluAutoEncoder subtract the decoder's bias before encoding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
+from functools import partial
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.checks import Settings
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.formats.stored import Fold, StoredSAE, read_stored
+from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, gated, read_stored
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
 
-FORMAT = "dictionary_learning"
-
-
-@dataclass(frozen=True)
-class _Class:
-    names: tuple[str, str, str, str]
-    """Of encoder, its bias, decoder, its bias."""
-    more: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    subtracts: bool = True
-
-    @property
-    def keys(self) -> set[str]:
-        return {*self.names, *self.more}
-
-
+_layout = partial(Layout, "dictionary_learning")
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 _PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
+_GATED = ("encoder.weight", "mag_bias", "decoder.weight", "decoder_bias")
 _CLASSES = {
-    "AutoEncoder": _Class((*_LINEAR, "bias")),
-    "AutoEncoderNew": _Class((*_LINEAR, "decoder.bias"), subtracts=False),
-    "AutoEncoderTopK": _Class((*_LINEAR, "b_dec"), ("k",), ("threshold",)),
-    "BatchTopKSAE": _Class((*_LINEAR, "b_dec"), ("k", "threshold")),
-    "MatryoshkaBatchTopKSAE": _Class(_PLAIN, ("k", "threshold", "group_sizes")),
-    "JumpReluAutoEncoder": _Class(_PLAIN, ("threshold",), subtracts=False),
-    "GatedAutoEncoder": _Class(
-        ("encoder.weight", "mag_bias", "decoder.weight", "decoder_bias"), ("r_mag", "gate_bias")
-    ),
+    "AutoEncoder": _layout((*_LINEAR, "bias"), "rows, columns"),
+    "AutoEncoderNew": _layout((*_LINEAR, "decoder.bias"), "rows, columns"),
+    "AutoEncoderTopK": _layout((*_LINEAR, "b_dec"), "rows, columns", ("k",), ("threshold",)),
+    "BatchTopKSAE": _layout((*_LINEAR, "b_dec"), "rows, columns", ("k", "threshold")),
+    "MatryoshkaBatchTopKSAE": _layout(_PLAIN, "columns, rows", ("k", "threshold", "group_sizes")),
+    "JumpReluAutoEncoder": _layout(_PLAIN, "columns, rows", ("threshold",)),
+    "GatedAutoEncoder": _layout(_GATED, "rows, columns", ("r_mag", "gate_bias")),
 }
+_NOT_SUBTRACTING = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 
 def recognizes(weights: WeightsFile) -> bool:
@@ -66,24 +47,26 @@ def recognizes(weights: WeightsFile) -> bool:
     return "threshold" in weights and weights.settings("config.json") is not None
 
 
-def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
+def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
     settings = weights.settings("config.json")
     trainer = None if settings is None else settings.section("trainer")
     name = _class_name(weights, trainer)
-    kind = _CLASSES[name]
-    weights.only(kind.keys, kind.optional)
-    b_enc, b_dec = weights.vector(kind.names[1]), weights.vector(kind.names[3])
-    d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
+    layout = _CLASSES[name]
+    layout.check(weights)
     if trainer is not None:
-        stated = trainer.integer("dict_size", d_sae), trainer.integer("activation_dim", d_model)
-        if stated != (d_sae, d_model):
-            raise UserValueError(
-                f"config.json states dict_size and activation_dim {stated}, it holds {(d_sae, d_model)}"
-            )
-    features_in = "columns, rows" if kind.names == _PLAIN else "rows, columns"
-    fold, activation = _activation(weights, name, trainer, b_enc, kind.subtracts)
-    layer = None if trainer is None else _layer(trainer)
-    return read_stored(weights, FORMAT, kind.names, features_in, fold=fold, activation=activation, layer=layer)
+        shape = tuple(weights.tensor(layout.names[place], None).shape[0] for place in (1, 3))
+        stated = trainer.integer("dict_size", shape[0]), trainer.integer("activation_dim", shape[1])
+        if stated != shape:
+            raise UserValueError(f"config.json states dict_size and activation_dim {stated}, it holds {shape}")
+    activation, gain = gated(weights, "mag_bias", "gate_bias") if name == "GatedAutoEncoder" else (None, None)
+    return read_stored(
+        weights,
+        located,
+        layout,
+        fold=Fold(subtract_b_dec=name not in _NOT_SUBTRACTING, encoder_scale=gain),
+        activation=activation or _activation(weights, name, trainer),
+        layer=None if trainer is None else _layer(trainer),
+    )
 
 
 def _class_name(weights: WeightsFile, trainer: Settings | None) -> str:
@@ -92,31 +75,26 @@ def _class_name(weights: WeightsFile, trainer: Settings | None) -> str:
         if name not in _CLASSES:
             raise UserValueError(f"dict_class is {name!r}; known are {', '.join(_CLASSES)}")
         return name
-    fitting = [name for name, kind in _CLASSES.items() if kind.keys <= weights.names <= kind.keys | set(kind.optional)]
+    fitting = [
+        name
+        for name, layout in _CLASSES.items()
+        if layout.required <= weights.names <= layout.required | {*layout.optional}
+    ]
     if len(fitting) == 1:
         return fitting[0]
     words = f"it could be {' or '.join(fitting)}" if fitting else "its tensors are those of no class"
     raise UserValueError(f"its config.json is missing, without which {words} of dictionary_learning")
 
 
-def _activation(
-    weights: WeightsFile, name: str, trainer: Settings | None, b_enc: Tensor, subtracts: bool
-) -> tuple[Fold, Activation]:
-    d_sae, fold = b_enc.shape[0], Fold(subtract_b_dec=subtracts)
-    if name == "GatedAutoEncoder":
-        gain = weights.vector("r_mag", d_sae).float().exp()
-        threshold = b_enc.float() - gain * weights.vector("gate_bias", d_sae).float()
-        return Fold(subtract_b_dec=subtracts, encoder_scale=gain), JumpReLU(threshold)
+def _activation(weights: WeightsFile, name: str, trainer: Settings | None) -> Activation:
     if name == "JumpReluAutoEncoder":
-        return fold, JumpReLU(weights.vector("threshold", d_sae).clone())
+        return JumpReLU(weights.tensor("threshold", None).clone())
     if name in ("AutoEncoder", "AutoEncoderNew"):
-        return fold, ReLU()
+        return ReLU()
     k = weights.integer("k")
     if trainer is not None and trainer.integer("k", k) != k:
         raise UserValueError(f"contradicting k: config.json says {trainer.integer('k')}, the weights {k}")
-    if name == "AutoEncoderTopK":
-        return fold, TopK(k, "relu_before")
-    return fold, BatchTopK(weights.scalar("threshold"))
+    return TopK(k, "relu_before") if name == "AutoEncoderTopK" else BatchTopK(weights.number("threshold"))
 
 
 def _layer(trainer: Settings) -> int | None:

@@ -1,50 +1,66 @@
-"""Gemma Scope (1): `layer_20/width_16k/average_l0_71/params.npz`, JumpReLU, no settings.
+"""Gemma Scope, JumpReLU. Version 1: `layer_20/width_16k/average_l0_71/params.npz`, without settings; version 2:
+`resid_post/layer_17_width_16k_l0_medium/{config.json,params.safetensors}`, with lower-case names.
 
     W_enc (d_model, d_sae)    W_dec (d_sae, d_model)    b_enc, threshold (d_sae,)    b_dec (d_model,)
 
 Encoding is x @ W_enc + b_enc, without subtraction of b_dec and without scaling, so nothing has to be folded. Layer and
-site are not in the file: they are taken from its path. Its attention, MLP, transcoder and embedding SAEs look alike.
+site are taken from config.json ("model.layers.17.output"), or else from the path: the attention, MLP, transcoder and
+embedding SAEs look alike, and transcoders may add an affine skip connection.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import JumpReLU
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.formats.stored import StoredSAE, read_stored
+from qscope_posttrain.sae.formats.stored import Layout, StoredSAE, read_stored
+from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
-
-FORMAT = "gemma_scope"
-KEYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 _OTHER_SITES = ("transcoder", "crosscoder", "clt", "embedding", "-att", "-mlp", "attn_out", "mlp_out")
 
 
 def recognizes(weights: WeightsFile) -> bool:
-    return weights.kind == "npz"
+    return weights.kind == "npz" or (weights.kind == "safetensors" and ("w_enc" in weights or "w_dec" in weights))
 
 
-def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
-    refuse_other_sites(weights.path, located)
-    # Some files write w_enc for W_enc.
-    names = {name: name if name in weights or name.lower() not in weights else name.lower() for name in KEYS}
-    weights.only(set(names.values()))
-    return read_jumprelu(weights, FORMAT, names, located.layer)
+def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
+    _refuse_other_sites(located)
+    if any("affine" in name for name in weights.names):
+        raise UserValueError("it has an affine skip connection: a transcoder, which does not reconstruct what it reads")
+    first = weights.kind == "npz"
+    # Some files of version 1 write w_enc for W_enc.
+    w_enc, w_dec = (
+        name if first and (name in weights or name.lower() not in weights) else name.lower()
+        for name in ("W_enc", "W_dec")
+    )
+    layout = Layout(
+        "gemma_scope" if first else "gemma_scope_2", (w_enc, "b_enc", w_dec, "b_dec"), "columns, rows", ("threshold",)
+    )
+    layout.check(weights)
+    layer = None if first else _stated_layer(weights)
+    activation = JumpReLU(weights.tensor("threshold", None).clone())
+    return read_stored(weights, located, layout, activation=activation, layer=layer)
 
 
-def read_jumprelu(weights: WeightsFile, format: str, names: dict[str, str], layer: int | None) -> StoredSAE:
-    """The SAE of tensors in the layout of Gemma Scope; `names` has their names in the file."""
-    encoder, decoder, b_enc, b_dec = (names[name] for name in KEYS[:4])
-    stored = read_stored(weights, format, (encoder, b_enc, decoder, b_dec), "columns, rows", layer=layer)
-    return replace(stored, activation=JumpReLU(weights.vector(names["threshold"], stored.d_sae).clone()))
+def _stated_layer(weights: WeightsFile) -> int | None:
+    settings = weights.settings("config.json")
+    if settings is None:
+        return None
+    architecture = settings.text("architecture", "jump_relu")
+    if architecture != "jump_relu" or settings.flag("affine_connection", False):
+        raise UserValueError(f"it is {architecture!r}, or has an affine connection; known is 'jump_relu' without one")
+    site = settings.text("hf_hook_point_in", None)
+    if site is None:
+        return None
+    if settings.text("hf_hook_point_out", site) != site:
+        raise UserValueError(f"it is a transcoder: it reads {site!r} and writes {settings.text('hf_hook_point_out')!r}")
+    return layer_of_site(site)
 
 
-def refuse_other_sites(path: Path, located: LocatedFile) -> None:
+def _refuse_other_sites(located: LocatedFile) -> None:
     """ValueError if the repository or the folders of the file name another site than the residual stream."""
-    named = [located.location.rpartition("/")[2], *path.parts[-5:-1]]
+    named = [located.location.rpartition("/")[2], *located.path.parts[-5:-1]]
     other = next((part for part in named for mark in _OTHER_SITES if mark in part.lower()), None)
     if other is not None:
         raise UserValueError(

@@ -12,44 +12,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import replacing
-from qscope_posttrain.sae.activations import Activation, TopK
+from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.formats.stored import StoredSAE, unshared
+from qscope_posttrain.sae.formats.stored import Layout, StoredSAE, read_stored, unshared
 from qscope_posttrain.sae.source import LocatedFile, Release
 
 if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-FORMAT = "qwen_scope"
-KEYS = ("W_enc", "W_dec", "b_enc", "b_dec")
+LAYOUT = Layout("qwen_scope", ("W_enc", "b_enc", "W_dec", "b_dec"), "rows, columns")
+_FOREIGN = ("encoder.weight", "W_E", "W_D", "log_jumprelu_threshold", "r_mag", "group_sizes")
+"""Tensors in torch archives of other libraries."""
 
 
 def recognizes(weights: WeightsFile) -> bool:
-    """A torch archive without any name that only other libraries use."""
-    theirs = ("encoder.weight", "W_E", "W_D", "log_jumprelu_threshold", "r_mag", "group_sizes")
-    if weights.kind != "torch" or weights.metadata or any(name in weights for name in theirs):
+    if weights.kind != "torch" or weights.metadata or any(name in weights for name in _FOREIGN):
         return False
     return "threshold" not in weights or weights.settings("config.json") is None
 
 
-def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | None) -> StoredSAE:
-    weights.only(set(KEYS))
-    W_enc, W_dec = (weights.any_matrix(name) for name in ("W_enc", "W_dec"))
-    b_enc, b_dec = (weights.vector(name) for name in ("b_enc", "b_dec"))
-    d_sae = _check_shapes(W_enc, b_enc, W_dec, b_dec)
+def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
+    LAYOUT.check(weights)
+    d_sae = _checked_width(weights)
     if located.release is not None and located.release.d_sae != d_sae:
         raise UserValueError(
             f"it holds {d_sae} latents, but its release {located.release.name} has {located.release.d_sae}"
         )
-    return StoredSAE(weights.path, FORMAT, W_enc, b_enc, W_dec.t(), b_dec, weights.memory_mapped, layer=located.layer)
+    return read_stored(weights, located, LAYOUT, layer=located.layer)
 
 
-def write_file(path: Path, sae: StoredSAE, activation: Activation) -> Path:
+def write_file(path: Path, sae: SparseAutoencoder) -> Path:
     """`path` is the file, or its folder; the folder must be named after width and k, since the file holds neither."""
+    activation = sae.activation
     if not isinstance(activation, TopK) or activation.variant == "signed":
         raise UserValueError(f"a Qwen-Scope file is read as relu(topk(...)), it cannot express {activation}")
     if sae.layer is None:
@@ -77,33 +74,34 @@ def write_file(path: Path, sae: StoredSAE, activation: Activation) -> Path:
     return file
 
 
-def write_tensors(file: Path, sae: StoredSAE | SparseAutoencoder) -> None:
+def write_tensors(file: Path, sae: SparseAutoencoder) -> None:
     """Write the four tensors of a Qwen-Scope file, whatever the names of file and folder say."""
     tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec.t(), "b_enc": sae.b_enc, "b_dec": sae.b_dec}
     with replacing(file) as unfinished:
         torch.save(unshared(tensors), unfinished)
 
 
-def _check_shapes(encoder: Tensor, b_enc: Tensor, decoder: Tensor, b_dec: Tensor) -> int:
+def _checked_width(weights: WeightsFile) -> int:
     """d_sae, or a ValueError that says how the shapes are wrong."""
-    d_sae, d_model = b_enc.shape[0], b_dec.shape[0]
+    shapes = {name: tuple(weights.tensor(name, None, None).shape) for name in ("W_enc", "W_dec")}
+    (d_sae,), (d_model,) = (weights.tensor(name, None).shape for name in ("b_enc", "b_dec"))
     upright, transposed = (d_sae, d_model), (d_model, d_sae)
-    W_enc, W_dec = tuple(encoder.shape), tuple(decoder.shape)
-    if d_sae == d_model and W_enc == W_dec == upright:
+    found = (shapes["W_enc"], shapes["W_dec"])
+    if d_sae == d_model and found == (upright, upright):
         raise UserValueError(
             f"all matrices are {d_sae} x {d_sae}, so that the shapes do not show their orientation and "
             "a swapped file would pass unnoticed. No Qwen-Scope release is square; if you know the orientation, build "
             "SparseAutoencoder(...) yourself and save() it"
         )
-    if (W_enc, W_dec) == (upright, transposed):
+    if found == (upright, transposed):
         return d_sae
-    faults: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
+    faults: dict[tuple[tuple[int, ...], ...], str] = {
         (transposed, upright): "W_enc and W_dec (or b_enc and b_dec) are swapped",
         (upright, upright): "W_dec is transposed",
         (transposed, transposed): "W_enc is transposed",
     }
     raise UserValueError(
-        f"{faults.get((W_enc, W_dec), 'the shapes do not belong together')}: found W_enc {list(W_enc)}, W_dec "
-        f"{list(W_dec)}, b_enc [{d_sae}], b_dec [{d_model}]. "
+        f"{faults.get(found, 'the shapes do not belong together')}: found W_enc {list(found[0])}, W_dec "
+        f"{list(found[1])}, b_enc [{d_sae}], b_dec [{d_model}]. "
         "Qwen-Scope has W_enc [d_sae, d_model], W_dec [d_model, d_sae], b_enc [d_sae], b_dec [d_model]"
     )

@@ -5,14 +5,14 @@
 
 `apply_b_dec_to_input`, `rescale_acts_by_decoder_norm`, the scaling factors of finetuning and the normalization
 "expected_average_only_in" are folded; the factor of the latter is not in the file, but in activation_scaler.json of a
-training checkpoint. A gated SAE is a JumpReLU: see `dictionary_learning`.
+training checkpoint. A gated SAE is a JumpReLU: see `stored.gated`.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,20 +20,19 @@ from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import replacing
-from qscope_posttrain.sae.activations import AbsTopK, Activation, BatchTopK, JumpReLU, ReLU, TopK
-from qscope_posttrain.sae.checks import as_positive
-from qscope_posttrain.sae.containers.json_file import Settings
+from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from qscope_posttrain.sae.checks import Settings, as_positive
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.formats.stored import Fold, StoredSAE, read_stored, unshared
+from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, gated, read_stored, unshared
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
 
-FORMAT = "sae_lens"
+if TYPE_CHECKING:
+    from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 _ARCHITECTURES = {
     "standard": "standard",
     "topk": "topk",
-    "abstopk": "abstopk",
     "batchtopk": "jumprelu",
     "matryoshka_batchtopk": "jumprelu",
     "jumprelu": "jumprelu",
@@ -41,7 +40,8 @@ _ARCHITECTURES = {
 }
 """Architecture in cfg.json -> architecture at inference. SAELens saves batch variants as JumpReLU."""
 _NO_SAE = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-_LAYOUT = "6.0.0"
+_FINETUNING = ("scaling_factor", "finetuning_scaling_factor")
+_VERSION = "6.0.0"
 """The version of SAELens whose cfg.json is written; without one, readers take it for a layout before 6."""
 
 
@@ -60,10 +60,11 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     scales_input = _scales_input(settings)
     rescales = k is not None and settings.flag("rescale_acts_by_decoder_norm", False)
     b_enc = "b_mag" if architecture == "gated" else "b_enc"
-    own = {"gated": {"b_gate", "b_mag", "r_mag"}, "jumprelu": {"b_enc", "threshold"}}.get(architecture, {"b_enc"})
-    weights.only({"W_enc", "W_dec", "b_dec"} | own, {"scaling_factor", "finetuning_scaling_factor"})
+    own = {"gated": ("b_gate", "r_mag"), "jumprelu": ("threshold",)}.get(architecture, ())
+    layout = Layout("sae_lens", ("W_enc", b_enc, "W_dec", "b_dec"), "columns, rows", own, _FINETUNING)
+    layout.check(weights)
     scale = _input_scale(scales_input, weights.settings("activation_scaler.json"), input_scale)
-    activation, gain = _activation(weights, architecture, k, weights.vector(b_enc, d_sae))
+    activation, gain = gated(weights, b_enc, "b_gate") if architecture == "gated" else (None, None)
     fold = Fold(
         input_scale=scale,
         output_scale=scale,
@@ -72,19 +73,26 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
         encoder_scale=gain,
         decoder_scale=_finetuning(weights, settings, d_sae, rescales),
     )
-    names = ("W_enc", b_enc, "W_dec", "b_dec")
     return read_stored(
-        weights, FORMAT, names, "columns, rows", d_sae, d_model, fold=fold, activation=activation, layer=layer
+        weights,
+        located,
+        layout,
+        d_sae,
+        d_model,
+        fold=fold,
+        activation=activation or _activation(weights, architecture, k),
+        layer=layer,
     )
 
 
-def write_file(path: Path, sae: StoredSAE, activation: Activation) -> Path:
+def write_file(path: Path, sae: SparseAutoencoder) -> Path:
     """`path` is the folder for cfg.json and the weights."""
     if path.suffix in (".safetensors", ".json", ".pt"):
         raise UserValueError(
             f"SAELens has a folder with cfg.json and sae_weights.safetensors: give a folder, got {path}"
         )
-    metadata: dict[str, Any] = {"sae_lens_version": _LAYOUT, "saved_by": "qscope_posttrain"}
+    activation = sae.activation
+    metadata: dict[str, Any] = {"sae_lens_version": _VERSION, "saved_by": "qscope_posttrain"}
     if sae.layer is not None:
         metadata["hook_name"] = f"blocks.{sae.layer}.hook_resid_post"
         metadata["hf_hook_name"] = f"model.layers.{sae.layer}"
@@ -96,12 +104,11 @@ def write_file(path: Path, sae: StoredSAE, activation: Activation) -> Path:
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": metadata | {"converted_from": str(sae.origin)},
+        "metadata": metadata | {"converted_from": str(sae.source.origin or sae.source)},
     }
     tensors = {"W_enc": sae.W_enc.t(), "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    if isinstance(activation, TopK | AbsTopK) and getattr(activation, "variant", None) != "signed":
-        architecture = "topk" if isinstance(activation, TopK) else "abstopk"
-        settings |= {"architecture": architecture, "k": activation.k, "rescale_acts_by_decoder_norm": False}
+    if isinstance(activation, TopK) and activation.variant != "signed":
+        settings |= {"architecture": "topk", "k": activation.k, "rescale_acts_by_decoder_norm": False}
     elif isinstance(activation, ReLU):
         settings["architecture"] = "standard"
     elif isinstance(activation, JumpReLU | BatchTopK):  # SAELens saves BatchTopK as JumpReLU, too
@@ -139,11 +146,9 @@ def _architecture(settings: Settings) -> tuple[str, int | None]:
         raise UserValueError(f"its architecture is {named!r}; known are {', '.join(_ARCHITECTURES)}")
     if architecture == "standard" and k is not None:
         architecture = "topk"
-    if architecture not in ("topk", "abstopk"):
-        return architecture, None
-    if k is None:
+    if architecture == "topk" and k is None:
         raise UserValueError(f"its architecture is {architecture!r}, but cfg.json lacks k")
-    return architecture, k
+    return architecture, k if architecture == "topk" else None
 
 
 def _k(settings: Settings) -> int | None:
@@ -203,27 +208,18 @@ def _input_scale(scales_input: bool, scaler: Settings | None, given: float | Non
     return as_positive("input_scale", scale)
 
 
-def _activation(
-    weights: WeightsFile, architecture: str, k: int | None, b_enc: Tensor
-) -> tuple[Activation, Tensor | None]:
-    """(activation, factor on the encoder rows)"""
-    d_sae = b_enc.shape[0]
-    if architecture == "gated":
-        gain = weights.vector("r_mag", d_sae).float().exp()
-        return JumpReLU(b_enc.float() - gain * weights.vector("b_gate", d_sae).float()), gain
+def _activation(weights: WeightsFile, architecture: str, k: int | None) -> Activation:
     if architecture == "jumprelu":
-        return JumpReLU(weights.vector("threshold", d_sae).clone()), None
-    if k is None:
-        return ReLU(), None
-    return (TopK if architecture == "topk" else AbsTopK)(k), None
+        return JumpReLU(weights.tensor("threshold", None).clone())
+    return ReLU() if k is None else TopK(k)
 
 
 def _finetuning(weights: WeightsFile, settings: Settings, d_sae: int, rescales: bool) -> Tensor | None:
     """Factors on the activations that old versions learned after training, and applied in decoding only."""
-    name = "scaling_factor" if "scaling_factor" in weights else "finetuning_scaling_factor"
-    if name not in weights:
+    name = next((name for name in _FINETUNING if name in weights), None)
+    if name is None:
         return None
-    factors = weights.vector(name, d_sae)
+    factors = weights.tensor(name, d_sae)
     if bool((factors == 1).all()):
         return None
     if not settings.flag("finetuning_scaling_factor", False):

@@ -22,54 +22,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_posttrain.sae.activations import Activation
+from qscope_posttrain.sae.activations import Activation, JumpReLU
 from qscope_posttrain.sae.containers.weights_file import WeightsFile
-from qscope_posttrain.sae.source import SAESource
+from qscope_posttrain.sae.source import LocatedFile, SAESource
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
     """The quirks of one stored SAE. The defaults change nothing."""
 
-    input_scale: float = 1.0
-    """s: the encoder was trained on s * x."""
-    output_scale: float = 1.0
-    """t: the decoder yields t * x."""
-    activation_scale: float = 1.0
-    """u: an activation of 1 in the stored units is u here."""
-    subtract_b_dec: bool = False
-    """The encoder is fed s * x - b_dec."""
+    input_scale: float = 1.0  # s: the encoder was trained on s * x
+    output_scale: float = 1.0  # t: the decoder yields t * x
+    activation_scale: float = 1.0  # u: an activation of 1 in the stored units is u here
+    subtract_b_dec: bool = False  # The encoder is fed s * x - b_dec
     unit_decoder: bool = False
     """Activations are multiplied by the norm of their decoder row before the activation function."""
-    encoder_scale: Tensor | None = None
-    """a, [d_sae]"""
-    decoder_scale: Tensor | None = None
-    """Factor on each decoder row before all this, [d_sae]."""
+    encoder_scale: Tensor | None = None  # a, [d_sae]
+    decoder_scale: Tensor | None = None  # Factor on each decoder row before all this, [d_sae]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a format, or of one of its variants."""
+
+    format: str
+    names: tuple[str, str, str, str]  # Of encoder, its bias, decoder, its bias
+    features_in: str  # "rows" or "columns" of the encoder and of the decoder: "rows, columns"
+    more: tuple[str, ...] = ()  # Further tensors
+    optional: tuple[str, ...] = ()  # Those that may also be there, or of `names` be missing
+
+    @property
+    def required(self) -> set[str]:
+        return {*self.names, *self.more} - {*self.optional}
+
+    def check(self, weights: WeightsFile) -> None:
+        """ValueError unless the file holds these tensors and no other."""
+        weights.only(self.required, self.optional)
 
 
 @dataclass(frozen=True)
 class StoredSAE:
-    """An SAE on disk, in canonical orientation: structure checked, values not yet read. Or one to be written."""
+    """An SAE on disk, in canonical orientation: structure checked, values not yet read."""
 
-    path: Path
+    located: LocatedFile
     format: str
-    W_enc: Tensor
-    """[d_sae, d_model]; a transposed view where the file stores the features as columns."""
-    b_enc: Tensor
-    """[d_sae]"""
-    W_dec: Tensor
-    """[d_sae, d_model]; a transposed view where the file stores the directions as columns."""
-    b_dec: Tensor
-    """[d_model]"""
+    W_enc: Tensor  # [d_sae, d_model]; a transposed view where the file stores the features as columns
+    b_enc: Tensor  # [d_sae]
+    W_dec: Tensor  # [d_sae, d_model]; a transposed view where the file stores the directions as columns
+    b_dec: Tensor  # [d_model]
     memory_mapped: bool
     """The tensors are pages of the file and never written to, so that pages may be released after reading."""
-    fold: Fold = field(default_factory=Fold)
-    """The quirks to fold into these four."""
-    activation: Activation | None = None
-    """In units after folding; None where the file does not state it."""
-    layer: int | None = None
-    """Layer recorded in the file or its settings."""
+    fold: Fold = field(default_factory=Fold)  # The quirks to fold into these four
+    activation: Activation | None = None  # In units after folding; None where the file does not state it
+    layer: int | None = None  # Layer stated in the file or its settings, else by its place or the caller
     origin: SAESource | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.located.path
 
     @property
     def d_sae(self) -> int:
@@ -79,41 +89,51 @@ class StoredSAE:
     def d_model(self) -> int:
         return self.b_dec.shape[0]
 
+    def source(self, sha256: str | None = None) -> SAESource:
+        """The origin of this SAE, to be kept with it."""
+        return self.located.describe(self.format, sha256, self.origin)
+
 
 def read_stored(
     weights: WeightsFile,
-    format: str,
-    names: tuple[str, str, str, str],
-    features_in: str,
+    located: LocatedFile,
+    layout: Layout,
     d_sae: int | None = None,
     d_model: int | None = None,
     **more: Any,
 ) -> StoredSAE:
     """The SAE in a file; ValueError for tensors that are missing or do not belong together.
 
-    Args:
-        names: of encoder, its bias, decoder, its bias.
-        features_in: "rows" or "columns" of the encoder and of the decoder, for example "rows, columns".
-        d_sae: as the settings state it; by default the length of the encoder's bias.
-        d_model: the same for the decoder's bias.
-        more: further fields of StoredSAE.
+    `d_sae` and `d_model` are those that the settings state, by default the lengths of the biases; `more` are further
+    fields of StoredSAE.
     """
-    encoder, b_enc, decoder, b_dec = names
-    bias = weights.vector(b_enc, d_sae)
-    # Some formats may leave the decoder's bias out.
-    shift = torch.zeros(d_model) if d_model and b_dec not in weights else weights.vector(b_dec, d_model)
-    d_sae, d_model = bias.shape[0], shift.shape[0]
-    encoder_in, decoder_in = features_in.split(", ")
+    encoder, b_enc, decoder, b_dec = layout.names
+    bias = weights.tensor(b_enc, d_sae)
+    absent = d_model and b_dec in layout.optional and b_dec not in weights
+    shift = torch.zeros(d_model) if absent else weights.tensor(b_dec, d_model)  # type: ignore[arg-type]
+    shape = bias.shape[0], shift.shape[0]
+    encoder_in, decoder_in = layout.features_in.split(", ")
     return StoredSAE(
-        weights.path,
-        format,
-        weights.matrix(encoder, d_sae, d_model, encoder_in),
+        located,
+        layout.format,
+        weights.matrix(encoder, *shape, encoder_in),
         bias,
-        weights.matrix(decoder, d_sae, d_model, decoder_in),
+        weights.matrix(decoder, *shape, decoder_in),
         shift,
         weights.memory_mapped,
         **more,
     )
+
+
+def gated(weights: WeightsFile, b_enc: str, b_gate: str) -> tuple[JumpReLU, Tensor]:
+    """(activation, factor on the encoder's rows) of a gated SAE, whose gate is a threshold on its magnitude.
+
+    The gate opens where W x + b_gate > 0; the magnitude is exp(r_mag) W x + b_enc, which then exceeds
+    b_enc - exp(r_mag) b_gate.
+    """
+    bias = weights.tensor(b_enc, None)
+    gain = weights.tensor("r_mag", len(bias)).float().exp()
+    return JumpReLU(bias.float() - gain * weights.tensor(b_gate, len(bias)).float()), gain
 
 
 def fold_rows(

@@ -15,8 +15,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.quality.fit import Fit, Reconstructed, squares
-from qscope_posttrain.sae.quality.warnings import SAEWarning, warnings_of
+from qscope_posttrain.sae.quality.fit import Fit, Reconstructed, SAEWarning, squares, warnings_of
 
 LOSS_NAMES = {
     "clean": "the model as it is",
@@ -26,70 +25,56 @@ LOSS_NAMES = {
 }
 LOSSES = tuple(LOSS_NAMES)
 ABLATIONS = ("mean", "zero")
-COLUMNS = (
-    "tokens",
-    "outliers",
-    "error",  # |x - x_hat|^2
-    "error_without_b_dec",  # |x - (x_hat - b_dec)|^2
-    "variance",  # |x - reference|^2, the reference being near the mean
-    "firing",
-    "cosine",
-    "norm",
-    "reconstruction_norm",
-    "predictions",
-    *LOSSES,  # each a sum of -log P(next token)
-)
-"""One sum per text, over the tokens that count and are not norm outliers; the losses over all that predict."""
+_OF_TOKENS = "tokens outliers error error_without_b_dec variance firing cosine norm reconstruction_norm predictions"
+SUMS = (*_OF_TOKENS.split(), *LOSSES)
 
 
 @dataclass(frozen=True, eq=False)
 class QualitySums:
     """All sums of the pass, on the CPU."""
 
-    texts: Tensor
-    """[texts, columns] float64"""
-    deviation: Tensor
-    """[d_model] float64: sum of x - reference"""
-    fired: Tensor
-    """[d_sae] int64: number of tokens on which each latent fired"""
-    l0: Tensor
-    """[d_sae + 1] int64: number of tokens by their number of firing latents"""
+    texts: dict[str, Tensor]  # Name -> one sum per text [texts] float64, over its tokens that are not outliers
+    deviation: Tensor  # [d_model] float64: sum of x - reference
+    fired: Tensor  # [d_sae] int64: number of tokens on which each latent fired
+    l0: Tensor  # [d_sae + 1] int64: number of tokens by their number of firing latents
 
     @classmethod
     def zeros(cls, texts: int, sae: SparseAutoencoder) -> QualitySums:
         return cls(
-            torch.zeros(texts, len(COLUMNS), dtype=torch.float64),
+            {name: torch.zeros(texts, dtype=torch.float64) for name in SUMS},
             torch.zeros(sae.d_model, dtype=torch.float64),
             torch.zeros(sae.d_sae, dtype=torch.int64),
             torch.zeros(sae.d_sae + 1, dtype=torch.int64),
         )
 
+    def add(self, owners: Tensor, **amounts: Tensor) -> None:
+        """Add amounts [n] to sums of the texts `owners` [n]."""
+        for name, amount in amounts.items():
+            self.texts[name].index_add_(0, owners, amount.double().cpu())
+
     def add_tokens(self, owners: Tensor, made: Reconstructed, b_dec: Tensor, reference: Tensor) -> None:
-        """Add tokens that are not outliers; `owners` [tokens] are the texts that they belong to."""
+        """Add tokens that are not outliers; `owners` [tokens] are the texts that they belong to, `reference` is near
+        the mean of all."""
         norm, norm_hat = (torch.linalg.vector_norm(part, dim=1) for part in (made.x, made.x_hat))
-        for column, amounts in {
-            "tokens": torch.ones_like(norm),
-            "error": squares(made.x - made.x_hat),
-            "error_without_b_dec": squares(made.x - (made.x_hat - b_dec)),
-            "variance": squares(made.x - reference),
-            "firing": made.fired,
-            "cosine": torch.nn.functional.cosine_similarity(made.x, made.x_hat, dim=1),
-            "norm": norm,
-            "reconstruction_norm": norm_hat,
-        }.items():
-            self.add(column, owners, amounts)
+        self.add(
+            owners,
+            tokens=torch.ones_like(norm),
+            error=squares(made.x - made.x_hat),
+            error_without_b_dec=squares(made.x - (made.x_hat - b_dec)),
+            variance=squares(made.x - reference),
+            firing=made.fired,
+            cosine=torch.nn.functional.cosine_similarity(made.x, made.x_hat, dim=1),
+            norm=norm,
+            reconstruction_norm=norm_hat,
+        )
         self.deviation.add_((made.x - reference).sum(dim=0, dtype=torch.float64).cpu())
         active = made.indices.long()[made.values != 0]
         self.fired.add_(torch.bincount(active, minlength=len(self.fired)).cpu())
         self.l0.add_(torch.bincount(made.fired, minlength=len(self.l0)).cpu())
 
-    def add(self, column: str, owners: Tensor, amounts: Tensor) -> None:
-        """Add `amounts` [n] to one column of the texts `owners` [n]."""
-        self.texts[:, COLUMNS.index(column)].index_add_(0, owners, amounts.double().cpu())
-
     def rows(self) -> dict[str, NDArray[np.float64]]:
-        """The columns by name, each [texts]. "variance" is around the exact mean of all tokens in total."""
-        named = {name: self.texts[:, place].numpy().copy() for place, name in enumerate(COLUMNS)}
+        """The sums by name, each [texts]. "variance" is around the exact mean of all tokens in total."""
+        named = {name: sums.numpy().copy() for name, sums in self.texts.items()}
         tokens, total = named["tokens"].sum(), named["variance"].sum()
         exact = total - float(self.deviation.square().sum()) / max(tokens, 1.0)
         named["variance"] *= exact / total if total > 0 else 1.0
@@ -111,28 +96,20 @@ class SAEQuality:
     sae: str
     d_sae: int
     texts: int
-    tokens: int
-    """Number of measured tokens."""
-    skipped: int
-    """Number of first tokens, left out."""
-    outliers: int
-    """Number of tokens left out for their norm."""
+    tokens: int  # Number of measured tokens
+    skipped: int  # Number of first tokens, left out
+    outliers: int  # Number of tokens left out for their norm
     outlier_share: Interval
     fvu: Interval
     fvu_without_b_dec: Interval
-    l0: Interval
-    """Mean number of latents that fire on a token."""
+    l0: Interval  # Mean number of latents that fire on a token
     l0_quartiles: tuple[int, int, int]
-    dead: int
-    """Latents that never fired on these tokens."""
-    cosine: Interval
-    """Mean cosine between x and x_hat."""
+    dead: int  # Latents that never fired on these tokens
+    cosine: Interval  # Mean cosine between x and x_hat
     norm: Interval
     reconstruction_norm: Interval
-    losses: Mapping[str, Interval]
-    """Nats per token: "clean", "spliced", "mean" and "zero"; empty if not measured."""
-    recovered: Mapping[str, Interval]
-    """Share of the loss recovered, against "mean" and "zero" ablation."""
+    losses: Mapping[str, Interval]  # Nats per token: "clean", "spliced", "mean" and "zero"; empty if not measured
+    recovered: Mapping[str, Interval]  # Share of the loss recovered, against "mean" and "zero" ablation
     fit: Fit
     by_language: Table
     warnings: tuple[SAEWarning, ...]
@@ -158,11 +135,11 @@ class SAEQuality:
         ]
         rows += [[f"loss, {LOSS_NAMES[name]}", *interval, "nats per token"] for name, interval in self.losses.items()]
         rows += [[f"loss recovered, of {name} ablation", *value, ""] for name, value in self.recovered.items()]
-        for part, scale, fvu in (
-            ("decoded part", self.fit.output_scale, self.fit.fvu_at_output_scale),
-            ("input", self.fit.input_scale, self.fit.fvu_at_input_scale),
-        ):
-            rows.append([f"best scale of the {part}", scale, None, None, f"FVU there {fvu:.3f}, on a sample"])
+        fit, there = self.fit, "FVU there {:.3f}, on a sample".format
+        rows += [
+            ["best scale of the decoded part", fit.output_scale, None, None, there(fit.fvu_at_output_scale)],
+            ["best scale of the input", fit.input_scale, None, None, there(fit.fvu_at_input_scale)],
+        ]
         caption = (
             f"{self.tokens} tokens of {self.texts} texts, {self.skipped} first tokens left out. Intervals: 95 %, "
             "bootstrap over texts."

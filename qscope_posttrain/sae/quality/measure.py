@@ -48,8 +48,7 @@ class _Run:
     sae: SparseAutoencoder
     layer: int
     norm_limit: float
-    reference: Tensor
-    """[d_model] float32 on the SAE's device: mean of the calibration sample"""
+    reference: Tensor  # [d_model] float32 on the SAE's device: mean of the calibration sample
     losses: bool
 
 
@@ -147,15 +146,15 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
     positions = batch.positions()
     x = flat.index_select(0, positions.to(flat.device))
     inside = (torch.linalg.vector_norm(x.float(), dim=1) <= run.norm_limit).cpu()
-    sums.add("outliers", owner[positions // width], ~inside)
+    sums.add(owner[positions // width], outliers=~inside)
     positions, x = positions[inside], x[inside.to(x.device)]
     made = Reconstructed.of(run.sae, x)
     sums.add_tokens(owner[positions // width], made, run.sae.b_dec.float(), run.reference)
     if logits is None:
         return
     at, labels = _predicting(batch)
-    sums.add("predictions", owner[at // width], torch.ones(len(at)))
-    sums.add("clean", owner[at // width], token_losses(logits, at, labels))
+    owners = owner[at // width]
+    sums.add(owners, predictions=torch.ones(len(at)), clean=token_losses(logits, at, labels))
     del logits
     instead = {"spliced": made.x_hat, "mean": run.reference, "zero": torch.zeros_like(run.reference)}
     for name in LOSSES[1:]:
@@ -163,7 +162,7 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
         states[positions.to(flat.device)] = instead[name].to(flat.device, flat.dtype)
         with spliced(run.model, run.layer, states.view_as(hidden)):
             logits = model_logits(run.model, batch)
-        sums.add(name, owner[at // width], token_losses(logits, at, labels))
+        sums.add(owners, **{name: token_losses(logits, at, labels)})
 
 
 def _forward(run: _Run, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:

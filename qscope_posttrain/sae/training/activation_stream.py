@@ -24,10 +24,8 @@ from qscope_posttrain.sae.training.text_stream import PackedSequence, StreamPosi
 class Batch:
     """The activations of one layer for one update."""
 
-    rows: Tensor
-    """[own tokens, d_model] of this process, on the device of the layer"""
-    tokens: int
-    """Number of tokens of all processes"""
+    rows: Tensor  # [own tokens, d_model] of this process, on the device of the layer
+    tokens: int  # Number of tokens of all processes
 
 
 class ActivationStream:
@@ -81,16 +79,12 @@ class ActivationStream:
                 f"max_buffer_gib={config.max_buffer_gib:g}: lower block_tokens, take fewer layers at a time, choose "
                 "buffer_dtype bfloat16, or raise max_buffer_gib"
             )
-        self.medians: dict[int, float] = {}
-        """Median norm of each layer, computed on the first block"""
+        self.medians: dict[int, float] = {}  # Median norm of each layer, computed on the first block
         self.left_out = dict.fromkeys(self.layers, 0)
         """Number of norm outliers of each layer so far, of all processes"""
-        self.left_out_before = dict(self.left_out)
-        """The same, without the block in memory"""
-        self.start = self.end = StreamPosition()
-        """Start and end of the block in memory"""
-        self.block = -1
-        """Number of the block in memory"""
+        self.left_out_before = dict(self.left_out)  # The same, without the block in memory
+        self.start = self.end = StreamPosition()  # Start and end of the block in memory
+        self.block = -1  # Number of the block in memory
         self._dtype: torch.dtype = getattr(torch, config.buffer_dtype)
         self._rows: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}

@@ -10,8 +10,7 @@ from qscope_posttrain.errors import UserValueError
 
 ARCHITECTURES = ("topk", "batch_topk", "jumprelu")
 ISOLATED, JOINED, SEPARATE = PACKINGS = ("isolated", "joined", "separate")
-BUFFER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Names of dtypes of torch -> bytes of a number."""
+BUFFER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # Names of dtypes of torch -> bytes of a number
 
 
 @dataclass(frozen=True)

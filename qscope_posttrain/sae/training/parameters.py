@@ -18,20 +18,16 @@ from qscope_posttrain.sae.training.config import SAETrainingConfig
 
 _TILE_TOKENS = 4096
 _ITERATIONS = 100
-_TOLERANCE = 1e-4
-"""The median has converged when it moves by less than this share of the mean distance to it."""
+_TOLERANCE = 1e-4  # The median has converged when it moves by less than this share of the mean distance to it
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
     """z = (x - center) / scale, in which an SAE is trained. fp32, on the device of the activations."""
 
-    center: Tensor
-    """[d_model] geometric median of the activations"""
-    scale: Tensor
-    """[] root mean square of an element of x - center"""
-    variance: Tensor
-    """[] mean variance of an element of z, around the mean of z"""
+    center: Tensor  # [d_model] geometric median of the activations
+    scale: Tensor  # [] root mean square of an element of x - center
+    variance: Tensor  # [] mean variance of an element of z, around the mean of z
 
     def normalized(self, x: Tensor) -> Tensor:
         """z, fp32: [tokens, d_model] -> [tokens, d_model]."""
@@ -42,16 +38,11 @@ class Units:
 class Parameters:
     """pre = W_enc z + b_enc; z_hat = W_dec^T f + b_dec. fp32, each requires a gradient."""
 
-    W_enc: Tensor
-    """[d_sae, d_model]"""
-    b_enc: Tensor
-    """[d_sae]"""
-    W_dec: Tensor
-    """[d_sae, d_model], rows of norm 1"""
-    b_dec: Tensor
-    """[d_model]"""
-    log_threshold: Tensor | None = None
-    """[d_sae], jumprelu only"""
+    W_enc: Tensor  # [d_sae, d_model]
+    b_enc: Tensor  # [d_sae]
+    W_dec: Tensor  # [d_sae, d_model], rows of norm 1
+    b_dec: Tensor  # [d_model]
+    log_threshold: Tensor | None = None  # [d_sae], jumprelu only
 
     @classmethod
     def start(cls, config: SAETrainingConfig, d_model: int, device: torch.device) -> Parameters:

@@ -37,12 +37,12 @@ def write_results(
     """
     for layer, sae in result.saes.items():
         sae.save(folder / f"layer{layer}.sae.safetensors")
-    published = qwen_scope_name(result, config)
+    published = _qwen_scope_name(result, config)
     if published is not None:
         for sae in result.saes.values():
             sae.save(folder / published, format="qwen_scope")
-    table = quality_table(result)
-    write_text(folder / "README.md", model_card(result, config, stream, table, published))
+    table = _quality_table(result)
+    write_text(folder / "README.md", _model_card(result, config, stream, table, published))
     content = {"layers": result.quality, "table": table, **result.facts, "qwen_scope_layout": published}
     write_summary(folder, "sae train", settings, content)
     write_html(
@@ -54,7 +54,7 @@ def write_results(
     return table
 
 
-def qwen_scope_name(result: SAETrainingResult, config: SAETrainingConfig) -> str | None:
+def _qwen_scope_name(result: SAETrainingResult, config: SAETrainingConfig) -> str | None:
     """The release name in Qwen-Scope's layout, or None if that layout cannot express what was trained."""
     sae = next(iter(result.saes.values()))
     thousands, rest = divmod(sae.d_sae, 1024)
@@ -63,7 +63,7 @@ def qwen_scope_name(result: SAETrainingResult, config: SAETrainingConfig) -> str
     return f"SAE-Res-{_model_name(result)}-W{thousands}K-L0_{config.k}"
 
 
-def quality_table(result: SAETrainingResult) -> Table:
+def _quality_table(result: SAETrainingResult) -> Table:
     """One row per layer: the last measurement on held-out text, or else the last means of training."""
     if result.quality:
         rows = [[layer, *(figures.get(name) for name in _COLUMNS)] for layer, figures in result.quality.items()]
@@ -75,7 +75,7 @@ def quality_table(result: SAETrainingResult) -> Table:
     return Table("SAEs by layer", ["layer", *_COLUMNS[:3]], rows, "Means of the last updates; nothing was held out.")
 
 
-def model_card(
+def _model_card(
     result: SAETrainingResult, config: SAETrainingConfig, stream: StreamConfig, table: Table, published: str | None
 ) -> str:
     """The text of README.md: model, data, quality, and how to load the SAEs."""
@@ -95,30 +95,26 @@ def model_card(
     code = f'sae = qp.SparseAutoencoder.load("PATH", layer={layer})'
     if published:
         code += f'\n# or in Qwen-Scope\'s layout: qp.SparseAutoencoder.load("PATH/{published}", layer={layer})'
-    return "\n".join(
-        [
-            "---",
-            "library_name: qscope_posttrain",
-            f"base_model: {json.dumps(str(model['name_or_path']))}",
-            "tags: [sparse-autoencoder, interpretability]",
-            "---",
-            f"# Sparse autoencoders of {_model_name(result)}, layers {', '.join(map(str, result.saes))}",
-            "",
-            table.to_markdown(),
-            "```python",
-            "import qscope_posttrain as qp",
-            "",
-            code,
-            "values, indices = sae.encode(x)      # x [tokens, d_model], the raw output of the decoder layer",
-            "x_hat = sae.decode(values, indices)",
-            "```",
-            "",
-            _data_words(result, stream),
-            "",
-            Table("Origin", ["what", "it is"], facts).to_markdown(),
-            Table("Settings", ["setting", "value"], settings).to_markdown(),
-        ]
-    )
+    return f"""---
+library_name: qscope_posttrain
+base_model: {json.dumps(str(model["name_or_path"]))}
+tags: [sparse-autoencoder, interpretability]
+---
+# Sparse autoencoders of {_model_name(result)}, layers {", ".join(map(str, result.saes))}
+
+{table.to_markdown()}
+```python
+import qscope_posttrain as qp
+
+{code}
+values, indices = sae.encode(x)      # x [tokens, d_model], the raw output of the decoder layer
+x_hat = sae.decode(values, indices)
+```
+
+{_data_words(result, stream)}
+
+{Table("Origin", ["what", "it is"], facts).to_markdown()}
+{Table("Settings", ["setting", "value"], settings).to_markdown()}"""
 
 
 def _data_words(result: SAETrainingResult, stream: StreamConfig) -> str:

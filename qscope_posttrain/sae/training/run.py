@@ -28,16 +28,16 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.download import in_words
 from qscope_posttrain.sae.quality.measure import measure_sae
 from qscope_posttrain.sae.training.activation_stream import ActivationStream
-from qscope_posttrain.sae.training.checkpoint import (
+from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
+from qscope_posttrain.sae.training.parameters import calibrate
+from qscope_posttrain.sae.training.records import (
+    TrainingLog,
     TrainingState,
-    latest_checkpoint,
+    checkpoints,
     read_checkpoint,
     write_checkpoint,
 )
-from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
-from qscope_posttrain.sae.training.log import TrainingLog
-from qscope_posttrain.sae.training.parameters import calibrate
-from qscope_posttrain.sae.training.text_stream import TextSource, open_source
+from qscope_posttrain.sae.training.text_stream import open_source
 from qscope_posttrain.sae.training.update import LayerTraining
 
 CHECKPOINTS = "checkpoints"
@@ -47,14 +47,11 @@ CHECKPOINTS = "checkpoints"
 class SAETrainingResult:
     """Result of a training."""
 
-    saes: dict[int, SparseAutoencoder]
-    """By layer, in raw units"""
+    saes: dict[int, SparseAutoencoder]  # By layer, in raw units
     quality: dict[int, dict[str, Any]]
     """By layer, on held-out text: fvu, l0, dead, loss_recovered and more; empty if nothing was held out"""
-    records: list[dict[str, Any]]
-    """Content of metrics.jsonl"""
-    facts: dict[str, Any]
-    """Model, data with its fingerprint, tokens, epochs, outliers, seconds"""
+    records: list[dict[str, Any]]  # Content of metrics.jsonl
+    facts: dict[str, Any]  # Model, data with its fingerprint, tokens, epochs, outliers, seconds
 
 
 def train_saes_on_text(
@@ -76,7 +73,7 @@ def train_saes_on_text(
     Args:
         model (nn.Module): Causal language model of transformers.
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
-        texts (list of str, path, or data set): Documents, a file or folder (see `text_stream.FileSource`), or a data
+        texts (list of str, path, or data set): Documents, a file or folder (see `text_stream.file_source`), or a data
             set of `datasets`, also with `streaming=True`. At its end the text is read again.
         layers (sequence of int): Decoder layers, from 0.
         config (SAETrainingConfig): Settings of the training.
@@ -99,46 +96,38 @@ def train_saes_on_text(
     """
     stream = StreamConfig() if stream is None else stream
     run = RunConfig() if run is None else run
-    return _Run(model, tokenizer, open_source(texts, text_column), layers, config, Path(output), stream, run).train()
+    folder, source = writable_folder(output), open_source(texts, text_column)
+    held_out = list(islice(source.documents(), run.held_out_documents))
+    layers, first = sorted(check_layers(model, layers)), len(held_out)
+    activations = ActivationStream(
+        model, tokenizer, source, layers, stream, config.batch_tokens, config.seed, first_document=first
+    )
+    return _Run(activations, held_out, config, run, folder).train()
 
 
 class _Run:
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        source: TextSource,
-        layers: Sequence[int],
-        config: SAETrainingConfig,
-        output: Path,
-        stream: StreamConfig,
-        run: RunConfig,
+        self, stream: ActivationStream, held_out: list[str], config: SAETrainingConfig, run: RunConfig, output: Path
     ) -> None:
-        self.model, self.tokenizer, self.source, self.config, self.run = model, tokenizer, source, config, run
-        self.layers = tuple(sorted(check_layers(model, layers)))
-        self.output = writable_folder(output)
-        self.held_out = list(islice(source.documents(), run.held_out_documents))
-        self.stream = ActivationStream(
-            model, tokenizer, source, self.layers, stream, config.batch_tokens, config.seed, len(self.held_out)
-        )
-        width = config.latents(self.stream.d_model)
-        state = width * (2 * self.stream.d_model + 2) * 4
-        buffer = stream.buffer_bytes(len(self.layers), self.stream.d_model, self.stream.processes)
+        self.stream, self.held_out, self.config, self.run, self.output = stream, held_out, config, run, output
+        layers, d_model = stream.layers, stream.d_model
+        state = config.latents(d_model) * (2 * d_model + 2) * 4
+        buffer = stream.config.buffer_bytes(len(layers), d_model, stream.processes)
         status(
             f"memory per process: activations {in_words(buffer)}, weights and optimizer "
-            f"{in_words(3 * state * len(self.layers))}, gradient {in_words(state)}"
+            f"{in_words(3 * state * len(layers))}, gradient {in_words(state)}"
         )
         self.settings = {
             **asdict(config),
-            **{f"stream.{name}": value for name, value in asdict(stream).items()},
-            "layers": list(self.layers),
-            "model": model_shape(model),
-            "data": source.describe(),
+            **{f"stream.{name}": value for name, value in asdict(stream.config).items()},
+            "layers": list(layers),
+            "model": model_shape(stream.model),
+            "data": stream.source.facts,
             "held_out_documents": run.held_out_documents,
-            "held_out": text_fingerprint({"held out": self.held_out}),
+            "held_out": text_fingerprint({"held out": held_out}),
         }
         self.trainings: dict[int, LayerTraining] = {}
-        self.update = 0
+        self.update = 0  # Updates drawn from the block in memory
         self.seconds = 0.0
 
     def train(self) -> SAETrainingResult:
@@ -148,7 +137,7 @@ class _Run:
         steps = progress(
             self._steps(done),
             total=self.config.steps - done,
-            description=f"training SAEs of layer {', '.join(map(str, self.layers))}",
+            description=f"training SAEs of layer {', '.join(map(str, self.stream.layers))}",
             note=lambda: log.note,
         )
         for step in steps:
@@ -185,7 +174,7 @@ class _Run:
                 self.stream.fill()
                 self.update = 0
             if not self.trainings:
-                for layer in self.layers:
+                for layer in self.stream.layers:
                     units = calibrate(layer, self.stream.calibration_rows(layer), default_reduce())
                     self.trainings[layer] = LayerTraining(layer, units, self.config)
             self.update += 1
@@ -193,11 +182,12 @@ class _Run:
 
     def _resume(self) -> int:
         """Resume from the last checkpoint, if there is one and it is wanted. Returns the number of finished updates."""
-        place = latest_checkpoint(self.output / CHECKPOINTS) if self.run.resume else None
-        if place is None:
+        found = checkpoints(self.output / CHECKPOINTS) if self.run.resume else []
+        if not found:
             return 0
-        blocks = decoder_layers(self.model)
-        devices = {layer: next(blocks[layer].parameters()).device for layer in self.layers}
+        place = found[-1]
+        blocks = decoder_layers(self.stream.model)
+        devices = {layer: next(blocks[layer].parameters()).device for layer in self.stream.layers}
         state, self.trainings = read_checkpoint(place, self.settings, self.config, devices)
         status(f"resuming from {place}")
         self.stream.medians, self.stream.left_out = state.medians, dict(state.left_out)
@@ -229,18 +219,18 @@ class _Run:
     def _measure(self, saes: Mapping[int, SparseAutoencoder]) -> dict[int, dict[str, Any]]:
         """Quality on held-out text by layer. Every process measures all of it."""
         quality: dict[int, dict[str, Any]] = {}
-        stream = self.stream.config
-        options: dict[str, Any] = {"max_length": stream.context_length, "tokens_per_batch": stream.forward_tokens}
+        stream, config = self.stream, self.stream.config
         for layer, sae in saes.items() if self.held_out else ():
             found = measure_sae(
-                self.model,
-                self.tokenizer,
+                stream.model,
+                stream.tokenizer,
                 self.held_out,
                 sae,
                 layer,
                 scan=0,
-                outlier_factor=stream.outlier_factor,
-                **options,
+                max_length=config.context_length,
+                tokens_per_batch=config.forward_tokens,
+                outlier_factor=config.outlier_factor,
             )
             quality[layer] = {
                 "tokens": found.tokens,
@@ -254,21 +244,21 @@ class _Run:
         return quality
 
     def _facts(self) -> dict[str, Any]:
-        end = self.stream.end
+        stream, end = self.stream, self.stream.end
         return {
-            "model": model_identity(self.model),
+            "model": model_identity(stream.model),
             "data": {
-                **self.source.describe(),
+                **stream.source.facts,
                 "documents": end.document,
                 "epochs": end.epoch,
                 "fingerprint": end.digest,
                 "held_out_documents": len(self.held_out),
                 "held_out_fingerprint": self.settings["held_out"],
             },
-            "packing": self.stream.config.packing,
+            "packing": stream.config.packing,
             "tokens": self.config.steps * self.config.batch_tokens,
-            "median_norms": {str(layer): value for layer, value in self.stream.medians.items()},
-            "outliers_left_out": {str(layer): value for layer, value in self.stream.left_out.items()},
-            "processes": self.stream.processes,
+            "median_norms": {str(layer): value for layer, value in stream.medians.items()},
+            "outliers_left_out": {str(layer): value for layer, value in stream.left_out.items()},
+            "processes": stream.processes,
             "seconds": self.seconds,
         }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
 from qscope_posttrain.files import check_is_file, read_lines, text_suffix
@@ -22,14 +22,10 @@ _DOCUMENTS_PER_CALL = 256
 class StreamPosition:
     """The next token of the text."""
 
-    epoch: int = 0
-    """Number of times that the text has been read to its end"""
-    document: int = 0
-    """Number of the document in the source"""
-    offset: int = 0
-    """Number of its tokens that have been read"""
-    digest: str = ""
-    """SHA-256 chained over all documents before it, in reading order"""
+    epoch: int = 0  # Number of times that the text has been read to its end
+    document: int = 0  # Number of the document in the source
+    offset: int = 0  # Number of its tokens that have been read
+    digest: str = ""  # SHA-256 chained over all documents before it, in reading order
 
     def after(self, document: str) -> StreamPosition:
         """The start of the next document."""
@@ -45,10 +41,8 @@ class PackedSequence:
     ids: tuple[int, ...]
     starts: tuple[int, ...]
     """Positions where a document, or a piece of one that was cut, begins; ascending, the first is 0"""
-    used: int
-    """Number of tokens before the padding"""
-    end: StreamPosition
-    """Start of the next sequence"""
+    used: int  # Number of tokens before the padding
+    end: StreamPosition  # Start of the next sequence
 
     def positions(self) -> list[int]:
         """Distance of each token to the start of its piece."""
@@ -113,100 +107,82 @@ def _tokenized(source: TextSource, tokenizer: Any, first: int) -> Iterator[tuple
         yield from zip(group, tokenizer(group, verbose=False)["input_ids"], strict=True)
 
 
-class TextSource(Protocol):
+@dataclass(frozen=True)
+class TextSource:
     """Documents in a fixed order, which can be read again, starting from any of them."""
 
-    def documents(self, skip: int = 0) -> Iterator[str]:
-        """The documents from number `skip` on, once."""
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-able facts for the model card, which must agree when a training is resumed."""
-
-
-class ListSource:
-    """Documents in memory."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserTypeError("texts must be a list of strings, one per document")
-        self.texts = list(texts)
-
-    def documents(self, skip: int = 0) -> Iterator[str]:
-        return iter(self.texts[skip:])
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "list", "documents": len(self.texts)}
-
-
-class FileSource:
-    """Files in the order of their names. A document is a line of a `.txt` file, or the field `column` of a line of a
-    `.jsonl` file. Blank lines are left out.
-    """
-
-    def __init__(self, path: str | Path, column: str = "text") -> None:
-        location = Path(path)
-        self.path, self.column = location, column
-        self.files = sorted(f for f in location.rglob("*") if _readable(f)) if location.is_dir() else [location]
-        if not self.files:
-            raise UserFileNotFoundError(f"no .txt and no .jsonl file below '{location}'.")
-        for file in self.files:
-            check_is_file(file, "text")
-        if not _readable(self.files[0]):
-            raise UserValueError(
-                f"'{location}' must be a .txt file (one document per line), a .jsonl file, or a folder of them."
-            )
-
-    def documents(self, skip: int = 0) -> Iterator[str]:
-        lines = ((f, n, line) for f in self.files for n, line in enumerate(read_lines(f), start=1) if line.strip())
-        return islice((self._text(*found) for found in lines), skip, None)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "files", "path": str(self.path), "files": len(self.files), "column": self.column}
-
-    def _text(self, file: Path, number: int, line: str) -> str:
-        if text_suffix(file) == ".txt":
-            return line.strip()
-        place = f"{file}, line {number}"
-        row = parse_object(line, place)
-        if not isinstance(text := row.get(self.column), str):
-            raise UserValueError(f"{place}: expected an object with the string '{self.column}', got {sorted(row)}.")
-        return text
-
-
-class DatasetSource:
-    """One column of a `datasets.Dataset` or `IterableDataset` (`streaming=True`)."""
-
-    def __init__(self, dataset: Any, column: str = "text", name: str = "") -> None:
-        if not (hasattr(dataset, "skip") and hasattr(dataset, "select_columns")):
-            raise UserTypeError(f"expected a Dataset or IterableDataset of `datasets`, got {type(dataset).__name__}")
-        names = dataset.column_names
-        if names is not None and column not in names:
-            raise UserValueError(
-                f"the data set has no column '{column}', but {', '.join(names)}: name one with text_column."
-            )
-        self.dataset, self.column, self.name = dataset.select_columns([column]) if names else dataset, column, name
-
-    def documents(self, skip: int = 0) -> Iterator[str]:
-        if hasattr(self.dataset, "__len__") and skip >= len(self.dataset):
-            return
-        for row in self.dataset.skip(skip) if skip else self.dataset:
-            text = row[self.column]
-            if not isinstance(text, str):
-                raise UserValueError(f"column '{self.column}' must hold strings, got {type(text).__name__}.")
-            yield text
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "dataset", "name": self.name, "column": self.column}
+    documents: Callable[..., Iterator[str]]  # documents(skip=0): those from number `skip` on, once
+    facts: dict[str, Any]  # For the model card, JSON-able; they must agree when a training is resumed
 
 
 def open_source(texts: Any, column: str = "text") -> TextSource:
     """A source from a list of strings, a path, a data set of `datasets`, or a source."""
+    if isinstance(texts, TextSource):
+        return texts
     if isinstance(texts, str | Path):
-        return FileSource(texts, column)
-    if hasattr(texts, "documents") and hasattr(texts, "describe"):
-        source: TextSource = texts
-        return source
-    return ListSource(texts) if isinstance(texts, Sequence) else DatasetSource(texts, column)
+        return file_source(texts, column)
+    return list_source(texts) if isinstance(texts, Sequence) else dataset_source(texts, column)
+
+
+def list_source(texts: Sequence[str]) -> TextSource:
+    """Documents in memory."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise UserTypeError("texts must be a list of strings, one per document")
+    kept = list(texts)
+    return TextSource(lambda skip=0: iter(kept[skip:]), {"kind": "list", "documents": len(kept)})
+
+
+def file_source(path: str | Path, column: str = "text") -> TextSource:
+    """Files in the order of their names. A document is a line of a `.txt` file, or the field `column` of a line of a
+    `.jsonl` file. Blank lines are left out."""
+    location = Path(path)
+    files = sorted(f for f in location.rglob("*") if _readable(f)) if location.is_dir() else [location]
+    if not files:
+        raise UserFileNotFoundError(f"no .txt and no .jsonl file below '{location}'.")
+    for file in files:
+        check_is_file(file, "text")
+    if not _readable(files[0]):
+        raise UserValueError(
+            f"'{location}' must be a .txt file (one document per line), a .jsonl file, or a folder of them."
+        )
+
+    def documents(skip: int = 0) -> Iterator[str]:
+        lines = ((f, n, line) for f in files for n, line in enumerate(read_lines(f), start=1) if line.strip())
+        return islice((_document(*found, column) for found in lines), skip, None)
+
+    return TextSource(documents, {"kind": "files", "path": str(location), "files": len(files), "column": column})
+
+
+def dataset_source(dataset: Any, column: str = "text", name: str = "") -> TextSource:
+    """One column of a `datasets.Dataset` or `IterableDataset` (`streaming=True`)."""
+    if not (hasattr(dataset, "skip") and hasattr(dataset, "select_columns")):
+        raise UserTypeError(f"expected a Dataset or IterableDataset of `datasets`, got {type(dataset).__name__}")
+    names = dataset.column_names
+    if names is not None and column not in names:
+        raise UserValueError(
+            f"the data set has no column '{column}', but {', '.join(names)}: name one with text_column."
+        )
+    rows = dataset.select_columns([column]) if names else dataset
+
+    def documents(skip: int = 0) -> Iterator[str]:
+        if hasattr(rows, "__len__") and skip >= len(rows):
+            return
+        for row in rows.skip(skip) if skip else rows:
+            if not isinstance(text := row[column], str):
+                raise UserValueError(f"column '{column}' must hold strings, got {type(text).__name__}.")
+            yield text
+
+    return TextSource(documents, {"kind": "dataset", "name": name, "column": column})
+
+
+def _document(file: Path, number: int, line: str, column: str) -> str:
+    if text_suffix(file) == ".txt":
+        return line.strip()
+    place = f"{file}, line {number}"
+    row = parse_object(line, place)
+    if not isinstance(text := row.get(column), str):
+        raise UserValueError(f"{place}: expected an object with the string '{column}', got {sorted(row)}.")
+    return text
 
 
 def _readable(file: Path) -> bool:

@@ -16,18 +16,15 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.training.config import SAETrainingConfig
 from qscope_posttrain.sae.training.parameters import Parameters, Units, fold
 
-_UNITS = ("units.centre", "units.scale", "units.variance")
-"""Names of the units in a checkpoint."""
+_UNITS = ("units.centre", "units.scale", "units.variance")  # Names of the units in a checkpoint
 
 
 @dataclass(frozen=True, eq=False)
 class Code:
     """The latents that fire on a batch."""
 
-    values: Tensor
-    """[tokens, width] fp32; entries of value 0 only fill the rectangle"""
-    indices: Tensor
-    """[tokens, width] int32"""
+    values: Tensor  # [tokens, width] fp32; entries of value 0 only fill the rectangle
+    indices: Tensor  # [tokens, width] int32
     fires: Tensor | None = None
     """jumprelu: [tokens, width], 1 where a latent fires, with an estimated gradient to the thresholds"""
 
@@ -105,14 +102,10 @@ class _Jump(torch.autograd.Function):
 class UpdateMetrics:
     """Metrics of one batch, on all processes; scalars on the device, so that nothing waits for them."""
 
-    fvu: Tensor
-    """Unexplained share of the variance: mean squared error over the variance of the calibration sample"""
-    l0: Tensor
-    """Latents that fire on a token, on average"""
-    dead: Tensor
-    """Share of the latents that have not fired for `dead_after` updates"""
-    auxk: Tensor
-    """Share of the error that dead latents leave unexplained; NaN where it was not computed"""
+    fvu: Tensor  # Unexplained share of the variance: mean squared error over the variance of the calibration sample
+    l0: Tensor  # Latents that fire on a token, on average
+    dead: Tensor  # Share of the latents that have not fired for `dead_after` updates
+    auxk: Tensor  # Share of the error that dead latents leave unexplained; NaN where it was not computed
 
 
 class LayerTraining:

@@ -12,18 +12,19 @@ from qscope_posttrain.analysis.classifier.methods import (
     LabeledTexts,
     MeanDifferenceProbe,
     all_methods,
+    choice_of,
     collect_examples,
     methods_named,
     token_counts,
 )
-from qscope_posttrain.analysis.classifier.metrics import (
+from qscope_posttrain.analysis.classifier.report import (
     by_layer,
     draw_rows,
     efficiency,
-    fit_methods,
     jaccard_by_layer,
+    make_report,
+    measure,
 )
-from qscope_posttrain.analysis.classifier.report import make_report
 
 
 def make_examples(count=80, informative=3, seed=0, layers=(1, 4)):
@@ -55,22 +56,23 @@ def test_the_probe_is_an_estimator_of_scikit_learn():
 
 def test_every_method_runs_and_the_informative_ones_find_it():
     discovery, test = make_examples(120), make_examples(100, seed=1)
-    fitted = fit_methods(all_methods(), discovery, folds=3)
-    f1 = {name: found.evaluate(test, 50).values["f1"] for name, found in fitted.items()}
+    fitted = {method.name: method.fit(discovery, folds=3) for method in all_methods()}
+    found = {method.name: measure(method, fitted[method.name], test, 50).values for method in all_methods()}
+    f1 = {name: values["f1"] for name, values in found.items()}
     informative = ["OR, layer by top1-diff", "OR, layer by validation", "logistic on top features", "bag of tokens"]
     for name in [*informative, "logistic on all features", "logistic on the residual", "difference of means"]:
         assert f1[name] > 0.85, name
     assert max(f1["random features, OR"], f1["length"], f1["majority class"]) < 0.75
     assert f1["always positive"] == pytest.approx(2 / 3)
-    assert fitted["OR, layer by top1-diff"].choice == "layer 4; 1 features"
-    assert fitted["logistic on the residual"].choice.startswith("layer 4; C ")
-    assert fitted["length"].evaluate(test, 50).values["auroc"] == 0.5
+    assert choice_of(fitted["OR, layer by top1-diff"]) == "layer 4; 1 features"
+    assert choice_of(fitted["logistic on the residual"]).startswith("layer 4; C ")
+    assert found["length"]["auroc"] == 0.5
 
 
 def test_choices_do_not_see_the_test_texts():
     discovery = make_examples()
-    one, two = (fit_methods(methods_named(["OR, layer by validation"]), discovery, folds=3) for _ in range(2))
-    chosen = [next(iter(fitted.values())).estimator.feature_ids_.tolist() for fitted in (one, two)]
+    (method,) = methods_named(["OR, layer by validation"])
+    chosen = [method.fit(discovery, folds=3).feature_ids_.tolist() for _ in range(2)]
     assert chosen[0] == chosen[1] == [3]
 
 
@@ -100,7 +102,7 @@ def test_jaccard_by_hand():
         name: LabeledTexts({"features": csr_array(matrix)}, columns, columns, labels)
         for name, matrix in (("a", one), ("b", two))
     }
-    assert jaccard_by_layer(groups, top=2) == {1: {("a", "b"): pytest.approx(1 / 3)}}
+    assert jaccard_by_layer(groups, top=2) == {1: {"a/b": pytest.approx(1 / 3)}}
 
 
 def test_parts_keep_both_classes_and_more_data_do_not_hurt():

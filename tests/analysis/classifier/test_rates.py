@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from qscope_posttrain.analysis.classifier.rates import (
+from qscope_posttrain.analysis.classifier.metrics import (
     best_thresholds,
     best_vote_count,
     firing,

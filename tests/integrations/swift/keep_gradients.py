@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from swift.arguments import SftArguments
 from swift.callbacks import callbacks_map
 from transformers import TrainerCallback
 
@@ -34,6 +35,8 @@ class KeepGradients(TrainerCallback):
             return batches, count
 
         self.trainer.get_batch_samples = get_batch_samples
+        if state.global_step > 0:
+            return  # resumed
         # LoRA starts with one matrix of zeros, and then the other has no gradient.
         generator = torch.Generator().manual_seed(1)
         for name, parameter in self.trainer.model.named_parameters():
@@ -62,4 +65,10 @@ class KeepGradients(TrainerCallback):
         self.batches = []
 
 
+def packs_without_flash_attention(arguments: Any) -> None:
+    """ms-swift lets packed rows only to flash attention, which no CPU has; "sdpa" masks documents by position ids."""
+    arguments.padding_free = arguments.padding_free or arguments.packing
+
+
 callbacks_map["keep_gradients"] = KeepGradients
+SftArguments._check_padding_free = packs_without_flash_attention

@@ -77,15 +77,20 @@ class Workplace:
     def __init__(self, folder: Path, make_model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]]) -> None:
         self.folder = folder
         self.model = folder / "model"
-        self.features = folder / "features.safetensors"
         self.tokenizer = tokenizer
         self.texts = texts
         self.count = 0
-        model = case_model(make_model)
-        model.save_pretrained(self.model)
+        self._model = case_model(make_model)
+        self._model.save_pretrained(self.model)
         tokenizer.save_pretrained(self.model)
-        make_features(model).save(self.features)
+        self.features = self.features_of(*LANGUAGES)
         write_rows(folder / "data.jsonl", self.conversations())
+
+    def features_of(self, *languages: str) -> Path:
+        """The file of a FeatureSet of the model that knows these languages."""
+        file = self.folder / f"features_{'_'.join(languages)}.safetensors"
+        make_features(self._model, languages=languages).save(file)
+        return file
 
     def conversations(self, column: str | None = "channel") -> list[dict[str, Any]]:
         """Eight rows in three languages, in turn; the prompts are in another one than the responses."""
@@ -140,11 +145,7 @@ class Workplace:
             "logging_steps": 1,
             "report_to": "none",
         }
-        words: list[str] = []
-        for name, value in (settings | dict(options)).items():
-            values = value if isinstance(value, list) else [value]
-            words += [] if value is None else [f"--{name}", *map(str, values)]
-        return words
+        return spelled(settings | dict(options))
 
     def settings(self, values: Mapping[str, Any] | None = None, **changes: Any) -> Path:
         """A settings file; the features are the workplace's where the method needs some."""
@@ -166,17 +167,12 @@ class Workplace:
 
     def train(self, options: Mapping[str, Any] | None = None, settings: Path | None = None, main: Any = None) -> Run:
         """One training in this process, by what `swift sft` calls."""
-        from swift.arguments import SftArguments
         from swift.pipelines import sft_main
 
         run = self.new_run()
         environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_SETTINGS"}
         try:
-            with (
-                # ms-swift lets packed rows only to flash attention, which no CPU has; sdpa masks by position ids.
-                mock.patch.object(SftArguments, "_check_padding_free", _pack_without_flash_attention),
-                mock.patch.dict(os.environ, environment | self.environment(run, settings), clear=True),
-            ):
+            with mock.patch.dict(os.environ, environment | self.environment(run, settings), clear=True):
                 (main or sft_main)(self.command(run, options or {}))
         finally:
             # ms-swift replaces this function for the whole process, with the kind of checkpointing of its first run.
@@ -186,23 +182,35 @@ class Workplace:
         return run
 
     def by_command(
-        self, options: Mapping[str, Any], settings: Path | None, processes: int | None = None
+        self,
+        options: Mapping[str, Any],
+        settings: Path | None,
+        processes: int | None = None,
+        recipe: Path | None = None,
     ) -> tuple[Run, subprocess.CompletedProcess[str]]:
-        """`swift sft ...` as a user types it."""
+        """`swift sft ...` as a user types it; with a recipe, `options` override its keys."""
         run = self.new_run()
         environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_SETTINGS"}
         environment |= self.environment(run, settings) | {"PYTHONPATH": str(HERE.parents[2])}
         if processes is not None:
             environment |= {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port())}
-        words = [str(Path(sys.executable).parent / "swift"), "sft", *self.command(run, options)]
-        done = subprocess.run(
-            words, env=environment, cwd=self.folder, capture_output=True, text=True, check=False, timeout=300
+        given = (
+            self.command(run, options)
+            if recipe is None
+            else [str(recipe), *spelled({**options, "output_dir": run.folder})]
         )
+        words = [str(Path(sys.executable).parent / "swift"), "sft", *given]
+        done = subprocess.run(words, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
         return run, done
 
 
-def _pack_without_flash_attention(arguments: Any) -> None:
-    arguments.padding_free = arguments.padding_free or arguments.packing
+def spelled(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line; None leaves one out."""
+    words: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        words += [] if value is None else [f"--{name}", *map(str, values)]
+    return words
 
 
 def free_port() -> int:

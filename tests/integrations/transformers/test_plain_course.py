@@ -8,11 +8,16 @@ import sys
 
 import pytest
 import torch
-from conftest import TEXTS
 from datasets import Dataset
 from integrations.reference import case_model, make_features, make_rows, paper_callback
 from integrations.transformers.plain import make_plain
-from transformers import DataCollatorForSeq2Seq, Qwen3ForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Qwen3ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.trainer_pt_utils import LabelSmoother
 
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
@@ -168,8 +173,8 @@ class TestRefusals:
                 collator=DataCollatorForSeq2Seq(object()),
             )
 
-    def test_scripts_that_do_not_decide(self, build, features, tiny_tokenizer):
-        rows = [{"input_ids": tiny_tokenizer(text)["input_ids"]} for text in TEXTS["zh"] + TEXTS["fr"]]
+    def test_scripts_that_do_not_decide(self, build, features, tiny_tokenizer, texts):
+        rows = [{"input_ids": tiny_tokenizer(text)["input_ids"]} for text in texts["zh"] + texts["fr"]]
         rows = [{**row, "labels": row["input_ids"]} for row in rows]
         with pytest.raises(ValueError, match=r"Row 4 of the training data.*does not decide between en, zh, fr"):
             build([paper_callback(features, language="script")], rows)
@@ -190,8 +195,27 @@ class TestRefusals:
             trainer.train()
         assert_same(before, weights(trainer))
 
-    def test_a_column_beside_texts_that_the_collator_tokenizes(self, build, features, tiny_tokenizer):
-        rows = [{"text": text, "language": "en"} for text in TEXTS["en"]]
+    def test_positions_of_vision_models(self, build, features, tiny_tokenizer):
+        inner = DataCollatorForSeq2Seq(tiny_tokenizer)
+
+        def collate(rows):
+            batch = inner(rows)
+            batch["position_ids"] = torch.arange(batch["labels"].shape[1]).expand(3, *batch["labels"].shape)
+            return batch
+
+        with pytest.raises(ValueError, match=r"Position ids \[3, 2, \d+\] do not tell"):
+            build([paper_callback(features)], collator=collate).train()
+
+    def test_rows_of_several_samples_that_nothing_tells_apart(self, build, features, tiny_tokenizer, texts):
+        rows = [{"input_ids": tiny_tokenizer(text)["input_ids"]} for text in texts["zh"] + texts["ko"]]
+        callback = TokenPenaltyCallback("zh", languages=("zh", "ko"), language="script")
+        collator = DataCollatorWithFlattening(return_position_ids=False)
+        trainer = build([callback], [{**row, "labels": row["input_ids"]} for row in rows], collator=collator)
+        with pytest.raises(ValueError, match="2 samples into 1 rows without position ids"):
+            trainer.train()
+
+    def test_a_column_beside_texts_that_the_collator_tokenizes(self, build, features, tiny_tokenizer, texts):
+        rows = [{"text": text, "language": "en"} for text in texts["en"]]
         trainer = build([paper_callback(features)], rows, collator=tiny_tokenizer, remove_unused_columns=False)
         with pytest.raises(ValueError, match="Expected tokenized samples with 'input_ids'"):
             trainer.train()

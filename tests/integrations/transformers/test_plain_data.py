@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from conftest import TEXTS
 from datasets import Dataset
 from integrations.reference import (
     KeepGradients,
@@ -41,12 +40,12 @@ def model(make_model):
 
 
 @pytest.fixture
-def chats(tiny_tokenizer):
+def chats(tiny_tokenizer, texts):
     """Short answers after a long English system prompt, in ChatML, tokenized, with labels on the answer alone."""
     rows = []
     for number in range(9):
         language = SCRIPTS[number % 3]
-        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": TEXTS["en"][number % 4]}]
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": texts["en"][number % 4]}]
         prompt = tiny_tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         answer = tiny_tokenizer(ANSWERS[language] + "<|im_end|>\n")["input_ids"]
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "language": language})
@@ -166,8 +165,8 @@ def test_streams_and_data_sets_of_torch(run, chats, rule):
         assert told(read) == told(chats)
 
 
-def test_texts_that_the_collator_tokenizes(run, tiny_tokenizer, model):
-    rows = [{"text": TEXTS[language][number]} for number in range(3) for language in SCRIPTS]
+def test_texts_that_the_collator_tokenizes(run, tiny_tokenizer, texts):
+    rows = [{"text": texts[language][number]} for number in range(3) for language in SCRIPTS]
 
     def collate(rows):
         batch = tiny_tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")

@@ -13,8 +13,8 @@ from qscope_posttrain.models.capture import forward_to_layer, spliced
 from qscope_posttrain.models.layers import decoder_layers
 from qscope_posttrain.sae.activations import JumpReLU, TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.quality.fit import entry_of
 from qscope_posttrain.sae.quality.measure import measure_sae
-from qscope_posttrain.sae.quality.warnings import entry_of
 from qscope_posttrain.sae.source import SAESource
 from qscope_posttrain.sae.training import SAETrainingConfig, train_saes
 
@@ -241,7 +241,7 @@ def test_the_catalogue_knows_the_model(measure, sae, make_model, tiny_tokenizer,
     ("name", "warns"), [("Qwen/Qwen3-1.7B", True), ("/data/Qwen3-1.7B-Base/", False), ("/data/my-sft", False)]
 )
 def test_base_against_instruct_by_name(name, warns, good, sae):
-    from qscope_posttrain.sae.quality.warnings import warnings_of
+    from qscope_posttrain.sae.quality.fit import warnings_of
 
     model = {"name_or_path": name, "model_type": "qwen3", "hidden_size": 2048, "num_hidden_layers": 28}
     named = dataclasses.replace(sae, source=SAESource("/somewhere", release=RELEASE))
@@ -291,6 +291,6 @@ def test_bootstrap_of_sums_is_the_bootstrap_of_a_ratio():
     rows = np.stack([generator.normal(3, 1, 400), np.ones(400)], axis=1)
     interval = bootstrap_of_sums(rows, lambda sums: sums[..., 0] / sums[..., 1], resamples=4000)
     assert interval.estimate == pytest.approx(rows[:, 0].mean())
-    assert interval.half_width == pytest.approx(1.96 * rows[:, 0].std() / 20, rel=0.1)
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * rows[:, 0].std() / 20, rel=0.1)
     with pytest.raises(ValueError, match="not empty"):
         bootstrap_of_sums(np.zeros((0, 2)), lambda sums: sums[..., 0])

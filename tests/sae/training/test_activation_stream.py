@@ -6,7 +6,7 @@ import torch
 from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.sae.training.activation_stream import ActivationStream
 from qscope_posttrain.sae.training.config import StreamConfig
-from qscope_posttrain.sae.training.text_stream import ListSource
+from qscope_posttrain.sae.training.text_stream import list_source
 
 SMALL = StreamConfig(
     context_length=16, block_tokens=128, forward_tokens=48, buffer_dtype="float32", calibration_tokens=64
@@ -19,7 +19,7 @@ def documents(texts):
 
 
 def make(model, tokenizer, documents, config=SMALL, layers=(1, 2), batch_tokens=32):
-    return ActivationStream(model, tokenizer, ListSource(documents), layers, config, batch_tokens)
+    return ActivationStream(model, tokenizer, list_source(documents), layers, config, batch_tokens)
 
 
 @pytest.fixture(scope="module")

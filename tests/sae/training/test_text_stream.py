@@ -7,9 +7,9 @@ import pytest
 from datasets import Dataset
 
 from qscope_posttrain.sae.training.text_stream import (
-    DatasetSource,
-    FileSource,
-    ListSource,
+    dataset_source,
+    file_source,
+    list_source,
     open_source,
     packed_sequences,
 )
@@ -32,7 +32,7 @@ def words(sequence) -> str:
 
 
 def take(count: int, **options):
-    return list(islice(packed_sequences(ListSource(TEXTS), Letters(), 4, **options), count))
+    return list(islice(packed_sequences(list_source(TEXTS), Letters(), 4, **options), count))
 
 
 def test_nothing_is_lost_and_pieces_are_marked():
@@ -65,7 +65,7 @@ def test_held_out_documents_are_never_read():
 
 def test_digest_depends_on_documents_and_order():
     def digest(texts):
-        return next(islice(packed_sequences(ListSource(texts), Letters(), 4), 2, None)).end.digest
+        return next(islice(packed_sequences(list_source(texts), Letters(), 4), 2, None)).end.digest
 
     assert digest(["abcd", "efgh", "ijkl"]) == digest(["abcd", "efgh", "ijkl", "mnop"])
     assert (
@@ -97,15 +97,15 @@ def test_sources_give_the_same_documents(tmp_path):
 def test_sources_say_what_is_wrong(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: expected an object with the string 'text'"):
-        list(FileSource(tmp_path).documents())
+        list(file_source(tmp_path).documents())
     (tmp_path / "a.jsonl").write_text("{\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: not JSON"):
-        list(FileSource(tmp_path).documents())
+        list(file_source(tmp_path).documents())
     with pytest.raises(FileNotFoundError, match="no text at"):
-        FileSource(tmp_path / "nothing.txt")
+        file_source(tmp_path / "nothing.txt")
     with pytest.raises(ValueError, match=r"must be a \.txt file"):
-        FileSource(__file__)
+        file_source(__file__)
     with pytest.raises(ValueError, match="no column 'text'"):
-        DatasetSource(Dataset.from_dict({"body": ["x"]}))
+        dataset_source(Dataset.from_dict({"body": ["x"]}))
     with pytest.raises(TypeError, match="Dataset"):
         open_source(7)
