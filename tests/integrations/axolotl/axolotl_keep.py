@@ -39,7 +39,18 @@ class Keep(KeepGradients):
         torch.save({"weights": weights, "logs": state.log_history}, self.folder / f"rank_{args.process_index}_end.pt")
 
 
+def no_cuda(*devices: int) -> bool:
+    """What a build of torch for the CPU has in place of `torch.cuda.can_device_access_peer`."""
+    raise AssertionError("Torch not compiled with CUDA enabled")
+
+
 class KeepPlugin(BasePlugin):
+    def register(self, cfg) -> None:
+        # With several processes axolotl asks whether GPUs reach each other. It goes on where torch is built for the CPU,
+        # and fails where torch is built for CUDA, the only build for Python 3.12 on PyPI, and there is no driver.
+        if not torch.cuda.is_available():
+            torch.cuda.can_device_access_peer = no_cuda
+
     def post_trainer_create(self, cfg, trainer) -> None:
         # LoRA starts with one matrix of zeros, and then the other has no gradient.
         generator = torch.Generator().manual_seed(1)

@@ -30,6 +30,9 @@ SASFT: dict[str, Any] = {
     "sasft_combine": "none",
     "sasft_positions": "response",
 }
+PACKED: dict[str, Any] = {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 160}
+"""Of the eight conversations the packer makes four rows of two, since every one is longer than a third of a row and at
+most half as long; `Workplace` checks it."""
 
 
 @dataclass
@@ -69,15 +72,23 @@ class Workplace:
     def __init__(self, folder: Path, make_model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]]) -> None:
         self.folder = folder
         self.model = folder / "model"
-        self.features = folder / "features.safetensors"
         self.tokenizer = tokenizer
         self.texts = texts
         self.count = 0
-        model = case_model(make_model)
-        model.save_pretrained(self.model)
+        self.make_model = make_model
+        case_model(make_model).save_pretrained(self.model)
         tokenizer.save_pretrained(self.model)
-        make_features(model).save(self.features)
-        self.data = self.write(self.conversations())
+        self.features = self.features_of(*LANGUAGES)
+        rows = self.conversations()
+        self.data = self.write(rows)
+        for row in rows:
+            length = len(tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"])
+            assert PACKED["sequence_len"] < 3 * length <= 1.5 * PACKED["sequence_len"]
+
+    def features_of(self, *languages: str) -> Path:
+        path = self.folder / f"features_{'_'.join(languages)}.safetensors"
+        make_features(case_model(self.make_model), languages=languages).save(path)
+        return path
 
     def conversations(self, column: str | None = "language") -> list[dict[str, Any]]:
         """Eight rows in three languages, in turn; the prompts are in another one than the responses."""
@@ -85,7 +96,7 @@ class Workplace:
         for number in range(8):
             language, other = LANGUAGES[number % 3], LANGUAGES[(number + 1) % 3]
             turns = [
-                {"role": "user", "content": self.texts[other][number // 3][:18]},
+                {"role": "user", "content": self.texts[other][number // 3][:30]},
                 {"role": "assistant", "content": self.texts[language][number // 3]},
             ]
             rows.append({"messages": turns} | ({} if column is None else {column: language}))
@@ -161,24 +172,35 @@ class Workplace:
 
     def train_config(self, config: Mapping[str, Any]) -> Run:
         from axolotl.cli.args import TrainerCliArgs
-        from axolotl.cli.config import load_cfg
         from axolotl.cli.train import do_train
+
+        do_train(self.load(config), TrainerCliArgs())
+        return Run(Path(config["output_dir"]))
+
+    def evaluate(self, config: Mapping[str, Any]) -> str:
+        """One evaluation in this process, by what `axolotl evaluate` calls; returns the table that it writes."""
+        from axolotl.cli.args import TrainerCliArgs
+        from axolotl.cli.evaluate import do_evaluate
+
+        do_evaluate(self.load(config), TrainerCliArgs())
+        return (Path(config["output_dir"]) / "eval_summary.csv").read_text(encoding="utf-8")
+
+    def load(self, config: Mapping[str, Any]) -> Any:
+        """The configuration as axolotl reads and checks it."""
+        from axolotl.cli.config import load_cfg
         from axolotl.integrations.base import PluginManager
 
         gc.freeze()  # axolotl collects garbage several times a run, and the objects of pytest and of axolotl are many
         PluginManager.get_instance().plugins.clear()  # those of an earlier run; a process of axolotl has one
-        do_train(load_cfg(str(self.write_config(config))), TrainerCliArgs())
-        return Run(Path(config["output_dir"]))
+        return load_cfg(str(self.write_config(config)))
 
-    def by_command(
-        self, config: Mapping[str, Any], processes: int = 1, command: str = "train"
-    ) -> tuple[Run, subprocess.CompletedProcess[str]]:
+    def by_command(self, config: Mapping[str, Any], processes: int = 1) -> tuple[Run, subprocess.CompletedProcess[str]]:
         """`axolotl train config.yml` as a user types it."""
         path = ":".join([str(HERE), str(HERE.parents[1]), str(HERE.parents[2])])
         environment = os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"} | quiet()
         programs = Path(sys.executable).parent
         environment["PATH"] = f"{programs}:{environment['PATH']}"  # where axolotl looks for its launcher
-        words = [str(programs / "axolotl"), command, str(self.write_config(config))]
+        words = [str(programs / "axolotl"), "train", str(self.write_config(config))]
         if processes > 1:
             port = str(free_port())
             words += ["--launcher", "torchrun", "--", f"--nproc_per_node={processes}", f"--master_port={port}"]
