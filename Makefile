@@ -59,7 +59,7 @@ fuzz: $(VENV)/.installed
 	while [ $$(date +%s) -lt $$end ]; do \
 	    echo "Seed $$seed (once more: make fuzz FUZZ_SEED=$$seed FUZZ_EXAMPLES=$(FUZZ_EXAMPLES))"; \
 	    FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -x tests/attacks/test_fuzzed_headers.py \
-	        tests/attacks/test_fuzzed_files.py tests/text/test_jsonl.py \
+	        tests/attacks/test_fuzzed_files.py tests/test_jsonl.py \
 	        --hypothesis-profile=fuzz --hypothesis-seed=$$seed || exit 1; \
 	    seed=$$((seed + 1)); \
 	done

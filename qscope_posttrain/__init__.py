@@ -25,7 +25,7 @@ _HOME = {
     "KLAnchorCallback": "qscope_posttrain.sft.baselines",
     "SteeredGRPOConfig": "qscope_posttrain.rl.config",
     "SteeredGRPOTrainer": "qscope_posttrain.rl.trainer",
-    "pack_with_languages": "qscope_posttrain.sft.packing",
+    "pack_with_languages": "qscope_posttrain.sft.data.packing",
     "sasft_loss": "qscope_posttrain.sft.loss",
     "Steering": "qscope_posttrain.models.steering",
     "Window": "qscope_posttrain.models.positions",
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from qscope_posttrain.sft.baselines import KLAnchorCallback as KLAnchorCallback
     from qscope_posttrain.sft.baselines import TokenPenaltyCallback as TokenPenaltyCallback
     from qscope_posttrain.sft.callback import SASFTCallback as SASFTCallback
+    from qscope_posttrain.sft.data.packing import pack_with_languages as pack_with_languages
     from qscope_posttrain.sft.loss import sasft_loss as sasft_loss
-    from qscope_posttrain.sft.packing import pack_with_languages as pack_with_languages
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,13 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"--[a-z][\w-]*")
 LAUNCHERS = ("qscope_posttrain",)
-OTHER_PROGRAMS = ("docs/developing.md", "docs/results/README.md", "docs/results/operators.md", "docs/results/cost.md")
+OTHER_PROGRAMS = (
+    "docs/developing.md",
+    "docs/integrations.md",
+    "docs/results/README.md",
+    "docs/results/operators.md",
+    "docs/results/cost.md",
+)
 """Pages that also name options of make, benchmarks and render_docs.py outside of code blocks"""
 
 pages = pytest.mark.parametrize("page", list(PAGES))

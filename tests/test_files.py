@@ -23,14 +23,13 @@ from qscope_posttrain.endpoint.templates import PromptTemplates
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.evaluation.safety import read_safety_prompts
 from qscope_posttrain.features.feature_set import read_explanations
-from qscope_posttrain.files import check_is_file, read_lines, read_text
+from qscope_posttrain.files import check_is_file, read_json, read_jsonl, read_lines, read_text
 from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.sae.checks import read_settings
 from qscope_posttrain.sae.training.text_stream import file_source
 from qscope_posttrain.synthesis.coverage import read_relevance
 from qscope_posttrain.text.data_sets import read_file
 from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
-from qscope_posttrain.text.jsonl import read_json, read_jsonl
 
 disable_progress_bars()
 

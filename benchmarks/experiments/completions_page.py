@@ -17,9 +17,9 @@ from benchmarks.experiments.grouping import by_cell
 from benchmarks.testbed.repetition.config import PLAIN
 from benchmarks.testbed.switching.config import SFT
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import read_json, read_jsonl
 from qscope_posttrain.report.html import Example, Section, write_html
 from qscope_posttrain.report.summary import writable_folder
-from qscope_posttrain.text.jsonl import read_json, read_jsonl
 from qscope_posttrain.text.scripts import target_script
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")

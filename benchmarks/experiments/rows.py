@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserFileNotFoundError
+from qscope_posttrain.files import read_jsonl
 from qscope_posttrain.report.summary import to_json, write_text
-from qscope_posttrain.text.jsonl import read_jsonl
 
 FILE_NAME = "runs.jsonl"
 

@@ -13,10 +13,10 @@ from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, read_json
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.files import read_jsonl
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, hybrid_difference, wilson
 from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.text.jsonl import read_jsonl
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, check_distinct
 from qscope_posttrain.features.feature_set_file import FILE_NAME, read_feature_set, write_feature_set
 from qscope_posttrain.features.layer_features import LayerFeatures
+from qscope_posttrain.files import read_jsonl
 from qscope_posttrain.provenance import embedding_agreement, model_shape
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.text.jsonl import read_jsonl
 from qscope_posttrain.text.language_labels import language_hint
 
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")

@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from qscope_posttrain.errors import UserImportError, UserTypeError, UserValueError
+from qscope_posttrain.sft.data.language_ids import SCRIPT, SampleLanguage
+from qscope_posttrain.sft.data.train_data import without_effect
 from qscope_posttrain.sft.host import Host
-from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
 from qscope_posttrain.sft.settings import LossSettings
-from qscope_posttrain.sft.train_data import without_effect
 from qscope_posttrain.text.language_labels import distinct_labels
 
 try:

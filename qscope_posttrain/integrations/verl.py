@@ -30,9 +30,9 @@ from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.config import KLAnchorConfig, SASFTConfig, TokenPenaltyConfig
-from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
+from qscope_posttrain.sft.data.language_ids import SCRIPT, SampleLanguage
+from qscope_posttrain.sft.data.train_data import languages_of, without_effect
 from qscope_posttrain.sft.masks import IGNORED_LABEL, PADDING_ID
-from qscope_posttrain.sft.train_data import languages_of, without_effect
 
 _METHODS: dict[str, tuple[Any, Any]] = {
     "sasft": (SASFTConfig, SASFTCallback),

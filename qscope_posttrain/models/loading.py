@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
-from qscope_posttrain.files import check_is_file_with_data, check_plain
+from qscope_posttrain.files import check_is_file_with_data, check_plain, read_json
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.text.jsonl import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

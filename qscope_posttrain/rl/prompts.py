@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import if_many, progress
-from qscope_posttrain.sft.preparation import StandIn
+from qscope_posttrain.sft.data.preparation import StandIn
 
 PROMPT = "prompt"
 _ROWS_AT_A_TIME = 1000

@@ -18,7 +18,7 @@ from qscope_posttrain.sft.loss import Normalizer, count_in_window
 from qscope_posttrain.sft.masks import TokenBatch
 
 if TYPE_CHECKING:
-    from qscope_posttrain.sft.language_ids import SampleLanguage
+    from qscope_posttrain.sft.data.language_ids import SampleLanguage
 
 
 class AttachedRun:

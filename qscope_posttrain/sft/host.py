@@ -17,9 +17,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.models.layers import pretrained_model
-from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
-from qscope_posttrain.sft.masks import TokenBatch
-from qscope_posttrain.sft.train_data import (
+from qscope_posttrain.sft.data.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
+from qscope_posttrain.sft.data.train_data import (
     LANGUAGE_NAMES,
     TOKEN_LANGUAGES,
     LanguageCollator,
@@ -28,6 +27,7 @@ from qscope_posttrain.sft.train_data import (
     languages_of_documents,
     without_effect,
 )
+from qscope_posttrain.sft.masks import TokenBatch
 from qscope_posttrain.text.language_labels import class_names
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from qscope_posttrain.errors import (
     did_you_mean,
     library_refusals,
 )
-from qscope_posttrain.files import check_is_file, check_plain, read_csv, text_suffix
-from qscope_posttrain.text.jsonl import read_json, read_jsonl
+from qscope_posttrain.files import check_is_file, check_plain, read_csv, read_json, read_jsonl, text_suffix
 
 if TYPE_CHECKING:
     from datasets import Dataset

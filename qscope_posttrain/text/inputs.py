@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.files import bare_name, check_is_file, read_lines, text_suffix
-from qscope_posttrain.text.jsonl import read_jsonl
+from qscope_posttrain.files import bare_name, check_is_file, read_jsonl, read_lines, text_suffix
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from sft.cases import KeepGradients, case_model, make_features, make_trainer, pa
 from transformers import AutoTokenizer, DataCollatorWithFlattening
 
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
-from qscope_posttrain.sft.packing import pack_with_languages
+from qscope_posttrain.sft.data.packing import pack_with_languages
 
 
 def main(folder: Path) -> None:

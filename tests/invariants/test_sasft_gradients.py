@@ -20,7 +20,7 @@ from sft.cases import (
     with_lora,
 )
 
-from qscope_posttrain.sft.packing import pack_with_languages
+from qscope_posttrain.sft.data.packing import pack_with_languages
 
 WEIGHT = 0.5
 TOLERANCE = 1e-6

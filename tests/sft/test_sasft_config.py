@@ -11,7 +11,7 @@ from sft.cases import LANGUAGES, case_model, make_features, make_rows, make_trai
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.config import KLAnchorConfig, SASFTConfig, TokenPenaltyConfig, known_languages
-from qscope_posttrain.sft.language_ids import SampleLanguage
+from qscope_posttrain.sft.data.language_ids import SampleLanguage
 
 
 def test_integers_of_numpy_are_integers():

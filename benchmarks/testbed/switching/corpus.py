@@ -14,9 +14,8 @@ from pathlib import Path
 
 from benchmarks.testbed.switching.grammar import LANGUAGES, write_paragraphs
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.files import read_lines
+from qscope_posttrain.files import read_jsonl, read_lines
 from qscope_posttrain.provenance import text_fingerprint
-from qscope_posttrain.text.jsonl import read_jsonl
 from qscope_posttrain.text.scripts import contains_script, script_counts, target_script
 
 SPLITS = ("pre", "sft", "val", "test")

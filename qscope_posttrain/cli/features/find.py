@@ -17,13 +17,12 @@ from qscope_posttrain.cli.options import (
 from qscope_posttrain.cli.parsing.table import PROMPTS, SAMPLING, TEXT_LIST
 from qscope_posttrain.distributed import join_processes
 from qscope_posttrain.errors import UserError, UserValueError, require_extra
-from qscope_posttrain.files import read_text
+from qscope_posttrain.files import read_jsonl, read_text
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder, write_summary, write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
-from qscope_posttrain.text.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from qscope_posttrain.features.feature_set import FeatureSet

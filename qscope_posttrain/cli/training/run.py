@@ -24,12 +24,11 @@ from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load
 from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.files import check_plain
+from qscope_posttrain.files import check_plain, read_json
 from qscope_posttrain.models.loading import load_config
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.text.jsonl import read_json
 
 T = TypeVar("T")
 Made = TypeVar("Made", bound=Trainer)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from qscope_posttrain.cli.training import Rows
     from qscope_posttrain.features.feature_set import FeatureSet
-    from qscope_posttrain.sft.packing import PackingStrategy
+    from qscope_posttrain.sft.data.packing import PackingStrategy
 
 _DECLARED = (
     ("qscope_posttrain.cli.training.sft", "RunArguments"),
@@ -121,7 +121,7 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     from trl import SFTTrainer
 
     from qscope_posttrain.cli.training.run import make_trainer
-    from qscope_posttrain.sft.preparation import Preparation, is_template_file, trained_tokenizer
+    from qscope_posttrain.sft.data.preparation import Preparation, is_template_file, trained_tokenizer
 
     training = recipe.trainer_arguments()
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
@@ -164,7 +164,7 @@ def _pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
     """
     from datasets import IterableDataset
 
-    from qscope_posttrain.sft.packing import pack_with_languages
+    from qscope_posttrain.sft.data.packing import pack_with_languages
 
     training = recipe.training
     if isinstance(rows, IterableDataset):

@@ -25,11 +25,11 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
-from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
+from qscope_posttrain.sft.data.language_ids import SCRIPT, SampleLanguage
+from qscope_posttrain.sft.data.preparation import Preparation, trained_tokenizer
+from qscope_posttrain.sft.data.train_data import count_languages, without_effect
 from qscope_posttrain.sft.masks import IGNORED_LABEL
-from qscope_posttrain.sft.preparation import Preparation, trained_tokenizer
 from qscope_posttrain.sft.settings import make_callback
-from qscope_posttrain.sft.train_data import count_languages, without_effect
 from qscope_posttrain.text.language_labels import class_names
 from qscope_posttrain.text.scripts import language_code, target_script
 from qscope_posttrain.text.tokens import script_token_ids

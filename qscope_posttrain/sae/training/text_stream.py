@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
-from qscope_posttrain.files import check_is_file, read_lines, text_suffix
+from qscope_posttrain.files import check_is_file, parse_object, read_lines, text_suffix
 from qscope_posttrain.models.batches import pad_token
 from qscope_posttrain.sae.training.config import ISOLATED, SEPARATE
-from qscope_posttrain.text.jsonl import parse_object
 
 _DOCUMENTS_PER_CALL = 256
 

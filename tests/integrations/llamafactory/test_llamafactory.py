@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from qscope_posttrain.sft.attached_run import calling_trainer
 from qscope_posttrain.sft.callback import SASFTCallback
+from qscope_posttrain.sft.settings import LossSettings
 
 pytest.importorskip("llamafactory", reason="make test-llamafactory installs it")
 
@@ -233,7 +234,7 @@ def test_the_launcher(folder, features, tmp_path, processes):
         gradient_accumulation_steps=1,
         **({"ddp_backend": "gloo"} if processes > 1 else {}),
     )
-    qscope = {"features": str(tmp_path / "features.safetensors"), "weight": WEIGHT, "language": "script"}
+    qscope = {"features": str(tmp_path / "features.safetensors"), "sasft_weight": WEIGHT}
     path = tmp_path / "settings.yaml"
     path.write_text(json.dumps({**settings, "qscope": qscope}), encoding="utf-8")
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
@@ -262,5 +263,6 @@ def test_the_recipe_holds_options_that_both_know(features, tmp_path):
     _, data, training, _, _ = get_train_args({**settings, **here})
     assert data.neat_packing
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 4
-    callback = SASFTCallback(**{**qscope, "features": features, "layers": None})
-    assert callback.config.language == "script"
+    features.save(tmp_path / "features.safetensors")
+    loss = LossSettings.read({**qscope, "features": str(tmp_path / "features.safetensors")}, "recipe")
+    assert (loss.method, loss.config.language, loss.config.layers) == ("sasft", "script", (26, 27))

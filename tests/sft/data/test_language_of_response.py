@@ -11,9 +11,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SampleLanguage
-from qscope_posttrain.sft.packing import pack_with_languages
-from qscope_posttrain.sft.train_data import LanguageCollator
+from qscope_posttrain.sft.data.language_ids import NO_LANGUAGE, SampleLanguage
+from qscope_posttrain.sft.data.packing import pack_with_languages
+from qscope_posttrain.sft.data.train_data import LanguageCollator
 
 KNOWN = ("zh", "ru", "en")
 SYSTEM = "You are a helpful assistant. Think before you answer, and always be polite to the person who asks you."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import if_many, progress
-from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
+from qscope_posttrain.sft.data.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
 from qscope_posttrain.text.language_labels import distinct_labels
 

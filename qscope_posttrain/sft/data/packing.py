@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from datasets import Dataset
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.sft.language_ids import SCRIPT, LanguageRule, SampleLanguage
-from qscope_posttrain.sft.preparation import Preparation, StandIn
-from qscope_posttrain.sft.train_data import LANGUAGE_NAMES, TOKEN_LANGUAGES, languages_of
+from qscope_posttrain.sft.data.language_ids import SCRIPT, LanguageRule, SampleLanguage
+from qscope_posttrain.sft.data.preparation import Preparation, StandIn
+from qscope_posttrain.sft.data.train_data import LANGUAGE_NAMES, TOKEN_LANGUAGES, languages_of
 from qscope_posttrain.text.language_labels import class_names
 
 if TYPE_CHECKING:

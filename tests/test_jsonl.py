@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qscope_posttrain.text.jsonl import parse_jsonl, parse_object, read_jsonl, read_lines
+from qscope_posttrain.files import parse_jsonl, parse_object, read_jsonl, read_lines
 
 
 def test_blank_lines_count_and_give_nothing(tmp_path):

@@ -13,9 +13,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qscope_posttrain.kernels.penalty import feature_penalty
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.language_ids import SampleLanguage
-from qscope_posttrain.sft.packing import pack_with_languages
-from qscope_posttrain.sft.train_data import LanguageCollator
+from qscope_posttrain.sft.data.language_ids import SampleLanguage
+from qscope_posttrain.sft.data.packing import pack_with_languages
+from qscope_posttrain.sft.data.train_data import LanguageCollator
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from datasets import Dataset, IterableDataset
 from sft.cases import case_model
 from trl import SFTConfig, SFTTrainer
 
-from qscope_posttrain.sft.packing import pack_with_languages
-from qscope_posttrain.sft.preparation import trained_tokenizer
+from qscope_posttrain.sft.data.packing import pack_with_languages
+from qscope_posttrain.sft.data.preparation import trained_tokenizer
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"

@@ -11,9 +11,9 @@ from sft.cases import LANGUAGES, case_model, make_features, make_rows, make_trai
 
 from qscope_posttrain.models.scoring import find_target_tokens
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SampleLanguage
-from qscope_posttrain.sft.packing import pack_with_languages
-from qscope_posttrain.sft.train_data import count_languages
+from qscope_posttrain.sft.data.language_ids import NO_LANGUAGE, SampleLanguage
+from qscope_posttrain.sft.data.packing import pack_with_languages
+from qscope_posttrain.sft.data.train_data import count_languages
 
 BAD = {
     "None": (None, "gave None"),

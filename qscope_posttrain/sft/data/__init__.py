@@ -1,0 +1,1 @@
+"""From samples and texts to labeled tokens with their languages."""
