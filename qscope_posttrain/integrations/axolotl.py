@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserImportError, UserTypeError, UserValueError
+from qscope_posttrain.sft.data.language_ids import SCRIPT, SampleLanguage
+from qscope_posttrain.sft.data.train_data import LanguageCollator
 from qscope_posttrain.sft.host import Host
-from qscope_posttrain.sft.language_ids import SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
 from qscope_posttrain.sft.settings import LossSettings
-from qscope_posttrain.sft.train_data import LanguageCollator
 
 try:
     from axolotl.core.trainers import AxolotlTrainer

@@ -45,11 +45,16 @@ def no_cuda(*devices: int) -> bool:
 
 
 class KeepPlugin(BasePlugin):
+    # With several processes axolotl asks whether GPUs reach each other, and puts the model on the one of the rank. It goes
+    # on where torch is built for the CPU; with the CUDA build, the only one for Python 3.12 on PyPI, it fails without a
+    # driver.
     def register(self, cfg) -> None:
-        # With several processes axolotl asks whether GPUs reach each other. It goes on where torch is built for the CPU,
-        # and fails where torch is built for CUDA, the only build for Python 3.12 on PyPI, and there is no driver.
         if not torch.cuda.is_available():
             torch.cuda.can_device_access_peer = no_cuda
+
+    def load_datasets(self, cfg, preprocess=False) -> None:
+        if not torch.cuda.is_available() and cfg.world_size > 1:
+            cfg.device_map = {"": "cpu"}
 
     def post_trainer_create(self, cfg, trainer) -> None:
         # LoRA starts with one matrix of zeros, and then the other has no gradient.
