@@ -45,9 +45,9 @@ def no_cuda(*devices: int) -> bool:
 
 
 class KeepPlugin(BasePlugin):
-    # With several processes axolotl asks whether GPUs reach each other, and puts the model on the one of the rank. It goes
-    # on where torch is built for the CPU; with the CUDA build, the only one for Python 3.12 on PyPI, it fails without a
-    # driver.
+    # With several processes axolotl asks whether GPUs reach each other, and loads the model onto the GPU of the rank.
+    # Where there is none, a torch built for the CPU lets it go on after the first, and one built for CUDA, the only one
+    # on PyPI for Python 3.12, does not. Nothing lets it go on after the second but another device.
     def register(self, cfg) -> None:
         if not torch.cuda.is_available():
             torch.cuda.can_device_access_peer = no_cuda

@@ -124,6 +124,12 @@ def test_a_row_in_no_known_language(refused, workplace, language, word):
     refused(UserValueError, ["of the training data", word], config, prepared=True)
 
 
+def test_a_script_of_several_languages(refused, workplace):
+    """Latin letters are English or French, both of which the features know."""
+    config = workplace.config(SASFT | {"sasft_language": "script"})
+    refused(UserValueError, ["of the training data", "does not decide between en, zh, fr"], config, prepared=True)
+
+
 @pytest.mark.parametrize(
     "kind", ["completion", "alpaca", {"field_instruction": "messages", "field_output": "language"}]
 )
