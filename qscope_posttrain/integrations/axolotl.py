@@ -60,7 +60,7 @@ REFUSED = {
 
 
 class SASFTArgs(BaseModel):
-    """What the plug-in adds to axolotl's configuration, checked with it, before any data are prepared."""
+    """The block that the plug-in adds to axolotl's configuration, checked with it, before any data are prepared."""
 
     qscope: dict[str, Any] | None = None
 
@@ -88,13 +88,13 @@ def read_settings(block: Mapping[str, Any]) -> LossSettings:
 
 
 class SASFTPlugin(BasePlugin):
-    """What axolotl loads; see the module."""
+    """The plug-in that axolotl loads; see the module."""
 
     def get_input_args(self) -> str:
         return f"{MODULE}.{SASFTArgs.__name__}"
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Called before axolotl prepares data, which it is left to do."""
+        """Have axolotl, which calls this before it prepares the data itself, keep the column with the language."""
         if cfg.qscope is None:
             return
         settings = read_settings(cfg.qscope)
@@ -117,7 +117,7 @@ class SASFTPlugin(BasePlugin):
 
 
 class AxolotlHost(Host):
-    """axolotl's trainer of supervised fine-tuning, whose packed rows come as lists of documents."""
+    """axolotl's trainer for supervised fine-tuning, whose packed rows come as lists of documents."""
 
     def check(self) -> None:
         kind, name = type(self.trainer), type(self.callback).__name__
@@ -179,8 +179,8 @@ class PackedCollator(LanguageCollator):
         if self.documents:
             return super().__call__(examples)
         rows = examples if isinstance(examples[0], list) else [examples]
-        drop = self.drop
-        batch = self.inner([[{k: v for k, v in row.items() if k not in drop} for row in several] for several in rows])
+        kept: Any = [[{k: v for k, v in row.items() if k not in self.drop} for row in several] for several in rows]
+        batch = self.inner(kept)
         ids = torch.full_like(batch["input_ids"], PADDING_ID)
         for place, documents in enumerate(rows):
             tokens = torch.as_tensor([token for document in documents for token in document["input_ids"]])
