@@ -6,6 +6,7 @@ PEERS ?= .venv-peers
 VERL ?= .venv-verl
 LLAMAFACTORY ?= .venv-llamafactory
 SWIFT ?= .venv-swift
+AXOLOTL ?= .venv-axolotl
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 TRITON := 3.9.0
@@ -25,11 +26,11 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-verl cases fuzz lint types format \
-    house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl cases fuzz lint \
+    types format house benchmarks clean help
 help:
-	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-verl |" \
-	    "cases | fuzz | lint | types | format | house | benchmarks | clean"
+	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-axolotl |" \
+	    "test-verl | cases | fuzz | lint | types | format | house | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -137,6 +138,21 @@ $(SWIFT)/.installed: pyproject.toml .ci/swift.txt
 test-swift: $(SWIFT)/.installed
 	$(SWIFT)/bin/python -m pytest tests/integrations/swift tests/sft/test_loss_settings.py
 
+# axolotl in an environment of its own: it asks for Python 3.12, and its pins contradict ours, so the package comes
+# without its dependencies. 7 GB, most of it CUDA libraries: PyPI has no CPU build of torch for this Python.
+PYTHON_3_12 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python $(PYTHON); do \
+    $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo $$python; break; }; done)
+$(AXOLOTL)/.installed: pyproject.toml .ci/axolotl.txt
+	@test -n "$(PYTHON_3_12)" || { echo "axolotl needs Python 3.12: make test-axolotl PYTHON_3_12=/path/to/python"; exit 1; }
+	@echo "Setting up $(AXOLOTL) (7 GB; the first time takes ten minutes)"
+	@$(PYTHON_3_12) -m venv $(AXOLOTL)
+	@$(AXOLOTL)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .ci/axolotl.txt
+	@$(AXOLOTL)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-axolotl: $(AXOLOTL)/.installed
+	$(AXOLOTL)/bin/python -m pytest tests/integrations/axolotl
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -164,5 +180,5 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(VERL) build *.egg-info .pytest_cache .ruff_cache \
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(AXOLOTL) $(VERL) build *.egg-info .pytest_cache .ruff_cache \
 	    .mypy_cache .hypothesis
