@@ -37,6 +37,7 @@ class LanguageRows:
     """Mixin for a data set of verl with a `dataframe`: its rows carry the language ids of their tokens."""
 
     deciders: dict[str, SampleLanguage] | None = None  # By the name of a loss that reads languages; None: none attached
+    dataframe: Any
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         if self.deciders is None:
@@ -53,7 +54,7 @@ class LanguageRows:
 
     def example(self, item: int, decide: SampleLanguage, row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The columns of a row, and unless one of them is the language its tokens and labels."""
-        example: dict[str, Any] = self.dataframe.iloc[item].to_dict()  # type: ignore[attr-defined]
+        example: dict[str, Any] = self.dataframe.iloc[item].to_dict()
         if callable(decide.rule) or decide.rule == SCRIPT:
             row = super().__getitem__(item) if row is None else row  # type: ignore[misc]
             labels = row["input_ids"].masked_fill(row["loss_mask"] == 0, IGNORED_LABEL)
@@ -139,7 +140,7 @@ def _sample_language(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> Sample
     if rule != SCRIPT and not callable(rule) and rule in data.dataframe:
         examples: Any = [{rule: value} for value in data.dataframe[rule]]
     else:
-        examples = (data.example(i, decide) for i in range(len(data)))
+        examples = (data.example(i, decide) for i in range(len(data.dataframe)))
     if nothing := without_effect(count_languages(examples, decide), str(config.target), config.ignore_languages):
         warnings.warn(nothing, stacklevel=3)
     return decide
