@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SampleLanguage
+from qscope_posttrain.sft.language_ids import NO_LANGUAGE, SampleLanguage, response_texts
 from qscope_posttrain.sft.packing import pack_with_languages
 from qscope_posttrain.sft.train_data import LanguageCollator
 
