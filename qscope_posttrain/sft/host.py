@@ -81,7 +81,7 @@ class Host:
         loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
         if loss is not ForCausalLMLoss or getattr(model.config, "is_encoder_decoder", False):
             raise UserValueError(
-                f"{name} needs a causal language model, labeled by its own input; {type(model).__name__} is none."
+                f"{name} needs a causal language model, whose labels are its input tokens; got {type(model).__name__}."
             )
         several = trainer.args.gradient_accumulation_steps > 1 or trainer.args.world_size > 1
         by_window = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
