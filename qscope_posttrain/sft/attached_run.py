@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, MetricWindow, Step
 from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.loss import Normalizer, count_in_window
@@ -81,17 +82,19 @@ class AttachedRun:
         self.window = MetricWindow()
         self.to_log: dict[str, float] = {}
         self.steps = self.micro_batches = self.hook_calls = 0
+        self.called = False  # since the last optimizer step
         self.eligible_in_window: Tensor | None = None
 
     def count_step(self) -> None:
         """Count an optimizer step; RuntimeError where it was taken without the term."""
         self.steps += 1
-        if self.micro_batches < self.steps:
+        if not self.called:
             raise RuntimeError(
                 f"A step was taken without the loss of {type(self.callback).__name__}: this trainer's compute_loss was "
-                "replaced after the callback had attached, or its training_step does not call compute_loss. Change "
-                "compute_loss in a subclass, or before callback.attach(trainer)."
+                "replaced after the callback had attached, its training_step does not call compute_loss, or the model "
+                "was in evaluation mode. Change compute_loss in a subclass, or before callback.attach(trainer)."
             )
+        self.called = False
 
     def flush(self) -> None:
         """Turn the window into values for the trainer's log, which comes next.
@@ -170,7 +173,7 @@ class AttachedRun:
             result = original(model, dict(plain), **options)
             loss = result[0] if return_outputs else result
             layers, named = self.loss.captured(batch.labels)
-            self.micro_batches += 1
+            self.called, self.micro_batches = True, self.micro_batches + 1
             self.hook_calls += sum(capture.calls.values())
             # With PEFT the starting model of an anchor is the trained one, and its forward must not be captured.
             paused = [other for other in self.callback.captures_on(self.trainer) if other.active]
@@ -184,6 +187,7 @@ class AttachedRun:
             term, sums = self.loss.value(Step(batch, eligible, layers, named, normalizer, given))
             self.window.add(sums, loss.device)
             if config.weight > 0 or config.anchor > 0:  # else it is only measured
+                self._check_gradient(loss, term, [*layers.values(), *named.values()])
                 loss = loss + term.to(loss)
             return (loss, *result[1:]) if return_outputs else loss
         finally:
@@ -192,6 +196,17 @@ class AttachedRun:
             capture.active = False
             # The captured tensors hold the graph of the whole forward.
             capture.clear()
+
+    def _check_gradient(self, loss: Tensor, term: Tensor, captured: list[Tensor]) -> None:
+        """Refuse a term that does not act on what is trained, or only on a part of it."""
+        several = max(self.loss.capture.calls.values()) > 1 and not all(hidden.requires_grad for hidden in captured)
+        # Where the head alone is trained, a micro-batch without a penalized token has no graph.
+        if loss.requires_grad and (several or (not term.requires_grad and bool(term != 0))):
+            raise UserValueError(
+                f"{type(self.callback).__name__} would change nothing, or not all that is trained: what it reads "
+                "of the model's first forward in compute_loss has no gradient. Train parameters at or below the "
+                "layers that it reads, and run the forward of the loss before any without gradient."
+            )
 
 
 _ABSENT = object()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
@@ -71,11 +72,16 @@ class Host:
                 f"{name} does not work with nn.DataParallel, whose replicas run in threads of one process. "
                 "Launch with `accelerate launch` or torchrun, or make one GPU visible."
             )
+        if trainer.model_init is not None:
+            raise UserValueError(
+                f"{name} belongs to one model, and a trainer with model_init=... makes a new one at every train(), as "
+                "in a hyperparameter search. Give the trainer model=..., and each trial a trainer of its own."
+            )
         model: Any = pretrained_model(trainer.model)
         loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
         if loss is not ForCausalLMLoss or getattr(model.config, "is_encoder_decoder", False):
             raise UserValueError(
-                f"{name} needs a causal language model, labeled by its own input; {type(model).__name__} is none."
+                f"{name} needs a causal language model, whose labels are its input tokens; got {type(model).__name__}."
             )
         several = trainer.args.gradient_accumulation_steps > 1 or trainer.args.world_size > 1
         by_window = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
@@ -124,7 +130,7 @@ class Host:
         decide = SampleLanguage(
             config.language, self.callback.languages, config.ignore_languages, getattr(tools, "decode", None), names
         )
-        if isinstance(data, Dataset):  # a stream is read batch by batch, as it comes
+        if isinstance(data, Dataset | list | tuple):  # others are read batch by batch, as they come
             counts = self._count(data, columns, decide)
             if nothing := without_effect(counts, str(config.target), config.ignore_languages):
                 warnings.warn(nothing, stacklevel=2)
@@ -135,13 +141,13 @@ class Host:
         """Whether the labeled tokens of each document in a batch tell its language, whatever the samples hold."""
         return self.callback.config.language == SCRIPT and TOKEN_LANGUAGES not in (column_names(self.trainer) or ())
 
-    def _count(self, data: Dataset, columns: tuple[str, ...], decide: SampleLanguage) -> Counter[str]:
+    def _count(self, data: Dataset | Sequence[Any], columns: tuple[str, ...], decide: SampleLanguage) -> Counter[str]:
         if not self.by_documents and (decide.rule != SCRIPT or {TOKEN_LANGUAGES, "labels"}.intersection(columns)):
             return count_languages(data, decide)
         # Only the collator knows which tokens carry the loss.
-        collator = self._collator(decide, SCRIPT, data.column_names)
+        collator = self._collator(decide, SCRIPT, column_names(self.trainer) or dict(*data[:1]))
         counts: Counter[str] = Counter()
-        for found in each_row(data, lambda row: collator([row])[SCRIPT].unique().tolist()):
+        for found in each_row(data, lambda row: collator([dict(row)])[SCRIPT].unique().tolist()):
             counts.update([decide.languages[place] for place in found if place >= 0] or [NO_LANGUAGE])
         return counts
 
@@ -168,7 +174,14 @@ class Host:
 
     def token_batch(self, inputs: MutableMapping[str, Any], decide: SampleLanguage | None, key: str) -> TokenBatch:
         """Labels, languages and documents of a micro-batch, whose own entries stay as they are."""
-        return TokenBatch.from_inputs(inputs, None if decide is None else self.language_ids(inputs, decide, key))
+        batch = TokenBatch.from_inputs(inputs, None if decide is None else self.language_ids(inputs, decide, key))
+        shifted = inputs.get("shift_labels")
+        if shifted is not None and not torch.equal(shifted, batch.next_labels()):
+            raise UserValueError(
+                "The batch's 'shift_labels', from which the cross-entropy comes, are not its 'labels' shifted left by "
+                "one, with -100 at the end. Let the collator return labels alone."
+            )
+        return batch
 
     def model_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the starting model of an anchor is given of a batch that came to `compute_loss`, beside its labels."""

@@ -51,17 +51,20 @@ class TokenBatch:
         begun = torch.zeros_like(labels, dtype=torch.bool) if positions is None else positions == 0
         starts = begun.expand_as(labels).clone()
         starts[:, 0] = True
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:  # padding on the left
+            starts |= mask.bool() & (mask.bool().cumsum(1) == 1)
         return cls(labels, language_ids, starts)
 
     @classmethod
     def from_stacked(cls, stacked: Tensor) -> TokenBatch:
         """Read `stacked()` again."""
-        labels, language_ids, starts = stacked
+        labels, language_ids, starts = stacked.unbind(1)
         return cls(labels, language_ids, starts.bool())
 
     def stacked(self) -> Tensor:
-        """All three as one tensor `[3, batch, tokens]`, which travels in a batch like any other of its tensors."""
-        return torch.stack([self.labels, self.language_ids, self.starts.to(self.labels)])
+        """All three as one tensor `[batch, 3, tokens]`, which a trainer may slice or reorder with the batch."""
+        return torch.stack([self.labels, self.language_ids, self.starts.to(self.labels)], dim=1)
 
     def documents(self) -> Tensor:
         """The number of the document that each token is in, counted over the batch; padding goes with its row."""

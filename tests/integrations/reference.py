@@ -175,7 +175,7 @@ def row_penalty(features: FeatureSet, target=TARGET):
 def watch(trainer) -> list[dict[str, Any]]:
     """Every micro-batch that reaches `trainer.compute_loss` from now on, with what an attached callback read from it.
 
-    Call it after the callback has attached: its entry `<name>_tokens` is `[3, batch, tokens]`, the labels before the
+    Call it after the callback has attached: its entry `<name>_tokens` is `[batch, 3, tokens]`, the labels before the
     trainer cut them, the language ids, and 1 where a document starts.
     """
     seen: list[dict[str, Any]] = []
@@ -194,7 +194,7 @@ def rows_read(seen: list[dict[str, Any]], languages=LANGUAGES, name="sasft") -> 
     """The documents of watched micro-batches, each in the language that the callback took it for, None for none."""
     rows = []
     for batch in seen:
-        labels, ids, _ = batch[f"{name}_tokens"]
+        labels, ids, _ = batch[f"{name}_tokens"].unbind(1)
         positions = batch.get("text_position_ids", batch.get("position_ids"))
         whole = {"attention_mask": batch.get("attention_mask"), "position_ids": positions, "labels": labels}
         told = documents({**whole, "input_ids": ids})

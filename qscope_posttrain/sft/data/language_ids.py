@@ -169,7 +169,7 @@ def response_texts(example: Mapping[str, Any], decode: Callable[[list[int]], str
 
 
 def _response(example: Mapping[str, Any], decode: Callable[[list[int]], str] | None) -> str:
-    ids = list(example.get("input_ids") or ())
+    ids = [] if example.get("input_ids") is None else list(example["input_ids"])
     masks = [example[mask] for mask in _MASKS if example.get(mask) is not None]
     learned = [all(flags) for flags in zip(*masks, strict=False)] if masks else [True] * len(ids)
     if example.get("labels") is not None:

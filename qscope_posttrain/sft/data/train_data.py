@@ -132,6 +132,12 @@ class LanguageCollator:
         lengths = [len(example["input_ids"]) for example in examples]
         batch = self.inner(kept)
         real = _real_tokens(lengths, batch)
+        tokens = torch.cat([torch.as_tensor(example["input_ids"]) for example in examples])
+        if not torch.equal(batch["input_ids"][real], tokens.to(batch["input_ids"])):
+            raise UserValueError(
+                "The collator changes tokens, reorders samples, or pads on the left without an attention mask, so that "
+                "the language of each token is not known. Let it keep tokens and order, and return the attention mask."
+            )
         labels: Any = [None] * len(examples)
         if self.language.rule == SCRIPT and "labels" in batch:
             labels = batch["labels"][real].split(lengths)
@@ -175,7 +181,8 @@ def _real_tokens(lengths: list[int], batch: Mapping[str, Any]) -> Tensor:
         counts = real.sum(1).tolist()
         if counts != lengths:
             raise UserValueError(
-                f"The collator made rows of {counts} tokens out of samples of {lengths}; truncate before collating."
+                f"The collator made rows of {counts} tokens out of samples of {lengths}. Let it keep samples whole and "
+                "in order; truncate before collating."
             )
         return real
     if lengths == [input_ids.shape[1]] * input_ids.shape[0]:

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.data.language_ids import NO_LANGUAGE, SampleLanguage
+from qscope_posttrain.sft.data.language_ids import NO_LANGUAGE, SampleLanguage, response_texts
 from qscope_posttrain.sft.data.packing import pack_with_languages
 from qscope_posttrain.sft.data.train_data import LanguageCollator
 
@@ -234,3 +234,14 @@ def test_a_response_that_scripts_do_not_tell_is_refused_with_its_row(make_model,
 def test_a_column_that_is_called_script():
     with pytest.raises(ValueError, match="also has a column 'script'"):
         SampleLanguage("script", KNOWN)({"text": "雨", "script": "Han"})
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_rows_in_a_format_of_datasets(tiny_tokenizer, texts, form):
+    """Their columns are tensors or arrays, which have no truth value."""
+    ids = [tiny_tokenizer(texts[language][0])["input_ids"] for language in ("en", "zh")]
+    row = {"input_ids": ids[0] + ids[1], "labels": [-100] * len(ids[0]) + ids[1]}
+    (given,) = Dataset.from_list([row]).with_format(form)
+    assert SampleLanguage("script", ("en", "zh"), decode=tiny_tokenizer.decode)(given) == "zh"
+    del given["labels"]
+    assert next(response_texts(given, tiny_tokenizer.decode)).startswith(texts["en"][0][:20])
