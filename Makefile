@@ -92,7 +92,8 @@ cases: $(VENV)/.installed
 	    || { echo "no cases at $(CASES): skipped"; exit 0; }; \
 	sed -i -e 's/qscope_posttrain\.residual\.sampling/qscope_posttrain.models.generation/' \
 	    -e 's/qscope_posttrain\.residual/qscope_posttrain.models/' \
-	    -e 's/qscope_posttrain\.cli\.inputs/qscope_posttrain.text.inputs/' $(VENV)/cases/*.py; \
+	    -e 's/qscope_posttrain\.cli\.inputs/qscope_posttrain.text.inputs/' \
+	    -e 's/qscope_posttrain\.text\.language\b/qscope_posttrain.text.scripts/' $(VENV)/cases/*.py; \
 	for script in $(VENV)/cases/[0-9]*.py; do \
 	    if PYTHONPATH=.:$(VENV)/cases $(BIN)/python "$$script" >$(VENV)/case.log 2>&1; then echo "passed: $$script"; \
 	    else failed=1; echo "FAILED: $$script"; tail -n 3 $(VENV)/case.log; fi; \
