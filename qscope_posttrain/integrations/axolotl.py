@@ -141,19 +141,10 @@ class AxolotlHost(Host):
                 f"{error} (A data set of axolotl that was tokenized before must have it beside the tokens.)"
             ) from error
 
-    def train_dataloader(self, build: Callable[..., Any], decide: SampleLanguage, key: str) -> Any:
-        if not self.packed:
-            return super().train_dataloader(build, decide, key)
-        trainer, collator = self.trainer, self.trainer.data_collator  # which removes no columns from packed rows
-        trainer.data_collator = self._collator(decide, key, self.columns())
-        try:
-            return build()
-        finally:
-            trainer.data_collator = collator
-
     def _collator(self, decide: SampleLanguage, key: str, columns: Iterable[str]) -> LanguageCollator:
         if not self.packed:
             return super()._collator(decide, key, columns)
+        # axolotl removes no columns from packed rows, so that its own collator would get them.
         drop = () if self.by_documents else columns
         return PackedCollator(self.trainer.data_collator, decide, key, drop, self.by_documents)
 

@@ -116,12 +116,10 @@ class AddedLoss:
         if not self._module.training:
             return loss, metrics
         try:
-            term, sums = self._term(data)
+            loss, sums = self.loss.added_to(loss, self._step(data))
             self._window.add(sums, loss.device)
             self._micro_batches += 1
-            # A term that only measures must not even change a bit.
-            changes = self.loss.config.weight > 0 or self.loss.config.anchor > 0
-            return (loss + term.to(loss) if changes else loss), metrics
+            return loss, metrics
         finally:
             self._forget()
 
@@ -145,10 +143,8 @@ class AddedLoss:
         all_reduce(values, group=self._engine.get_data_parallel_group())
         return values
 
-    # The term
-
-    def _term(self, data: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to add, weights included, and its sums."""
+    def _step(self, data: TensorDict) -> Step:
+        """The micro-batch after the model's forward."""
         outputs = self.loss.capture.require()
         packed = tensordict_utils.get_non_tensor_data(data, "use_remove_padding", True)
         batch = self._tokens_of(data, packed, next(iter(outputs.values())).shape[:2])
@@ -163,7 +159,7 @@ class AddedLoss:
         else:
             count = self._in_window if kind == "paper" else data["batch_num_tokens"]
             normalizer = Normalizer(kind, torch.as_tensor(count), ranks, 1)
-        return self.loss.value(Step(batch, self.loss.eligible(batch), layers, named, normalizer, self._inputs))
+        return Step(batch, self.loss.eligible(batch), layers, named, normalizer, self._inputs)
 
     def _tokens_of(self, data: TensorDict, packed: bool, shape: torch.Size | None = None) -> TokenBatch:
         """Labels, languages and first tokens in the layout `[batch, tokens]` that the model got.

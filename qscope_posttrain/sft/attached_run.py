@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, MetricWindow, Step
 from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.loss import Normalizer, count_in_window
@@ -180,15 +179,10 @@ class AttachedRun:
             for other in paused:
                 other.active = False
             given = self.host.model_inputs(plain)
-            eligible, config = self.loss.eligible(batch), self.loss.config
-            normalizer = Normalizer.of(
-                self.trainer, config.normalization, batch, eligible, num_items_in_batch, self.eligible_in_window
-            )
-            term, sums = self.loss.value(Step(batch, eligible, layers, named, normalizer, given))
+            eligible, kind = self.loss.eligible(batch), self.loss.config.normalization
+            normalizer = Normalizer.of(self.trainer, kind, batch, eligible, num_items_in_batch, self.eligible_in_window)
+            loss, sums = self.loss.added_to(loss, Step(batch, eligible, layers, named, normalizer, given))
             self.window.add(sums, loss.device)
-            if config.weight > 0 or config.anchor > 0:  # else it is only measured
-                self._check_gradient(loss, term, [*layers.values(), *named.values()])
-                loss = loss + term.to(loss)
             return (loss, *result[1:]) if return_outputs else loss
         finally:
             for other in paused:
@@ -196,17 +190,6 @@ class AttachedRun:
             capture.active = False
             # The captured tensors hold the graph of the whole forward.
             capture.clear()
-
-    def _check_gradient(self, loss: Tensor, term: Tensor, captured: list[Tensor]) -> None:
-        """Refuse a term that does not act on what is trained, or only on a part of it."""
-        several = max(self.loss.capture.calls.values()) > 1 and not all(hidden.requires_grad for hidden in captured)
-        # Where the head alone is trained, a micro-batch without a penalized token has no graph.
-        if loss.requires_grad and (several or (not term.requires_grad and bool(term != 0))):
-            raise UserValueError(
-                f"{type(self.callback).__name__} would change nothing, or not all that is trained: what it reads "
-                "of the model's first forward in compute_loss has no gradient. Train parameters at or below the "
-                "layers that it reads, and run the forward of the loss before any without gradient."
-            )
 
 
 _ABSENT = object()

@@ -55,6 +55,7 @@ class AuxiliaryLoss(ABC):
         """Read and check the trainer's model; nothing is changed. `layers` are captured, by default the last."""
         model: Any = trainer.model
         self.config = config = callback.config
+        self.callback_name = type(callback).__name__
         self.model: nn.Module = model
         self.target_id = None if config.target is None else callback.languages.index(config.target)
         self.tokens: Tensor | None = None
@@ -93,6 +94,26 @@ class AuxiliaryLoss(ABC):
         return batch.eligible(self.target_id, "predicting")
 
     # Common to all
+
+    def added_to(self, loss: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` with the term, and what the window sums up. A term that only measures leaves it as it is, bit by bit.
+
+        Raises:
+            ValueError: the term does not act on what is trained, or only on a part of it.
+        """
+        term, sums = self.value(step)
+        if self.config.weight == 0 and self.config.anchor == 0:
+            return loss, sums
+        captured = [*step.layers.values(), *step.named.values()]
+        several = max(self.capture.calls.values()) > 1 and not all(hidden.requires_grad for hidden in captured)
+        # Where the head alone is trained, a micro-batch without a penalized token has no graph.
+        if loss.requires_grad and (several or (not term.requires_grad and bool(term != 0))):
+            raise UserValueError(
+                f"{self.callback_name} would change nothing, or not all that is trained: what it reads of the model's "
+                "first forward in compute_loss has no gradient. Train parameters at or below the layers that it reads, "
+                "and run the forward of the loss before any without gradient."
+            )
+        return loss + term.to(loss), sums
 
     def value(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to add to the loss, weights included, and what the window sums up."""

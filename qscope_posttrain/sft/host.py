@@ -157,6 +157,7 @@ class Host:
         The collator is wrapped and the columns are kept for this one dataloader; evaluation never sees either.
         """
         trainer, columns, collator = self.trainer, self.columns(), self.trainer.data_collator
+        trainer._set_signature_columns_if_needed()
         trainer.data_collator = self._collator(decide, key, columns)
         signature = list(trainer._signature_columns)
         trainer._signature_columns = signature + [column for column in columns if column not in signature]
