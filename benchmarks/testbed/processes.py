@@ -40,9 +40,11 @@ def run_in_parallel(work: Callable[[Task], Result], tasks: Sequence[Task], worke
             for future in as_completed(futures):
                 yield future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
             for process in multiprocessing.active_children():
-                # What runs may take minutes more; as on Ctrl-C, it ends at once, and its own processes with it.
+                # What runs may take minutes more; as on Ctrl-C, it ends at once, and its own processes with it. The
+                # pool waits for them when it is left.
                 if process.pid is not None:
                     os.kill(process.pid, signal.SIGINT)
             raise

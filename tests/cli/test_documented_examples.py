@@ -29,6 +29,11 @@ def shorter(completions, **kwargs):
     return [-float(len(completion)) for completion in completions]
 
 
+def tokenized(row, tokenizer):
+    ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+    return {"input_ids": ids, "labels": ids}
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_runs(example, world, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -61,6 +66,7 @@ def test_runs(example, world, small, tmp_path, monkeypatch):
         r"\{27: ": "{3: ",
         r"\{6: sae\}": "{3: sae}",
         r"top=32": "top=2",
+        r"=dataset,  # input_ids, labels": "=tokenized,  #",
     }.items():
         example = re.sub(pattern, text, example)
     exec(compile(example, "example", "exec"), dict(small))
@@ -70,8 +76,10 @@ def test_runs(example, world, small, tmp_path, monkeypatch):
 def small(world, texts):
     tokenizer = AutoTokenizer.from_pretrained(world.model, padding_side="left")
     x = torch.randn(64, 64)
+    dataset = load_dataset("json", data_files=world.data, split="train")
     return {
-        "dataset": load_dataset("json", data_files=world.data, split="train"),
+        "dataset": dataset,
+        "tokenized": dataset.map(lambda row: tokenized(row, tokenizer), remove_columns=["prompt", "completion"]),
         "model": AutoModelForCausalLM.from_pretrained(world.model),
         "tokenizer": tokenizer,
         "features": qp.FeatureSet.load(Path(world.features)),
