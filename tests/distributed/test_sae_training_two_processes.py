@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from free_port import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -20,10 +20,7 @@ def run(folder: Path, architecture: str, steps: int, processes: int) -> dict:
     output = folder / f"{architecture}-{processes}"
     command = [sys.executable]
     if processes > 1:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     command += [str(CASE), str(folder), str(output), architecture, str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CASE.parents[3])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from free_port import free_port
 from sft.cases import (
     KeepGradients,
     case_model,
@@ -55,12 +55,6 @@ HAND_WRITTEN = [
     "padded, accumulation 4", "padded, accumulation 1", "padding-free", "packed", "checkpointed", "reentrant",
     "plain trainer", "plain trainer, flattening", "plain trainer, checkpointed",
 ]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from free_port import free_port
 from rl.cases import LAYER, Formula, cut, ended, looping, prescribed, run_prescribed, small_model, written_gradients
 from sft.cases import relative_error
 
@@ -65,12 +65,6 @@ DYNAMIC = [name for name in CASES if CASES[name].get("dynamic_sampling")]
 def options_of(case, processes):
     options = {key: value for key, value in case.items() if key not in ("batches", "rows")}
     return {**RANDOM, **options, "per_device_train_batch_size": case["rows"] * 2 // processes}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from typing import Any
 
 import torch
@@ -98,6 +99,24 @@ def make_rows(count=8, seed=0, languages=LANGUAGES) -> list[dict[str, Any]]:
     return rows
 
 
+def one_quiet_step() -> dict[str, Any]:
+    """Arguments of a fp32 trainer on the CPU: one step at learning rate 0, without clipping."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
 class KeepGradients(TrainerCallback):
     """Copies all gradients just before the optimiser step."""
 
@@ -170,6 +189,19 @@ def row_penalty(features: FeatureSet, target=TARGET):
         return total
 
     return penalty
+
+
+def gradient_cases(make_model, weight) -> dict[str, Any]:
+    """Per kind of tuning: model, features, rows, and the gradients, loss and penalty written out by hand."""
+    rows = make_rows(8)
+    found = {}
+    for tuning in ("full", "lora"):
+        model = case_model(make_model)
+        features = make_features(model)
+        if tuning == "lora":
+            model = with_lora(model)
+        found[tuning] = model, features, rows, reference_gradients(model, rows, row_penalty(features), weight)
+    return found
 
 
 def watch(trainer) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from sft.cases import (
     KeepGradients,
     case_model,
+    gradient_cases,
     make_features,
     make_rows,
     make_trainer,
@@ -17,7 +18,6 @@ from sft.cases import (
     reference_gradients,
     relative_error,
     row_penalty,
-    with_lora,
 )
 
 from qscope_posttrain.sft.data.packing import pack_with_languages
@@ -33,16 +33,7 @@ CHECKPOINTING = {
 
 @pytest.fixture(scope="module")
 def cases(make_model):
-    """Per kind of tuning: model, features, rows, and the gradients, loss and penalty written out by hand."""
-    rows = make_rows(8)
-    found = {}
-    for tuning in ("full", "lora"):
-        model = case_model(make_model)
-        features = make_features(model)
-        if tuning == "lora":
-            model = with_lora(model)
-        found[tuning] = model, features, rows, reference_gradients(model, rows, row_penalty(features), WEIGHT)
-    return found
+    return gradient_cases(make_model, WEIGHT)
 
 
 def one_step(model, rows, callback, tokenizer, **arguments):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 from datasets import Dataset
@@ -11,8 +10,10 @@ from integrations.reference import TARGET as TARGET
 from integrations.reference import VOCABULARY as VOCABULARY
 from integrations.reference import KeepGradients as KeepGradients
 from integrations.reference import case_model as case_model
+from integrations.reference import gradient_cases as gradient_cases
 from integrations.reference import make_features as make_features
 from integrations.reference import make_rows as make_rows
+from integrations.reference import one_quiet_step
 from integrations.reference import paper_callback as paper_callback
 from integrations.reference import reference_gradients as reference_gradients
 from integrations.reference import relative_error as relative_error
@@ -24,23 +25,12 @@ from trl import SFTConfig, SFTTrainer
 def make_trainer(model, rows, callbacks=(), *, padding_free=False, **arguments: Any) -> SFTTrainer:
     """A quiet fp32 CPU trainer of one step at learning rate 0, without clipping; `arguments` override."""
     settings: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
+        **one_quiet_step(),
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
         "max_length": None,
         "padding_free": padding_free,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "seed": 0,
     }
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     processing_class = arguments.pop("processing_class")

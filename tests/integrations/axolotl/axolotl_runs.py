@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,21 +14,13 @@ from typing import Any
 
 import torch
 import yaml
-from integrations.reference import LANGUAGES, case_model, documents, make_features
+from free_port import free_port
+from integrations.frameworks import SASFT, conversations, rows_in_their_languages
+from integrations.reference import LANGUAGES, case_model, make_features
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = "qscope_posttrain.integrations.axolotl.SASFTPlugin"
 KEEP = "axolotl_keep.KeepPlugin"
-WEIGHT = 10.0
-SASFT: dict[str, Any] = {
-    "method": "sasft",
-    "sasft_target": "zh",
-    "sasft_weight": WEIGHT,
-    "sasft_readout": "encoder",
-    "sasft_scale": "raw",
-    "sasft_combine": "none",
-    "sasft_positions": "response",
-}
 PACKED: dict[str, Any] = {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 160}
 """Of the eight conversations the packer makes four rows of two, since every one is longer than a third of a row and at
 most half as long; `Workplace` checks it."""
@@ -92,15 +83,7 @@ class Workplace:
 
     def conversations(self, column: str | None = "language") -> list[dict[str, Any]]:
         """Eight rows in three languages, in turn; the prompts are in another one than the responses."""
-        rows = []
-        for number in range(8):
-            language, other = LANGUAGES[number % 3], LANGUAGES[(number + 1) % 3]
-            turns = [
-                {"role": "user", "content": self.texts[other][number // 3][:30]},
-                {"role": "assistant", "content": self.texts[language][number // 3]},
-            ]
-            rows.append({"messages": turns} | ({} if column is None else {column: language}))
-        return rows
+        return conversations(self.texts, column, prompt_length=30)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> Path:
         self.count += 1
@@ -108,16 +91,9 @@ class Workplace:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def language_of_text(self, row: Mapping[str, Any]) -> str:
-        """The language of a document by its response, which no column has told."""
-        answer = self.tokenizer.decode(row["input_ids"]).rpartition("<|im_start|>assistant\n")[2]
-        (language,) = [name for name in LANGUAGES if any(f"{text}<|im_end|>" in answer for text in self.texts[name])]
-        return language
-
     def rows_of(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The documents of micro-batches, in the language of their text."""
-        rows = [row for batch in batches for row in documents(dict(batch))]
-        return [row | {"language": self.language_of_text(row)} for row in rows]
+        return rows_in_their_languages(batches, self.tokenizer, self.texts)
 
     def config(self, block: Mapping[str, Any] | None = SASFT, **changes: Any) -> dict[str, Any]:
         """One step of eight rows at learning rate 0, without clipping; `changes` win, None removes a key."""
@@ -213,9 +189,3 @@ class Workplace:
 def quiet() -> dict[str, str]:
     """Settings for axolotl not to call home, nor to look for a GPU."""
     return {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
-from axolotl_runs import WEIGHT, Workplace, quiet
+from axolotl_runs import Workplace, quiet
+from integrations.frameworks import written_out
 
 os.environ.update(quiet())
 
@@ -19,26 +19,4 @@ def workplace(tmp_path_factory, make_model, tiny_tokenizer, texts):
 @pytest.fixture(scope="module")
 def references(workplace):
     """`references(rows, peft, weight)`: gradients, loss and penalty of a step, written out row by row."""
-    import torch
-    from integrations.reference import reference_gradients, row_penalty
-    from transformers import AutoModelForCausalLM
-
-    from qscope_posttrain.features.feature_set import FeatureSet
-
-    features = FeatureSet.load(workplace.features)
-    known = {}
-
-    def reference(rows, peft=None, weight=WEIGHT):
-        key = json.dumps([rows, peft is not None, weight])
-        if key not in known:
-            model = AutoModelForCausalLM.from_pretrained(workplace.model, dtype=torch.float32)
-            if peft is not None:
-                from peft import get_peft_model
-
-                config, state = peft
-                model = get_peft_model(model, config)
-                model.load_state_dict(state)
-            known[key] = reference_gradients(model, rows, row_penalty(features), weight)
-        return known[key]
-
-    return reference
+    return written_out(workplace.model, workplace.features)

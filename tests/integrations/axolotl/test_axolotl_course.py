@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("axolotl.integrations.base", reason="axolotl is not installed; `make test-axolotl` installs it")
 
-from axolotl_runs import PACKED, SASFT, WEIGHT
+from axolotl_runs import PACKED
+from integrations.frameworks import SASFT, WEIGHT
 from integrations.reference import LANGUAGES, relative_error, rows_read
 from test_axolotl_gradients import TOLERANCE, check
 

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("axolotl.integrations.base", reason="axolotl is not installed; `make test-axolotl` installs it")
 
-from axolotl_runs import PACKED, SASFT
+from axolotl_runs import PACKED
+from integrations.frameworks import SASFT
 from integrations.reference import documents, relative_error, rows_read
 
 TOLERANCE = 1e-6

@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("axolotl.integrations.base", reason="axolotl is not installed; `make test-axolotl` installs it")
 
-from axolotl_runs import KEEP, PLUGIN, SASFT, Run
+from axolotl_runs import KEEP, PLUGIN, Run
 from datasets import Dataset
+from integrations.frameworks import SASFT
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from integrations.circling_model import circling_model, next_logits
 
 from qscope_posttrain.rl.rollouts.copying import CopyRule, boundary_tokens
 
@@ -29,18 +30,9 @@ class Sample(SimpleNamespace):
         return self.reward
 
 
-@torch.no_grad()
-def next_logits(model, ids):
-    return model(input_ids=torch.tensor([ids])).logits[0, -1]
-
-
 @pytest.fixture(scope="module")
 def model(make_model):
-    """Each token depends on the last one alone, so that greedy text ends in a circle."""
-    model = make_model(num_hidden_layers=2, hidden_size=32, intermediate_size=48, initializer_range=0.3)
-    for layer in model.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    return model
+    return circling_model(make_model)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,23 +15,15 @@ from unittest import mock
 import torch
 import transformers.modeling_utils
 import yaml
-from integrations.reference import LANGUAGES, case_model, documents, make_features
+from free_port import free_port
+from integrations.frameworks import SASFT, conversations, rows_in_their_languages
+from integrations.reference import LANGUAGES, case_model, make_features
 
 import qscope_posttrain
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = Path(qscope_posttrain.__file__).parent / "integrations" / "swift.py"
 KEEP = HERE / "keep_gradients.py"
-WEIGHT = 10.0
-SETTINGS: dict[str, Any] = {
-    "method": "sasft",
-    "sasft_target": "zh",
-    "sasft_weight": WEIGHT,
-    "sasft_readout": "encoder",
-    "sasft_scale": "raw",
-    "sasft_combine": "none",
-    "sasft_positions": "response",
-}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -94,25 +85,11 @@ class Workplace:
 
     def conversations(self, column: str | None = "channel") -> list[dict[str, Any]]:
         """Eight rows in three languages, in turn; the prompts are in another one than the responses."""
-        rows = []
-        for number in range(8):
-            language, other = LANGUAGES[number % 3], LANGUAGES[(number + 1) % 3]
-            turns = [
-                {"role": "user", "content": self.texts[other][number // 3][:18]},
-                {"role": "assistant", "content": self.texts[language][number // 3]},
-            ]
-            rows.append({"messages": turns} | ({} if column is None else {column: language}))
-        return rows
+        return conversations(self.texts, column, prompt_length=18)
 
     def rows_of(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The documents of micro-batches of ms-swift, in the language of their text, which no column has told."""
-        known = {text: language for language in LANGUAGES for text in self.texts[language]}
-        rows = []
-        for row in (row for batch in batches for row in documents(dict(batch))):
-            answer = self.tokenizer.decode(row["input_ids"]).rpartition("<|im_start|>assistant\n")[2]
-            (language,) = [name for response, name in known.items() if f"{response}<|im_end|>" in answer]
-            rows.append(row | {"language": language})
-        return rows
+        return rows_in_their_languages(batches, self.tokenizer, self.texts)
 
     def command(self, run: Run, options: Mapping[str, Any]) -> list[str]:
         """The arguments of `swift sft`: one step of eight rows at learning rate 0, without clipping; `options` win."""
@@ -149,7 +126,7 @@ class Workplace:
 
     def settings(self, values: Mapping[str, Any] | None = None, **changes: Any) -> Path:
         """A settings file; the features are the workplace's where the method needs some."""
-        chosen = dict(SETTINGS if values is None else values) | changes
+        chosen = dict(SASFT if values is None else values) | changes
         if chosen.get("method") == "sasft":
             chosen.setdefault("features", str(self.features))
         self.count += 1
@@ -211,9 +188,3 @@ def spelled(options: Mapping[str, Any]) -> list[str]:
         values = value if isinstance(value, list) else [value]
         words += [] if value is None else [f"--{name}", *map(str, values)]
     return words
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import pytest
 import torch
 
 pytest.importorskip("swift.callbacks", reason="ms-swift is not installed here; `make test-swift` installs it")
 
-from integrations.reference import reference_gradients, relative_error, row_penalty
+from integrations.frameworks import WEIGHT, written_out
+from integrations.reference import LANGUAGES, relative_error
 from swift.loss_scale import LossScale
 from swift.loss_scale.mapping import loss_scale_map
-from swift_runs import KEEP, LANGUAGES, WEIGHT, Workplace, write_rows
-from transformers import AutoModelForCausalLM
+from swift_runs import KEEP, Workplace, write_rows
 
-from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.sft.callback import _FeaturePenalty
 
 TOLERANCE = 1e-6
@@ -47,24 +45,8 @@ def workplace(tmp_path_factory, make_model, tiny_tokenizer, texts):
 
 @pytest.fixture(scope="module")
 def references(workplace):
-    """`references(rows, adapter, weight)`: gradients, loss and penalty of the step, written out row by row."""
-    features = FeatureSet.load(workplace.features)
-    known = {}
-
-    def reference(rows, peft=None, weight=WEIGHT):
-        key = json.dumps([rows, peft is not None, weight])
-        if key not in known:
-            model = AutoModelForCausalLM.from_pretrained(workplace.model, dtype=torch.float32)
-            if peft is not None:
-                from peft import get_peft_model
-
-                config, state = peft
-                model = get_peft_model(model, config)
-                model.load_state_dict(state)
-            known[key] = reference_gradients(model, rows, row_penalty(features), weight)
-        return known[key]
-
-    return reference
+    """`references(rows, peft, weight)`: gradients, loss and penalty of the step, written out row by row."""
+    return written_out(workplace.model, workplace.features)
 
 
 def check(run, workplace, references, **options):

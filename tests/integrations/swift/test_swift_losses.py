@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("swift.callbacks", reason="ms-swift is not installed here; `make test-swift` installs it")
 
+from integrations.frameworks import WEIGHT
 from integrations.reference import relative_error
 from peft import get_peft_model
-from swift_runs import KEEP, WEIGHT, Workplace
+from swift_runs import KEEP, Workplace
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 

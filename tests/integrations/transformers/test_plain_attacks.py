@@ -9,7 +9,6 @@ import torch
 from integrations.reference import (
     LANGUAGES,
     KeepGradients,
-    case_model,
     make_features,
     make_rows,
     paper_callback,
@@ -25,16 +24,6 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Tra
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 
 WEIGHT = 4.0
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
-
-
-@pytest.fixture(scope="module")
-def features(model):
-    return make_features(model)
 
 
 @pytest.fixture

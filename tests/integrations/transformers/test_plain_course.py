@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from integrations.reference import case_model, make_features, make_rows, paper_callback
+from integrations.reference import make_rows, paper_callback
 from integrations.transformers.plain import make_plain
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -24,16 +24,6 @@ from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallbac
 from qscope_posttrain.sft.host import Host
 
 COURSE = {"max_steps": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
-
-
-@pytest.fixture(scope="module")
-def features(model):
-    return make_features(model)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from integrations.reference import (
     KeepGradients,
-    case_model,
     make_features,
     make_rows,
     paper_callback,
@@ -32,11 +31,6 @@ WEIGHT = 4.0
 SCRIPTS = ("en", "zh", "ru")
 SYSTEM = "You are a helpful assistant that answers questions as well as it can. Think before you answer."
 ANSWERS = {"en": "At noon.", "zh": "中午。", "ru": "В полдень."}
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
 
 
 @pytest.fixture

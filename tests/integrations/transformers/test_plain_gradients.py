@@ -8,14 +8,9 @@ import pytest
 import torch
 from integrations.reference import (
     KeepGradients,
-    case_model,
-    make_features,
-    make_rows,
+    gradient_cases,
     paper_callback,
-    reference_gradients,
     relative_error,
-    row_penalty,
-    with_lora,
 )
 from integrations.transformers.plain import make_plain
 from transformers import (
@@ -57,16 +52,7 @@ COLLATORS = {
 
 @pytest.fixture(scope="module")
 def cases(make_model):
-    """Per kind of tuning: model, features, rows, and the gradients, loss and penalty written out by hand."""
-    rows = make_rows(8)
-    found = {}
-    for tuning in ("full", "lora"):
-        model = case_model(make_model)
-        features = make_features(model)
-        if tuning == "lora":
-            model = with_lora(model)
-        found[tuning] = model, features, rows, reference_gradients(model, rows, row_penalty(features), WEIGHT)
-    return found
+    return gradient_cases(make_model, WEIGHT)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -10,7 +10,6 @@ from integrations.reference import (
     LANGUAGES,
     KeepGradients,
     case_model,
-    make_features,
     make_rows,
     paper_callback,
     reference_gradients,
@@ -85,16 +84,6 @@ BY_WINDOW = {
     "own compute_loss around the trainer's": {"kind": CallsSuper},
 }
 PER_MICRO_BATCH = {"own mean": OwnMean, "own mean, declared": DeclaredMean}
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
-
-
-@pytest.fixture(scope="module")
-def features(model):
-    return make_features(model)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import hydra
 import numpy as np
 import torch
 from hydra import compose, initialize_config_module
+from integrations.circling_model import circling_model, next_logits
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
@@ -42,18 +43,9 @@ class Engine:
         return TokenOutput(token_ids=ids[len(prompt_ids) :], extra_fields={})
 
 
-@torch.no_grad()
-def next_logits(model, ids):
-    return model(input_ids=torch.tensor([ids])).logits[0, -1]
-
-
 @pytest.fixture(scope="module")
 def model(make_model):
-    """Each token depends on the last one alone, so that greedy text ends in a circle."""
-    model = make_model(num_hidden_layers=2, hidden_size=32, intermediate_size=48, initializer_range=0.3)
-    for layer in model.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    return model
+    return circling_model(make_model)
 
 
 @pytest.fixture

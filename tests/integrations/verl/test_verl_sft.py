@@ -475,6 +475,15 @@ def test_verl_alone_does_not_train_without_the_loss(world):
         trainer.fit()
 
 
+def test_a_penalty_below_all_that_is_trained_is_refused(world):
+    trainer = make_trainer(world)
+    integration.attach(trainer, {**PENALTY, "features": str(world / "features.safetensors")})
+    for name, parameter in trainer.engine.module.named_parameters():
+        parameter.requires_grad_(name.endswith("model.norm.weight"))
+    with pytest.raises(ValueError, match="SASFTCallback would change nothing"):
+        fit(trainer)
+
+
 def test_a_replaced_loss_is_noticed(world):
     trainer = make_trainer(world)
     own = trainer.training_client.loss_fn
