@@ -146,15 +146,11 @@ class CausalEffect:
     """Effect of one intervention on one direction."""
 
     layer: int
-    kind: str
-    """`feature`, `control` (a random feature or direction) or `difference of means`"""
+    kind: str  # `feature`, `control` (a random feature or direction) or `difference of means`
     name: str
-    intervention: str
-    """`project out`, `subtract` or `add`"""
-    strength: float
-    """For subtract and add: length of the shift in units of the layer's median residual norm"""
-    probability: float
-    """Mean P(target tokens) under the intervention"""
+    intervention: str  # `project out`, `subtract` or `add`
+    strength: float  # For subtract and add: length of the shift in units of the layer's median residual norm
+    probability: float  # Mean P(target tokens) under the intervention
     probability_change: Interval
     """Relative change, with a bootstrap interval over texts, paired: the same texts with and without"""
     perplexity_change: Interval
@@ -165,8 +161,7 @@ class CausalReport:
     """All interventions for one target language."""
 
     target: str
-    languages: tuple[str, ...]
-    """Languages of the texts"""
+    languages: tuple[str, ...]  # Languages of the texts
     texts: int
     base_probability: float
     base_perplexity: float

@@ -42,14 +42,12 @@ class CurveSettings:
     """Numbers of generated tokens to push, one or several to try; 0 stands for all up to the end. By default a quarter
     of `sampling.max_new_tokens`: after the window the model has to hold the loop by itself."""
 
-    samples: int = 64
-    """Completions behind each point of the scan."""
+    samples: int = 64  # Completions behind each point of the scan
 
     fresh_samples: int = 256
     """Completions behind each number of the final check, drawn anew: the best of many looks better than it is."""
 
-    random_directions: int = 8
-    """Random directions that share the completions of a random point evenly."""
+    random_directions: int = 8  # Random directions that share the completions of a random point evenly
 
     single_rows: int = 3
     """Number of rows of a layer that are tried one by one, best first, besides the sum of the best two and of all."""
@@ -57,16 +55,14 @@ class CurveSettings:
     sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(top_p=1.0, batch_size=128))
     """Temperature, length, rows at a time, seed; `samples_per_prompt` is not used."""
 
-    probability_floor: float = 1e-3
-    """Tokens to which the unsteered model gives less are counted as unlikely."""
+    probability_floor: float = 1e-3  # Tokens to which the unsteered model gives less are counted as unlikely
 
     max_unlikely_share: float = 1.0
     """Largest share of unlikely tokens with which a point may be chosen: lower it for negatives near the model's own
     text, at the cost of fewer loops."""
 
     min_copies: int = MIN_COPIES
-    min_tokens: int = MIN_TOKENS
-    """Minimum size of a loop, see `text.repetition.is_endless_repetition`."""
+    min_tokens: int = MIN_TOKENS  # Minimum size of a loop, see `text.repetition.is_endless_repetition`
 
     def __post_init__(self) -> None:
         for name in ("strengths", "window_start", "window_lengths"):
@@ -99,16 +95,12 @@ class CurveSettings:
 class Trial:
     """A direction to push along, or several that share the completions, or none at all; with strength and window."""
 
-    kind: str
-    """FEATURE, RANDOM, MEANS or UNSTEERED"""
+    kind: str  # FEATURE, RANDOM, MEANS or UNSTEERED
     name: str
     layer: int | None = None
-    vectors: Tensor | None = None
-    """[directions, d_model], of unit length"""
-    norm: float = 1.0
-    """Median residual norm of the layer, the unit of strengths"""
-    rows: tuple[int, ...] = ()
-    """FEATURE: positions of its rows in the layer's features"""
+    vectors: Tensor | None = None  # [directions, d_model], of unit length
+    norm: float = 1.0  # Median residual norm of the layer, the unit of strengths
+    rows: tuple[int, ...] = ()  # FEATURE: positions of its rows in the layer's features
     strength: float = 0.0
     window_length: int = 0
 
@@ -130,14 +122,10 @@ class CurvePoint:
 
     trial: Trial
     samples: int
-    looped: int
-    """Completions in endless repetition"""
-    own: int
-    """Those that repeat a block as long as those of the model's own loops"""
-    tokens: int
-    """Generated tokens of all completions, steered or not, without end tokens"""
-    unlikely: int
-    """Those to which the unsteered model gives less than `probability_floor`"""
+    looped: int  # Completions in endless repetition
+    own: int  # Those that repeat a block as long as those of the model's own loops
+    tokens: int  # Generated tokens of all completions, steered or not, without end tokens
+    unlikely: int  # Those to which the unsteered model gives less than `probability_floor`
 
     @property
     def rate(self) -> Interval:

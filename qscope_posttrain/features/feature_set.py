@@ -38,21 +38,15 @@ class FeatureSet:
         2
     """
 
-    FILE_NAME: ClassVar[str] = FILE_NAME
-    """Name of the file in a folder that a command writes"""
+    FILE_NAME: ClassVar[str] = FILE_NAME  # Name of the file in a folder that a command writes
 
-    model: Mapping[str, Any]
-    """Identity of the model they were found on (see `provenance.model_identity`)"""
-    languages: tuple[str, ...]
-    """Languages (or classes), in the order of the statistics"""
-    layers: Mapping[int, LayerFeatures]
-    """Decoder layer (counted from 0) -> rows"""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the search that found them; JSON values"""
+    model: Mapping[str, Any]  # Identity of the model they were found on (see `provenance.model_identity`)
+    languages: tuple[str, ...]  # Languages (or classes), in the order of the statistics
+    layers: Mapping[int, LayerFeatures]  # Decoder layer (counted from 0) -> rows
+    settings: Mapping[str, Any] = field(default_factory=dict)  # Settings of the search that found them; JSON values
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """SAE sources and hashes, fingerprint of the texts, versions; JSON values"""
-    explanations: tuple[Explanation, ...] = ()
-    """Explanations of some of the features (see `explain`)"""
+    explanations: tuple[Explanation, ...] = ()  # Explanations of some of the features (see `explain`)
 
     def __post_init__(self) -> None:
         missing = [key for key in IDENTITY_KEYS if key not in self.model]

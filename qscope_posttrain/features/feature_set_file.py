@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 FORMAT = "qscope_posttrain.feature_set"
 VERSION = 1
 FILE_NAME = "features.safetensors"
-MAX_BYTES = 2 * 1024**3
-"""A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated."""
+MAX_BYTES = 2 * 1024**3  # A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated
 DOCUMENT_KEYS = {"version", "model", "languages", "settings", "provenance", "layers"}
 EXPLANATIONS = "explanations"
 """The one key that may be absent: files from before there were explanations are read, and stay as they were."""

@@ -40,8 +40,7 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 class LayerStatistics(LayerSums):
     """The finished sums of one layer, on the CPU. L languages, d = d_model, S = d_sae."""
 
-    median_norm: float
-    """Median L2 norm of the residual vectors in the calibration sample"""
+    median_norm: float  # Median L2 norm of the residual vectors in the calibration sample
 
     @property
     def mean_residual(self) -> Tensor:
@@ -82,12 +81,10 @@ class LayerStatistics(LayerSums):
 class PassStatistics:
     """Statistics of one pass, with its model, texts and settings."""
 
-    model: Mapping[str, Any]
-    """Identity of the model (see `provenance.model_identity`)"""
+    model: Mapping[str, Any]  # Identity of the model (see `provenance.model_identity`)
     languages: tuple[str, ...]
     layers: Mapping[int, LayerStatistics]
-    texts: Tensor
-    """[L] int64: texts read"""
+    texts: Tensor  # [L] int64: texts read
     skipped: Tensor
     """[L] int64: tokens before the first that counts: the first one of a text, the context of a `TokenText`"""
     settings: Mapping[str, Any]

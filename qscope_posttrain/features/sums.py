@@ -38,18 +38,12 @@ class LayerSums:
     L languages, d = d_model, S = d_sae.
     """
 
-    tokens: Tensor
-    """[L] counted tokens"""
-    outliers: Tensor
-    """[L] tokens left out because their norm exceeds outlier_factor times the median norm"""
-    residual_sum: Tensor
-    """[L, d]"""
-    residual_second_moment: Tensor | None
-    """[L, d, d] sum of h h', or None if not requested"""
-    activation_sum: Tensor | None
-    """[L, S] sum of post-activations, or None without an SAE"""
-    firing_count: Tensor | None
-    """[L, S] tokens with a post-activation above zero, or None without an SAE"""
+    tokens: Tensor  # [L] counted tokens
+    outliers: Tensor  # [L] tokens left out because their norm exceeds outlier_factor times the median norm
+    residual_sum: Tensor  # [L, d]
+    residual_second_moment: Tensor | None  # [L, d, d] sum of h h', or None if not requested
+    activation_sum: Tensor | None  # [L, S] sum of post-activations, or None without an SAE
+    firing_count: Tensor | None  # [L, S] tokens with a post-activation above zero, or None without an SAE
 
     @classmethod
     def zeros(

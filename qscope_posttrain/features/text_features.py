@@ -40,17 +40,14 @@ class TextFeatures:
     Qwen-Scope report (with pooling "last"), or the features with h = 1 of its equation 13 (with "max" or "mean").
     """
 
-    offsets: Tensor
-    """[N + 1] int64: the entries of text n are offsets[n] .. offsets[n + 1]"""
-    indices: Tensor
-    """[entries] int32 feature ids, ascending within a text"""
+    offsets: Tensor  # [N + 1] int64: the entries of text n are offsets[n] .. offsets[n + 1]
+    indices: Tensor  # [entries] int32 feature ids, ascending within a text
     values: Tensor
     """[entries] fp32, above zero: activation at the last token, or its maximum or mean over the tokens that count"""
     d_sae: int
     tokens: Tensor
     """[N] int64: tokens behind each row; 0 where none counts (a text of one token, or of norm outliers alone)"""
-    truncated: Tensor
-    """[N] bool: the text was cut, so that its last tokens were not read"""
+    truncated: Tensor  # [N] bool: the text was cut, so that its last tokens were not read
     residual: Tensor | None = None
     """[N, d_model] fp32 residual stream, at the last token or averaged over the tokens; None if not requested"""
     median_norm: float = math.nan

@@ -27,8 +27,7 @@ MODEL_CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
-}
-"""Causal language model of transformers for each `model_type` of a text decoder, multimodal wrappers aside."""
+}  # Causal language model of transformers for each `model_type` of a text decoder, multimodal wrappers aside
 
 _TYPICAL_L0 = 100  # If no L0 is named, the available one nearest to this is taken
 
@@ -60,8 +59,7 @@ class CatalogEntry:
     """Layer -> L0s to choose from, as the repository writes them; empty where each layer has one file."""
     mean_l0: float | None = None
     """Mean number of firing latents stated for all layers of a release without TopK and without `choices`."""
-    targets: Mapping[str, int] = field(default_factory=dict, hash=False)
-    """Target L0 of those `choices` that are words."""
+    targets: Mapping[str, int] = field(default_factory=dict, hash=False)  # Target L0 of those `choices` that are words
     l0: str | None = None  # The chosen one of `choices`; None takes the most typical of each layer
 
     @property

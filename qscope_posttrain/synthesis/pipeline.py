@@ -29,8 +29,7 @@ class Response:
     """The response to a prompt in the training data."""
 
     text: str
-    kind: Kind
-    """z: whether it refuses or answers"""
+    kind: Kind  # z: whether it refuses or answers
     request_id: str
 
 
@@ -40,8 +39,7 @@ class SynthesisExample:
 
     draft: Draft
     response: Response
-    activation: float
-    """Activation of its feature, the largest over the prompt's tokens"""
+    activation: float  # Activation of its feature, the largest over the prompt's tokens
 
 
 @dataclass
@@ -49,18 +47,12 @@ class SynthesisRun:
     """Result of `synthesize`."""
 
     examples: list[SynthesisExample] = field(default_factory=list)
-    drafts: list[Draft] = field(default_factory=list)
-    """Every prompt that was written, kept or not, in order"""
-    drawn: int = 0
-    """Number of prompts asked for, each once, without further draws for unreadable answers"""
-    vanilla_drawn: int = 0
-    """Number of them that were vanilla"""
-    unfinished: tuple[FeatureId, ...] = ()
-    """Targets that the budget did not reach"""
-    stopped: str = ""
-    """Message of the budget that ended the run; empty otherwise"""
-    without: tuple[FeatureId, ...] = ()
-    """Targets worked on of which no prompt fired"""
+    drafts: list[Draft] = field(default_factory=list)  # Every prompt that was written, kept or not, in order
+    drawn: int = 0  # Number of prompts asked for, each once, without further draws for unreadable answers
+    vanilla_drawn: int = 0  # Number of them that were vanilla
+    unfinished: tuple[FeatureId, ...] = ()  # Targets that the budget did not reach
+    stopped: str = ""  # Message of the budget that ended the run; empty otherwise
+    without: tuple[FeatureId, ...] = ()  # Targets worked on of which no prompt fired
     rejected: Counter[str] = field(default_factory=Counter)
     """Verified prompts without a whole response, by the reason: "no kind", "empty", or a finish reason."""
 
@@ -76,10 +68,8 @@ class _Slot:
 
     feature: FeatureId
     kind: Kind
-    number: int
-    """Among those of its explanation and kind"""
-    style: str
-    """Style of the rewrite; empty where none is wanted"""
+    number: int  # Among those of its explanation and kind
+    style: str  # Style of the rewrite; empty where none is wanted
 
 
 def synthesize(

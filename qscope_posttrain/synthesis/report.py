@@ -38,12 +38,9 @@ class StrategyTexts:
     """The texts of one strategy, as the features that they fire."""
 
     name: str
-    hits: Mapping[str, Hits]
-    """{group of features: [texts, features]}, all groups on the same texts"""
-    requests: int | None = None
-    """Number of prompts asked for to make them; None for natural text"""
-    tokens: int | None = None
-    """Tokens of these requests and their answers"""
+    hits: Mapping[str, Hits]  # {group of features: [texts, features]}, all groups on the same texts
+    requests: int | None = None  # Number of prompts asked for to make them; None for natural text
+    tokens: int | None = None  # Tokens of these requests and their answers
 
     def __len__(self) -> int:
         return len(next(iter(self.hits.values())))

@@ -38,13 +38,10 @@ class Correlation:
     kind: Kind
     value: float
     low: float
-    high: float
-    """Percentile bootstrap over benchmarks. Too narrow for few of them: under ten or so, read the p value."""
-    p: float
-    """Two-sided, by permutation of benchmarks: of all of them where there are no more than `permutations`"""
+    high: float  # Percentile bootstrap over benchmarks. Too narrow for few of them: under ten or so, read the p value.
+    p: float  # Two-sided, by permutation of benchmarks: of all of them where there are no more than `permutations`
     benchmarks: int
-    points: int
-    """Number of benchmarks, or of pairs of them"""
+    points: int  # Number of benchmarks, or of pairs of them
 
 
 @dataclass(frozen=True)

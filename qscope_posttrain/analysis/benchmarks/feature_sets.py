@@ -19,8 +19,7 @@ from qscope_posttrain.models.batches import longest_allowed
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-ITEMS_AT_ONCE = 1024
-"""Number of items whose activations, not only feature ids, are held in memory."""
+ITEMS_AT_ONCE = 1024  # Number of items whose activations, not only feature ids, are held in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +31,12 @@ class ItemFeatures:
     """
 
     name: str
-    offsets: NDArray[np.int64]
-    """[N + 1]: the features of item n are indices[offsets[n] : offsets[n + 1]]"""
-    indices: NDArray[np.int32]
-    """[entries], distinct within an item"""
-    width: int
-    """d_sae"""
-    texts: NDArray[np.int64]
-    """[N]: equal for items with the same text, in this benchmark or between benchmarks"""
-    units: NDArray[np.int64]
-    """[N]: equal for items that are one observation: the same text, or translations of one"""
-    cut: int = 0
-    """Number of items that were too long, of which only the end was read"""
+    offsets: NDArray[np.int64]  # [N + 1]: the features of item n are indices[offsets[n] : offsets[n + 1]]
+    indices: NDArray[np.int32]  # [entries], distinct within an item
+    width: int  # d_sae
+    texts: NDArray[np.int64]  # [N]: equal for items with the same text, in this benchmark or between benchmarks
+    units: NDArray[np.int64]  # [N]: equal for items that are one observation: the same text, or translations of one
+    cut: int = 0  # Number of items that were too long, of which only the end was read
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

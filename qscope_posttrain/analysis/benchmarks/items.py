@@ -16,8 +16,7 @@ from qscope_posttrain.files import check_is_file, read_csv, read_jsonl, text_suf
 from qscope_posttrain.recipe_file import as_text, read_yaml
 from qscope_posttrain.text.data_sets import read_data_set, saved_data_set
 
-TEXT = "text"
-"""Placeholder of the item in a prompt template."""
+TEXT = "text"  # Placeholder of the item in a prompt template
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _NOT_LETTERS = regex.compile(r"[^\p{L}\p{N}]+")
@@ -32,8 +31,7 @@ class BenchmarkItems:
     units: tuple[str, ...]
     """Equal for items that are one observation, such as translations of one question; by default the plain text"""
     source: str = ""
-    prompt: str = "{text}"
-    """Already applied to `texts`"""
+    prompt: str = "{text}"  # Already applied to `texts`
 
     def plain_texts(self) -> list[str]:
         """See `plain_text`: equal for items that differ in punctuation, spaces and case only."""
@@ -47,22 +45,16 @@ class ItemSource:
     name: str
     source: str
     """`.jsonl`, `.csv` or `.tsv`, each also with `.gz`; a folder written by `datasets`; or a data set of the hub"""
-    field: str | None = None
-    """A column; in CSV and TSV also its number from 0, for files without a header"""
+    field: str | None = None  # A column; in CSV and TSV also its number from 0, for files without a header
     template: str | None = None
     """Instead of a column, a text with columns in braces, such as "{question}\\n{choices}"; lists become lines"""
     unit: str | None = None
     """A column whose value is equal for items of several benchmarks that are one observation; `#`: the row number"""
-    unit_prefix: str = ""
-    """Prefix of the unit, so that row numbers of unrelated benchmarks differ"""
-    split: str | None = None
-    """Split of a data set with several"""
-    config: str | None = None
-    """Configuration of a data set of the hub"""
-    first: int = 0
-    """Number of rows to skip at the start"""
-    limit: int | None = None
-    """Maximum number of rows"""
+    unit_prefix: str = ""  # Prefix of the unit, so that row numbers of unrelated benchmarks differ
+    split: str | None = None  # Split of a data set with several
+    config: str | None = None  # Configuration of a data set of the hub
+    first: int = 0  # Number of rows to skip at the start
+    limit: int | None = None  # Maximum number of rows
 
     def __post_init__(self) -> None:
         if (self.field is None) == (self.template is None):

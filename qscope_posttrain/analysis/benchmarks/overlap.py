@@ -109,8 +109,7 @@ class SharedItems:
     removed: bool
     """Whether they were removed from the larger benchmark before the size-matched comparison; not where too few others
     would have remained"""
-    kept: OverlapPair | None = None
-    """The size-matched pair with them, where they were removed"""
+    kept: OverlapPair | None = None  # The size-matched pair with them, where they were removed
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +120,7 @@ class Neighbor:
     nearest: str
     overlap: Interval
     next: str
-    lead: Interval
-    """Over the benchmark with the least certain lead; with Bonferroni's correction for all the others"""
+    lead: Interval  # Over the benchmark with the least certain lead; with Bonferroni's correction for all the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,12 +129,9 @@ class OverlapMatrix:
 
     names: tuple[str, ...]
     level: float
-    size: int
-    """Number of items of the size-matched parts"""
-    raw: Mapping[tuple[str, str], OverlapPair]
-    """By (first, second), both orders"""
-    matched: Mapping[tuple[str, str], OverlapPair]
-    """Both orders, and each with itself"""
+    size: int  # Number of items of the size-matched parts
+    raw: Mapping[tuple[str, str], OverlapPair]  # By (first, second), both orders
+    matched: Mapping[tuple[str, str], OverlapPair]  # Both orders, and each with itself
     shared_items: Mapping[tuple[str, str], SharedItems]
 
     def values(self, measure: Measure, matched: bool = False) -> NDArray[np.float64]:

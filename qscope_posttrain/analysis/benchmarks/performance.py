@@ -24,8 +24,7 @@ class ScoreTable:
 
     models: tuple[str, ...]
     benchmarks: tuple[str, ...]
-    scores: NDArray[np.float64]
-    """[M, benchmarks]"""
+    scores: NDArray[np.float64]  # [M, benchmarks]
 
     def __post_init__(self) -> None:
         shape = (len(self.models), len(self.benchmarks))
@@ -68,8 +67,7 @@ class PerformanceRedundancy:
     items: int
     models: int
     r: float
-    error: float
-    """Standard error over the random orders; it does not cover the choice of models"""
+    error: float  # Standard error over the random orders; it does not cover the choice of models
     repeats: int
 
 

@@ -31,8 +31,7 @@ from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 
-CURVE_POINTS = 128
-"""Subset sizes at which the curve is written down; R-hat never depends on them."""
+CURVE_POINTS = 128  # Subset sizes at which the curve is written down; R-hat never depends on them
 
 LeftOut = tuple[NDArray[np.float64], NDArray[np.int64]]
 """(statistic without each item of one benchmark [N], the unit of each item [N])"""
@@ -46,14 +45,10 @@ class SampledCurve:
     """
 
     repeats: int
-    low: NDArray[np.float64]
-    """[sizes] 2.5 % quantile"""
-    high: NDArray[np.float64]
-    """[sizes] 97.5 % quantile"""
-    r_hat: float
-    """Mean over the repeats, each one from its own curve at every n"""
-    r_hat_error: float
-    """Its standard error"""
+    low: NDArray[np.float64]  # [sizes] 2.5 % quantile
+    high: NDArray[np.float64]  # [sizes] 97.5 % quantile
+    r_hat: float  # Mean over the repeats, each one from its own curve at every n
+    r_hat_error: float  # Its standard error
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +57,18 @@ class Redundancy:
 
     name: str
     items: int
-    features: int
-    """|F(D)|"""
-    mean_features: float
-    """Mean number of features per item"""
-    empty: int
-    """Number of items that fire nothing"""
-    cut: int
-    """Number of items of which only the end was read"""
+    features: int  # |F(D)|
+    mean_features: float  # Mean number of features per item
+    empty: int  # Number of items that fire nothing
+    cut: int  # Number of items of which only the end was read
     r_hat: Interval
-    area: Interval
-    """AUC of Eq. 8. It lies between (N + 1) / 2N and 1 for any benchmark, see `measure_redundancy`."""
+    area: Interval  # AUC of Eq. 8. It lies between (N + 1) / 2N and 1 for any benchmark, see `measure_redundancy`.
     matched_size: int
     r_hat_matched: Interval
     """R-hat of a random part of `matched_size` items, which compares benchmarks of different sizes"""
-    items_for_90: int
-    """Number of random items that reach 90 % of the features on average"""
+    items_for_90: int  # Number of random items that reach 90 % of the features on average
     sizes: NDArray[np.int64]
-    coverage: NDArray[np.float64]
-    """c_n at `sizes`"""
+    coverage: NDArray[np.float64]  # c_n at `sizes`
     sampled: SampledCurve | None
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from qscope_posttrain.report.plots import Curve, Mark, heat_map, line_curves, sc
 from qscope_posttrain.report.tables import Table
 
 Action = Literal["merge", "drop", "keep", "keep (undecided)"]
-COVERED = 0.9
-"""Share of a benchmark's overlap with itself from which another one counts as covering it."""
+COVERED = 0.9  # Share of a benchmark's overlap with itself from which another one counts as covering it
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,11 @@ class Recommendation:
 
     name: str
     action: Action
-    other: str
-    """The benchmark that covers it best, relative to itself"""
+    other: str  # The benchmark that covers it best, relative to itself
     covered: Interval
     """Size-matched overlap with that one as a share of its overlap with itself; Bonferroni over the others"""
-    back: Interval
-    """The same in the other direction"""
-    lost: float
-    """Share of all its features that do not fire anywhere in the other: the loss if it is dropped"""
+    back: Interval  # The same in the other direction
+    lost: float  # Share of all its features that do not fire anywhere in the other: the loss if it is dropped
     reason: str
 
 

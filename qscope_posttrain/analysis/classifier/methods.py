@@ -27,8 +27,7 @@ from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier, ch
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, layer_slice, stack
 from qscope_posttrain.errors import UserValueError
 
-COUNTS = (1, 2, 5, 10)
-"""K of the report"""
+COUNTS = (1, 2, 5, 10)  # K of the report
 MANY = (5, 10, 20, 50)
 PENALTIES = (0.01, 0.1, 1.0)
 
@@ -40,12 +39,9 @@ class LabeledTexts:
     inputs: Mapping[str, Any]
     """"features" csr [N, sum of d_sae] and "residual" [N, layers * d_model] with the layers side by side, "tokens" csr
     [N, vocabulary] counts, "length" [N, 1] tokens"""
-    features: Mapping[int, int]
-    """{layer: width} of `inputs["features"]`"""
-    residual: Mapping[int, int]
-    """{layer: width} of `inputs["residual"]`"""
-    labels: NDArray[np.bool_]
-    """[N] whether positive"""
+    features: Mapping[int, int]  # {layer: width} of `inputs["features"]`
+    residual: Mapping[int, int]  # {layer: width} of `inputs["residual"]`
+    labels: NDArray[np.bool_]  # [N] whether positive
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -129,8 +125,7 @@ def columns_of_layer(X: Any, widths: Mapping[int, int], layer: int) -> Any:
     return X[:, layer_slice(widths, layer)]
 
 
-Grid = Callable[[LabeledTexts], Mapping[str, Sequence[Any]]]
-"""Candidate values, by parameter"""
+Grid = Callable[[LabeledTexts], Mapping[str, Sequence[Any]]]  # Candidate values, by parameter
 
 
 @dataclass(frozen=True)
@@ -138,13 +133,10 @@ class Method:
     """One way to classify."""
 
     name: str
-    reads: str
-    """Key of `LabeledTexts.inputs`"""
-    build: Callable[[LabeledTexts, int], Any]
-    """(texts, seed) -> an estimator"""
+    reads: str  # Key of `LabeledTexts.inputs`
+    build: Callable[[LabeledTexts, int], Any]  # (texts, seed) -> an estimator
     grid: Grid = field(default=lambda texts: {})
-    ranks: bool = True
-    """Whether its scores rank texts"""
+    ranks: bool = True  # Whether its scores rank texts
 
     def fit(self, texts: LabeledTexts, *, folds: int = 5, seed: int = 0) -> Any:
         """Fit the estimator with the best candidate on all of `texts`.

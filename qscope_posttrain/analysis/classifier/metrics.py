@@ -29,12 +29,9 @@ FALSE_POSITIVE_RATES = {"tpr_at_1": 0.01, "tpr_at_5": 0.05}
 class Rates(NamedTuple):
     """Firing rates of every feature, each `[features]`."""
 
-    positive: Floats
-    """Share of the positive texts on which it fires, P(h = 1 | positive)"""
-    negative: Floats
-    """Share of the negative ones"""
-    threshold: Floats
-    """Activation above which it counts as firing"""
+    positive: Floats  # Share of the positive texts on which it fires, P(h = 1 | positive)
+    negative: Floats  # Share of the negative ones
+    threshold: Floats  # Activation above which it counts as firing
 
     @property
     def difference(self) -> Floats:

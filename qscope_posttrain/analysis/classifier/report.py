@@ -22,8 +22,7 @@ from qscope_posttrain.report.tables import Table
 
 JACCARD_TOP = 10
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-REFERENCE = "logistic on the residual"
-"""The usual probe, which needs no SAE; the differences are taken against it."""
+REFERENCE = "logistic on the residual"  # The usual probe, which needs no SAE; the differences are taken against it
 CURVES = (
     "OR, layer by top1-diff", "logistic on top features", "logistic on the residual", "difference of means",
     "bag of tokens",
@@ -49,16 +48,11 @@ class ClassifierReport:
 
     sizes: Mapping[str, tuple[int, ...]]
     """By group: positive and negative discovery texts, positive and negative test texts"""
-    evaluations: Mapping[str, Mapping[str, Mapping[str, Evaluation]]]
-    """Method -> group learned on -> group tested on"""
-    choices: Mapping[str, Mapping[str, str]]
-    """Method -> group -> its choices in words"""
-    layers: Mapping[str, Sequence[LayerRow]]
-    """Group -> every layer and K on its own test texts"""
-    chosen_layers: Mapping[str, int]
-    """Group -> layer by top1-diff, from discovery texts alone"""
-    jaccard: Mapping[int, Mapping[str, float]]
-    """Layer -> pair of groups, "A/B" -> overlap of their top sets"""
+    evaluations: Mapping[str, Mapping[str, Mapping[str, Evaluation]]]  # Method -> group learned on -> group tested on
+    choices: Mapping[str, Mapping[str, str]]  # Method -> group -> its choices in words
+    layers: Mapping[str, Sequence[LayerRow]]  # Group -> every layer and K on its own test texts
+    chosen_layers: Mapping[str, int]  # Group -> layer by top1-diff, from discovery texts alone
+    jaccard: Mapping[int, Mapping[str, float]]  # Layer -> pair of groups, "A/B" -> overlap of their top sets
     curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
     """Group -> method -> share of the discovery texts -> F1 of each draw"""
 

@@ -36,10 +36,8 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 QUANTILES = 10
 """Bands of activation from which randomly drawn contexts are taken evenly, so that weak ones are tested too."""
-PER_REQUEST = 5
-"""Contexts per request to the judge"""
-SAMPLING = Sampling(temperature=0.0, max_tokens=256)
-"""Sampling of explainer and judge"""
+PER_REQUEST = 5  # Contexts per request to the judge
+SAMPLING = Sampling(temperature=0.0, max_tokens=256)  # Sampling of explainer and judge
 
 
 def explain_templates(folder: str | os.PathLike[str] | None = None) -> PromptTemplates:
@@ -53,20 +51,13 @@ class ExplainSettings:
 
     contexts: ContextSettings = field(default_factory=ContextSettings)
     """Numbers and lengths of the contexts that are kept"""
-    strongest: int = 10
-    """Strongest contexts that the explainer sees"""
-    others: int = 10
-    """Contexts of all strengths that it sees beside them"""
-    tests: int = 20
-    """Held-out contexts in which the feature fires, and as many in which it does not, for each score"""
-    methods: tuple[Method, ...] = METHODS
-    """Tests of the explanations; empty for no test"""
-    control: bool = True
-    """Score every feature by the explanation of another one too"""
-    min_texts: int = 5
-    """A feature that fires on fewer distinct texts is not explained"""
-    seed: int = 0
-    """Seed of the order of contexts and of the control"""
+    strongest: int = 10  # Strongest contexts that the explainer sees
+    others: int = 10  # Contexts of all strengths that it sees beside them
+    tests: int = 20  # Held-out contexts in which the feature fires, and as many in which it does not, for each score
+    methods: tuple[Method, ...] = METHODS  # Tests of the explanations; empty for no test
+    control: bool = True  # Score every feature by the explanation of another one too
+    min_texts: int = 5  # A feature that fires on fewer distinct texts is not explained
+    seed: int = 0  # Seed of the order of contexts and of the control
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(METHODS))

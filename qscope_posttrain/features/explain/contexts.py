@@ -33,10 +33,8 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 class Context:
     """A window of one text, with the activation of one feature at each token."""
 
-    text: int
-    """Position of the text among those that were read"""
-    ids: tuple[int, ...]
-    """Token ids of the window"""
+    text: int  # Position of the text among those that were read
+    ids: tuple[int, ...]  # Token ids of the window
     values: tuple[float, ...]
     """Activation at each of them; 0 where the feature does not fire or the token does not count"""
 
@@ -49,18 +47,12 @@ class Context:
 class ContextSettings:
     """Number and length of the contexts that are kept per feature."""
 
-    top: int = 10
-    """Texts on which it fires most strongly"""
-    sampled: int = 100
-    """Texts drawn at random from all on which it fires"""
-    absent: int = 40
-    """Windows in which it does not fire"""
-    window: int = 32
-    """Length of a context in tokens"""
-    before: int = 24
-    """Number of them before its center: the strongest token, or any where it does not fire"""
-    seed: int = 0
-    """Seed of the draws"""
+    top: int = 10  # Texts on which it fires most strongly
+    sampled: int = 100  # Texts drawn at random from all on which it fires
+    absent: int = 40  # Windows in which it does not fire
+    window: int = 32  # Length of a context in tokens
+    before: int = 24  # Number of them before its center: the strongest token, or any where it does not fire
+    seed: int = 0  # Seed of the draws
 
     def __post_init__(self) -> None:
         if min(self.top, self.sampled, self.absent) < 1:
@@ -75,16 +67,11 @@ class FeatureContexts:
 
     layer: int
     feature_id: int
-    firing_texts: int
-    """Distinct texts on which it fires"""
-    texts: int
-    """Distinct texts read"""
-    top: tuple[Context, ...]
-    """Strongest first"""
-    sampled: tuple[Context, ...]
-    """A uniform draw, in random order"""
-    absent: tuple[Context, ...]
-    """A uniform draw, in random order; all values are 0"""
+    firing_texts: int  # Distinct texts on which it fires
+    texts: int  # Distinct texts read
+    top: tuple[Context, ...]  # Strongest first
+    sampled: tuple[Context, ...]  # A uniform draw, in random order
+    absent: tuple[Context, ...]  # A uniform draw, in random order; all values are 0
 
 
 def collect_contexts(

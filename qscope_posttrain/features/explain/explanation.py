@@ -29,11 +29,9 @@ class FeatureId(NamedTuple):
 class Prediction:
     """Counts of a judge's decisions whether contexts fit an explanation."""
 
-    hits: int
-    """Positive contexts that the judge accepted"""
+    hits: int  # Positive contexts that the judge accepted
     positives: int
-    rejections: int
-    """Negative contexts that the judge rejected"""
+    rejections: int  # Negative contexts that the judge rejected
     negatives: int
 
     def __post_init__(self) -> None:
@@ -67,10 +65,8 @@ class Explanation:
     layer: int
     feature_id: int
     text: str
-    model: str
-    """Name of the model that wrote it"""
-    detection: Prediction | None = None
-    """Distinguishing contexts in which it fires from random ones"""
+    model: str  # Name of the model that wrote it
+    detection: Prediction | None = None  # Distinguishing contexts in which it fires from random ones
     fuzzing: Prediction | None = None
     """Distinguishing contexts with the firing tokens marked from contexts with other tokens marked"""
 
@@ -130,8 +126,7 @@ class Explained:
     controls: Mapping[Method, Mapping[FeatureId, Prediction]]
     """Scores of every feature with the explanation of another one: the score of unrelated words"""
     contexts: tuple[FeatureContexts, ...]
-    skipped: Mapping[FeatureId, str]
-    """Features without an explanation, and why"""
+    skipped: Mapping[FeatureId, str]  # Features without an explanation, and why
 
     def mean(self, method: Method, control: bool = False) -> Interval | None:
         """Mean balanced accuracy over features, with a bootstrap interval over them."""

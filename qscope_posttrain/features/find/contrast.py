@@ -35,8 +35,7 @@ from qscope_posttrain.text.language_labels import language_hint
 Contrast = Literal["activation", "firing_rate"]
 Strength = Literal["max", "mean"]
 RESPONSE = "response"
-CHECKED_LAYERS = 2
-"""By default the causal check covers the two deepest layers, the ones that SASFT trains on."""
+CHECKED_LAYERS = 2  # By default the causal check covers the two deepest layers, the ones that SASFT trains on
 SCORE = "monolinguality"
 
 

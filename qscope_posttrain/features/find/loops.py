@@ -21,8 +21,7 @@ from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
 
 NORMAL_PER_LOOP = 4
-PERIOD_TRIM = 0.1
-"""Share of the shortest and of the longest periods that are left out of `LoopCollection.periods`."""
+PERIOD_TRIM = 0.1  # Share of the shortest and of the longest periods that are left out of `LoopCollection.periods`
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Completion:
 class Loop(Completion):
     """A completion in endless repetition."""
 
-    tail: RepeatedTail
-    """Positions in it count from the first token of the completion."""
+    tail: RepeatedTail  # Positions in it count from the first token of the completion
 
     def text(self) -> TokenText:
         """For a statistics pass: the tail from its second copy on counts, what led into it is context."""
@@ -79,12 +77,9 @@ class LoopCollection:
     loops: tuple[Loop, ...]
     normal: tuple[Completion, ...]
     """Completions that ended by themselves without a repeated tail; not necessarily all of them"""
-    samples: int
-    """Completions examined"""
-    sampled: bool = True
-    """Whether the model was sampled for them, so that `rate` is a property of the model"""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling settings and limits; JSON values"""
+    samples: int  # Completions examined
+    sampled: bool = True  # Whether the model was sampled for them, so that `rate` is a property of the model
+    settings: Mapping[str, Any] = field(default_factory=dict)  # Sampling settings and limits; JSON values
 
     @property
     def rate(self) -> Interval | None:

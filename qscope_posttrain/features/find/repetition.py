@@ -38,11 +38,9 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 Ranking = Literal["difference", "attribution", "both"]
 BENIGN = "benign"
-REPETITION = "repetition"
-"""`settings["selector"]` of these features"""
+REPETITION = "repetition"  # `settings["selector"]` of these features
 DEFAULT_CURVE = CurveSettings()
-COPIES = 2
-"""Repeats whose probability the attribution is about."""
+COPIES = 2  # Repeats whose probability the attribution is about
 
 
 def find_repetition_features(

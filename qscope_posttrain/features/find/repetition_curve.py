@@ -36,8 +36,7 @@ ONE_STANDARD_ERROR = 0.6827
 SCAN, FRESH = "scan", "fresh"
 CHOSEN = "*"
 CURVE_KEY = "steering_curve"
-_FRESH_SEED = 7919
-"""Added to the seed for the final check."""
+_FRESH_SEED = 7919  # Added to the seed for the final check
 
 
 def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95) -> Interval:
@@ -85,13 +84,11 @@ class SteeringCurve:
     """The scan, the point chosen from it, and the same point and its controls measured again."""
 
     scan: tuple[CurvePoint, ...]
-    chosen: CurvePoint | None
-    """None when no push along a feature made anything loop"""
+    chosen: CurvePoint | None  # None when no push along a feature made anything loop
     fresh: tuple[CurvePoint, ...]
     """The chosen point, random directions, difference of means and no steering, on other prompts and random numbers"""
     settings: CurveSettings
-    periods: tuple[int, int] | None = None
-    """Shortest and longest block of a loop like the model's own; None for any"""
+    periods: tuple[int, int] | None = None  # Shortest and longest block of a loop like the model's own; None for any
 
     @property
     def specific(self) -> bool:

@@ -37,8 +37,7 @@ _ARCHITECTURES = {
     "matryoshka_batchtopk": "jumprelu",
     "jumprelu": "jumprelu",
     "gated": "gated",
-}
-"""Architecture in cfg.json -> architecture at inference. SAELens saves batch variants as JumpReLU."""
+}  # Architecture in cfg.json -> architecture at inference. SAELens saves batch variants as JumpReLU.
 _NO_SAE = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _FINETUNING = ("scaling_factor", "finetuning_scaling_factor")
 _VERSION = "6.0.0"

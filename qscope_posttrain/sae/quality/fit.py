@@ -85,8 +85,7 @@ class Fit:
     chance: float
     """FVU of an SAE of this width and sparsity on unrelated data: at the best scales, on residual vectors whose
     deviations from their mean had their coordinates shuffled and their signs flipped at random."""
-    layers: Mapping[int, float]
-    """Layer -> FVU there at the best output scale, for the layer itself and its neighbors."""
+    layers: Mapping[int, float]  # Layer -> FVU there at the best output scale, for the layer itself and its neighbors
     alignment: float
     """Mean cosine between a latent's encoder row and its direction: near 0 if the two do not belong together."""
 
