@@ -251,7 +251,7 @@ def causal_check(
 
     Args:
         texts: {language: texts}; `scoring.contrast_sample` chooses those that are read and takes `options`.
-        controls: FeatureSet of random features (see `build.random_feature_set`). Without it, and for layers it
+        controls: FeatureSet of random features (see `build.random_layer_features`). Without it, and for layers it
             lacks, `random_count` random directions take their place and are named so.
         seed: of the random directions and of the bootstrap.
     """

@@ -15,7 +15,6 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.build import (
     Sources,
     best_rows,
-    feature_set_from,
     monolinguality,
     random_layer_features,
     search,
@@ -116,7 +115,7 @@ def find_language_features(
     control_rows: dict[int, LayerFeatures] = {}
 
     def choose(passed: PassStatistics, loaded: Mapping[int, SparseAutoencoder]) -> dict[int, LayerFeatures]:
-        rows = {layer: _language_rows(passed.layers[layer], sae, languages, top) for layer, sae in loaded.items()}
+        rows = {layer: language_rows(passed.layers[layer], sae, languages, top) for layer, sae in loaded.items()}
         for layer in set(checked) & set(loaded):  # random features are drawn while their SAE is in memory
             best = rows[layer].take([languages.index(str(target)) * top] * controls)
             try:
@@ -141,20 +140,10 @@ def find_language_features(
     return replace(features, provenance={**features.provenance, "causal_check": report.to_table().to_dict()})
 
 
-def language_feature_set(
-    statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], *, top: int = 2
-) -> FeatureSet:
-    """The FeatureSet of `find_language_features`, from a pass that is already there; effects are not measured."""
-    layers = {
-        layer: _language_rows(statistics.layers[layer], sae, statistics.languages, top) for layer, sae in saes.items()
-    }
-    sources = {layer: sae.source for layer, sae in saes.items()}
-    return feature_set_from(statistics, layers, {"selector": "monolinguality", "score": SCORE, "top": top}, sources)
-
-
-def _language_rows(
+def language_rows(
     statistics: LayerStatistics, sae: SparseAutoencoder, languages: Sequence[str], top: int
 ) -> LayerFeatures:
+    """The `top` features of every language by monolinguality, grouped by language."""
     scores = monolinguality(statistics.mean_activation)
     return best_rows(statistics, sae, dict(zip(languages, scores, strict=True)), top)
 
