@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import difference_of_means, random_directions
-from qscope_posttrain.features.dose_curve import FEATURE, MEANS, RANDOM, UNSTEERED
+from qscope_posttrain.features.dose_curve import FEATURE, RANDOM, UNSTEERED, controls
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums, bootstrap_over_prompts, wilson
@@ -162,15 +161,13 @@ def dose_curve(
         raise UserValueError("a dose curve compares directions: mode must be 'add' or 'project_out'.")
     settings = settings or SamplingSettings()
     one = feature_steering(features, label=label, strength=1.0, **steering_options)
-    if random_vectors is None:
-        if random_count < 1:
-            raise UserValueError(f"random_count must be at least 1; got {random_count}.")
-        random_vectors = random_directions(torch.ones(random_count), len(one.direction), seed)
-    directions = {FEATURE: one.direction[None], RANDOM: random_vectors}
+    if random_count < 1:
+        raise UserValueError(f"random_count must be at least 1; got {random_count}.")
     rows = features.layers[one.layers[0]]
-    if len(features.languages) > 1:
-        own = features.language_index(label if label is not None else rows.labels[0])
-        directions[MEANS] = difference_of_means(rows.mean_residual, own)[None]
+    own = features.language_index(label if label is not None else rows.labels[0])
+    directions = {FEATURE: one.direction[None], **controls(rows.mean_residual, own, random_count, seed)}
+    if random_vectors is not None:
+        directions[RANDOM] = random_vectors
     templated: dict[str, Any] = {"chat": chat, "chat_template_options": chat_template_options}
     original = encode_prompts(tokenizer, prompts, **templated)
 

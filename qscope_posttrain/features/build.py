@@ -33,14 +33,8 @@ Chooser = Callable[[PassStatistics, Mapping[int, SparseAutoencoder]], dict[int, 
 def monolinguality(mean_activation: Tensor) -> Tensor:
     """nu_s^L = mu_s^L - mean over the other languages I of mu_s^I, for all features s and languages L at once.
 
-    mu_s^L is the mean post-activation over the tokens of language L; the languages in the second term count alike,
-    whatever their number of tokens (SASFT, arXiv 2507.14894, equation 7).
-
-    Args:
-        mean_activation: [L, features], at least two languages.
-
-    Returns:
-        [L, features]
+    mu_s^L, `mean_activation` [L, features], is the mean post-activation over the tokens of language L; the languages in
+    the second term count alike, whatever their number of tokens (SASFT, arXiv 2507.14894, equation 7).
     """
     if mean_activation.dim() != 2 or len(mean_activation) < 2:
         raise UserValueError(
@@ -188,8 +182,7 @@ def search(
     Args:
         settings: of the FeatureSet; `top` among them is checked against the width of every SAE before its pass.
         k: of TopK, for sources that do not say it.
-        saes_at_once: number of SAEs to load and use at a time, with one pass over the texts for each such group of
-            layers; None for all in one pass.
+        saes_at_once: number of SAEs to use at a time, with one pass over the texts for each group; None for all.
         checkpoint: see `statistics.collect_statistics`, which also takes `statistics_options`; one file per group.
     """
     layers = check_layers(model, sorted(saes))

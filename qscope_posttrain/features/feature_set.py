@@ -201,11 +201,8 @@ class FeatureSet:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with JSON metadata, atomically (a reader sees the old file or the new one).
-
-        Args:
-            path: The file, or an existing folder, in which it will be FILE_NAME.
-        """
+        """Write one safetensors file with JSON metadata, atomically (a reader sees the old file or the new one). `path`
+        is the file, or an existing folder, in which it will be FILE_NAME."""
         return write_feature_set(path, self)
 
     @classmethod

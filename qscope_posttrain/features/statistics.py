@@ -109,33 +109,23 @@ def collect_statistics(
 ) -> PassStatistics:
     """Run the model once over all texts, up to the deepest layer in `saes`, and sum up the states of its layers.
 
-    For every layer and language: the residual stream's sum and (optionally) second moment, and with an SAE the sum
-    of post-activations and the firing count of every feature. Sums are fp64, so they do not depend on the order of
-    the texts, and on the batches only through the model's own rounding.
-
-    The first token of every text (or the context of a `TokenText`) is left out, as are tokens whose residual norm
-    exceeds `outlier_factor` times the median norm of the layer; both are counted. The median comes from a calibration
-    sample that is chosen by a hash of the texts' content, whatever the order, the batches and the number of processes.
+    Sums are fp64: they do not depend on the order of the texts, and on the batches only through the model's rounding.
+    Left out and counted are the first token of every text (or the context of a `TokenText`), and tokens whose residual
+    norm exceeds `outlier_factor` times the layer's median, which comes from a sample chosen by a hash of the texts.
 
     With torch.distributed initialized, every process must call this with the same arguments and a whole copy of the
     model; it reads its share of the batches, and all of them return the sums over all processes.
 
     Args:
-        texts: {language: texts}. Strings, to which the tokenizer adds its own special tokens; or token ids as they
-            are (`batches.TokenText` to count only those behind some context).
+        texts: {language: texts}: strings, to which the tokenizer adds its own special tokens, or token ids as they are.
         saes: {layer: SAE}, layers counted from 0; None to measure the residual stream only.
         tokens_per_batch: tokens in a forward pass, padding included.
         max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
         ignored_tokens: token ids that do not count wherever they stand, for example the most frequent ones.
         second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes per layer.
         max_sums_gib: refuse to start when the sums of all layers need more than this, in GiB.
-        checkpoint: file for the sums, written every `checkpoint_every` batches (one per process, with the rank in its
-            name). A pass with the same model, texts, SAEs and settings resumes from it; any other starts from the
-            beginning and reports it. Deleted at the end.
-
-    Raises:
-        TypeError: `texts` is not a mapping of lists of strings or token ids, or the tokenizer is none.
-        ValueError: empty language, layer out of range, SAE of another width or layer, sums too large.
+        checkpoint: file for the sums, written every `checkpoint_every` batches (with several processes one each). The
+            same pass resumes from it; any other starts from the beginning and reports it. Deleted at the end.
     """
     languages = check_texts(texts)
     layers = check_layers(model, sorted(saes))
@@ -154,12 +144,8 @@ def collect_statistics(
     sample, rest = (
         token_batches(part, tokens_per_batch, pad_token(tokenizer)) for part in calibration_sample(sequences)
     )
-    settings: dict[str, Any] = {
-        "tokens_per_batch": tokens_per_batch,
-        "max_length": max_length,
-        "outlier_factor": outlier_factor,
-        "second_moments": second_moments,
-    }
+    settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "max_length": max_length}
+    settings |= {"outlier_factor": outlier_factor, "second_moments": second_moments}
     if ignored_tokens:
         settings["ignored_tokens"] = sorted(ignored_tokens)
     rank, processes = process_rank()
@@ -209,25 +195,22 @@ def collect_statistics(
 
 
 def _check_sae(layer: int, sae: SparseAutoencoder | None, d_model: int) -> None:
-    if sae is None:
-        return
-    if sae.d_model != d_model:
+    if sae is not None and sae.d_model != d_model:
         raise UserValueError(
             f"The SAE for layer {layer} has d_model {sae.d_model}, the model's hidden size is {d_model}: "
             "it belongs to another model."
         )
-    if sae.layer is not None and sae.layer != layer:
+    if sae is not None and sae.layer not in (None, layer):
         raise UserValueError(f"The SAE given for layer {layer} was trained on layer {sae.layer}.")
 
 
 def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequence[str]) -> LayerStatistics:
-    counted = sums.tokens.cpu()
-    for language, tokens in zip(languages, counted.tolist(), strict=True):
-        if tokens == 0:
-            raise UserValueError(
-                f"Layer {layer}: every token of language {language!r} was left out as a norm outlier. Give more text, "
-                "or raise outlier_factor."
-            )
+    empty = [language for language, tokens in zip(languages, sums.tokens.tolist(), strict=True) if tokens == 0]
+    if empty:
+        raise UserValueError(
+            f"Layer {layer}: every token of language {empty[0]!r} was left out as a norm outlier. Give more text, or "
+            "raise outlier_factor."
+        )
     values: dict[str, Any] = dict.fromkeys(field.name for field in fields(sums))
     values |= {name: value.cpu() for name, value in sums.tensors().items()}
     return LayerStatistics(**values, median_norm=median_norm)

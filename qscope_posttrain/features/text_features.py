@@ -83,23 +83,16 @@ def collect_text_features(
     median_norms: Mapping[int, float] | None = None,
     show_progress: bool | None = None,
 ) -> dict[int, TextFeatures]:
-    """Run the model once over `texts`, up to the deepest layer in `saes`, and pool what fires on each of them.
+    """Run the model once over `texts`, and pool what fires on each of them: {layer: TextFeatures}, in their order.
 
-    The tokens that count are those of `statistics.collect_statistics`. With pooling "last" a text whose last token is a
-    norm outlier has an empty row. Memory: 8 bytes per entry, at most k entries per text with pooling "last", at most
-    tokens * k otherwise. With torch.distributed initialized every process must call this with the same arguments; each
-    reads its share, and all return everything.
+    The tokens that count, and the arguments not named here, are those of `statistics.collect_statistics`, also with
+    several processes; all return everything. With pooling "last" a text whose last token is a norm outlier has an empty
+    row. Memory: 8 bytes per entry, at most k entries per text with pooling "last", at most tokens * k otherwise.
 
     Args:
-        texts: strings, token ids, or `TokenText`s that count from some position on.
-        saes: {layer: SAE}, layers counted from 0.
         pooling: "last" token, "max" or "mean" over the tokens that count.
         residual: keep the residual stream too, pooled alike (the mean, for "max"): the input of a linear probe.
-        max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
         median_norms: {layer: norm} measured before, so that a text's row does not depend on the texts beside it.
-
-    Returns:
-        {layer: TextFeatures}, rows in the order of `texts`.
     """
     require_extra("analysis")
     if pooling not in get_args(Pooling):

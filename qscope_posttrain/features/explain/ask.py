@@ -83,14 +83,9 @@ def explain_features(
 ) -> Explained:
     """Explain the features `feature_ids` {layer: ids} and test the explanations.
 
-    One pass over the texts (see `contexts.collect_contexts`, which takes `pass_options`), one request for each
-    explanation, and 2 * tests / 5 for each method, as many again for the control.
-
-    Args:
-        texts: natural text in which the features occur.
-        session: the chat model that explains.
-        judge: the chat model that decides on the held-out contexts; by default the explainer, in separate requests.
-        templates: see `explain_templates`.
+    One pass over the texts (see `contexts.collect_contexts`, which takes `pass_options`), one request to `session` for
+    each explanation, and for each method 2 * tests / 5 to `judge` (by default the same model, in separate requests),
+    as many again for the control.
     """
     settings = settings or ExplainSettings()
     templates = templates or explain_templates()

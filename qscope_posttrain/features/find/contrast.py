@@ -56,13 +56,10 @@ def find_language_features(
 ) -> FeatureSet:
     """Find the `top` features of every language in every layer, by monolinguality, in one pass over the texts.
 
-    The FeatureSet holds, per layer, the rows grouped by language (best first) and the exact mean and covariance of
-    their encoder and decoder readouts in every language.
-
-    With a `target`, the effect of its rows on log P(target's tokens) is measured as well (one forward and backward
-    pass over a sample), and with `causal` its directions are ablated and added in `causal_layers`, next to random
-    features and the difference of means. That table is kept in `provenance["causal_check"]`, in the form of
-    `report.tables.Table.to_dict`; `causal.causal_check` gives it as an object.
+    Per layer the rows are grouped by language, best first. With a `target`, the effect of its rows on log P(target's
+    tokens) is measured as well (one forward and backward pass over a sample), and with `causal` its directions are
+    ablated and added in `causal_layers`, next to random features and the difference of means: see
+    `provenance["causal_check"]`, a `Table.to_dict`.
 
     Memory: the second moments behind the covariances take languages * d_model^2 * 8 bytes per layer, 0.7 GiB for 5
     languages at width 4096. `saes_at_once` bounds them and the SAEs in memory; `second_moments=False` does without.
@@ -163,20 +160,14 @@ def find_contrastive_features(
 ) -> FeatureSet:
     """The `top` features of each layer that are stronger in `positive` than in `negative` (Qwen-Scope, section 3).
 
-    The score of feature s is the difference of a mean over tokens,
-
-        activation   mean of f_s in positive - mean of f_s in negative
-        firing_rate  share of tokens with f_s > 0 in positive - share in negative
-
-    so that "activation" prefers features that fire strongly, "firing_rate" those that fire often. First tokens and norm
-    outliers do not count. `pass_options` are those of `build.search` and `statistics.collect_statistics`.
-
     Args:
-        positive, negative: strings, token ids, or `TokenText`s that count from some position on.
-        saes: {layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0.
+        by: score of feature s: "activation", mean of f_s over the tokens of positive minus that of negative, prefers
+            features that fire strongly; "firing_rate", the same of the share of tokens with f_s > 0, prefers those that
+            fire often.
         names: labels of the two sets in the FeatureSet; rows carry the first.
         common_tokens: number of token ids to ignore, the most frequent of both sets (see `most_common_tokens`): the
             effect of a comma or an article on a feature says nothing about either set.
+        pass_options: those of `build.search` and `statistics.collect_statistics`.
     """
     if by not in get_args(Contrast):
         raise UserValueError(f"by must be one of {', '.join(get_args(Contrast))}; got {by!r}.")
@@ -201,10 +192,8 @@ def find_contrastive_features(
 def most_common_tokens(
     model: nn.Module, tokenizer: Any, texts: Mapping[str, Sequence[Text]], count: int, max_length: int = 512
 ) -> frozenset[int]:
-    """The `count` token ids that are most frequent in all sets: ranked by the lowest of their shares of a set's tokens.
-
-    A token that is frequent in one set alone distinguishes the sets, and stays.
-    """
+    """The `count` token ids that are most frequent in all sets, ranked by the lowest of their shares of a set's tokens:
+    a token that is frequent in one set alone distinguishes the sets."""
     if count < 0:
         raise UserValueError(f"common_tokens must be 0 or more; got {count}.")
     shares: list[dict[int, float]] = []

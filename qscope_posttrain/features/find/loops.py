@@ -133,16 +133,14 @@ def collect_loops(
     chat_template_options: Mapping[str, Any] | None = None,
     show_progress: bool | None = None,
 ) -> LoopCollection:
-    """Sample until `wanted` completions loop (see `text.repetition.is_endless_repetition`), or give up.
+    """Sample until `wanted` completions loop (see `text.repetition.is_endless_repetition`), or `max_samples` are drawn.
 
-    Prompts are taken in turn, one sample each, again and again with other random numbers, a batch at a time. Finding
-    fewer loops than wanted is reported with the number and the rate; finding none is an error.
+    Prompts (see `models.generation.generate_samples`, also for `chat` and its options) are taken in turn, one sample
+    each, again and again with other random numbers, a batch at a time. Finding fewer loops than wanted is reported with
+    the number and the rate; finding none is an error.
 
     Args:
-        prompts: texts or chats, see `models.generation.generate_samples`, also for `chat` and its options.
-        max_samples: maximum number of completions to draw.
-        normal: ordinary completions (ended by themselves, without a repeated tail) to keep; by default four times
-            `wanted`.
+        normal: ordinary completions (ended by themselves, without a repeated tail) to keep; by default 4 * `wanted`.
         settings: how to draw; by default temperature 1, the whole distribution, 256 tokens, 64 at a time.
             `samples_per_prompt` is not used.
     """
