@@ -24,7 +24,7 @@ _PAGE_COLUMNS = 1024  # Features stored as columns are read in multiples of a pa
 
 @dataclass(frozen=True, eq=False)
 class FeatureRows:
-    """Encoder and decoder rows of F features, in raw residual-stream units. Checked on construction."""
+    """Encoder and decoder rows of F features, in raw residual-stream units."""
 
     feature_ids: Tensor  # int64 [F], on the CPU
     encoder: Tensor  # [F, d_model]

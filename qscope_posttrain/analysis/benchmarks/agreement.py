@@ -1,8 +1,7 @@
 """Test whether features and performance agree on which benchmarks are redundant and alike, with size as the control.
 
-Tests and intervals resample BENCHMARKS. The B (B - 1) / 2 pairs of B benchmarks share benchmarks, so they are far from
-independent: a test that took the pairs for a sample would be too sure. A permutation relabels the benchmarks of one
-side (Mantel 1967), the bootstrap draws benchmarks and takes the pairs of different ones among them.
+Tests and intervals resample BENCHMARKS, since the pairs of benchmarks are far from independent: a permutation relabels
+the benchmarks of one side (Mantel 1967), the bootstrap draws benchmarks and takes the pairs of different ones.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -57,11 +56,7 @@ def redundancy_agreement(
     features: Sequence[Redundancy], performance: Mapping[str, PerformanceRedundancy], *, seed: int = 0
 ) -> tuple[list[Agreement], float]:
     """Spearman over benchmarks of R with R-hat, with the size-matched R-hat, and with N alone; and the partial rank
-    correlation of R and R-hat given N (Eq. 12 on ranks).
-
-    Raises:
-        ValueError: fewer than four benchmarks have both.
-    """
+    correlation of R and R-hat given N (Eq. 12 on ranks)."""
     both = [found for found in features if found.name in performance]
     if len(both) < MIN_BENCHMARKS:
         raise UserValueError(f"R and R-hat need {MIN_BENCHMARKS} benchmarks with both, got {len(both)}.")
@@ -88,9 +83,6 @@ def similarity_agreement(
 
     Beside it the size-matched overlap_min, and as the control the ratio of the smaller to the larger size. Benchmarks
     without scores, and the control itself in the partial lines, are left out.
-
-    Raises:
-        ValueError: fewer than four benchmarks have scores.
     """
     lines: list[Agreement] = []
     for partialled in [None] if control is None else [None, control]:
@@ -106,12 +98,10 @@ def similarity_agreement(
             "overlap_min, size-matched": overlap.values("overlap_min", matched=True)[chosen],
             "ratio of sizes (control)": np.minimum.outer(counts, counts) / np.maximum.outer(counts, counts),
         }
-        kinds: tuple[Kind, ...] = ("pearson", "spearman")
-        lines += [
-            Agreement(name, target, correlate(values, performance, kind, seed=seed))
-            for name, values in predictors.items()
-            for kind in kinds
-        ]
+        for name, values in predictors.items():
+            lines += [
+                Agreement(name, target, correlate(values, performance, kind, seed=seed)) for kind in get_args(Kind)
+            ]
     return lines
 
 
@@ -131,11 +121,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 def correlate(
     x: ArrayLike, y: ArrayLike, kind: Kind, *, resamples: int = 1000, permutations: int = 10_000, seed: int = 0
 ) -> Correlation:
-    """Correlate two numbers per benchmark `[B]`, or two symmetric matrices `[B, B]` over the pairs above the diagonal.
-
-    Raises:
-        ValueError: other shapes, fewer than four benchmarks, or values that are not finite.
-    """
+    """Correlate two numbers per benchmark `[B]`, or two symmetric matrices `[B, B]` over the pairs of benchmarks."""
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     count = len(a)
     if a.shape not in ((count,), (count, count)) or b.shape != a.shape:

@@ -95,12 +95,8 @@ class ItemFeatures:
         return np.bincount(owners, weights=entries, minlength=len(self)).astype(np.float64)
 
     def leave_one_out(self, kept: NDArray[Any], fewer: NDArray[Any]) -> NDArray[np.float64]:
-        """[N]: a sum over all features, without each item in turn.
-
-        Args:
-            kept: [width] term of a feature that the item left out does not fire.
-            fewer: [width] term of one that it fires, whose count is then smaller by one.
-        """
+        """[N]: a sum over all features, without each item in turn. `kept` [width] is the term of a feature that the
+        item left out does not fire, `fewer` that of one that it fires, whose count is then smaller by one."""
         kept, fewer = kept.astype(np.float64), fewer.astype(np.float64)
         return kept.sum() + self.sum_over_features(fewer - kept)
 
@@ -129,14 +125,11 @@ def collect_item_features(
     items_at_once: int = ITEMS_AT_ONCE,
     show_progress: bool | None = None,
 ) -> dict[int, list[ItemFeatures]]:
-    """Collect the feature sets of every benchmark, `items_at_once` items at a time.
+    """Collect the feature sets of every benchmark, in their order, by layer, `items_at_once` items at a time.
 
     An item longer than `max_length` tokens (or than the model allows) keeps its first token and its END, so that the
     last token is the last of the item. The median norm of the first items read decides about norm outliers in all
     benchmarks. Otherwise as `collect_text_features`.
-
-    Returns:
-        {layer: one ItemFeatures per benchmark, in their order}.
     """
     names = [benchmark.name for benchmark in benchmarks]
     if len(set(names)) != len(names):

@@ -83,12 +83,7 @@ class ItemSource:
 
 
 def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[ItemSource]:
-    """Read NAME=SOURCE:FIELD words, or a YAML file that maps names to the fields of ItemSource.
-
-    Raises:
-        FileNotFoundError: no such YAML file.
-        ValueError: an unknown key, a word of another form, or a name given twice.
-    """
+    """Read NAME=SOURCE:FIELD words, or a YAML file that maps names to the fields of ItemSource."""
     if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml"):
         entries, written = read_yaml(words[0]), read_yaml(words[0], as_written=True)
         sources = [_source(str(name), entry, written.get(str(name)), words[0]) for name, entry in entries.items()]
@@ -103,13 +98,8 @@ def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[It
 def read_items(source: ItemSource, prompt: str = "{text}") -> BenchmarkItems:
     """Read a benchmark. A row without text is an error and is not skipped, because the order may matter.
 
-    Args:
-        prompt: Text around every item, which stands for `{text}`. A common ending ("{text}\\nAnswer:") makes the last
-            token the same for all items, so that their last words do not enter the comparison.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a missing column, an item without text, a prompt without `{text}`.
+    `prompt` is text around every item, which stands for `{text}`. A common ending ("{text}\\nAnswer:") makes the last
+    token the same for all items, so that their last words do not enter the comparison.
     """
     if TEXT not in _columns(prompt):
         raise UserValueError(f"a prompt must contain {{text}}, which is replaced by the item; got {prompt!r}.")
@@ -147,13 +137,8 @@ def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """Replace `{column}` in a template; `{{` and `}}` are braces.
-
-    No attribute or index is looked up, so that a recipe can name nothing but columns.
-
-    Raises:
-        ValueError: a missing column, or anything else in braces.
-    """
+    """Replace `{column}` in a template; `{{` and `}}` are braces. No attribute or index is looked up, so that a recipe
+    can name nothing but columns."""
     parts = []
     for literal, name, form, conversion in string.Formatter().parse(template):
         parts.append(literal)
@@ -234,12 +219,10 @@ def _source(name: str, entry: Any, written: Any, path: str) -> ItemSource:
         raise UserValueError(f"{path}: '{name}' has no source.")
     values: dict[str, Any] = {}
     for key, value in entry.items():
-        if key in ("first", "limit"):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise UserValueError(f"{path}: {key} of '{name}' must be a whole number, got {value!r}.")
-            values[key] = value
-        elif not isinstance(value, str | int | float):
-            raise UserValueError(f"{path}: {key} of '{name}' must be text, got {value!r}.")
-        else:
-            values[key] = written.get(key, as_text(value)) if isinstance(written, dict) else as_text(value)
+        whole = key in ("first", "limit")
+        if type(value) is not int if whole else not isinstance(value, str | int | float):
+            kind = "a whole number" if whole else "text"
+            raise UserValueError(f"{path}: {key} of '{name}' must be {kind}, got {value!r}.")
+        as_written = written.get(key) if isinstance(written, dict) else None
+        values[key] = value if whole else as_text(value) if as_written is None else as_written
     return ItemSource(name=name, **values)

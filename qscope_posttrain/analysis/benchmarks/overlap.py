@@ -76,9 +76,6 @@ def matched_pair(first: ItemFeatures, second: ItemFeatures, size: int) -> Overla
 
     Expected sizes stand for sizes, so a measure is a ratio of expectations. Parts of two benchmarks are drawn
     independently; with itself, P(both fire f) = 2 p(n) - p(2n), where p(n) is `redundancy.presence`.
-
-    Raises:
-        ValueError: fewer than size + 1 items, with itself 2 * size + 1.
     """
     _check(first, second)
     for features in (first, second):
@@ -181,24 +178,21 @@ class OverlapMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """Every measure of every pair, both orders, with limits."""
+
+        def measured(pair: OverlapPair) -> dict[str, Any]:
+            return {measure: pair.interval(measure, self.level)._asdict() for measure in MEASURES}
+
         pairs = []
         for (first, second), pair in self.raw.items():
-            shared = self.shared_items[first, second]
+            shared, matched = self.shared_items[first, second], measured(self.matched[first, second])
             entry: dict[str, Any] = {"first": first, "second": second, "shared_items": shared.items}
             entry["shared_items_left_out_at_equal_size"] = shared.removed
-            for measure in MEASURES:
-                entry[measure] = pair.interval(measure, self.level)._asdict()
-                matched = self.matched[first, second].interval(measure, self.level)
-                entry[f"{measure}_at_equal_size"] = matched._asdict()
+            entry |= measured(pair) | {f"{measure}_at_equal_size": found for measure, found in matched.items()}
             if shared.kept is not None:
                 with_them = shared.kept.interval("overlap_min", self.level)
                 entry["overlap_min_at_equal_size_with_shared_items"] = with_them._asdict()
-            entry["relative_to_itself"] = self.relative(first, second)._asdict()
-            pairs.append(entry)
-        itself = {
-            name: {measure: self.matched[name, name].interval(measure, self.level)._asdict() for measure in MEASURES}
-            for name in self.names
-        }
+            pairs.append(entry | {"relative_to_itself": self.relative(first, second)._asdict()})
+        itself = {name: measured(self.matched[name, name]) for name in self.names}
         return {"size": self.size, "level": self.level, "with_itself_at_equal_size": itself, "pairs": pairs}
 
 
@@ -208,14 +202,8 @@ def measure_overlap(
     """Measure raw and size-matched overlaps of all pairs.
 
     Items of the same text would make any two benchmarks alike: for the size-matched pair they are left out of the
-    larger one, as far as enough others remain. The raw pair keeps them, as the formulas do.
-
-    Args:
-        size: Number of items of the size-matched parts; default `largest_matched_size`.
-
-    Raises:
-        ValueError: fewer than two benchmarks or than 5 items, SAEs of different widths, a name used twice, a size
-            that is too large.
+    larger one, as far as enough others remain. The raw pair keeps them, as the formulas do. `size` is the number of
+    items of the size-matched parts, by default `largest_matched_size`.
     """
     names = tuple(features.name for features in benchmarks)
     if len(names) < 2 or len(set(names)) != len(names):

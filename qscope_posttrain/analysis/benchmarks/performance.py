@@ -42,11 +42,8 @@ class ScoreTable:
         return self.scores[:, self.benchmarks.index(benchmark)]
 
     def similarity(self, names: Sequence[str], control: str | None = None) -> NDArray[np.float64]:
-        """[B, B] Pearson correlation over models of the scores on two benchmarks.
-
-        With a control, that benchmark is partialled out of every pair (Eq. 12). ValueError where all models have the
-        same score on a benchmark.
-        """
+        """[B, B] Pearson correlation over models of the scores on two benchmarks. With a control, that benchmark is
+        partialled out of every pair (Eq. 12)."""
         every = [*names, *([] if control is None else [control])]
         columns = np.stack([self.column(name) for name in every])
         flat = [name for name, column in zip(every, columns, strict=True) if np.ptp(column) == 0]
@@ -80,12 +77,7 @@ def partial_correlation(xy: ArrayLike, xm: ArrayLike, ym: ArrayLike) -> NDArray[
 
 
 def read_scores(path: str | Path) -> ScoreTable:
-    """Read a CSV file: one row per model with its name in the first column, one column per benchmark.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a cell that is no number, or too few models.
-    """
+    """Read a CSV file: one row per model with its name in the first column, one column per benchmark."""
     header, rows = _read_csv(path)
     models = tuple(row[0] for row in rows)
     scores = _numbers([row[1:] for row in rows], path)
@@ -98,11 +90,7 @@ def read_scores(path: str | Path) -> ScoreTable:
 def read_correctness(folder: str | Path, names: Sequence[str]) -> dict[str, tuple[tuple[str, ...], NDArray]]:
     """Read the files `<benchmark>.csv` that exist: one column per model with its name on top, one row per item, 0 to 1.
 
-    Returns:
-        {benchmark: (models, correct [N, M])}.
-
-    Raises:
-        FileNotFoundError: there is none.
+    Returns {benchmark: (models, correct [N, M])}.
     """
     files = {name: Path(folder) / f"{name}.csv" for name in names}
     there = {name: path for name, path in files.items() if path.is_file()}
@@ -127,14 +115,8 @@ def scores_of(correctness: Mapping[str, tuple[tuple[str, ...], NDArray]]) -> Sco
 def read_performance(
     sizes: Mapping[str, int], correctness: str | None, scores: str | None = None
 ) -> tuple[dict[str, tuple[tuple[str, ...], NDArray[np.float64]]], ScoreTable | None]:
-    """Read per-item correctness by benchmark (empty without a folder), and scores from a table or as its means.
-
-    Args:
-        sizes: Number of items of each benchmark.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, one of another form, or not one row per item.
-    """
+    """Read per-item correctness by benchmark (empty without a folder), and scores from a table or as its means. `sizes`
+    has the number of items of each benchmark."""
     table = None if scores is None else read_scores(scores)
     if correctness is None:
         return {}, table
@@ -150,17 +132,11 @@ def read_performance(
 
 def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, seed: int = 0) -> PerformanceRedundancy:
     """R(D) = (1/N) sum_n E tau(S, D), with tau Kendall's correlation between the models' accuracies on all items and on
-    a random subset of n (Eq. 4 to 6).
+    a random subset of n (Eq. 4 to 6). `correct` [N, M] is the correctness of each item by each model.
 
     The subsets of one repeat are the first n items of a random order. tau is tau-b, for small subsets tie many models;
     a subset that ties all of them counts 0 (the report does not say). Between the sizes of `curve_sizes` tau_n is
     interpolated.
-
-    Args:
-        correct: [N, M] correctness of each item by each model.
-
-    Raises:
-        ValueError: another shape, fewer than three models, or models that all score the same.
     """
     outcomes = np.asarray(correct, dtype=np.float64)
     if outcomes.ndim != 2 or outcomes.shape[1] < MIN_MODELS or len(outcomes) < 2:

@@ -94,10 +94,6 @@ def measure_redundancy(
     Args:
         matched_size: n of the size-matched R-hat, (sum_{j<=n} E |F(S_j)|) / (E |F(S_n)|)^2; default half the items.
         repeats: Number of random orders behind `sampled`; 0 leaves it out.
-        level: Level of the jackknife intervals.
-
-    Raises:
-        ValueError: fewer than 3 items, no feature fires, or a size that leaves no item out.
     """
     items, counts = len(features), features.counts
     if items < 3:

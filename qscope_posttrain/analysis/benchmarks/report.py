@@ -143,11 +143,10 @@ def performance_table(found: Mapping[str, PerformanceRedundancy]) -> Table:
 
 def agreement_table(title: str, lines: Sequence[Agreement], note: str = "") -> Table:
     """Correlations with their test over benchmarks."""
-    rows = []
-    for line in lines:
-        r = line.correlation
-        limits = f"[{r.low:.2f}, {r.high:.2f}]"
-        rows.append((line.predictor, line.target, r.kind, r.value, limits, r.p, r.benchmarks, r.points))
+    found = [(line.predictor, line.target, line.correlation) for line in lines]
+    rows = [
+        (*names, r.kind, r.value, f"[{r.low:.2f}, {r.high:.2f}]", r.p, r.benchmarks, r.points) for *names, r in found
+    ]
     caption = (
         "Intervals: bootstrap over benchmarks, too narrow for few of them. p: two-sided, by permuting benchmarks, not "
         f"pairs. {note}"
@@ -164,20 +163,11 @@ def overlap_table(matrix: OverlapMatrix, where: str) -> Table:
             raw, matched = matrix.raw[first, second], matrix.matched[first, second]
             shared = matrix.shared_items[first, second]
             kept = shared.kept and shared.kept.interval("overlap_min", matrix.level).text()
-            rows.append(
-                (
-                    first,
-                    second,
-                    raw.interval("overlap", matrix.level).text(),
-                    matrix.raw[second, first].interval("overlap", matrix.level).text(),
-                    raw.interval("overlap_min", matrix.level).text(),
-                    raw.value("jaccard"),
-                    matched.interval("overlap_min", matrix.level).text(),
-                    matrix.relative(first, second).text(),
-                    matrix.relative(second, first).text(),
-                    f"{shared.items}; with them {kept}" if kept else str(shared.items),
-                )
-            )
+            directed = (pair.interval("overlap", matrix.level).text() for pair in (raw, matrix.raw[second, first]))
+            least, least_matched = (pair.interval("overlap_min", matrix.level).text() for pair in (raw, matched))
+            relative = (matrix.relative(first, second).text(), matrix.relative(second, first).text())
+            items = f"{shared.items}; with them {kept}" if kept else str(shared.items)
+            rows.append((first, second, *directed, least, raw.value("jaccard"), least_matched, *relative, items))
     columns = ["A", "B", "overlap(A, B)", "overlap(B, A)", "overlap_min", "Jaccard"]
     columns += [f"overlap_min at n = {matrix.size}", "B covers A, relative", "A covers B, relative", "items in both"]
     caption = (

@@ -49,8 +49,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
     - "votes": positive if at least m fire, where m has the best F1 on the training texts (the least such m);
     - "logistic": logistic regression on the indicators of firing.
 
-    All are `indicators @ weights_ + intercept_ > 0`, and that sum is `decision_function`. For "or" and "votes" it is
-    the number of votes less a constant: the decision is the rule's, and the ranking among texts counts the votes.
+    All are `indicators @ weights_ + intercept_ > 0`, and that sum is `decision_function`: for "or" and "votes" the
+    number of votes less a constant.
 
     X, here as in every method, is one of:
 
@@ -59,13 +59,12 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
       pipelines (`featurizer.stack` and `TextFeaturizer.transform` make it);
     - texts (strings or `TokenText`s), if there is a `featurizer`.
 
-    Values not above `epsilon` do not fire, negative ones neither. Attributes after `fit`, S rows: `feature_layers_`,
-    `feature_ids_`, `differences_`, `positive_rates_`, `negative_rates_`, `thresholds_`, `weights_` [S]; `intercept_`,
-    `top1_differences_` {layer: largest Delta} of the layers that were searched, `layer_widths_`, `featurizer_`.
+    Attributes after `fit`, S rows: `feature_layers_`, `feature_ids_`, `differences_`, `positive_rates_`,
+    `negative_rates_`, `thresholds_`, `weights_` [S]; `intercept_`, `top1_differences_` {layer: largest Delta} of the
+    layers that were searched, `layer_widths_`, `featurizer_`.
 
     Args:
         k: Number of features per layer.
-        rule: See above.
         layer: The layer to use, instead of choosing by top1-diff.
         n_layers: Number of layers to use; with k=1 equation 17.
         thresholds: "zero": a feature fires above `epsilon`; "best": above the activation that maximizes its Delta.
@@ -105,11 +104,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.featurizer = featurizer
 
     def fit(self, X: Any, y: Any) -> FeatureClassifier:
-        """Choose layers and features, and learn the weights of the rule.
-
-        Raises:
-            TypeError, ValueError: a parameter or an input of the wrong kind, or labels that are not two classes.
-        """
+        """Choose layers and features, and learn the weights of the rule."""
         self._check_parameters()
         matrix, y = self._training_matrix(X, y)
         self.classes_, codes = np.unique(y, return_inverse=True)

@@ -92,12 +92,7 @@ class TextFeaturizer(TransformerMixin, BaseEstimator):
     def features(
         self, texts: Sequence[Any], residual: bool = False, layers: Sequence[int] | None = None
     ) -> dict[int, TextFeatures]:
-        """{layer: TextFeatures} of texts.
-
-        Args:
-            residual: Keep the mean residual stream of each text too, for linear probes.
-            layers: Some of the layers; the forward pass ends at the deepest. None: all.
-        """
+        """{layer: TextFeatures} of texts, with `residual` the mean residual stream of each too; `layers` None: all."""
         return collect_text_features(
             self.model,
             self.tokenizer,

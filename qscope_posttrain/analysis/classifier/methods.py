@@ -54,11 +54,7 @@ class LabeledTexts:
 
 
 def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: Sequence[bool]) -> LabeledTexts:
-    """Read labeled texts in one pass: features, mean residual stream, and the tokens themselves.
-
-    Raises:
-        ValueError: other numbers of texts and labels, or one class only.
-    """
+    """Read labeled texts in one pass: features, mean residual stream, and the tokens themselves."""
     flags = np.asarray(labels, dtype=bool)
     if len(texts) != len(flags):
         raise UserValueError(f"{len(texts)} texts but {len(flags)} labels.")

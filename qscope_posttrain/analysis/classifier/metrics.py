@@ -40,13 +40,8 @@ class Rates(NamedTuple):
 
 
 def firing_rates(matrix: csr_array, positive: Booleans, epsilon: float = 0.0) -> Rates:
-    """Equation 13, h = 1[max_t a_t > epsilon], averaged within each class.
-
-    Args:
-        matrix: [texts, features], largest activation.
-        positive: [texts], both classes present.
-        epsilon: Threshold, not below 0: a value that is not stored is 0, and does not fire.
-    """
+    """Equation 13, h = 1[max_t a_t > epsilon], averaged within each class. `matrix` [texts, features] has the largest
+    activations; a value that is not stored is 0, and does not fire: epsilon is not below 0."""
     fires = firing(matrix, epsilon)
     inside = fires[positive].sum(axis=0) / positive.sum()
     outside = fires[~positive].sum(axis=0) / (~positive).sum()
@@ -152,17 +147,9 @@ def evaluate(
     *,
     resamples: int = 1000,
 ) -> Evaluation:
-    """Measure predictions, and the ranking by `scores` if there are any.
+    """Measure predictions, and the ranking by `scores` (larger is more positive) if there are any, all [texts].
 
     Texts are resampled within each class, since the author of the set chose the sizes of the classes.
-
-    Args:
-        labels: [texts] bool, both classes present.
-        predicted: [texts] bool.
-        scores: [texts], larger is more positive.
-
-    Raises:
-        ValueError: other shapes, one class only, scores that are not finite.
     """
     truth, guess = np.asarray(labels, dtype=bool), np.asarray(predicted, dtype=bool)
     ranks = None if scores is None else np.asarray(scores, dtype=np.float64)

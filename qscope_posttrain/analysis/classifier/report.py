@@ -160,7 +160,6 @@ def make_report(
     Args:
         discovery: Group (a language, or "all") -> texts on which everything is learned and chosen.
         test: The same groups, other texts.
-        folds: Number of folds of the cross-validation.
         resamples: Number of bootstrap resamples of the test texts.
         fractions: Shares of the discovery texts in the data-efficiency curve.
         draws: Number of parts drawn for each share; 0 leaves the curve out.
@@ -239,10 +238,8 @@ def efficiency(
     folds: int = 5,
     seed: int = 0,
 ) -> dict[str, dict[float, list[float]]]:
-    """{method: {fraction: [F1 of each draw]}}: everything, choices included, learned from a part of the texts.
-
-    Parts are drawn within each class, at least one text of each. All of it is one draw.
-    """
+    """{method: {fraction: [F1 of each draw]}}: everything, choices included, learned from a part of the texts, drawn
+    within each class. All of it is one draw."""
     found: dict[str, dict[float, list[float]]] = {method.name: {} for method in methods}
     plan = [(share, draw) for share in fractions for draw in range(draws if share < 1 else 1)]
     for share, draw in progress(plan, description="learning from parts of the texts"):

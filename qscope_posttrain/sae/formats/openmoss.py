@@ -13,10 +13,8 @@ With norm_activation "dataset-wise" the weights expect x * s, s = sqrt(d_model) 
 Both are folded: an activation here is the library's, in raw units, times that norm.
 
 The threshold of Llama Scope was measured after folding to raw units and a decoder of unit norm
-(OpenMOSS/Language-Model-SAEs, post_processing at commit 1e710367), so that, with n_j the norm of column j of
-decoder.weight, in raw units
-
-    pre_j = n_j (encoder.weight x + encoder.bias / s)_j,    f_j = pre_j where pre_j > jump_relu_threshold
+(OpenMOSS/Language-Model-SAEs, post_processing at commit 1e710367): it applies to n_j (encoder.weight x + encoder.bias /
+s)_j, in raw units, with n_j the norm of column j of decoder.weight.
 """
 
 from __future__ import annotations

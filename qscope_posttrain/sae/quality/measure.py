@@ -42,8 +42,6 @@ __all__ = ["SAEQuality", "measure_sae"]
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Settings of the pass."""
-
     model: nn.Module
     sae: SparseAutoencoder
     layer: int
@@ -74,8 +72,7 @@ def measure_sae(
     Args:
         model (nn.Module): Causal language model of transformers.
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
-        texts (dict of str to sequence, or sequence): `{language: texts}`, or texts alone. Strings or token ids, as for
-            `statistics.collect_statistics`.
+        texts (dict of str to sequence, or sequence): `{language: texts}`, or texts alone: strings or token ids.
         sae (SparseAutoencoder): In raw units, as every loader returns it.
         layer (int, default None): Decoder layer, from 0; None: the one that the SAE states.
         scan (int, default 1): Number of neighboring layers on either side to try the SAE on, with a sample of the
@@ -112,14 +109,8 @@ def measure_sae(
         calibration = calibrate(model, near, token_batches(sample, tokens_per_batch, pad_id))
         kept = _sample_rows(calibration, outlier_factor)
         fit = best_fit(sae, layer, kept)
-        run = _Run(
-            model=model,
-            sae=sae,
-            layer=layer,
-            norm_limit=outlier_factor * calibration.medians[layer],
-            reference=kept[layer].float().mean(dim=0).to(sae.device),
-            losses=losses,
-        )
+        reference = kept[layer].float().mean(dim=0).to(sae.device)
+        run = _Run(model, sae, layer, outlier_factor * calibration.medians[layer], reference, losses)
         places = {(s.language, s.text): number for number, s in enumerate(sequences)}
         batches = token_batches(sequences, tokens_per_batch, pad_id)
         for batch in progress(batches, description=f"measuring the SAE of layer {layer}", enabled=show_progress):

@@ -36,18 +36,14 @@ def train_saes(
     """Train one SAE per layer.
 
     Args:
-        activations (dict of int to Tensor): Raw outputs of decoder layers, layer -> [tokens, d_model], any float dtype.
-            Training runs on their device, in float32. Leave first tokens and norm outliers out: they would dominate
-            scale and loss.
+        activations (dict of int to Tensor): Raw outputs of decoder layers, layer -> [tokens, d_model], any float dtype,
+            on the device to train on. Leave first tokens and norm outliers out: they would dominate scale and loss.
         config (SAETrainingConfig, default None): Settings; None is `SAETrainingConfig()`.
         progress (bool, default None): Show a progress line per layer; None: on a terminal.
 
     Returns:
-        layer -> dictionary in raw units (float32, decoder rows of norm 1). A layer's result depends on its own
-        activations and the configuration only, and is reproducible on the same machine and number of threads.
-
-    Raises:
-        ValueError: activations that are not [tokens, d_model], not finite, or all equal; k above the width.
+        layer -> SAE in raw units (float32, decoder rows of norm 1). A layer's result depends on its own activations and
+        the configuration only, and is reproducible on the same machine and number of threads.
 
     Example:
         >>> activations = {2: torch.randn(500, 64), 3: torch.randn(500, 64)}

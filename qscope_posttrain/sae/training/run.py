@@ -1,7 +1,5 @@
 """Train SAEs for many layers of a model in one pass over text: stream, update, checkpoint, measure.
 
-    result = train_saes_on_text(model, tokenizer, "texts/", layers=[9, 18], config=SAETrainingConfig(...), output="run")
-
 Each block of text is read once, its activations stay in memory, and all layers take their updates from it in turn. The
 run can be killed at any moment: a checkpoint holds weights, optimizer, counters and the position in the text. Resuming
 reads the block again, and gives the same bits as a run that was never stopped.
