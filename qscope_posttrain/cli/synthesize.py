@@ -64,7 +64,7 @@ def synthesize(options: argparse.Namespace) -> None:
     require_extra("analysis", "report")
     from qscope_posttrain.features.feature_set import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
-    from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
+    from qscope_posttrain.synthesis import coverage, pipeline, report
     from qscope_posttrain.synthesis.coverage import FeatureReader, write_relevance
     from qscope_posttrain.synthesis.prompts import synthesis_templates
 
@@ -113,13 +113,13 @@ def synthesize(options: argparse.Namespace) -> None:
         spent = session.usage.to_dict()
         drafts, asked = _random_control(options, made, session, templates, settings)
         usage = session.usage.to_dict()
-    rows: Sequence[Mapping[str, Any]] = [dataset.example_row(example, relevance) for example in made.examples]
-    rows = dataset.balanced(rows, options.seed) if options.balance else rows
+    rows: Sequence[Mapping[str, Any]] = [report.example_row(example, relevance) for example in made.examples]
+    rows = report.balanced(rows, options.seed) if options.balance else rows
     report.write_prompts(output / PROMPTS, made, drafts or [])
     if not rows:
         reason = made.stopped or f"{output / PROMPTS} holds what was written."
         raise UserValueError(f"no prompt fired its feature and was answered; {reason}")
-    dataset.save_rows(rows, output / DATA)
+    report.save_rows(rows, output / DATA)
     measured, drawn = report.measure(
         made,
         wanted,

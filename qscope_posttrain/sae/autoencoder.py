@@ -220,7 +220,7 @@ class SparseAutoencoder:
         d_model: int | None = None,
         input_scale: float | None = None,
     ) -> FeatureRows:
-        """Read the rows of some features only: see `containers.mapped.gather`. Arguments as for `load`, without k.
+        """Read the rows of some features only: see `loading.gather`. Arguments as for `load`, without k.
 
         `source` is without the sha256, which would read the whole file.
         """

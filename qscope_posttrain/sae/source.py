@@ -9,8 +9,8 @@ from typing import Any
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.sae import catalog, download
-from qscope_posttrain.sae.containers.weights_file import SETTINGS_FILES
 from qscope_posttrain.sae.layout import choose, is_safe, is_weights, layer_in_path, weights_in
+from qscope_posttrain.sae.weights_file import SETTINGS_FILES
 
 _RELEASE = re.compile(r"SAE-Res-(?P<model>.+)-W(?P<width>\d{1,6})K-L0_(?P<k>\d{1,6})")
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<inside>.+))?")

@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from qscope_posttrain.features.explain.contexts import ContextSettings, collect_contexts
-from qscope_posttrain.features.explain.token_view import marked, text_pieces
+from qscope_posttrain.features.explain.contexts import ContextSettings, collect_contexts, marked, text_pieces
 
 SETTINGS = ContextSettings(top=3, sampled=6, absent=8, window=6, before=4)
 

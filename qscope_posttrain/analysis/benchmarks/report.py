@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qscope_posttrain.analysis.benchmarks.agreement import Agreement, fisher_interval
 from qscope_posttrain.analysis.benchmarks.overlap import OverlapMatrix
-from qscope_posttrain.analysis.benchmarks.performance import PerformanceRedundancy, ScoreTable
+from qscope_posttrain.analysis.benchmarks.performance import (
+    Agreement,
+    PerformanceRedundancy,
+    ScoreTable,
+    fisher_interval,
+)
 from qscope_posttrain.analysis.benchmarks.redundancy import Redundancy
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval

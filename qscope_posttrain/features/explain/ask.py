@@ -21,7 +21,14 @@ from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, read_json, text_field
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explain.contexts import Context, ContextSettings, FeatureContexts, collect_contexts
+from qscope_posttrain.features.explain.contexts import (
+    Context,
+    ContextSettings,
+    FeatureContexts,
+    collect_contexts,
+    marked,
+    text_pieces,
+)
 from qscope_posttrain.features.explain.explanation import (
     METHODS,
     Explained,
@@ -30,7 +37,6 @@ from qscope_posttrain.features.explain.explanation import (
     Method,
     Prediction,
 )
-from qscope_posttrain.features.explain.token_view import marked, text_pieces
 from qscope_posttrain.models.batches import Text
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explain.contexts import FeatureContexts
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, rate_difference
 from qscope_posttrain.report.tables import Cell, Table
+
+if TYPE_CHECKING:
+    from qscope_posttrain.features.explain.contexts import FeatureContexts
 
 Method = Literal["detection", "fuzzing"]
 METHODS: tuple[Method, ...] = ("detection", "fuzzing")

@@ -18,10 +18,10 @@ from functools import partial
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.checks import Settings
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, gated, read_stored
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 _layout = partial(Layout, "dictionary_learning")
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")

@@ -27,10 +27,10 @@ from torch import Tensor
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.checks import Settings, as_positive
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, read_stored
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 _NORM = "dataset_average_activation_norm"
 _THRESHOLD = "log_jumprelu_threshold"

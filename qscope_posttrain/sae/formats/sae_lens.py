@@ -22,10 +22,10 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import replacing
 from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.checks import Settings, as_positive
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, gated, read_stored, unshared
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder

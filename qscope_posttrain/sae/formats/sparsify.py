@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import TopK
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, read_stored
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 _LAYOUT = Layout("sparsify", ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), "rows, rows")
 _MODULE = ("layers", "blocks", "h.", "embed", "model.", "transformer.", "gpt_neox.")

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.sae.activations import Activation, JumpReLU
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.source import LocatedFile, SAESource
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 
 @dataclass(frozen=True, eq=False)

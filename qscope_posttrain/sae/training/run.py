@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.download import in_words
-from qscope_posttrain.sae.quality.measure import measure_sae
+from qscope_posttrain.sae.quality import measure_sae
 from qscope_posttrain.sae.training.activation_stream import ActivationStream
 from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
 from qscope_posttrain.sae.training.parameters import calibrate
 from qscope_posttrain.sae.training.records import (
+    SAETrainingResult,
     TrainingLog,
     TrainingState,
     checkpoints,
@@ -39,17 +40,6 @@ from qscope_posttrain.sae.training.text_stream import open_source
 from qscope_posttrain.sae.training.update import LayerTraining
 
 CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True, eq=False)
-class SAETrainingResult:
-    """Result of a training."""
-
-    saes: dict[int, SparseAutoencoder]  # By layer, in raw units
-    quality: dict[int, dict[str, Any]]
-    """By layer, on held-out text: fvu, l0, dead, loss_recovered and more; empty if nothing was held out"""
-    records: list[dict[str, Any]]  # Content of metrics.jsonl
-    facts: dict[str, Any]  # Model, data with its fingerprint, tokens, epochs, outliers, seconds
 
 
 def train_saes_on_text(
