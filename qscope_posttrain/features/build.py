@@ -53,11 +53,7 @@ def top_features(scores: Tensor, top: int) -> Tensor:
 
 
 def random_features(
-    firing_rate: Tensor,
-    scores: Tensor,
-    count: int,
-    seed: int = 0,
-    exclude: Collection[int] = (),
+    firing_rate: Tensor, scores: Tensor, count: int, seed: int = 0, exclude: Collection[int] = ()
 ) -> Tensor:
     """Ids of `count` random features that fire but do not depend on the language: the control group.
 

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 
 from qscope_posttrain.distributed import default_reduce, process_rank
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.sums import (
-    LayerSums,
-    PassCheckpoint,
-    check_sums_fit,
-    describe_sae,
-    sequence_fingerprint,
-)
+from qscope_posttrain.features.sums import LayerSums, PassCheckpoint, check_sums_fit, describe_sae, sequence_fingerprint
 from qscope_posttrain.models.batches import (
     Text,
     check_texts,

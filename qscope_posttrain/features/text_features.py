@@ -13,14 +13,7 @@ from torch import Tensor, nn
 
 from qscope_posttrain.distributed import process_rank
 from qscope_posttrain.errors import UserValueError, require_extra
-from qscope_posttrain.models.batches import (
-    Text,
-    check_texts,
-    longest_allowed,
-    pad_token,
-    token_batches,
-    tokenize_texts,
-)
+from qscope_posttrain.models.batches import Text, check_texts, longest_allowed, pad_token, token_batches, tokenize_texts
 from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.layers import check_layers, evaluation_mode
 from qscope_posttrain.report.progress import progress

@@ -23,13 +23,7 @@ from qscope_posttrain.kernels.checks import (
     check_tiles,
 )
 from qscope_posttrain.kernels.decode import register_encoder_gradient
-from qscope_posttrain.kernels.select import (
-    preactivation_tiles,
-    product_dtype,
-    result_dtype,
-    tile_shape,
-    topk_product,
-)
+from qscope_posttrain.kernels.select import preactivation_tiles, product_dtype, result_dtype, tile_shape, topk_product
 
 PRECISIONS = ("model", "fp32", "certified")
 VARIANTS = ("relu_after", "relu_before", "signed")

@@ -11,14 +11,7 @@ from qscope_posttrain.endpoint.limits import BudgetSpent
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, truth_field
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-from qscope_posttrain.synthesis.prompts import (
-    Draft,
-    Kind,
-    PromptJob,
-    PromptType,
-    PromptWriter,
-    SynthesisSettings,
-)
+from qscope_posttrain.synthesis.prompts import Draft, Kind, PromptJob, PromptType, PromptWriter, SynthesisSettings
 
 Verify = Callable[[Sequence[str], Sequence[FeatureId]], Sequence[float]]
 """(texts, one feature for each) -> the feature's largest activation on its text; 0 where it does not fire"""

@@ -15,13 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
-from qscope_posttrain.analysis.benchmarks.redundancy import (
-    LeftOut,
-    divide,
-    jackknife_interval,
-    presence,
-    without_one,
-)
+from qscope_posttrain.analysis.benchmarks.redundancy import LeftOut, divide, jackknife_interval, presence, without_one
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 

@@ -246,12 +246,7 @@ def redundancy_agreement(
 
 
 def similarity_agreement(
-    overlap: OverlapMatrix,
-    sizes: Mapping[str, int],
-    scores: ScoreTable,
-    control: str | None = None,
-    *,
-    seed: int = 0,
+    overlap: OverlapMatrix, sizes: Mapping[str, int], scores: ScoreTable, control: str | None = None, *, seed: int = 0
 ) -> list[Agreement]:
     """Pearson and Spearman over pairs: overlap_min with the similarity of scores, direct and given a control.
 

@@ -152,10 +152,7 @@ def presence_over_sizes(counts: ArrayLike, items: int, size: int | None = None) 
 
 
 def jackknife_interval(
-    estimate: float,
-    parts: Sequence[LeftOut],
-    level: float = 0.95,
-    bounds: tuple[float, float] = (-np.inf, np.inf),
+    estimate: float, parts: Sequence[LeftOut], level: float = 0.95, bounds: tuple[float, float] = (-np.inf, np.inf)
 ) -> Interval:
     """Return `estimate` with t limits from the jackknife, cut at the bounds of the statistic.
 

@@ -141,11 +141,7 @@ class Evaluation:
 
 
 def evaluate(
-    labels: ArrayLike,
-    predicted: ArrayLike,
-    scores: ArrayLike | None = None,
-    *,
-    resamples: int = 1000,
+    labels: ArrayLike, predicted: ArrayLike, scores: ArrayLike | None = None, *, resamples: int = 1000
 ) -> Evaluation:
     """Measure predictions, and the ranking by `scores` (larger is more positive) if there are any, all [texts].
 

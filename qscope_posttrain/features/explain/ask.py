@@ -29,14 +29,7 @@ from qscope_posttrain.features.explain.contexts import (
     marked,
     text_pieces,
 )
-from qscope_posttrain.features.explain.explanation import (
-    METHODS,
-    Explained,
-    Explanation,
-    FeatureId,
-    Method,
-    Prediction,
-)
+from qscope_posttrain.features.explain.explanation import METHODS, Explained, Explanation, FeatureId, Method, Prediction
 from qscope_posttrain.models.batches import Text
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 

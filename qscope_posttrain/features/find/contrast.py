@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import (
-    Sources,
-    best_rows,
-    monolinguality,
-    random_layer_features,
-    search,
-)
+from qscope_posttrain.features.build import Sources, best_rows, monolinguality, random_layer_features, search
 from qscope_posttrain.features.causal import causal_check, measure_effects
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
