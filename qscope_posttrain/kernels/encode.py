@@ -1,8 +1,7 @@
 """The encoders: topk_encode, threshold_encode and batch_topk_encode, without the [tokens, d_sae] matrix.
 
-With the last two, tokens keep different numbers of features. Both go through the tile loop once and collect the entries
-that fire; a rectangle as wide as the widest token is made of them at the end. NaN never fires, since no comparison with
-it holds.
+With the last two, tokens keep different numbers of features: the entries that fire are collected tile by tile, and make
+a rectangle as wide as the widest token at the end. NaN never fires, since no comparison with it holds.
 """
 
 from __future__ import annotations
@@ -63,20 +62,17 @@ def topk_encode(
         value 0 carry a valid index but do not fire. NaN counts as the largest: a row of x with NaN returns NaN, at
         the lowest indices; other rows are not affected.
 
-    Memory: a tile, and 12 bytes for each of tokens * k entries. Deterministic for a given tile size; another tile size
-    may change the rounding of the product, never the order of equal values. Not affected by autocast.
-
-    Differentiable with respect to x, W_enc and b_enc (the choice of the features is not). Saves x, values and indices.
+    Memory: a tile, and 12 bytes for each of tokens * k entries. Deterministic for a given tile size; another one may
+    change the rounding of the product, never the order of equal values. Not affected by autocast. Differentiable with
+    respect to x, W_enc and b_enc (the choice of the features is not). Saves x, values and indices.
     """
     check_encoder(x, W_enc, b_enc, k)
     check_choice("precision", precision, PRECISIONS)
     check_choice("variant", variant, VARIANTS)
     check_tiles(tile_tokens, tile_features)
     if precision == "certified":
-        code = certified_encode(
-            x, W_enc, b_enc, k, weights=weights, variant=variant, tile_tokens=tile_tokens, tile_features=tile_features
-        )
-        return code.values, code.indices
+        tiles = {"tile_tokens": tile_tokens, "tile_features": tile_features}
+        return certified_encode(x, W_enc, b_enc, k, weights=weights, variant=variant, **tiles)[:2]
     if weights is not None:
         raise ValueError(f"weights belong to precision='certified', got precision={precision!r}")
     code = _topk_encode(x, W_enc, b_enc, k, precision == "fp32", variant != "signed", tile_tokens, tile_features)
