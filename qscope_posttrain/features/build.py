@@ -84,10 +84,8 @@ def features_from_rows(
     scores: Tensor,
     names: Sequence[str] | None = None,
 ) -> LayerFeatures:
-    """LayerFeatures of rows; `scores` [F] in their order. Names are by default `<label> #<id>`.
-
-    Activations of free directions, whose ids are all `FREE_DIRECTION`, are not measured.
-    """
+    """LayerFeatures of rows; `scores` [F] in their order. Names are by default `<label> #<id>`. Activations of free
+    directions, whose ids are all `FREE_DIRECTION`, are not measured."""
     ids = rows.feature_ids.cpu()
     if names is None:
         names = [f"{label} #{feature}" for label, feature in zip(labels, ids.tolist(), strict=True)]

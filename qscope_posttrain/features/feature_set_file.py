@@ -103,11 +103,8 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def open_document(path: Path, kind: str, form: str, version: int, max_bytes: int) -> Iterator[tuple[Any, Any]]:
-    """Open a safetensors file whose metadata is one JSON object under `form`: yields (file, object).
-
-    Raises:
-        ValueError: too large to be a `kind`, damaged, of another format or another version.
-    """
+    """Open a safetensors file whose metadata is one JSON object under `form`: yields (file, object). ValueError: too
+    large to be a `kind`, damaged, of another format or another version."""
     size = check_is_file(path).stat().st_size
     if size > max_bytes:
         raise UserValueError(f"{path} has {size} bytes; a {kind} has at most {max_bytes}. It is something else.")

@@ -33,10 +33,8 @@ CODE_ENTRIES = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class LayerSums:
-    """Sums over the counted tokens of one layer, fp64 and int64, on the device where they are added up.
-
-    L languages, d = d_model, S = d_sae.
-    """
+    """Sums over the counted tokens of one layer, fp64 and int64, on the device where they are added up. L languages, d
+    = d_model, S = d_sae."""
 
     tokens: Tensor  # [L] counted tokens
     outliers: Tensor  # [L] tokens left out because their norm exceeds outlier_factor times the median norm

@@ -140,10 +140,8 @@ class SparseAutoencoder:
         )
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Reconstruction [tokens, d_model] of a sparse code: sum_j values_j W_dec[indices_j] + b_dec.
-
-        `values` and `indices` are [tokens, width] as from `encode`. Differentiable.
-        """
+        """Reconstruction [tokens, d_model] of a sparse code: sum_j values_j W_dec[indices_j] + b_dec. `values` and
+        `indices` are [tokens, width] as from `encode`. Differentiable."""
         return sparse_decode(values, indices, self.W_dec, self.b_dec)
 
     def select(self, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
@@ -220,10 +218,8 @@ class SparseAutoencoder:
         d_model: int | None = None,
         input_scale: float | None = None,
     ) -> FeatureRows:
-        """Read the rows of some features only: see `loading.gather`. Arguments as for `load`, without k.
-
-        `source` is without the sha256, which would read the whole file.
-        """
+        """Read the rows of some features only: see `loading.gather`. Arguments as for `load`, without k. `source` is
+        without the sha256, which would read the whole file."""
         return read_rows(open_source(source, layer, revision, d_model, input_scale), feature_ids)
 
     @cached_property

@@ -215,9 +215,7 @@ def _prefetch(view: Tensor, ids: Tensor) -> None:
 
 def _advise(view: Tensor, advice: str) -> None:
     """madvise on the pages of a tensor in a read-only file mapping; if it is refused, only speed and memory differ.
-
-    Python's own mmap objects have this call, but the mapping here belongs to torch.
-    """
+    Python's own mmap objects have this call, but the mapping here belongs to torch."""
     if not sys.platform.startswith("linux"):
         return
     begin = view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE

@@ -148,10 +148,8 @@ def _kind(path: Path) -> str:
 
 
 def lies_in_a_file(tensors: Iterable[Tensor]) -> bool:
-    """Whether all tensors are pages of files, so that releasing these loses nothing. True where nothing is released.
-
-    A library is free to read a file in another way: memory of the process, released like this, would be zeroed.
-    """
+    """Whether all tensors are pages of files, so that releasing these loses nothing. True where nothing is released. A
+    library is free to read a file in another way: memory of the process, released like this, would be zeroed."""
     if not sys.platform.startswith("linux"):
         return True
     lines = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())

@@ -180,10 +180,7 @@ def split_targets(
     targets: Sequence[FeatureId], share: float, seed: int = 0
 ) -> tuple[tuple[FeatureId, ...], tuple[FeatureId, ...]]:
     """Draw (targets that data are made for, targets held out to measure it), both in the order of `targets`.
-
-    Raises:
-        ValueError: a share outside [0, 1), or too few targets to leave one to make data for.
-    """
+    ValueError: a share outside [0, 1), or too few targets to leave one to make data for."""
     if not 0 <= share < 1:
         raise UserValueError(f"the share held out must lie in [0, 1); got {share}.")
     held = round(share * len(targets))
@@ -208,10 +205,8 @@ def coverage(hits: Hits) -> float:
 
 
 def coverage_interval(hits: Hits) -> Interval:
-    """Coverage with Wilson limits for other features of the same kind.
-
-    The features count as a random draw, the examples as given.
-    """
+    """Coverage with Wilson limits for other features of the same kind. The features count as a random draw, the
+    examples as given."""
     return wilson(int(hits.any(axis=0).sum()) if len(hits) else 0, hits.shape[1])
 
 

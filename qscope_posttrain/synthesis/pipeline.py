@@ -234,10 +234,8 @@ def _write_responses(
     kinds: Sequence[Kind | None],
     settings: SynthesisSettings,
 ) -> list[Response | str]:
-    """y ~ G_resp(x, z) of each prompt (equation 22): a refusal with a safe alternative, or an answer.
-
-    The reason instead, where the model did not end its answer by itself (see `ChatCompletion.whole`).
-    """
+    """y ~ G_resp(x, z) of each prompt (equation 22): a refusal with a safe alternative, or an answer. The reason
+    instead, where the model did not end its answer by itself (see `ChatCompletion.whole`)."""
     sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
     known = [(place, kind) for place, kind in enumerate(kinds) if kind is not None]
     names = {"harmful": "refuse", "benign": "answer"}

@@ -133,10 +133,8 @@ class OverlapMatrix:
         return table
 
     def relative(self, first: str, second: str, level: float | None = None) -> Interval:
-        """Size-matched overlap(first, second) as a share of the overlap of the first with itself.
-
-        1: a part of the second covers the features of a part of the first as well as another part of the first does.
-        """
+        """Size-matched overlap(first, second) as a share of the overlap of the first with itself. 1: a part of the
+        second covers the features of a part of the first as well as another part of the first does."""
         cross, itself = self.matched[first, second], self.matched[first, first]
         own, own_units = itself.left_out[first]
         parts: list[LeftOut] = []
@@ -151,10 +149,8 @@ class OverlapMatrix:
         return jackknife_interval(ratio, parts, level or self.level, (0.0, np.inf))
 
     def neighbor(self, name: str) -> Neighbor:
-        """Nearest benchmark by size-matched overlap_min. At least three benchmarks are needed.
-
-        It was chosen on the same data, so the lead is over EVERY other one, at the same level.
-        """
+        """Nearest benchmark by size-matched overlap_min. At least three benchmarks are needed. It was chosen on the
+        same data, so the lead is over EVERY other one, at the same level."""
         near = {other: self.matched[name, other] for other in self.names if other != name}
         nearest, *others = sorted(near, key=lambda other: -near[other].value("overlap_min"))
         level = 1 - (1 - self.level) / len(others)

@@ -169,10 +169,8 @@ def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, 
 
 
 def kendall(full: ArrayLike, parts: ArrayLike) -> NDArray[np.float64]:
-    """Kendall's tau-b between `full` [M] and each row of `parts` [sizes, M]; 0 where a row is constant.
-
-    Rounded, so that sums of the same numbers in another order tie.
-    """
+    """Kendall's tau-b between `full` [M] and each row of `parts` [sizes, M]; 0 where a row is constant. Rounded, so
+    that sums of the same numbers in another order tie."""
     reference, rows = np.round(np.asarray(full), 12), np.round(np.asarray(parts), 12)
     return np.nan_to_num([stats.kendalltau(reference, row).statistic for row in rows])
 

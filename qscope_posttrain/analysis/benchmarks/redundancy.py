@@ -39,10 +39,8 @@ LeftOut = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 @dataclass(frozen=True, eq=False)
 class SampledCurve:
-    """Coverage of random subsets: a check of the exact curve, and the spread of single subsets around it.
-
-    The subsets of one repeat are nested: the first n items of a random order, for every n.
-    """
+    """Coverage of random subsets: a check of the exact curve, and the spread of single subsets around it. The subsets
+    of one repeat are nested: the first n items of a random order, for every n."""
 
     repeats: int
     low: NDArray[np.float64]  # [sizes] 2.5 % quantile
@@ -141,10 +139,8 @@ def expected_features(counts: ArrayLike, items: int, sizes: ArrayLike) -> NDArra
 
 
 def presence_over_sizes(counts: ArrayLike, items: int, size: int | None = None) -> NDArray[np.float64]:
-    """sum_{n=1}^{size} of `presence(counts, items, n)`, `[features]`; by default over all sizes.
-
-    Over all sizes it is m (N + 1) / (m + 1), since C(N - m, N + 1) = 0.
-    """
+    """sum_{n=1}^{size} of `presence(counts, items, n)`, `[features]`; by default over all sizes. Over all sizes it is m
+    (N + 1) / (m + 1), since C(N - m, N + 1) = 0."""
     last = items if size is None else size
     fired = _checked(counts, items, last)
     missed = (items + 1) / (fired + 1) * (1.0 - _choose_ratio(items - fired, last + 1, items + 1, last + 1))

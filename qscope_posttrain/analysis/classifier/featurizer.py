@@ -35,10 +35,7 @@ def layer_slice(widths: Mapping[int, int], layer: int) -> slice:
 
 def stack(features: Mapping[int, Any]) -> tuple[csr_array, dict[int, int]]:
     """Put `{layer: TextFeatures, or a matrix [texts, features]}` side by side: (matrix, {layer: width}), ascending.
-
-    Raises:
-        ValueError: no layer, or layers with different numbers of texts.
-    """
+    ValueError: no layer, or layers with different numbers of texts."""
     matrices = {
         layer: found.matrix() if isinstance(found, TextFeatures) else csr_array(found)
         for layer, found in sorted(features.items())

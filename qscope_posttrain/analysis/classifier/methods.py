@@ -85,9 +85,7 @@ def token_counts(tokens: Sequence[Sequence[int]], vocabulary: int) -> csr_array:
 
 class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
     """Classify by the nearer class mean, along the line through both: w = mean(positive) - mean(negative).
-
-    `decision_function` is (x - midpoint) . w, so that a text halfway between the means scores 0.
-    """
+    `decision_function` is (x - midpoint) . w, so that a text halfway between the means scores 0."""
 
     def fit(self, X: Any, y: Any) -> MeanDifferenceProbe:
         """X [texts, d_model], y two classes, the second in order being the positive one."""
@@ -135,10 +133,8 @@ class Method:
     ranks: bool = True  # Whether its scores rank texts
 
     def fit(self, texts: LabeledTexts, *, folds: int = 5, seed: int = 0) -> Any:
-        """Fit the estimator with the best candidate on all of `texts`.
-
-        Where a class has fewer than two texts there is nothing to validate on, and the first candidate is taken.
-        """
+        """Fit the estimator with the best candidate on all of `texts`. Where a class has fewer than two texts there is
+        nothing to validate on, and the first candidate is taken."""
         estimator, grid = self.build(texts, seed), self.grid(texts)
         smallest = int(min(texts.labels.sum(), (~texts.labels).sum()))
         candidates = int(np.prod([len(values) for values in grid.values()]))

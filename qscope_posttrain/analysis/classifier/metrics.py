@@ -104,10 +104,8 @@ def _running_within(flags: Booleans, owners: Integers, starts: Integers) -> Floa
 
 
 def best_vote_count(votes: Integers, positive: Booleans) -> int:
-    """The m >= 1 for which "positive if votes >= m" has the best F1, the smallest of equally good ones.
-
-    F1 = 2 TP / (predicted positive + positive). `votes` [texts] are counts from 0 on, `positive` [texts].
-    """
+    """The m >= 1 for which "positive if votes >= m" has the best F1, the smallest of equally good ones. F1 = 2 TP /
+    (predicted positive + positive). `votes` [texts] are counts from 0 on, `positive` [texts]."""
     needed = np.arange(1, max(int(votes.max()), 1) + 1)
     predicted = votes[:, None] >= needed
     true_positives = (predicted & positive[:, None]).sum(axis=0)
@@ -143,10 +141,8 @@ class Evaluation:
 def evaluate(
     labels: ArrayLike, predicted: ArrayLike, scores: ArrayLike | None = None, *, resamples: int = 1000
 ) -> Evaluation:
-    """Measure predictions, and the ranking by `scores` (larger is more positive) if there are any, all [texts].
-
-    Texts are resampled within each class, since the author of the set chose the sizes of the classes.
-    """
+    """Measure predictions, and the ranking by `scores` (larger is more positive) if there are any, all [texts]. Texts
+    are resampled within each class, since the author of the set chose the sizes of the classes."""
     truth, guess = np.asarray(labels, dtype=bool), np.asarray(predicted, dtype=bool)
     ranks = None if scores is None else np.asarray(scores, dtype=np.float64)
     if truth.ndim != 1 or truth.shape != guess.shape or (ranks is not None and ranks.shape != truth.shape):

@@ -199,9 +199,7 @@ def measure(method: Method, fitted: Any, texts: LabeledTexts, resamples: int = 1
 
 def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] = COUNTS) -> list[LayerRow]:
     """F1 of the OR rule on the test texts for every layer and K: the cells whose maximum figure 8 of the report shows.
-
-    Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed.
-    """
+    Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed."""
     rows = []
     for layer in discovery.features:
         for k in counts:

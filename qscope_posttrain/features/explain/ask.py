@@ -164,10 +164,8 @@ def split_contexts(contexts: FeatureContexts, strongest: int, others: int, tests
 
 
 def from_bands(contexts: Sequence[Context]) -> list[Context]:
-    """All contexts in an order in which every stretch of ten holds one from each tenth of the activations.
-
-    Within a band the given order is kept, which is random for a random draw.
-    """
+    """All contexts in an order in which every stretch of ten holds one from each tenth of the activations. Within a
+    band the given order is kept, which is random for a random draw."""
     ranked = sorted(range(len(contexts)), key=lambda index: -contexts[index].peak)
     edges = [band * len(ranked) // QUANTILES for band in range(QUANTILES + 1)]
     bands = [sorted(ranked[start:stop]) for start, stop in itertools.pairwise(edges)]
@@ -194,10 +192,8 @@ def detection_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
 
 
 def fuzzing_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
-    """Contexts in which it fires: half with the firing pieces marked, half with as many others, drawn at random.
-
-    Where a context has too few others, all of them are marked.
-    """
+    """Contexts in which it fires: half with the firing pieces marked, half with as many others, drawn at random. Where
+    a context has too few others, all of them are marked."""
     found: list[Item] = []
     mixed = list(split.tests)
     random.Random(name).shuffle(mixed)
@@ -222,10 +218,8 @@ def _predict(
     explanations: Mapping[FeatureId, str],
     seed: int,
 ) -> dict[FeatureId, Prediction]:
-    """Let the judge decide on every item by the words given for its feature.
-
-    Items that the judge's answers leave undecided, also when asked again, count nowhere.
-    """
+    """Let the judge decide on every item by the words given for its feature. Items that the judge's answers leave
+    undecided, also when asked again, count nowhere."""
     asked: list[tuple[FeatureId, list[Item]]] = []
     for feature, items in tests.items():
         mixed = list(items)

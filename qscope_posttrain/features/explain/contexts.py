@@ -282,9 +282,7 @@ _INCOMPLETE = "\ufffd"
 
 def text_pieces(tokenizer: Any, ids: Sequence[int], values: Sequence[float]) -> tuple[list[str], list[float]]:
     """(pieces, largest value of each). Tokens that are parts of one character, as in byte-level BPE, are one piece.
-
-    Joined, the pieces are `tokenizer.decode(ids)`.
-    """
+    Joined, the pieces are `tokenizer.decode(ids)`."""
     pieces: list[str] = []
     found: list[float] = []
     text, open_value = "", 0.0

@@ -83,10 +83,8 @@ class LoopCollection:
 
     @property
     def rate(self) -> Interval | None:
-        """Share of loops among the samples with its 95 % Wilson interval; None for given texts.
-
-        Sampling stops when enough are found, which makes the share of n loops too high by about its n-th part.
-        """
+        """Share of loops among the samples with its 95 % Wilson interval; None for given texts. Sampling stops when
+        enough are found, which makes the share of n loops too high by about its n-th part."""
         return wilson(len(self.loops), self.samples) if self.sampled else None
 
     @property
@@ -217,10 +215,8 @@ def loops_from_texts(
 
 
 def _judged(found: Completion, ended: bool | None, min_copies: int, min_tokens: int) -> Loop | Completion | None:
-    """A loop, an ordinary completion, or None for neither: cut off, ended after repeating, or empty.
-
-    `ended` says whether the model ended it, None that it is not known.
-    """
+    """A loop, an ordinary completion, or None for neither: cut off, ended after repeating, or empty. `ended` says
+    whether the model ended it, None that it is not known."""
     tail = repeated_tail(found.completion_ids, min_copies=min_copies, min_tokens=min_tokens)
     if tail is not None:
         return None if ended else Loop(found.prompt_ids, found.completion_ids, tail)

@@ -97,11 +97,8 @@ class ActivationStream:
         self.block, self.end = block - 1, start
 
     def fill(self) -> None:
-        """Read the next block into memory.
-
-        Raises:
-            ValueError: NaN or infinite activations, or documents that attend to each other where they must not.
-        """
+        """Read the next block into memory. ValueError: NaN or infinite activations, or documents that attend to each
+        other where they must not."""
         config = self.config
         self.block, self.start, self.left_out_before = self.block + 1, self.end, dict(self.left_out)
         stream = packed_sequences(

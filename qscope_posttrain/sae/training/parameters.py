@@ -82,11 +82,8 @@ def geometric_median(x: Tensor, reduce: Reduce = alone) -> Tensor:
 
 @torch.no_grad()
 def calibrate(layer: int, x: Tensor, reduce: Reduce = alone) -> Units:
-    """Compute the units from the activations x [tokens, d_model], of all processes together; sums in fp64.
-
-    Raises:
-        ValueError: all activations are equal, so that there is nothing to learn.
-    """
+    """Compute the units from the activations x [tokens, d_model], of all processes together; sums in fp64. ValueError:
+    all activations are equal, so that there is nothing to learn."""
     center = geometric_median(x, reduce)
     sums, squares, power = (torch.zeros_like(center) for _ in range(3))
     for tile in x.split(_TILE_TOKENS):

@@ -76,11 +76,8 @@ def write_checkpoint(
 def read_checkpoint(
     place: Path, settings: Mapping[str, Any], config: SAETrainingConfig, devices: Mapping[int, torch.device]
 ) -> tuple[TrainingState, dict[int, LayerTraining]]:
-    """Read a checkpoint of `write_checkpoint`; `devices` has the device of each layer.
-
-    Raises:
-        ValueError: a damaged checkpoint, or one of other settings; the message names the differences.
-    """
+    """Read a checkpoint of `write_checkpoint`; `devices` has the device of each layer. ValueError: a damaged
+    checkpoint, or one of other settings; the message names the differences."""
     try:
         content = json.loads((place / STATE).read_text(encoding="utf-8"))
         written, asked = content["settings"], json.loads(json.dumps(dict(settings)))
