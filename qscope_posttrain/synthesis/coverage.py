@@ -84,11 +84,11 @@ def activations(features: Mapping[int, TextFeatures], targets: Sequence[FeatureI
         places = [place for place, target in enumerate(targets) if target.layer == layer]
         if places:
             columns = [targets[place].feature_id for place in places]
-            if max(columns) >= read.d_sae:
+            if max(columns) >= read.matrix.shape[1]:
                 raise UserValueError(
-                    f"layer {layer} has the features 0 to {read.d_sae - 1}; a target is #{max(columns)}."
+                    f"layer {layer} has the features 0 to {read.matrix.shape[1] - 1}; a target is #{max(columns)}."
                 )
-            found[:, places] = read.matrix()[:, columns].toarray()
+            found[:, places] = read.matrix[:, columns].toarray()
     return found
 
 
@@ -193,7 +193,7 @@ def split_targets(
 
 def reached_features(features: TextFeatures, layer: int, min_texts: int) -> tuple[FeatureId, ...]:
     """The features of one layer that fire on at least `min_texts` of the texts: targets that nobody chose."""
-    counts = np.diff(features.matrix().tocsc().indptr)
+    counts = np.diff(features.matrix.tocsc().indptr)
     return tuple(FeatureId(layer, int(feature)) for feature in np.flatnonzero(counts >= min_texts))
 
 

@@ -157,12 +157,12 @@ def collect_item_features(
             )
             norms = {layer: features.median_norm for layer, features in read.items()}
             for layer, features in read.items():
-                parts[layer].append((features.offsets.diff().numpy(), features.indices.numpy()))
+                parts[layer].append((np.diff(features.matrix.indptr), features.matrix.indices))
         texts, units = fingerprints(benchmark.plain_texts()), fingerprints(benchmark.units)
         for layer, pieces in parts.items():
             sizes = np.concatenate([size for size, _ in pieces])
             offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-            indices = np.concatenate([index for _, index in pieces])
+            indices = np.concatenate([index for _, index in pieces]).astype(np.int32)
             found[layer].append(ItemFeatures(benchmark.name, offsets, indices, saes[layer].d_sae, texts, units, cut))
     return found
 

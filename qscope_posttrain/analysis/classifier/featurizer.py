@@ -37,7 +37,7 @@ def stack(features: Mapping[int, Any]) -> tuple[csr_array, dict[int, int]]:
     """Put `{layer: TextFeatures, or a matrix [texts, features]}` side by side: (matrix, {layer: width}), ascending.
     ValueError: no layer, or layers with different numbers of texts."""
     matrices = {
-        layer: found.matrix() if isinstance(found, TextFeatures) else csr_array(found)
+        layer: found.matrix if isinstance(found, TextFeatures) else csr_array(found)
         for layer, found in sorted(features.items())
     }
     widths = check_widths({layer: matrix.shape[1] for layer, matrix in matrices.items()})

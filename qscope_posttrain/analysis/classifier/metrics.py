@@ -1,7 +1,7 @@
 """Numbers of classifiers: how much more often a feature fires on one class of texts, and metrics of decisions.
 
 A feature matrix `[texts, features]` holds each feature's largest activation over the tokens of a text, zero where it
-does not fire: `features.text_features.TextFeatures.matrix()`. Equations are those of the Qwen-Scope report, section 5.
+does not fire: `features.text_features.TextFeatures.matrix`. Equations are those of the Qwen-Scope report, section 5.
 """
 
 from __future__ import annotations

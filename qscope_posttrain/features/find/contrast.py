@@ -245,9 +245,7 @@ def rank_response_features(
         pooled = collect_text_features(model, tokenizer, [text], loaded, pooling=by, max_length=max_length)
         rows = {}
         for layer, sae in loaded.items():
-            scores = torch.zeros(sae.d_sae, dtype=torch.float64)
-            ids, values = pooled[layer].row(0)
-            scores[ids.long()] = values.double()
+            scores = torch.from_numpy(pooled[layer].matrix.toarray()[0]).double()
             if reference:
                 scores[passed.layers[layer].firing_rate[1] > max_reference_rate] = -math.inf
             if (left := int((scores > 0).sum())) < top:
