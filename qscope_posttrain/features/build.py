@@ -23,8 +23,7 @@ from qscope_posttrain.models.layers import check_layers
 from qscope_posttrain.provenance import package_versions
 from qscope_posttrain.sae.autoencoder import FeatureRows, SAESource, SparseAutoencoder, load_sae
 
-Sources = Mapping[int, SparseAutoencoder | str | Path]
-"""{layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0"""
+Sources = Mapping[int, SparseAutoencoder | str | Path]  # {layer: SAE, or its source}, layers from 0
 MIN_FIRING_RATE = 0.005  # Random features fire on more than this share of the tokens
 MAX_RELATIVE_SCORE = 0.05  # and score less than this share of the highest score
 Chooser = Callable[[PassStatistics, Mapping[int, SparseAutoencoder]], dict[int, LayerFeatures]]

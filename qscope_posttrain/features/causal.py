@@ -145,8 +145,7 @@ class CausalEffect:
     intervention: str  # `project out`, `subtract` or `add`
     strength: float  # For subtract and add: length of the shift in units of the layer's median residual norm
     probability: float  # Mean P(target tokens) under the intervention
-    probability_change: Interval
-    """Relative change, with a bootstrap interval over texts, paired: the same texts with and without"""
+    probability_change: Interval  # Relative change, with a bootstrap interval over texts, paired with and without
     perplexity_change: Interval
 
 

@@ -32,19 +32,16 @@ MIN_COPIES, MIN_TOKENS = 4, 12
 class CurveSettings:
     """Strengths and windows to try, and how completions are drawn and judged."""
 
-    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)
-    """Lengths of the push in units of the layer's median residual norm."""
+    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)  # Lengths of the push, in median residual norms
     window_start: tuple[int, int] = (4, 12)
     """Generated token, from 0, with which the push begins: drawn for each completion from this range, ends included."""
     window_lengths: tuple[int, ...] = ()
     """Numbers of generated tokens to push, one or several to try; 0 stands for all up to the end. By default a quarter
     of `sampling.max_new_tokens`: after the window the model has to hold the loop by itself."""
     samples: int = 64  # Completions behind each point of the scan
-    fresh_samples: int = 256
-    """Completions behind each number of the final check, drawn anew: the best of many looks better than it is."""
+    fresh_samples: int = 256  # Completions of the final check, drawn anew: the best of many looks better than it is
     random_directions: int = 8  # Random directions that share the completions of a random point evenly
-    single_rows: int = 3
-    """Number of rows of a layer that are tried one by one, best first, besides the sum of the best two and of all."""
+    single_rows: int = 3  # Rows of a layer that are tried one by one, besides the sum of the best two and of all
     sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(top_p=1.0, batch_size=128))
     """Temperature, length, rows at a time, seed; `samples_per_prompt` is not used."""
     probability_floor: float = 1e-3  # Tokens to which the unsteered model gives less are counted as unlikely

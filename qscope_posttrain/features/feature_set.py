@@ -44,8 +44,7 @@ class FeatureSet:
     languages: tuple[str, ...]  # Languages (or classes), in the order of the statistics
     layers: Mapping[int, LayerFeatures]  # Decoder layer (counted from 0) -> rows
     settings: Mapping[str, Any] = field(default_factory=dict)  # Settings of the search that found them; JSON values
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """SAE sources and hashes, fingerprint of the texts, versions; JSON values"""
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # Sources of SAEs and texts, versions
     explanations: tuple[Explanation, ...] = ()  # Explanations of some of the features (see `explain`)
 
     def __post_init__(self) -> None:

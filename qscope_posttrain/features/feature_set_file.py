@@ -33,8 +33,7 @@ VERSION = 1
 FILE_NAME = "features.safetensors"
 MAX_BYTES = 2 * 1024**3  # A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated
 DOCUMENT_KEYS = {"version", "model", "languages", "settings", "provenance", "layers"}
-EXPLANATIONS = "explanations"
-"""The one key that may be absent: files from before there were explanations are read, and stay as they were."""
+EXPLANATIONS = "explanations"  # The one key that may be absent, as in files of the first version
 _LAYER = re.compile("0|[1-9][0-9]{0,5}")
 LAYER_KEYS = {"labels", "names", "residual_median_norm"}
 

@@ -14,8 +14,7 @@ from qscope_posttrain.errors import UserValueError
 
 ReadoutKind = Literal["encoder", "decoder"]
 
-FREE_DIRECTION = -1
-"""Feature id of a row that is not a feature of an SAE: a difference of means, a probe, a sum of features."""
+FREE_DIRECTION = -1  # Feature id of a row that is no feature of an SAE: a probe, a sum of features
 
 PER_ROW = ("feature_ids", "encoder", "encoder_bias", "decoder", "scores", "effects")
 PER_LANGUAGE_AND_ROW = ("mean_activation", "firing_rate", "encoder_mean", "decoder_mean")
@@ -51,14 +50,12 @@ class LayerFeatures:
     encoder_bias: Tensor  # [F]; 0 for a free direction
     decoder: Tensor  # [F, d]: rows of W_dec; of a free direction the direction itself
     scores: Tensor  # [F] monolinguality nu for the row's label (see `build.monolinguality`)
-    effects: Tensor
-    """[F] decoder . g with g the mean gradient of the label's log-probability (see `causal.effect_gradients`)"""
+    effects: Tensor  # [F] decoder . g with g the mean gradient of log P(label) (`causal.effect_gradients`)
     mean_activation: Tensor  # [L, F] mean post-activation over tokens; NaN for a free direction
     firing_rate: Tensor  # [L, F] share of tokens with a non-zero post-activation; NaN for a free direction
     tokens: Tensor  # [L] int64: tokens behind the statistics, without first tokens and norm outliers
     mean_residual: Tensor  # [L, d]
-    residual_median_norm: float
-    """Median L2 norm of the residual vectors of the calibration sample: the unit of steering strengths"""
+    residual_median_norm: float  # Median L2 norm of the calibration sample's residual vectors: the unit of strengths
     encoder_mean: Tensor  # [L, F] mean of h . encoder + encoder_bias: SASFT's alpha
     encoder_covariance: Tensor  # [L, F, F] covariance of that readout
     decoder_mean: Tensor  # [L, F] mean of h . decoder

@@ -79,8 +79,7 @@ class PassStatistics:
     languages: tuple[str, ...]
     layers: Mapping[int, LayerStatistics]
     texts: Tensor  # [L] int64: texts read
-    skipped: Tensor
-    """[L] int64: tokens before the first that counts: the first one of a text, the context of a `TokenText`"""
+    skipped: Tensor  # [L] int64: tokens before the first that counts: the first of a text, or the context
     settings: Mapping[str, Any]
     text_fingerprint: str
 

@@ -25,10 +25,8 @@ from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 FORMAT = "qscope_posttrain.pass_checkpoint"
-SAME_MEDIAN = 1e-4
-"""Relative difference of median norms up to which a model counts as the same: the medians stand for its weights."""
-CODE_ENTRIES = 1 << 24
-"""Entries of sparse codes held at a time: at most 128 MiB, 512 tokens of a ReLU dictionary of 32768 latents."""
+SAME_MEDIAN = 1e-4  # Relative difference of median norms up to which the weights count as the same
+CODE_ENTRIES = 1 << 24  # Entries of sparse codes held at a time: at most 128 MiB
 
 
 @dataclass(frozen=True, eq=False)

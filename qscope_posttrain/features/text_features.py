@@ -35,13 +35,10 @@ class TextFeatures:
 
     matrix: csr_array
     """[N, d_sae] fp32, entries above 0: activation at the last token, or its maximum or mean over those that count"""
-    tokens: Tensor
-    """[N] int64: tokens behind each row; 0 where none counts (a text of one token, or of norm outliers alone)"""
+    tokens: Tensor  # [N] int64: tokens behind each row; 0 where none counts
     truncated: Tensor  # [N] bool: the text was cut, so that its last tokens were not read
-    residual: Tensor | None = None
-    """[N, d_model] fp32 residual stream, at the last token or averaged over the tokens; None if not requested"""
-    median_norm: float = math.nan
-    """Median norm of the layer's residual stream, which decides on outliers; NaN if not known"""
+    residual: Tensor | None = None  # [N, d_model] fp32, at the last token or averaged; None if not requested
+    median_norm: float = math.nan  # Of the layer's residual stream, which decides on outliers; NaN if not known
 
     def __len__(self) -> int:
         return len(self.tokens)

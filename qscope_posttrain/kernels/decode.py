@@ -18,8 +18,7 @@ from torch import Tensor
 
 from qscope_posttrain.kernels.checks import check_floating, check_indices, check_same, check_shape
 
-DENSE_BELOW = 16
-"""CPU backward: use a dense product when d_sae / k is at most this: 1.5 times faster at 8, 1.7 times slower at 32."""
+DENSE_BELOW = 16  # CPU backward: dense product up to this d_sae / k: 1.5 times faster at 8, 1.7 times slower at 32
 TILE_ELEMENTS = 1 << 20  # Elements of a dense code held at a time there: 4 MiB in float32
 INT32_ENTRIES = 2**31 - 1
 

@@ -26,8 +26,7 @@ from qscope_posttrain.kernels.select import preactivation_tiles, product_dtype, 
 
 PRECISIONS = ("model", "fp32", "certified")
 VARIANTS = ("relu_after", "relu_before", "signed")
-_BATCH_TILE = 1 << 22
-"""Elements of a tile of batch_topk_encode: before the first threshold is known, half of a tile may be collected."""
+_BATCH_TILE = 1 << 22  # Elements of a tile of batch_topk_encode, half of which the first threshold may let through
 
 
 def topk_encode(

@@ -20,8 +20,7 @@ from qscope_posttrain.kernels.checks import lowered_to
 
 BUFFER_ELEMENTS = 1 << 24  # Pre-activations held at a time by default: 32 MiB in bfloat16, 64 MiB in float32
 FAST_TOKENS = 1024  # Tokens of a tile from which on more bring little
-CUDA_FEATURES = 8192
-"""Features of a tile on CUDA: what one program of the Triton kernel holds; 1024 tokens of it, 32 MiB, stay in L2."""
+CUDA_FEATURES = 8192  # Features of a tile on CUDA: those of one Triton program; 1024 tokens of it stay in L2
 WIDENED_ELEMENTS = 1 << 23  # Weights converted at a time to the dtype of the product: 32 MiB in float32
 _LOW = 0xFFFFFFFF
 SLACK = 16  # Kept beyond the k first, for those that equal the k-th

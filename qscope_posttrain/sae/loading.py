@@ -34,8 +34,7 @@ from qscope_posttrain.sae.source import SAESource, locate
 _BLOCK_BYTES = 1 << 25  # Float32 rows of the encoder that are folded at a time while a whole SAE is loaded
 _MAPPED_BYTES = 1 << 24  # Part of the file that is mapped at a time while columns are read
 _PAGE_COLUMNS = 1024  # Features stored as columns are read in multiples of a page of the file
-_PAGES_WORTH_A_SEEK = 8
-"""Reading every eighth page of a file row on its own takes about as long as reading the row in order."""
+_PAGES_WORTH_A_SEEK = 8  # Every eighth page of a file row, read on its own, takes as long as the row in order
 
 
 @dataclass(frozen=True, eq=False)

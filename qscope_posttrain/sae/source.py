@@ -27,8 +27,7 @@ class SAESource:
     format: str = "memory"
     """"native", "qwen_scope", "gemma_scope", "gemma_scope_2", "llama_scope", "lm_saes", "sae_lens", "sparsify",
     "dictionary_learning", or "memory"."""
-    release: str | None = None
-    """Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, or a name of the catalog."""
+    release: str | None = None  # Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, or catalog name
     origin: SAESource | None = None  # For a file written by this package: the source of the SAE before that
 
     def __str__(self) -> str:

@@ -18,8 +18,7 @@ from qscope_posttrain.sae import archives
 from qscope_posttrain.sae.checks import Settings, as_number, check_tensor, read_settings
 from qscope_posttrain.sae.layout import listed
 
-SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")
-"""Names of the settings that some format keeps beside its weights."""
+SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")  # Beside weights
 
 _KINDS = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".npz": "npz"}
 

@@ -46,8 +46,7 @@ class SynthesisRun:
     unfinished: tuple[FeatureId, ...] = ()  # Targets that the budget did not reach
     stopped: str = ""  # Message of the budget that ended the run; empty otherwise
     without: tuple[FeatureId, ...] = ()  # Targets worked on of which no prompt fired
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Verified prompts without a whole response, by the reason: "no kind", "empty", or a finish reason."""
+    rejected: Counter[str] = field(default_factory=Counter)  # Verified, without a whole response, by reason
 
     @property
     def undecided(self) -> int:

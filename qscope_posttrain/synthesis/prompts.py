@@ -31,17 +31,14 @@ class SynthesisSettings:
 
     topic: str  # Topic of the data, in a few words; every template reads it
     kinds: tuple[Kind, ...] = KINDS  # Kinds of prompts to write, one after the other for each feature
-    styles: tuple[str, ...] = STYLES
-    """Styles of the adversarial rewrites; each kept vanilla prompt is rewritten in one of them, in turn"""
+    styles: tuple[str, ...] = STYLES  # Styles of the adversarial rewrites, taken in turn
     prompts_per_kind: int = 1  # Number of vanilla prompts per feature and kind; an adversarial one is made of each
     rounds: int = 3  # Maximum number of attempts at a prompt that fires its feature
     enough: int = 2  # Number of seed examples that make a target covered; 1 works on missing targets only
-    features_at_once: int = 16
-    """Number of features worked on together; each of these groups is finished before the next one begins"""
+    features_at_once: int = 16  # Features worked on together; each group is finished before the next one begins
     temperature: float = 1.0  # Sampling temperature of prompts and responses
     max_tokens: int = 512  # Maximum length of prompts and responses, in tokens
-    confirm_kind: bool = True
-    """Ask the judge whether a prompt should be declined; otherwise the kind is the one asked for"""
+    confirm_kind: bool = True  # Ask the judge whether a prompt should be declined; otherwise the kind asked for
 
     def __post_init__(self) -> None:
         if not self.topic.strip():
@@ -64,8 +61,7 @@ class Draft:
     prompt_type: PromptType
     style: str  # Style of an adversarial prompt; empty otherwise
     request_id: str
-    explanation: Explanation | None
-    """Explanation of the feature that it was written for; None where it was written for the topic alone"""
+    explanation: Explanation | None  # Of its feature; None where it was written for the topic alone
     tokens: int = 0  # Tokens of the request and its answer, as the server counts them
 
     @property

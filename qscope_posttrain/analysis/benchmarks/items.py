@@ -28,8 +28,7 @@ class BenchmarkItems:
 
     name: str
     texts: tuple[str, ...]
-    units: tuple[str, ...]
-    """Equal for items that are one observation, such as translations of one question; by default the plain text"""
+    units: tuple[str, ...]  # Equal for items that are one observation, such as translations; by default the plain text
     source: str = ""
     prompt: str = "{text}"  # Already applied to `texts`
 
@@ -43,13 +42,10 @@ class ItemSource:
     """Location of a benchmark, and which part of each row is read."""
 
     name: str
-    source: str
-    """`.jsonl`, `.csv` or `.tsv`, each also with `.gz`; a folder written by `datasets`; or a data set of the hub"""
+    source: str  # `.jsonl`, `.csv`, `.tsv`, each also with `.gz`; a folder of `datasets`; or a data set of the hub
     field: str | None = None  # A column; in CSV and TSV also its number from 0, for files without a header
-    template: str | None = None
-    """Instead of a column, a text with columns in braces, such as "{question}\\n{choices}"; lists become lines"""
-    unit: str | None = None
-    """A column whose value is equal for items of several benchmarks that are one observation; `#`: the row number"""
+    template: str | None = None  # Instead: a text with columns in braces, "{question}\n{choices}"; lists become lines
+    unit: str | None = None  # Column that is equal for items that are one observation; `#`: the row number
     unit_prefix: str = ""  # Prefix of the unit, so that row numbers of unrelated benchmarks differ
     split: str | None = None  # Split of a data set with several
     config: str | None = None  # Configuration of a data set of the hub

@@ -97,9 +97,7 @@ class SharedItems:
     """Items of the first benchmark whose text the second has too."""
 
     items: int
-    removed: bool
-    """Whether they were removed from the larger benchmark before the size-matched comparison; not where too few others
-    would have remained"""
+    removed: bool  # Whether the larger benchmark went without them at equal size: where enough others remained
     kept: OverlapPair | None = None  # The size-matched pair with them, where they were removed
 
 

@@ -33,8 +33,7 @@ from qscope_posttrain.intervals import Interval
 
 CURVE_POINTS = 128  # Subset sizes at which the curve is written down; R-hat never depends on them
 
-LeftOut = tuple[NDArray[np.float64], NDArray[np.int64]]
-"""(statistic without each item of one benchmark [N], the unit of each item [N])"""
+LeftOut = tuple[NDArray[np.float64], NDArray[np.int64]]  # A statistic without each item [N], the unit of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +61,7 @@ class Redundancy:
     r_hat: Interval
     area: Interval  # AUC of Eq. 8. It lies between (N + 1) / 2N and 1 for any benchmark, see `measure_redundancy`.
     matched_size: int
-    r_hat_matched: Interval
-    """R-hat of a random part of `matched_size` items, which compares benchmarks of different sizes"""
+    r_hat_matched: Interval  # R-hat of a random part of `matched_size` items, to compare benchmarks of different sizes
     items_for_90: int  # Number of random items that reach 90 % of the features on average
     sizes: NDArray[np.int64]
     coverage: NDArray[np.float64]  # c_n at `sizes`

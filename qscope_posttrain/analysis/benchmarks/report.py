@@ -31,8 +31,7 @@ class Recommendation:
     name: str
     action: Action
     other: str  # The benchmark that covers it best, relative to itself
-    covered: Interval
-    """Size-matched overlap with that one as a share of its overlap with itself; Bonferroni over the others"""
+    covered: Interval  # Size-matched overlap with it, as a share of that with itself; Bonferroni over the others
     back: Interval  # The same in the other direction
     lost: float  # Share of all its features that do not fire anywhere in the other: the loss if it is dropped
     reason: str

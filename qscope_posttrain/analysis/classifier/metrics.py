@@ -117,10 +117,8 @@ def best_vote_count(votes: Integers, positive: Booleans) -> int:
 class Evaluation:
     """The metrics of one classifier on one set of texts."""
 
-    values: Mapping[str, float]
-    """By name, see METRICS; NaN where not defined: precision without a positive prediction, ranks without scores."""
-    replicates: Mapping[str, Floats]
-    """[resamples] of each; the same labels give the same resamples, so that differences are paired."""
+    values: Mapping[str, float]  # By name, see METRICS; NaN where not defined: no positive prediction, no scores
+    replicates: Mapping[str, Floats]  # [resamples] of each; equal labels give equal resamples: differences are paired
 
     def interval(self, name: str) -> Interval:
         """95 % percentile interval of one metric."""

@@ -28,8 +28,7 @@ CURVES = (
     "bag of tokens",
 )  # fmt: skip
 """Methods whose data curve is drawn: those that are quick to fit many times."""
-TRANSFER = ("OR, best thresholds", "votes", "logistic on all features", *CURVES)
-"""Methods with a table of transfer; the numbers of the others are in the summary."""
+TRANSFER = ("OR, best thresholds", "votes", "logistic on all features", *CURVES)  # Shown in a table of transfer
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,13 @@ class LayerRow:
 class ClassifierReport:
     """All measurements of one task."""
 
-    sizes: Mapping[str, tuple[int, ...]]
-    """By group: positive and negative discovery texts, positive and negative test texts"""
+    sizes: Mapping[str, tuple[int, ...]]  # By group: positive and negative discovery texts, then test texts
     evaluations: Mapping[str, Mapping[str, Mapping[str, Evaluation]]]  # Method -> group learned on -> group tested on
     choices: Mapping[str, Mapping[str, str]]  # Method -> group -> its choices in words
     layers: Mapping[str, Sequence[LayerRow]]  # Group -> every layer and K on its own test texts
     chosen_layers: Mapping[str, int]  # Group -> layer by top1-diff, from discovery texts alone
     jaccard: Mapping[int, Mapping[str, float]]  # Layer -> pair of groups, "A/B" -> overlap of their top sets
-    curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
-    """Group -> method -> share of the discovery texts -> F1 of each draw"""
+    curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]  # Group -> method -> share -> F1 of each draw
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, as JSON values."""

@@ -33,8 +33,7 @@ from qscope_posttrain.features.explain.explanation import METHODS, Explained, Ex
 from qscope_posttrain.models.batches import Text
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-QUANTILES = 10
-"""Bands of activation from which randomly drawn contexts are taken evenly, so that weak ones are tested too."""
+QUANTILES = 10  # Bands of activation from which contexts are drawn evenly, so that weak ones are tested too
 PER_REQUEST = 5  # Contexts per request to the judge
 SAMPLING = Sampling(temperature=0.0, max_tokens=256)  # Sampling of explainer and judge
 
@@ -48,8 +47,7 @@ def explain_templates(folder: str | os.PathLike[str] | None = None) -> PromptTem
 class ExplainSettings:
     """Settings for explaining features and testing the explanations."""
 
-    contexts: ContextSettings = field(default_factory=ContextSettings)
-    """Numbers and lengths of the contexts that are kept"""
+    contexts: ContextSettings = field(default_factory=ContextSettings)  # Their numbers and lengths
     strongest: int = 10  # Strongest contexts that the explainer sees
     others: int = 10  # Contexts of all strengths that it sees beside them
     tests: int = 20  # Held-out contexts in which the feature fires, and as many in which it does not, for each score

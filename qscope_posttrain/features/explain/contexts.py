@@ -41,8 +41,7 @@ class Context:
 
     text: int  # Position of the text among those that were read
     ids: tuple[int, ...]  # Token ids of the window
-    values: tuple[float, ...]
-    """Activation at each of them; 0 where the feature does not fire or the token does not count"""
+    values: tuple[float, ...]  # Activation at each; 0 where it does not fire or the token does not count
 
     @property
     def peak(self) -> float:

@@ -69,8 +69,7 @@ class Explanation:
     text: str
     model: str  # Name of the model that wrote it
     detection: Prediction | None = None  # Distinguishing contexts in which it fires from random ones
-    fuzzing: Prediction | None = None
-    """Distinguishing contexts with the firing tokens marked from contexts with other tokens marked"""
+    fuzzing: Prediction | None = None  # Distinguishing the firing tokens, marked, from others
 
     def __post_init__(self) -> None:
         for name in ("layer", "feature_id"):
@@ -125,8 +124,7 @@ class Explained:
     """Explanations and their test results."""
 
     explanations: tuple[Explanation, ...]
-    controls: Mapping[Method, Mapping[FeatureId, Prediction]]
-    """Scores of every feature with the explanation of another one: the score of unrelated words"""
+    controls: Mapping[Method, Mapping[FeatureId, Prediction]]  # Scores with another feature's explanation
     contexts: tuple[FeatureContexts, ...]
     skipped: Mapping[FeatureId, str]  # Features without an explanation, and why
 

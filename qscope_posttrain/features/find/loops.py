@@ -75,8 +75,7 @@ class LoopCollection:
     """Loops, ordinary completions for contrast, and the number of completions examined."""
 
     loops: tuple[Loop, ...]
-    normal: tuple[Completion, ...]
-    """Completions that ended by themselves without a repeated tail; not necessarily all of them"""
+    normal: tuple[Completion, ...]  # Completions that ended by themselves without a repeated tail; maybe not all
     samples: int  # Completions examined
     sampled: bool = True  # Whether the model was sampled for them, so that `rate` is a property of the model
     settings: Mapping[str, Any] = field(default_factory=dict)  # Sampling settings and limits; JSON values

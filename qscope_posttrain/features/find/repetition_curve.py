@@ -83,8 +83,7 @@ class SteeringCurve:
 
     scan: tuple[CurvePoint, ...]
     chosen: CurvePoint | None  # None when no push along a feature made anything loop
-    fresh: tuple[CurvePoint, ...]
-    """The chosen point, random directions, difference of means and no steering, on other prompts and random numbers"""
+    fresh: tuple[CurvePoint, ...]  # It, random directions, difference of means and no steering, on other prompts
     settings: CurveSettings
     periods: tuple[int, int] | None = None  # Shortest and longest block of a loop like the model's own; None for any
 

@@ -40,8 +40,7 @@ _ARCHITECTURES = {
 }  # Architecture in cfg.json -> architecture at inference. SAELens saves batch variants as JumpReLU.
 _NO_SAE = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _FINETUNING = ("scaling_factor", "finetuning_scaling_factor")
-_VERSION = "6.0.0"
-"""The version of SAELens whose cfg.json is written; without one, readers take it for a layout before 6."""
+_VERSION = "6.0.0"  # Version of SAELens whose cfg.json is written; without one, readers assume one before 6
 
 
 def recognizes(weights: WeightsFile) -> bool:

@@ -217,8 +217,7 @@ class SAETrainingResult:
     """Result of a training."""
 
     saes: dict[int, SparseAutoencoder]  # By layer, in raw units
-    quality: dict[int, dict[str, Any]]
-    """By layer, on held-out text: fvu, l0, dead, loss_recovered and more; empty if nothing was held out"""
+    quality: dict[int, dict[str, Any]]  # By layer, on held-out text: fvu, l0, dead ...; empty if none
     records: list[dict[str, Any]]  # Content of metrics.jsonl
     facts: dict[str, Any]  # Model, data with its fingerprint, tokens, epochs, outliers, seconds
 

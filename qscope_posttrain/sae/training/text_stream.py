@@ -38,8 +38,7 @@ class PackedSequence:
     """Tokens of one or more documents."""
 
     ids: tuple[int, ...]
-    starts: tuple[int, ...]
-    """Positions where a document, or a piece of one that was cut, begins; ascending, the first is 0"""
+    starts: tuple[int, ...]  # Positions where a document, or a piece of one, begins; the first is 0
     used: int  # Number of tokens before the padding
     end: StreamPosition  # Start of the next sequence
 

@@ -25,8 +25,7 @@ class Code:
 
     values: Tensor  # [tokens, width] fp32; entries of value 0 only fill the rectangle
     indices: Tensor  # [tokens, width] int32
-    fires: Tensor | None = None
-    """jumprelu: [tokens, width], 1 where a latent fires, with an estimated gradient to the thresholds"""
+    fires: Tensor | None = None  # jumprelu: [tokens, width], 1 where a latent fires, with an estimated gradient
 
 
 def topk_code(z: Tensor, parameters: Parameters, k: int) -> Code:
