@@ -96,11 +96,7 @@ def judge_relevance(
     session: ChatSession, templates: PromptTemplates, explanations: Sequence[Explanation], topic: str
 ) -> tuple[dict[FeatureId, float], tuple[FeatureId, ...]]:
     """s_f in [0, 1] of every explained feature (equation 19), from one greedy request to a judge each; and the features
-    whose rating could not be read, also after further requests, or was refused.
-
-    Raises:
-        ValueError: no rating at all can be read.
-    """
+    whose rating could not be read, also after further requests, or was refused."""
     sampling = Sampling(temperature=0.0, max_tokens=64)
     requests = [
         ChatRequest(templates.messages("relevance", explanation=entry.text, topic=topic), sampling)
@@ -121,12 +117,7 @@ def judge_relevance(
 
 
 def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:
-    """Read a CSV table with the columns layer, feature and relevance; others are ignored.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a missing column, a cell that is no number, or a feature listed twice.
-    """
+    """Read a CSV table with the columns layer, feature and relevance; others are ignored."""
     rows = read_csv(path, "table of relevance")
     header = next(rows, (0, []))[1]
     if not set(COLUMNS) <= set(header):
@@ -167,12 +158,8 @@ def target_features(relevance: Mapping[FeatureId, float], tau: float) -> tuple[F
 
 
 def missing_first(targets: Sequence[FeatureId], counts: Sequence[int], enough: int) -> list[FeatureId]:
-    """The targets to generate for: those that no seed example fires (T_miss, equation 20), then the weakly covered.
-
-    Args:
-        counts: Number of seed examples that fire each target; c_f of equation 18 is count > 0.
-        enough: Leave out targets with this count or more; 1 keeps T_miss alone.
-    """
+    """The targets to generate for: those that no seed example fires (T_miss, equation 20), then those that fewer than
+    `enough` fire. `counts`: seed examples that fire each target; c_f of equation 18 is count > 0."""
     return [target for count, target in sorted(zip(counts, targets, strict=True)) if count < enough]
 
 

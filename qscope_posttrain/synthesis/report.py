@@ -72,15 +72,9 @@ def measure(
     Args:
         made_for: Targets that prompts were verified on: the filter's own.
         held_out: Targets of the same judge that nothing was made for.
-        random_drafts: Result of `pipeline.random_synthesis`.
-        random_requests: Number of prompts asked for to get them.
-        natural: Texts by people, in random order. Half of them only decide which features of `other_layers` are
-            counted; natural sampling draws from the others.
-        other_layers: Layers that no prompt was verified on; counted are the features that fire on at least `min_texts`
-            of the former half.
-
-    Raises:
-        ValueError: nothing was written, or other layers without natural texts.
+        random_drafts: Result of `pipeline.random_synthesis`, for which `random_requests` prompts were asked for.
+        natural: Texts by people, in random order. Half of them only decide which features of `other_layers`, on which
+            no prompt was verified, are counted: those that fire on at least `min_texts`. The others are sampled from.
     """
     if not run.drafts:
         raise UserValueError("no prompt was written, so there is nothing to measure.")
@@ -116,13 +110,8 @@ def measure(
 def comparison_tables(
     made: StrategyTexts, kept: Sequence[int], others: Sequence[StrategyTexts], draws: int = 200, seed: int = 0
 ) -> list[Table]:
-    """Two tables: all strategies at the requests spent, and at as many examples as were kept.
-
-    Args:
-        made: Every prompt that was written for a feature.
-        kept: Places in it of those that became examples.
-        others: Strategies to compare with.
-    """
+    """Two tables: all strategies at the requests spent, and at as many examples as were kept: `kept` are the places in
+    `made`, every prompt that was written for a feature, of those that became examples."""
     places = np.asarray(kept, dtype=np.int64)
     kept_hits = {name: matrix[places] for name, matrix in made.hits.items()}
     selected = StrategyTexts(f"{made.name}, verified", kept_hits, made.requests, made.tokens)
@@ -199,22 +188,13 @@ def _figure(strategies: Sequence[StrategyTexts], group: str, longest: int, seed:
 def write_prompts(path: Path, made: SynthesisRun, control: Sequence[Draft]) -> None:
     """Write every prompt, what it was for, and whether it was kept, as JSONL."""
     activation = {id(example.draft): example.activation for example in made.examples}
+    names = ("strategy", "prompt", "layer", "feature", "kind", "prompt_type", "style", "request", "kept", "activation")
     lines = []
     for strategy, drafts in (("feature-driven", made.drafts), ("random", control)):
         for draft in drafts:
-            entry = {
-                "strategy": strategy,
-                "prompt": draft.text,
-                "layer": draft.feature.layer if draft.feature else None,
-                "feature": draft.feature.feature_id if draft.feature else None,
-                "kind": draft.kind,
-                "prompt_type": draft.prompt_type,
-                "style": draft.style,
-                "request": draft.request_id,
-                "kept": id(draft) in activation,
-                "activation": activation.get(id(draft)),
-            }
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            asked = (*(draft.feature or (None, None)), draft.kind, draft.prompt_type, draft.style, draft.request_id)
+            entry = (strategy, draft.text, *asked, id(draft) in activation, activation.get(id(draft)))
+            lines.append(json.dumps(dict(zip(names, entry, strict=True)), ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
 

@@ -37,7 +37,30 @@ Thresholds = Literal["zero", "best"]
 Selection = Literal["difference", "random"]
 
 
-class FeatureClassifier(ClassifierMixin, BaseEstimator):
+class BinaryClassifier(ClassifierMixin, BaseEstimator):
+    """A classifier of scikit-learn by the sign of its `decision_function`; positive is `classes_[1]`."""
+
+    def predict(self, X: Any) -> Any:
+        """[texts] the class of each text."""
+        scores = self.decision_function(X)
+        return self.classes_[(scores > 0).astype(np.int64)]
+
+    def _positive(self, y: Any) -> Booleans:
+        """Whether each label is the positive one; ValueError unless there are two, in the words that scikit-learn's own
+        checks look for."""
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) != 2:
+            kind = "1 class" if len(self.classes_) == 1 else f"{len(self.classes_)} classes"
+            raise UserValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
+        return codes == 1
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+
+class FeatureClassifier(BinaryClassifier):
     """A binary classifier of texts by the firing of a few SAE features (Qwen-Scope report, section 5).
 
     Every feature gets Delta = P(it fires | positive) - P(it fires | negative) on the training texts (equations 13 and
@@ -107,9 +130,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         """Choose layers and features, and learn the weights of the rule."""
         self._check_parameters()
         matrix, y = self._training_matrix(X, y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        check_two_classes(self.classes_)
-        positive = codes == 1
+        positive = self._positive(y)
         activations = self._choose(matrix, positive)
         self.weights_, self.intercept_ = self._learn(self._indicators(activations), positive)
         return self
@@ -118,11 +139,6 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         """[texts] `indicators @ weights_ + intercept_`; above 0 is the positive class."""
         check_is_fitted(self)
         return self._indicators(self._chosen_columns(X)) @ self.weights_ + self.intercept_
-
-    def predict(self, X: Any) -> Any:
-        """[texts] the class of each text."""
-        scores = self.decision_function(X)
-        return self.classes_[(scores > 0).astype(np.int64)]
 
     @available_if(lambda classifier: classifier.rule == "logistic")
     def predict_proba(self, X: Any) -> Floats:
@@ -203,7 +219,6 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
         tags.classifier_tags.poor_score = True  # a few indicators cannot separate arbitrary real-valued blobs
         tags.input_tags.sparse = True
         return tags
@@ -302,13 +317,6 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         if self.rule == "votes":
             return ones, 0.5 - best_vote_count(indicators.sum(axis=1).astype(np.int64), positive)
         return ones, -0.5
-
-
-def check_two_classes(classes: Any) -> None:
-    """Raise a ValueError unless there are two classes, in the words that scikit-learn's own checks look for."""
-    if len(classes) != 2:
-        kind = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
-        raise UserValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
 
 
 def _plain(value: Any) -> Any:

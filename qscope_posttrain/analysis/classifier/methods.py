@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -23,7 +22,7 @@ from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardSca
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier, check_two_classes
+from qscope_posttrain.analysis.classifier.estimator import BinaryClassifier, FeatureClassifier
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, layer_slice, stack
 from qscope_posttrain.errors import UserValueError
 
@@ -83,7 +82,7 @@ def token_counts(tokens: Sequence[Sequence[int]], vocabulary: int) -> csr_array:
     return csr_array((values, indices, offsets), shape=(len(tokens), vocabulary))
 
 
-class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
+class MeanDifferenceProbe(BinaryClassifier):
     """Classify by the nearer class mean, along the line through both: w = mean(positive) - mean(negative).
     `decision_function` is (x - midpoint) . w, so that a text halfway between the means scores 0."""
 
@@ -91,9 +90,8 @@ class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
         """X [texts, d_model], y two classes, the second in order being the positive one."""
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        check_two_classes(self.classes_)
-        means = [X[codes == code].mean(axis=0) for code in (0, 1)]
+        positive = self._positive(y)
+        means = [X[~positive].mean(axis=0), X[positive].mean(axis=0)]
         self.coef_ = means[1] - means[0]
         self.intercept_ = -float((means[0] + means[1]) @ self.coef_) / 2
         return self
@@ -102,16 +100,6 @@ class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
         """[texts], above 0 for the positive class."""
         check_is_fitted(self)
         return validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_ + self.intercept_
-
-    def predict(self, X: Any) -> Any:
-        """[texts] the class of each text."""
-        scores = self.decision_function(X)
-        return self.classes_[(scores > 0).astype(np.int64)]
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
-        return tags
 
 
 def columns_of_layer(X: Any, widths: Mapping[int, int], layer: int) -> Any:

@@ -181,12 +181,9 @@ class Item:
 
 def detection_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
     """Contexts in which the feature fires, and as many in which it does not; nothing is marked."""
-    count = min(len(split.tests), len(split.absent))
-    return [
-        Item("".join(text_pieces(tokenizer, context.ids, context.values)[0]), positive)
-        for contexts, positive in ((split.tests, True), (split.absent, False))
-        for context in contexts[:count]
-    ]
+    pairs = list(zip(split.tests, split.absent, strict=False))  # as many of each
+    found = [(tests, True) for tests, _ in pairs] + [(absent, False) for _, absent in pairs]
+    return [Item("".join(text_pieces(tokenizer, c.ids, c.values)[0]), positive) for c, positive in found]
 
 
 def fuzzing_items(tokenizer: Any, split: Split, name: str) -> list[Item]:

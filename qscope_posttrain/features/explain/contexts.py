@@ -109,9 +109,9 @@ def collect_contexts(
     sequences = [sequence for sequence in distinct.values() if sequence.counted]
     pad_id = pad_token(tokenizer)
     features = [(layer, feature) for layer in layers for feature in feature_ids[layer]]
-    top = {feature: _Best(settings.top) for feature in features}
-    drawn = {feature: _Best(settings.sampled) for feature in features}
-    absent = _Best(4 * settings.absent)
+    top = {feature: _Best() for feature in features}
+    drawn = {feature: _Best() for feature in features}
+    absent = _Best()
     firing_texts = Counter[tuple[int, int]]()
     with evaluation_mode(model), torch.no_grad():
         sample = token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
@@ -120,7 +120,8 @@ def collect_contexts(
         for batch in progress(batches, description="contexts of features", enabled=show_progress):
             anywhere = [_any_window(sequence, settings) for sequence in batch.sequences]
             for sequence, entry in zip(batch.sequences, anywhere, strict=True):
-                absent.offer(-_priority(sequence, f"{settings.seed} absent"), sequence.content_hash(), entry)
+                score = -_priority(sequence, f"{settings.seed} absent")
+                absent.offer(4 * settings.absent, score, sequence.content_hash(), entry)
             for layer, rows, _ in layer_rows(model, layers, batch):
                 limit = outlier_factor * medians[layer]
                 for number, slot, positions, values in _firings(batch, rows, saes[layer], slots[layer], limit):
@@ -134,8 +135,9 @@ def collect_contexts(
                     at = dict(zip(positions, values, strict=True))
                     ids = sequence.ids[shown.start : shown.stop]
                     context = Context(sequence.text, ids, tuple(at.get(position, 0.0) for position in shown))
-                    top[feature].offer(peak, key, context)
-                    drawn[feature].offer(-_priority(sequence, f"{settings.seed} {layer} {feature[1]}"), key, context)
+                    top[feature].offer(settings.top, peak, key, context)
+                    score = -_priority(sequence, f"{settings.seed} {layer} {feature[1]}")
+                    drawn[feature].offer(settings.sampled, score, key, context)
     found = []
     for feature in features:
         free = [context for _, context, firing in absent.entries() if feature not in firing][: settings.absent]
@@ -204,21 +206,15 @@ def _any_window(sequence: TokenSequence, settings: ContextSettings) -> tuple[ran
     return window, context, set()
 
 
-class _Best:
-    """The entries with the highest scores so far; equal scores are ordered by the unique key."""
+class _Best(list[tuple[float, bytes, Any]]):
+    """A heap of the entries with the highest scores so far; equal scores are ordered by the unique key."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._heap: list[tuple[float, bytes, Any]] = []
-
-    def offer(self, score: float, key: bytes, entry: Any) -> None:
-        heapq.heappush(self._heap, (score, key, entry))
-        if len(self._heap) > self._size:
-            heapq.heappop(self._heap)
+    def offer(self, size: int, score: float, key: bytes, entry: Any) -> None:
+        (heapq.heappush if len(self) < size else heapq.heappushpop)(self, (score, key, entry))
 
     def entries(self) -> list[Any]:
         """Best first."""
-        return [entry for _, _, entry in sorted(self._heap, reverse=True)]
+        return [entry for _, _, entry in sorted(self, reverse=True)]
 
 
 def token_view(
