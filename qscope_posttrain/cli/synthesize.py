@@ -96,8 +96,8 @@ def synthesize(options: argparse.Namespace) -> None:
         if set(layers) & set(others):
             raise UserValueError(f"prompts are verified on layers {layers}; --measure-layers must be others.")
         saes = load_saes(options, sorted({*layers, *others}), model)
-        reader = FeatureReader(model, tokenizer, saes, options.max_length)
-        seed_hits = coverage.firing(reader.read(seed_texts, layers), targets)
+        reader = FeatureReader(model, tokenizer, saes, max_length=options.max_length)
+        seed_hits = coverage.firing(reader.features(seed_texts, layers=layers), targets)
         counts = dict(zip(targets, seed_hits.sum(axis=0).tolist(), strict=True))
         wanted = coverage.missing_first(made_for, [counts[target] for target in made_for], settings.enough)
         unseen = sum(counts[target] == 0 for target in wanted)
@@ -131,7 +131,7 @@ def synthesize(options: argparse.Namespace) -> None:
         other_layers=others,
         seed=options.seed,
     )
-    new_hits = coverage.firing(reader.read([row["prompt"][0]["content"] for row in rows], layers), targets)
+    new_hits = coverage.firing(reader.features([row["prompt"][0]["content"] for row in rows], layers=layers), targets)
     tables = [report.examples_table(rows, made), report.target_table(targets, seed_hits, new_hits), *measured]
     for table in tables:
         table.print()

@@ -47,21 +47,12 @@ def feature_set_path(path: str | Path) -> Path:
 def write_feature_set(path: str | Path, features: FeatureSet) -> Path:
     """Write a FeatureSet to `path`; the folder must exist. Returns the path of the file."""
     path = feature_set_path(path)
-    document: dict[str, Any] = {
-        "version": VERSION,
-        "model": dict(features.model),
-        "languages": list(features.languages),
-        "settings": dict(features.settings),
-        "provenance": dict(features.provenance),
-        "layers": {
-            str(layer): {
-                "labels": list(rows.labels),
-                "names": list(rows.names),
-                "residual_median_norm": None if math.isnan(rows.residual_median_norm) else rows.residual_median_norm,
-            }
-            for layer, rows in features.layers.items()
-        },
-    }
+    document: dict[str, Any] = {"version": VERSION, "languages": list(features.languages), "layers": {}}
+    document |= {name: dict(getattr(features, name)) for name in ("model", "settings", "provenance")}
+    for layer, rows in features.layers.items():
+        norm = None if math.isnan(rows.residual_median_norm) else rows.residual_median_norm
+        facts = {"labels": list(rows.labels), "names": list(rows.names), "residual_median_norm": norm}
+        document["layers"][str(layer)] = facts
     if features.explanations:
         document[EXPLANATIONS] = [entry.to_dict() for entry in features.explanations]
     tensors = {
@@ -90,14 +81,8 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
         read = tuple(Explanation.from_dict(entry) for entry in explanations)
     except ValueError as error:
         raise UserValueError(f"{path}: {error}") from error
-    return {
-        "model": document["model"],
-        "languages": tuple(document["languages"]),
-        "layers": layers,
-        "settings": document["settings"],
-        "provenance": document["provenance"],
-        "explanations": read,
-    }
+    parts = {name: document[name] for name in ("model", "settings", "provenance")}
+    return {**parts, "languages": tuple(document["languages"]), "layers": layers, "explanations": read}
 
 
 @contextmanager

@@ -149,13 +149,8 @@ def collect_statistics(
             layer: LayerSums.zeros(len(languages), d_model, saes[layer], second_moments, calibration.devices[layer])
             for layer in layers
         }
-        key = {
-            "model": model_shape(model),
-            "sequences": sequence_fingerprint(sequences, languages),
-            "saes": {str(layer): describe_sae(saes[layer]) for layer in layers},
-            "processes": processes,
-            **settings,
-        }
+        key = {"model": model_shape(model), "sequences": sequence_fingerprint(sequences, languages), **settings}
+        key |= {"saes": {str(layer): describe_sae(saes[layer]) for layer in layers}, "processes": processes}
         saved = PassCheckpoint(checkpoint, key, calibration.medians, rank, processes)
         done = saved.resume(sums)
         if done == 0 and rank == 0:  # every process has read the sample; it counts once

@@ -185,14 +185,9 @@ def describe_sae(sae: SparseAutoencoder | None) -> dict[str, Any] | None:
     """Describe an SAE well enough to distinguish two, also of unknown source: shape, source, norms of the weights."""
     if sae is None:
         return None
-    return {
-        "source": str(sae.source),
-        "d_sae": sae.d_sae,
-        "d_model": sae.d_model,
-        "activation": repr(sae.activation),
-        "W_enc": float(torch.linalg.vector_norm(sae.W_enc.float())),
-        "b_enc": float(torch.linalg.vector_norm(sae.b_enc.float())),
-    }
+    norms = {name: float(torch.linalg.vector_norm(getattr(sae, name).float())) for name in ("W_enc", "b_enc")}
+    shape = {"d_sae": sae.d_sae, "d_model": sae.d_model}
+    return {"source": str(sae.source), **shape, "activation": repr(sae.activation), **norms}
 
 
 def sequence_fingerprint(sequences: Sequence[TokenSequence], languages: Sequence[str]) -> str:

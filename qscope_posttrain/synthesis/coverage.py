@@ -6,59 +6,38 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, number_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-from qscope_posttrain.features.text_features import TextFeatures, collect_text_features
+from qscope_posttrain.features.text_features import TextFeatures
 from qscope_posttrain.files import read_csv
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.report.summary import write_text
-from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 Hits = NDArray[np.bool_]
 COLUMNS = ("layer", "feature", "relevance")
 
 
-class FeatureReader:
+class FeatureReader(TextFeaturizer):
     """A model with the SAEs of some layers; h of equation 13 is taken over all tokens of a text but the first."""
-
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, saes: Mapping[int, SparseAutoencoder], max_length: int = 512
-    ) -> None:
-        self._model, self._tokenizer, self._saes, self._max_length = model, tokenizer, dict(saes), max_length
-
-    def read(
-        self, texts: Sequence[str], layers: Sequence[int] | None = None, *, show_progress: bool | None = None
-    ) -> dict[int, TextFeatures]:
-        """{layer: features of each text}, the largest activation over its tokens."""
-        return collect_text_features(
-            self._model,
-            self._tokenizer,
-            texts,
-            self._saes if layers is None else {layer: self._saes[layer] for layer in layers},
-            pooling="max",
-            max_length=self._max_length,
-            show_progress=show_progress,
-        )
 
     def verify(self, texts: Sequence[str], features: Sequence[FeatureId]) -> list[float]:
         """The largest activation of one feature on each text; 0 where it does not fire (see `pipeline.Verify`)."""
         found = [0.0] * len(texts)
         # A text of one token has none that counts, and a list of such texts cannot be read.
-        places = [place for place, text in enumerate(texts) if len(self._tokenizer(text)["input_ids"]) > 1]
+        places = [place for place, text in enumerate(texts) if len(self.tokenizer(text)["input_ids"]) > 1]
         if not places:
             return found
         distinct = sorted({features[place] for place in places})
-        layers = sorted({feature.layer for feature in distinct})
-        values = activations(self.read([texts[place] for place in places], layers, show_progress=False), distinct)
+        layers, quiet = sorted({feature.layer for feature in distinct}), self.with_settings({"show_progress": False})
+        values = activations(quiet.features([texts[place] for place in places], layers=layers), distinct)
         for row, place in enumerate(places):
             found[place] = float(values[row, distinct.index(features[place])])
         return found

@@ -83,13 +83,13 @@ def measure(
     reference, pool = list(natural[::2]), list(natural[1::2])
     groups: dict[str, Sequence[FeatureId]] = {MADE_FOR: made_for, HELD_OUT: held_out}
     if other_layers:
-        read = reader.read(reference, other_layers)
+        read = reader.features(reference, layers=other_layers)
         groups |= {f"layer {layer}": reached_features(read[layer], layer, min_texts) for layer in other_layers}
     groups = {name: features for name, features in groups.items() if features}
     layers = sorted({feature.layer for features in groups.values() for feature in features})
 
     def hits(texts: Sequence[str]) -> dict[str, Hits]:
-        read = reader.read(texts, layers)
+        read = reader.features(texts, layers=layers)
         return {name: firing(read, features) for name, features in groups.items()}
 
     def written(name: str, drafts: Sequence[Draft], requests: int) -> StrategyTexts:

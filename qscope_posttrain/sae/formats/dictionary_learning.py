@@ -58,15 +58,12 @@ def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
         stated = trainer.integer("dict_size", shape[0]), trainer.integer("activation_dim", shape[1])
         if stated != shape:
             raise UserValueError(f"config.json states dict_size and activation_dim {stated}, it holds {shape}")
+    activation: Activation | None
     activation, gain = gated(weights, "mag_bias", "gate_bias") if name == "GatedAutoEncoder" else (None, None)
-    return read_stored(
-        weights,
-        located,
-        layout,
-        fold=Fold(subtract_b_dec=name not in _NOT_SUBTRACTING, encoder_scale=gain),
-        activation=activation or _activation(weights, name, trainer),
-        layer=None if trainer is None else _layer(trainer),
-    )
+    fold = Fold(subtract_b_dec=name not in _NOT_SUBTRACTING, encoder_scale=gain)
+    activation = activation or _activation(weights, name, trainer)
+    layer = None if trainer is None else _layer(trainer)
+    return read_stored(weights, located, layout, fold=fold, activation=activation, layer=layer)
 
 
 def _class_name(weights: WeightsFile, trainer: Settings | None) -> str:

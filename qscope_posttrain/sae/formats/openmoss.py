@@ -70,16 +70,8 @@ def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
     has_b_dec = settings.flag("use_decoder_bias", True)
     subtracts = has_b_dec and settings.flag("apply_decoder_bias_to_pre_encoder", True)
     unit_decoder = llama_scope or settings.flag("sparsity_include_decoder_norm", True)
-    return read_stored(
-        weights,
-        located,
-        layout,
-        d_sae,
-        d_model,
-        fold=Fold(s, s, 1 / s, subtracts, unit_decoder),
-        activation=_activation(settings, thresholds),
-        layer=layer,
-    )
+    fold, activation = Fold(s, s, 1 / s, subtracts, unit_decoder), _activation(settings, thresholds)
+    return read_stored(weights, located, layout, d_sae, d_model, fold=fold, activation=activation, layer=layer)
 
 
 def _is_llama_scope(weights: WeightsFile) -> bool:

@@ -34,14 +34,7 @@ def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
     _LAYOUT.check(weights)
     d_model = settings.integer("d_in")
     d_sae = settings.integer("num_latents", 0, least=0) or d_model * settings.integer("expansion_factor", 32)
-    site = weights.path.parent.name
-    return read_stored(
-        weights,
-        located,
-        _LAYOUT,
-        d_sae,
-        d_model,
-        fold=Fold(subtract_b_dec=True),
-        activation=TopK(settings.integer("k", 32), "signed" if settings.flag("signed", False) else "relu_before"),
-        layer=layer_of_site(site) if site.startswith(_MODULE) else None,
-    )
+    site, fold = weights.path.parent.name, Fold(subtract_b_dec=True)
+    activation = TopK(settings.integer("k", 32), "signed" if settings.flag("signed", False) else "relu_before")
+    layer = layer_of_site(site) if site.startswith(_MODULE) else None
+    return read_stored(weights, located, _LAYOUT, d_sae, d_model, fold=fold, activation=activation, layer=layer)

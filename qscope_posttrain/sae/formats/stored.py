@@ -111,16 +111,8 @@ def read_stored(
     shift = torch.zeros(d_model) if absent else weights.tensor(b_dec, d_model)  # type: ignore[arg-type]
     shape = bias.shape[0], shift.shape[0]
     encoder_in, decoder_in = layout.features_in.split(", ")
-    return StoredSAE(
-        located,
-        layout.format,
-        weights.matrix(encoder, *shape, encoder_in),
-        bias,
-        weights.matrix(decoder, *shape, decoder_in),
-        shift,
-        weights.memory_mapped,
-        **more,
-    )
+    W_enc, W_dec = weights.matrix(encoder, *shape, encoder_in), weights.matrix(decoder, *shape, decoder_in)
+    return StoredSAE(located, layout.format, W_enc, bias, W_dec, shift, weights.memory_mapped, **more)
 
 
 def gated(weights: WeightsFile, b_enc: str, b_gate: str) -> tuple[JumpReLU, Tensor]:

@@ -115,18 +115,9 @@ def measure_sae(
         batches = token_batches(sequences, tokens_per_batch, pad_id)
         for batch in progress(batches, description=f"measuring the SAE of layer {layer}", enabled=show_progress):
             _add_batch(sums, run, batch, places)
-    return figures(
-        sums,
-        fit,
-        sae,
-        layer,
-        model_identity(model),
-        [names[s.language] for s in sequences],
-        skipped=sum(min(s.start, len(s.ids)) for s in sequences),
-        losses=losses,
-        expected_l0=expected_l0,
-        seed=seed,
-    )
+    of_texts, skipped = [names[s.language] for s in sequences], sum(min(s.start, len(s.ids)) for s in sequences)
+    options: dict[str, Any] = {"skipped": skipped, "losses": losses, "expected_l0": expected_l0, "seed": seed}
+    return figures(sums, fit, sae, layer, model_identity(model), of_texts, **options)
 
 
 def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[tuple[int, int], int]) -> None:

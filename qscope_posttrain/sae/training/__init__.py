@@ -13,6 +13,7 @@ Decoder rows keep norm 1. At the end everything is folded into raw units: a cano
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,14 +77,9 @@ def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
 def _train_layer(layer: int, x: Tensor, config: SAETrainingConfig, progress: bool | None) -> SparseAutoencoder:
     training = LayerTraining(layer, calibrate(layer, x), config)
     unexplained = torch.zeros(())
-    batches = shown(
-        enumerate(_batches(x.shape[0], config)),
-        total=config.steps,
-        description=f"training the SAE of layer {layer}",
-        enabled=progress,
-        note=lambda: f"unexplained variance {float(unexplained):.3f}",
-    )
-    for step, tokens in batches:
+    options: dict[str, Any] = {"total": config.steps, "description": f"training the SAE of layer {layer}"}
+    options["note"] = lambda: f"unexplained variance {float(unexplained):.3f}"
+    for step, tokens in shown(enumerate(_batches(x.shape[0], config)), enabled=progress, **options):
         unexplained = training.update(x[tokens.to(x.device)], len(tokens), step).fvu
     return training.finished()
 

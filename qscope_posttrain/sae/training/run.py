@@ -135,14 +135,9 @@ class _Run:
             finished = step + 1
             spent = self.seconds + time.monotonic() - started
             if finished % self.run.log_every == 0 or finished == self.config.steps:
-                log.record(
-                    finished,
-                    tokens=finished * self.config.batch_tokens,
-                    learning_rate=self.config.rate(step),
-                    k=self.config.k_at(step),
-                    epoch=self.stream.end.epoch,
-                    seconds=spent,
-                )
+                tokens, rate, k = finished * self.config.batch_tokens, self.config.rate(step), self.config.k_at(step)
+                epoch = self.stream.end.epoch
+                log.record(finished, tokens=tokens, learning_rate=rate, k=k, epoch=epoch, seconds=spent)
             if self.run.evaluate_every and finished % self.run.evaluate_every == 0 and finished < self.config.steps:
                 log.evaluation(finished, self._measure(self._saes()))
             if self.run.checkpoint_every and finished % self.run.checkpoint_every == 0:
@@ -188,15 +183,9 @@ class _Run:
     def _checkpoint(self, step: int, seconds: float) -> None:
         """Rank 0 writes; the others wait, so that none is ahead of the state that can be resumed."""
         if is_main_process():
-            state = TrainingState(
-                step=step,
-                block=self.stream.block,
-                update=self.update,
-                position=self.stream.start,
-                medians=self.stream.medians,
-                left_out=self.stream.left_out_before,
-                seconds=seconds,
-            )
+            stream = self.stream
+            left_out = stream.left_out_before
+            state = TrainingState(step, stream.block, self.update, stream.start, stream.medians, left_out, seconds)
             write_checkpoint(self.output / CHECKPOINTS, state, self.trainings, self.settings, self.run.keep_checkpoints)
         if process_rank()[1] > 1:
             dist.barrier()
@@ -208,18 +197,10 @@ class _Run:
         """Quality on held-out text by layer. Every process measures all of it."""
         quality: dict[int, dict[str, Any]] = {}
         stream, config = self.stream, self.stream.config
+        limits: dict[str, Any] = {"max_length": config.context_length, "tokens_per_batch": config.forward_tokens}
+        limits |= {"outlier_factor": config.outlier_factor, "scan": 0}
         for layer, sae in saes.items() if self.held_out else ():
-            found = measure_sae(
-                stream.model,
-                stream.tokenizer,
-                self.held_out,
-                sae,
-                layer,
-                scan=0,
-                max_length=config.context_length,
-                tokens_per_batch=config.forward_tokens,
-                outlier_factor=config.outlier_factor,
-            )
+            found = measure_sae(stream.model, stream.tokenizer, self.held_out, sae, layer, **limits)
             quality[layer] = {
                 "tokens": found.tokens,
                 "fvu": found.fvu.estimate,
