@@ -88,11 +88,9 @@ class DoseCurve:
         return sorted([*own, replace(self.unsteered, kind=kind)], key=lambda point: point.strength)
 
     def best(self, max_perplexity_ratio: float = 1.1, sign: int = 1) -> DosePoint | None:
-        """The point of the features with the largest (sign 1) or smallest (-1) effect at an acceptable cost.
-
-        Acceptable is a perplexity of at most `max_perplexity_ratio` times that without steering. None where no strength
-        is acceptable. It is the best of several on the same responses: sample anew before you quote its effect.
-        """
+        """The point of the features with the largest (sign 1) or smallest (-1) effect at a perplexity of at most
+        `max_perplexity_ratio` times that without steering, or None. It is the best of several on the same responses:
+        sample anew before you quote its effect."""
         limit = max_perplexity_ratio * self.unsteered.perplexity.estimate
         affordable = [p for p in self.points if p.kind == FEATURE and p.perplexity.estimate <= limit]
         return max(affordable, key=lambda point: sign * point.effect.estimate, default=None)
@@ -149,9 +147,6 @@ def dose_curve(
             line break in front of the prompt.
         texts: other text; its perplexity to the steered model is the cost that responses alone do not show.
         steering_options: layer, unit, positions, mode ("add" or "project_out") of `features.steering.feature_steering`.
-
-    Raises:
-        ValueError: no strengths, a zero among them, or an error of `feature_steering` or `generate_samples`.
     """
     if not strengths or 0 in strengths:
         raise UserValueError(

@@ -103,10 +103,8 @@ class FeatureSet:
         """A smaller FeatureSet: rows of one language, of some layers, the best or the named ones.
 
         `top` keeps the rows with the highest score per layer and language, in that order. `feature_ids` keeps those
-        ids wherever they occur. Layers left without rows are dropped, unless `layers` names them.
-
-        Raises:
-            ValueError: unknown language, layer or feature id, or nothing left.
+        ids wherever they occur. Layers left without rows are dropped, unless `layers` names them. ValueError where
+        something is unknown, or nothing is left.
         """
         if language is not None:
             self.language_index(language)

@@ -135,6 +135,8 @@ def collect_item_features(
     if len(set(names)) != len(names):
         raise UserValueError(f"benchmarks need different names, got {', '.join(names)}.")
     longest = longest_allowed(model, max_length)
+    options: dict[str, Any] = {"pooling": pooling, "max_length": longest}
+    options |= {"tokens_per_batch": tokens_per_batch, "show_progress": show_progress}
     found: dict[int, list[ItemFeatures]] = {layer: [] for layer in sorted(saes)}
     norms: dict[int, float] | None = None
     for benchmark in benchmarks:
@@ -144,17 +146,8 @@ def collect_item_features(
         for part in _parts(benchmark.texts, items_at_once):
             ids = [list(entry) for entry in tokenizer(list(part), verbose=False)["input_ids"]]
             cut += sum(len(entry) > longest for entry in ids)
-            read = collect_text_features(
-                model,
-                tokenizer,
-                [entry if len(entry) <= longest else entry[:1] + entry[1 - longest :] for entry in ids],
-                saes,
-                pooling=pooling,
-                max_length=longest,
-                tokens_per_batch=tokens_per_batch,
-                median_norms=norms,
-                show_progress=show_progress,
-            )
+            ends = [entry if len(entry) <= longest else entry[:1] + entry[1 - longest :] for entry in ids]
+            read = collect_text_features(model, tokenizer, ends, saes, median_norms=norms, **options)
             norms = {layer: features.median_norm for layer, features in read.items()}
             for layer, features in read.items():
                 parts[layer].append((np.diff(features.matrix.indptr), features.matrix.indices))

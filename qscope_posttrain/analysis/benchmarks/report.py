@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qscope_posttrain.analysis.benchmarks.overlap import OverlapMatrix
+from qscope_posttrain.analysis.benchmarks.overlap import Measure, OverlapMatrix
 from qscope_posttrain.analysis.benchmarks.performance import (
     Agreement,
     PerformanceRedundancy,
@@ -222,36 +222,30 @@ def redundancy_section(
         curves.append(Curve(entry.name, entry.sizes.tolist(), coverage, low, high))
         shares.append(Curve(entry.name, (entry.sizes / entry.items).tolist(), coverage, low, high))
     bands = " Bands: 95 % of random subsets." if found[0].sampled else ""
-    figures = [
-        Figure(
-            line_curves(curves, "items", "features reached", percent=True),
-            f"Share of a benchmark's features that n random items fire, in exact expectation.{bands}",
-        ),
-        Figure(
-            line_curves(shares, "share of the items", "features reached", percent=True),
-            "The same against the share of the items; the area below is AUC, never under one half.",
-        ),
-    ]
+    words = f"Share of a benchmark's features that n random items fire, in exact expectation.{bands}"
+    same = "The same against the share of the items; the area below is AUC, never under one half."
+    drawn = ((curves, "items", words), (shares, "share of the items", same))
+    figures = [Figure(line_curves(of, x, "features reached", percent=True), caption) for of, x, caption in drawn]
     return Section(f"Redundancy, {where}", tables=tables, figures=[*figures, *more])
 
 
 def overlap_section(matrix: OverlapMatrix, where: str, tables: Sequence[Table]) -> Section:
     """Heat maps at equal size and raw, and the tables."""
-    names = matrix.names
-    figures = [
-        Figure(
-            heat_map(matrix.values("overlap_min", matched=True).tolist(), names, names),
-            f"overlap_min at {matrix.size} random items each; on the diagonal that of two disjoint parts of one "
-            "benchmark, the most that one of its kind would reach.",
-        ),
-        Figure(
-            heat_map(matrix.values("overlap").tolist(), names, names, peak=1.0),
-            "Raw directed overlap: share of the features of the row that fire in the column too. Large columns cover "
-            "more because they are large.",
-        ),
-        Figure(heat_map(matrix.values("overlap_min").tolist(), names, names, peak=1.0), "Raw overlap_min."),
-    ]
-    return Section(f"Overlap, {where}", tables=tables, figures=figures)
+
+    def figure(measure: Measure, caption: str, matched: bool = False) -> Figure:
+        values, names = matrix.values(measure, matched).tolist(), matrix.names
+        return Figure(heat_map(values, names, names, peak=None if matched else 1.0), caption)
+
+    equal = (
+        f"overlap_min at {matrix.size} random items each; on the diagonal that of two disjoint parts of one benchmark, "
+        "the most that one of its kind would reach."
+    )
+    raw = (
+        "Raw directed overlap: share of the features of the row that fire in the column too. Large columns cover more "
+        "because they are large."
+    )
+    figures = [figure("overlap_min", equal, matched=True), figure("overlap", raw)]
+    return Section(f"Overlap, {where}", tables=tables, figures=[*figures, figure("overlap_min", "Raw overlap_min.")])
 
 
 def agreement_figure(

@@ -185,16 +185,8 @@ class FeatureClassifier(BinaryClassifier):
 
     @classmethod
     def load(cls, path: str | Path, featurizer: TextFeaturizer | None = None) -> FeatureClassifier:
-        """Read a file written by `save`.
-
-        Args:
-            featurizer: To classify texts; its model and SAEs must be those of the training, and it takes over the
-                settings and median norms stored in the file.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a classifier, damaged, or made with another model or other SAEs.
-        """
+        """Read a file written by `save`. The model and SAEs of a `featurizer`, to classify texts, must be those of the
+        training; it takes over the settings and median norms stored in the file."""
         path = Path(path)
         document, tensors = classifier_file.read_classifier_file(path)
         found = cls(**document["parameters"])

@@ -90,16 +90,9 @@ class TextFeaturizer(TransformerMixin, BaseEstimator):
         self, texts: Sequence[Any], residual: bool = False, layers: Sequence[int] | None = None
     ) -> dict[int, TextFeatures]:
         """{layer: TextFeatures} of texts, with `residual` the mean residual stream of each too; `layers` None: all."""
-        return collect_text_features(
-            self.model,
-            self.tokenizer,
-            list(texts),
-            self.saes if layers is None else {layer: self.saes[layer] for layer in layers},
-            residual=residual,
-            tokens_per_batch=self.tokens_per_batch,
-            show_progress=self.show_progress,
-            **self.settings(),
-        )
+        saes = self.saes if layers is None else {layer: self.saes[layer] for layer in layers}
+        options = {"tokens_per_batch": self.tokens_per_batch, "show_progress": self.show_progress, **self.settings()}
+        return collect_text_features(self.model, self.tokenizer, list(texts), saes, residual=residual, **options)
 
     def with_norms(self, features: Mapping[int, TextFeatures]) -> TextFeaturizer:
         """A copy with the median norms that were measured for `features`."""

@@ -154,13 +154,9 @@ def find_repetition_features(
     longest = max(len(entry.ids) for entry in (*loops.loops, *loops.normal))
     pass_options = {"max_length": longest, "show_progress": show_progress, **pass_options}
     features = search(model, tokenizer, texts, saes, choose, settings, **pass_options)
-    described = {
-        "loops": len(loops.loops),
-        "normal": len(loops.normal),
-        "samples": loops.samples,
-        "rate": None if loops.rate is None else list(loops.rate),
-        "periods": [loop.tail.period for loop in loops.loops],
-    }
+    described: dict[str, Any] = {"loops": len(loops.loops), "normal": len(loops.normal), "samples": loops.samples}
+    described["rate"] = None if loops.rate is None else list(loops.rate)
+    described["periods"] = [loop.tail.period for loop in loops.loops]
     ranking = repetition_table(features).to_dict()
     features = replace(features, provenance={**features.provenance, "ranking": ranking, "loops": described})
     if curve is None:

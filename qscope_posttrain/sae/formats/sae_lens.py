@@ -30,11 +30,9 @@ from qscope_posttrain.sae.weights_file import WeightsFile
 if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
+# Architecture in cfg.json -> architecture at inference: SAELens saves batch variants as JumpReLU.
 _ARCHITECTURES = {name: name for name in ("standard", "topk", "jumprelu", "gated")}
-_ARCHITECTURES |= {
-    "batchtopk": "jumprelu",
-    "matryoshka_batchtopk": "jumprelu",
-}  # Architecture in cfg.json -> architecture at inference. SAELens saves batch variants as JumpReLU.
+_ARCHITECTURES |= dict.fromkeys(("batchtopk", "matryoshka_batchtopk"), "jumprelu")
 _NO_SAE = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _FINETUNING = ("scaling_factor", "finetuning_scaling_factor")
 _VERSION = "6.0.0"  # Version of SAELens whose cfg.json is written; without one, readers assume one before 6

@@ -65,8 +65,8 @@ def train_saes_on_text(
             set of `datasets`, also with `streaming=True`. At its end the text is read again.
         layers (sequence of int): Decoder layers, from 0.
         config (SAETrainingConfig): Settings of the training.
-        output (path): Folder for metrics.jsonl and checkpoints. The SAEs are returned; `results.write_results` writes
-            them.
+        output (path): Folder for metrics.jsonl and checkpoints. The SAEs are returned; `records.write_results`
+            writes them.
         stream (StreamConfig, default None): How text becomes activations; None is `StreamConfig()`.
         run (RunConfig, default None): Logging, evaluation and checkpoints; None is `RunConfig()`.
         text_column (str, default "text"): The column of JSONL files and data sets that holds the documents.
