@@ -79,7 +79,8 @@ def fetch(
             from rich.console import Console
 
             sizes_table(repository, remote).print(Console(stderr=True))
-        needed, free = sum(file.missing for file in remote), shutil.disk_usage(_existing(_cache())).free
+        folder = next(place for place in (_cache(), *_cache().parents) if place.exists())
+        needed, free = sum(file.missing for file in remote), shutil.disk_usage(folder).free
         if needed > free:
             raise UserValueError(
                 f"{in_words(needed)} are to be downloaded, but the disk of {_cache()} has {in_words(free)} left: take "
@@ -90,10 +91,8 @@ def fetch(
 
 def describe(repository: str, files: Sequence[str], revision: str | None = None) -> list[RemoteFile]:
     """Size and state of some files, from the hub. Errors as in `fetch`."""
-    described: list[RemoteFile] = []
-    for name in files:
-        described.append(_ask(repository, name, described[0].commit if described else revision))
-    return described
+    first = _ask(repository, files[0], revision)
+    return [first, *(_ask(repository, name, first.commit) for name in files[1:])]
 
 
 def sizes_table(repository: str, files: Sequence[RemoteFile]) -> Table:
@@ -240,10 +239,6 @@ def _explained(repository: str, name: str, revision: str | None, error: Exceptio
         f"{reason}, and {name} of {place} is not in the cache {_cache()}. {advice}, or fetch it where there is a "
         f"network (`hf download {repository} {name}`) and copy the cache, or give a local file or folder.",
     )
-
-
-def _existing(folder: Path) -> Path:
-    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _cache() -> Path:

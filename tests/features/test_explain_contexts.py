@@ -153,5 +153,4 @@ def test_pieces_joined_are_the_text(tiny_tokenizer, texts, language):
 
 def test_marks_enclose_runs():
     assert marked(["a", "b", "c", "d"], [0, 1, 2, 0]) == "a<<bc>>d"
-    assert marked(["a", "b"], [1, 0.5], above=0.5) == "<<a>>b"
     assert marked(["a", "b"], [0, 1]) == "a<<b>>"

@@ -8,6 +8,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -293,13 +294,8 @@ def text_pieces(tokenizer: Any, ids: Sequence[int], values: Sequence[float]) -> 
     return pieces, found
 
 
-def marked(pieces: Sequence[str], values: Sequence[float], above: float = 0.0) -> str:
-    """The text with runs of pieces whose value exceeds `above` between << and >>."""
-    parts: list[str] = []
-    inside = False
-    for piece, value in zip(pieces, values, strict=True):
-        if (value > above) != inside:
-            parts.append("<<" if not inside else ">>")
-            inside = not inside
-        parts.append(piece)
-    return "".join(parts) + (">>" if inside else "")
+def marked(pieces: Sequence[str], values: Sequence[float]) -> str:
+    """The text with runs of pieces of a value above 0 between << and >>."""
+    runs = groupby(zip(pieces, values, strict=True), key=lambda pair: pair[1] > 0)
+    texts = ((fires, "".join(piece for piece, _ in run)) for fires, run in runs)
+    return "".join(f"<<{text}>>" if fires else text for fires, text in texts)
