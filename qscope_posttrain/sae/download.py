@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
@@ -188,7 +189,11 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
     if file.size is None or _size(part) > file.size:
         part.unlink(missing_ok=True)
     url = hf_hub_url(repository, file.name, revision=file.commit)
-    options = {"headers": build_hf_headers(), "expected_size": file.size, "displayed_filename": file.name}
+    options: dict[str, Any] = {
+        "headers": build_hf_headers(),
+        "expected_size": file.size,
+        "displayed_filename": file.name,
+    }
     try:
         with part.open("ab") as unfinished:
             http_get(url, unfinished, resume_size=unfinished.tell(), **options)

@@ -18,7 +18,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Curve, Mark, heat_map, line_curves, scatter_with_intervals
-from qscope_posttrain.report.tables import Table
+from qscope_posttrain.report.tables import Cell, Table
 
 Action = Literal["merge", "drop", "keep", "keep (undecided)"]
 COVERED = 0.9  # Share of a benchmark's overlap with itself from which another one counts as covering it
@@ -146,10 +146,11 @@ def performance_table(found: Mapping[str, PerformanceRedundancy]) -> Table:
 
 def agreement_table(title: str, lines: Sequence[Agreement], note: str = "") -> Table:
     """Correlations with their test over benchmarks."""
-    found = [(line.predictor, line.target, line.correlation) for line in lines]
-    rows = [
-        (*names, r.kind, r.value, f"[{r.low:.2f}, {r.high:.2f}]", r.p, r.benchmarks, r.points) for *names, r in found
-    ]
+    rows: list[list[Cell]] = []
+    for line in lines:
+        r = line.correlation
+        limits = f"[{r.low:.2f}, {r.high:.2f}]"
+        rows.append([line.predictor, line.target, r.kind, r.value, limits, r.p, r.benchmarks, r.points])
     caption = (
         "Intervals: bootstrap over benchmarks, too narrow for few of them. p: two-sided, by permuting benchmarks, not "
         f"pairs. {note}"
@@ -160,7 +161,7 @@ def agreement_table(title: str, lines: Sequence[Agreement], note: str = "") -> T
 
 def overlap_table(matrix: OverlapMatrix, where: str) -> Table:
     """One row per pair."""
-    rows = []
+    rows: list[list[Cell]] = []
     for number, first in enumerate(matrix.names):
         for second in matrix.names[number + 1 :]:
             raw, matched = matrix.raw[first, second], matrix.matched[first, second]
@@ -170,7 +171,7 @@ def overlap_table(matrix: OverlapMatrix, where: str) -> Table:
             least, least_matched = (pair.interval("overlap_min", matrix.level).text() for pair in (raw, matched))
             relative = (matrix.relative(first, second).text(), matrix.relative(second, first).text())
             items = f"{shared.items}; with them {kept}" if kept else str(shared.items)
-            rows.append((first, second, *directed, least, raw.value("jaccard"), least_matched, *relative, items))
+            rows.append([first, second, *directed, least, raw.value("jaccard"), least_matched, *relative, items])
     columns = ["A", "B", "overlap(A, B)", "overlap(B, A)", "overlap_min", "Jaccard"]
     columns += [f"overlap_min at n = {matrix.size}", "B covers A, relative", "A covers B, relative", "items in both"]
     caption = (
