@@ -189,14 +189,10 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
     if file.size is None or _size(part) > file.size:
         part.unlink(missing_ok=True)
     url = hf_hub_url(repository, file.name, revision=file.commit)
-    options: dict[str, Any] = {
-        "headers": build_hf_headers(),
-        "expected_size": file.size,
-        "displayed_filename": file.name,
-    }
+    shown: dict[str, Any] = {"expected_size": file.size, "displayed_filename": file.name}
     try:
         with part.open("ab") as unfinished:
-            http_get(url, unfinished, resume_size=unfinished.tell(), **options)
+            http_get(url, unfinished, resume_size=unfinished.tell(), headers=build_hf_headers(), **shown)
     except Exception as error:
         raise Unreachable(
             f"the download of {repository}/{file.name} stopped after {in_words(_size(part))} of {in_words(file.size)} "
