@@ -17,18 +17,11 @@ from qscope_posttrain.features.dose_curve import MEANS, RANDOM
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums
+from qscope_posttrain.models import scoring
 from qscope_posttrain.models.batches import TokenBatch
 from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, pretrained_model
-from qscope_posttrain.models.scoring import (
-    TextScores,
-    contrast_sample,
-    log_masses,
-    logit_chunks,
-    model_logits,
-    predicted_tokens,
-    score_sample,
-)
+from qscope_posttrain.models.scoring import TextScores
 from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Cell, Table
@@ -55,10 +48,11 @@ def effect_gradients(
     h + e d replaces h at EVERY position: the first-order effect of steering. `options` are those of
     `scoring.contrast_sample`, which chooses texts and tokens. Parameters receive no gradient.
     """
-    sample = contrast_sample(model, tokenizer, texts, target, **options)
+    sample = scoring.contrast_sample(model, tokenizer, texts, target, **options)
 
     def target_mass(flat: Tensor, batch: TokenBatch) -> Tensor:
-        masses = [log_masses(part, sample.target_tokens) for (part,) in logit_chunks(flat, predicted_tokens(batch)[0])]
+        chunks = scoring.logit_chunks(flat, scoring.predicted_tokens(batch)[0])
+        masses = [scoring.log_masses(part, sample.target_tokens) for (part,) in chunks]
         return torch.stack([(log_target - log_all).sum() for log_all, log_target in masses]).sum()
 
     shown = progress(sample.batches, description=f"effects on {target}", enabled=show_progress)
@@ -85,7 +79,7 @@ def steering_gradients(
     with evaluation_mode(model), _differentiable_from_the_embedding(model), LayerCapture(model, layers) as capture:
         for batch in batches:
             capture.clear()
-            value = objective(model_logits(model, batch), batch)
+            value = objective(scoring.model_logits(model, batch), batch)
             hidden = capture.require()
             for layer, gradient in zip(hidden, torch.autograd.grad(value, list(hidden.values())), strict=True):
                 rows = gradient.flatten(0, 1)
@@ -238,7 +232,7 @@ def causal_check(
         raise UserValueError(f"strengths must be positive, got {list(strengths)}.")
     if random_count < 1:
         raise UserValueError(f"random_count must be at least 1, got {random_count}.")
-    sample = contrast_sample(model, tokenizer, texts, target, texts_per_language=texts_per_language, **options)
+    sample = scoring.contrast_sample(model, tokenizer, texts, target, texts_per_language=texts_per_language, **options)
     trials = []
     for layer, rows in chosen.layers.items():
         drawn = controls.layers[layer] if controls is not None and layer in controls.layers else None
@@ -253,11 +247,11 @@ def causal_check(
                     trials.append((layer, kind, name, intervention, strength, pushed))
     effects = []
     with evaluation_mode(model):
-        base = score_sample(model, sample)
+        base = scoring.score_sample(model, sample)
         shown = progress(trials, description=f"causal check for {target}", enabled=show_progress)
         for layer, kind, name, intervention, strength, steering in shown:
             with steer(model, steering):
-                scores = score_sample(model, sample)
+                scores = scoring.score_sample(model, sample)
             measured = (scores.mean_probability, *_changes(base, scores, seed))
             effects.append(CausalEffect(layer, kind, name, intervention, strength, *measured))
     return CausalReport(

@@ -14,15 +14,8 @@ from torch import Tensor, nn
 from qscope_posttrain.distributed import default_reduce, process_rank
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.sums import LayerSums, PassCheckpoint, check_sums_fit, describe_sae, sequence_fingerprint
-from qscope_posttrain.models.batches import (
-    Text,
-    check_texts,
-    describe_text,
-    longest_allowed,
-    pad_token,
-    token_batches,
-    tokenize_texts,
-)
+from qscope_posttrain.models import batches
+from qscope_posttrain.models.batches import Text
 from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
@@ -120,7 +113,7 @@ def collect_statistics(
         checkpoint: file for the sums, written every `checkpoint_every` batches (with several processes one each). The
             same pass resumes from it; any other starts from the beginning and reports it. Deleted at the end.
     """
-    languages = check_texts(texts)
+    languages = batches.check_texts(texts)
     layers = check_layers(model, sorted(saes))
     d_model = int(text_config(model).hidden_size)
     for layer in layers:
@@ -132,11 +125,10 @@ def collect_statistics(
     widths = {layer: (sae.d_sae if sae is not None else 0) for layer, sae in saes.items()}
     check_sums_fit(len(languages), d_model, widths, second_moments, max_sums_gib)
 
-    max_length = longest_allowed(model, max_length)
-    sequences = tokenize_texts(tokenizer, texts, max_length, ignored=ignored_tokens)
-    sample, rest = (
-        token_batches(part, tokens_per_batch, pad_token(tokenizer)) for part in calibration_sample(sequences)
-    )
+    max_length = batches.longest_allowed(model, max_length)
+    sequences = batches.tokenize_texts(tokenizer, texts, max_length, ignored=ignored_tokens)
+    pad_id, parts = batches.pad_token(tokenizer), calibration_sample(sequences)
+    sample, rest = (batches.token_batches(part, tokens_per_batch, pad_id) for part in parts)
     settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "max_length": max_length}
     settings |= {"outlier_factor": outlier_factor, "second_moments": second_moments}
     if ignored_tokens:
@@ -178,7 +170,7 @@ def collect_statistics(
         texts=owners.bincount(minlength=len(languages)),
         skipped=owners.bincount(skipped, minlength=len(languages)).long(),
         settings=settings,
-        text_fingerprint=text_fingerprint({name: map(describe_text, entries) for name, entries in texts.items()}),
+        text_fingerprint=text_fingerprint({name: map(batches.describe_text, found) for name, found in texts.items()}),
     )
 
 

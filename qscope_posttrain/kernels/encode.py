@@ -11,16 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qscope_posttrain.kernels import checks
 from qscope_posttrain.kernels.certified import CertifiedWeights, certified_encode
-from qscope_posttrain.kernels.checks import (
-    check_choice,
-    check_count,
-    check_encoder,
-    check_floating,
-    check_same,
-    check_shape,
-    check_tiles,
-)
 from qscope_posttrain.kernels.decode import register_encoder_gradient
 from qscope_posttrain.kernels.select import preactivation_tiles, product_dtype, result_dtype, tile_shape, topk_product
 
@@ -65,10 +57,10 @@ def topk_encode(
     change the rounding of the product, never the order of equal values. Not affected by autocast. Differentiable with
     respect to x, W_enc and b_enc (the choice of the features is not). Saves x, values and indices.
     """
-    check_encoder(x, W_enc, b_enc, k)
-    check_choice("precision", precision, PRECISIONS)
-    check_choice("variant", variant, VARIANTS)
-    check_tiles(tile_tokens, tile_features)
+    checks.check_encoder(x, W_enc, b_enc, k)
+    checks.check_choice("precision", precision, PRECISIONS)
+    checks.check_choice("variant", variant, VARIANTS)
+    checks.check_tiles(tile_tokens, tile_features)
     if precision == "certified":
         tiles = {"tile_tokens": tile_tokens, "tile_features": tile_features}
         return certified_encode(x, W_enc, b_enc, k, weights=weights, variant=variant, **tiles)[:2]
@@ -119,15 +111,15 @@ def threshold_encode(
 
     Memory: a tile with a mask of its size, and twice the result. Differentiable and deterministic as `topk_encode`.
     """
-    check_encoder(x, W_enc, b_enc)
-    check_choice("precision", precision, ("model", "fp32"))
-    check_tiles(tile_tokens, tile_features)
+    checks.check_encoder(x, W_enc, b_enc)
+    checks.check_choice("precision", precision, ("model", "fp32"))
+    checks.check_tiles(tile_tokens, tile_features)
     if not isinstance(thresholds, Tensor):
         thresholds = torch.full((), thresholds, dtype=torch.float64, device=x.device)
-    check_floating(thresholds=thresholds)
-    check_same("device", x=x, thresholds=thresholds)
+    checks.check_floating(thresholds=thresholds)
+    checks.check_same("device", x=x, thresholds=thresholds)
     if thresholds.ndim:
-        check_shape("thresholds", thresholds, (W_enc.shape[0],))
+        checks.check_shape("thresholds", thresholds, (W_enc.shape[0],))
     if thresholds.requires_grad:
         raise ValueError("thresholds get no gradient here: pass thresholds.detach()")
     code = _threshold_encode(x, W_enc, b_enc, thresholds, precision == "fp32", tile_tokens, tile_features)
@@ -150,10 +142,10 @@ def batch_topk_encode(
     if fewer are positive. Of equal values at the boundary, those of the first tokens are kept, then those of the lowest
     indices.
     """
-    check_encoder(x, W_enc, b_enc)
-    check_choice("precision", precision, ("model", "fp32"))
-    check_count("k", k)
-    check_tiles(tile_tokens, tile_features)
+    checks.check_encoder(x, W_enc, b_enc)
+    checks.check_choice("precision", precision, ("model", "fp32"))
+    checks.check_count("k", k)
+    checks.check_tiles(tile_tokens, tile_features)
     code = _batch_topk_encode(x, W_enc, b_enc, k, precision == "fp32", tile_tokens, tile_features)
     return code[0], code[1]
 

@@ -17,17 +17,8 @@ from torch import Tensor, nn
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import FREE_DIRECTION
-from qscope_posttrain.models.batches import (
-    Text,
-    TokenBatch,
-    TokenSequence,
-    check_texts,
-    input_device,
-    longest_allowed,
-    pad_token,
-    token_batches,
-    tokenize_texts,
-)
+from qscope_posttrain.models import batches
+from qscope_posttrain.models.batches import Text, TokenBatch, TokenSequence
 from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.models.layers import check_layers, evaluation_mode
@@ -101,24 +92,24 @@ def collect_contexts(
     share.
     """
     settings = settings or ContextSettings()
-    check_texts({"texts": texts})
+    batches.check_texts({"texts": texts})
     layers = check_layers(model, sorted(feature_ids))
     slots = {layer: _slots(layer, saes, feature_ids[layer]) for layer in layers}
     distinct: dict[bytes, TokenSequence] = {}
-    for sequence in tokenize_texts(tokenizer, {"texts": texts}, longest_allowed(model, max_length)):
+    for sequence in batches.tokenize_texts(tokenizer, {"texts": texts}, batches.longest_allowed(model, max_length)):
         distinct.setdefault(sequence.content_hash(), sequence)
     sequences = [sequence for sequence in distinct.values() if sequence.counted]
-    pad_id = pad_token(tokenizer)
+    pad_id = batches.pad_token(tokenizer)
     features = [(layer, feature) for layer in layers for feature in feature_ids[layer]]
     top = {feature: _Best() for feature in features}
     drawn = {feature: _Best() for feature in features}
     absent = _Best()
     firing_texts = Counter[tuple[int, int]]()
     with evaluation_mode(model), torch.no_grad():
-        sample = token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
+        sample = batches.token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
         medians = calibrate(model, layers, sample).medians
-        batches = token_batches(sequences, tokens_per_batch, pad_id)
-        for batch in progress(batches, description="contexts of features", enabled=show_progress):
+        every = batches.token_batches(sequences, tokens_per_batch, pad_id)
+        for batch in progress(every, description="contexts of features", enabled=show_progress):
             anywhere = [_any_window(sequence, settings) for sequence in batch.sequences]
             for sequence, entry in zip(batch.sequences, anywhere, strict=True):
                 score = -_priority(sequence, f"{settings.seed} absent")
@@ -243,7 +234,8 @@ def token_view(
             if not encoded:
                 raise UserValueError(f"a text without a token: {text!r}.")
             ids.append(encoded)
-            hidden = forward_to_layer(model, layers, input_ids=torch.tensor([encoded], device=input_device(model)))
+            input_ids = torch.tensor([encoded], device=batches.input_device(model))
+            hidden = forward_to_layer(model, layers, input_ids=input_ids)
             for layer in layers:
                 values[layer].append(_row_values(hidden[layer][0], features, layer, (saes or {}).get(layer)))
     found = []

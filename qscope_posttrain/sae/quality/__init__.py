@@ -17,16 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.models.batches import (
-    Text,
-    TokenBatch,
-    check_texts,
-    input_device,
-    longest_allowed,
-    pad_token,
-    token_batches,
-    tokenize_texts,
-)
+from qscope_posttrain.models import batches
+from qscope_posttrain.models.batches import Text, TokenBatch
 from qscope_posttrain.models.calibration import Calibration, calibrate, calibration_sample
 from qscope_posttrain.models.capture import LayerCapture, forward_to_layer, spliced
 from qscope_posttrain.models.layers import check_layers, decoder_layers, evaluation_mode, text_config
@@ -96,24 +88,24 @@ def measure_sae(
         8.0
     """
     languages = texts if isinstance(texts, Mapping) else {"all": list(texts)}
-    names = check_texts(languages)
+    names = batches.check_texts(languages)
     if scan < 0:
         raise UserValueError(f"scan is a number of layers on either side, 0 or more; got {scan}")
     layer = _checked_layer(model, sae, layer)
     near = [n for n in range(layer - scan, layer + scan + 1) if 0 <= n < len(decoder_layers(model))]
-    sequences = tokenize_texts(tokenizer, languages, longest_allowed(model, max_length))
+    sequences = batches.tokenize_texts(tokenizer, languages, batches.longest_allowed(model, max_length))
     sample, _ = calibration_sample(sequences)
-    pad_id = pad_token(tokenizer)
+    pad_id = batches.pad_token(tokenizer)
     sums = QualitySums.zeros(len(sequences), sae)
     with evaluation_mode(model):
-        calibration = calibrate(model, near, token_batches(sample, tokens_per_batch, pad_id))
+        calibration = calibrate(model, near, batches.token_batches(sample, tokens_per_batch, pad_id))
         kept = _sample_rows(calibration, outlier_factor)
         fit = best_fit(sae, layer, kept)
         reference = kept[layer].float().mean(dim=0).to(sae.device)
         run = _Run(model, sae, layer, outlier_factor * calibration.medians[layer], reference, losses)
         places = {(s.language, s.text): number for number, s in enumerate(sequences)}
-        batches = token_batches(sequences, tokens_per_batch, pad_id)
-        for batch in progress(batches, description=f"measuring the SAE of layer {layer}", enabled=show_progress):
+        every = batches.token_batches(sequences, tokens_per_batch, pad_id)
+        for batch in progress(every, description=f"measuring the SAE of layer {layer}", enabled=show_progress):
             _add_batch(sums, run, batch, places)
     of_texts, skipped = [names[s.language] for s in sequences], sum(min(s.start, len(s.ids)) for s in sequences)
     options: dict[str, Any] = {"skipped": skipped, "losses": losses, "expected_l0": expected_l0, "seed": seed}
@@ -150,7 +142,7 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
 def _forward(run: _Run, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
     """(output of the layer, logits); without losses, nothing after the layer runs and there are no logits."""
     if not run.losses:
-        ids = batch.input_ids.to(input_device(run.model))
+        ids = batch.input_ids.to(batches.input_device(run.model))
         return forward_to_layer(run.model, [run.layer], input_ids=ids)[run.layer], None
     with LayerCapture(run.model, [run.layer]) as capture:
         logits = model_logits(run.model, batch)
