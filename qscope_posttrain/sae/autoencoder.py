@@ -22,17 +22,11 @@ from torch import Tensor, nn
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.kernels import CertifiedWeights, certified_weights, feature_preactivations, sparse_decode
 from qscope_posttrain.provenance import file_sha256
+from qscope_posttrain.sae import loading
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 from qscope_posttrain.sae.formats import WRITERS
-from qscope_posttrain.sae.loading import (
-    FeatureRows,
-    activation_of,
-    feature_id_tensor,
-    load_tensors,
-    open_source,
-    read_rows,
-)
+from qscope_posttrain.sae.loading import FeatureRows
 from qscope_posttrain.sae.source import SAESource
 
 __all__ = ["FeatureRows", "SAESource", "SparseAutoencoder", "load_sae"]
@@ -119,7 +113,7 @@ class SparseAutoencoder:
         x = self._checked_input(x)
         W_enc, b_enc = self.W_enc, self.b_enc
         if feature_ids is not None:
-            ids = feature_id_tensor(feature_ids, self.d_sae).to(self.device)
+            ids = loading.feature_id_tensor(feature_ids, self.d_sae).to(self.device)
             W_enc, b_enc = W_enc[ids], b_enc[ids]
         return feature_preactivations(x, W_enc, b_enc)
 
@@ -146,7 +140,7 @@ class SparseAutoencoder:
 
     def select(self, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
         """Copies of the rows of some features, in the given order."""
-        ids = feature_id_tensor(feature_ids, self.d_sae)
+        ids = loading.feature_id_tensor(feature_ids, self.d_sae)
         at = ids.to(self.device)
         return FeatureRows(ids, self.W_enc[at], self.b_enc[at], self.W_dec[at], self.source, self.layer)
 
@@ -197,12 +191,12 @@ class SparseAutoencoder:
             FileNotFoundError: nothing there.
             ValueError: damaged, hostile or mismatched: the message names file, fault, and what was expected.
         """
-        stored = open_source(source, layer, revision, d_model, input_scale)
-        activation = activation_of(stored, k)
+        stored = loading.open_source(source, layer, revision, d_model, input_scale)
+        activation = loading.activation_of(stored, k)
         origin = stored.source(file_sha256(stored.path) if checksum else None)
         place, kind = torch.device(device or "cpu"), dtype or torch.float32
         try:
-            tensors = load_tensors(stored, kind, place)
+            tensors = loading.load_tensors(stored, kind, place)
             return cls(**tensors, activation=activation.to(place, kind), layer=stored.layer, source=origin)
         except ValueError as error:
             raise UserValueError(f"{stored.path}: {error}") from error
@@ -220,7 +214,7 @@ class SparseAutoencoder:
     ) -> FeatureRows:
         """Read the rows of some features only: see `loading.gather`. Arguments as for `load`, without k. `source` is
         without the sha256, which would read the whole file."""
-        return read_rows(open_source(source, layer, revision, d_model, input_scale), feature_ids)
+        return loading.read_rows(loading.open_source(source, layer, revision, d_model, input_scale), feature_ids)
 
     @cached_property
     def _certified_weights(self) -> CertifiedWeights:
