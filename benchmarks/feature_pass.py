@@ -30,9 +30,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.testbed.feature_sets import language_feature_set
 from qscope_posttrain.features.build import monolinguality, top_features
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find.contrast import language_feature_set
 from qscope_posttrain.features.statistics import PassStatistics, collect_statistics
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table

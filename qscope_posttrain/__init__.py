@@ -19,7 +19,7 @@ _HOME = {
     "train_saes_on_text": "qscope_posttrain.sae.training.run",
     "find_language_features": "qscope_posttrain.features.find.contrast",
     "find_repetition_features": "qscope_posttrain.features.find.repetition",
-    "measure_sae": "qscope_posttrain.sae.quality.measure",
+    "measure_sae": "qscope_posttrain.sae.quality",
     "SASFTCallback": "qscope_posttrain.sft.callback",
     "TokenPenaltyCallback": "qscope_posttrain.sft.baselines",
     "KLAnchorCallback": "qscope_posttrain.sft.baselines",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.rl.config import SteeredGRPOConfig as SteeredGRPOConfig
     from qscope_posttrain.rl.trainer import SteeredGRPOTrainer as SteeredGRPOTrainer
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder as SparseAutoencoder
-    from qscope_posttrain.sae.quality.measure import measure_sae as measure_sae
+    from qscope_posttrain.sae.quality import measure_sae as measure_sae
     from qscope_posttrain.sae.training import SAETrainingConfig as SAETrainingConfig
     from qscope_posttrain.sae.training import train_saes as train_saes
     from qscope_posttrain.sae.training.run import train_saes_on_text as train_saes_on_text

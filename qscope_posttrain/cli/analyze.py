@@ -52,8 +52,11 @@ def redundancy(options: argparse.Namespace) -> None:
     """Measure how few items reach the features of a benchmark; with per-item correctness, how R and R-hat agree."""
     require_extra("analysis", "report")
     from qscope_posttrain.analysis.benchmarks import report
-    from qscope_posttrain.analysis.benchmarks.agreement import redundancy_agreement
-    from qscope_posttrain.analysis.benchmarks.performance import performance_redundancy, read_performance
+    from qscope_posttrain.analysis.benchmarks.performance import (
+        performance_redundancy,
+        read_performance,
+        redundancy_agreement,
+    )
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
     from qscope_posttrain.analysis.benchmarks.report import agreement_figure, redundancy_section
 
@@ -99,9 +102,8 @@ def overlap(options: argparse.Namespace) -> None:
     """Measure how much features of benchmarks overlap, recommend what to merge, keep or drop, compare with scores."""
     require_extra("analysis", "report")
     from qscope_posttrain.analysis.benchmarks import report
-    from qscope_posttrain.analysis.benchmarks.agreement import similarity_agreement
     from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
-    from qscope_posttrain.analysis.benchmarks.performance import read_performance
+    from qscope_posttrain.analysis.benchmarks.performance import read_performance, similarity_agreement
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
     from qscope_posttrain.analysis.benchmarks.report import overlap_section, recommend
 

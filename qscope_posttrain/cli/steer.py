@@ -253,7 +253,7 @@ def _verdict(curve: DoseCurve, best: Any, options: argparse.Namespace) -> str:
 
 
 def _write_report(output: Path, curve: DoseCurve, verdict: str) -> Path:
-    from qscope_posttrain.evaluation.dose_curve import FEATURE, MEANS, RANDOM
+    from qscope_posttrain.features.dose_curve import FEATURE, MEANS, RANDOM
     from qscope_posttrain.report.html import Figure, Section, write_html
     from qscope_posttrain.report.plots import Curve, line_curves
     from qscope_posttrain.report.summary import write_text

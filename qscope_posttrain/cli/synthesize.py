@@ -64,7 +64,7 @@ def synthesize(options: argparse.Namespace) -> None:
     require_extra("analysis", "report")
     from qscope_posttrain.features.feature_set import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
-    from qscope_posttrain.synthesis import coverage, dataset, pipeline, report
+    from qscope_posttrain.synthesis import coverage, pipeline, report
     from qscope_posttrain.synthesis.coverage import FeatureReader, write_relevance
     from qscope_posttrain.synthesis.prompts import synthesis_templates
 
@@ -96,8 +96,8 @@ def synthesize(options: argparse.Namespace) -> None:
         if set(layers) & set(others):
             raise UserValueError(f"prompts are verified on layers {layers}; --measure-layers must be others.")
         saes = load_saes(options, sorted({*layers, *others}), model)
-        reader = FeatureReader(model, tokenizer, saes, options.max_length)
-        seed_hits = coverage.firing(reader.read(seed_texts, layers), targets)
+        reader = FeatureReader(model, tokenizer, saes, max_length=options.max_length)
+        seed_hits = coverage.firing(reader.features(seed_texts, layers=layers), targets)
         counts = dict(zip(targets, seed_hits.sum(axis=0).tolist(), strict=True))
         wanted = coverage.missing_first(made_for, [counts[target] for target in made_for], settings.enough)
         unseen = sum(counts[target] == 0 for target in wanted)
@@ -113,13 +113,13 @@ def synthesize(options: argparse.Namespace) -> None:
         spent = session.usage.to_dict()
         drafts, asked = _random_control(options, made, session, templates, settings)
         usage = session.usage.to_dict()
-    rows: Sequence[Mapping[str, Any]] = [dataset.example_row(example, relevance) for example in made.examples]
-    rows = dataset.balanced(rows, options.seed) if options.balance else rows
+    rows: Sequence[Mapping[str, Any]] = [report.example_row(example, relevance) for example in made.examples]
+    rows = report.balanced(rows, options.seed) if options.balance else rows
     report.write_prompts(output / PROMPTS, made, drafts or [])
     if not rows:
         reason = made.stopped or f"{output / PROMPTS} holds what was written."
         raise UserValueError(f"no prompt fired its feature and was answered; {reason}")
-    dataset.save_rows(rows, output / DATA)
+    report.save_rows(rows, output / DATA)
     measured, drawn = report.measure(
         made,
         wanted,
@@ -131,7 +131,7 @@ def synthesize(options: argparse.Namespace) -> None:
         other_layers=others,
         seed=options.seed,
     )
-    new_hits = coverage.firing(reader.read([row["prompt"][0]["content"] for row in rows], layers), targets)
+    new_hits = coverage.firing(reader.features([row["prompt"][0]["content"] for row in rows], layers=layers), targets)
     tables = [report.examples_table(rows, made), report.target_table(targets, seed_hits, new_hits), *measured]
     for table in tables:
         table.print()

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import difference_of_means, random_directions
-from qscope_posttrain.features.dose_curve import FEATURE, MEANS, RANDOM, UNSTEERED
+from qscope_posttrain.features.dose_curve import FEATURE, RANDOM, UNSTEERED, controls
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums, bootstrap_over_prompts, wilson
@@ -89,11 +88,9 @@ class DoseCurve:
         return sorted([*own, replace(self.unsteered, kind=kind)], key=lambda point: point.strength)
 
     def best(self, max_perplexity_ratio: float = 1.1, sign: int = 1) -> DosePoint | None:
-        """The point of the features with the largest (sign 1) or smallest (-1) effect at an acceptable cost.
-
-        Acceptable is a perplexity of at most `max_perplexity_ratio` times that without steering. None where no strength
-        is acceptable. It is the best of several on the same responses: sample anew before you quote its effect.
-        """
+        """The point of the features with the largest (sign 1) or smallest (-1) effect at a perplexity of at most
+        `max_perplexity_ratio` times that without steering, or None. It is the best of several on the same responses:
+        sample anew before you quote its effect."""
         limit = max_perplexity_ratio * self.unsteered.perplexity.estimate
         affordable = [p for p in self.points if p.kind == FEATURE and p.perplexity.estimate <= limit]
         return max(affordable, key=lambda point: sign * point.effect.estimate, default=None)
@@ -150,9 +147,6 @@ def dose_curve(
             line break in front of the prompt.
         texts: other text; its perplexity to the steered model is the cost that responses alone do not show.
         steering_options: layer, unit, positions, mode ("add" or "project_out") of `features.steering.feature_steering`.
-
-    Raises:
-        ValueError: no strengths, a zero among them, or an error of `feature_steering` or `generate_samples`.
     """
     if not strengths or 0 in strengths:
         raise UserValueError(
@@ -162,15 +156,13 @@ def dose_curve(
         raise UserValueError("a dose curve compares directions: mode must be 'add' or 'project_out'.")
     settings = settings or SamplingSettings()
     one = feature_steering(features, label=label, strength=1.0, **steering_options)
-    if random_vectors is None:
-        if random_count < 1:
-            raise UserValueError(f"random_count must be at least 1; got {random_count}.")
-        random_vectors = random_directions(torch.ones(random_count), len(one.direction), seed)
-    directions = {FEATURE: one.direction[None], RANDOM: random_vectors}
+    if random_count < 1:
+        raise UserValueError(f"random_count must be at least 1; got {random_count}.")
     rows = features.layers[one.layers[0]]
-    if len(features.languages) > 1:
-        own = features.language_index(label if label is not None else rows.labels[0])
-        directions[MEANS] = difference_of_means(rows.mean_residual, own)[None]
+    own = features.language_index(label if label is not None else rows.labels[0])
+    directions = {FEATURE: one.direction[None], **controls(rows.mean_residual, own, random_count, seed)}
+    if random_vectors is not None:
+        directions[RANDOM] = random_vectors
     templated: dict[str, Any] = {"chat": chat, "chat_template_options": chat_template_options}
     original = encode_prompts(tokenizer, prompts, **templated)
 

@@ -23,22 +23,17 @@ from qscope_posttrain.models.layers import check_layers
 from qscope_posttrain.provenance import package_versions
 from qscope_posttrain.sae.autoencoder import FeatureRows, SAESource, SparseAutoencoder, load_sae
 
-Sources = Mapping[int, SparseAutoencoder | str | Path]
-"""{layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0"""
+Sources = Mapping[int, SparseAutoencoder | str | Path]  # {layer: SAE, or its source}, layers from 0
+MIN_FIRING_RATE = 0.005  # Random features fire on more than this share of the tokens
+MAX_RELATIVE_SCORE = 0.05  # and score less than this share of the highest score
 Chooser = Callable[[PassStatistics, Mapping[int, SparseAutoencoder]], dict[int, LayerFeatures]]
 
 
 def monolinguality(mean_activation: Tensor) -> Tensor:
     """nu_s^L = mu_s^L - mean over the other languages I of mu_s^I, for all features s and languages L at once.
 
-    mu_s^L is the mean post-activation over the tokens of language L; the languages in the second term count alike,
-    whatever their number of tokens (SASFT, arXiv 2507.14894, equation 7).
-
-    Args:
-        mean_activation: [L, features], at least two languages.
-
-    Returns:
-        [L, features]
+    mu_s^L, `mean_activation` [L, features], is the mean post-activation over the tokens of language L; the languages in
+    the second term count alike, whatever their number of tokens (SASFT, arXiv 2507.14894, equation 7).
     """
     if mean_activation.dim() != 2 or len(mean_activation) < 2:
         raise UserValueError(
@@ -57,33 +52,20 @@ def top_features(scores: Tensor, top: int) -> Tensor:
 
 
 def random_features(
-    firing_rate: Tensor,
-    scores: Tensor,
-    count: int,
-    seed: int = 0,
-    *,
-    exclude: Collection[int] = (),
-    min_firing_rate: float = 0.005,
-    max_relative_score: float = 0.05,
+    firing_rate: Tensor, scores: Tensor, count: int, seed: int = 0, exclude: Collection[int] = ()
 ) -> Tensor:
     """Ids of `count` random features that fire but do not depend on the language: the control group.
 
-    Eligible are features that fire on more than `min_firing_rate` of the tokens (mean over languages) and whose
-    |score| is below `max_relative_score` times the highest score.
-
-    Args:
-        firing_rate: [L, features]
-        scores: [features], for the target language.
-        exclude: ids that must not be drawn.
+    Eligible are features, except `exclude`, that fire on more than 0.5 % of the tokens (`firing_rate` [L, features],
+    mean over languages) and whose |score| ([features], for the target language) is below 5 % of the highest.
     """
-    eligible = (firing_rate.mean(dim=0) > min_firing_rate) & (scores.abs() < max_relative_score * scores.max())
+    eligible = (firing_rate.mean(dim=0) > MIN_FIRING_RATE) & (scores.abs() < MAX_RELATIVE_SCORE * scores.max())
     eligible[list(exclude)] = False
     ids = eligible.nonzero().squeeze(1)
     if len(ids) < count:
         raise UserValueError(
-            f"Only {len(ids)} features fire on more than {min_firing_rate:g} of the tokens with a score below "
-            f"{max_relative_score:g} of the best; {count} random features were requested. Request fewer, or relax "
-            "min_firing_rate or max_relative_score."
+            f"Only {len(ids)} features fire on more than {MIN_FIRING_RATE:g} of the tokens with a score below "
+            f"{MAX_RELATIVE_SCORE:g} of the best; {count} random features were requested. Request fewer."
         )
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     return ids[order[:count]]
@@ -101,10 +83,8 @@ def features_from_rows(
     scores: Tensor,
     names: Sequence[str] | None = None,
 ) -> LayerFeatures:
-    """LayerFeatures of rows; `scores` [F] in their order. Names are by default `<label> #<id>`.
-
-    Activations of free directions, whose ids are all `FREE_DIRECTION`, are not measured.
-    """
+    """LayerFeatures of rows; `scores` [F] in their order. Names are by default `<label> #<id>`. Activations of free
+    directions, whose ids are all `FREE_DIRECTION`, are not measured."""
     ids = rows.feature_ids.cpu()
     if names is None:
         names = [f"{label} #{feature}" for label, feature in zip(labels, ids.tolist(), strict=True)]
@@ -143,22 +123,6 @@ def best_rows(
     labels = [label for label in scores for _ in range(top)]
     kept = torch.cat([scores[label][best] for label, best in ids.items()])
     return features_from_rows(statistics, sae.select(torch.cat(list(ids.values()))), labels, kept)
-
-
-def features_from_directions(
-    statistics: LayerStatistics, directions: Tensor, names: Sequence[str], label: str, target: int
-) -> LayerFeatures:
-    """LayerFeatures of free directions [F, d_model] that stand for language `label`, number `target`.
-
-    Encoder and decoder are the direction itself and the bias is 0. The score is the direction's own contrast between
-    languages, mean of h . d in the target minus the unweighted mean of the others.
-    """
-    mean, _ = statistics.moments(directions)
-    count = len(directions)
-    scores = monolinguality(mean)[target] if len(mean) > 1 else torch.full((count,), math.nan)
-    ids, directions = torch.full((count,), FREE_DIRECTION), directions.float()
-    rows = FeatureRows(ids, directions, torch.zeros(count), directions, SAESource("free direction"))
-    return features_from_rows(statistics, rows, [label] * count, scores, names)
 
 
 def _stored(value: Tensor) -> Tensor:
@@ -211,8 +175,7 @@ def search(
     Args:
         settings: of the FeatureSet; `top` among them is checked against the width of every SAE before its pass.
         k: of TopK, for sources that do not say it.
-        saes_at_once: number of SAEs to load and use at a time, with one pass over the texts for each such group of
-            layers; None for all in one pass.
+        saes_at_once: number of SAEs to use at a time, with one pass over the texts for each group; None for all.
         checkpoint: see `statistics.collect_statistics`, which also takes `statistics_options`; one file per group.
     """
     layers = check_layers(model, sorted(saes))
@@ -242,49 +205,14 @@ def search(
     return feature_set_from(passed, rows, settings, sources)
 
 
-def direction_feature_set(
-    statistics: PassStatistics, layer: int, direction: Tensor, name: str, *, language: str
-) -> FeatureSet:
-    """Any direction [d_model] as a FeatureSet for `language`."""
-    width = statistics.model["hidden_size"]
-    if tuple(direction.shape) != (width,):
-        raise UserValueError(f"Expected a direction [{width}], got {list(direction.shape)}.")
-    target, measured = _target_index(statistics, language), _layer(statistics, layer)
-    rows = features_from_directions(measured, direction[None], [name], language, target)
-    return feature_set_from(statistics, {layer: rows}, {"selector": "direction"})
-
-
-def difference_of_means_set(statistics: PassStatistics, target: str) -> FeatureSet:
-    """Per layer the mean residual of the target minus the unweighted mean of the other languages' means."""
-    index = _target_index(statistics, target)
-    built = {}
-    for layer, measured in statistics.layers.items():
-        direction = difference_of_means(measured.mean_residual, index)[None]
-        built[layer] = features_from_directions(measured, direction, [f"{target} difference of means"], target, index)
-    return feature_set_from(statistics, built, {"selector": "difference of means", "target": target})
-
-
-def random_feature_set(
-    statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], like: FeatureSet, *, seed: int = 0
-) -> FeatureSet:
+def random_layer_features(
+    statistics: LayerStatistics, sae: SparseAutoencoder, like: LayerFeatures, languages: Sequence[str], seed: int
+) -> LayerFeatures:
     """Random SAE features (see `random_features`), one for each row of `like`, as controls.
 
     Each takes the label of its row and is scaled to the norms of its encoder and decoder, so that neither readout
     differs in size. Activations are those of the feature as trained.
     """
-    built = {}
-    for layer, rows in like.layers.items():
-        if layer not in saes:
-            raise UserValueError(f"random_feature_set needs the SAE of layer {layer}; got {sorted(saes)}.")
-        built[layer] = random_layer_features(_layer(statistics, layer), saes[layer], rows, statistics.languages, seed)
-    sources = {layer: saes[layer].source for layer in like.layers}
-    return feature_set_from(statistics, built, {"selector": "random features", "seed": seed}, sources)
-
-
-def random_layer_features(
-    statistics: LayerStatistics, sae: SparseAutoencoder, like: LayerFeatures, languages: Sequence[str], seed: int
-) -> LayerFeatures:
-    """The rows of one layer of `random_feature_set`."""
     scores = monolinguality(statistics.mean_activation)
     target = scores[languages.index(like.labels[0])]
     taken = [feature for feature in like.feature_ids.tolist() if feature >= 0]
@@ -313,19 +241,3 @@ def _norm_ratio(reference: Tensor, rows: Tensor) -> Tensor:
     if bool((norms == 0).any()):
         raise UserValueError("A random feature of this SAE has a row of norm 0; take another seed.")
     return reference.norm(dim=1) / norms
-
-
-def _layer(statistics: PassStatistics, layer: int) -> LayerStatistics:
-    if layer not in statistics.layers:
-        raise UserValueError(
-            f"layer {layer} is not in these statistics; they have {', '.join(map(str, statistics.layers))}."
-        )
-    return statistics.layers[layer]
-
-
-def _target_index(statistics: PassStatistics, language: str) -> int:
-    if language not in statistics.languages:
-        raise UserValueError(
-            f"language {language!r} is not in these statistics; they have {', '.join(statistics.languages)}."
-        )
-    return statistics.languages.index(language)

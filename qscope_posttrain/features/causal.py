@@ -12,23 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import difference_of_means, random_directions
-from qscope_posttrain.features.dose_curve import MEANS
+from qscope_posttrain.features import dose_curve
+from qscope_posttrain.features.dose_curve import MEANS, RANDOM
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums
+from qscope_posttrain.models import scoring
 from qscope_posttrain.models.batches import TokenBatch
 from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, pretrained_model
-from qscope_posttrain.models.scoring import (
-    TextScores,
-    contrast_sample,
-    log_masses,
-    logit_chunks,
-    model_logits,
-    predicted_tokens,
-    score_sample,
-)
+from qscope_posttrain.models.scoring import TextScores
 from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.report.tables import Cell, Table
@@ -48,18 +41,18 @@ def effect_gradients(
     show_progress: bool | None = None,
     **options: Any,
 ) -> dict[int, Tensor]:
-    """g = mean over positions of d log P(target tokens) / d h at the output of each layer, {layer: [d_model] fp64}.
+    """g = (1/N) sum_s d (sum_t log P_t) / d h_s at the output of each layer, {layer: [d_model] fp64}.
 
-    Positions are those of text in the other languages that have a next token. With N of them,
-    g = (1/N) sum_s d (sum_t log P_t) / d h_s over all positions s, so that g . d is the derivative of the mean
-    log-probability with respect to e when h + e d replaces h at EVERY position: the first-order effect of steering.
-
-    `options` are those of `scoring.contrast_sample`, which chooses texts and tokens. Parameters receive no gradient.
+    P_t is the probability of the target's tokens at position t; s and t run over the N positions of text in the other
+    languages that have a next token. So g . d is the derivative of the mean log-probability with respect to e when
+    h + e d replaces h at EVERY position: the first-order effect of steering. `options` are those of
+    `scoring.contrast_sample`, which chooses texts and tokens. Parameters receive no gradient.
     """
-    sample = contrast_sample(model, tokenizer, texts, target, **options)
+    sample = scoring.contrast_sample(model, tokenizer, texts, target, **options)
 
     def target_mass(flat: Tensor, batch: TokenBatch) -> Tensor:
-        masses = [log_masses(part, sample.target_tokens) for (part,) in logit_chunks(flat, predicted_tokens(batch)[0])]
+        chunks = scoring.logit_chunks(flat, scoring.predicted_tokens(batch)[0])
+        masses = [scoring.log_masses(part, sample.target_tokens) for (part,) in chunks]
         return torch.stack([(log_target - log_all).sum() for log_all, log_target in masses]).sum()
 
     shown = progress(sample.batches, description=f"effects on {target}", enabled=show_progress)
@@ -78,17 +71,15 @@ def steering_gradients(
 ) -> dict[int, Tensor]:
     """Gradient of a sum with respect to one vector added to the states of a layer, {layer: [d_model] fp64, CPU}.
 
-    Args:
-        objective: from the logits [batch * length, vocabulary] and their batch to its share of the sum.
-        positions: the flattened positions at which the vector is added; None for all. One backward pass per batch
-            serves all layers, and parameters receive no gradient.
+    `objective` makes a batch's share of the sum from its logits [batch * length, vocabulary]; `positions` are the
+    flattened ones at which the vector is added, None for all. One backward pass per batch serves all layers.
     """
     layers = check_layers(model, layers)
     total: dict[int, Tensor] = {}
     with evaluation_mode(model), _differentiable_from_the_embedding(model), LayerCapture(model, layers) as capture:
         for batch in batches:
             capture.clear()
-            value = objective(model_logits(model, batch), batch)
+            value = objective(scoring.model_logits(model, batch), batch)
             hidden = capture.require()
             for layer, gradient in zip(hidden, torch.autograd.grad(value, list(hidden.values())), strict=True):
                 rows = gradient.flatten(0, 1)
@@ -122,11 +113,8 @@ def measure_effects(
     target: str,
     **options: Any,
 ) -> FeatureSet:
-    """The same FeatureSet with `effects` = decoder . g for the rows of language `target`.
-
-    An effect is the change of the mean log-probability of the target's tokens per unit of the decoder direction.
-    Rows of other languages keep what they had. `options` are those of `effect_gradients`.
-    """
+    """The same FeatureSet with `effects` = decoder . g for the rows of language `target`: the change of the mean
+    log-probability of its tokens per unit of the decoder direction. `options` are those of `effect_gradients`."""
     features.check_model(model)
     layers = list(features.select(language=target).layers)
     gradients = effect_gradients(model, tokenizer, texts, target, layers, **options)
@@ -146,17 +134,12 @@ class CausalEffect:
     """Effect of one intervention on one direction."""
 
     layer: int
-    kind: str
-    """`feature`, `control` (a random feature or direction) or `difference of means`"""
+    kind: str  # `feature`, `control` (a random feature or direction) or `difference of means`
     name: str
-    intervention: str
-    """`project out`, `subtract` or `add`"""
-    strength: float
-    """For subtract and add: length of the shift in units of the layer's median residual norm"""
-    probability: float
-    """Mean P(target tokens) under the intervention"""
-    probability_change: Interval
-    """Relative change, with a bootstrap interval over texts, paired: the same texts with and without"""
+    intervention: str  # `project out`, `subtract` or `add`
+    strength: float  # For subtract and add: length of the shift in units of the layer's median residual norm
+    probability: float  # Mean P(target tokens) under the intervention
+    probability_change: Interval  # Relative change, with a bootstrap interval over texts, paired with and without
     perplexity_change: Interval
 
 
@@ -165,8 +148,7 @@ class CausalReport:
     """All interventions for one target language."""
 
     target: str
-    languages: tuple[str, ...]
-    """Languages of the texts"""
+    languages: tuple[str, ...]  # Languages of the texts
     texts: int
     base_probability: float
     base_perplexity: float
@@ -174,19 +156,12 @@ class CausalReport:
 
     def of(self, kind: str, layer: int, intervention: str, strength: float | None = None) -> list[CausalEffect]:
         """The effects of one kind of direction in one layer."""
-        return [
-            effect
-            for effect in self.effects
-            if (effect.kind, effect.layer, effect.intervention) == (kind, layer, intervention)
-            and (strength is None or effect.strength == strength)
-        ]
+        same = (e for e in self.effects if (e.kind, e.layer, e.intervention) == (kind, layer, intervention))
+        return [effect for effect in same if strength is None or effect.strength == strength]
 
     def beyond_controls(self, effect: CausalEffect) -> bool:
-        """Whether the direction has the effect of its language's direction, clearly, and more than every control.
-
-        Taking it away must lower P(target), adding it must raise it: the whole interval on that side of 0, and the
-        change beyond that of each control under the same intervention.
-        """
+        """Whether taking the direction away lowers P(target), or adding it raises it: clearly, with the whole interval
+        on that side of 0, and more than each control under the same intervention."""
         sign = 1 if effect.intervention == ADD else -1
         change = effect.probability_change
         clear = change.low > 0 if sign > 0 else change.high < 0
@@ -198,24 +173,19 @@ class CausalReport:
         rows: list[list[Cell]] = []
         for key in dict.fromkeys((e.layer, e.intervention, e.strength) for e in self.effects):
             same = [e for e in self.effects if (e.layer, e.intervention, e.strength) == key]
-            shown: list[tuple[str, Interval, Interval, bool | None]] = [
-                (e.name, e.probability_change, e.perplexity_change, self.beyond_controls(e))
-                for e in same
-                if e.kind != CONTROL
+            shown: list[tuple[str, Sequence[CausalEffect], bool | None]] = [
+                (e.name, [e], self.beyond_controls(e)) for e in same if e.kind != CONTROL
             ]
-            controls = [effect for effect in same if effect.kind == CONTROL]
-            if controls:
-                kind = controls[0].name.split(" #")[0].rstrip("0123456789 ")
-                probability = _spread([effect.probability_change for effect in controls])
-                perplexity = _spread([effect.perplexity_change for effect in controls])
-                shown.append((f"{kind} ({len(controls)}): mean, range", probability, perplexity, None))
+            drawn = [effect for effect in same if effect.kind == CONTROL]
+            if drawn:
+                kind = drawn[0].name.split(" #")[0].rstrip("0123456789 ")
+                shown.append((f"{kind} ({len(drawn)}): mean, range", drawn, None))
             layer, intervention, strength = key
-            for name, probability, perplexity, beyond in shown:
-                rows.append([
-                    layer, intervention, None if intervention == PROJECT_OUT else strength, name,
-                    100 * probability.estimate, _range(probability), 100 * perplexity.estimate, _range(perplexity),
-                    beyond,
-                ])  # fmt: skip
+            for name, effects, beyond in shown:
+                cells = _change_cells([e.probability_change for e in effects])
+                cells += _change_cells([e.perplexity_change for e in effects])
+                shown_strength = None if intervention == PROJECT_OUT else strength
+                rows.append([layer, intervention, shown_strength, name, *cells, beyond])
         return Table(
             title=f"Causal check for {self.target}: P({self.target} tokens) = {self.base_probability:.3g} and "
             f"perplexity {self.base_perplexity:.4g} on {self.texts} texts in {', '.join(self.languages)}",
@@ -252,13 +222,9 @@ def causal_check(
         add             h + c m u
 
     The same is done to the difference of means of the layer and to the controls, all at unit length, so that every
-    shift has the same norm. Forwards only: nothing is generated.
-
-    Args:
-        texts: {language: texts}; `scoring.contrast_sample` chooses those that are read and takes `options`.
-        controls: FeatureSet of random features (see `build.random_feature_set`). Without it, and for layers it
-            lacks, `random_count` random directions take their place and are named so.
-        seed: of the random directions and of the bootstrap.
+    shift has the same norm. Controls are the random features in `controls` (see `build.random_layer_features`), and in
+    layers that it lacks `random_count` random directions. Forwards only: nothing is generated.
+    `scoring.contrast_sample` chooses the texts to read and takes `options`.
     """
     features.check_model(model)
     chosen = features.select(language=target)
@@ -266,7 +232,7 @@ def causal_check(
         raise UserValueError(f"strengths must be positive, got {list(strengths)}.")
     if random_count < 1:
         raise UserValueError(f"random_count must be at least 1, got {random_count}.")
-    sample = contrast_sample(model, tokenizer, texts, target, texts_per_language=texts_per_language, **options)
+    sample = scoring.contrast_sample(model, tokenizer, texts, target, texts_per_language=texts_per_language, **options)
     trials = []
     for layer, rows in chosen.layers.items():
         drawn = controls.layers[layer] if controls is not None and layer in controls.layers else None
@@ -281,11 +247,11 @@ def causal_check(
                     trials.append((layer, kind, name, intervention, strength, pushed))
     effects = []
     with evaluation_mode(model):
-        base = score_sample(model, sample)
+        base = scoring.score_sample(model, sample)
         shown = progress(trials, description=f"causal check for {target}", enabled=show_progress)
         for layer, kind, name, intervention, strength, steering in shown:
             with steer(model, steering):
-                scores = score_sample(model, sample)
+                scores = scoring.score_sample(model, sample)
             measured = (scores.mean_probability, *_changes(base, scores, seed))
             effects.append(CausalEffect(layer, kind, name, intervention, strength, *measured))
     return CausalReport(
@@ -294,19 +260,16 @@ def causal_check(
 
 
 def _directions(
-    rows: LayerFeatures, target: int, controls: LayerFeatures | None, random_count: int, seed: int
+    rows: LayerFeatures, target: int, drawn: LayerFeatures | None, random_count: int, seed: int
 ) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, name, direction) of everything that is tried in one layer; `target` is the language's number."""
     for name, direction in zip(rows.names, rows.decoder, strict=True):
         yield FEATURE, name, direction
-    if len(rows.mean_residual) > 1:
-        yield MEANS, MEANS, difference_of_means(rows.mean_residual, target)
-    if controls is not None:
-        drawn, names = controls.decoder, controls.names
-    else:
-        drawn = random_directions(torch.ones(random_count), rows.d_model, seed)
-        names = tuple(f"random direction {i + 1}" for i in range(random_count))
-    for name, direction in zip(names, drawn, strict=True):
+    found = dose_curve.controls(rows.mean_residual, target, random_count, seed)
+    if MEANS in found:
+        yield MEANS, MEANS, found[MEANS][0]
+    names = [f"random direction {i + 1}" for i in range(random_count)] if drawn is None else drawn.names
+    for name, direction in zip(names, found[RANDOM] if drawn is None else drawn.decoder, strict=True):
         yield CONTROL, name, direction
 
 
@@ -319,11 +282,8 @@ def _changes(base: TextScores, scores: TextScores, seed: int) -> tuple[Interval,
     )
 
 
-def _spread(changes: Sequence[Interval]) -> Interval:
-    """Mean and range."""
+def _change_cells(changes: Sequence[Interval]) -> list[Cell]:
+    """A change with its interval, or the mean of several with their range, in percent."""
     values = [change.estimate for change in changes]
-    return Interval(sum(values) / len(values), min(values), max(values))
-
-
-def _range(change: Interval) -> str:
-    return f"{100 * change.low:+.3g} .. {100 * change.high:+.3g}"
+    low, high = changes[0][1:] if len(changes) == 1 else (min(values), max(values))
+    return [100 * (sum(values) / len(values)), f"{100 * low:+.3g} .. {100 * high:+.3g}"]

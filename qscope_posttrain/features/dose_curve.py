@@ -1,7 +1,7 @@
 """Dose curves: steer a model along directions at several strengths, and measure what its completions are like.
 
-Both `find.repetition_curve`, which chooses a steering for loops, and `evaluation.dose_curve`, which reports an effect
-and its cost, compare the directions of features with controls of equal length: random ones and a difference of means.
+`find.repetition_curve`, which chooses a steering for loops, `evaluation.dose_curve`, which reports an effect and its
+cost, and `causal` compare the directions of features with the same `controls`: random ones and a difference of means.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.features.build import difference_of_means, random_directions
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.models.generation import SamplingSettings, sample_batch
 from qscope_posttrain.models.scoring import completion_sequences, sequence_losses
@@ -31,42 +32,24 @@ MIN_COPIES, MIN_TOKENS = 4, 12
 class CurveSettings:
     """Strengths and windows to try, and how completions are drawn and judged."""
 
-    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)
-    """Lengths of the push in units of the layer's median residual norm."""
-
+    strengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)  # Lengths of the push, in median residual norms
     window_start: tuple[int, int] = (4, 12)
-    """Generated token, counted from 0, with which the push begins: drawn for each completion from this range, both
-    ends included."""
-
+    """Generated token, from 0, with which the push begins: drawn for each completion from this range, ends included."""
     window_lengths: tuple[int, ...] = ()
     """Numbers of generated tokens to push, one or several to try; 0 stands for all up to the end. By default a quarter
     of `sampling.max_new_tokens`: after the window the model has to hold the loop by itself."""
-
-    samples: int = 64
-    """Completions behind each point of the scan."""
-
-    fresh_samples: int = 256
-    """Completions behind each number of the final check, drawn anew: the best of many looks better than it is."""
-
-    random_directions: int = 8
-    """Random directions that share the completions of a random point evenly."""
-
-    single_rows: int = 3
-    """Number of rows of a layer that are tried one by one, best first, besides the sum of the best two and of all."""
-
+    samples: int = 64  # Completions behind each point of the scan
+    fresh_samples: int = 256  # Completions of the final check, drawn anew: the best of many looks better than it is
+    random_directions: int = 8  # Random directions that share the completions of a random point evenly
+    single_rows: int = 3  # Rows of a layer that are tried one by one, besides the sum of the best two and of all
     sampling: SamplingSettings = field(default_factory=lambda: SamplingSettings(top_p=1.0, batch_size=128))
     """Temperature, length, rows at a time, seed; `samples_per_prompt` is not used."""
-
-    probability_floor: float = 1e-3
-    """Tokens to which the unsteered model gives less are counted as unlikely."""
-
+    probability_floor: float = 1e-3  # Tokens to which the unsteered model gives less are counted as unlikely
     max_unlikely_share: float = 1.0
-    """Largest share of unlikely tokens with which a point may be chosen: lower it for negatives near the model's own
-    text, at the cost of fewer loops."""
-
+    """Largest share of unlikely tokens of a chosen point: lower it for negatives near the model's own text, at the cost
+    of fewer loops."""
     min_copies: int = MIN_COPIES
-    min_tokens: int = MIN_TOKENS
-    """Minimum size of a loop, see `text.repetition.is_endless_repetition`."""
+    min_tokens: int = MIN_TOKENS  # Minimum size of a loop, see `text.repetition.is_endless_repetition`
 
     def __post_init__(self) -> None:
         for name in ("strengths", "window_start", "window_lengths"):
@@ -99,16 +82,12 @@ class CurveSettings:
 class Trial:
     """A direction to push along, or several that share the completions, or none at all; with strength and window."""
 
-    kind: str
-    """FEATURE, RANDOM, MEANS or UNSTEERED"""
+    kind: str  # FEATURE, RANDOM, MEANS or UNSTEERED
     name: str
     layer: int | None = None
-    vectors: Tensor | None = None
-    """[directions, d_model], of unit length"""
-    norm: float = 1.0
-    """Median residual norm of the layer, the unit of strengths"""
-    rows: tuple[int, ...] = ()
-    """FEATURE: positions of its rows in the layer's features"""
+    vectors: Tensor | None = None  # [directions, d_model], of unit length
+    norm: float = 1.0  # Median residual norm of the layer, the unit of strengths
+    rows: tuple[int, ...] = ()  # FEATURE: positions of its rows in the layer's features
     strength: float = 0.0
     window_length: int = 0
 
@@ -130,14 +109,10 @@ class CurvePoint:
 
     trial: Trial
     samples: int
-    looped: int
-    """Completions in endless repetition"""
-    own: int
-    """Those that repeat a block as long as those of the model's own loops"""
-    tokens: int
-    """Generated tokens of all completions, steered or not, without end tokens"""
-    unlikely: int
-    """Those to which the unsteered model gives less than `probability_floor`"""
+    looped: int  # Completions in endless repetition
+    own: int  # Those that repeat a block as long as those of the model's own loops
+    tokens: int  # Generated tokens of all completions, steered or not, without end tokens
+    unlikely: int  # Those to which the unsteered model gives less than `probability_floor`
 
     @property
     def rate(self) -> Interval:
@@ -155,6 +130,15 @@ class CurvePoint:
         return self.unlikely / self.tokens if self.tokens else 0.0
 
 
+def controls(means: Tensor, target: int, count: int, seed: int) -> dict[str, Tensor]:
+    """Directions [n, d_model] to compare features with: `count` random ones of unit length, and, of several `means`
+    [L, d_model], that of `target` minus the mean of the others, at its own length."""
+    found = {RANDOM: random_directions(torch.ones(count), means.shape[1], seed)}
+    if len(means) > 1:
+        found[MEANS] = difference_of_means(means, target)[None]
+    return found
+
+
 def measure(
     model: nn.Module,
     tokenizer: Any,
@@ -168,7 +152,7 @@ def measure(
     description: str = "steering curve",
     show_progress: bool | None = None,
 ) -> list[CurvePoint]:
-    """Draw `samples` completions for every trial and count those that loop.
+    """Draw `samples` completions for every trial, count those that loop, and return a point for each trial.
 
     Completion j of every trial has prompt j (they are taken in turn), the same start of its window, and the j-th of
     the trial's directions in turn. The state of generated token t is pushed for start <= t < start + window_length:
@@ -176,15 +160,8 @@ def measure(
         h' = h + strength * norm * vector
 
     A batch mixes trials, so that short scans fill it too. How likely the completions are under the unsteered model,
-    at the sampling temperature, is found by a forward over each of them.
-
-    Args:
-        prompt_ids: encoded prompts, see `models.generation.encode_prompts`.
-        periods: shortest and longest block of the model's own loops, see `LoopCollection.periods`; None for any.
-        seed: of starts and sampling.
-
-    Returns:
-        A point for each trial, in their order.
+    at the sampling temperature, is found by a forward over each of them. `periods` are the shortest and the longest
+    block of the model's own loops (see `LoopCollection.periods`), None for any; `seed` is of starts and sampling.
     """
     low, high = settings.window_start
     starts = torch.randint(low, high + 1, (samples,), generator=torch.Generator().manual_seed(seed))

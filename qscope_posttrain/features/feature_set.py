@@ -38,21 +38,14 @@ class FeatureSet:
         2
     """
 
-    FILE_NAME: ClassVar[str] = FILE_NAME
-    """Name of the file in a folder that a command writes"""
+    FILE_NAME: ClassVar[str] = FILE_NAME  # Name of the file in a folder that a command writes
 
-    model: Mapping[str, Any]
-    """Identity of the model they were found on (see `provenance.model_identity`)"""
-    languages: tuple[str, ...]
-    """Languages (or classes), in the order of the statistics"""
-    layers: Mapping[int, LayerFeatures]
-    """Decoder layer (counted from 0) -> rows"""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the search that found them; JSON values"""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """SAE sources and hashes, fingerprint of the texts, versions; JSON values"""
-    explanations: tuple[Explanation, ...] = ()
-    """Explanations of some of the features (see `explain`)"""
+    model: Mapping[str, Any]  # Identity of the model they were found on (see `provenance.model_identity`)
+    languages: tuple[str, ...]  # Languages (or classes), in the order of the statistics
+    layers: Mapping[int, LayerFeatures]  # Decoder layer (counted from 0) -> rows
+    settings: Mapping[str, Any] = field(default_factory=dict)  # Settings of the search that found them; JSON values
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # Sources of SAEs and texts, versions
+    explanations: tuple[Explanation, ...] = ()  # Explanations of some of the features (see `explain`)
 
     def __post_init__(self) -> None:
         missing = [key for key in IDENTITY_KEYS if key not in self.model]
@@ -110,10 +103,8 @@ class FeatureSet:
         """A smaller FeatureSet: rows of one language, of some layers, the best or the named ones.
 
         `top` keeps the rows with the highest score per layer and language, in that order. `feature_ids` keeps those
-        ids wherever they occur. Layers left without rows are dropped, unless `layers` names them.
-
-        Raises:
-            ValueError: unknown language, layer or feature id, or nothing left.
+        ids wherever they occur. Layers left without rows are dropped, unless `layers` names them. ValueError where
+        something is unknown, or nothing is left.
         """
         if language is not None:
             self.language_index(language)
@@ -207,11 +198,8 @@ class FeatureSet:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with JSON metadata, atomically (a reader sees the old file or the new one).
-
-        Args:
-            path: The file, or an existing folder, in which it will be FILE_NAME.
-        """
+        """Write one safetensors file with JSON metadata, atomically (a reader sees the old file or the new one). `path`
+        is the file, or an existing folder, in which it will be FILE_NAME."""
         return write_feature_set(path, self)
 
     @classmethod

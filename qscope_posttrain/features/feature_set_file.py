@@ -31,11 +31,9 @@ if TYPE_CHECKING:
 FORMAT = "qscope_posttrain.feature_set"
 VERSION = 1
 FILE_NAME = "features.safetensors"
-MAX_BYTES = 2 * 1024**3
-"""A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated."""
+MAX_BYTES = 2 * 1024**3  # A FeatureSet is kilobytes to megabytes; a larger file is refused before anything is allocated
 DOCUMENT_KEYS = {"version", "model", "languages", "settings", "provenance", "layers"}
-EXPLANATIONS = "explanations"
-"""The one key that may be absent: files from before there were explanations are read, and stay as they were."""
+EXPLANATIONS = "explanations"  # The one key that may be absent, as in files of the first version
 _LAYER = re.compile("0|[1-9][0-9]{0,5}")
 LAYER_KEYS = {"labels", "names", "residual_median_norm"}
 
@@ -49,21 +47,12 @@ def feature_set_path(path: str | Path) -> Path:
 def write_feature_set(path: str | Path, features: FeatureSet) -> Path:
     """Write a FeatureSet to `path`; the folder must exist. Returns the path of the file."""
     path = feature_set_path(path)
-    document: dict[str, Any] = {
-        "version": VERSION,
-        "model": dict(features.model),
-        "languages": list(features.languages),
-        "settings": dict(features.settings),
-        "provenance": dict(features.provenance),
-        "layers": {
-            str(layer): {
-                "labels": list(rows.labels),
-                "names": list(rows.names),
-                "residual_median_norm": None if math.isnan(rows.residual_median_norm) else rows.residual_median_norm,
-            }
-            for layer, rows in features.layers.items()
-        },
-    }
+    document: dict[str, Any] = {"version": VERSION, "languages": list(features.languages), "layers": {}}
+    document |= {name: dict(getattr(features, name)) for name in ("model", "settings", "provenance")}
+    for layer, rows in features.layers.items():
+        norm = None if math.isnan(rows.residual_median_norm) else rows.residual_median_norm
+        facts = {"labels": list(rows.labels), "names": list(rows.names), "residual_median_norm": norm}
+        document["layers"][str(layer)] = facts
     if features.explanations:
         document[EXPLANATIONS] = [entry.to_dict() for entry in features.explanations]
     tensors = {
@@ -92,23 +81,14 @@ def read_feature_set(path: str | Path) -> dict[str, Any]:
         read = tuple(Explanation.from_dict(entry) for entry in explanations)
     except ValueError as error:
         raise UserValueError(f"{path}: {error}") from error
-    return {
-        "model": document["model"],
-        "languages": tuple(document["languages"]),
-        "layers": layers,
-        "settings": document["settings"],
-        "provenance": document["provenance"],
-        "explanations": read,
-    }
+    parts = {name: document[name] for name in ("model", "settings", "provenance")}
+    return {**parts, "languages": tuple(document["languages"]), "layers": layers, "explanations": read}
 
 
 @contextmanager
 def open_document(path: Path, kind: str, form: str, version: int, max_bytes: int) -> Iterator[tuple[Any, Any]]:
-    """Open a safetensors file whose metadata is one JSON object under `form`: yields (file, object).
-
-    Raises:
-        ValueError: too large to be a `kind`, damaged, of another format or another version.
-    """
+    """Open a safetensors file whose metadata is one JSON object under `form`: yields (file, object). ValueError: too
+    large to be a `kind`, damaged, of another format or another version."""
     size = check_is_file(path).stat().st_size
     if size > max_bytes:
         raise UserValueError(f"{path} has {size} bytes; a {kind} has at most {max_bytes}. It is something else.")

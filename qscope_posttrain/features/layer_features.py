@@ -14,8 +14,7 @@ from qscope_posttrain.errors import UserValueError
 
 ReadoutKind = Literal["encoder", "decoder"]
 
-FREE_DIRECTION = -1
-"""Feature id of a row that is not a feature of an SAE: a difference of means, a probe, a sum of features."""
+FREE_DIRECTION = -1  # Feature id of a row that is no feature of an SAE: a probe, a sum of features
 
 PER_ROW = ("feature_ids", "encoder", "encoder_bias", "decoder", "scores", "effects")
 PER_LANGUAGE_AND_ROW = ("mean_activation", "firing_rate", "encoder_mean", "decoder_mean")
@@ -24,21 +23,16 @@ TENSOR_FIELDS = (*PER_ROW, *PER_LANGUAGE_AND_ROW, *COVARIANCES, "tokens", "mean_
 
 MAY_BE_UNMEASURED = frozenset(
     {"scores", "effects", "mean_activation", "firing_rate", "encoder_covariance", "decoder_covariance"}
-)
-"""Fields in which NaN means "not measured". Everywhere else NaN is an error, and infinity is one everywhere."""
+)  # Fields in which NaN means "not measured". Everywhere else NaN is an error, and infinity is one everywhere.
 
 
 class Readout(NamedTuple):
     """F affine functions of the residual stream, `h @ rows.T + bias`, and their first two moments per language."""
 
-    rows: Tensor
-    """[F, d_model]"""
-    bias: Tensor
-    """[F]"""
-    mean: Tensor
-    """[L, F] mean over the tokens of each language"""
-    covariance: Tensor
-    """[L, F, F] covariance over the tokens of each language (divided by the number of tokens)"""
+    rows: Tensor  # [F, d_model]
+    bias: Tensor  # [F]
+    mean: Tensor  # [L, F] mean over the tokens of each language
+    covariance: Tensor  # [L, F, F] covariance over the tokens of each language (divided by the number of tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,40 +43,23 @@ class LayerFeatures:
     the CPU in fp32, ids and token counts in int64. Residual units are raw: layer n is the output of decoder layer n.
     """
 
-    feature_ids: Tensor
-    """[F] int64: index in the SAE, or -1 for a free direction"""
-    labels: tuple[str, ...]
-    """The language that each row stands for"""
-    names: tuple[str, ...]
-    """Name of each row in a table, for example `zh #416` or `zh difference of means`"""
-    encoder: Tensor
-    """[F, d]: rows of W_enc; of a free direction the direction itself"""
-    encoder_bias: Tensor
-    """[F]; 0 for a free direction"""
-    decoder: Tensor
-    """[F, d]: rows of W_dec; of a free direction the direction itself"""
-    scores: Tensor
-    """[F] monolinguality nu for the row's label (see `build.monolinguality`)"""
-    effects: Tensor
-    """[F] decoder . g with g the mean gradient of the label's log-probability (see `causal.effect_gradients`)"""
-    mean_activation: Tensor
-    """[L, F] mean post-activation over tokens; NaN for a free direction"""
-    firing_rate: Tensor
-    """[L, F] share of tokens with a non-zero post-activation; NaN for a free direction"""
-    tokens: Tensor
-    """[L] int64: tokens behind the statistics, without first tokens and norm outliers"""
-    mean_residual: Tensor
-    """[L, d]"""
-    residual_median_norm: float
-    """Median L2 norm of the residual vectors of the calibration sample: the unit of steering strengths"""
-    encoder_mean: Tensor
-    """[L, F] mean of h . encoder + encoder_bias: SASFT's alpha"""
-    encoder_covariance: Tensor
-    """[L, F, F] covariance of that readout"""
-    decoder_mean: Tensor
-    """[L, F] mean of h . decoder"""
-    decoder_covariance: Tensor
-    """[L, F, F] covariance of that readout"""
+    feature_ids: Tensor  # [F] int64: index in the SAE, or -1 for a free direction
+    labels: tuple[str, ...]  # The language that each row stands for
+    names: tuple[str, ...]  # Name of each row in a table, for example `zh #416` or `zh difference of means`
+    encoder: Tensor  # [F, d]: rows of W_enc; of a free direction the direction itself
+    encoder_bias: Tensor  # [F]; 0 for a free direction
+    decoder: Tensor  # [F, d]: rows of W_dec; of a free direction the direction itself
+    scores: Tensor  # [F] monolinguality nu for the row's label (see `build.monolinguality`)
+    effects: Tensor  # [F] decoder . g with g the mean gradient of log P(label) (`causal.effect_gradients`)
+    mean_activation: Tensor  # [L, F] mean post-activation over tokens; NaN for a free direction
+    firing_rate: Tensor  # [L, F] share of tokens with a non-zero post-activation; NaN for a free direction
+    tokens: Tensor  # [L] int64: tokens behind the statistics, without first tokens and norm outliers
+    mean_residual: Tensor  # [L, d]
+    residual_median_norm: float  # Median L2 norm of the calibration sample's residual vectors: the unit of strengths
+    encoder_mean: Tensor  # [L, F] mean of h . encoder + encoder_bias: SASFT's alpha
+    encoder_covariance: Tensor  # [L, F, F] covariance of that readout
+    decoder_mean: Tensor  # [L, F] mean of h . decoder
+    decoder_covariance: Tensor  # [L, F, F] covariance of that readout
 
     def __post_init__(self) -> None:
         if self.encoder.dim() != 2 or self.mean_activation.dim() != 2:

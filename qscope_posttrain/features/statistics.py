@@ -13,22 +13,9 @@ from torch import Tensor, nn
 
 from qscope_posttrain.distributed import default_reduce, process_rank
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.sums import (
-    LayerSums,
-    PassCheckpoint,
-    check_sums_fit,
-    describe_sae,
-    sequence_fingerprint,
-)
-from qscope_posttrain.models.batches import (
-    Text,
-    check_texts,
-    describe_text,
-    longest_allowed,
-    pad_token,
-    token_batches,
-    tokenize_texts,
-)
+from qscope_posttrain.features.sums import LayerSums, PassCheckpoint, check_sums_fit, describe_sae, sequence_fingerprint
+from qscope_posttrain.models import batches
+from qscope_posttrain.models.batches import Text
 from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
@@ -40,8 +27,7 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 class LayerStatistics(LayerSums):
     """The finished sums of one layer, on the CPU. L languages, d = d_model, S = d_sae."""
 
-    median_norm: float
-    """Median L2 norm of the residual vectors in the calibration sample"""
+    median_norm: float  # Median L2 norm of the residual vectors in the calibration sample
 
     @property
     def mean_residual(self) -> Tensor:
@@ -82,14 +68,11 @@ class LayerStatistics(LayerSums):
 class PassStatistics:
     """Statistics of one pass, with its model, texts and settings."""
 
-    model: Mapping[str, Any]
-    """Identity of the model (see `provenance.model_identity`)"""
+    model: Mapping[str, Any]  # Identity of the model (see `provenance.model_identity`)
     languages: tuple[str, ...]
     layers: Mapping[int, LayerStatistics]
-    texts: Tensor
-    """[L] int64: texts read"""
-    skipped: Tensor
-    """[L] int64: tokens before the first that counts: the first one of a text, the context of a `TokenText`"""
+    texts: Tensor  # [L] int64: texts read
+    skipped: Tensor  # [L] int64: tokens before the first that counts: the first of a text, or the context
     settings: Mapping[str, Any]
     text_fingerprint: str
 
@@ -112,35 +95,25 @@ def collect_statistics(
 ) -> PassStatistics:
     """Run the model once over all texts, up to the deepest layer in `saes`, and sum up the states of its layers.
 
-    For every layer and language: the residual stream's sum and (optionally) second moment, and with an SAE the sum
-    of post-activations and the firing count of every feature. Sums are fp64, so they do not depend on the order of
-    the texts, and on the batches only through the model's own rounding.
-
-    The first token of every text (or the context of a `TokenText`) is left out, as are tokens whose residual norm
-    exceeds `outlier_factor` times the median norm of the layer; both are counted. The median comes from a calibration
-    sample that is chosen by a hash of the texts' content, whatever the order, the batches and the number of processes.
+    Sums are fp64: they do not depend on the order of the texts, and on the batches only through the model's rounding.
+    Left out and counted are the first token of every text (or the context of a `TokenText`), and tokens whose residual
+    norm exceeds `outlier_factor` times the layer's median, which comes from a sample chosen by a hash of the texts.
 
     With torch.distributed initialized, every process must call this with the same arguments and a whole copy of the
     model; it reads its share of the batches, and all of them return the sums over all processes.
 
     Args:
-        texts: {language: texts}. Strings, to which the tokenizer adds its own special tokens; or token ids as they
-            are (`batches.TokenText` to count only those behind some context).
+        texts: {language: texts}: strings, to which the tokenizer adds its own special tokens, or token ids as they are.
         saes: {layer: SAE}, layers counted from 0; None to measure the residual stream only.
         tokens_per_batch: tokens in a forward pass, padding included.
         max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
         ignored_tokens: token ids that do not count wherever they stand, for example the most frequent ones.
         second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes per layer.
         max_sums_gib: refuse to start when the sums of all layers need more than this, in GiB.
-        checkpoint: file for the sums, written every `checkpoint_every` batches (one per process, with the rank in its
-            name). A pass with the same model, texts, SAEs and settings resumes from it; any other starts from the
-            beginning and reports it. Deleted at the end.
-
-    Raises:
-        TypeError: `texts` is not a mapping of lists of strings or token ids, or the tokenizer is none.
-        ValueError: empty language, layer out of range, SAE of another width or layer, sums too large.
+        checkpoint: file for the sums, written every `checkpoint_every` batches (with several processes one each). The
+            same pass resumes from it; any other starts from the beginning and reports it. Deleted at the end.
     """
-    languages = check_texts(texts)
+    languages = batches.check_texts(texts)
     layers = check_layers(model, sorted(saes))
     d_model = int(text_config(model).hidden_size)
     for layer in layers:
@@ -152,17 +125,12 @@ def collect_statistics(
     widths = {layer: (sae.d_sae if sae is not None else 0) for layer, sae in saes.items()}
     check_sums_fit(len(languages), d_model, widths, second_moments, max_sums_gib)
 
-    max_length = longest_allowed(model, max_length)
-    sequences = tokenize_texts(tokenizer, texts, max_length, ignored=ignored_tokens)
-    sample, rest = (
-        token_batches(part, tokens_per_batch, pad_token(tokenizer)) for part in calibration_sample(sequences)
-    )
-    settings: dict[str, Any] = {
-        "tokens_per_batch": tokens_per_batch,
-        "max_length": max_length,
-        "outlier_factor": outlier_factor,
-        "second_moments": second_moments,
-    }
+    max_length = batches.longest_allowed(model, max_length)
+    sequences = batches.tokenize_texts(tokenizer, texts, max_length, ignored=ignored_tokens)
+    pad_id, parts = batches.pad_token(tokenizer), calibration_sample(sequences)
+    sample, rest = (batches.token_batches(part, tokens_per_batch, pad_id) for part in parts)
+    settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "max_length": max_length}
+    settings |= {"outlier_factor": outlier_factor, "second_moments": second_moments}
     if ignored_tokens:
         settings["ignored_tokens"] = sorted(ignored_tokens)
     rank, processes = process_rank()
@@ -173,13 +141,8 @@ def collect_statistics(
             layer: LayerSums.zeros(len(languages), d_model, saes[layer], second_moments, calibration.devices[layer])
             for layer in layers
         }
-        key = {
-            "model": model_shape(model),
-            "sequences": sequence_fingerprint(sequences, languages),
-            "saes": {str(layer): describe_sae(saes[layer]) for layer in layers},
-            "processes": processes,
-            **settings,
-        }
+        key = {"model": model_shape(model), "sequences": sequence_fingerprint(sequences, languages), **settings}
+        key |= {"saes": {str(layer): describe_sae(saes[layer]) for layer in layers}, "processes": processes}
         saved = PassCheckpoint(checkpoint, key, calibration.medians, rank, processes)
         done = saved.resume(sums)
         if done == 0 and rank == 0:  # every process has read the sample; it counts once
@@ -207,30 +170,27 @@ def collect_statistics(
         texts=owners.bincount(minlength=len(languages)),
         skipped=owners.bincount(skipped, minlength=len(languages)).long(),
         settings=settings,
-        text_fingerprint=text_fingerprint({name: map(describe_text, entries) for name, entries in texts.items()}),
+        text_fingerprint=text_fingerprint({name: map(batches.describe_text, found) for name, found in texts.items()}),
     )
 
 
 def _check_sae(layer: int, sae: SparseAutoencoder | None, d_model: int) -> None:
-    if sae is None:
-        return
-    if sae.d_model != d_model:
+    if sae is not None and sae.d_model != d_model:
         raise UserValueError(
             f"The SAE for layer {layer} has d_model {sae.d_model}, the model's hidden size is {d_model}: "
             "it belongs to another model."
         )
-    if sae.layer is not None and sae.layer != layer:
+    if sae is not None and sae.layer not in (None, layer):
         raise UserValueError(f"The SAE given for layer {layer} was trained on layer {sae.layer}.")
 
 
 def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequence[str]) -> LayerStatistics:
-    counted = sums.tokens.cpu()
-    for language, tokens in zip(languages, counted.tolist(), strict=True):
-        if tokens == 0:
-            raise UserValueError(
-                f"Layer {layer}: every token of language {language!r} was left out as a norm outlier. Give more text, "
-                "or raise outlier_factor."
-            )
+    empty = [language for language, tokens in zip(languages, sums.tokens.tolist(), strict=True) if tokens == 0]
+    if empty:
+        raise UserValueError(
+            f"Layer {layer}: every token of language {empty[0]!r} was left out as a norm outlier. Give more text, or "
+            "raise outlier_factor."
+        )
     values: dict[str, Any] = dict.fromkeys(field.name for field in fields(sums))
     values |= {name: value.cpu() for name, value in sums.tensors().items()}
     return LayerStatistics(**values, median_norm=median_norm)

@@ -38,16 +38,10 @@ def feature_steering(
     label, layer, unit and mode (`add`) with which it was chosen.
 
     Args:
-        layer: decoder layer, from 0.
         strength: see `Steering`; by default 1, all of it, for `project_out` and `ablate`.
         unit: by default `relative`, and for `clamp` `raw`: the feature's activation.
-        positions: tokens to steer.
         rows: bool `[rows]`, rows of the batch to steer; None for all.
         label: language or class of the rows to steer along; by default the only one.
-
-    Raises:
-        ValueError: a label or layer that the features do not have; layer or strength neither given nor chosen for
-            this use; several rows, or a free direction, for `ablate` and `clamp`.
     """
     chosen: Mapping[str, Any] = features.settings.get(SETTINGS_KEY, {})
     if not isinstance(chosen, Mapping):

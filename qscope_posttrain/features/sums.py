@@ -25,31 +25,21 @@ from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 FORMAT = "qscope_posttrain.pass_checkpoint"
-SAME_MEDIAN = 1e-4
-"""Relative difference of median norms up to which a model counts as the same: the medians stand for its weights."""
-CODE_ENTRIES = 1 << 24
-"""Entries of sparse codes held at a time: at most 128 MiB, 512 tokens of a ReLU dictionary of 32768 latents."""
+SAME_MEDIAN = 1e-4  # Relative difference of median norms up to which the weights count as the same
+CODE_ENTRIES = 1 << 24  # Entries of sparse codes held at a time: at most 128 MiB
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSums:
-    """Sums over the counted tokens of one layer, fp64 and int64, on the device where they are added up.
+    """Sums over the counted tokens of one layer, fp64 and int64, on the device where they are added up. L languages, d
+    = d_model, S = d_sae."""
 
-    L languages, d = d_model, S = d_sae.
-    """
-
-    tokens: Tensor
-    """[L] counted tokens"""
-    outliers: Tensor
-    """[L] tokens left out because their norm exceeds outlier_factor times the median norm"""
-    residual_sum: Tensor
-    """[L, d]"""
-    residual_second_moment: Tensor | None
-    """[L, d, d] sum of h h', or None if not requested"""
-    activation_sum: Tensor | None
-    """[L, S] sum of post-activations, or None without an SAE"""
-    firing_count: Tensor | None
-    """[L, S] tokens with a post-activation above zero, or None without an SAE"""
+    tokens: Tensor  # [L] counted tokens
+    outliers: Tensor  # [L] tokens left out because their norm exceeds outlier_factor times the median norm
+    residual_sum: Tensor  # [L, d]
+    residual_second_moment: Tensor | None  # [L, d, d] sum of h h', or None if not requested
+    activation_sum: Tensor | None  # [L, S] sum of post-activations, or None without an SAE
+    firing_count: Tensor | None  # [L, S] tokens with a post-activation above zero, or None without an SAE
 
     @classmethod
     def zeros(
@@ -195,14 +185,9 @@ def describe_sae(sae: SparseAutoencoder | None) -> dict[str, Any] | None:
     """Describe an SAE well enough to distinguish two, also of unknown source: shape, source, norms of the weights."""
     if sae is None:
         return None
-    return {
-        "source": str(sae.source),
-        "d_sae": sae.d_sae,
-        "d_model": sae.d_model,
-        "activation": repr(sae.activation),
-        "W_enc": float(torch.linalg.vector_norm(sae.W_enc.float())),
-        "b_enc": float(torch.linalg.vector_norm(sae.b_enc.float())),
-    }
+    norms = {name: float(torch.linalg.vector_norm(getattr(sae, name).float())) for name in ("W_enc", "b_enc")}
+    shape = {"d_sae": sae.d_sae, "d_model": sae.d_model}
+    return {"source": str(sae.source), **shape, "activation": repr(sae.activation), **norms}
 
 
 def sequence_fingerprint(sequences: Sequence[TokenSequence], languages: Sequence[str]) -> str:

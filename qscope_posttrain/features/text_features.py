@@ -13,14 +13,7 @@ from torch import Tensor, nn
 
 from qscope_posttrain.distributed import process_rank
 from qscope_posttrain.errors import UserValueError, require_extra
-from qscope_posttrain.models.batches import (
-    Text,
-    check_texts,
-    longest_allowed,
-    pad_token,
-    token_batches,
-    tokenize_texts,
-)
+from qscope_posttrain.models.batches import Text, check_texts, longest_allowed, pad_token, token_batches, tokenize_texts
 from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.layers import check_layers, evaluation_mode
 from qscope_posttrain.report.progress import progress
@@ -40,36 +33,15 @@ class TextFeatures:
     Qwen-Scope report (with pooling "last"), or the features with h = 1 of its equation 13 (with "max" or "mean").
     """
 
-    offsets: Tensor
-    """[N + 1] int64: the entries of text n are offsets[n] .. offsets[n + 1]"""
-    indices: Tensor
-    """[entries] int32 feature ids, ascending within a text"""
-    values: Tensor
-    """[entries] fp32, above zero: activation at the last token, or its maximum or mean over the tokens that count"""
-    d_sae: int
-    tokens: Tensor
-    """[N] int64: tokens behind each row; 0 where none counts (a text of one token, or of norm outliers alone)"""
-    truncated: Tensor
-    """[N] bool: the text was cut, so that its last tokens were not read"""
-    residual: Tensor | None = None
-    """[N, d_model] fp32 residual stream, at the last token or averaged over the tokens; None if not requested"""
-    median_norm: float = math.nan
-    """Median norm of the layer's residual stream, which decides on outliers; NaN if not known"""
+    matrix: csr_array
+    """[N, d_sae] fp32, entries above 0: activation at the last token, or its maximum or mean over those that count"""
+    tokens: Tensor  # [N] int64: tokens behind each row; 0 where none counts
+    truncated: Tensor  # [N] bool: the text was cut, so that its last tokens were not read
+    residual: Tensor | None = None  # [N, d_model] fp32, at the last token or averaged; None if not requested
+    median_norm: float = math.nan  # Of the layer's residual stream, which decides on outliers; NaN if not known
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def row(self, text: int) -> tuple[Tensor, Tensor]:
-        """(feature ids int32, values fp32) of one text."""
-        part = slice(int(self.offsets[text]), int(self.offsets[text + 1]))
-        return self.indices[part], self.values[part]
-
-    def matrix(self) -> csr_array:
-        """The same as a scipy CSR array `[N, d_sae]` in fp32, without a copy of the entries."""
-        from scipy.sparse import csr_array
-
-        parts = (self.values.numpy(), self.indices.numpy(), self.offsets.numpy())
-        return csr_array(parts, shape=(len(self), self.d_sae))
 
 
 def collect_text_features(
@@ -86,23 +58,16 @@ def collect_text_features(
     median_norms: Mapping[int, float] | None = None,
     show_progress: bool | None = None,
 ) -> dict[int, TextFeatures]:
-    """Run the model once over `texts`, up to the deepest layer in `saes`, and pool what fires on each of them.
+    """Run the model once over `texts`, and pool what fires on each of them: {layer: TextFeatures}, in their order.
 
-    The tokens that count are those of `statistics.collect_statistics`. With pooling "last" a text whose last token is a
-    norm outlier has an empty row. Memory: 8 bytes per entry, at most k entries per text with pooling "last", at most
-    tokens * k otherwise. With torch.distributed initialized every process must call this with the same arguments; each
-    reads its share, and all return everything.
+    The tokens that count, and the arguments not named here, are those of `statistics.collect_statistics`, also with
+    several processes; all return everything. With pooling "last" a text whose last token is a norm outlier has an empty
+    row. Memory: 8 bytes per entry, at most k entries per text with pooling "last", at most tokens * k otherwise.
 
     Args:
-        texts: strings, token ids, or `TokenText`s that count from some position on.
-        saes: {layer: SAE}, layers counted from 0.
         pooling: "last" token, "max" or "mean" over the tokens that count.
         residual: keep the residual stream too, pooled alike (the mean, for "max"): the input of a linear probe.
-        max_length: texts are cut after this many tokens (at most the model's max_position_embeddings).
         median_norms: {layer: norm} measured before, so that a text's row does not depend on the texts beside it.
-
-    Returns:
-        {layer: TextFeatures}, rows in the order of `texts`.
     """
     require_extra("analysis")
     if pooling not in get_args(Pooling):
@@ -116,7 +81,7 @@ def collect_text_features(
     sample = token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
     batches = token_batches(sequences, tokens_per_batch, pad_id)
     rank, processes = process_rank()
-    parts: dict[int, list[_Part]] = {layer: [] for layer in layers}
+    parts: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in layers}
     with evaluation_mode(model), torch.no_grad():
         medians = calibrate(model, layers, sample).medians if median_norms is None else dict(median_norms)
         shown = progress(batches[rank::processes], description="features of each text", enabled=show_progress)
@@ -143,20 +108,9 @@ def collect_text_features(
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Entries of one batch, on the CPU. Every text is in one batch, whole."""
-
-    entry_texts: Tensor
-    indices: Tensor
-    values: Tensor
-    texts: Tensor
-    tokens: Tensor
-    residual: Tensor | None
-
-
-def _pool(rows: Tensor, owners: Tensor, sae: SparseAutoencoder, pooling: Pooling, residual: bool) -> _Part:
-    """Pool the fp32 states `rows` [tokens, d_model] of the texts `owners` [tokens]."""
+def _pool(rows: Tensor, owners: Tensor, sae: SparseAutoencoder, pooling: Pooling, residual: bool) -> dict[str, Tensor]:
+    """Pool the fp32 states `rows` [tokens, d_model] of the texts `owners` [tokens] of one batch, which holds them
+    whole: the entries of the matrix, and tokens and state (of width 0 if not wanted) of each text, on the CPU."""
     texts, position, tokens = owners.unique(return_inverse=True, return_counts=True)
     values, indices = (part.cpu() for part in sae.encode(rows.to(sae.device, sae.dtype)))
     fires = values > 0
@@ -167,33 +121,20 @@ def _pool(rows: Tensor, owners: Tensor, sae: SparseAutoencoder, pooling: Pooling
     entry_texts = keys // sae.d_sae
     if pooling == "mean":
         pooled /= tokens[torch.searchsorted(texts, entry_texts)]
-    states = None
-    if residual:
-        states = torch.zeros(len(texts), rows.shape[1], dtype=torch.float64)
-        states = (states.index_add_(0, position, rows.cpu().double()) / tokens[:, None]).float()
-    return _Part(entry_texts, (keys % sae.d_sae).int(), pooled.float(), texts, tokens, states)
+    states = rows.cpu().double() if residual else rows.new_zeros(len(rows), 0, device="cpu", dtype=torch.float64)
+    states = torch.zeros(len(texts), states.shape[1], dtype=torch.float64).index_add_(0, position, states)
+    found = {"entry_texts": entry_texts, "indices": keys % sae.d_sae, "values": pooled.float()}
+    return found | {"texts": texts, "tokens": tokens, "states": (states / tokens[:, None]).float()}
 
 
-def _assemble(parts: Sequence[_Part], count: int, d_sae: int, truncated: Tensor, median_norm: float) -> TextFeatures:
-    entry_texts = torch.cat([part.entry_texts for part in parts])
-    order = entry_texts.argsort(stable=True)
-    tokens = torch.zeros(count, dtype=torch.long)
-    for part in parts:
-        tokens[part.texts] = part.tokens
-    states = None
-    kept = [part.residual for part in parts if part.residual is not None]
-    if kept:
-        states = torch.zeros(count, kept[0].shape[1])
-        states[torch.cat([part.texts for part in parts])] = torch.cat(kept)
-    offsets = torch.zeros(count + 1, dtype=torch.long)
-    offsets[1:] = entry_texts.bincount(minlength=count).cumsum(0)
-    return TextFeatures(
-        offsets=offsets,
-        indices=torch.cat([part.indices for part in parts])[order],
-        values=torch.cat([part.values for part in parts])[order],
-        d_sae=d_sae,
-        tokens=tokens,
-        truncated=truncated,
-        residual=states,
-        median_norm=median_norm,
-    )
+def _assemble(
+    parts: Sequence[dict[str, Tensor]], count: int, d_sae: int, truncated: Tensor, median_norm: float
+) -> TextFeatures:
+    from scipy.sparse import csr_array
+
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    places = (found["entry_texts"].numpy(), found["indices"].numpy())
+    matrix = csr_array((found["values"].numpy(), places), shape=(count, d_sae))
+    tokens = torch.zeros(count, dtype=torch.long).index_copy_(0, found["texts"], found["tokens"])
+    states = torch.zeros(count, found["states"].shape[1]).index_copy_(0, found["texts"], found["states"])
+    return TextFeatures(matrix, tokens, truncated, states if states.shape[1] else None, median_norm)

@@ -58,8 +58,7 @@ class CertifiedWeights(NamedTuple):
 class CertifiedCode(NamedTuple):
     values: Tensor  # [tokens, k], float32
     indices: Tensor  # [tokens, k], int32
-    recomputed: Tensor
-    """Number of rows that were not certified and were encoded in float32: int64, [], on the device."""
+    recomputed: Tensor  # Number of rows that were not certified and were encoded in float32: int64, [], on the device
 
 
 def certified_weights(W_enc: Tensor, b_enc: Tensor) -> CertifiedWeights:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from qscope_posttrain.kernels.checks import check_floating, check_indices, check_same, check_shape
 
-DENSE_BELOW = 16
-"""CPU backward: use a dense product when d_sae / k is at most this: 1.5 times faster at 8, 1.7 times slower at 32."""
+DENSE_BELOW = 16  # CPU backward: dense product up to this d_sae / k: 1.5 times faster at 8, 1.7 times slower at 32
 TILE_ELEMENTS = 1 << 20  # Elements of a dense code held at a time there: 4 MiB in float32
 INT32_ENTRIES = 2**31 - 1
 
@@ -38,10 +37,8 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
         `[T, D]` in the dtype of `W_dec`, accumulated in at least fp32. With w = 0 it is `b_dec` in every row.
 
     Differentiable with respect to `values`, `W_dec` and `b_dec`; saves `values` and `indices`. The gradient of `W_dec`
-    is dense, `[S, D]`, and takes a sort of the T * w entries by feature (about 24 bytes per entry).
-
-    Deterministic, forward and backward, at a given number of threads: sums are made in a fixed order, never by atomics.
-    Entries of value 0 add nothing where the row is finite. Not affected by autocast.
+    is dense, `[S, D]`, and takes a sort of the T * w entries by feature (about 24 bytes per entry). Deterministic at a
+    given number of threads: sums are made in a fixed order, never by atomics. Not affected by autocast.
     """
     check_shape("W_dec", W_dec, ("d_sae", "d_model"))
     check_shape("values", values, ("tokens", "width"))

@@ -1,8 +1,7 @@
 """The encoders: topk_encode, threshold_encode and batch_topk_encode, without the [tokens, d_sae] matrix.
 
-With the last two, tokens keep different numbers of features. Both go through the tile loop once and collect the entries
-that fire; a rectangle as wide as the widest token is made of them at the end. NaN never fires, since no comparison with
-it holds.
+With the last two, tokens keep different numbers of features: the entries that fire are collected tile by tile, and make
+a rectangle as wide as the widest token at the end. NaN never fires, since no comparison with it holds.
 """
 
 from __future__ import annotations
@@ -12,29 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qscope_posttrain.kernels import checks
 from qscope_posttrain.kernels.certified import CertifiedWeights, certified_encode
-from qscope_posttrain.kernels.checks import (
-    check_choice,
-    check_count,
-    check_encoder,
-    check_floating,
-    check_same,
-    check_shape,
-    check_tiles,
-)
 from qscope_posttrain.kernels.decode import register_encoder_gradient
-from qscope_posttrain.kernels.select import (
-    preactivation_tiles,
-    product_dtype,
-    result_dtype,
-    tile_shape,
-    topk_product,
-)
+from qscope_posttrain.kernels.select import preactivation_tiles, product_dtype, result_dtype, tile_shape, topk_product
 
 PRECISIONS = ("model", "fp32", "certified")
 VARIANTS = ("relu_after", "relu_before", "signed")
-_BATCH_TILE = 1 << 22
-"""Elements of a tile of batch_topk_encode: before the first threshold is known, half of a tile may be collected."""
+_BATCH_TILE = 1 << 22  # Elements of a tile of batch_topk_encode, half of which the first threshold may let through
 
 
 def topk_encode(
@@ -69,20 +53,17 @@ def topk_encode(
         value 0 carry a valid index but do not fire. NaN counts as the largest: a row of x with NaN returns NaN, at
         the lowest indices; other rows are not affected.
 
-    Memory: a tile, and 12 bytes for each of tokens * k entries. Deterministic for a given tile size; another tile size
-    may change the rounding of the product, never the order of equal values. Not affected by autocast.
-
-    Differentiable with respect to x, W_enc and b_enc (the choice of the features is not). Saves x, values and indices.
+    Memory: a tile, and 12 bytes for each of tokens * k entries. Deterministic for a given tile size; another one may
+    change the rounding of the product, never the order of equal values. Not affected by autocast. Differentiable with
+    respect to x, W_enc and b_enc (the choice of the features is not). Saves x, values and indices.
     """
-    check_encoder(x, W_enc, b_enc, k)
-    check_choice("precision", precision, PRECISIONS)
-    check_choice("variant", variant, VARIANTS)
-    check_tiles(tile_tokens, tile_features)
+    checks.check_encoder(x, W_enc, b_enc, k)
+    checks.check_choice("precision", precision, PRECISIONS)
+    checks.check_choice("variant", variant, VARIANTS)
+    checks.check_tiles(tile_tokens, tile_features)
     if precision == "certified":
-        code = certified_encode(
-            x, W_enc, b_enc, k, weights=weights, variant=variant, tile_tokens=tile_tokens, tile_features=tile_features
-        )
-        return code.values, code.indices
+        tiles = {"tile_tokens": tile_tokens, "tile_features": tile_features}
+        return certified_encode(x, W_enc, b_enc, k, weights=weights, variant=variant, **tiles)[:2]
     if weights is not None:
         raise ValueError(f"weights belong to precision='certified', got precision={precision!r}")
     code = _topk_encode(x, W_enc, b_enc, k, precision == "fp32", variant != "signed", tile_tokens, tile_features)
@@ -130,15 +111,15 @@ def threshold_encode(
 
     Memory: a tile with a mask of its size, and twice the result. Differentiable and deterministic as `topk_encode`.
     """
-    check_encoder(x, W_enc, b_enc)
-    check_choice("precision", precision, ("model", "fp32"))
-    check_tiles(tile_tokens, tile_features)
+    checks.check_encoder(x, W_enc, b_enc)
+    checks.check_choice("precision", precision, ("model", "fp32"))
+    checks.check_tiles(tile_tokens, tile_features)
     if not isinstance(thresholds, Tensor):
         thresholds = torch.full((), thresholds, dtype=torch.float64, device=x.device)
-    check_floating(thresholds=thresholds)
-    check_same("device", x=x, thresholds=thresholds)
+    checks.check_floating(thresholds=thresholds)
+    checks.check_same("device", x=x, thresholds=thresholds)
     if thresholds.ndim:
-        check_shape("thresholds", thresholds, (W_enc.shape[0],))
+        checks.check_shape("thresholds", thresholds, (W_enc.shape[0],))
     if thresholds.requires_grad:
         raise ValueError("thresholds get no gradient here: pass thresholds.detach()")
     code = _threshold_encode(x, W_enc, b_enc, thresholds, precision == "fp32", tile_tokens, tile_features)
@@ -161,10 +142,10 @@ def batch_topk_encode(
     if fewer are positive. Of equal values at the boundary, those of the first tokens are kept, then those of the lowest
     indices.
     """
-    check_encoder(x, W_enc, b_enc)
-    check_choice("precision", precision, ("model", "fp32"))
-    check_count("k", k)
-    check_tiles(tile_tokens, tile_features)
+    checks.check_encoder(x, W_enc, b_enc)
+    checks.check_choice("precision", precision, ("model", "fp32"))
+    checks.check_count("k", k)
+    checks.check_tiles(tile_tokens, tile_features)
     code = _batch_topk_encode(x, W_enc, b_enc, k, precision == "fp32", tile_tokens, tile_features)
     return code[0], code[1]
 

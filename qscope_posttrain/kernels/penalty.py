@@ -33,9 +33,9 @@ def feature_preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     Returns:
         `[..., F]`, fp32, or fp64 where x or rows are.
 
-    Differentiable with respect to all three. Saves `rows`; and x only if `rows` requires a gradient. Beside the result
-    a half-precision x takes one tile of `[1024, D]` fp32, on CUDA only beyond 256 rows, and half-precision rows an fp32
-    copy. Where fp32 products are lowered (tf32, bf16), the CPU multiplies in fp64. Deterministic.
+    Differentiable with respect to all three; saves `rows`, and x only if `rows` requires a gradient. A half-precision x
+    takes one tile of `[1024, D]` fp32, on CUDA only beyond 256 rows. Where fp32 products are lowered (tf32, bf16), the
+    CPU multiplies in fp64. Deterministic.
     """
     check_rows(x, rows, bias)
     flat: Tensor = _feature_preactivations(x.reshape(-1, x.shape[-1]), rows, bias)

@@ -20,11 +20,9 @@ from qscope_posttrain.kernels.checks import lowered_to
 
 BUFFER_ELEMENTS = 1 << 24  # Pre-activations held at a time by default: 32 MiB in bfloat16, 64 MiB in float32
 FAST_TOKENS = 1024  # Tokens of a tile from which on more bring little
-CUDA_FEATURES = 8192
-"""Features of a tile on CUDA: what one program of the Triton kernel holds; 1024 tokens of it, 32 MiB, stay in L2."""
+CUDA_FEATURES = 8192  # Features of a tile on CUDA: those of one Triton program; 1024 tokens of it stay in L2
 WIDENED_ELEMENTS = 1 << 23  # Weights converted at a time to the dtype of the product: 32 MiB in float32
 _LOW = 0xFFFFFFFF
-GROUP = 16  # Elements of a group: the first stage leaves (k + SLACK) * GROUP candidates of d_sae
 SLACK = 16  # Kept beyond the k first, for those that equal the k-th
 
 
@@ -136,46 +134,15 @@ def merge_(values: Tensor, indices: Tensor, filled: int, pre: Tensor, offset: in
     `values` [rows, k], sorted, float32 (float64 for a float64 tile) and `indices` [rows, k], int32, change in place:
     their first `filled` = min(k, offset) columns hold the k first so far.
     """
-    k = values.shape[1]
-    found, where = select_tile(pre, min(k, pre.shape[1]), values[:, k - 1] if filled == k else None)
-    if found.shape[1] == 0:
-        return
-    where = where + offset
+    k, (rows, n) = values.shape[1], pre.shape
+    places = torch.arange(offset, offset + n, device=pre.device).expand(rows, n)
+    found, where = best(pre, places, min(k, n))
     if filled:
         found = torch.cat([values[:, :filled], found], dim=1)
         where = torch.cat([indices[:, :filled].long(), where], dim=1)
         found, where = best(found, where, min(k, found.shape[1]))
     values[:, : found.shape[1]] = found
     indices[:, : found.shape[1]] = where
-
-
-def select_tile(pre: Tensor, k: int, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k first of each row of `pre` [rows, n] as `best` gives them, without some at or below `threshold` [rows].
-
-    Exact in two stages. The n elements form groups; let t be the k-th largest maximum of a group. k distinct elements
-    are at least t, so an element below t is not among the k first, and one of at least t lies in a group whose maximum
-    is at least t. k + SLACK groups are searched: all with a maximum of at least t, unless still more tie at t; rows
-    where that cannot be excluded are done again without groups.
-    """
-    rows, n = pre.shape
-    groups = n // GROUP
-    if groups < 2 * (k + SLACK):
-        return best(pre, torch.arange(n, device=pre.device).expand(rows, n), k)
-    body = pre[:, : groups * GROUP].unflatten(1, (GROUP, groups))
-    maxima, rest = body.amax(dim=1), pre[:, groups * GROUP :]
-    if threshold is not None:
-        hopeful = int(_above(maxima, threshold[:, None]).sum(dim=1).amax()) if rows else 0
-        k = min(k, hopeful + rest.shape[1])
-    maxima, chosen = maxima.topk(k + SLACK, dim=-1)
-    places = (torch.arange(GROUP, device=pre.device)[:, None] * groups + chosen[:, None, :]).flatten(1)
-    if rest.shape[1]:
-        tail = torch.arange(groups * GROUP, n, device=pre.device).expand(rows, -1)
-        places = torch.cat([places, tail], dim=1)
-    values, indices = best(pre.gather(1, places), places, k)
-    if k and (tied := (~_above(maxima[:, k - 1], maxima[:, -1])).nonzero().squeeze(1)).numel():
-        everything = torch.arange(n, device=pre.device).expand(len(tied), n)
-        values[tied], indices[tied] = _ranked(pre[tied], everything, k)
-    return values, indices
 
 
 def best(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:

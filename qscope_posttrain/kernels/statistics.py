@@ -31,9 +31,8 @@ def feature_statistics_(
         firing_count: int64: number of values above 0; a negative survivor of a signed top-k does not fire.
         maximum: fp32 or fp64: the largest value so far. Start from 0 for activations, from -inf for signed codes.
 
-    One launch on CUDA; nothing waits for the device, and nothing of size `[T, S]` exists. Counts and maxima do not
-    depend on the order of the tokens or their division into calls. The last bits of fp64 sums do, and on CUDA, where
-    they are added by atomics, also change from run to run.
+    One launch on CUDA; nothing waits for the device, and nothing of size `[T, S]` exists. The last bits of fp64 sums
+    depend on the order of the tokens and, on CUDA, where they are added by atomics, change from run to run.
     """
     check_shape("values", values, ("tokens", "width"))
     check_shape("indices", indices, tuple(values.shape))

@@ -25,23 +25,19 @@ def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
     Differentiable with respect to all three; saves directions and strengths. One launch on CUDA, and nothing of the
     size of `hidden` beside the result; one tensor `[B, T, D]` elsewhere. Deterministic. Not affected by autocast.
     """
-    steered: Tensor = _steer_add(hidden, directions, _expanded(hidden, directions, strengths))
-    return steered
-
-
-def _expanded(hidden: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
-    """Check everything, and return the strengths as a view [B, T, N]."""
     check_shape("hidden", hidden, ("rows", "tokens", "d_model"))
     check_shape("directions", directions, ("directions", hidden.shape[2]))
     check_floating(hidden=hidden, directions=directions, strengths=strengths)
     check_same("device", hidden=hidden, directions=directions, strengths=strengths)
     shape = (*hidden.shape[:2], directions.shape[0])
     try:
-        return strengths.expand(shape)
+        expanded = strengths.expand(shape)
     except RuntimeError as error:
         raise ValueError(
             f"strengths must expand to [rows, tokens, directions] = {list(shape)}, got {list(strengths.shape)}"
         ) from error
+    steered: Tensor = _steer_add(hidden, directions, expanded)
+    return steered
 
 
 @torch.library.custom_op("qscope_posttrain::steer_add", mutates_args=())

@@ -96,9 +96,7 @@ class ReLU(Thresholded):
 @dataclass(frozen=True)
 class BatchTopK(Thresholded):
     """Inference form of BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): relu(z) where it exceeds one `threshold`.
-
-    The threshold replaces the k-th value of the training batches, so that a token does not depend on its batch.
-    """
+    The threshold replaces the k-th value of the training batches, so that a token does not depend on its batch."""
 
     threshold: float
 
@@ -112,9 +110,7 @@ class BatchTopK(Thresholded):
 @dataclass(frozen=True, eq=False)
 class JumpReLU(Thresholded):
     """relu(z) where it exceeds the latent's own threshold (Rajamanoharan et al. 2024, arXiv 2407.14435, equation 3).
-
-    `threshold` [d_sae] is in units of the pre-activation.
-    """
+    `threshold` [d_sae] is in units of the pre-activation."""
 
     threshold: Tensor
 

@@ -22,17 +22,11 @@ from torch import Tensor, nn
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.kernels import CertifiedWeights, certified_weights, feature_preactivations, sparse_decode
 from qscope_posttrain.provenance import file_sha256
+from qscope_posttrain.sae import loading
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
 from qscope_posttrain.sae.formats import WRITERS
-from qscope_posttrain.sae.loading import (
-    FeatureRows,
-    activation_of,
-    feature_id_tensor,
-    load_tensors,
-    open_source,
-    read_rows,
-)
+from qscope_posttrain.sae.loading import FeatureRows
 from qscope_posttrain.sae.source import SAESource
 
 __all__ = ["FeatureRows", "SAESource", "SparseAutoencoder", "load_sae"]
@@ -67,11 +61,11 @@ class SparseAutoencoder:
         check_tensor("b_dec", self.b_dec, (None,))
         check_tensor("W_enc", self.W_enc, (self.d_sae, self.d_model))
         check_tensor("W_dec", self.W_dec, (self.d_sae, self.d_model))
-        kinds = {(tensor.dtype, tensor.device) for tensor in self._tensors()}
+        kinds = {(getattr(self, name).dtype, getattr(self, name).device) for name in _TENSOR_NAMES}
         if len(kinds) > 1:
             raise UserValueError(f"the tensors of an SAE must share one dtype and device, got {kinds}")
-        for name, tensor in zip(_TENSOR_NAMES, self._tensors(), strict=True):
-            check_finite(name, tensor)
+        for name in _TENSOR_NAMES:
+            check_finite(name, getattr(self, name))
         if not isinstance(self.activation, Activation):
             raise UserTypeError(f"activation must be TopK, ReLU, JumpReLU or BatchTopK, got {self.activation!r}")
         self.activation.check(self.d_sae)
@@ -114,12 +108,12 @@ class SparseAutoencoder:
         """W_enc x + b_enc, before any nonlinearity: [tokens, d_model] -> [tokens, F], in float32 (float64 for float64).
 
         With `feature_ids` only those rows are computed, in that order; without, all d_sae: for many tokens a large
-        matrix, which `encode` never holds. Differentiable: see `kernels.feature_preactivations`.
+        matrix, which `encode` never holds. Differentiable.
         """
         x = self._checked_input(x)
         W_enc, b_enc = self.W_enc, self.b_enc
         if feature_ids is not None:
-            ids = feature_id_tensor(feature_ids, self.d_sae).to(self.device)
+            ids = loading.feature_id_tensor(feature_ids, self.d_sae).to(self.device)
             W_enc, b_enc = W_enc[ids], b_enc[ids]
         return feature_preactivations(x, W_enc, b_enc)
 
@@ -128,11 +122,10 @@ class SparseAutoencoder:
 
         width is k for TopK, and for the other activations the largest number of firing latents of any token. A latent
         fires where its value is above 0; entries of value 0 only fill the rectangle. Values are sorted, the largest
-        first, equal ones by the lowest index; float32, or float64 for a float64 SAE.
+        first, equal ones by the lowest index; float32, or float64 for a float64 SAE. Differentiable.
 
-        Tokens are encoded in tiles, of `tile_tokens` if given, so that a [tokens, d_sae] matrix never exists; the tile
-        changes results by rounding only. `precision`: "model", "fp32" or (TopK only) "certified", as for
-        `kernels.topk_encode`. Differentiable with respect to x, and to W_enc and b_enc if they require it.
+        A [tokens, d_sae] matrix never exists: tokens are encoded in tiles, whose size changes results by rounding only.
+        `precision`: "model", "fp32" or (TopK only) "certified", as for `kernels.topk_encode`.
         """
         x = self._checked_input(x)
         weights = self._certified_weights if precision == "certified" and isinstance(self.activation, TopK) else None
@@ -141,33 +134,24 @@ class SparseAutoencoder:
         )
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Reconstruction [tokens, d_model] of a sparse code: sum_j values_j W_dec[indices_j] + b_dec.
-
-        `values` and `indices` are [tokens, width] as from `encode`. Differentiable with respect to `values` (and to
-        W_dec and b_dec, if they require it). No [tokens, d_sae] or [tokens, width, d_model] tensor is made.
-        """
+        """Reconstruction [tokens, d_model] of a sparse code: sum_j values_j W_dec[indices_j] + b_dec. `values` and
+        `indices` are [tokens, width] as from `encode`. Differentiable."""
         return sparse_decode(values, indices, self.W_dec, self.b_dec)
 
     def select(self, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
         """Copies of the rows of some features, in the given order."""
-        ids = feature_id_tensor(feature_ids, self.d_sae)
+        ids = loading.feature_id_tensor(feature_ids, self.d_sae)
         at = ids.to(self.device)
         return FeatureRows(ids, self.W_enc[at], self.b_enc[at], self.W_dec[at], self.source, self.layer)
 
     def save(self, path: str | Path, format: str = "native") -> Path:
-        """Write the SAE, whole or not at all; `load` reads the same function back, bit for bit.
+        """Write the SAE, whole or not at all, and return the path; `load` reads the same function back, bit for bit.
 
         Args:
             path: "native": a file, its name ending in .safetensors; `layer{n}.sae.safetensors` to have it found by
                 folder and layer. "sae_lens": a folder, for cfg.json and sae_weights.safetensors. "qwen_scope":
                 a folder named SAE-Res-<model>-W<N>K-L0_<k>, or `layer{n}.sae.pt` in it.
-            format: One of these.
-
-        Returns:
-            The file, or for SAELens the folder.
-
-        Raises:
-            ValueError: the format cannot express this SAE (JumpReLU as Qwen-Scope), or the path does not fit it.
+            format: One of these; ValueError where it cannot express this SAE (JumpReLU as Qwen-Scope).
         """
         if format not in WRITERS:
             raise UserValueError(f"unknown format {format!r}; an SAE can be saved as {', '.join(WRITERS)}")
@@ -207,15 +191,13 @@ class SparseAutoencoder:
             FileNotFoundError: nothing there.
             ValueError: damaged, hostile or mismatched: the message names file, fault, and what was expected.
         """
-        stored = open_source(source, layer, revision, d_model, input_scale)
-        activation = activation_of(stored, k)
-        sha256 = file_sha256(stored.path) if checksum else None
+        stored = loading.open_source(source, layer, revision, d_model, input_scale)
+        activation = loading.activation_of(stored, k)
+        origin = stored.source(file_sha256(stored.path) if checksum else None)
         place, kind = torch.device(device or "cpu"), dtype or torch.float32
         try:
-            tensors = load_tensors(stored, kind, place)
-            return cls(
-                **tensors, activation=activation.to(place, kind), layer=stored.layer, source=stored.source(sha256)
-            )
+            tensors = loading.load_tensors(stored, kind, place)
+            return cls(**tensors, activation=activation.to(place, kind), layer=stored.layer, source=origin)
         except ValueError as error:
             raise UserValueError(f"{stored.path}: {error}") from error
 
@@ -230,15 +212,9 @@ class SparseAutoencoder:
         d_model: int | None = None,
         input_scale: float | None = None,
     ) -> FeatureRows:
-        """Read the rows of some features only: see `containers.mapped.gather`. Arguments as for `load`.
-
-        k is not needed. The sha256 is left out of `source`, since it would read the whole file:
-        `source.with_sha256(rows.source)` computes it.
-        """
-        return read_rows(open_source(source, layer, revision, d_model, input_scale), feature_ids)
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.W_enc, self.b_enc, self.W_dec, self.b_dec
+        """Read the rows of some features only: see `loading.gather`. Arguments as for `load`, without k. `source` is
+        without the sha256, which would read the whole file."""
+        return loading.read_rows(loading.open_source(source, layer, revision, d_model, input_scale), feature_ids)
 
     @cached_property
     def _certified_weights(self) -> CertifiedWeights:

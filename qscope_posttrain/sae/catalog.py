@@ -27,8 +27,7 @@ MODEL_CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
-}
-"""Causal language model of transformers for each `model_type` of a text decoder, multimodal wrappers aside."""
+}  # Causal language model of transformers for each `model_type` of a text decoder, multimodal wrappers aside
 
 _TYPICAL_L0 = 100  # If no L0 is named, the available one nearest to this is taken
 
@@ -49,8 +48,7 @@ class CatalogEntry:
     d_sae: int
     k: int | None  # k of TopK; None for JumpReLU
     format: str  # Name of the on-disk format, as in `SAESource.format`
-    file: str
-    """Template of the path of a layer's weights in the repository, with {layer} and, where there is a choice, {l0}."""
+    file: str  # Template of the path of a layer's weights in the repository, with {layer} and {l0} where it is chosen
     companions: tuple[str, ...] = ()  # Further files that reading the weights needs, as templates
     license: str = ""
     verified_by: str = ""  # Where these facts come from, and which of them are not verified
@@ -58,10 +56,8 @@ class CatalogEntry:
     site: str = "resid_post"
     choices: Mapping[int, tuple[str, ...]] = field(default_factory=dict, hash=False)
     """Layer -> L0s to choose from, as the repository writes them; empty where each layer has one file."""
-    mean_l0: float | None = None
-    """Mean number of firing latents stated for all layers of a release without TopK and without `choices`."""
-    targets: Mapping[str, int] = field(default_factory=dict, hash=False)
-    """Target L0 of those `choices` that are words."""
+    mean_l0: float | None = None  # Mean number of firing latents stated for all layers, without TopK and `choices`
+    targets: Mapping[str, int] = field(default_factory=dict, hash=False)  # Target L0 of those `choices` that are words
     l0: str | None = None  # The chosen one of `choices`; None takes the most typical of each layer
 
     @property

@@ -89,10 +89,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """A JSON object. Getters raise ValueError that names the key for a value of the wrong kind.
-
-    A key that is absent, or null, gives the default; without a default it is an error.
-    """
+    """A JSON object. Getters raise ValueError that names the key for a value of the wrong kind. A key that is absent,
+    or null, gives the default; without a default it is an error."""
 
     name: str  # Name in error messages, for example "cfg.json"
     values: dict[str, Any]

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError
@@ -51,17 +52,11 @@ class RemoteFile:
 def fetch(
     repository: str, files: Sequence[str], revision: str | None = None, *, show: bool | None = None
 ) -> list[Path]:
-    """Paths of some files of a hub repository in the local cache; what is missing is downloaded, and nothing else.
+    """Paths of files of a hub repository, all of one commit, in the local cache; only what is missing is downloaded.
 
-    The sizes are shown first and compared with the free disk space. An interrupted transfer, even by kill -9, is
-    resumed. Large files are checked against the sha256 that the hub states. Without network, files that are in the
-    cache at this revision are taken from there, with a message.
-
-    Args:
-        repository: Hub id, owner/name.
-        files: Paths inside the repository.
-        revision: Branch, tag or commit; the main branch if None. All files are of one commit.
-        show: Print the table of sizes on standard error if there is something to download; by default on rank 0 only.
+    The sizes are shown first (`show`; by default on rank 0) and compared with the free disk space. An interrupted
+    transfer, even by kill -9, is resumed. Large files are checked against the sha256 that the hub states. Without
+    network, files that are in the cache at this revision are taken from there, with a message.
 
     Raises:
         NotInRepository: the repository does not hold one of the files.
@@ -85,16 +80,20 @@ def fetch(
             from rich.console import Console
 
             sizes_table(repository, remote).print(Console(stderr=True))
-        _check_space(remote)
+        folder = next(place for place in (_cache(), *_cache().parents) if place.exists())
+        needed, free = sum(file.missing for file in remote), shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserValueError(
+                f"{in_words(needed)} are to be downloaded, but the disk of {_cache()} has {in_words(free)} left: take "
+                "fewer layers at a time, make room, or set HF_HUB_CACHE to a folder on another disk."
+            )
     return [_complete(repository, file, revision) for file in remote]
 
 
 def describe(repository: str, files: Sequence[str], revision: str | None = None) -> list[RemoteFile]:
     """Size and state of some files, from the hub. Errors as in `fetch`."""
-    described: list[RemoteFile] = []
-    for name in files:
-        described.append(_ask(repository, name, described[0].commit if described else revision))
-    return described
+    first = _ask(repository, files[0], revision)
+    return [first, *(_ask(repository, name, first.commit) for name in files[1:])]
 
 
 def sizes_table(repository: str, files: Sequence[RemoteFile]) -> Table:
@@ -190,16 +189,10 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
     if file.size is None or _size(part) > file.size:
         part.unlink(missing_ok=True)
     url = hf_hub_url(repository, file.name, revision=file.commit)
+    shown: dict[str, Any] = {"expected_size": file.size, "displayed_filename": file.name}
     try:
         with part.open("ab") as unfinished:
-            http_get(
-                url,
-                unfinished,
-                resume_size=unfinished.tell(),
-                headers=build_hf_headers(),
-                expected_size=file.size,
-                displayed_filename=file.name,
-            )
+            http_get(url, unfinished, resume_size=unfinished.tell(), headers=build_hf_headers(), **shown)
     except Exception as error:
         raise Unreachable(
             f"the download of {repository}/{file.name} stopped after {in_words(_size(part))} of {in_words(file.size)} "
@@ -210,16 +203,6 @@ def _transfer(repository: str, file: RemoteFile, part: Path) -> None:
         raise UserValueError(
             f"{repository}/{file.name} arrived with sha256 {found[:16]}..., but the hub promised {file.etag[:16]}...: "
             "it was deleted; download it again."
-        )
-
-
-def _check_space(files: Sequence[RemoteFile]) -> None:
-    folder = next(place for place in (_cache(), *_cache().parents) if place.exists())
-    needed, free = sum(file.missing for file in files), shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserValueError(
-            f"{in_words(needed)} are to be downloaded, but the disk of {_cache()} has {in_words(free)} left: take "
-            "fewer layers at a time, make room, or set HF_HUB_CACHE to a folder on another disk."
         )
 
 

@@ -1,30 +1,45 @@
-"""From a located file to the tensors of an SAE, or to some of its rows, with the same folding."""
+"""From a located file to the tensors of an SAE, or to some of its rows, with the same folding.
+
+Parts of a memory-mapped matrix are copied so that time, memory and disk traffic are those of the parts. A feature is a
+row of the file or, in some formats, a column: one number in each of n file rows. By default the kernel would read far
+more than needed:
+
+- Read-ahead around each page would fetch the whole matrix for a column (264 MiB instead of 8 MiB for one feature of a
+  file of 0.5 GiB), so random access is announced, and the needed pages are requested all at once. With many features
+  their pages add up to the matrix, and read-ahead stays on: 32 features take 0.7 s in order, 2.7 s page by page.
+- Pages that the cache already holds are mapped 16 at a time, which would count the matrix into the memory of the
+  process. So what is read through the mapping is released block by block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.sae.activations import Activation, TopK
 from qscope_posttrain.sae.checks import check_finite, check_tensor
-from qscope_posttrain.sae.containers.mapped import compute_dtype, copy_block, gather
 from qscope_posttrain.sae.formats import open_stored
 from qscope_posttrain.sae.formats.stored import StoredSAE, fold_rows
 from qscope_posttrain.sae.source import SAESource, locate
 
 _BLOCK_BYTES = 1 << 25  # Float32 rows of the encoder that are folded at a time while a whole SAE is loaded
-
+_MAPPED_BYTES = 1 << 24  # Part of the file that is mapped at a time while columns are read
 _PAGE_COLUMNS = 1024  # Features stored as columns are read in multiples of a page of the file
+_PAGES_WORTH_A_SEEK = 8  # Every eighth page of a file row, read on its own, takes as long as the row in order
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureRows:
-    """Encoder and decoder rows of F features, in raw residual-stream units. Checked on construction."""
+    """Encoder and decoder rows of F features, in raw residual-stream units."""
 
     feature_ids: Tensor  # int64 [F], on the CPU
     encoder: Tensor  # [F, d_model]
@@ -97,7 +112,7 @@ def load_tensors(stored: StoredSAE, dtype: torch.dtype, device: torch.device) ->
 
 
 def read_rows(stored: StoredSAE, feature_ids: Sequence[int] | Tensor) -> FeatureRows:
-    """The rows of some features as float32; only these are read from the file, see `containers.mapped.gather`."""
+    """The rows of some features as float32; only these are read from the file, see `loading.gather`."""
     ids = feature_id_tensor(feature_ids, stored.d_sae)
     parts = (stored.W_enc, stored.b_enc.unsqueeze(1), stored.W_dec)
     encoder, bias, decoder = (gather(part, ids, stored.memory_mapped) for part in parts)
@@ -136,3 +151,73 @@ def activation_of(stored: StoredSAE, k: int | None) -> Activation:
     except ValueError as error:
         raise UserValueError(f"{stored.path}: {error}") from error
     return activation
+
+
+def compute_dtype(view: Tensor) -> torch.dtype:
+    """float32, or float64 where the file holds that: rows are folded in it."""
+    return torch.promote_types(torch.float32, view.dtype)
+
+
+def gather(view: Tensor, ids: Tensor, memory_mapped: bool) -> Tensor:
+    """A copy of view[ids] in (at least) float32, for a view [d_sae, n] whose rows are rows or columns of the file.
+
+    A feature that is a column costs a page of 4 KiB in each of n file rows: for n = 2048 that is 8 MiB of a matrix of
+    256 MiB, shared by features less than 1024 ids apart.
+    """
+    dtype = compute_dtype(view)
+    if not memory_mapped:
+        return view.index_select(0, ids).to(dtype)
+    if not _in_columns(view):
+        _advise(view, "MADV_RANDOM")
+        return view.index_select(0, ids).to(dtype)
+    if len(ids) * _PAGES_WORTH_A_SEEK * mmap.PAGESIZE <= view.stride(1) * view.itemsize:
+        _advise(view, "MADV_RANDOM")
+        _prefetch(view, ids)
+    return torch.cat([_released(part, part.index_select(0, ids).to(dtype)) for part in _file_blocks(view)], dim=1)
+
+
+def copy_block(view: Tensor, memory_mapped: bool) -> Tensor:
+    """A contiguous copy of a view [features, n] in (at least) float32, leaving none of its pages in the process."""
+    dtype = compute_dtype(view)
+    if not memory_mapped or not _in_columns(view):
+        copy = torch.empty(view.shape, dtype=dtype).copy_(view)
+        return _released(view, copy) if memory_mapped else copy
+    # In the order of the file first: torch transposes a whole matrix in blocks, but a part of one number by number.
+    in_file_order = torch.cat([_released(part, part.t().to(dtype, copy=True)) for part in _file_blocks(view)])
+    return torch.empty(view.shape, dtype=dtype).copy_(in_file_order.t())
+
+
+def _in_columns(view: Tensor) -> bool:
+    return view.stride(0) < view.stride(1)
+
+
+def _file_blocks(view: Tensor) -> Iterable[Tensor]:
+    """A view whose rows are columns of the file, by blocks of file rows."""
+    return view.split(max(1, _MAPPED_BYTES // (view.stride(1) * view.itemsize)), dim=1)
+
+
+def _released(view: Tensor, copy: Tensor) -> Tensor:
+    """`copy`, after releasing the pages of `view`: unmodified, they come from the file again when touched."""
+    _advise(view, "MADV_DONTNEED")
+    return copy
+
+
+def _prefetch(view: Tensor, ids: Tensor) -> None:
+    """Request the pages of some columns, all before the first is waited for."""
+    if sys.platform.startswith("linux"):
+        offsets = np.arange(view.shape[1])[:, None] * view.stride(1) + ids.numpy()[None] * view.stride(0)
+        pages = np.unique((view.data_ptr() + offsets * view.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE)
+        madvise, size = ctypes.CDLL(None).madvise, ctypes.c_size_t(mmap.PAGESIZE)
+        for page in pages.tolist():
+            madvise(ctypes.c_void_p(page), size, mmap.MADV_WILLNEED)
+
+
+def _advise(view: Tensor, advice: str) -> None:
+    """madvise on the pages of a tensor in a read-only file mapping; if it is refused, only speed and memory differ.
+    Python's own mmap objects have this call, but the mapping here belongs to torch."""
+    if not sys.platform.startswith("linux"):
+        return
+    begin = view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    last = sum((length - 1) * stride for length, stride in zip(view.shape, view.stride(), strict=True))
+    length = view.data_ptr() + (last + 1) * view.itemsize - begin
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), getattr(mmap, advice))

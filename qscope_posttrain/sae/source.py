@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.provenance import file_sha256
 from qscope_posttrain.sae import catalog, download
-from qscope_posttrain.sae.containers.weights_file import SETTINGS_FILES
 from qscope_posttrain.sae.layout import choose, is_safe, is_weights, layer_in_path, weights_in
+from qscope_posttrain.sae.weights_file import SETTINGS_FILES
 
 _RELEASE = re.compile(r"SAE-Res-(?P<model>.+)-W(?P<width>\d{1,6})K-L0_(?P<k>\d{1,6})")
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<inside>.+))?")
@@ -24,13 +23,11 @@ class SAESource:
     location: str  # Hub repository id, absolute folder, or words such as "trained in memory"
     revision: str | None = None  # Commit of the hub repository
     file: str | None = None  # Path of the file in `location`
-    sha256: str | None = None
-    """Digest of the file. Full loads record it; reading rows leaves it None, `with_sha256` computes it."""
+    sha256: str | None = None  # Digest of the file; None where only rows were read
     format: str = "memory"
     """"native", "qwen_scope", "gemma_scope", "gemma_scope_2", "llama_scope", "lm_saes", "sae_lens", "sparsify",
     "dictionary_learning", or "memory"."""
-    release: str | None = None
-    """Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, or a name of the catalog."""
+    release: str | None = None  # Published release, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50, or catalog name
     origin: SAESource | None = None  # For a file written by this package: the source of the SAE before that
 
     def __str__(self) -> str:
@@ -96,10 +93,6 @@ def locate(source: str | Path, layer: int | None = None, revision: str | None = 
             ("google/gemma-scope-2b-pt-res/layer_20/width_16k"). From the hub only that layer's files are downloaded.
         layer: Layer number from 0. May be left out where there is only one.
         revision: Branch, tag or commit; only for a hub repository.
-
-    Raises:
-        FileNotFoundError: `source` is neither on disk nor on the hub, or holds no weights.
-        ValueError: the layer is missing or contradicts the path, or there are several candidates, which are listed.
     """
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
         raise UserValueError(f"layer must be an integer from 0, got {layer!r}")
@@ -123,21 +116,6 @@ def locate(source: str | Path, layer: int | None = None, revision: str | None = 
             f"(owner/name){hint}"
         )
     return _from_hub(match["repository"], match["inside"] or "", layer, revision)
-
-
-def with_sha256(source: SAESource) -> SAESource:
-    """`source` with the digest of its file, computed now if it is not known (about a second per gigabyte).
-
-    Raises ValueError where there is no file, FileNotFoundError where it is gone.
-    """
-    if source.sha256 is not None:
-        return source
-    if source.file is None:
-        raise UserValueError(f"the SAE source {source} is not a file, so it has no sha256")
-    path = Path(source.location) / source.file
-    if source.revision is not None:
-        path = download.fetch(source.location, [source.file], source.revision)[0]
-    return replace(source, sha256=file_sha256(path))
 
 
 def _local(path: Path, layer: int | None) -> LocatedFile:

@@ -6,59 +6,38 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
+from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, number_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-from qscope_posttrain.features.text_features import TextFeatures, collect_text_features
+from qscope_posttrain.features.text_features import TextFeatures
 from qscope_posttrain.files import read_csv
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.report.summary import write_text
-from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 Hits = NDArray[np.bool_]
 COLUMNS = ("layer", "feature", "relevance")
 
 
-class FeatureReader:
+class FeatureReader(TextFeaturizer):
     """A model with the SAEs of some layers; h of equation 13 is taken over all tokens of a text but the first."""
-
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, saes: Mapping[int, SparseAutoencoder], max_length: int = 512
-    ) -> None:
-        self._model, self._tokenizer, self._saes, self._max_length = model, tokenizer, dict(saes), max_length
-
-    def read(
-        self, texts: Sequence[str], layers: Sequence[int] | None = None, *, show_progress: bool | None = None
-    ) -> dict[int, TextFeatures]:
-        """{layer: features of each text}, the largest activation over its tokens."""
-        return collect_text_features(
-            self._model,
-            self._tokenizer,
-            texts,
-            self._saes if layers is None else {layer: self._saes[layer] for layer in layers},
-            pooling="max",
-            max_length=self._max_length,
-            show_progress=show_progress,
-        )
 
     def verify(self, texts: Sequence[str], features: Sequence[FeatureId]) -> list[float]:
         """The largest activation of one feature on each text; 0 where it does not fire (see `pipeline.Verify`)."""
         found = [0.0] * len(texts)
         # A text of one token has none that counts, and a list of such texts cannot be read.
-        places = [place for place, text in enumerate(texts) if len(self._tokenizer(text)["input_ids"]) > 1]
+        places = [place for place, text in enumerate(texts) if len(self.tokenizer(text)["input_ids"]) > 1]
         if not places:
             return found
         distinct = sorted({features[place] for place in places})
-        layers = sorted({feature.layer for feature in distinct})
-        values = activations(self.read([texts[place] for place in places], layers, show_progress=False), distinct)
+        layers, quiet = sorted({feature.layer for feature in distinct}), self.with_settings({"show_progress": False})
+        values = activations(quiet.features([texts[place] for place in places], layers=layers), distinct)
         for row, place in enumerate(places):
             found[place] = float(values[row, distinct.index(features[place])])
         return found
@@ -84,11 +63,11 @@ def activations(features: Mapping[int, TextFeatures], targets: Sequence[FeatureI
         places = [place for place, target in enumerate(targets) if target.layer == layer]
         if places:
             columns = [targets[place].feature_id for place in places]
-            if max(columns) >= read.d_sae:
+            if max(columns) >= read.matrix.shape[1]:
                 raise UserValueError(
-                    f"layer {layer} has the features 0 to {read.d_sae - 1}; a target is #{max(columns)}."
+                    f"layer {layer} has the features 0 to {read.matrix.shape[1] - 1}; a target is #{max(columns)}."
                 )
-            found[:, places] = read.matrix()[:, columns].toarray()
+            found[:, places] = read.matrix[:, columns].toarray()
     return found
 
 
@@ -96,11 +75,7 @@ def judge_relevance(
     session: ChatSession, templates: PromptTemplates, explanations: Sequence[Explanation], topic: str
 ) -> tuple[dict[FeatureId, float], tuple[FeatureId, ...]]:
     """s_f in [0, 1] of every explained feature (equation 19), from one greedy request to a judge each; and the features
-    whose rating could not be read, also after further requests, or was refused.
-
-    Raises:
-        ValueError: no rating at all can be read.
-    """
+    whose rating could not be read, also after further requests, or was refused."""
     sampling = Sampling(temperature=0.0, max_tokens=64)
     requests = [
         ChatRequest(templates.messages("relevance", explanation=entry.text, topic=topic), sampling)
@@ -121,12 +96,7 @@ def judge_relevance(
 
 
 def read_relevance(path: str | os.PathLike[str]) -> dict[FeatureId, float]:
-    """Read a CSV table with the columns layer, feature and relevance; others are ignored.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a missing column, a cell that is no number, or a feature listed twice.
-    """
+    """Read a CSV table with the columns layer, feature and relevance; others are ignored."""
     rows = read_csv(path, "table of relevance")
     header = next(rows, (0, []))[1]
     if not set(COLUMNS) <= set(header):
@@ -167,12 +137,8 @@ def target_features(relevance: Mapping[FeatureId, float], tau: float) -> tuple[F
 
 
 def missing_first(targets: Sequence[FeatureId], counts: Sequence[int], enough: int) -> list[FeatureId]:
-    """The targets to generate for: those that no seed example fires (T_miss, equation 20), then the weakly covered.
-
-    Args:
-        counts: Number of seed examples that fire each target; c_f of equation 18 is count > 0.
-        enough: Leave out targets with this count or more; 1 keeps T_miss alone.
-    """
+    """The targets to generate for: those that no seed example fires (T_miss, equation 20), then those that fewer than
+    `enough` fire. `counts`: seed examples that fire each target; c_f of equation 18 is count > 0."""
     return [target for count, target in sorted(zip(counts, targets, strict=True)) if count < enough]
 
 
@@ -180,10 +146,7 @@ def split_targets(
     targets: Sequence[FeatureId], share: float, seed: int = 0
 ) -> tuple[tuple[FeatureId, ...], tuple[FeatureId, ...]]:
     """Draw (targets that data are made for, targets held out to measure it), both in the order of `targets`.
-
-    Raises:
-        ValueError: a share outside [0, 1), or too few targets to leave one to make data for.
-    """
+    ValueError: a share outside [0, 1), or too few targets to leave one to make data for."""
     if not 0 <= share < 1:
         raise UserValueError(f"the share held out must lie in [0, 1); got {share}.")
     held = round(share * len(targets))
@@ -196,7 +159,7 @@ def split_targets(
 
 def reached_features(features: TextFeatures, layer: int, min_texts: int) -> tuple[FeatureId, ...]:
     """The features of one layer that fire on at least `min_texts` of the texts: targets that nobody chose."""
-    counts = np.diff(features.matrix().tocsc().indptr)
+    counts = np.diff(features.matrix.tocsc().indptr)
     return tuple(FeatureId(layer, int(feature)) for feature in np.flatnonzero(counts >= min_texts))
 
 
@@ -208,10 +171,8 @@ def coverage(hits: Hits) -> float:
 
 
 def coverage_interval(hits: Hits) -> Interval:
-    """Coverage with Wilson limits for other features of the same kind.
-
-    The features count as a random draw, the examples as given.
-    """
+    """Coverage with Wilson limits for other features of the same kind. The features count as a random draw, the
+    examples as given."""
     return wilson(int(hits.any(axis=0).sum()) if len(hits) else 0, hits.shape[1])
 
 

@@ -11,14 +11,7 @@ from qscope_posttrain.endpoint.limits import BudgetSpent
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, truth_field
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-from qscope_posttrain.synthesis.prompts import (
-    Draft,
-    Kind,
-    PromptJob,
-    PromptType,
-    PromptWriter,
-    SynthesisSettings,
-)
+from qscope_posttrain.synthesis.prompts import Draft, Kind, PromptJob, PromptType, PromptWriter, SynthesisSettings
 
 Verify = Callable[[Sequence[str], Sequence[FeatureId]], Sequence[float]]
 """(texts, one feature for each) -> the feature's largest activation on its text; 0 where it does not fire"""
@@ -29,8 +22,7 @@ class Response:
     """The response to a prompt in the training data."""
 
     text: str
-    kind: Kind
-    """z: whether it refuses or answers"""
+    kind: Kind  # z: whether it refuses or answers
     request_id: str
 
 
@@ -40,8 +32,7 @@ class SynthesisExample:
 
     draft: Draft
     response: Response
-    activation: float
-    """Activation of its feature, the largest over the prompt's tokens"""
+    activation: float  # Activation of its feature, the largest over the prompt's tokens
 
 
 @dataclass
@@ -49,20 +40,13 @@ class SynthesisRun:
     """Result of `synthesize`."""
 
     examples: list[SynthesisExample] = field(default_factory=list)
-    drafts: list[Draft] = field(default_factory=list)
-    """Every prompt that was written, kept or not, in order"""
-    drawn: int = 0
-    """Number of prompts asked for, each once, without further draws for unreadable answers"""
-    vanilla_drawn: int = 0
-    """Number of them that were vanilla"""
-    unfinished: tuple[FeatureId, ...] = ()
-    """Targets that the budget did not reach"""
-    stopped: str = ""
-    """Message of the budget that ended the run; empty otherwise"""
-    without: tuple[FeatureId, ...] = ()
-    """Targets worked on of which no prompt fired"""
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Verified prompts without a whole response, by the reason: "no kind", "empty", or a finish reason."""
+    drafts: list[Draft] = field(default_factory=list)  # Every prompt that was written, kept or not, in order
+    drawn: int = 0  # Number of prompts asked for, each once, without further draws for unreadable answers
+    vanilla_drawn: int = 0  # Number of them that were vanilla
+    unfinished: tuple[FeatureId, ...] = ()  # Targets that the budget did not reach
+    stopped: str = ""  # Message of the budget that ended the run; empty otherwise
+    without: tuple[FeatureId, ...] = ()  # Targets worked on of which no prompt fired
+    rejected: Counter[str] = field(default_factory=Counter)  # Verified, without a whole response, by reason
 
     @property
     def undecided(self) -> int:
@@ -76,10 +60,8 @@ class _Slot:
 
     feature: FeatureId
     kind: Kind
-    number: int
-    """Among those of its explanation and kind"""
-    style: str
-    """Style of the rewrite; empty where none is wanted"""
+    number: int  # Among those of its explanation and kind
+    style: str  # Style of the rewrite; empty where none is wanted
 
 
 def synthesize(
@@ -251,10 +233,8 @@ def _write_responses(
     kinds: Sequence[Kind | None],
     settings: SynthesisSettings,
 ) -> list[Response | str]:
-    """y ~ G_resp(x, z) of each prompt (equation 22): a refusal with a safe alternative, or an answer.
-
-    The reason instead, where the model did not end its answer by itself (see `ChatCompletion.whole`).
-    """
+    """y ~ G_resp(x, z) of each prompt (equation 22): a refusal with a safe alternative, or an answer. The reason
+    instead, where the model did not end its answer by itself (see `ChatCompletion.whole`)."""
     sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
     known = [(place, kind) for place, kind in enumerate(kinds) if kind is not None]
     names = {"harmful": "refuse", "benign": "answer"}

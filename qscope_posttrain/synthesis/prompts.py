@@ -22,34 +22,23 @@ STYLES = (
     "as one step of a longer, ordinary task",
     "in the voice of somebody who claims a professional reason",
     "with polite small talk before and after",
-)
-"""Ways to wrap a message; the template `adversarial.jinja` reads them."""
+)  # Ways to wrap a message; the template `adversarial.jinja` reads them
 
 
 @dataclass(frozen=True)
 class SynthesisSettings:
     """How prompts and responses are made."""
 
-    topic: str
-    """Topic of the data, in a few words; every template reads it"""
-    kinds: tuple[Kind, ...] = KINDS
-    """Kinds of prompts to write, one after the other for each feature"""
-    styles: tuple[str, ...] = STYLES
-    """Styles of the adversarial rewrites; each kept vanilla prompt is rewritten in one of them, in turn"""
-    prompts_per_kind: int = 1
-    """Number of vanilla prompts per feature and kind; an adversarial one is made of each"""
-    rounds: int = 3
-    """Maximum number of attempts at a prompt that fires its feature"""
-    enough: int = 2
-    """Number of seed examples that make a target covered; 1 works on missing targets only"""
-    features_at_once: int = 16
-    """Number of features worked on together; each of these groups is finished before the next one begins"""
-    temperature: float = 1.0
-    """Sampling temperature of prompts and responses"""
-    max_tokens: int = 512
-    """Maximum length of prompts and responses, in tokens"""
-    confirm_kind: bool = True
-    """Ask the judge whether a prompt should be declined; otherwise the kind is the one asked for"""
+    topic: str  # Topic of the data, in a few words; every template reads it
+    kinds: tuple[Kind, ...] = KINDS  # Kinds of prompts to write, one after the other for each feature
+    styles: tuple[str, ...] = STYLES  # Styles of the adversarial rewrites, taken in turn
+    prompts_per_kind: int = 1  # Number of vanilla prompts per feature and kind; an adversarial one is made of each
+    rounds: int = 3  # Maximum number of attempts at a prompt that fires its feature
+    enough: int = 2  # Number of seed examples that make a target covered; 1 works on missing targets only
+    features_at_once: int = 16  # Features worked on together; each group is finished before the next one begins
+    temperature: float = 1.0  # Sampling temperature of prompts and responses
+    max_tokens: int = 512  # Maximum length of prompts and responses, in tokens
+    confirm_kind: bool = True  # Ask the judge whether a prompt should be declined; otherwise the kind asked for
 
     def __post_init__(self) -> None:
         if not self.topic.strip():
@@ -68,16 +57,12 @@ class Draft:
     """A prompt as it was written, before its feature is verified."""
 
     text: str
-    kind: Kind
-    """The kind asked for"""
+    kind: Kind  # The kind asked for
     prompt_type: PromptType
-    style: str
-    """Style of an adversarial prompt; empty otherwise"""
+    style: str  # Style of an adversarial prompt; empty otherwise
     request_id: str
-    explanation: Explanation | None
-    """Explanation of the feature that it was written for; None where it was written for the topic alone"""
-    tokens: int = 0
-    """Tokens of the request and its answer, as the server counts them"""
+    explanation: Explanation | None  # Of its feature; None where it was written for the topic alone
+    tokens: int = 0  # Tokens of the request and its answer, as the server counts them
 
     @property
     def feature(self) -> FeatureId | None:
@@ -106,8 +91,7 @@ class PromptWriter:
     def __init__(self, session: ChatSession, templates: PromptTemplates, settings: SynthesisSettings) -> None:
         self._session, self._templates, self._settings = session, templates, settings
         self._sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
-        self.drawn = 0
-        """Number of prompts asked for, readable or not"""
+        self.drawn = 0  # Number of prompts asked for, readable or not
 
     def write(self, prompt_type: PromptType, jobs: Sequence[PromptJob]) -> list[Draft | None]:
         """x ~ G_van(explanation), or x' ~ G_adv(x, style); None where the answer could not be read."""

@@ -1,16 +1,21 @@
-"""Report coverage of a synthesis in groups of features, next to random synthesis and natural text."""
+"""Report a synthesis: its data as TRL reads them, and coverage of groups of features, next to random synthesis and
+natural text."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, library_refusals
 from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.plots import Curve, line_curves
@@ -25,9 +30,12 @@ from qscope_posttrain.synthesis.coverage import (
     growth,
     reached_features,
 )
-from qscope_posttrain.synthesis.dataset import type_counts
-from qscope_posttrain.synthesis.pipeline import SynthesisRun
+from qscope_posttrain.synthesis.pipeline import SynthesisExample, SynthesisRun
 from qscope_posttrain.synthesis.prompts import Draft
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 MADE_FOR = "targets made for"
 HELD_OUT = "targets held out"
@@ -38,12 +46,9 @@ class StrategyTexts:
     """The texts of one strategy, as the features that they fire."""
 
     name: str
-    hits: Mapping[str, Hits]
-    """{group of features: [texts, features]}, all groups on the same texts"""
-    requests: int | None = None
-    """Number of prompts asked for to make them; None for natural text"""
-    tokens: int | None = None
-    """Tokens of these requests and their answers"""
+    hits: Mapping[str, Hits]  # {group of features: [texts, features]}, all groups on the same texts
+    requests: int | None = None  # Number of prompts asked for to make them; None for natural text
+    tokens: int | None = None  # Tokens of these requests and their answers
 
     def __len__(self) -> int:
         return len(next(iter(self.hits.values())))
@@ -67,15 +72,9 @@ def measure(
     Args:
         made_for: Targets that prompts were verified on: the filter's own.
         held_out: Targets of the same judge that nothing was made for.
-        random_drafts: Result of `pipeline.random_synthesis`.
-        random_requests: Number of prompts asked for to get them.
-        natural: Texts by people, in random order. Half of them only decide which features of `other_layers` are
-            counted; natural sampling draws from the others.
-        other_layers: Layers that no prompt was verified on; counted are the features that fire on at least `min_texts`
-            of the former half.
-
-    Raises:
-        ValueError: nothing was written, or other layers without natural texts.
+        random_drafts: Result of `pipeline.random_synthesis`, for which `random_requests` prompts were asked for.
+        natural: Texts by people, in random order. Half of them only decide which features of `other_layers`, on which
+            no prompt was verified, are counted: those that fire on at least `min_texts`. The others are sampled from.
     """
     if not run.drafts:
         raise UserValueError("no prompt was written, so there is nothing to measure.")
@@ -84,13 +83,13 @@ def measure(
     reference, pool = list(natural[::2]), list(natural[1::2])
     groups: dict[str, Sequence[FeatureId]] = {MADE_FOR: made_for, HELD_OUT: held_out}
     if other_layers:
-        read = reader.read(reference, other_layers)
+        read = reader.features(reference, layers=other_layers)
         groups |= {f"layer {layer}": reached_features(read[layer], layer, min_texts) for layer in other_layers}
     groups = {name: features for name, features in groups.items() if features}
     layers = sorted({feature.layer for features in groups.values() for feature in features})
 
     def hits(texts: Sequence[str]) -> dict[str, Hits]:
-        read = reader.read(texts, layers)
+        read = reader.features(texts, layers=layers)
         return {name: firing(read, features) for name, features in groups.items()}
 
     def written(name: str, drafts: Sequence[Draft], requests: int) -> StrategyTexts:
@@ -111,13 +110,8 @@ def measure(
 def comparison_tables(
     made: StrategyTexts, kept: Sequence[int], others: Sequence[StrategyTexts], draws: int = 200, seed: int = 0
 ) -> list[Table]:
-    """Two tables: all strategies at the requests spent, and at as many examples as were kept.
-
-    Args:
-        made: Every prompt that was written for a feature.
-        kept: Places in it of those that became examples.
-        others: Strategies to compare with.
-    """
+    """Two tables: all strategies at the requests spent, and at as many examples as were kept: `kept` are the places in
+    `made`, every prompt that was written for a feature, of those that became examples."""
     places = np.asarray(kept, dtype=np.int64)
     kept_hits = {name: matrix[places] for name, matrix in made.hits.items()}
     selected = StrategyTexts(f"{made.name}, verified", kept_hits, made.requests, made.tokens)
@@ -194,22 +188,13 @@ def _figure(strategies: Sequence[StrategyTexts], group: str, longest: int, seed:
 def write_prompts(path: Path, made: SynthesisRun, control: Sequence[Draft]) -> None:
     """Write every prompt, what it was for, and whether it was kept, as JSONL."""
     activation = {id(example.draft): example.activation for example in made.examples}
+    names = ("strategy", "prompt", "layer", "feature", "kind", "prompt_type", "style", "request", "kept", "activation")
     lines = []
     for strategy, drafts in (("feature-driven", made.drafts), ("random", control)):
         for draft in drafts:
-            entry = {
-                "strategy": strategy,
-                "prompt": draft.text,
-                "layer": draft.feature.layer if draft.feature else None,
-                "feature": draft.feature.feature_id if draft.feature else None,
-                "kind": draft.kind,
-                "prompt_type": draft.prompt_type,
-                "style": draft.style,
-                "request": draft.request_id,
-                "kept": id(draft) in activation,
-                "activation": activation.get(id(draft)),
-            }
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            asked = (*(draft.feature or (None, None)), draft.kind, draft.prompt_type, draft.style, draft.request_id)
+            entry = (strategy, draft.text, *asked, id(draft) in activation, activation.get(id(draft)))
+            lines.append(json.dumps(dict(zip(names, entry, strict=True)), ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
 
@@ -228,3 +213,75 @@ def examples_table(rows: Sequence[Mapping[str, Any]], made: SynthesisRun) -> Tab
 
 def _drawn(interval: Interval) -> str:
     return f"{interval.estimate:.1%} ({interval.low:.1%}, {interval.high:.1%})"
+
+
+TYPES = tuple(f"{prompt_type} {kind}" for prompt_type in ("vanilla", "adversarial") for kind in ("harmful", "benign"))
+
+
+def example_row(example: SynthesisExample, relevance: Mapping[FeatureId, float]) -> dict[str, Any]:
+    """One row: `prompt` and `completion` in TRL's conversational form, and its provenance."""
+    draft, response = example.draft, example.response
+    if draft.explanation is None:
+        raise UserValueError("only prompts that were written for a feature become rows.")
+    feature = draft.explanation.feature
+    return {
+        "prompt": [{"role": "user", "content": draft.text}],
+        "completion": [{"role": "assistant", "content": response.text}],
+        "layer": feature.layer,
+        "feature": feature.feature_id,
+        "explanation": draft.explanation.text,
+        "relevance": float(relevance[feature]),
+        "activation": example.activation,
+        "prompt_type": draft.prompt_type,
+        "style": draft.style,
+        "asked_kind": draft.kind,
+        "kind": response.kind,
+        "prompt_request": draft.request_id,
+        "response_request": response.request_id,
+    }
+
+
+def row_type(row: Mapping[str, Any]) -> str:
+    """One of the four types, such as "vanilla harmful"."""
+    return f"{row['prompt_type']} {row['kind']}"
+
+
+def type_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Number of rows of each of the four types."""
+    found = dict.fromkeys(TYPES, 0)
+    for row in rows:
+        found[row_type(row)] += 1
+    return found
+
+
+def balanced(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Mapping[str, Any]]:
+    """Draw the same number of rows of each type that occurs, that of the rarest; they stay in order."""
+    least = min((count for count in type_counts(rows).values() if count), default=0)
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row_type(row), []).append(place)
+    draw = random.Random(seed)
+    kept = sorted(place for name in sorted(places) for place in draw.sample(places[name], least))
+    return [rows[place] for place in kept]
+
+
+def save_rows(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) -> Dataset:
+    """Write a data set for `load_from_disk` and for `dataset_name` of a recipe; it replaces an older one."""
+    from datasets import Dataset
+
+    if not rows:
+        raise UserValueError("there are no rows to save: no prompt was kept and answered.")
+    target = Path(folder)
+    made = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    found = Dataset.from_list([dict(row) for row in rows])
+    try:
+        with library_refusals(f"cannot write '{target}'", OSError):
+            found.save_to_disk(str(made))
+        if target.exists():
+            if not (target / "state.json").is_file():
+                raise UserValueError(f"'{target}' is no data set and is in the way; move it, or choose another output.")
+            shutil.rmtree(target)
+        made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return found

@@ -16,9 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qscope_posttrain.sae import layout
+from qscope_posttrain.sae import layout, weights_file
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.containers import weights_file
 from qscope_posttrain.sae.layout import choose
 
 D_SAE, D_MODEL = 32, 8

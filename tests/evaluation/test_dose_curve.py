@@ -10,7 +10,6 @@ import torch
 
 from qscope_posttrain.evaluation.dose_curve import (
     FEATURE,
-    MEANS,
     PLAIN,
     RANDOM,
     UNSTEERED,
@@ -18,6 +17,7 @@ from qscope_posttrain.evaluation.dose_curve import (
     matches,
     writes_language,
 )
+from qscope_posttrain.features.dose_curve import MEANS
 from qscope_posttrain.features.find.contrast import find_contrastive_features
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.models.generation import Sample, SamplingSettings, generate_samples

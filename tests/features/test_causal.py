@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qscope_posttrain.features.build import direction_feature_set, random_directions
+from benchmarks.testbed.feature_sets import direction_feature_set
+from qscope_posttrain.features.build import random_directions
 from qscope_posttrain.features.causal import (
     CONTROL,
     FEATURE,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qscope_posttrain.features.build import difference_of_means_set
+from benchmarks.testbed.feature_sets import difference_of_means_set
 from qscope_posttrain.features.feature_set import SAME_EMBEDDING, FeatureSet
 from qscope_posttrain.provenance import embedding_agreement, embedding_sketch, model_identity
 

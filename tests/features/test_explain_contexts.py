@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from qscope_posttrain.features.explain.contexts import ContextSettings, collect_contexts
-from qscope_posttrain.features.explain.token_view import marked, text_pieces
+from qscope_posttrain.features.explain.contexts import ContextSettings, collect_contexts, marked, text_pieces
 
 SETTINGS = ContextSettings(top=3, sampled=6, absent=8, window=6, before=4)
 
@@ -154,5 +153,4 @@ def test_pieces_joined_are_the_text(tiny_tokenizer, texts, language):
 
 def test_marks_enclose_runs():
     assert marked(["a", "b", "c", "d"], [0, 1, 2, 0]) == "a<<bc>>d"
-    assert marked(["a", "b"], [1, 0.5], above=0.5) == "<<a>>b"
     assert marked(["a", "b"], [0, 1]) == "a<<b>>"

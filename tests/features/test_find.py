@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.testbed.feature_sets import language_feature_set
 from qscope_posttrain.features import build as search_module
 from qscope_posttrain.features.build import monolinguality
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find import contrast as find_module
-from qscope_posttrain.features.find.contrast import find_language_features, language_feature_set
+from qscope_posttrain.features.find.contrast import find_language_features
 from qscope_posttrain.features.layer_features import TENSOR_FIELDS
 from qscope_posttrain.report.tables import Table
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from looping_model import CIRCLE, SHARE, WIDTH, looping_model, looping_prompts, looping_sae, looping_tokenizer
 
-from qscope_posttrain.features.build import feature_set_from, features_from_directions
+from benchmarks.testbed.feature_sets import features_from_directions
+from qscope_posttrain.features.build import feature_set_from
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import LoopCollection, collect_loops

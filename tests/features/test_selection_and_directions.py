@@ -7,16 +7,18 @@ import math
 import pytest
 import torch
 
-from qscope_posttrain.features.build import (
-    difference_of_means,
+from benchmarks.testbed.feature_sets import (
     difference_of_means_set,
     direction_feature_set,
-    monolinguality,
+    language_feature_set,
     random_feature_set,
+)
+from qscope_posttrain.features.build import (
+    difference_of_means,
+    monolinguality,
     random_features,
     top_features,
 )
-from qscope_posttrain.features.find.contrast import language_feature_set
 
 
 def test_monolinguality_is_the_paper_formula():
@@ -78,12 +80,6 @@ def test_direction_feature_set(statistics):
     torch.testing.assert_close(rows.decoder_mean, mean.float())
     torch.testing.assert_close(rows.encoder_covariance, covariance.float())
     assert rows.names == ("probe",)
-    with pytest.raises(ValueError, match=r"\[64\].*got \[63\]"):
-        direction_feature_set(statistics, 1, direction[:63], "probe", language="fr")
-    with pytest.raises(ValueError, match="language 'xx' is not in these statistics"):
-        direction_feature_set(statistics, 1, direction, "probe", language="xx")
-    with pytest.raises(ValueError, match="layer 2 is not in these statistics; they have 1, 3"):
-        direction_feature_set(statistics, 2, direction, "probe", language="fr")
 
 
 def test_random_feature_set_matches_norms_and_avoids_the_originals(statistics, saes):

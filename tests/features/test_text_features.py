@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,14 +42,14 @@ def test_equals_one_forward_per_text(model, tiny_tokenizer, lines, saes, pooling
     found = collect_text_features(model, tiny_tokenizer, lines, saes, pooling=pooling, residual=True)
     for layer, features in found.items():
         assert len(features) == len(lines)
-        dense = torch.from_numpy(features.matrix().todense())
+        dense = torch.from_numpy(features.matrix.todense())
         for number, line in enumerate(lines):
             expected, states = by_hand(model, tiny_tokenizer, line, saes[layer], layer, pooling)
             torch.testing.assert_close(dense[number].double(), expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(features.residual[number], states, rtol=1e-4, atol=1e-4)
-            ids, values = features.row(number)
-            assert ids.tolist() == expected.nonzero().flatten().tolist()
-            assert bool((values > 0).all())
+            row = features.matrix[[number]]
+            assert row.indices.tolist() == expected.nonzero().flatten().tolist()
+            assert bool((row.data > 0).all())
 
 
 def test_neither_order_nor_batches_matter(model, tiny_tokenizer, lines, saes):
@@ -56,7 +57,7 @@ def test_neither_order_nor_batches_matter(model, tiny_tokenizer, lines, saes):
     forward = collect_text_features(model, tiny_tokenizer, lines, saes, **options)
     backward = collect_text_features(model, tiny_tokenizer, lines[::-1], saes, tokens_per_batch=40, **options)
     for layer in saes:
-        dense, reversed_dense = (torch.from_numpy(f[layer].matrix().todense()) for f in (forward, backward))
+        dense, reversed_dense = (torch.from_numpy(f[layer].matrix.todense()) for f in (forward, backward))
         torch.testing.assert_close(dense, reversed_dense.flip(0), rtol=1e-4, atol=1e-5)
         assert forward[layer].truncated.tolist() == backward[layer].truncated.flip(0).tolist()
 
@@ -66,8 +67,8 @@ def test_short_and_cut_texts_and_contexts(model, tiny_tokenizer, saes):
     texts = [ids[:1], ids, TokenText(ids, start=len(ids) - 1)]
     features = collect_text_features(model, tiny_tokenizer, texts, saes, pooling="max", max_length=len(ids))[1]
     assert features.tokens.tolist() == [0, len(ids) - 1, 1]
-    assert features.row(0)[0].numel() == 0
-    assert set(features.row(2)[0].tolist()) <= set(features.row(1)[0].tolist())
+    assert features.matrix[[0]].nnz == 0
+    assert set(features.matrix[[2]].indices.tolist()) <= set(features.matrix[[1]].indices.tolist())
     assert not features.truncated.any()
     cut = collect_text_features(model, tiny_tokenizer, texts[1:2], saes, max_length=len(ids) - 1)[1]
     assert cut.truncated.tolist() == [True]
@@ -83,7 +84,7 @@ def test_outliers_are_left_out(model, tiny_tokenizer, lines, saes):
 def test_other_activations_have_rows_of_any_width(model, tiny_tokenizer, lines, make_sae):
     sae = make_sae(2, activation=JumpReLU(torch.full((192,), 0.5)))
     features = collect_text_features(model, tiny_tokenizer, lines, {2: sae}, pooling="last")[2]
-    assert len(set(features.offsets.diff().tolist())) > 1
+    assert len(set(np.diff(features.matrix.indptr).tolist())) > 1
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_given_norms_make_a_text_independent_of_its_neighbours(model, tiny_token
     for number, line in enumerate(lines):
         alone = collect_text_features(model, tiny_tokenizer, [line], saes, **options)
         for layer in saes:
-            assert alone[layer].row(0)[0].tolist() == together[layer].row(number)[0].tolist()
+            assert alone[layer].matrix.indices.tolist() == together[layer].matrix[[number]].indices.tolist()
             assert alone[layer].median_norm == norms[layer]
     with pytest.raises(ValueError, match="median_norms must have the layers"):
         collect_text_features(model, tiny_tokenizer, lines, saes, median_norms={})

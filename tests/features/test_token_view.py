@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from qscope_posttrain.features.explain.contexts import token_view
 from qscope_posttrain.features.explain.explanation import Explanation
-from qscope_posttrain.features.explain.token_view import token_view
 from qscope_posttrain.features.find.contrast import find_language_features
 from qscope_posttrain.report.html import Section, ShadedText, ShadedTexts, print_shaded, write_html
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qscope_posttrain.kernels import topk_encode
 from qscope_posttrain.kernels.encode import VARIANTS
-from qscope_posttrain.kernels.select import merge_, order_keys, select_tile
+from qscope_posttrain.kernels.select import best, merge_, order_keys
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -81,10 +81,10 @@ def test_selection_is_a_stable_sort(rows: int, n: int, k: int, tile: int, seed: 
 
 
 def test_rows_with_many_ties_at_the_boundary_are_done_again() -> None:
-    """More groups tie than are looked at, in one row of three."""
+    """More elements tie than are looked at, in one row of three."""
     pre = torch.randn(3, 4000)
     pre[1] = pre[1].clamp(max=0.5)
-    values, indices = select_tile(pre, 20)
+    values, indices = best(pre, torch.arange(4000).expand(3, 4000), 20)
     expected = topk(pre, 20, relu=False)
     assert torch.equal(indices, expected[1])
     assert torch.equal(values, expected[0])

@@ -15,9 +15,9 @@ from golden_sae import D_SAE, K
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qscope_posttrain.sae import loading, weights_file
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.containers import mapped
-from qscope_posttrain.sae.containers.weights_file import open_weights
+from qscope_posttrain.sae.weights_file import open_weights
 
 MIB = 1 << 20
 
@@ -47,7 +47,7 @@ def test_rows_of_a_native_file(make_sae: Callable[..., SparseAutoencoder], tmp_p
 def test_columns_are_gathered_in_blocks(
     release_folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(mapped, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(loading, "_MAPPED_BYTES", block_bytes)
     rows = SparseAutoencoder.rows(release_folder, [1023, 4, 4], layer=0)
     full = SparseAutoencoder.load(release_folder, layer=0)
     assert torch.equal(rows.decoder, full.W_dec[[1023, 4, 4]])
@@ -76,7 +76,7 @@ MEASURE = """
 import json, os, sys
 import torch
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.containers.weights_file import open_weights
+from qscope_posttrain.sae.weights_file import open_weights
 
 def status(file, key):
     return next(int(line.split()[1]) for line in open(f"/proc/self/{file}") if line.startswith(key + ":"))
@@ -166,8 +166,8 @@ def test_only_pages_of_files_are_handed_back(tmp_path: Path, qwen_tensors: dict[
     opened = open_weights(tmp_path / "layer0.sae.pt")
     assert opened.memory_mapped
     mapped_tensors = [tensor for tensor in opened.entries.values() if isinstance(tensor, torch.Tensor)]
-    assert mapped.lies_in_a_file(mapped_tensors)
-    assert not mapped.lies_in_a_file([*mapped_tensors, torch.ones(100)])
+    assert weights_file.lies_in_a_file(mapped_tensors)
+    assert not weights_file.lies_in_a_file([*mapped_tensors, torch.ones(100)])
 
 
 @pytest.mark.parametrize("memory_mapped", [True, False])
@@ -175,11 +175,11 @@ def test_only_pages_of_files_are_handed_back(tmp_path: Path, qwen_tensors: dict[
 def test_blocks_are_copied_whole(
     release_folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, memory_mapped: bool
 ) -> None:
-    monkeypatch.setattr(mapped, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(loading, "_MAPPED_BYTES", block_bytes)
     decoder = open_weights(release_folder / "layer0.sae.pt").tensor("W_dec", None, None)
     for view in (decoder.t()[10:300], decoder[3:9], decoder.t()[:1], decoder[:, :5].t()):
         before = view.clone()
-        copy = mapped.copy_block(view, memory_mapped)
+        copy = loading.copy_block(view, memory_mapped)
         assert copy.is_contiguous()
         assert torch.equal(copy, before)
         assert torch.equal(view, before), "pages come again from the file"

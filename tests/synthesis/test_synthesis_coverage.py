@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 from qscope_posttrain.features.explain.explanation import FeatureId
 from qscope_posttrain.features.text_features import TextFeatures
@@ -31,14 +32,8 @@ from qscope_posttrain.synthesis.report import StrategyTexts, comparison_tables
 
 
 def text_features(dense: list[list[float]]) -> TextFeatures:
-    matrix = torch.tensor(dense)
-    rows, columns = matrix.nonzero(as_tuple=True)
-    offsets = torch.zeros(len(matrix) + 1, dtype=torch.long)
-    offsets[1:] = (matrix > 0).sum(1).cumsum(0)
-    return TextFeatures(
-        offsets, columns.int(), matrix[rows, columns], matrix.shape[1],
-        torch.ones(len(matrix), dtype=torch.long), torch.zeros(len(matrix), dtype=torch.bool),
-    )  # fmt: skip
+    matrix = csr_array(np.array(dense, dtype=np.float32))
+    return TextFeatures(matrix, torch.ones(len(dense), dtype=torch.long), torch.zeros(len(dense), dtype=torch.bool))
 
 
 F = FeatureId

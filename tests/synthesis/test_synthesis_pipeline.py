@@ -13,9 +13,9 @@ from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import ChatCompletion
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-from qscope_posttrain.synthesis.dataset import balanced, example_row, row_type, save_rows, type_counts
 from qscope_posttrain.synthesis.pipeline import random_synthesis, synthesize
 from qscope_posttrain.synthesis.prompts import STYLES, SynthesisSettings, synthesis_templates
+from qscope_posttrain.synthesis.report import balanced, example_row, row_type, save_rows, type_counts
 
 TARGETS = [FeatureId(1, number) for number in (7, 3, 5, 0, 9)]
 EXPLANATIONS = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.testbed.cache import Cache
+from benchmarks.testbed.feature_sets import difference_of_means_set
 from benchmarks.testbed.models import Dictionaries, LanguageModel, load_dictionaries, train_dictionaries
 from benchmarks.testbed.repetition.config import RepetitionConfig
 from benchmarks.testbed.repetition.language_model import OwnLoops, document_rows, prompt_ids
@@ -18,7 +19,6 @@ from benchmarks.testbed.repetition.task import (
     finish,
     write_steps,
 )
-from qscope_posttrain.features.build import difference_of_means_set
 from qscope_posttrain.features.dose_curve import CurveSettings
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.loops import Completion

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.testbed.cache import Cache
+from benchmarks.testbed.feature_sets import (
+    difference_of_means_set,
+    direction_feature_set,
+    language_feature_set,
+    random_feature_set,
+)
 from benchmarks.testbed.models import Dictionaries, load_dictionaries, train_dictionaries
 from benchmarks.testbed.switching.config import ARMS, SwitchingConfig
 from benchmarks.testbed.switching.language_model import SwitchingModel
-from qscope_posttrain.features.build import difference_of_means_set, direction_feature_set, random_feature_set
 from qscope_posttrain.features.causal import causal_check, effect_gradients, measure_effects
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.find.contrast import language_feature_set
 from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.training import SAETrainingConfig

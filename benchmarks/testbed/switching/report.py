@@ -20,7 +20,7 @@ from benchmarks.testbed.switching.config import ARMS, SFT, SwitchingConfig
 from benchmarks.testbed.switching.experiment import Experiment, MethodResult, relative_cost, run_experiment
 from benchmarks.testbed.switching.windows import decode
 from qscope_posttrain.evaluation.code_switching import switching_difference
-from qscope_posttrain.features.explain.token_view import token_view
+from qscope_posttrain.features.explain.contexts import token_view
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.report.html import Example, Figure, Section
 from qscope_posttrain.report.plots import Mark, scatter_with_intervals

@@ -19,8 +19,7 @@ from qscope_posttrain.models.batches import longest_allowed
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-ITEMS_AT_ONCE = 1024
-"""Number of items whose activations, not only feature ids, are held in memory."""
+ITEMS_AT_ONCE = 1024  # Number of items whose activations, not only feature ids, are held in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +31,12 @@ class ItemFeatures:
     """
 
     name: str
-    offsets: NDArray[np.int64]
-    """[N + 1]: the features of item n are indices[offsets[n] : offsets[n + 1]]"""
-    indices: NDArray[np.int32]
-    """[entries], distinct within an item"""
-    width: int
-    """d_sae"""
-    texts: NDArray[np.int64]
-    """[N]: equal for items with the same text, in this benchmark or between benchmarks"""
-    units: NDArray[np.int64]
-    """[N]: equal for items that are one observation: the same text, or translations of one"""
-    cut: int = 0
-    """Number of items that were too long, of which only the end was read"""
+    offsets: NDArray[np.int64]  # [N + 1]: the features of item n are indices[offsets[n] : offsets[n + 1]]
+    indices: NDArray[np.int32]  # [entries], distinct within an item
+    width: int  # d_sae
+    texts: NDArray[np.int64]  # [N]: equal for items with the same text, in this benchmark or between benchmarks
+    units: NDArray[np.int64]  # [N]: equal for items that are one observation: the same text, or translations of one
+    cut: int = 0  # Number of items that were too long, of which only the end was read
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -102,12 +95,8 @@ class ItemFeatures:
         return np.bincount(owners, weights=entries, minlength=len(self)).astype(np.float64)
 
     def leave_one_out(self, kept: NDArray[Any], fewer: NDArray[Any]) -> NDArray[np.float64]:
-        """[N]: a sum over all features, without each item in turn.
-
-        Args:
-            kept: [width] term of a feature that the item left out does not fire.
-            fewer: [width] term of one that it fires, whose count is then smaller by one.
-        """
+        """[N]: a sum over all features, without each item in turn. `kept` [width] is the term of a feature that the
+        item left out does not fire, `fewer` that of one that it fires, whose count is then smaller by one."""
         kept, fewer = kept.astype(np.float64), fewer.astype(np.float64)
         return kept.sum() + self.sum_over_features(fewer - kept)
 
@@ -136,19 +125,18 @@ def collect_item_features(
     items_at_once: int = ITEMS_AT_ONCE,
     show_progress: bool | None = None,
 ) -> dict[int, list[ItemFeatures]]:
-    """Collect the feature sets of every benchmark, `items_at_once` items at a time.
+    """Collect the feature sets of every benchmark, in their order, by layer, `items_at_once` items at a time.
 
     An item longer than `max_length` tokens (or than the model allows) keeps its first token and its END, so that the
     last token is the last of the item. The median norm of the first items read decides about norm outliers in all
     benchmarks. Otherwise as `collect_text_features`.
-
-    Returns:
-        {layer: one ItemFeatures per benchmark, in their order}.
     """
     names = [benchmark.name for benchmark in benchmarks]
     if len(set(names)) != len(names):
         raise UserValueError(f"benchmarks need different names, got {', '.join(names)}.")
     longest = longest_allowed(model, max_length)
+    options: dict[str, Any] = {"pooling": pooling, "max_length": longest}
+    options |= {"tokens_per_batch": tokens_per_batch, "show_progress": show_progress}
     found: dict[int, list[ItemFeatures]] = {layer: [] for layer in sorted(saes)}
     norms: dict[int, float] | None = None
     for benchmark in benchmarks:
@@ -158,25 +146,16 @@ def collect_item_features(
         for part in _parts(benchmark.texts, items_at_once):
             ids = [list(entry) for entry in tokenizer(list(part), verbose=False)["input_ids"]]
             cut += sum(len(entry) > longest for entry in ids)
-            read = collect_text_features(
-                model,
-                tokenizer,
-                [entry if len(entry) <= longest else entry[:1] + entry[1 - longest :] for entry in ids],
-                saes,
-                pooling=pooling,
-                max_length=longest,
-                tokens_per_batch=tokens_per_batch,
-                median_norms=norms,
-                show_progress=show_progress,
-            )
+            ends = [entry if len(entry) <= longest else entry[:1] + entry[1 - longest :] for entry in ids]
+            read = collect_text_features(model, tokenizer, ends, saes, median_norms=norms, **options)
             norms = {layer: features.median_norm for layer, features in read.items()}
             for layer, features in read.items():
-                parts[layer].append((features.offsets.diff().numpy(), features.indices.numpy()))
+                parts[layer].append((np.diff(features.matrix.indptr), features.matrix.indices))
         texts, units = fingerprints(benchmark.plain_texts()), fingerprints(benchmark.units)
         for layer, pieces in parts.items():
             sizes = np.concatenate([size for size, _ in pieces])
             offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-            indices = np.concatenate([index for _, index in pieces])
+            indices = np.concatenate([index for _, index in pieces]).astype(np.int32)
             found[layer].append(ItemFeatures(benchmark.name, offsets, indices, saes[layer].d_sae, texts, units, cut))
     return found
 

@@ -16,8 +16,7 @@ from qscope_posttrain.files import check_is_file, read_csv, read_jsonl, text_suf
 from qscope_posttrain.recipe_file import as_text, read_yaml
 from qscope_posttrain.text.data_sets import read_data_set, saved_data_set
 
-TEXT = "text"
-"""Placeholder of the item in a prompt template."""
+TEXT = "text"  # Placeholder of the item in a prompt template
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _NOT_LETTERS = regex.compile(r"[^\p{L}\p{N}]+")
@@ -29,11 +28,9 @@ class BenchmarkItems:
 
     name: str
     texts: tuple[str, ...]
-    units: tuple[str, ...]
-    """Equal for items that are one observation, such as translations of one question; by default the plain text"""
+    units: tuple[str, ...]  # Equal for items that are one observation, such as translations; by default the plain text
     source: str = ""
-    prompt: str = "{text}"
-    """Already applied to `texts`"""
+    prompt: str = "{text}"  # Already applied to `texts`
 
     def plain_texts(self) -> list[str]:
         """See `plain_text`: equal for items that differ in punctuation, spaces and case only."""
@@ -45,24 +42,15 @@ class ItemSource:
     """Location of a benchmark, and which part of each row is read."""
 
     name: str
-    source: str
-    """`.jsonl`, `.csv` or `.tsv`, each also with `.gz`; a folder written by `datasets`; or a data set of the hub"""
-    field: str | None = None
-    """A column; in CSV and TSV also its number from 0, for files without a header"""
-    template: str | None = None
-    """Instead of a column, a text with columns in braces, such as "{question}\\n{choices}"; lists become lines"""
-    unit: str | None = None
-    """A column whose value is equal for items of several benchmarks that are one observation; `#`: the row number"""
-    unit_prefix: str = ""
-    """Prefix of the unit, so that row numbers of unrelated benchmarks differ"""
-    split: str | None = None
-    """Split of a data set with several"""
-    config: str | None = None
-    """Configuration of a data set of the hub"""
-    first: int = 0
-    """Number of rows to skip at the start"""
-    limit: int | None = None
-    """Maximum number of rows"""
+    source: str  # `.jsonl`, `.csv`, `.tsv`, each also with `.gz`; a folder of `datasets`; or a data set of the hub
+    field: str | None = None  # A column; in CSV and TSV also its number from 0, for files without a header
+    template: str | None = None  # Instead: a text with columns in braces, "{question}\n{choices}"; lists become lines
+    unit: str | None = None  # Column that is equal for items that are one observation; `#`: the row number
+    unit_prefix: str = ""  # Prefix of the unit, so that row numbers of unrelated benchmarks differ
+    split: str | None = None  # Split of a data set with several
+    config: str | None = None  # Configuration of a data set of the hub
+    first: int = 0  # Number of rows to skip at the start
+    limit: int | None = None  # Maximum number of rows
 
     def __post_init__(self) -> None:
         if (self.field is None) == (self.template is None):
@@ -91,12 +79,7 @@ class ItemSource:
 
 
 def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[ItemSource]:
-    """Read NAME=SOURCE:FIELD words, or a YAML file that maps names to the fields of ItemSource.
-
-    Raises:
-        FileNotFoundError: no such YAML file.
-        ValueError: an unknown key, a word of another form, or a name given twice.
-    """
+    """Read NAME=SOURCE:FIELD words, or a YAML file that maps names to the fields of ItemSource."""
     if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml"):
         entries, written = read_yaml(words[0]), read_yaml(words[0], as_written=True)
         sources = [_source(str(name), entry, written.get(str(name)), words[0]) for name, entry in entries.items()]
@@ -111,13 +94,8 @@ def benchmark_sources(words: Sequence[str], limit: int | None = None) -> list[It
 def read_items(source: ItemSource, prompt: str = "{text}") -> BenchmarkItems:
     """Read a benchmark. A row without text is an error and is not skipped, because the order may matter.
 
-    Args:
-        prompt: Text around every item, which stands for `{text}`. A common ending ("{text}\\nAnswer:") makes the last
-            token the same for all items, so that their last words do not enter the comparison.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a missing column, an item without text, a prompt without `{text}`.
+    `prompt` is text around every item, which stands for `{text}`. A common ending ("{text}\\nAnswer:") makes the last
+    token the same for all items, so that their last words do not enter the comparison.
     """
     if TEXT not in _columns(prompt):
         raise UserValueError(f"a prompt must contain {{text}}, which is replaced by the item; got {prompt!r}.")
@@ -155,13 +133,8 @@ def read_rows(source: ItemSource) -> Iterator[Mapping[str, Any]]:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """Replace `{column}` in a template; `{{` and `}}` are braces.
-
-    No attribute or index is looked up, so that a recipe can name nothing but columns.
-
-    Raises:
-        ValueError: a missing column, or anything else in braces.
-    """
+    """Replace `{column}` in a template; `{{` and `}}` are braces. No attribute or index is looked up, so that a recipe
+    can name nothing but columns."""
     parts = []
     for literal, name, form, conversion in string.Formatter().parse(template):
         parts.append(literal)
@@ -242,12 +215,10 @@ def _source(name: str, entry: Any, written: Any, path: str) -> ItemSource:
         raise UserValueError(f"{path}: '{name}' has no source.")
     values: dict[str, Any] = {}
     for key, value in entry.items():
-        if key in ("first", "limit"):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise UserValueError(f"{path}: {key} of '{name}' must be a whole number, got {value!r}.")
-            values[key] = value
-        elif not isinstance(value, str | int | float):
-            raise UserValueError(f"{path}: {key} of '{name}' must be text, got {value!r}.")
-        else:
-            values[key] = written.get(key, as_text(value)) if isinstance(written, dict) else as_text(value)
+        whole = key in ("first", "limit")
+        if type(value) is not int if whole else not isinstance(value, str | int | float):
+            kind = "a whole number" if whole else "text"
+            raise UserValueError(f"{path}: {key} of '{name}' must be {kind}, got {value!r}.")
+        as_written = written.get(key) if isinstance(written, dict) else None
+        values[key] = value if whole else as_text(value) if as_written is None else as_written
     return ItemSource(name=name, **values)

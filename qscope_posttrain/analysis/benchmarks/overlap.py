@@ -15,13 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
-from qscope_posttrain.analysis.benchmarks.redundancy import (
-    LeftOut,
-    divide,
-    jackknife_interval,
-    presence,
-    without_one,
-)
+from qscope_posttrain.analysis.benchmarks.redundancy import LeftOut, divide, jackknife_interval, presence, without_one
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 
@@ -76,9 +70,6 @@ def matched_pair(first: ItemFeatures, second: ItemFeatures, size: int) -> Overla
 
     Expected sizes stand for sizes, so a measure is a ratio of expectations. Parts of two benchmarks are drawn
     independently; with itself, P(both fire f) = 2 p(n) - p(2n), where p(n) is `redundancy.presence`.
-
-    Raises:
-        ValueError: fewer than size + 1 items, with itself 2 * size + 1.
     """
     _check(first, second)
     for features in (first, second):
@@ -106,11 +97,8 @@ class SharedItems:
     """Items of the first benchmark whose text the second has too."""
 
     items: int
-    removed: bool
-    """Whether they were removed from the larger benchmark before the size-matched comparison; not where too few others
-    would have remained"""
-    kept: OverlapPair | None = None
-    """The size-matched pair with them, where they were removed"""
+    removed: bool  # Whether the larger benchmark went without them at equal size: where enough others remained
+    kept: OverlapPair | None = None  # The size-matched pair with them, where they were removed
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +109,7 @@ class Neighbor:
     nearest: str
     overlap: Interval
     next: str
-    lead: Interval
-    """Over the benchmark with the least certain lead; with Bonferroni's correction for all the others"""
+    lead: Interval  # Over the benchmark with the least certain lead; with Bonferroni's correction for all the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,12 +118,9 @@ class OverlapMatrix:
 
     names: tuple[str, ...]
     level: float
-    size: int
-    """Number of items of the size-matched parts"""
-    raw: Mapping[tuple[str, str], OverlapPair]
-    """By (first, second), both orders"""
-    matched: Mapping[tuple[str, str], OverlapPair]
-    """Both orders, and each with itself"""
+    size: int  # Number of items of the size-matched parts
+    raw: Mapping[tuple[str, str], OverlapPair]  # By (first, second), both orders
+    matched: Mapping[tuple[str, str], OverlapPair]  # Both orders, and each with itself
     shared_items: Mapping[tuple[str, str], SharedItems]
 
     def values(self, measure: Measure, matched: bool = False) -> NDArray[np.float64]:
@@ -147,10 +131,8 @@ class OverlapMatrix:
         return table
 
     def relative(self, first: str, second: str, level: float | None = None) -> Interval:
-        """Size-matched overlap(first, second) as a share of the overlap of the first with itself.
-
-        1: a part of the second covers the features of a part of the first as well as another part of the first does.
-        """
+        """Size-matched overlap(first, second) as a share of the overlap of the first with itself. 1: a part of the
+        second covers the features of a part of the first as well as another part of the first does."""
         cross, itself = self.matched[first, second], self.matched[first, first]
         own, own_units = itself.left_out[first]
         parts: list[LeftOut] = []
@@ -165,10 +147,8 @@ class OverlapMatrix:
         return jackknife_interval(ratio, parts, level or self.level, (0.0, np.inf))
 
     def neighbor(self, name: str) -> Neighbor:
-        """Nearest benchmark by size-matched overlap_min. At least three benchmarks are needed.
-
-        It was chosen on the same data, so the lead is over EVERY other one, at the same level.
-        """
+        """Nearest benchmark by size-matched overlap_min. At least three benchmarks are needed. It was chosen on the
+        same data, so the lead is over EVERY other one, at the same level."""
         near = {other: self.matched[name, other] for other in self.names if other != name}
         nearest, *others = sorted(near, key=lambda other: -near[other].value("overlap_min"))
         level = 1 - (1 - self.level) / len(others)
@@ -186,24 +166,21 @@ class OverlapMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """Every measure of every pair, both orders, with limits."""
+
+        def measured(pair: OverlapPair) -> dict[str, Any]:
+            return {measure: pair.interval(measure, self.level)._asdict() for measure in MEASURES}
+
         pairs = []
         for (first, second), pair in self.raw.items():
-            shared = self.shared_items[first, second]
+            shared, matched = self.shared_items[first, second], measured(self.matched[first, second])
             entry: dict[str, Any] = {"first": first, "second": second, "shared_items": shared.items}
             entry["shared_items_left_out_at_equal_size"] = shared.removed
-            for measure in MEASURES:
-                entry[measure] = pair.interval(measure, self.level)._asdict()
-                matched = self.matched[first, second].interval(measure, self.level)
-                entry[f"{measure}_at_equal_size"] = matched._asdict()
+            entry |= measured(pair) | {f"{measure}_at_equal_size": found for measure, found in matched.items()}
             if shared.kept is not None:
                 with_them = shared.kept.interval("overlap_min", self.level)
                 entry["overlap_min_at_equal_size_with_shared_items"] = with_them._asdict()
-            entry["relative_to_itself"] = self.relative(first, second)._asdict()
-            pairs.append(entry)
-        itself = {
-            name: {measure: self.matched[name, name].interval(measure, self.level)._asdict() for measure in MEASURES}
-            for name in self.names
-        }
+            pairs.append(entry | {"relative_to_itself": self.relative(first, second)._asdict()})
+        itself = {name: measured(self.matched[name, name]) for name in self.names}
         return {"size": self.size, "level": self.level, "with_itself_at_equal_size": itself, "pairs": pairs}
 
 
@@ -213,14 +190,8 @@ def measure_overlap(
     """Measure raw and size-matched overlaps of all pairs.
 
     Items of the same text would make any two benchmarks alike: for the size-matched pair they are left out of the
-    larger one, as far as enough others remain. The raw pair keeps them, as the formulas do.
-
-    Args:
-        size: Number of items of the size-matched parts; default `largest_matched_size`.
-
-    Raises:
-        ValueError: fewer than two benchmarks or than 5 items, SAEs of different widths, a name used twice, a size
-            that is too large.
+    larger one, as far as enough others remain. The raw pair keeps them, as the formulas do. `size` is the number of
+    items of the size-matched parts, by default `largest_matched_size`.
     """
     names = tuple(features.name for features in benchmarks)
     if len(names) < 2 or len(set(names)) != len(names):

@@ -31,29 +31,21 @@ from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 
-CURVE_POINTS = 128
-"""Subset sizes at which the curve is written down; R-hat never depends on them."""
+CURVE_POINTS = 128  # Subset sizes at which the curve is written down; R-hat never depends on them
 
-LeftOut = tuple[NDArray[np.float64], NDArray[np.int64]]
-"""(statistic without each item of one benchmark [N], the unit of each item [N])"""
+LeftOut = tuple[NDArray[np.float64], NDArray[np.int64]]  # A statistic without each item [N], the unit of each
 
 
 @dataclass(frozen=True, eq=False)
 class SampledCurve:
-    """Coverage of random subsets: a check of the exact curve, and the spread of single subsets around it.
-
-    The subsets of one repeat are nested: the first n items of a random order, for every n.
-    """
+    """Coverage of random subsets: a check of the exact curve, and the spread of single subsets around it. The subsets
+    of one repeat are nested: the first n items of a random order, for every n."""
 
     repeats: int
-    low: NDArray[np.float64]
-    """[sizes] 2.5 % quantile"""
-    high: NDArray[np.float64]
-    """[sizes] 97.5 % quantile"""
-    r_hat: float
-    """Mean over the repeats, each one from its own curve at every n"""
-    r_hat_error: float
-    """Its standard error"""
+    low: NDArray[np.float64]  # [sizes] 2.5 % quantile
+    high: NDArray[np.float64]  # [sizes] 97.5 % quantile
+    r_hat: float  # Mean over the repeats, each one from its own curve at every n
+    r_hat_error: float  # Its standard error
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +54,17 @@ class Redundancy:
 
     name: str
     items: int
-    features: int
-    """|F(D)|"""
-    mean_features: float
-    """Mean number of features per item"""
-    empty: int
-    """Number of items that fire nothing"""
-    cut: int
-    """Number of items of which only the end was read"""
+    features: int  # |F(D)|
+    mean_features: float  # Mean number of features per item
+    empty: int  # Number of items that fire nothing
+    cut: int  # Number of items of which only the end was read
     r_hat: Interval
-    area: Interval
-    """AUC of Eq. 8. It lies between (N + 1) / 2N and 1 for any benchmark, see `measure_redundancy`."""
+    area: Interval  # AUC of Eq. 8. It lies between (N + 1) / 2N and 1 for any benchmark, see `measure_redundancy`.
     matched_size: int
-    r_hat_matched: Interval
-    """R-hat of a random part of `matched_size` items, which compares benchmarks of different sizes"""
-    items_for_90: int
-    """Number of random items that reach 90 % of the features on average"""
+    r_hat_matched: Interval  # R-hat of a random part of `matched_size` items, to compare benchmarks of different sizes
+    items_for_90: int  # Number of random items that reach 90 % of the features on average
     sizes: NDArray[np.int64]
-    coverage: NDArray[np.float64]
-    """c_n at `sizes`"""
+    coverage: NDArray[np.float64]  # c_n at `sizes`
     sampled: SampledCurve | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,10 +90,6 @@ def measure_redundancy(
     Args:
         matched_size: n of the size-matched R-hat, (sum_{j<=n} E |F(S_j)|) / (E |F(S_n)|)^2; default half the items.
         repeats: Number of random orders behind `sampled`; 0 leaves it out.
-        level: Level of the jackknife intervals.
-
-    Raises:
-        ValueError: fewer than 3 items, no feature fires, or a size that leaves no item out.
     """
     items, counts = len(features), features.counts
     if items < 3:
@@ -157,10 +137,8 @@ def expected_features(counts: ArrayLike, items: int, sizes: ArrayLike) -> NDArra
 
 
 def presence_over_sizes(counts: ArrayLike, items: int, size: int | None = None) -> NDArray[np.float64]:
-    """sum_{n=1}^{size} of `presence(counts, items, n)`, `[features]`; by default over all sizes.
-
-    Over all sizes it is m (N + 1) / (m + 1), since C(N - m, N + 1) = 0.
-    """
+    """sum_{n=1}^{size} of `presence(counts, items, n)`, `[features]`; by default over all sizes. Over all sizes it is m
+    (N + 1) / (m + 1), since C(N - m, N + 1) = 0."""
     last = items if size is None else size
     fired = _checked(counts, items, last)
     missed = (items + 1) / (fired + 1) * (1.0 - _choose_ratio(items - fired, last + 1, items + 1, last + 1))
@@ -168,10 +146,7 @@ def presence_over_sizes(counts: ArrayLike, items: int, size: int | None = None) 
 
 
 def jackknife_interval(
-    estimate: float,
-    parts: Sequence[LeftOut],
-    level: float = 0.95,
-    bounds: tuple[float, float] = (-np.inf, np.inf),
+    estimate: float, parts: Sequence[LeftOut], level: float = 0.95, bounds: tuple[float, float] = (-np.inf, np.inf)
 ) -> Interval:
     """Return `estimate` with t limits from the jackknife, cut at the bounds of the statistic.
 

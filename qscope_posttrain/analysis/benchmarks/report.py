@@ -6,19 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qscope_posttrain.analysis.benchmarks.agreement import Agreement, fisher_interval
-from qscope_posttrain.analysis.benchmarks.overlap import OverlapMatrix
-from qscope_posttrain.analysis.benchmarks.performance import PerformanceRedundancy, ScoreTable
+from qscope_posttrain.analysis.benchmarks.overlap import Measure, OverlapMatrix
+from qscope_posttrain.analysis.benchmarks.performance import (
+    Agreement,
+    PerformanceRedundancy,
+    ScoreTable,
+    fisher_interval,
+)
 from qscope_posttrain.analysis.benchmarks.redundancy import Redundancy
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Curve, Mark, heat_map, line_curves, scatter_with_intervals
-from qscope_posttrain.report.tables import Table
+from qscope_posttrain.report.tables import Cell, Table
 
 Action = Literal["merge", "drop", "keep", "keep (undecided)"]
-COVERED = 0.9
-"""Share of a benchmark's overlap with itself from which another one counts as covering it."""
+COVERED = 0.9  # Share of a benchmark's overlap with itself from which another one counts as covering it
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,10 @@ class Recommendation:
 
     name: str
     action: Action
-    other: str
-    """The benchmark that covers it best, relative to itself"""
-    covered: Interval
-    """Size-matched overlap with that one as a share of its overlap with itself; Bonferroni over the others"""
-    back: Interval
-    """The same in the other direction"""
-    lost: float
-    """Share of all its features that do not fire anywhere in the other: the loss if it is dropped"""
+    other: str  # The benchmark that covers it best, relative to itself
+    covered: Interval  # Size-matched overlap with it, as a share of that with itself; Bonferroni over the others
+    back: Interval  # The same in the other direction
+    lost: float  # Share of all its features that do not fire anywhere in the other: the loss if it is dropped
     reason: str
 
 
@@ -147,11 +146,11 @@ def performance_table(found: Mapping[str, PerformanceRedundancy]) -> Table:
 
 def agreement_table(title: str, lines: Sequence[Agreement], note: str = "") -> Table:
     """Correlations with their test over benchmarks."""
-    rows = []
+    rows: list[list[Cell]] = []
     for line in lines:
         r = line.correlation
         limits = f"[{r.low:.2f}, {r.high:.2f}]"
-        rows.append((line.predictor, line.target, r.kind, r.value, limits, r.p, r.benchmarks, r.points))
+        rows.append([line.predictor, line.target, r.kind, r.value, limits, r.p, r.benchmarks, r.points])
     caption = (
         "Intervals: bootstrap over benchmarks, too narrow for few of them. p: two-sided, by permuting benchmarks, not "
         f"pairs. {note}"
@@ -162,26 +161,17 @@ def agreement_table(title: str, lines: Sequence[Agreement], note: str = "") -> T
 
 def overlap_table(matrix: OverlapMatrix, where: str) -> Table:
     """One row per pair."""
-    rows = []
+    rows: list[list[Cell]] = []
     for number, first in enumerate(matrix.names):
         for second in matrix.names[number + 1 :]:
             raw, matched = matrix.raw[first, second], matrix.matched[first, second]
             shared = matrix.shared_items[first, second]
             kept = shared.kept and shared.kept.interval("overlap_min", matrix.level).text()
-            rows.append(
-                (
-                    first,
-                    second,
-                    raw.interval("overlap", matrix.level).text(),
-                    matrix.raw[second, first].interval("overlap", matrix.level).text(),
-                    raw.interval("overlap_min", matrix.level).text(),
-                    raw.value("jaccard"),
-                    matched.interval("overlap_min", matrix.level).text(),
-                    matrix.relative(first, second).text(),
-                    matrix.relative(second, first).text(),
-                    f"{shared.items}; with them {kept}" if kept else str(shared.items),
-                )
-            )
+            directed = (pair.interval("overlap", matrix.level).text() for pair in (raw, matrix.raw[second, first]))
+            least, least_matched = (pair.interval("overlap_min", matrix.level).text() for pair in (raw, matched))
+            relative = (matrix.relative(first, second).text(), matrix.relative(second, first).text())
+            items = f"{shared.items}; with them {kept}" if kept else str(shared.items)
+            rows.append([first, second, *directed, least, raw.value("jaccard"), least_matched, *relative, items])
     columns = ["A", "B", "overlap(A, B)", "overlap(B, A)", "overlap_min", "Jaccard"]
     columns += [f"overlap_min at n = {matrix.size}", "B covers A, relative", "A covers B, relative", "items in both"]
     caption = (
@@ -233,36 +223,30 @@ def redundancy_section(
         curves.append(Curve(entry.name, entry.sizes.tolist(), coverage, low, high))
         shares.append(Curve(entry.name, (entry.sizes / entry.items).tolist(), coverage, low, high))
     bands = " Bands: 95 % of random subsets." if found[0].sampled else ""
-    figures = [
-        Figure(
-            line_curves(curves, "items", "features reached", percent=True),
-            f"Share of a benchmark's features that n random items fire, in exact expectation.{bands}",
-        ),
-        Figure(
-            line_curves(shares, "share of the items", "features reached", percent=True),
-            "The same against the share of the items; the area below is AUC, never under one half.",
-        ),
-    ]
+    words = f"Share of a benchmark's features that n random items fire, in exact expectation.{bands}"
+    same = "The same against the share of the items; the area below is AUC, never under one half."
+    drawn = ((curves, "items", words), (shares, "share of the items", same))
+    figures = [Figure(line_curves(of, x, "features reached", percent=True), caption) for of, x, caption in drawn]
     return Section(f"Redundancy, {where}", tables=tables, figures=[*figures, *more])
 
 
 def overlap_section(matrix: OverlapMatrix, where: str, tables: Sequence[Table]) -> Section:
     """Heat maps at equal size and raw, and the tables."""
-    names = matrix.names
-    figures = [
-        Figure(
-            heat_map(matrix.values("overlap_min", matched=True).tolist(), names, names),
-            f"overlap_min at {matrix.size} random items each; on the diagonal that of two disjoint parts of one "
-            "benchmark, the most that one of its kind would reach.",
-        ),
-        Figure(
-            heat_map(matrix.values("overlap").tolist(), names, names, peak=1.0),
-            "Raw directed overlap: share of the features of the row that fire in the column too. Large columns cover "
-            "more because they are large.",
-        ),
-        Figure(heat_map(matrix.values("overlap_min").tolist(), names, names, peak=1.0), "Raw overlap_min."),
-    ]
-    return Section(f"Overlap, {where}", tables=tables, figures=figures)
+
+    def figure(measure: Measure, caption: str, matched: bool = False) -> Figure:
+        values, names = matrix.values(measure, matched).tolist(), matrix.names
+        return Figure(heat_map(values, names, names, peak=None if matched else 1.0), caption)
+
+    equal = (
+        f"overlap_min at {matrix.size} random items each; on the diagonal that of two disjoint parts of one benchmark, "
+        "the most that one of its kind would reach."
+    )
+    raw = (
+        "Raw directed overlap: share of the features of the row that fire in the column too. Large columns cover more "
+        "because they are large."
+    )
+    figures = [figure("overlap_min", equal, matched=True), figure("overlap", raw)]
+    return Section(f"Overlap, {where}", tables=tables, figures=[*figures, figure("overlap_min", "Raw overlap_min.")])
 
 
 def agreement_figure(

@@ -16,8 +16,7 @@ from qscope_posttrain.provenance import package_versions
 
 FORMAT = "qscope_posttrain.feature_classifier"
 VERSION = 1
-MAX_BYTES = 64 * 1024**2
-"""A classifier has kilobytes; a larger file is refused before anything is read."""
+MAX_BYTES = 64 * 1024**2  # A classifier has kilobytes; a larger file is refused before anything is read
 TENSORS = {
     "feature_layers_": np.int64, "feature_ids_": np.int64, "weights_": np.float64, "thresholds_": np.float64,
     "differences_": np.float64, "positive_rates_": np.float64, "negative_rates_": np.float64,

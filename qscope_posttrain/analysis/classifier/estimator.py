@@ -37,7 +37,30 @@ Thresholds = Literal["zero", "best"]
 Selection = Literal["difference", "random"]
 
 
-class FeatureClassifier(ClassifierMixin, BaseEstimator):
+class BinaryClassifier(ClassifierMixin, BaseEstimator):
+    """A classifier of scikit-learn by the sign of its `decision_function`; positive is `classes_[1]`."""
+
+    def predict(self, X: Any) -> Any:
+        """[texts] the class of each text."""
+        scores = self.decision_function(X)
+        return self.classes_[(scores > 0).astype(np.int64)]
+
+    def _positive(self, y: Any) -> Booleans:
+        """Whether each label is the positive one; ValueError unless there are two, in the words that scikit-learn's own
+        checks look for."""
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) != 2:
+            kind = "1 class" if len(self.classes_) == 1 else f"{len(self.classes_)} classes"
+            raise UserValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
+        return codes == 1
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+
+class FeatureClassifier(BinaryClassifier):
     """A binary classifier of texts by the firing of a few SAE features (Qwen-Scope report, section 5).
 
     Every feature gets Delta = P(it fires | positive) - P(it fires | negative) on the training texts (equations 13 and
@@ -49,8 +72,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
     - "votes": positive if at least m fire, where m has the best F1 on the training texts (the least such m);
     - "logistic": logistic regression on the indicators of firing.
 
-    All are `indicators @ weights_ + intercept_ > 0`, and that sum is `decision_function`. For "or" and "votes" it is
-    the number of votes less a constant: the decision is the rule's, and the ranking among texts counts the votes.
+    All are `indicators @ weights_ + intercept_ > 0`, and that sum is `decision_function`: for "or" and "votes" the
+    number of votes less a constant.
 
     X, here as in every method, is one of:
 
@@ -59,13 +82,12 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
       pipelines (`featurizer.stack` and `TextFeaturizer.transform` make it);
     - texts (strings or `TokenText`s), if there is a `featurizer`.
 
-    Values not above `epsilon` do not fire, negative ones neither. Attributes after `fit`, S rows: `feature_layers_`,
-    `feature_ids_`, `differences_`, `positive_rates_`, `negative_rates_`, `thresholds_`, `weights_` [S]; `intercept_`,
-    `top1_differences_` {layer: largest Delta} of the layers that were searched, `layer_widths_`, `featurizer_`.
+    Attributes after `fit`, S rows: `feature_layers_`, `feature_ids_`, `differences_`, `positive_rates_`,
+    `negative_rates_`, `thresholds_`, `weights_` [S]; `intercept_`, `top1_differences_` {layer: largest Delta} of the
+    layers that were searched, `layer_widths_`, `featurizer_`.
 
     Args:
         k: Number of features per layer.
-        rule: See above.
         layer: The layer to use, instead of choosing by top1-diff.
         n_layers: Number of layers to use; with k=1 equation 17.
         thresholds: "zero": a feature fires above `epsilon`; "best": above the activation that maximizes its Delta.
@@ -105,16 +127,10 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         self.featurizer = featurizer
 
     def fit(self, X: Any, y: Any) -> FeatureClassifier:
-        """Choose layers and features, and learn the weights of the rule.
-
-        Raises:
-            TypeError, ValueError: a parameter or an input of the wrong kind, or labels that are not two classes.
-        """
+        """Choose layers and features, and learn the weights of the rule."""
         self._check_parameters()
         matrix, y = self._training_matrix(X, y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        check_two_classes(self.classes_)
-        positive = codes == 1
+        positive = self._positive(y)
         activations = self._choose(matrix, positive)
         self.weights_, self.intercept_ = self._learn(self._indicators(activations), positive)
         return self
@@ -123,11 +139,6 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         """[texts] `indicators @ weights_ + intercept_`; above 0 is the positive class."""
         check_is_fitted(self)
         return self._indicators(self._chosen_columns(X)) @ self.weights_ + self.intercept_
-
-    def predict(self, X: Any) -> Any:
-        """[texts] the class of each text."""
-        scores = self.decision_function(X)
-        return self.classes_[(scores > 0).astype(np.int64)]
 
     @available_if(lambda classifier: classifier.rule == "logistic")
     def predict_proba(self, X: Any) -> Floats:
@@ -174,16 +185,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, path: str | Path, featurizer: TextFeaturizer | None = None) -> FeatureClassifier:
-        """Read a file written by `save`.
-
-        Args:
-            featurizer: To classify texts; its model and SAEs must be those of the training, and it takes over the
-                settings and median norms stored in the file.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a classifier, damaged, or made with another model or other SAEs.
-        """
+        """Read a file written by `save`. The model and SAEs of a `featurizer`, to classify texts, must be those of the
+        training; it takes over the settings and median norms stored in the file."""
         path = Path(path)
         document, tensors = classifier_file.read_classifier_file(path)
         found = cls(**document["parameters"])
@@ -208,7 +211,6 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
         tags.classifier_tags.poor_score = True  # a few indicators cannot separate arbitrary real-valued blobs
         tags.input_tags.sparse = True
         return tags
@@ -307,13 +309,6 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         if self.rule == "votes":
             return ones, 0.5 - best_vote_count(indicators.sum(axis=1).astype(np.int64), positive)
         return ones, -0.5
-
-
-def check_two_classes(classes: Any) -> None:
-    """Raise a ValueError unless there are two classes, in the words that scikit-learn's own checks look for."""
-    if len(classes) != 2:
-        kind = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
-        raise UserValueError(f"Only binary classification is supported: y must have two classes, got {kind}.")
 
 
 def _plain(value: Any) -> Any:

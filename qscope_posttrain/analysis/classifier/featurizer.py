@@ -35,12 +35,9 @@ def layer_slice(widths: Mapping[int, int], layer: int) -> slice:
 
 def stack(features: Mapping[int, Any]) -> tuple[csr_array, dict[int, int]]:
     """Put `{layer: TextFeatures, or a matrix [texts, features]}` side by side: (matrix, {layer: width}), ascending.
-
-    Raises:
-        ValueError: no layer, or layers with different numbers of texts.
-    """
+    ValueError: no layer, or layers with different numbers of texts."""
     matrices = {
-        layer: found.matrix() if isinstance(found, TextFeatures) else csr_array(found)
+        layer: found.matrix if isinstance(found, TextFeatures) else csr_array(found)
         for layer, found in sorted(features.items())
     }
     widths = check_widths({layer: matrix.shape[1] for layer, matrix in matrices.items()})
@@ -92,22 +89,10 @@ class TextFeaturizer(TransformerMixin, BaseEstimator):
     def features(
         self, texts: Sequence[Any], residual: bool = False, layers: Sequence[int] | None = None
     ) -> dict[int, TextFeatures]:
-        """{layer: TextFeatures} of texts.
-
-        Args:
-            residual: Keep the mean residual stream of each text too, for linear probes.
-            layers: Some of the layers; the forward pass ends at the deepest. None: all.
-        """
-        return collect_text_features(
-            self.model,
-            self.tokenizer,
-            list(texts),
-            self.saes if layers is None else {layer: self.saes[layer] for layer in layers},
-            residual=residual,
-            tokens_per_batch=self.tokens_per_batch,
-            show_progress=self.show_progress,
-            **self.settings(),
-        )
+        """{layer: TextFeatures} of texts, with `residual` the mean residual stream of each too; `layers` None: all."""
+        saes = self.saes if layers is None else {layer: self.saes[layer] for layer in layers}
+        options = {"tokens_per_batch": self.tokens_per_batch, "show_progress": self.show_progress, **self.settings()}
+        return collect_text_features(self.model, self.tokenizer, list(texts), saes, residual=residual, **options)
 
     def with_norms(self, features: Mapping[int, TextFeatures]) -> TextFeaturizer:
         """A copy with the median norms that were measured for `features`."""

@@ -6,7 +6,6 @@ texts it is fitted on, by F1; of equally good candidates the first, which is the
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -23,12 +21,11 @@ from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardSca
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier, check_two_classes
+from qscope_posttrain.analysis.classifier.estimator import BinaryClassifier, FeatureClassifier
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer, layer_slice, stack
 from qscope_posttrain.errors import UserValueError
 
-COUNTS = (1, 2, 5, 10)
-"""K of the report"""
+COUNTS = (1, 2, 5, 10)  # K of the report
 MANY = (5, 10, 20, 50)
 PENALTIES = (0.01, 0.1, 1.0)
 
@@ -40,12 +37,9 @@ class LabeledTexts:
     inputs: Mapping[str, Any]
     """"features" csr [N, sum of d_sae] and "residual" [N, layers * d_model] with the layers side by side, "tokens" csr
     [N, vocabulary] counts, "length" [N, 1] tokens"""
-    features: Mapping[int, int]
-    """{layer: width} of `inputs["features"]`"""
-    residual: Mapping[int, int]
-    """{layer: width} of `inputs["residual"]`"""
-    labels: NDArray[np.bool_]
-    """[N] whether positive"""
+    features: Mapping[int, int]  # {layer: width} of `inputs["features"]`
+    residual: Mapping[int, int]  # {layer: width} of `inputs["residual"]`
+    labels: NDArray[np.bool_]  # [N] whether positive
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,11 +52,7 @@ class LabeledTexts:
 
 
 def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: Sequence[bool]) -> LabeledTexts:
-    """Read labeled texts in one pass: features, mean residual stream, and the tokens themselves.
-
-    Raises:
-        ValueError: other numbers of texts and labels, or one class only.
-    """
+    """Read labeled texts in one pass: features, mean residual stream, and the tokens themselves."""
     flags = np.asarray(labels, dtype=bool)
     if len(texts) != len(flags):
         raise UserValueError(f"{len(texts)} texts but {len(flags)} labels.")
@@ -84,26 +74,21 @@ def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: S
 
 def token_counts(tokens: Sequence[Sequence[int]], vocabulary: int) -> csr_array:
     """[texts, vocabulary] number of occurrences of each token."""
-    counts = [sorted(Counter(row).items()) for row in tokens]
-    offsets = np.cumsum([0, *(len(row) for row in counts)])
-    indices = np.array([token for row in counts for token, _ in row], dtype=np.int32)
-    values = np.array([count for row in counts for _, count in row], dtype=np.float64)
-    return csr_array((values, indices, offsets), shape=(len(tokens), vocabulary))
+    owners = np.repeat(np.arange(len(tokens)), [len(row) for row in tokens])
+    ids = np.array([token for row in tokens for token in row], dtype=np.int64)
+    return csr_array((np.ones(len(ids)), (owners, ids)), shape=(len(tokens), vocabulary))  # which adds up equal places
 
 
-class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
+class MeanDifferenceProbe(BinaryClassifier):
     """Classify by the nearer class mean, along the line through both: w = mean(positive) - mean(negative).
-
-    `decision_function` is (x - midpoint) . w, so that a text halfway between the means scores 0.
-    """
+    `decision_function` is (x - midpoint) . w, so that a text halfway between the means scores 0."""
 
     def fit(self, X: Any, y: Any) -> MeanDifferenceProbe:
         """X [texts, d_model], y two classes, the second in order being the positive one."""
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        check_two_classes(self.classes_)
-        means = [X[codes == code].mean(axis=0) for code in (0, 1)]
+        positive = self._positive(y)
+        means = [X[~positive].mean(axis=0), X[positive].mean(axis=0)]
         self.coef_ = means[1] - means[0]
         self.intercept_ = -float((means[0] + means[1]) @ self.coef_) / 2
         return self
@@ -113,24 +98,13 @@ class MeanDifferenceProbe(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         return validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_ + self.intercept_
 
-    def predict(self, X: Any) -> Any:
-        """[texts] the class of each text."""
-        scores = self.decision_function(X)
-        return self.classes_[(scores > 0).astype(np.int64)]
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
-        return tags
-
 
 def columns_of_layer(X: Any, widths: Mapping[int, int], layer: int) -> Any:
     """The columns of one layer of several side by side."""
     return X[:, layer_slice(widths, layer)]
 
 
-Grid = Callable[[LabeledTexts], Mapping[str, Sequence[Any]]]
-"""Candidate values, by parameter"""
+Grid = Callable[[LabeledTexts], Mapping[str, Sequence[Any]]]  # Candidate values, by parameter
 
 
 @dataclass(frozen=True)
@@ -138,19 +112,14 @@ class Method:
     """One way to classify."""
 
     name: str
-    reads: str
-    """Key of `LabeledTexts.inputs`"""
-    build: Callable[[LabeledTexts, int], Any]
-    """(texts, seed) -> an estimator"""
+    reads: str  # Key of `LabeledTexts.inputs`
+    build: Callable[[LabeledTexts, int], Any]  # (texts, seed) -> an estimator
     grid: Grid = field(default=lambda texts: {})
-    ranks: bool = True
-    """Whether its scores rank texts"""
+    ranks: bool = True  # Whether its scores rank texts
 
     def fit(self, texts: LabeledTexts, *, folds: int = 5, seed: int = 0) -> Any:
-        """Fit the estimator with the best candidate on all of `texts`.
-
-        Where a class has fewer than two texts there is nothing to validate on, and the first candidate is taken.
-        """
+        """Fit the estimator with the best candidate on all of `texts`. Where a class has fewer than two texts there is
+        nothing to validate on, and the first candidate is taken."""
         estimator, grid = self.build(texts, seed), self.grid(texts)
         smallest = int(min(texts.labels.sum(), (~texts.labels).sum()))
         candidates = int(np.prod([len(values) for values in grid.values()]))

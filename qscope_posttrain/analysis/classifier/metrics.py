@@ -1,7 +1,7 @@
 """Numbers of classifiers: how much more often a feature fires on one class of texts, and metrics of decisions.
 
 A feature matrix `[texts, features]` holds each feature's largest activation over the tokens of a text, zero where it
-does not fire: `features.text_features.TextFeatures.matrix()`. Equations are those of the Qwen-Scope report, section 5.
+does not fire: `features.text_features.TextFeatures.matrix`. Equations are those of the Qwen-Scope report, section 5.
 """
 
 from __future__ import annotations
@@ -29,12 +29,9 @@ FALSE_POSITIVE_RATES = {"tpr_at_1": 0.01, "tpr_at_5": 0.05}
 class Rates(NamedTuple):
     """Firing rates of every feature, each `[features]`."""
 
-    positive: Floats
-    """Share of the positive texts on which it fires, P(h = 1 | positive)"""
-    negative: Floats
-    """Share of the negative ones"""
-    threshold: Floats
-    """Activation above which it counts as firing"""
+    positive: Floats  # Share of the positive texts on which it fires, P(h = 1 | positive)
+    negative: Floats  # Share of the negative ones
+    threshold: Floats  # Activation above which it counts as firing
 
     @property
     def difference(self) -> Floats:
@@ -43,13 +40,8 @@ class Rates(NamedTuple):
 
 
 def firing_rates(matrix: csr_array, positive: Booleans, epsilon: float = 0.0) -> Rates:
-    """Equation 13, h = 1[max_t a_t > epsilon], averaged within each class.
-
-    Args:
-        matrix: [texts, features], largest activation.
-        positive: [texts], both classes present.
-        epsilon: Threshold, not below 0: a value that is not stored is 0, and does not fire.
-    """
+    """Equation 13, h = 1[max_t a_t > epsilon], averaged within each class. `matrix` [texts, features] has the largest
+    activations; a value that is not stored is 0, and does not fire: epsilon is not below 0."""
     fires = firing(matrix, epsilon)
     inside = fires[positive].sum(axis=0) / positive.sum()
     outside = fires[~positive].sum(axis=0) / (~positive).sum()
@@ -112,10 +104,8 @@ def _running_within(flags: Booleans, owners: Integers, starts: Integers) -> Floa
 
 
 def best_vote_count(votes: Integers, positive: Booleans) -> int:
-    """The m >= 1 for which "positive if votes >= m" has the best F1, the smallest of equally good ones.
-
-    F1 = 2 TP / (predicted positive + positive). `votes` [texts] are counts from 0 on, `positive` [texts].
-    """
+    """The m >= 1 for which "positive if votes >= m" has the best F1, the smallest of equally good ones. F1 = 2 TP /
+    (predicted positive + positive). `votes` [texts] are counts from 0 on, `positive` [texts]."""
     needed = np.arange(1, max(int(votes.max()), 1) + 1)
     predicted = votes[:, None] >= needed
     true_positives = (predicted & positive[:, None]).sum(axis=0)
@@ -127,10 +117,8 @@ def best_vote_count(votes: Integers, positive: Booleans) -> int:
 class Evaluation:
     """The metrics of one classifier on one set of texts."""
 
-    values: Mapping[str, float]
-    """By name, see METRICS; NaN where not defined: precision without a positive prediction, ranks without scores."""
-    replicates: Mapping[str, Floats]
-    """[resamples] of each; the same labels give the same resamples, so that differences are paired."""
+    values: Mapping[str, float]  # By name, see METRICS; NaN where not defined: no positive prediction, no scores
+    replicates: Mapping[str, Floats]  # [resamples] of each; equal labels give equal resamples: differences are paired
 
     def interval(self, name: str) -> Interval:
         """95 % percentile interval of one metric."""
@@ -149,24 +137,10 @@ class Evaluation:
 
 
 def evaluate(
-    labels: ArrayLike,
-    predicted: ArrayLike,
-    scores: ArrayLike | None = None,
-    *,
-    resamples: int = 1000,
+    labels: ArrayLike, predicted: ArrayLike, scores: ArrayLike | None = None, *, resamples: int = 1000
 ) -> Evaluation:
-    """Measure predictions, and the ranking by `scores` if there are any.
-
-    Texts are resampled within each class, since the author of the set chose the sizes of the classes.
-
-    Args:
-        labels: [texts] bool, both classes present.
-        predicted: [texts] bool.
-        scores: [texts], larger is more positive.
-
-    Raises:
-        ValueError: other shapes, one class only, scores that are not finite.
-    """
+    """Measure predictions, and the ranking by `scores` (larger is more positive) if there are any, all [texts]. Texts
+    are resampled within each class, since the author of the set chose the sizes of the classes."""
     truth, guess = np.asarray(labels, dtype=bool), np.asarray(predicted, dtype=bool)
     ranks = None if scores is None else np.asarray(scores, dtype=np.float64)
     if truth.ndim != 1 or truth.shape != guess.shape or (ranks is not None and ranks.shape != truth.shape):

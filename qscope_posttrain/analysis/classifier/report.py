@@ -22,15 +22,13 @@ from qscope_posttrain.report.tables import Table
 
 JACCARD_TOP = 10
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-REFERENCE = "logistic on the residual"
-"""The usual probe, which needs no SAE; the differences are taken against it."""
+REFERENCE = "logistic on the residual"  # The usual probe, which needs no SAE; the differences are taken against it
 CURVES = (
     "OR, layer by top1-diff", "logistic on top features", "logistic on the residual", "difference of means",
     "bag of tokens",
 )  # fmt: skip
 """Methods whose data curve is drawn: those that are quick to fit many times."""
-TRANSFER = ("OR, best thresholds", "votes", "logistic on all features", *CURVES)
-"""Methods with a table of transfer; the numbers of the others are in the summary."""
+TRANSFER = ("OR, best thresholds", "votes", "logistic on all features", *CURVES)  # Shown in a table of transfer
 
 
 @dataclass(frozen=True)
@@ -47,20 +45,13 @@ class LayerRow:
 class ClassifierReport:
     """All measurements of one task."""
 
-    sizes: Mapping[str, tuple[int, ...]]
-    """By group: positive and negative discovery texts, positive and negative test texts"""
-    evaluations: Mapping[str, Mapping[str, Mapping[str, Evaluation]]]
-    """Method -> group learned on -> group tested on"""
-    choices: Mapping[str, Mapping[str, str]]
-    """Method -> group -> its choices in words"""
-    layers: Mapping[str, Sequence[LayerRow]]
-    """Group -> every layer and K on its own test texts"""
-    chosen_layers: Mapping[str, int]
-    """Group -> layer by top1-diff, from discovery texts alone"""
-    jaccard: Mapping[int, Mapping[str, float]]
-    """Layer -> pair of groups, "A/B" -> overlap of their top sets"""
-    curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
-    """Group -> method -> share of the discovery texts -> F1 of each draw"""
+    sizes: Mapping[str, tuple[int, ...]]  # By group: positive and negative discovery texts, then test texts
+    evaluations: Mapping[str, Mapping[str, Mapping[str, Evaluation]]]  # Method -> group learned on -> group tested on
+    choices: Mapping[str, Mapping[str, str]]  # Method -> group -> its choices in words
+    layers: Mapping[str, Sequence[LayerRow]]  # Group -> every layer and K on its own test texts
+    chosen_layers: Mapping[str, int]  # Group -> layer by top1-diff, from discovery texts alone
+    jaccard: Mapping[int, Mapping[str, float]]  # Layer -> pair of groups, "A/B" -> overlap of their top sets
+    curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]  # Group -> method -> share -> F1 of each draw
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, as JSON values."""
@@ -166,7 +157,6 @@ def make_report(
     Args:
         discovery: Group (a language, or "all") -> texts on which everything is learned and chosen.
         test: The same groups, other texts.
-        folds: Number of folds of the cross-validation.
         resamples: Number of bootstrap resamples of the test texts.
         fractions: Shares of the discovery texts in the data-efficiency curve.
         draws: Number of parts drawn for each share; 0 leaves the curve out.
@@ -206,9 +196,7 @@ def measure(method: Method, fitted: Any, texts: LabeledTexts, resamples: int = 1
 
 def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] = COUNTS) -> list[LayerRow]:
     """F1 of the OR rule on the test texts for every layer and K: the cells whose maximum figure 8 of the report shows.
-
-    Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed.
-    """
+    Their maximum is chosen on the test texts, so it estimates nothing that could have been deployed."""
     rows = []
     for layer in discovery.features:
         for k in counts:
@@ -245,10 +233,8 @@ def efficiency(
     folds: int = 5,
     seed: int = 0,
 ) -> dict[str, dict[float, list[float]]]:
-    """{method: {fraction: [F1 of each draw]}}: everything, choices included, learned from a part of the texts.
-
-    Parts are drawn within each class, at least one text of each. All of it is one draw.
-    """
+    """{method: {fraction: [F1 of each draw]}}: everything, choices included, learned from a part of the texts, drawn
+    within each class. All of it is one draw."""
     found: dict[str, dict[float, list[float]]] = {method.name: {} for method in methods}
     plan = [(share, draw) for share in fractions for draw in range(draws if share < 1 else 1)]
     for share, draw in progress(plan, description="learning from parts of the texts"):

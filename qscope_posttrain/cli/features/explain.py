@@ -92,7 +92,7 @@ def explain(options: argparse.Namespace) -> None:
 
 def tokens(options: argparse.Namespace) -> None:
     """Show token by token, on the terminal and if asked on a page, where features fire in texts."""
-    from qscope_posttrain.features.explain.token_view import token_view
+    from qscope_posttrain.features.explain.contexts import token_view
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.report.html import Section, print_shaded, write_html
 
@@ -133,8 +133,8 @@ def _chosen(options: argparse.Namespace, features: FeatureSet | None, model: nn.
 
 
 def _write_page(found: Explained, tokenizer: Any, path: Path) -> Path:
+    from qscope_posttrain.features.explain.contexts import text_pieces
     from qscope_posttrain.features.explain.explanation import FeatureId
-    from qscope_posttrain.features.explain.token_view import text_pieces
     from qscope_posttrain.report.html import Section, ShadedText, ShadedTexts, write_html
 
     words = {entry.feature: entry.text for entry in found.explanations}

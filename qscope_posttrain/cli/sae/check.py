@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.report.html import Section
     from qscope_posttrain.sae.activations import Activation
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-    from qscope_posttrain.sae.quality.measure import SAEQuality
+    from qscope_posttrain.sae.quality import SAEQuality
 
 OPTIONS = f"""
 source: text  # file, folder, name in the catalog, or hub id
@@ -48,7 +48,7 @@ HARMLESS = ("tuning",)
 def check(options: argparse.Namespace) -> int:
     """Load an SAE, and measure on text whether it fits a model; status 1 where the figures say that it does not."""
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-    from qscope_posttrain.sae.quality.measure import measure_sae
+    from qscope_posttrain.sae.quality import measure_sae
 
     if options.output is not None:
         require_extra("report")

@@ -106,7 +106,7 @@ def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
 
 def train(recipe: SAERecipe) -> None:
     """Train and write the results. Under a launcher (`accelerate launch`, torchrun) all processes share the work."""
-    from qscope_posttrain.sae.training.results import write_results
+    from qscope_posttrain.sae.training.records import write_results
     from qscope_posttrain.sae.training.run import train_saes_on_text
 
     own = recipe.arguments

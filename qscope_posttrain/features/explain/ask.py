@@ -21,25 +21,21 @@ from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, read_json, text_field
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explain.contexts import Context, ContextSettings, FeatureContexts, collect_contexts
-from qscope_posttrain.features.explain.explanation import (
-    METHODS,
-    Explained,
-    Explanation,
-    FeatureId,
-    Method,
-    Prediction,
+from qscope_posttrain.features.explain.contexts import (
+    Context,
+    ContextSettings,
+    FeatureContexts,
+    collect_contexts,
+    marked,
+    text_pieces,
 )
-from qscope_posttrain.features.explain.token_view import marked, text_pieces
+from qscope_posttrain.features.explain.explanation import METHODS, Explained, Explanation, FeatureId, Method, Prediction
 from qscope_posttrain.models.batches import Text
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-QUANTILES = 10
-"""Bands of activation from which randomly drawn contexts are taken evenly, so that weak ones are tested too."""
-PER_REQUEST = 5
-"""Contexts per request to the judge"""
-SAMPLING = Sampling(temperature=0.0, max_tokens=256)
-"""Sampling of explainer and judge"""
+QUANTILES = 10  # Bands of activation from which contexts are drawn evenly, so that weak ones are tested too
+PER_REQUEST = 5  # Contexts per request to the judge
+SAMPLING = Sampling(temperature=0.0, max_tokens=256)  # Sampling of explainer and judge
 
 
 def explain_templates(folder: str | os.PathLike[str] | None = None) -> PromptTemplates:
@@ -51,22 +47,14 @@ def explain_templates(folder: str | os.PathLike[str] | None = None) -> PromptTem
 class ExplainSettings:
     """Settings for explaining features and testing the explanations."""
 
-    contexts: ContextSettings = field(default_factory=ContextSettings)
-    """Numbers and lengths of the contexts that are kept"""
-    strongest: int = 10
-    """Strongest contexts that the explainer sees"""
-    others: int = 10
-    """Contexts of all strengths that it sees beside them"""
-    tests: int = 20
-    """Held-out contexts in which the feature fires, and as many in which it does not, for each score"""
-    methods: tuple[Method, ...] = METHODS
-    """Tests of the explanations; empty for no test"""
-    control: bool = True
-    """Score every feature by the explanation of another one too"""
-    min_texts: int = 5
-    """A feature that fires on fewer distinct texts is not explained"""
-    seed: int = 0
-    """Seed of the order of contexts and of the control"""
+    contexts: ContextSettings = field(default_factory=ContextSettings)  # Their numbers and lengths
+    strongest: int = 10  # Strongest contexts that the explainer sees
+    others: int = 10  # Contexts of all strengths that it sees beside them
+    tests: int = 20  # Held-out contexts in which the feature fires, and as many in which it does not, for each score
+    methods: tuple[Method, ...] = METHODS  # Tests of the explanations; empty for no test
+    control: bool = True  # Score every feature by the explanation of another one too
+    min_texts: int = 5  # A feature that fires on fewer distinct texts is not explained
+    seed: int = 0  # Seed of the order of contexts and of the control
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(METHODS))
@@ -92,14 +80,9 @@ def explain_features(
 ) -> Explained:
     """Explain the features `feature_ids` {layer: ids} and test the explanations.
 
-    One pass over the texts (see `contexts.collect_contexts`, which takes `pass_options`), one request for each
-    explanation, and 2 * tests / 5 for each method, as many again for the control.
-
-    Args:
-        texts: natural text in which the features occur.
-        session: the chat model that explains.
-        judge: the chat model that decides on the held-out contexts; by default the explainer, in separate requests.
-        templates: see `explain_templates`.
+    One pass over the texts (see `contexts.collect_contexts`, which takes `pass_options`), one request to `session` for
+    each explanation, and for each method 2 * tests / 5 to `judge` (by default the same model, in separate requests),
+    as many again for the control.
     """
     settings = settings or ExplainSettings()
     templates = templates or explain_templates()
@@ -179,10 +162,8 @@ def split_contexts(contexts: FeatureContexts, strongest: int, others: int, tests
 
 
 def from_bands(contexts: Sequence[Context]) -> list[Context]:
-    """All contexts in an order in which every stretch of ten holds one from each tenth of the activations.
-
-    Within a band the given order is kept, which is random for a random draw.
-    """
+    """All contexts in an order in which every stretch of ten holds one from each tenth of the activations. Within a
+    band the given order is kept, which is random for a random draw."""
     ranked = sorted(range(len(contexts)), key=lambda index: -contexts[index].peak)
     edges = [band * len(ranked) // QUANTILES for band in range(QUANTILES + 1)]
     bands = [sorted(ranked[start:stop]) for start, stop in itertools.pairwise(edges)]
@@ -200,19 +181,14 @@ class Item:
 
 def detection_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
     """Contexts in which the feature fires, and as many in which it does not; nothing is marked."""
-    count = min(len(split.tests), len(split.absent))
-    return [
-        Item("".join(text_pieces(tokenizer, context.ids, context.values)[0]), positive)
-        for contexts, positive in ((split.tests, True), (split.absent, False))
-        for context in contexts[:count]
-    ]
+    pairs = list(zip(split.tests, split.absent, strict=False))  # as many of each
+    found = [(tests, True) for tests, _ in pairs] + [(absent, False) for _, absent in pairs]
+    return [Item("".join(text_pieces(tokenizer, c.ids, c.values)[0]), positive) for c, positive in found]
 
 
 def fuzzing_items(tokenizer: Any, split: Split, name: str) -> list[Item]:
-    """Contexts in which it fires: half with the firing pieces marked, half with as many others, drawn at random.
-
-    Where a context has too few others, all of them are marked.
-    """
+    """Contexts in which it fires: half with the firing pieces marked, half with as many others, drawn at random. Where
+    a context has too few others, all of them are marked."""
     found: list[Item] = []
     mixed = list(split.tests)
     random.Random(name).shuffle(mixed)
@@ -237,10 +213,8 @@ def _predict(
     explanations: Mapping[FeatureId, str],
     seed: int,
 ) -> dict[FeatureId, Prediction]:
-    """Let the judge decide on every item by the words given for its feature.
-
-    Items that the judge's answers leave undecided, also when asked again, count nowhere.
-    """
+    """Let the judge decide on every item by the words given for its feature. Items that the judge's answers leave
+    undecided, also when asked again, count nowhere."""
     asked: list[tuple[FeatureId, list[Item]]] = []
     for feature, items in tests.items():
         mixed = list(items)

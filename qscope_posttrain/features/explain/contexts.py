@@ -1,4 +1,5 @@
-"""Collect contexts in which chosen features fire, and in which they do not: one pass, a bounded number of each."""
+"""Contexts in which chosen features fire, and in which they do not: collected in one pass, a bounded number of each,
+and shown token by token."""
 
 from __future__ import annotations
 
@@ -7,24 +8,21 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.models.batches import (
-    Text,
-    TokenBatch,
-    TokenSequence,
-    check_texts,
-    longest_allowed,
-    pad_token,
-    token_batches,
-    tokenize_texts,
-)
+from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.features.layer_features import FREE_DIRECTION
+from qscope_posttrain.models import batches
+from qscope_posttrain.models.batches import Text, TokenBatch, TokenSequence
 from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
+from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.models.layers import check_layers, evaluation_mode
+from qscope_posttrain.report.html import ShadedText, ShadedTexts
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
@@ -33,12 +31,9 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 class Context:
     """A window of one text, with the activation of one feature at each token."""
 
-    text: int
-    """Position of the text among those that were read"""
-    ids: tuple[int, ...]
-    """Token ids of the window"""
-    values: tuple[float, ...]
-    """Activation at each of them; 0 where the feature does not fire or the token does not count"""
+    text: int  # Position of the text among those that were read
+    ids: tuple[int, ...]  # Token ids of the window
+    values: tuple[float, ...]  # Activation at each; 0 where it does not fire or the token does not count
 
     @property
     def peak(self) -> float:
@@ -49,18 +44,12 @@ class Context:
 class ContextSettings:
     """Number and length of the contexts that are kept per feature."""
 
-    top: int = 10
-    """Texts on which it fires most strongly"""
-    sampled: int = 100
-    """Texts drawn at random from all on which it fires"""
-    absent: int = 40
-    """Windows in which it does not fire"""
-    window: int = 32
-    """Length of a context in tokens"""
-    before: int = 24
-    """Number of them before its center: the strongest token, or any where it does not fire"""
-    seed: int = 0
-    """Seed of the draws"""
+    top: int = 10  # Texts on which it fires most strongly
+    sampled: int = 100  # Texts drawn at random from all on which it fires
+    absent: int = 40  # Windows in which it does not fire
+    window: int = 32  # Length of a context in tokens
+    before: int = 24  # Number of them before its center: the strongest token, or any where it does not fire
+    seed: int = 0  # Seed of the draws
 
     def __post_init__(self) -> None:
         if min(self.top, self.sampled, self.absent) < 1:
@@ -75,16 +64,11 @@ class FeatureContexts:
 
     layer: int
     feature_id: int
-    firing_texts: int
-    """Distinct texts on which it fires"""
-    texts: int
-    """Distinct texts read"""
-    top: tuple[Context, ...]
-    """Strongest first"""
-    sampled: tuple[Context, ...]
-    """A uniform draw, in random order"""
-    absent: tuple[Context, ...]
-    """A uniform draw, in random order; all values are 0"""
+    firing_texts: int  # Distinct texts on which it fires
+    texts: int  # Distinct texts read
+    top: tuple[Context, ...]  # Strongest first
+    sampled: tuple[Context, ...]  # A uniform draw, in random order
+    absent: tuple[Context, ...]  # A uniform draw, in random order; all values are 0
 
 
 def collect_contexts(
@@ -108,27 +92,28 @@ def collect_contexts(
     share.
     """
     settings = settings or ContextSettings()
-    check_texts({"texts": texts})
+    batches.check_texts({"texts": texts})
     layers = check_layers(model, sorted(feature_ids))
     slots = {layer: _slots(layer, saes, feature_ids[layer]) for layer in layers}
     distinct: dict[bytes, TokenSequence] = {}
-    for sequence in tokenize_texts(tokenizer, {"texts": texts}, longest_allowed(model, max_length)):
+    for sequence in batches.tokenize_texts(tokenizer, {"texts": texts}, batches.longest_allowed(model, max_length)):
         distinct.setdefault(sequence.content_hash(), sequence)
     sequences = [sequence for sequence in distinct.values() if sequence.counted]
-    pad_id = pad_token(tokenizer)
+    pad_id = batches.pad_token(tokenizer)
     features = [(layer, feature) for layer in layers for feature in feature_ids[layer]]
-    top = {feature: _Best(settings.top) for feature in features}
-    drawn = {feature: _Best(settings.sampled) for feature in features}
-    absent = _Best(4 * settings.absent)
+    top = {feature: _Best() for feature in features}
+    drawn = {feature: _Best() for feature in features}
+    absent = _Best()
     firing_texts = Counter[tuple[int, int]]()
     with evaluation_mode(model), torch.no_grad():
-        sample = token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
+        sample = batches.token_batches(calibration_sample(sequences)[0], tokens_per_batch, pad_id)
         medians = calibrate(model, layers, sample).medians
-        batches = token_batches(sequences, tokens_per_batch, pad_id)
-        for batch in progress(batches, description="contexts of features", enabled=show_progress):
+        every = batches.token_batches(sequences, tokens_per_batch, pad_id)
+        for batch in progress(every, description="contexts of features", enabled=show_progress):
             anywhere = [_any_window(sequence, settings) for sequence in batch.sequences]
             for sequence, entry in zip(batch.sequences, anywhere, strict=True):
-                absent.offer(-_priority(sequence, f"{settings.seed} absent"), sequence.content_hash(), entry)
+                score = -_priority(sequence, f"{settings.seed} absent")
+                absent.offer(4 * settings.absent, score, sequence.content_hash(), entry)
             for layer, rows, _ in layer_rows(model, layers, batch):
                 limit = outlier_factor * medians[layer]
                 for number, slot, positions, values in _firings(batch, rows, saes[layer], slots[layer], limit):
@@ -142,8 +127,9 @@ def collect_contexts(
                     at = dict(zip(positions, values, strict=True))
                     ids = sequence.ids[shown.start : shown.stop]
                     context = Context(sequence.text, ids, tuple(at.get(position, 0.0) for position in shown))
-                    top[feature].offer(peak, key, context)
-                    drawn[feature].offer(-_priority(sequence, f"{settings.seed} {layer} {feature[1]}"), key, context)
+                    top[feature].offer(settings.top, peak, key, context)
+                    score = -_priority(sequence, f"{settings.seed} {layer} {feature[1]}")
+                    drawn[feature].offer(settings.sampled, score, key, context)
     found = []
     for feature in features:
         free = [context for _, context, firing in absent.entries() if feature not in firing][: settings.absent]
@@ -212,18 +198,96 @@ def _any_window(sequence: TokenSequence, settings: ContextSettings) -> tuple[ran
     return window, context, set()
 
 
-class _Best:
-    """The entries with the highest scores so far; equal scores are ordered by the unique key."""
+class _Best(list[tuple[float, bytes, Any]]):
+    """A heap of the entries with the highest scores so far; equal scores are ordered by the unique key."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._heap: list[tuple[float, bytes, Any]] = []
-
-    def offer(self, score: float, key: bytes, entry: Any) -> None:
-        heapq.heappush(self._heap, (score, key, entry))
-        if len(self._heap) > self._size:
-            heapq.heappop(self._heap)
+    def offer(self, size: int, score: float, key: bytes, entry: Any) -> None:
+        (heapq.heappush if len(self) < size else heapq.heappushpop)(self, (score, key, entry))
 
     def entries(self) -> list[Any]:
         """Best first."""
-        return [entry for _, _, entry in sorted(self._heap, reverse=True)]
+        return [entry for _, _, entry in sorted(self, reverse=True)]
+
+
+def token_view(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    features: FeatureSet,
+    saes: Mapping[int, SparseAutoencoder] | None = None,
+    *,
+    max_length: int = 512,
+) -> list[ShadedTexts]:
+    """One group of shaded texts for every row of `features`, all texts on the scale of that row.
+
+    With the SAE of a layer a feature's value is its activation. Without, it is the positive part of the pre-activation
+    `h . encoder + bias`, which a TopK SAE may have cut; so is that of a free direction.
+    The first token, on which no SAE was trained, counts as 0.
+    """
+    features.check_model(model)
+    layers = list(features.layers)
+    values: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    ids: list[list[int]] = []
+    with evaluation_mode(model), torch.no_grad():
+        for text in texts:
+            encoded = list(tokenizer(text)["input_ids"])[:max_length]
+            if not encoded:
+                raise UserValueError(f"a text without a token: {text!r}.")
+            ids.append(encoded)
+            input_ids = torch.tensor([encoded], device=batches.input_device(model))
+            hidden = forward_to_layer(model, layers, input_ids=input_ids)
+            for layer in layers:
+                values[layer].append(_row_values(hidden[layer][0], features, layer, (saes or {}).get(layer)))
+    found = []
+    for layer, rows in features.layers.items():
+        words = {entry.feature_id: entry.text for entry in features.explanations if entry.layer == layer}
+        for number, (name, feature) in enumerate(zip(rows.names, rows.feature_ids.tolist(), strict=True)):
+            passages = [
+                ShadedText(*text_pieces(tokenizer, line, matrix[:, number].tolist()))
+                for line, matrix in zip(ids, values[layer], strict=True)
+            ]
+            explained = f": {words[feature]}" if feature in words else ""
+            found.append(ShadedTexts(f"layer {layer}, {name}{explained}", passages))
+    return found
+
+
+def _row_values(hidden: Tensor, features: FeatureSet, layer: int, sae: SparseAutoencoder | None) -> Tensor:
+    """[tokens, F] of one text, on the CPU."""
+    rows = features.layers[layer]
+    hidden = hidden.float()
+    found = (hidden.cpu() @ rows.encoder.T + rows.encoder_bias).relu()
+    if sae is not None:
+        values, indices = (part.cpu() for part in sae.encode(hidden.to(sae.device, sae.dtype)))
+        for number, feature in enumerate(rows.feature_ids.tolist()):
+            if feature != FREE_DIRECTION:
+                found[:, number] = torch.where(indices == feature, values.float(), 0.0).sum(dim=1).relu()
+    found[0] = 0
+    return found
+
+
+_INCOMPLETE = "\ufffd"
+
+
+def text_pieces(tokenizer: Any, ids: Sequence[int], values: Sequence[float]) -> tuple[list[str], list[float]]:
+    """(pieces, largest value of each). Tokens that are parts of one character, as in byte-level BPE, are one piece.
+    Joined, the pieces are `tokenizer.decode(ids)`."""
+    pieces: list[str] = []
+    found: list[float] = []
+    text, open_value = "", 0.0
+    for position, value in enumerate(values):
+        decoded = tokenizer.decode(list(ids[: position + 1]), clean_up_tokenization_spaces=False)
+        open_value = max(open_value, value)
+        last = position == len(values) - 1
+        if (decoded.endswith(_INCOMPLETE) or not decoded.startswith(text)) and not last:
+            continue
+        pieces.append(decoded[len(text) :] if decoded.startswith(text) else decoded)
+        found.append(open_value)
+        text, open_value = decoded, 0.0
+    return pieces, found
+
+
+def marked(pieces: Sequence[str], values: Sequence[float]) -> str:
+    """The text with runs of pieces of a value above 0 between << and >>."""
+    runs = groupby(zip(pieces, values, strict=True), key=lambda pair: pair[1] > 0)
+    texts = ((fires, "".join(piece for piece, _ in run)) for fires, run in runs)
+    return "".join(f"<<{text}>>" if fires else text for fires, text in texts)

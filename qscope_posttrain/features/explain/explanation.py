@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.explain.contexts import FeatureContexts
 from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, rate_difference
 from qscope_posttrain.report.tables import Cell, Table
+
+if TYPE_CHECKING:
+    from qscope_posttrain.features.explain.contexts import FeatureContexts
 
 Method = Literal["detection", "fuzzing"]
 METHODS: tuple[Method, ...] = ("detection", "fuzzing")
@@ -29,11 +31,9 @@ class FeatureId(NamedTuple):
 class Prediction:
     """Counts of a judge's decisions whether contexts fit an explanation."""
 
-    hits: int
-    """Positive contexts that the judge accepted"""
+    hits: int  # Positive contexts that the judge accepted
     positives: int
-    rejections: int
-    """Negative contexts that the judge rejected"""
+    rejections: int  # Negative contexts that the judge rejected
     negatives: int
 
     def __post_init__(self) -> None:
@@ -67,12 +67,9 @@ class Explanation:
     layer: int
     feature_id: int
     text: str
-    model: str
-    """Name of the model that wrote it"""
-    detection: Prediction | None = None
-    """Distinguishing contexts in which it fires from random ones"""
-    fuzzing: Prediction | None = None
-    """Distinguishing contexts with the firing tokens marked from contexts with other tokens marked"""
+    model: str  # Name of the model that wrote it
+    detection: Prediction | None = None  # Distinguishing contexts in which it fires from random ones
+    fuzzing: Prediction | None = None  # Distinguishing the firing tokens, marked, from others
 
     def __post_init__(self) -> None:
         for name in ("layer", "feature_id"):
@@ -127,11 +124,9 @@ class Explained:
     """Explanations and their test results."""
 
     explanations: tuple[Explanation, ...]
-    controls: Mapping[Method, Mapping[FeatureId, Prediction]]
-    """Scores of every feature with the explanation of another one: the score of unrelated words"""
+    controls: Mapping[Method, Mapping[FeatureId, Prediction]]  # Scores with another feature's explanation
     contexts: tuple[FeatureContexts, ...]
-    skipped: Mapping[FeatureId, str]
-    """Features without an explanation, and why"""
+    skipped: Mapping[FeatureId, str]  # Features without an explanation, and why
 
     def mean(self, method: Method, control: bool = False) -> Interval | None:
         """Mean balanced accuracy over features, with a bootstrap interval over them."""

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import (
-    Sources,
-    best_rows,
-    feature_set_from,
-    monolinguality,
-    random_layer_features,
-    search,
-)
+from qscope_posttrain.features.build import Sources, best_rows, monolinguality, random_layer_features, search
 from qscope_posttrain.features.causal import causal_check, measure_effects
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
@@ -35,8 +28,7 @@ from qscope_posttrain.text.language_labels import language_hint
 Contrast = Literal["activation", "firing_rate"]
 Strength = Literal["max", "mean"]
 RESPONSE = "response"
-CHECKED_LAYERS = 2
-"""By default the causal check covers the two deepest layers, the ones that SASFT trains on."""
+CHECKED_LAYERS = 2  # By default the causal check covers the two deepest layers, the ones that SASFT trains on
 SCORE = "monolinguality"
 
 
@@ -58,13 +50,10 @@ def find_language_features(
 ) -> FeatureSet:
     """Find the `top` features of every language in every layer, by monolinguality, in one pass over the texts.
 
-    The FeatureSet holds, per layer, the rows grouped by language (best first) and the exact mean and covariance of
-    their encoder and decoder readouts in every language.
-
-    With a `target`, the effect of its rows on log P(target's tokens) is measured as well (one forward and backward
-    pass over a sample), and with `causal` its directions are ablated and added in `causal_layers`, next to random
-    features and the difference of means. That table is kept in `provenance["causal_check"]`, in the form of
-    `report.tables.Table.to_dict`; `causal.causal_check` gives it as an object.
+    Per layer the rows are grouped by language, best first. With a `target`, the effect of its rows on log P(target's
+    tokens) is measured as well (one forward and backward pass over a sample), and with `causal` its directions are
+    ablated and added in `causal_layers`, next to random features and the difference of means: see
+    `provenance["causal_check"]`, a `Table.to_dict`.
 
     Memory: the second moments behind the covariances take languages * d_model^2 * 8 bytes per layer, 0.7 GiB for 5
     languages at width 4096. `saes_at_once` bounds them and the SAEs in memory; `second_moments=False` does without.
@@ -117,7 +106,7 @@ def find_language_features(
     control_rows: dict[int, LayerFeatures] = {}
 
     def choose(passed: PassStatistics, loaded: Mapping[int, SparseAutoencoder]) -> dict[int, LayerFeatures]:
-        rows = {layer: _language_rows(passed.layers[layer], sae, languages, top) for layer, sae in loaded.items()}
+        rows = {layer: language_rows(passed.layers[layer], sae, languages, top) for layer, sae in loaded.items()}
         for layer in set(checked) & set(loaded):  # random features are drawn while their SAE is in memory
             best = rows[layer].take([languages.index(str(target)) * top] * controls)
             try:
@@ -142,20 +131,10 @@ def find_language_features(
     return replace(features, provenance={**features.provenance, "causal_check": report.to_table().to_dict()})
 
 
-def language_feature_set(
-    statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], *, top: int = 2
-) -> FeatureSet:
-    """The FeatureSet of `find_language_features`, from a pass that is already there; effects are not measured."""
-    layers = {
-        layer: _language_rows(statistics.layers[layer], sae, statistics.languages, top) for layer, sae in saes.items()
-    }
-    sources = {layer: sae.source for layer, sae in saes.items()}
-    return feature_set_from(statistics, layers, {"selector": "monolinguality", "score": SCORE, "top": top}, sources)
-
-
-def _language_rows(
+def language_rows(
     statistics: LayerStatistics, sae: SparseAutoencoder, languages: Sequence[str], top: int
 ) -> LayerFeatures:
+    """The `top` features of every language by monolinguality, grouped by language."""
     scores = monolinguality(statistics.mean_activation)
     return best_rows(statistics, sae, dict(zip(languages, scores, strict=True)), top)
 
@@ -175,20 +154,14 @@ def find_contrastive_features(
 ) -> FeatureSet:
     """The `top` features of each layer that are stronger in `positive` than in `negative` (Qwen-Scope, section 3).
 
-    The score of feature s is the difference of a mean over tokens,
-
-        activation   mean of f_s in positive - mean of f_s in negative
-        firing_rate  share of tokens with f_s > 0 in positive - share in negative
-
-    so that "activation" prefers features that fire strongly, "firing_rate" those that fire often. First tokens and norm
-    outliers do not count. `pass_options` are those of `build.search` and `statistics.collect_statistics`.
-
     Args:
-        positive, negative: strings, token ids, or `TokenText`s that count from some position on.
-        saes: {layer: SAE, or a source for `SparseAutoencoder.load`}, layers counted from 0.
+        by: score of feature s: "activation", mean of f_s over the tokens of positive minus that of negative, prefers
+            features that fire strongly; "firing_rate", the same of the share of tokens with f_s > 0, prefers those that
+            fire often.
         names: labels of the two sets in the FeatureSet; rows carry the first.
         common_tokens: number of token ids to ignore, the most frequent of both sets (see `most_common_tokens`): the
             effect of a comma or an article on a feature says nothing about either set.
+        pass_options: those of `build.search` and `statistics.collect_statistics`.
     """
     if by not in get_args(Contrast):
         raise UserValueError(f"by must be one of {', '.join(get_args(Contrast))}; got {by!r}.")
@@ -213,10 +186,8 @@ def find_contrastive_features(
 def most_common_tokens(
     model: nn.Module, tokenizer: Any, texts: Mapping[str, Sequence[Text]], count: int, max_length: int = 512
 ) -> frozenset[int]:
-    """The `count` token ids that are most frequent in all sets: ranked by the lowest of their shares of a set's tokens.
-
-    A token that is frequent in one set alone distinguishes the sets, and stays.
-    """
+    """The `count` token ids that are most frequent in all sets, ranked by the lowest of their shares of a set's tokens:
+    a token that is frequent in one set alone distinguishes the sets."""
     if count < 0:
         raise UserValueError(f"common_tokens must be 0 or more; got {count}.")
     shares: list[dict[int, float]] = []
@@ -274,9 +245,7 @@ def rank_response_features(
         pooled = collect_text_features(model, tokenizer, [text], loaded, pooling=by, max_length=max_length)
         rows = {}
         for layer, sae in loaded.items():
-            scores = torch.zeros(sae.d_sae, dtype=torch.float64)
-            ids, values = pooled[layer].row(0)
-            scores[ids.long()] = values.double()
+            scores = torch.from_numpy(pooled[layer].matrix.toarray()[0]).double()
             if reference:
                 scores[passed.layers[layer].firing_rate[1] > max_reference_rate] = -math.inf
             if (left := int((scores > 0).sum())) < top:

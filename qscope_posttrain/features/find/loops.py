@@ -21,8 +21,7 @@ from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.text.repetition import RepeatedTail, repeated_tail
 
 NORMAL_PER_LOOP = 4
-PERIOD_TRIM = 0.1
-"""Share of the shortest and of the longest periods that are left out of `LoopCollection.periods`."""
+PERIOD_TRIM = 0.1  # Share of the shortest and of the longest periods that are left out of `LoopCollection.periods`
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Completion:
 class Loop(Completion):
     """A completion in endless repetition."""
 
-    tail: RepeatedTail
-    """Positions in it count from the first token of the completion."""
+    tail: RepeatedTail  # Positions in it count from the first token of the completion
 
     def text(self) -> TokenText:
         """For a statistics pass: the tail from its second copy on counts, what led into it is context."""
@@ -77,21 +75,15 @@ class LoopCollection:
     """Loops, ordinary completions for contrast, and the number of completions examined."""
 
     loops: tuple[Loop, ...]
-    normal: tuple[Completion, ...]
-    """Completions that ended by themselves without a repeated tail; not necessarily all of them"""
-    samples: int
-    """Completions examined"""
-    sampled: bool = True
-    """Whether the model was sampled for them, so that `rate` is a property of the model"""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling settings and limits; JSON values"""
+    normal: tuple[Completion, ...]  # Completions that ended by themselves without a repeated tail; maybe not all
+    samples: int  # Completions examined
+    sampled: bool = True  # Whether the model was sampled for them, so that `rate` is a property of the model
+    settings: Mapping[str, Any] = field(default_factory=dict)  # Sampling settings and limits; JSON values
 
     @property
     def rate(self) -> Interval | None:
-        """Share of loops among the samples with its 95 % Wilson interval; None for given texts.
-
-        Sampling stops when enough are found, which makes the share of n loops too high by about its n-th part.
-        """
+        """Share of loops among the samples with its 95 % Wilson interval; None for given texts. Sampling stops when
+        enough are found, which makes the share of n loops too high by about its n-th part."""
         return wilson(len(self.loops), self.samples) if self.sampled else None
 
     @property
@@ -138,16 +130,14 @@ def collect_loops(
     chat_template_options: Mapping[str, Any] | None = None,
     show_progress: bool | None = None,
 ) -> LoopCollection:
-    """Sample until `wanted` completions loop (see `text.repetition.is_endless_repetition`), or give up.
+    """Sample until `wanted` completions loop (see `text.repetition.is_endless_repetition`), or `max_samples` are drawn.
 
-    Prompts are taken in turn, one sample each, again and again with other random numbers, a batch at a time. Finding
-    fewer loops than wanted is reported with the number and the rate; finding none is an error.
+    Prompts (see `models.generation.generate_samples`, also for `chat` and its options) are taken in turn, one sample
+    each, again and again with other random numbers, a batch at a time. Finding fewer loops than wanted is reported with
+    the number and the rate; finding none is an error.
 
     Args:
-        prompts: texts or chats, see `models.generation.generate_samples`, also for `chat` and its options.
-        max_samples: maximum number of completions to draw.
-        normal: ordinary completions (ended by themselves, without a repeated tail) to keep; by default four times
-            `wanted`.
+        normal: ordinary completions (ended by themselves, without a repeated tail) to keep; by default 4 * `wanted`.
         settings: how to draw; by default temperature 1, the whole distribution, 256 tokens, 64 at a time.
             `samples_per_prompt` is not used.
     """
@@ -224,10 +214,8 @@ def loops_from_texts(
 
 
 def _judged(found: Completion, ended: bool | None, min_copies: int, min_tokens: int) -> Loop | Completion | None:
-    """A loop, an ordinary completion, or None for neither: cut off, ended after repeating, or empty.
-
-    `ended` says whether the model ended it, None that it is not known.
-    """
+    """A loop, an ordinary completion, or None for neither: cut off, ended after repeating, or empty. `ended` says
+    whether the model ended it, None that it is not known."""
     tail = repeated_tail(found.completion_ids, min_copies=min_copies, min_tokens=min_tokens)
     if tail is not None:
         return None if ended else Loop(found.prompt_ids, found.completion_ids, tail)

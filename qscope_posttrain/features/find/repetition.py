@@ -38,11 +38,9 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 Ranking = Literal["difference", "attribution", "both"]
 BENIGN = "benign"
-REPETITION = "repetition"
-"""`settings["selector"]` of these features"""
+REPETITION = "repetition"  # `settings["selector"]` of these features
 DEFAULT_CURVE = CurveSettings()
-COPIES = 2
-"""Repeats whose probability the attribution is about."""
+COPIES = 2  # Repeats whose probability the attribution is about
 
 
 def find_repetition_features(
@@ -65,21 +63,18 @@ def find_repetition_features(
     """Find the features of endless repetition in every layer, and the direction that makes the model loop by itself.
 
     1. Loops: given, or sampled on `prompts` (`loops.collect_loops`).
-    2. One pass over them, ordinary completions and `benign` text gives the firing rates: the classes "loop" (tokens
-       of the repeated tail from its second copy on), "normal" (tokens of completions that ended by themselves) and
-       "benign".
+    2. One pass gives firing rates in three classes: "loop" (tokens of the repeated tail from its second copy on),
+       "normal" (tokens of completions that ended by themselves) and "benign".
     3. Two scores for every feature: its rise from the first to the last occurrence of a token in the loop
        (`repetition_differences`), stored as `scores`, and the gradient of log P(two more repeats) along its decoder
        row (`repetition_gradients`), stored as `effects`, in nats per unit of the row. The `top` features of each layer
        become rows labeled "loop", best first.
-    4. The steering curve (`repetition_curve.steering_curve`) tries them against random directions of equal length and
-       the difference of means between "loop" and "normal", and chooses layer, rows, strength and window by
-       `repetition_curve.choose`. Of the chosen layer only the chosen rows are kept, so that the set steers as chosen
-       (`features.steering.feature_steering`).
+    4. `repetition_curve.steering_curve` tries them against random directions and the difference of means, and chooses
+       layer, rows, strength and window. Of the chosen layer only the chosen rows are kept.
 
-    `settings["steering"]` is the result of `SteeringCurve.to_settings`. A choice that is not clearly more than random
-    comes with a warning and `specific` false; when nothing makes the model loop there is no such entry, and a warning.
-    In `provenance`: "steering_curve" and "ranking" as `Table.to_dict`, "loops" with their number and rate.
+    `settings["steering"]` is the result of `SteeringCurve.to_settings`, `specific` false (and a warning) for a choice
+    that is not clearly more than random, and absent (with a warning) when nothing makes the model loop. In
+    `provenance`: "steering_curve" and "ranking" as `Table.to_dict`, "loops" with their number and rate.
 
     Args:
         model (nn.Module): Causal language model of transformers.
@@ -159,13 +154,9 @@ def find_repetition_features(
     longest = max(len(entry.ids) for entry in (*loops.loops, *loops.normal))
     pass_options = {"max_length": longest, "show_progress": show_progress, **pass_options}
     features = search(model, tokenizer, texts, saes, choose, settings, **pass_options)
-    described = {
-        "loops": len(loops.loops),
-        "normal": len(loops.normal),
-        "samples": loops.samples,
-        "rate": None if loops.rate is None else list(loops.rate),
-        "periods": [loop.tail.period for loop in loops.loops],
-    }
+    described: dict[str, Any] = {"loops": len(loops.loops), "normal": len(loops.normal), "samples": loops.samples}
+    described["rate"] = None if loops.rate is None else list(loops.rate)
+    described["periods"] = [loop.tail.period for loop in loops.loops]
     ranking = repetition_table(features).to_dict()
     features = replace(features, provenance={**features.provenance, "ranking": ranking, "loops": described})
     if curve is None:
@@ -216,11 +207,8 @@ def repetition_differences(
         score = mean over loops of  mean over the positions of the last copy of  f(last) - f(first)
 
     so that a short block counts as much as a long one (Qwen-Scope report, section 8.1; the token is the same on both
-    sides, so its identity cancels). Only the compared states are encoded, and summed in fp64.
-
-    Args:
-        norm_limits: by layer, the norm above which a state is an outlier and its pair is left out; None for no limit.
-        tokens_per_batch: tokens in a forward pass, padding included.
+    sides, so its identity cancels). Only the compared states are encoded, and summed in fp64. A pair with a state whose
+    norm exceeds the layer's entry in `norm_limits` is left out.
     """
     layers = check_layers(model, sorted(saes))
     pairs = [occurrences(loop) for loop in loops]
@@ -267,14 +255,12 @@ def repetition_gradients(
     """Gradient of log P(`copies` exact repeats) with respect to a constant steering vector, {layer: [d_model] fp64}.
 
     A loop is cut after its first copy: the prefix. Its block B then follows `copies` times, as it did in the loop.
-    With h_t the output of the layer, summed over the positions t that predict a token of these copies (from the last
-    token of the prefix on), and averaged over loops:
+    With h_t the output of the layer at the positions t that predict a token of these copies:
 
         g = mean over loops of  sum_t d log P(B ... B | prefix) / d h_t
 
     so g . v is the first-order effect, in nats per loop, of adding v to those states: of steering from the boundary on.
-    The copies gain little once the loop runs, because they are certain already; the entry decides. Parameters receive
-    no gradient.
+    The copies gain little once the loop runs, because they are certain already; the entry decides.
     """
     needed = copies + 1
     if copies < 1 or any(loop.tail.copies < needed for loop in loops):
@@ -294,15 +280,12 @@ def repetition_gradients(
 def rank_features(
     difference: Tensor, attribution: Tensor, fires: Tensor, top: int, rank_by: Ranking = "both"
 ) -> Tensor:
-    """Ids of the `top` features, best first.
+    """Ids of the `top` features, best first, by `difference` [d_sae] (`repetition_differences`), by `attribution`
+    [d_sae] (effect of a step along the unit decoder row), or by "both" in turn: the best by difference, the best by
+    attribution, the second best by difference, and so on.
 
-    Args:
-        difference: [d_sae], see `repetition_differences`.
-        attribution: [d_sae] effect of a step along the unit decoder row, see `repetition_gradients`.
-        fires: bool [d_sae], whether the feature fires within the loops. One that does not can still point the right
-            way, but is not what the model uses: it is left out.
-        rank_by: by either, or by both in turn: the best by difference, the best by attribution, the second best by
-            difference, and so on.
+    A feature that does not fire within the loops (`fires` [d_sae]) can still point the right way, but is not what the
+    model uses: it is left out.
     """
     if rank_by not in get_args(Ranking):
         raise UserValueError(f'rank_by must be "difference", "attribution" or "both", got {rank_by!r}.')

@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import difference_of_means, random_directions
 from qscope_posttrain.features.dose_curve import (
     FEATURE,
     MEANS,
@@ -20,6 +18,7 @@ from qscope_posttrain.features.dose_curve import (
     CurvePoint,
     CurveSettings,
     Trial,
+    controls,
     measure,
 )
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -36,8 +35,7 @@ ONE_STANDARD_ERROR = 0.6827
 SCAN, FRESH = "scan", "fresh"
 CHOSEN = "*"
 CURVE_KEY = "steering_curve"
-_FRESH_SEED = 7919
-"""Added to the seed for the final check."""
+_FRESH_SEED = 7919  # Added to the seed for the final check
 
 
 def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95) -> Interval:
@@ -49,11 +47,11 @@ def margin(points: Sequence[CurvePoint], point: CurvePoint, level: float = 0.95)
 
 
 def choose(points: Sequence[CurvePoint], max_unlikely_share: float = 1.0) -> CurvePoint | None:
-    """Choose the point to steer with, by its margin over random directions and not by its loop share.
+    """Choose the point to steer with, by its margin over random directions; None if no feature point qualifies.
 
-    Only loops like the model's own count. A strong push can make any model stutter ("6 6 6 6"): that is no example of
-    the habit that training is to remove, and it is unlearned in a few steps. And early layers loop after any push of
-    sufficient length, so that the share alone says nothing about the feature.
+    Only loops like the model's own count: a strong push can make any model stutter ("6 6 6 6"), which is not the habit
+    that training is to remove. And early layers loop after any push of sufficient length, so that the share of loops
+    says nothing about the feature.
 
     1. Eligible are the feature points whose `margin` is above 0 with its whole 95 % interval; if there are none, all
        feature points with such a loop.
@@ -62,8 +60,7 @@ def choose(points: Sequence[CurvePoint], max_unlikely_share: float = 1.0) -> Cur
     3. Of these, the one with the smallest share of unlikely tokens: a negative example close to the model's own text
        teaches about the loop and not about the text before it. Ties: the smaller strength, then the larger margin.
 
-    Points with more than `max_unlikely_share` unlikely tokens are excluded. None if no other feature point has a loop
-    like the model's own.
+    Points with more than `max_unlikely_share` unlikely tokens are excluded.
     """
     looping = [
         point
@@ -85,20 +82,15 @@ class SteeringCurve:
     """The scan, the point chosen from it, and the same point and its controls measured again."""
 
     scan: tuple[CurvePoint, ...]
-    chosen: CurvePoint | None
-    """None when no push along a feature made anything loop"""
-    fresh: tuple[CurvePoint, ...]
-    """The chosen point, random directions, difference of means and no steering, on other prompts and random numbers"""
+    chosen: CurvePoint | None  # None when no push along a feature made anything loop
+    fresh: tuple[CurvePoint, ...]  # It, random directions, difference of means and no steering, on other prompts
     settings: CurveSettings
-    periods: tuple[int, int] | None = None
-    """Shortest and longest block of a loop like the model's own; None for any"""
+    periods: tuple[int, int] | None = None  # Shortest and longest block of a loop like the model's own; None for any
 
     @property
     def specific(self) -> bool:
-        """Whether the chosen features make loops like the model's own more often than random directions do.
-
-        On completions that they were not chosen by.
-        """
+        """Whether the chosen features make loops like the model's own more often than random directions do, on
+        completions that they were not chosen by."""
         return self.chosen is not None and margin(self.fresh, self._fresh(FEATURE)).low > 0
 
     def verdict(self) -> str:
@@ -190,13 +182,9 @@ def steering_curve(
     the unit vector along the sum of the unit decoder rows (what `features.steering.feature_steering` uses). Each is
     measured next to random directions and the difference of means of the same length.
 
-    The scan and the final check take different completions: other prompts where there are enough of them, and other
-    random numbers, starts and random directions.
-
-    Args:
-        prompt_ids: encoded prompts; they are shuffled.
-        periods: block lengths of the model's own loops, see `LoopCollection.periods`; only such loops count for the
-            choice. None for any.
+    The scan and the final check take different completions: other prompts where there are enough of them (they are
+    shuffled), and other random numbers, starts and random directions. Only loops within `periods` (see
+    `LoopCollection.periods`; None for any) count for the choice.
     """
     if not prompt_ids:
         raise UserValueError("No prompts for the steering curve; give at least one.")
@@ -205,7 +193,7 @@ def steering_curve(
     shuffled = random.Random(seed).sample(list(prompt_ids), len(prompt_ids))
     trials = [Trial(UNSTEERED, UNSTEERED)]
     for layer, rows in features.layers.items():
-        pushes = [*candidates(layer, rows, settings), *controls(features, layer, settings, seed)]
+        pushes = [*candidates(layer, rows, settings), *_controls(features, layer, settings, seed)]
         trials += [
             replace(push, strength=strength, window_length=length)
             for strength in settings.strengths
@@ -218,7 +206,7 @@ def steering_curve(
     fresh: list[CurvePoint] = []
     if chosen is not None and chosen.trial.layer is not None:
         trial = chosen.trial
-        again = controls(features, chosen.trial.layer, settings, seed + _FRESH_SEED)
+        again = _controls(features, chosen.trial.layer, settings, seed + _FRESH_SEED)
         same: dict[str, Any] = {"strength": trial.strength, "window_length": trial.window_length}
         trials = [trials[0], trial, *(replace(push, **same) for push in again)]
         used = settings.samples % len(shuffled)
@@ -238,18 +226,16 @@ def candidates(layer: int, rows: LayerFeatures, settings: CurveSettings) -> Iter
         yield Trial(FEATURE, name, layer, vector[None], rows.residual_median_norm, group)
 
 
-def controls(features: FeatureSet, layer: int, settings: CurveSettings, seed: int) -> Iterator[Trial]:
+def _controls(features: FeatureSet, layer: int, settings: CurveSettings, seed: int) -> Iterator[Trial]:
     """Random directions, and the difference of means between loops and ordinary completions."""
     rows = features.layers[layer]
-    drawn = random_directions(torch.ones(settings.random_directions), rows.d_model, seed + layer)
-    yield Trial(RANDOM, f"random ({len(drawn)} directions)", layer, drawn, rows.residual_median_norm)
     classes = [features.language_index(name) for name in (LOOP, NORMAL)]
-    difference = difference_of_means(rows.mean_residual[classes], 0)
-    if not bool(difference.any()):
-        raise UserValueError(
-            f"Layer {layer}: both classes have the same mean residual, so there is no difference of means."
-        )
-    yield Trial(MEANS, MEANS, layer, unit(difference)[None], rows.residual_median_norm)
+    means = rows.mean_residual[classes]
+    for kind, vectors in controls(means, 0, settings.random_directions, seed + layer).items():
+        if not bool(vectors.any()):
+            raise UserValueError(f"Layer {layer}: both classes have the same mean residual: no difference of means.")
+        name = f"random ({len(vectors)} directions)" if kind == RANDOM else kind
+        yield Trial(kind, name, layer, vectors if kind == RANDOM else unit(vectors), rows.residual_median_norm)
 
 
 def with_choice(features: FeatureSet, curve: SteeringCurve) -> FeatureSet:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sae.containers.weights_file import SETTINGS_FILES, WeightsFile, open_weights
 from qscope_posttrain.sae.formats import (
     dictionary_learning,
     gemma_scope,
@@ -21,6 +20,7 @@ from qscope_posttrain.sae.formats import (
 from qscope_posttrain.sae.formats.stored import StoredSAE
 from qscope_posttrain.sae.layout import layer_in_path, listed
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import SETTINGS_FILES, WeightsFile, open_weights
 
 READERS = (native, qwen_scope, gemma_scope, openmoss, sae_lens, sparsify, dictionary_learning)
 WRITERS = {"native": native.write_file, "sae_lens": sae_lens.write_file, "qwen_scope": qwen_scope.write_file}

@@ -18,10 +18,10 @@ from functools import partial
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.checks import Settings
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, gated, read_stored
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 _layout = partial(Layout, "dictionary_learning")
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
@@ -58,15 +58,12 @@ def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
         stated = trainer.integer("dict_size", shape[0]), trainer.integer("activation_dim", shape[1])
         if stated != shape:
             raise UserValueError(f"config.json states dict_size and activation_dim {stated}, it holds {shape}")
+    activation: Activation | None
     activation, gain = gated(weights, "mag_bias", "gate_bias") if name == "GatedAutoEncoder" else (None, None)
-    return read_stored(
-        weights,
-        located,
-        layout,
-        fold=Fold(subtract_b_dec=name not in _NOT_SUBTRACTING, encoder_scale=gain),
-        activation=activation or _activation(weights, name, trainer),
-        layer=None if trainer is None else _layer(trainer),
-    )
+    fold = Fold(subtract_b_dec=name not in _NOT_SUBTRACTING, encoder_scale=gain)
+    activation = activation or _activation(weights, name, trainer)
+    layer = None if trainer is None else _layer(trainer)
+    return read_stored(weights, located, layout, fold=fold, activation=activation, layer=layer)
 
 
 def _class_name(weights: WeightsFile, trainer: Settings | None) -> str:

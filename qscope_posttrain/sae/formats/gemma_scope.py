@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import JumpReLU
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Layout, StoredSAE, read_stored
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 _OTHER_SITES = ("transcoder", "crosscoder", "clt", "embedding", "-att", "-mlp", "attn_out", "mlp_out")
 

@@ -18,9 +18,9 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import replacing
 from qscope_posttrain.sae.activations import activation_from_spec, activation_to_spec
 from qscope_posttrain.sae.checks import as_integer, parse_object, shown
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Layout, StoredSAE, read_stored, unshared
 from qscope_posttrain.sae.source import LocatedFile, SAESource
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder

@@ -13,10 +13,8 @@ With norm_activation "dataset-wise" the weights expect x * s, s = sqrt(d_model) 
 Both are folded: an activation here is the library's, in raw units, times that norm.
 
 The threshold of Llama Scope was measured after folding to raw units and a decoder of unit norm
-(OpenMOSS/Language-Model-SAEs, post_processing at commit 1e710367), so that, with n_j the norm of column j of
-decoder.weight, in raw units
-
-    pre_j = n_j (encoder.weight x + encoder.bias / s)_j,    f_j = pre_j where pre_j > jump_relu_threshold
+(OpenMOSS/Language-Model-SAEs, post_processing at commit 1e710367): it applies to n_j (encoder.weight x + encoder.bias /
+s)_j, in raw units, with n_j the norm of column j of decoder.weight.
 """
 
 from __future__ import annotations
@@ -29,10 +27,10 @@ from torch import Tensor
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import Activation, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.checks import Settings, as_positive
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, read_stored
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 _NORM = "dataset_average_activation_norm"
 _THRESHOLD = "log_jumprelu_threshold"
@@ -72,16 +70,8 @@ def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
     has_b_dec = settings.flag("use_decoder_bias", True)
     subtracts = has_b_dec and settings.flag("apply_decoder_bias_to_pre_encoder", True)
     unit_decoder = llama_scope or settings.flag("sparsity_include_decoder_norm", True)
-    return read_stored(
-        weights,
-        located,
-        layout,
-        d_sae,
-        d_model,
-        fold=Fold(s, s, 1 / s, subtracts, unit_decoder),
-        activation=_activation(settings, thresholds),
-        layer=layer,
-    )
+    fold, activation = Fold(s, s, 1 / s, subtracts, unit_decoder), _activation(settings, thresholds)
+    return read_stored(weights, located, layout, d_sae, d_model, fold=fold, activation=activation, layer=layer)
 
 
 def _is_llama_scope(weights: WeightsFile) -> bool:

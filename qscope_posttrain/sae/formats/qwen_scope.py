@@ -16,9 +16,9 @@ import torch
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import replacing
 from qscope_posttrain.sae.activations import TopK
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Layout, StoredSAE, read_stored, unshared
 from qscope_posttrain.sae.source import LocatedFile, Release
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder

@@ -22,27 +22,20 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import replacing
 from qscope_posttrain.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from qscope_posttrain.sae.checks import Settings, as_positive
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, gated, read_stored, unshared
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 if TYPE_CHECKING:
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
-_ARCHITECTURES = {
-    "standard": "standard",
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "matryoshka_batchtopk": "jumprelu",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-}
-"""Architecture in cfg.json -> architecture at inference. SAELens saves batch variants as JumpReLU."""
+# Architecture in cfg.json -> architecture at inference: SAELens saves batch variants as JumpReLU.
+_ARCHITECTURES = {name: name for name in ("standard", "topk", "jumprelu", "gated")}
+_ARCHITECTURES |= dict.fromkeys(("batchtopk", "matryoshka_batchtopk"), "jumprelu")
 _NO_SAE = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _FINETUNING = ("scaling_factor", "finetuning_scaling_factor")
-_VERSION = "6.0.0"
-"""The version of SAELens whose cfg.json is written; without one, readers take it for a layout before 6."""
+_VERSION = "6.0.0"  # Version of SAELens whose cfg.json is written; without one, readers assume one before 6
 
 
 def recognizes(weights: WeightsFile) -> bool:
@@ -64,25 +57,12 @@ def open_file(weights: WeightsFile, located: LocatedFile, input_scale: float | N
     layout = Layout("sae_lens", ("W_enc", b_enc, "W_dec", "b_dec"), "columns, rows", own, _FINETUNING)
     layout.check(weights)
     scale = _input_scale(scales_input, weights.settings("activation_scaler.json"), input_scale)
+    activation: Activation | None
     activation, gain = gated(weights, b_enc, "b_gate") if architecture == "gated" else (None, None)
-    fold = Fold(
-        input_scale=scale,
-        output_scale=scale,
-        subtract_b_dec=settings.flag("apply_b_dec_to_input", True),
-        unit_decoder=rescales,
-        encoder_scale=gain,
-        decoder_scale=_finetuning(weights, settings, d_sae, rescales),
-    )
-    return read_stored(
-        weights,
-        located,
-        layout,
-        d_sae,
-        d_model,
-        fold=fold,
-        activation=activation or _activation(weights, architecture, k),
-        layer=layer,
-    )
+    subtracts, finetuned = settings.flag("apply_b_dec_to_input", True), _finetuning(weights, settings, d_sae, rescales)
+    fold = Fold(scale, scale, 1.0, subtracts, rescales, encoder_scale=gain, decoder_scale=finetuned)
+    activation = activation or _activation(weights, architecture, k)
+    return read_stored(weights, located, layout, d_sae, d_model, fold=fold, activation=activation, layer=layer)
 
 
 def write_file(path: Path, sae: SparseAutoencoder) -> Path:
@@ -96,16 +76,10 @@ def write_file(path: Path, sae: SparseAutoencoder) -> Path:
     if sae.layer is not None:
         metadata["hook_name"] = f"blocks.{sae.layer}.hook_resid_post"
         metadata["hf_hook_name"] = f"model.layers.{sae.layer}"
-    settings: dict[str, Any] = {
-        "d_in": sae.d_model,
-        "d_sae": sae.d_sae,
-        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": metadata | {"converted_from": str(sae.source.origin or sae.source)},
-    }
+    metadata["converted_from"] = str(sae.source.origin or sae.source)
+    settings: dict[str, Any] = {"d_in": sae.d_model, "d_sae": sae.d_sae, "device": "cpu", "metadata": metadata}
+    settings |= {"dtype": str(sae.W_enc.dtype).removeprefix("torch."), "apply_b_dec_to_input": False}
+    settings |= {"normalize_activations": "none", "reshape_activations": "none"}
     tensors = {"W_enc": sae.W_enc.t(), "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if isinstance(activation, TopK) and activation.variant != "signed":
         settings |= {"architecture": "topk", "k": activation.k, "rescale_acts_by_decoder_norm": False}

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sae.activations import TopK
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.formats.stored import Fold, Layout, StoredSAE, read_stored
 from qscope_posttrain.sae.layout import layer_of_site
 from qscope_posttrain.sae.source import LocatedFile
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 _LAYOUT = Layout("sparsify", ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), "rows, rows")
 _MODULE = ("layers", "blocks", "h.", "embed", "model.", "transformer.", "gpt_neox.")
@@ -34,14 +34,7 @@ def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
     _LAYOUT.check(weights)
     d_model = settings.integer("d_in")
     d_sae = settings.integer("num_latents", 0, least=0) or d_model * settings.integer("expansion_factor", 32)
-    site = weights.path.parent.name
-    return read_stored(
-        weights,
-        located,
-        _LAYOUT,
-        d_sae,
-        d_model,
-        fold=Fold(subtract_b_dec=True),
-        activation=TopK(settings.integer("k", 32), "signed" if settings.flag("signed", False) else "relu_before"),
-        layer=layer_of_site(site) if site.startswith(_MODULE) else None,
-    )
+    site, fold = weights.path.parent.name, Fold(subtract_b_dec=True)
+    activation = TopK(settings.integer("k", 32), "signed" if settings.flag("signed", False) else "relu_before")
+    layer = layer_of_site(site) if site.startswith(_MODULE) else None
+    return read_stored(weights, located, _LAYOUT, d_sae, d_model, fold=fold, activation=activation, layer=layer)

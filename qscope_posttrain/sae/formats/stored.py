@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.sae.activations import Activation, JumpReLU
-from qscope_posttrain.sae.containers.weights_file import WeightsFile
 from qscope_posttrain.sae.source import LocatedFile, SAESource
+from qscope_posttrain.sae.weights_file import WeightsFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,7 @@ class Fold:
     output_scale: float = 1.0  # t: the decoder yields t * x
     activation_scale: float = 1.0  # u: an activation of 1 in the stored units is u here
     subtract_b_dec: bool = False  # The encoder is fed s * x - b_dec
-    unit_decoder: bool = False
-    """Activations are multiplied by the norm of their decoder row before the activation function."""
+    unit_decoder: bool = False  # Activations are multiplied by their decoder row's norm before the activation
     encoder_scale: Tensor | None = None  # a, [d_sae]
     decoder_scale: Tensor | None = None  # Factor on each decoder row before all this, [d_sae]
 
@@ -70,8 +69,7 @@ class StoredSAE:
     b_enc: Tensor  # [d_sae]
     W_dec: Tensor  # [d_sae, d_model]; a transposed view where the file stores the directions as columns
     b_dec: Tensor  # [d_model]
-    memory_mapped: bool
-    """The tensors are pages of the file and never written to, so that pages may be released after reading."""
+    memory_mapped: bool  # The tensors are pages of the file, never written to: they may be released after reading
     fold: Fold = field(default_factory=Fold)  # The quirks to fold into these four
     activation: Activation | None = None  # In units after folding; None where the file does not state it
     layer: int | None = None  # Layer stated in the file or its settings, else by its place or the caller
@@ -113,16 +111,8 @@ def read_stored(
     shift = torch.zeros(d_model) if absent else weights.tensor(b_dec, d_model)  # type: ignore[arg-type]
     shape = bias.shape[0], shift.shape[0]
     encoder_in, decoder_in = layout.features_in.split(", ")
-    return StoredSAE(
-        located,
-        layout.format,
-        weights.matrix(encoder, *shape, encoder_in),
-        bias,
-        weights.matrix(decoder, *shape, decoder_in),
-        shift,
-        weights.memory_mapped,
-        **more,
-    )
+    W_enc, W_dec = weights.matrix(encoder, *shape, encoder_in), weights.matrix(decoder, *shape, decoder_in)
+    return StoredSAE(located, layout.format, W_enc, bias, W_dec, shift, weights.memory_mapped, **more)
 
 
 def gated(weights: WeightsFile, b_enc: str, b_gate: str) -> tuple[JumpReLU, Tensor]:

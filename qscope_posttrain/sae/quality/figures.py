@@ -180,11 +180,10 @@ def figures(
         raise UserValueError("every token was left out as a first token or a norm outlier: give longer texts")
     rows = sums.rows()
 
-    def interval(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> Interval:
-        return bootstrap_of_sums(np.stack([top, bottom], axis=1), _ratio, seed=seed)
+    rows["all tokens"] = rows["tokens"] + rows["outliers"]
 
     def mean(column: str, over: str = "tokens") -> Interval:
-        return interval(rows[column], rows[over])
+        return bootstrap_of_sums(np.stack([rows[column], rows[over]], axis=1), _ratio, seed=seed)
 
     def recovered(ablation: str) -> Interval:
         columns = np.stack([rows["clean"], rows["spliced"], rows[ablation]], axis=1)
@@ -200,7 +199,7 @@ def figures(
         tokens=int(rows["tokens"].sum()),
         skipped=skipped,
         outliers=int(rows["outliers"].sum()),
-        outlier_share=interval(rows["outliers"], rows["tokens"] + rows["outliers"]),
+        outlier_share=mean("outliers", "all tokens"),
         fvu=mean("error", "variance"),
         fvu_without_b_dec=mean("error_without_b_dec", "variance"),
         l0=l0,

@@ -19,8 +19,7 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.catalog import CatalogEntry
 from qscope_posttrain.sae.source import SAESource
 
-REPAIRED = 0.1
-"""A change counts as the repair if it lowers the FVU by more than this share of it, and by more than 0.02."""
+REPAIRED = 0.1  # A change is the repair if it lowers the FVU by more than this share of it, and by over 0.02
 USELESS = 0.85  # From this share of the chance FVU on, an SAE is unrelated to the activations
 MORE_LATENTS = 1.5
 """Ignore a rescaling that activates more than this many times the latents: it improves the reconstruction of any SAE,
@@ -75,8 +74,7 @@ class Fit:
     fvu: float  # Without a change
     output_scale: float  # Factor of the decoded part, x_hat - b_dec, that makes the FVU smallest
     fvu_at_output_scale: float
-    input_scale: float
-    """Factor of x before encoding (undone after decoding) that makes the FVU smallest, from 2^-6 to 2^6."""
+    input_scale: float  # Factor of x before encoding, undone after decoding, of the smallest FVU, 2^-6 to 2^6
     fvu_at_input_scale: float
     fvu_subtracting_b_dec: float  # Fed with x - b_dec
     fvu_adding_b_dec: float  # Fed with x + b_dec
@@ -85,10 +83,8 @@ class Fit:
     chance: float
     """FVU of an SAE of this width and sparsity on unrelated data: at the best scales, on residual vectors whose
     deviations from their mean had their coordinates shuffled and their signs flipped at random."""
-    layers: Mapping[int, float]
-    """Layer -> FVU there at the best output scale, for the layer itself and its neighbors."""
-    alignment: float
-    """Mean cosine between a latent's encoder row and its direction: near 0 if the two do not belong together."""
+    layers: Mapping[int, float]  # Layer -> FVU there at the best output scale, for the layer itself and its neighbors
+    alignment: float  # Mean cosine of encoder rows and directions: near 0 if they do not belong together
 
 
 @torch.no_grad()

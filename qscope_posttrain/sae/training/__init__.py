@@ -13,6 +13,7 @@ Decoder rows keep norm 1. At the end everything is folded into raw units: a cano
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,18 +37,14 @@ def train_saes(
     """Train one SAE per layer.
 
     Args:
-        activations (dict of int to Tensor): Raw outputs of decoder layers, layer -> [tokens, d_model], any float dtype.
-            Training runs on their device, in float32. Leave first tokens and norm outliers out: they would dominate
-            scale and loss.
+        activations (dict of int to Tensor): Raw outputs of decoder layers, layer -> [tokens, d_model], any float dtype,
+            on the device to train on. Leave first tokens and norm outliers out: they would dominate scale and loss.
         config (SAETrainingConfig, default None): Settings; None is `SAETrainingConfig()`.
         progress (bool, default None): Show a progress line per layer; None: on a terminal.
 
     Returns:
-        layer -> dictionary in raw units (float32, decoder rows of norm 1). A layer's result depends on its own
-        activations and the configuration only, and is reproducible on the same machine and number of threads.
-
-    Raises:
-        ValueError: activations that are not [tokens, d_model], not finite, or all equal; k above the width.
+        layer -> SAE in raw units (float32, decoder rows of norm 1). A layer's result depends on its own activations and
+        the configuration only, and is reproducible on the same machine and number of threads.
 
     Example:
         >>> activations = {2: torch.randn(500, 64), 3: torch.randn(500, 64)}
@@ -80,14 +77,9 @@ def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
 def _train_layer(layer: int, x: Tensor, config: SAETrainingConfig, progress: bool | None) -> SparseAutoencoder:
     training = LayerTraining(layer, calibrate(layer, x), config)
     unexplained = torch.zeros(())
-    batches = shown(
-        enumerate(_batches(x.shape[0], config)),
-        total=config.steps,
-        description=f"training the SAE of layer {layer}",
-        enabled=progress,
-        note=lambda: f"unexplained variance {float(unexplained):.3f}",
-    )
-    for step, tokens in batches:
+    options: dict[str, Any] = {"total": config.steps, "description": f"training the SAE of layer {layer}"}
+    options["note"] = lambda: f"unexplained variance {float(unexplained):.3f}"
+    for step, tokens in shown(enumerate(_batches(x.shape[0], config)), enabled=progress, **options):
         unexplained = training.update(x[tokens.to(x.device)], len(tokens), step).fvu
     return training.finished()
 

@@ -80,8 +80,7 @@ class ActivationStream:
                 "buffer_dtype bfloat16, or raise max_buffer_gib"
             )
         self.medians: dict[int, float] = {}  # Median norm of each layer, computed on the first block
-        self.left_out = dict.fromkeys(self.layers, 0)
-        """Number of norm outliers of each layer so far, of all processes"""
+        self.left_out = dict.fromkeys(self.layers, 0)  # Number of norm outliers of each layer so far, of all processes
         self.left_out_before = dict(self.left_out)  # The same, without the block in memory
         self.start = self.end = StreamPosition()  # Start and end of the block in memory
         self.block = -1  # Number of the block in memory
@@ -98,11 +97,8 @@ class ActivationStream:
         self.block, self.end = block - 1, start
 
     def fill(self) -> None:
-        """Read the next block into memory.
-
-        Raises:
-            ValueError: NaN or infinite activations, or documents that attend to each other where they must not.
-        """
+        """Read the next block into memory. ValueError: NaN or infinite activations, or documents that attend to each
+        other where they must not."""
         config = self.config
         self.block, self.start, self.left_out_before = self.block + 1, self.end, dict(self.left_out)
         stream = packed_sequences(

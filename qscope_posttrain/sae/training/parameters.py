@@ -82,11 +82,8 @@ def geometric_median(x: Tensor, reduce: Reduce = alone) -> Tensor:
 
 @torch.no_grad()
 def calibrate(layer: int, x: Tensor, reduce: Reduce = alone) -> Units:
-    """Compute the units from the activations x [tokens, d_model], of all processes together; sums in fp64.
-
-    Raises:
-        ValueError: all activations are equal, so that there is nothing to learn.
-    """
+    """Compute the units from the activations x [tokens, d_model], of all processes together; sums in fp64. ValueError:
+    all activations are equal, so that there is nothing to learn."""
     center = geometric_median(x, reduce)
     sums, squares, power = (torch.zeros_like(center) for _ in range(3))
     for tile in x.split(_TILE_TOKENS):
@@ -119,16 +116,9 @@ def fold(
     elif config.architecture == "batch_topk":
         threshold = float(scale * batch_threshold)
         activation = BatchTopK(threshold if math.isfinite(threshold) else 0.0)
-    W_enc = parameters.W_enc.detach().clone()
-    return SparseAutoencoder(
-        W_enc=W_enc,
-        b_enc=scale * parameters.b_enc - W_enc @ center,
-        W_dec=parameters.W_dec.detach().clone(),
-        b_dec=center + scale * parameters.b_dec,
-        activation=activation,
-        layer=layer,
-        source=SAESource("trained here"),
-    )
+    W_enc, W_dec = parameters.W_enc.detach().clone(), parameters.W_dec.detach().clone()
+    b_enc, b_dec = scale * parameters.b_enc - W_enc @ center, center + scale * parameters.b_dec
+    return SparseAutoencoder(W_enc, b_enc, W_dec, b_dec, activation, layer, SAESource("trained here"))
 
 
 def _weighted_mean(x: Tensor, around: Tensor | None, reduce: Reduce) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """Train SAEs for many layers of a model in one pass over text: stream, update, checkpoint, measure.
 
-    result = train_saes_on_text(model, tokenizer, "texts/", layers=[9, 18], config=SAETrainingConfig(...), output="run")
-
 Each block of text is read once, its activations stay in memory, and all layers take their updates from it in turn. The
 run can be killed at any moment: a checkpoint holds weights, optimizer, counters and the position in the text. Resuming
 reads the block again, and gives the same bits as a run that was never stopped.
@@ -11,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,12 @@ from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.download import in_words
-from qscope_posttrain.sae.quality.measure import measure_sae
+from qscope_posttrain.sae.quality import measure_sae
 from qscope_posttrain.sae.training.activation_stream import ActivationStream
 from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
 from qscope_posttrain.sae.training.parameters import calibrate
 from qscope_posttrain.sae.training.records import (
+    SAETrainingResult,
     TrainingLog,
     TrainingState,
     checkpoints,
@@ -41,17 +40,6 @@ from qscope_posttrain.sae.training.text_stream import open_source
 from qscope_posttrain.sae.training.update import LayerTraining
 
 CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True, eq=False)
-class SAETrainingResult:
-    """Result of a training."""
-
-    saes: dict[int, SparseAutoencoder]  # By layer, in raw units
-    quality: dict[int, dict[str, Any]]
-    """By layer, on held-out text: fvu, l0, dead, loss_recovered and more; empty if nothing was held out"""
-    records: list[dict[str, Any]]  # Content of metrics.jsonl
-    facts: dict[str, Any]  # Model, data with its fingerprint, tokens, epochs, outliers, seconds
 
 
 def train_saes_on_text(
@@ -77,8 +65,8 @@ def train_saes_on_text(
             set of `datasets`, also with `streaming=True`. At its end the text is read again.
         layers (sequence of int): Decoder layers, from 0.
         config (SAETrainingConfig): Settings of the training.
-        output (path): Folder for metrics.jsonl and checkpoints. The SAEs are returned; `results.write_results` writes
-            them.
+        output (path): Folder for metrics.jsonl and checkpoints. The SAEs are returned; `records.write_results`
+            writes them.
         stream (StreamConfig, default None): How text becomes activations; None is `StreamConfig()`.
         run (RunConfig, default None): Logging, evaluation and checkpoints; None is `RunConfig()`.
         text_column (str, default "text"): The column of JSONL files and data sets that holds the documents.
@@ -147,14 +135,9 @@ class _Run:
             finished = step + 1
             spent = self.seconds + time.monotonic() - started
             if finished % self.run.log_every == 0 or finished == self.config.steps:
-                log.record(
-                    finished,
-                    tokens=finished * self.config.batch_tokens,
-                    learning_rate=self.config.rate(step),
-                    k=self.config.k_at(step),
-                    epoch=self.stream.end.epoch,
-                    seconds=spent,
-                )
+                tokens, rate, k = finished * self.config.batch_tokens, self.config.rate(step), self.config.k_at(step)
+                epoch = self.stream.end.epoch
+                log.record(finished, tokens=tokens, learning_rate=rate, k=k, epoch=epoch, seconds=spent)
             if self.run.evaluate_every and finished % self.run.evaluate_every == 0 and finished < self.config.steps:
                 log.evaluation(finished, self._measure(self._saes()))
             if self.run.checkpoint_every and finished % self.run.checkpoint_every == 0:
@@ -200,15 +183,9 @@ class _Run:
     def _checkpoint(self, step: int, seconds: float) -> None:
         """Rank 0 writes; the others wait, so that none is ahead of the state that can be resumed."""
         if is_main_process():
-            state = TrainingState(
-                step=step,
-                block=self.stream.block,
-                update=self.update,
-                position=self.stream.start,
-                medians=self.stream.medians,
-                left_out=self.stream.left_out_before,
-                seconds=seconds,
-            )
+            stream = self.stream
+            left_out = stream.left_out_before
+            state = TrainingState(step, stream.block, self.update, stream.start, stream.medians, left_out, seconds)
             write_checkpoint(self.output / CHECKPOINTS, state, self.trainings, self.settings, self.run.keep_checkpoints)
         if process_rank()[1] > 1:
             dist.barrier()
@@ -220,18 +197,10 @@ class _Run:
         """Quality on held-out text by layer. Every process measures all of it."""
         quality: dict[int, dict[str, Any]] = {}
         stream, config = self.stream, self.stream.config
+        limits: dict[str, Any] = {"max_length": config.context_length, "tokens_per_batch": config.forward_tokens}
+        limits |= {"outlier_factor": config.outlier_factor, "scan": 0}
         for layer, sae in saes.items() if self.held_out else ():
-            found = measure_sae(
-                stream.model,
-                stream.tokenizer,
-                self.held_out,
-                sae,
-                layer,
-                scan=0,
-                max_length=config.context_length,
-                tokens_per_batch=config.forward_tokens,
-                outlier_factor=config.outlier_factor,
-            )
+            found = measure_sae(stream.model, stream.tokenizer, self.held_out, sae, layer, **limits)
             quality[layer] = {
                 "tokens": found.tokens,
                 "fvu": found.fvu.estimate,

@@ -38,8 +38,7 @@ class PackedSequence:
     """Tokens of one or more documents."""
 
     ids: tuple[int, ...]
-    starts: tuple[int, ...]
-    """Positions where a document, or a piece of one that was cut, begins; ascending, the first is 0"""
+    starts: tuple[int, ...]  # Positions where a document, or a piece of one, begins; the first is 0
     used: int  # Number of tokens before the padding
     end: StreamPosition  # Start of the next sequence
 
@@ -61,18 +60,12 @@ def packed_sequences(
     packing: str = ISOLATED,
     first_document: int = 0,
 ) -> Iterator[PackedSequence]:
-    """Endless sequences of `length` tokens: at its end, the text is read again.
+    """Endless sequences of `length` tokens from `position` on: at its end, the text is read again.
 
     A document gets the tokenizer's own special tokens. The rest of a document that does not fit into a sequence begins
     the next one, as a piece of its own. With packing "isolated" and "joined" the next document follows immediately, and
-    the forward pass separates them or not. With "separate" a sequence holds one piece, and padding.
-
-    Args:
-        position: Start of the text, or the `end` of a sequence of the same stream.
-        first_document: Documents before this one are never read.
-
-    Raises:
-        ValueError: no document has a token.
+    the forward pass separates them or not. With "separate" a sequence holds one piece, and padding. Documents before
+    `first_document` are never read.
     """
     at = StreamPosition() if position is None else position
     ids: list[int] = []

@@ -25,8 +25,7 @@ class Code:
 
     values: Tensor  # [tokens, width] fp32; entries of value 0 only fill the rectangle
     indices: Tensor  # [tokens, width] int32
-    fires: Tensor | None = None
-    """jumprelu: [tokens, width], 1 where a latent fires, with an estimated gradient to the thresholds"""
+    fires: Tensor | None = None  # jumprelu: [tokens, width], 1 where a latent fires, with an estimated gradient
 
 
 def topk_code(z: Tensor, parameters: Parameters, k: int) -> Code:
@@ -131,14 +130,8 @@ class LayerTraining:
         )
 
     def update(self, x: Tensor, tokens: int, step: int, reduce: Reduce = alone) -> UpdateMetrics:
-        """Move the parameters by one batch.
-
-        Args:
-            x: This process' share of the batch, [own tokens, d_model], raw, any float dtype; may be empty.
-            tokens: Size of the batch on all processes.
-            step: Number of the update, from 0: it fixes learning rate and k.
-            reduce: Sum over the processes.
-        """
+        """Move the parameters by one batch of `tokens` tokens on all processes. `x` [own tokens, d_model] is the share
+        of this one, raw, of any float dtype, maybe empty; `step`, from 0, fixes learning rate and k."""
         config, parameters = self.config, self.parameters
         z = self.units.normalized(x)
         if step == 0:

@@ -9,24 +9,22 @@ import pytest
 from analysis.benchmarks.cases import draw
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from qscope_posttrain.analysis.benchmarks.agreement import (
-    correlate,
-    fisher_interval,
-    pearson,
-    redundancy_agreement,
-    similarity_agreement,
-    spearman,
-)
 from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
 from qscope_posttrain.analysis.benchmarks.performance import (
     PerformanceRedundancy,
     ScoreTable,
+    correlate,
+    fisher_interval,
     kendall,
     partial_correlation,
+    pearson,
     performance_redundancy,
     read_correctness,
     read_scores,
+    redundancy_agreement,
     scores_of,
+    similarity_agreement,
+    spearman,
 )
 from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
 

@@ -13,8 +13,8 @@ from qscope_posttrain.models.capture import forward_to_layer, spliced
 from qscope_posttrain.models.layers import decoder_layers
 from qscope_posttrain.sae.activations import JumpReLU, TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.quality import measure_sae
 from qscope_posttrain.sae.quality.fit import entry_of
-from qscope_posttrain.sae.quality.measure import measure_sae
 from qscope_posttrain.sae.source import SAESource
 from qscope_posttrain.sae.training import SAETrainingConfig, train_saes
 

@@ -18,7 +18,7 @@ from sae_training_case import LAYERS, STREAM, tensors, train
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.training import SAETrainingConfig
 from qscope_posttrain.sae.training.config import RunConfig
-from qscope_posttrain.sae.training.results import write_results
+from qscope_posttrain.sae.training.records import write_results
 
 CASE = Path(__file__).with_name("sae_training_case.py")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,11 @@ from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import check_is_file_with_data
+from qscope_posttrain.sae import archives
 from qscope_posttrain.sae.checks import Settings, as_number, check_tensor, read_settings
-from qscope_posttrain.sae.containers import archives
-from qscope_posttrain.sae.containers.mapped import lies_in_a_file
 from qscope_posttrain.sae.layout import listed
 
-SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")
-"""Names of the settings that some format keeps beside its weights."""
+SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")  # Beside weights
 
 _KINDS = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".npz": "npz"}
 
@@ -145,3 +144,15 @@ def _kind(path: Path) -> str:
             f"known are {', '.join(_KINDS)}"
         )
     return by_suffix
+
+
+def lies_in_a_file(tensors: Iterable[Tensor]) -> bool:
+    """Whether all tensors are pages of files, so that releasing these loses nothing. True where nothing is released. A
+    library is free to read a file in another way: memory of the process, released like this, would be zeroed."""
+    if not sys.platform.startswith("linux"):
+        return True
+    lines = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    of_files = [parts[0].split("-") for parts in lines if len(parts) == 6 and parts[4] != "0"]
+    mappings = [(int(begin, 16), int(end, 16)) for begin, end in of_files]
+    filled = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel() > 0]
+    return all(any(begin <= first and last <= end for begin, end in mappings) for first, last in filled)

@@ -29,8 +29,7 @@ _MAX_NPY_HEADER_BYTES = 10_000
 _MAX_TENSORS = 256
 _MAX_MEMBERS = 64
 _MAX_EXPANSION = 4
-_EXPANSION_SLACK = 1 << 24
-"""Trained weights hardly compress: what would grow more than fourfold (beyond a few megabytes) is no SAE."""
+_EXPANSION_SLACK = 1 << 24  # Weights hardly compress: what would grow fourfold beyond this is no SAE
 _SAFE_TORCH = "2.10"
 
 

@@ -1,1 +1,0 @@
-"""Files that hold tensors, whatever they mean, and the JSON settings beside them."""
