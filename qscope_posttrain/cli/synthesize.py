@@ -199,7 +199,7 @@ def _random_control(
     options: argparse.Namespace, made: SynthesisRun, session: ChatSession, templates: PromptTemplates, settings: Any
 ) -> tuple[list[Draft] | None, int]:
     """(drafts, prompts asked for); nothing if it is switched off or the budget does not suffice."""
-    from qscope_posttrain.endpoint.limits import BudgetSpent
+    from qscope_posttrain.endpoint.session import BudgetSpent
     from qscope_posttrain.synthesis.pipeline import random_synthesis
 
     if not options.random_control:
