@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qscope_posttrain.errors import UserValueError
 
-_CELLS_AT_ONCE = 4_000_000
-"""Entries of the index matrix held at a time while resampling: 32 MB."""
+_CELLS_AT_ONCE = 4_000_000  # Entries of the index matrix held at a time while resampling: 32 MB
 
 
 class Interval(NamedTuple):
@@ -68,14 +67,8 @@ def bootstrap_over_prompts(
     """Percentile bootstrap interval of a mean, resampling whole prompts: samples of one prompt stay together.
 
     The width is 0 where all prompts agree: then the data hold no information on the spread between prompts, and the
-    Wilson interval is the one to read.
-
-    Args:
-        outcomes: `[prompts, samples]`, or a list of such matrices, one per stratum (e.g. language). With strata, each
-            one is resampled by itself, and the estimate is the unweighted mean of their means.
-        resamples: bootstrap replicates.
-        level: coverage.
-        seed: of the resampling; the same seed gives the same interval.
+    Wilson interval is the one to read. `outcomes` are `[prompts, samples]`, or a list of such matrices, one per stratum
+    (e.g. language): each is resampled by itself, and the estimate is the unweighted mean of their means.
     """
     is_strata = isinstance(outcomes, (list, tuple)) and bool(outcomes) and np.ndim(outcomes[0]) == 2
     strata: list[Any] = list(outcomes) if is_strata else [outcomes]  # type: ignore[arg-type]

@@ -43,8 +43,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 USER_MISTAKE = 2
 INTERRUPTED = 130
-READER_GONE = 141
-"""Exit status that shells report for a program whose output pipe was closed, for example by `head`"""
+READER_GONE = 141  # Exit status that shells report for a program whose output pipe was closed, for example by `head`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,10 +141,7 @@ def _module(name: str):  # type: ignore[no-untyped-def]
 
 def _find_repository(command: str) -> None:
     """Make `benchmarks`, which is not installed with the package, importable here and in the processes that it starts.
-
-    Raises:
-        FileNotFoundError: the package was installed without its repository.
-    """
+    FileNotFoundError if the package was installed without its repository."""
     repository = Path(qscope_posttrain.__file__).parents[1]
     if not (repository / "benchmarks" / "testbed").is_dir():
         raise UserFileNotFoundError(

@@ -134,11 +134,8 @@ def check_endpoint_options(options: argparse.Namespace) -> None:
 
 @contextmanager
 def open_session(options: argparse.Namespace, output: Path) -> Iterator[tuple[ChatSession, ChatSession]]:
-    """(writer, judge): sessions with one cache and one budget; prints the usage at the end.
-
-    Raises:
-        ValueError: as `check_endpoint_options`, or a cache in use by another process.
-    """
+    """(writer, judge): sessions with one cache and one budget; prints the usage at the end. ValueError as
+    `check_endpoint_options`, or for a cache in use by another process."""
     from qscope_posttrain.endpoint.cache import CompletionCache
     from qscope_posttrain.endpoint.session import ChatSession
 

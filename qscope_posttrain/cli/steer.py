@@ -181,11 +181,8 @@ def build_parser() -> CommandParser:
 
 
 def _positions(options: argparse.Namespace) -> Positions:
-    """The tokens to steer, from three options.
-
-    Raises:
-        ValueError: a window of other than generated tokens, or one that no response reaches.
-    """
+    """The tokens to steer, from three options. ValueError for a window of other than generated tokens, or one that no
+    response reaches."""
     from qscope_posttrain.models.steering import Window
 
     windowed = options.window_start is not None or options.window_length is not None

@@ -17,8 +17,7 @@ from qscope_posttrain.files import check_is_file
 FIRST_FEW = 10
 """Number of requests sent in one way, all refused and not certainly for their content, that blame the way."""
 _RECORD = b'{"key": "'  # Beginning of every line
-Record = tuple[str, Mapping[str, Any], ChatRequest, ChatCompletion, str]
-"""Arguments of `CompletionCache.put`"""
+Record = tuple[str, Mapping[str, Any], ChatRequest, ChatCompletion, str]  # Arguments of `CompletionCache.put`
 
 
 class CompletionCache:

@@ -68,8 +68,7 @@ class ChatRequest:
 
     messages: tuple[Message, ...]
     sampling: Sampling = Sampling()
-    sample: int = 0
-    """Number of the draw, from 0: without it, two draws of one request would be one entry of the cache"""
+    sample: int = 0  # Number of the draw, from 0: without it, two draws of one request would be one entry of the cache
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(self.messages))
@@ -96,13 +95,11 @@ class ChatCompletion:
     """One answer."""
 
     text: str
-    finish_reason: str
-    """"stop", "length", or another reason of the server; "None" where it gives none"""
+    finish_reason: str  # "stop", "length", or another reason of the server; "None" where it gives none
     prompt_tokens: int  # As the server counts them; 0 where it does not
     completion_tokens: int
     request_id: str  # The server's name for this answer
-    refusal: str = ""
-    """Why the endpoint will never answer this request, in its own words; empty where it did answer"""
+    refusal: str = ""  # Why the endpoint will never answer this request, in its own words; empty where it did answer
 
     @property
     def whole(self) -> bool:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OFFICIAL = "https://api.openai.com/v1"
-RETRIED_STATUS = frozenset({408, 409, 425, 429})
-"""Client errors that pass; so does every status from 500 on."""
+RETRIED_STATUS = frozenset({408, 409, 425, 429})  # Client errors that pass; so does every status from 500 on
 REFUSED_STATUS = frozenset({400, 413, 422})
 """Client errors of one request; others, such as a wrong key, are errors of all."""
 ACCOUNT_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "invalid_api_key"})

@@ -24,10 +24,8 @@ class SafetyPrompt:
     """One prompt of a test set."""
 
     text: str
-    harmful: bool
-    """Whether it should be declined"""
-    group: str = ""
-    """For a breakdown, for example vanilla or adversarial"""
+    harmful: bool  # Whether it should be declined
+    group: str = ""  # For a breakdown, for example vanilla or adversarial
 
 
 class Verdict(NamedTuple):
@@ -42,15 +40,8 @@ Judge = Callable[[Sequence[tuple[str, str]]], Sequence[Verdict | None]]
 
 
 def read_safety_prompts(path: str | Path, limit: int | None = None) -> list[SafetyPrompt]:
-    """Read JSONL with `prompt` (text), `harmful` (true or false) and, if there are groups, `group` (text).
-
-    Args:
-        limit: Maximum number of prompts of each kind, harmful and benign, the first ones.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line of another form, or no prompt.
-    """
+    """Read JSONL with `prompt` (text), `harmful` (true or false) and, if there are groups, `group` (text), the first
+    `limit` prompts of each kind, harmful and benign. ValueError for a line of another form, or no prompt."""
     found: list[SafetyPrompt] = []
     counts = {True: 0, False: 0}
     for number, row in read_jsonl(path):
@@ -108,10 +99,8 @@ class SafetyResult:
     """Verdicts on the responses to a test set."""
 
     prompts: tuple[SafetyPrompt, ...]
-    responses: tuple[tuple[str, ...], ...]
-    """[prompts][samples]"""
-    verdicts: tuple[tuple[Verdict | None, ...], ...]
-    """[prompts][samples]"""
+    responses: tuple[tuple[str, ...], ...]  # [prompts][samples]
+    verdicts: tuple[tuple[Verdict | None, ...], ...]  # [prompts][samples]
 
     def attack_success(self, group: str | None = None) -> Interval | None:
         """ASR: share of responses to harmful prompts that are harmful."""

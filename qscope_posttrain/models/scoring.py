@@ -188,14 +188,11 @@ def contrast_sample(
     tokens_per_batch: int = 2048,
     max_length: int = 512,
 ) -> ContrastSample:
-    """Choose the texts and the token ids on which P(target tokens) is measured.
+    """Choose the texts `{language: texts}` and the token ids on which P(target tokens) is measured.
 
-    Args:
-        texts: {language: texts}; those of `target` are not read.
-        target_tokens: ids that count as the target's tokens. By default the tokens that write the target's script,
-            and then languages that write it too are not read either: Japanese text rightly holds Han.
-        texts_per_language: number of texts per language, those with the smallest content hashes, whatever their
-            order; None for all.
+    Texts of `target` are not read. By default `target_tokens` are those that write the target's script, and then
+    languages that write it too are not read either: Japanese text rightly holds Han. `texts_per_language` (None for
+    all) takes the texts with the smallest content hashes, whatever their order.
     """
     if texts_per_language is not None and texts_per_language < 1:
         raise UserValueError(f"texts_per_language must be at least 1, got {texts_per_language}.")

@@ -124,8 +124,7 @@ def _environment() -> Environment:
     return environment
 
 
-_DEEPEST = (214, 96, 32)
-"""The color of the peak; weaker values lie between it and white."""
+_DEEPEST = (214, 96, 32)  # The color of the peak; weaker values lie between it and white
 
 
 def print_shaded(group: ShadedTexts, console: Console | None = None) -> None:

@@ -43,8 +43,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9.5,
 }
-_NUMBERS_UP_TO = 20
-"""Rows of a heat map whose cells have room for their numbers."""
+_NUMBERS_UP_TO = 20  # Rows of a heat map whose cells have room for their numbers
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,9 @@ def draw_svg(
 
 
 def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, reference: str | None = None) -> str:
-    """Draw horizontal bars with intervals, the first bar on top.
-
-    Args:
-        label: Of the horizontal axis.
-        percent: The values are shares in [0, 1]; the axis shows per cent.
-        reference: Name of the bar to which the others are compared: it is gray, with a line through the plot.
-    """
+    """Draw horizontal bars with intervals, the first bar on top. `label` is that of the horizontal axis; with
+    `percent`, values are shares in [0, 1], shown as per cent. The bar called `reference`, to which the others are
+    compared, is gray, with a line through the plot."""
     if not bars:
         raise UserValueError("interval_bars needs at least one bar.")
     names = [bar.name for bar in bars]
@@ -180,13 +175,9 @@ def line_curves(
     percent: bool = False,
     x_marks: Sequence[float] | None = None,
 ) -> str:
-    """Draw curves with optional bands on common axes, with a legend at the right.
-
-    Args:
-        log_y: Logarithmic vertical axis, for losses and perplexities that fall over decades.
-        percent: The values are shares in [0, 1]; the vertical axis shows per cent.
-        x_marks: Positions, above 0, to mark on a logarithmic horizontal axis; None leaves it linear.
-    """
+    """Draw curves with optional bands on common axes, with a legend at the right. `log_y` is for losses and
+    perplexities that fall over decades; with `percent`, values are shares in [0, 1], shown as per cent; `x_marks`,
+    positions above 0, are marked on a logarithmic horizontal axis, which without them is linear."""
     if not curves:
         raise UserValueError("line_curves needs at least one curve.")
     from matplotlib.ticker import MaxNLocator, NullLocator
@@ -255,12 +246,8 @@ def _name_marks(axes: Axes, marks: Sequence[Mark], line_height: float = 13.0) ->
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], peak: float | None = None
 ) -> str:
-    """Draw a cell for every value, the deeper the color the larger; the first row on top.
-
-    Args:
-        values: `[rows, columns]`, 0 or more; NaN leaves a cell empty.
-        peak: the value of full color; by default the largest one.
-    """
+    """Draw a cell for each of the `values` `[rows, columns]`, 0 or more (NaN leaves it empty), the deeper the color the
+    larger, the first row on top; `peak` is the value of full color, by default the largest one."""
     if not rows or len(values) != len(rows) or any(len(row) != len(columns) for row in values):
         raise UserValueError(f"expected {len(rows)} rows of {len(columns)} values, at least one.")
     known = [value for row in values for value in row if math.isfinite(value)]

@@ -11,10 +11,8 @@ from typing import TypeVar
 from qscope_posttrain.distributed import is_main_process
 
 T = TypeVar("T")
-QUIET = "QSCOPE_QUIET"
-"""Environment variable that, unless it is empty, leaves progress and status lines out"""
-MANY_ROWS = 100_000
-"""Rows from which on a pass over all of them shows its progress"""
+QUIET = "QSCOPE_QUIET"  # Environment variable that, unless it is empty, leaves progress and status lines out
+MANY_ROWS = 100_000  # Rows from which on a pass over all of them shows its progress
 SECONDS_BETWEEN_LINES = 5.0
 """Pause between plain lines: often enough to see that the loop lives, seldom enough for a log file."""
 

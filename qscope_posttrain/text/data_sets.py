@@ -26,8 +26,7 @@ READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".pa
 """Suffix of a local file (see `files.text_suffix`) -> the reader of `datasets`."""
 WRITERS = (".jsonl", ".csv", ".parquet")
 _TRUTHS = {"1": True, "true": True, "0": False, "false": False}
-_HEAD = 1000
-"""Lines of a stream that are checked beforehand."""
+_HEAD = 1000  # Lines of a stream that are checked beforehand
 
 
 def read_data_set(*arguments: Any, **options: Any) -> Any:
@@ -67,12 +66,8 @@ def saved_data_set(folder: str | os.PathLike[str]) -> Any:
 def read_splits(
     source: str, split: str = "train", config: str | None = None, streaming: bool = False, what: str = "file"
 ) -> Mapping[Any, Any]:
-    """{split: rows} of a file, of a folder written by `save_to_disk`, or of a data set of the hub.
-
-    Args:
-        split: Name of the rows that come without one.
-        config: Configuration of a data set of the hub.
-    """
+    """{split: rows} of a file, of a folder written by `save_to_disk`, or of a data set of the hub, there with this
+    configuration. `split` is the name of rows that come without one."""
     if text_suffix(source) in READERS:
         return cast("Mapping[Any, Any]", read_file(source, split, streaming, what))
     found = saved_data_set(source)
@@ -140,12 +135,8 @@ def _words(error: BaseException) -> str:
 
 
 def read_table(source: str, split: str = "train", limit: int | None = None) -> Dataset:
-    """Read one split of a file, of a folder written by `save_to_disk`, or of a data set of the hub.
-
-    Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: no such split, or no rows.
-    """
+    """Read one split of a file, of a folder written by `save_to_disk`, or of a data set of the hub. ValueError for no
+    such split, or no rows."""
     found = split_of(read_splits(source, split), split, f"'{source}'")
     if not len(found):
         raise UserValueError(f"'{source}' has no rows.")
@@ -174,11 +165,8 @@ def texts_of(table: Dataset, name: str, source: str) -> list[str]:
 
 
 def labels_of(table: Dataset, name: str, positive: str | None, source: str) -> list[bool]:
-    """A column of labels as booleans: whether each is the positive one.
-
-    Raises:
-        ValueError: no such column, no such label, or labels that need `positive` to be understood.
-    """
+    """A column of labels as booleans: whether each is the positive one. ValueError for no such column, no such label,
+    or labels that need `positive` to be understood."""
     values = column(table, name, source)
     feature = table.features.get(name)
     names = getattr(feature, "names", None)  # a ClassLabel holds numbers that stand for names
@@ -232,11 +220,7 @@ def split_rows(groups: Sequence[str], labels: Sequence[bool], share: float, seed
 
 
 def write_table(table: Dataset, path: Path) -> None:
-    """Write a table as .jsonl, .csv or .parquet by the name, or else as a folder for `load_from_disk`.
-
-    Raises:
-        OSError: the place cannot be written.
-    """
+    """Write a table as .jsonl, .csv or .parquet by the name, or else as a folder for `load_from_disk`."""
     with library_refusals(f"cannot write '{path}'", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".jsonl":

@@ -11,15 +11,8 @@ from qscope_posttrain.files import bare_name, check_is_file, read_jsonl, read_li
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str]]:
-    """Texts by language, from a folder of `<language>.txt` (one text per line) or a JSONL file of text and language.
-
-    Args:
-        limit: Maximum number of texts per language, the first ones; None takes all.
-
-    Raises:
-        FileNotFoundError: nothing at `path`, or a folder without text files.
-        ValueError: a file or a line of another form, or a language without text.
-    """
+    """Texts by language, the first `limit` of each, from a folder of `<language>.txt` (one text per line) or a JSONL
+    file of text and language. ValueError for a file or a line of another form, or a language without text."""
     location = Path(path)
     if location.is_dir():
         files = sorted(file for file in location.iterdir() if text_suffix(file) == ".txt" and file.name[0] != ".")
@@ -50,11 +43,7 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
 
 def read_text_list(path: str | Path, limit: int | None = None, jsonl: bool = False) -> list[str]:
     """Texts of one set: a text file with one per line, or JSONL with `text`, as which any file is read with `jsonl`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line of another form, or no text at all.
-    """
+    ValueError for a line of another form, or no text at all."""
     location = check_is_file(path)
     if text_suffix(location) != ".jsonl" and not jsonl:
         texts = _lines(location, limit)
@@ -71,18 +60,9 @@ def read_text_list(path: str | Path, limit: int | None = None, jsonl: bool = Fal
 
 
 def read_prompts(path: str | Path, limit: int | None = None, language: str | None = None) -> dict[str, list[Any]]:
-    """Prompts by source language, from JSONL with `prompt` (text or chat messages) and `language`, or as `read_texts`.
-
-    `tools` and `chat_template_kwargs` beside a prompt stay with it, for the chat template.
-
-    Args:
-        limit: Maximum number of prompts per language, the first ones; None takes all.
-        language: Language of a row that names none; None requires that each row names its own.
-
-    Raises:
-        FileNotFoundError: nothing at `path`.
-        ValueError: a line of another form.
-    """
+    """Prompts by source language, the first `limit` of each, from JSONL with `prompt` (text or chat messages) and
+    `language`, or as `read_texts`. `tools` and `chat_template_kwargs` beside a prompt stay with it, for the chat
+    template. A row without a language is in `language`, and without that a ValueError, as a line of another form is."""
     location = Path(path)
     if location.is_dir():
         return {language: list(lines) for language, lines in read_texts(location, limit).items()}

@@ -15,8 +15,7 @@ class Label(NamedTuple):
     """A distinct value of a column."""
 
     value: Any
-    row: int
-    """The first row that holds it"""
+    row: int  # The first row that holds it
     times: int
 
 

@@ -18,12 +18,9 @@ from qscope_posttrain.errors import UserValueError
 class RepeatedTail:
     """The periodic end of a sequence x of n elements: x[i] = x[i - period] for all i from start + period to n - 1."""
 
-    start: int
-    """First position from which the rest of the sequence has the period."""
-    period: int
-    """Elements of one copy."""
-    copies: int
-    """Whole copies, (n - start) // period; a last one that was cut off does not count."""
+    start: int  # First position from which the rest of the sequence has the period
+    period: int  # Elements of one copy
+    copies: int  # Whole copies, (n - start) // period; a last one that was cut off does not count
 
     @property
     def second_copy(self) -> int:

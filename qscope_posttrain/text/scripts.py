@@ -46,8 +46,7 @@ _WRITTEN_IN = {
     "Thai": "th",
 }
 KANA = ("Hiragana", "Katakana")
-JAPANESE = "Katakana_Or_Hiragana"
-"""Unicode's name for both kana: the script by which a switch to Japanese is detected"""
+JAPANESE = "Katakana_Or_Hiragana"  # Unicode's name for both kana: the script by which a switch to Japanese is detected
 SCRIPTS_OF_LANGUAGE: dict[str, tuple[str, ...]] = {
     **{language: (script,) for script, languages in _WRITTEN_IN.items() for language in languages.split()},
     "ja": (*KANA, "Han"),

@@ -240,15 +240,13 @@ def _metavar(hint: str) -> str:
 
 
 def checked(value: Any, written: Any, action: argparse.Action, kinds: Collection[Any], place: str) -> Any:
-    """The value for this option; null where the option may be left without one.
+    """The value for this option; null where the option may be left without one. ValueError for another type, another
+    number of values, or none of the choices.
 
     Args:
         written: The value as the file writes it, for options that take text: 7, 007 and no are text there.
         kinds: The types that it may have, from `kinds_of` or `kinds_of_option`.
         place: File and key, for messages.
-
-    Raises:
-        ValueError: another type, another number of values, or none of the choices.
     """
     if value is None:
         if type(None) in kinds or action.default is None:

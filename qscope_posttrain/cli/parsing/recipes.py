@@ -64,8 +64,7 @@ class RecipeFile:
 
     path: Path
     values: Mapping[str, Any]
-    words: Mapping[str, Any]
-    """The same keys with every plain value as it is written: 7 and 007 and no and 2026-01-01"""
+    words: Mapping[str, Any]  # The same keys with every plain value as it is written: 7 and 007 and no and 2026-01-01
     environment: Mapping[str, str]
 
 
@@ -102,13 +101,8 @@ def given_names(tokens: Sequence[str], actions: Mapping[str, argparse.Action]) -
 
 
 def read_recipe(path: Path) -> RecipeFile:
-    """Read a recipe's keys and its `env`, and set nothing.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, no keys, a key that is no text, is given twice or belongs on the command line, or an
-            `env` with variables that are not allowed.
-    """
+    """Read a recipe's keys and its `env`, and set nothing. ValueError for what is not YAML, no keys, a key that is no
+    text, is given twice or belongs on the command line, or an `env` with variables that are not allowed."""
     content, words = read_yaml(path), read_yaml(path, as_written=True)
     spelled: dict[str, str] = {}
     for key in content:
@@ -172,12 +166,8 @@ def check_code(recipe: RecipeFile, values: Mapping[str, Any], allowed: bool) -> 
 
 def check_secrets(recipe: RecipeFile, values: Mapping[str, Any], given: Collection[str]) -> None:
     """ValueError where the recipe would send a secret of the user to a place of its choice: it names the server or the
-    variable of the key, and the command line does not. A server on this machine may be named.
-
-    Args:
-        values: Keys of the recipe that the command line does not replace.
-        given: The options of the command line.
-    """
+    variable of the key, in `values`, which the command line does not replace, and the command line, with the options
+    `given`, does not. A server on this machine may be named."""
     server, variable = values.get("base_url"), values.get("api_key_env")
     if "api_key_env" in given or (server is not None and _is_local(server)):
         return
@@ -222,8 +212,7 @@ class _Rule(NamedTuple):
     why: str
 
 
-_KEY_VARIABLE = "OPENAI_API_KEY"
-"""The default of --api-key-env"""
+_KEY_VARIABLE = "OPENAI_API_KEY"  # The default of --api-key-env
 _PICKLES = _Rule(lambda value: value == "pandas", "is a reader that unpickles its files, which can run anything")
 _KERNELS = _Rule(lambda value: isinstance(value, str) and "/" in value, "downloads compiled kernels from the hub")
 _RULES = {

@@ -120,11 +120,8 @@ def rows_of_step(training: Any) -> tuple[str, int]:
 
 
 def planned_steps(training: Any, rows: Rows, rows_of_step: int, uses: int = 1) -> int:
-    """Number of optimizer steps; every row of the data is trained on `uses` times per epoch.
-
-    Raises:
-        ValueError: nothing says how many.
-    """
+    """Number of optimizer steps; every row of the data is trained on `uses` times per epoch. ValueError if nothing says
+    how many."""
     if training.max_steps > 0:
         return int(training.max_steps)
     if not hasattr(rows, "__len__"):
@@ -196,12 +193,8 @@ class _Begun(TrainerCallback):
 
 
 def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: Any) -> Made:
-    """Make a trainer of this kind, with the adapter and the quantization of the recipe.
-
-    Raises:
-        ValueError: settings, a model or an adapter that the trainer or a library under it refuses.
-        FileNotFoundError: no such checkpoint to resume from.
-    """
+    """Make a trainer of this kind, with the adapter and the quantization of the recipe. ValueError for what the trainer
+    or a library under it refuses."""
     if recipe.training.resume_from_checkpoint:
         check_checkpoint(recipe)
     with library_refusals("the trainer cannot be made"):
@@ -221,14 +214,8 @@ def run_training(
     report: Callable[[Log], dict[str, Any]] = lambda log: {},
 ) -> None:
     """Train, save the model, write `resolved.yaml` (at the first step) and `summary.json` beside it, and push it.
-
-    Args:
-        report: Further results, from the log.
-
-    Raises:
-        ValueError: what a library refuses before the first step.
-        OSError: the model cannot be written or pushed.
-    """
+    `report` gives further results, from the log. ValueError for what a library refuses before the first step, OSError
+    where the model cannot be written or pushed."""
     watch = _Begun(lambda: recipe.write_resolved(features))
     trainer.add_callback(watch)
     try:
