@@ -13,7 +13,7 @@ from qscope_posttrain.cli.parsing.table import MODEL, SAES
 from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
-from qscope_posttrain.text.data_sets import (
+from qscope_posttrain.text.inputs import (
     READERS,
     WRITERS,
     column,

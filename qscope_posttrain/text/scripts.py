@@ -215,17 +215,12 @@ def script_evidence(text: str) -> dict[str, float]:
     return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
 
 
-def language_by_script(text: str, languages: Collection[str]) -> str | None:
-    """Find the one of `languages` (codes, or names such as "zh-CN") that writes the script of which `text` has most.
+def language_by_evidence(evidence: Mapping[str, float], languages: Collection[str]) -> str | None:
+    """Find the one of `languages` (codes, or names such as "zh-CN") that writes the script with most `script_evidence`.
 
     None where scripts do not decide: no letters, two scripts equally frequent, no candidate that writes the script, or
     several of them (English and French). Of text in Han alone, Chinese goes before Japanese.
     """
-    return language_by_evidence(script_evidence(text), languages)
-
-
-def language_by_evidence(evidence: Mapping[str, float], languages: Collection[str]) -> str | None:
-    """Do the same for a text of this `script_evidence`."""
     scripts_of = {language: SCRIPTS_OF_LANGUAGE[language_code(language)] for language in languages}
     ranked = list(evidence.items())[:2]
     if not ranked or (len(ranked) > 1 and ranked[0][1] == ranked[1][1]):

@@ -16,7 +16,7 @@ from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.download import in_words
-from qscope_posttrain.text.data_sets import read_data_set
+from qscope_posttrain.text.inputs import read_data_set
 
 if TYPE_CHECKING:
     from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig

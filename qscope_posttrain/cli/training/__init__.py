@@ -21,7 +21,7 @@ from qscope_posttrain.files import check_plain, read_json, text_suffix
 from qscope_posttrain.provenance import file_sha256, package_versions
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import to_json, write_text
-from qscope_posttrain.text.data_sets import READERS, check_data_file, read_splits, reading, split_of
+from qscope_posttrain.text.inputs import READERS, check_data_file, read_splits, reading, split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
