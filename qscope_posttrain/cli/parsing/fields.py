@@ -25,7 +25,6 @@ from qscope_posttrain.recipe_file import as_text
 T = TypeVar("T")
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 _REQUIRED = "required"
-_WORDS: dict[Any, str] = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
 
 
 class Declared(NamedTuple):
@@ -202,14 +201,11 @@ def _default_and_help(value: ast.expr | None, constants: Mapping[str, ast.expr])
     if not (isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field")):
         return (_REQUIRED if value is None else ast.unparse(value)), ""
     given = {keyword.arg: keyword.value for keyword in value.keywords}
-    factory = given.get("default_factory")
-    default = _REQUIRED if "default" not in given else ast.unparse(given["default"])
+    factory, metadata = given.get("default_factory"), given.get("metadata")
+    default = ast.unparse(given["default"]) if "default" in given else _REQUIRED
     if factory is not None:
         default = ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
-    metadata = given.get("metadata")
-    pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
-    texts = [text for key, text in pairs if isinstance(key, ast.Constant) and key.value == "help"]
-    return default, _text(texts[0], constants) if texts else ""
+    return default, _text(metadata.values[0], constants) if isinstance(metadata, ast.Dict) else ""
 
 
 def _text(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
@@ -253,19 +249,18 @@ def checked(value: Any, written: Any, action: argparse.Action, kinds: Collection
             return None
         raise UserValueError(f"{place} must be {_wanted(kinds)}; got null. Leave the key out for its default.")
     if not isinstance(value, list):
-        value = _item(value, written, action, kinds, place)
-        if action.nargs not in ("+", "*") and not (isinstance(action.nargs, int) and action.nargs):
-            return value
-        value = [value]
+        found = [_item(value, written, action, kinds, place)]
+        if not action.nargs or action.nargs == "?":
+            return found[0]
     elif list not in kinds:
         raise UserValueError(f"{place} must be a single value; got {value!r}.")
     else:
         if not isinstance(written, list) or len(written) != len(value):  # it comes from an alias, which is not followed
             written = as_text(value)
-        value = [_item(item, text, action, kinds, place) for item, text in zip(value, written, strict=True)]
-    if isinstance(action.nargs, int) and action.nargs and len(value) != action.nargs:
-        raise UserValueError(f"{place} must be a list of {action.nargs} values; got {value!r}.")
-    return value
+        found = [_item(item, text, action, kinds, place) for item, text in zip(value, written, strict=True)]
+    if isinstance(action.nargs, int) and len(found) != action.nargs:
+        raise UserValueError(f"{place} must be a list of {action.nargs} values; got {found!r}.")
+    return found
 
 
 def kinds_of(hint: Any) -> set[Any]:
@@ -294,30 +289,29 @@ def _item(value: Any, written: Any, action: argparse.Action, kinds: Collection[A
         if dict in kinds or any(dataclasses.is_dataclass(kind) for kind in kinds):
             return value  # its dataclass converts and checks it
         raise UserValueError(f"{place} must be text, a number, true, false or a list of them; got {dict(value)!r}.")
+    refusal = UserValueError(f"{place} must be {_wanted(kinds)}; got {value!r}.")
     if value is None or isinstance(value, list):
-        raise UserValueError(f"{place} must be {_wanted(kinds)}; got {value!r}.")
-    if isinstance(value, bool | int | float):
-        suits = [kind for kind in (bool, int, float) if kind in kinds and _suits(value, kind)]
-        if suits:
-            try:
-                return _chosen(float(value) if suits[0] is float else value, action, place)
-            except OverflowError:
-                digits = len(str(value))
-                raise UserValueError(f"{place} must be {_wanted(kinds)}; got one of {digits} digits.") from None
-        if value is False and action.choices is not None and "no" in action.choices:
-            return "no"  # YAML reads a bare `no` as false
-        if str not in kinds and not any(inspect.isclass(kind) and issubclass(kind, str) for kind in kinds):
-            raise UserValueError(f"{place} must be {_wanted(kinds)}; got {value!r}.")
-        value = written if isinstance(written, str) else as_text(value)
-    if dict in kinds and value.lstrip().startswith("{"):
+        raise refusal
+    if type(value) in kinds and type(value) is not str:
+        return _chosen(value, action, place)
+    if type(value) is int and float in kinds:
         try:
-            return json.loads(value)
-        except ValueError as error:
-            raise UserValueError(f"{place}: not JSON ({error}): {value!r}.") from error
+            return _chosen(float(value), action, place)
+        except OverflowError:
+            raise UserValueError(f"{place} must be a number; got one of {len(str(value))} digits.") from None
+    if value is False and action.choices is not None and "no" in action.choices:
+        return "no"  # YAML reads a bare `no` as false
+    if isinstance(value, bool | int | float):
+        if not any(inspect.isclass(kind) and issubclass(kind, str) for kind in kinds):
+            raise refusal
+        value = written if isinstance(written, str) else as_text(value)
     try:
+        if dict in kinds and value.lstrip().startswith("{"):
+            return json.loads(value)
         converted = action.type(value) if callable(action.type) else value
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        raise UserValueError(f"{place}: {str(error).rstrip('.')}.") from error
+        reason = f"not JSON ({error}): {value!r}" if isinstance(error, json.JSONDecodeError) else str(error).rstrip(".")
+        raise UserValueError(f"{place}: {reason}.") from error
     if action.nargs == 0 and not isinstance(converted, bool):
         raise UserValueError(f"{place} must be true or false; got {value!r}.")
     return _chosen(converted, action, place)
@@ -331,10 +325,5 @@ def _chosen(value: Any, action: argparse.Action, place: str) -> Any:
 
 
 def _wanted(kinds: Collection[Any]) -> str:
-    return " or ".join(_WORDS[kind] for kind in (bool, int, float, str) if kind in kinds) or "of another type"
-
-
-def _suits(value: bool | int | float, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return kind is float or (kind is int and isinstance(value, int))
+    words = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
+    return " or ".join(word for kind, word in words.items() if kind in kinds) or "of another type"
