@@ -190,11 +190,7 @@ class ChatSession:
         return [completion for completion in found if completion is not None]
 
     def complete_parsed(
-        self,
-        requests: Sequence[ChatRequest],
-        parse: Callable[[str], T],
-        description: str = "requests",
-        draws: int = 3,
+        self, requests: Sequence[ChatRequest], parse: Callable[[str], T], description: str = "requests", draws: int = 3
     ) -> list[ParsedAnswer[T]]:
         """As `complete`, and `parse` reads each answer; where it raises ValueError, a further draw is requested. A
         request that was refused is not sent again.

@@ -14,13 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qscope_posttrain.errors import (
-    UserError,
-    UserFileNotFoundError,
-    UserValueError,
-    did_you_mean,
-    library_refusals,
-)
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, did_you_mean, library_refusals
 from qscope_posttrain.files import (
     bare_name,
     check_is_file,

@@ -6,14 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import (
-    chat_settings,
-    check_one_process,
-    chosen,
-    layers_of,
-    load,
-    sampling_settings,
-)
+from qscope_posttrain.cli.options import chat_settings, check_one_process, chosen, layers_of, load, sampling_settings
 from qscope_posttrain.cli.parsing.table import PROMPTS, SAMPLING, TEXT_LIST
 from qscope_posttrain.distributed import join_processes
 from qscope_posttrain.errors import UserError, UserValueError, require_extra
@@ -151,10 +144,7 @@ def find_repetition(options: argparse.Namespace) -> None:
     elif options.curve:
         names = ("strengths", "window_start", "samples", "fresh_samples", "random_directions", "max_unlikely_share")
         curve = CurveSettings(
-            window_lengths=options.window_lengths or (),
-            sampling=sampling,
-            **chosen(options, *names),
-            **bounds,
+            window_lengths=options.window_lengths or (), sampling=sampling, **chosen(options, *names), **bounds
         )
     model, tokenizer = load(options)
     layers = layers_of(options.layers, model)

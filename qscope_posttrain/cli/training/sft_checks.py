@@ -12,14 +12,7 @@ import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from qscope_posttrain.cli.training import Rows, first_row, first_rows
-from qscope_posttrain.cli.training.run import (
-    Checks,
-    begin,
-    check_checkpoint,
-    check_data,
-    planned_steps,
-    rows_of_step,
-)
+from qscope_posttrain.cli.training.run import Checks, begin, check_checkpoint, check_data, planned_steps, rows_of_step
 from qscope_posttrain.cli.training.sft import Recipe, skips_preparation
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.loading import load_tokenizer
