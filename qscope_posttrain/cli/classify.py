@@ -173,8 +173,6 @@ def report(options: argparse.Namespace) -> None:
         more = _labeled(options, options.test_data, options.test_split)
         texts, labels, groups = texts + more[0], labels + more[1], groups + more[2]
         known, test = list(range(count)), list(range(count, len(texts)))
-    elif not 0 < options.test_share < 1:
-        raise UserValueError(f"--test-share must lie between 0 and 1, got {options.test_share}.")
     else:
         known, test = split_rows(groups, labels, options.test_share, options.seed)
     featurizer = _featurizer(options, options.layers, options.max_length)

@@ -206,41 +206,18 @@ def line_curves(
 def scatter_with_intervals(
     marks: Sequence[Mark], x_label: str, y_label: str, x_percent: bool = False, y_percent: bool = False
 ) -> str:
-    """Draw points with an interval on each axis and their names beside them: the gain of methods against their cost."""
+    """Draw points with an interval on each axis, named in a legend: the gain of methods against their cost."""
     if not marks:
         raise UserValueError("scatter_with_intervals needs at least one point.")
 
     def draw(axes: Axes) -> None:
         for index, mark in enumerate(marks):
-            color = COLORS[index % len(COLORS)]
+            color, shape = COLORS[index % len(COLORS)], "os^Dv"[index // len(COLORS) % 5]
             mark.draw_intervals(axes, color=color, linewidth=1.2, alpha=0.6)
-            axes.plot(mark.x, mark.y, "o", color=color, markersize=7, mew=0)
+            axes.plot(mark.x, mark.y, shape, color=color, markersize=7, mew=0, label=mark.name)
         axes.margins(0.09)
-        _name_marks(axes, marks)
 
-    return draw_svg(draw, (7.6, 4.4), labels=(x_label, y_label), percent=(x_percent, y_percent))
-
-
-def _name_marks(axes: Axes, marks: Sequence[Mark], line_height: float = 13.0) -> None:
-    """Write the names in a column at the right, in the order of the points' height and never over each other."""
-    axes.figure.canvas.draw()  # fixes the limits, and with them the transformations
-    to_pixels, box = axes.transData, axes.get_window_extent()
-    scale = axes.figure.dpi / 72.0
-    heights = [to_pixels.transform((mark.x, mark.y))[1] for mark in marks]
-    next_free = box.y1 + line_height * scale
-    for index in sorted(range(len(marks)), key=lambda number: -heights[number]):
-        mark = marks[index]
-        next_free = min(heights[index], next_free - line_height * scale)
-        arrow: Any = {"arrowstyle": "-", "linewidth": 0.8, "linestyle": ":", "shrinkA": 1, "shrinkB": 4}
-        axes.annotate(
-            mark.name,
-            xy=(mark.x, mark.y),
-            xytext=(1.03, (next_free - box.y0) / box.height),
-            textcoords="axes fraction",
-            verticalalignment="center",
-            fontsize=9.5,
-            arrowprops={**arrow, "color": COLORS[index % len(COLORS)]},
-        )
+    return draw_svg(draw, (7.6, 4.4), labels=(x_label, y_label), percent=(x_percent, y_percent), legend=True)
 
 
 def heat_map(

@@ -166,17 +166,16 @@ def find_repetition(options: argparse.Namespace) -> None:
     )
     Table(**features.provenance["ranking"]).print()
     print_steering(features)
-    figures = []
-    for layer, svg in curve_figures(features).items():
-        figures.append(output / f"steering_curve_layer{layer}.svg")
-        write_text(figures[-1], svg)
+    figures = {output / f"steering_curve_layer{layer}.svg": svg for layer, svg in curve_figures(features).items()}
+    for path, svg in figures.items():
+        write_text(path, svg)
     results = {
         "table": repetition_table(features),
         "ranking": features.provenance["ranking"],
         "loops": {"file": loops_path, **features.provenance["loops"]},
         "steering": features.settings.get("steering"),
         "steering_curve": features.provenance.get(CURVE_KEY),
-        "figures": figures,
+        "figures": list(figures),
     }
     _save(features, output, options, results)
 

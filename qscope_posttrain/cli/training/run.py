@@ -199,11 +199,8 @@ def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: 
         check_checkpoint(recipe)
     with library_refusals("the trainer cannot be made"):
         set_seed(recipe.training.seed)
-        settings |= {
-            "peft_config": get_peft_config(recipe.model),
-            "quantization_config": get_quantization_config(recipe.model),
-        }
-        return kind(**settings)
+        model = recipe.model
+        return kind(**settings, peft_config=get_peft_config(model), quantization_config=get_quantization_config(model))
 
 
 def run_training(
@@ -229,14 +226,8 @@ def run_training(
         trainer.save_model(str(recipe.output))
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
-        results = {
-            "model": str(recipe.output),
-            "steps": result.global_step,
-            "metrics": result.metrics,
-            **report(log),
-            "log": log,
-            "features": recipe.feature_origins(features),
-        }
+        results = {"model": str(recipe.output), "steps": result.global_step, "metrics": result.metrics, **report(log)}
+        results |= {"log": log, "features": recipe.feature_origins(features)}
         write_summary(recipe.output, command, recipe.to_dict(), results)
         status(f"model and summary.json written to {recipe.output}")
     if recipe.training.push_to_hub:
