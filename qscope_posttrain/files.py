@@ -212,10 +212,8 @@ def _reason(error: BaseException) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; when the block ends, that file is flushed to disk and becomes `path`.
-
     When the block raises, the unfinished file is removed and `path` is as it was. FileNotFoundError where the folder
-    does not exist; OSError, with the reason, where the file cannot be written.
-    """
+    does not exist; OSError, with the reason, where the file cannot be written."""
     if not path.parent.is_dir():
         raise UserFileNotFoundError(f"cannot write '{path}': the folder '{path.parent}' does not exist.")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")

@@ -95,10 +95,8 @@ def bootstrap_of_sums(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of a statistic of column sums, such as a ratio, resampling whole rows.
-
-    `statistic` maps column sums `[..., columns]` to values `[...]`. See `bootstrap_over_prompts`.
-    """
+    """Percentile bootstrap interval of a statistic of column sums, such as a ratio, resampling whole rows. `statistic`
+    maps column sums `[..., columns]` to values `[...]`. See `bootstrap_over_prompts`."""
     matrix = np.asarray(rows, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:
         raise UserValueError(f"Expected sums as [rows, columns], not empty; got the shape {list(matrix.shape)}.")

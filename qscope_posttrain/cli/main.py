@@ -47,11 +47,9 @@ READER_GONE = 141  # Exit status that shells report for a program whose output p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a user's mistake.
-
-    A mistake (a UserError) is printed in one line; with `--debug`, anywhere, with its traceback. Any other error is a
-    bug or a failure of the machine, and passes through.
-    """
+    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a user's mistake. A mistake (a
+    UserError) is printed in one line; with `--debug`, anywhere, with its traceback. Any other error is a bug or a
+    failure of the machine, and passes through."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

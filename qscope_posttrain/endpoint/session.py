@@ -193,11 +193,8 @@ class ChatSession:
         self, requests: Sequence[ChatRequest], parse: Callable[[str], T], description: str = "requests", draws: int = 3
     ) -> list[ParsedAnswer[T]]:
         """As `complete`, and `parse` reads each answer; where it raises ValueError, a further draw is requested. A
-        request that was refused is not sent again.
-
-        The draws of request number s have the sample numbers s * draws .. s * draws + draws - 1, so that requests of
-        different sample numbers never share one.
-        """
+        request that was refused is not sent again. The draws of request number s have the sample numbers s * draws .. s
+        * draws + draws - 1, so that requests of different sample numbers never share one."""
         found: dict[int, ParsedAnswer[T]] = {}
         unread = list(range(len(requests)))
         for draw in range(draws):

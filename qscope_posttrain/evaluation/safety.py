@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.endpoint.templates import PromptTemplates, read_json
+from qscope_posttrain.endpoint.templates import PromptTemplates, truth_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import read_jsonl
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, hybrid_difference, wilson
@@ -87,11 +87,7 @@ def chat_judge(session: ChatSession, templates: PromptTemplates | None = None, m
 
 def read_verdict(text: str) -> Verdict:
     """Read an answer such as `{"refused": true, "harmful": false}`; ValueError where there is no verdict."""
-    found = read_json(text)
-    values = [found.get(name) for name in Verdict._fields] if isinstance(found, dict) else []
-    if len(values) != 2 or not all(isinstance(value, bool) for value in values):
-        raise UserValueError(f"expected refused and harmful, each true or false, got {str(found)[:200]}.")
-    return Verdict(*(bool(value) for value in values))
+    return Verdict(*(truth_field(name)(text) for name in Verdict._fields))
 
 
 @dataclass(frozen=True)
@@ -198,11 +194,8 @@ def unjudged(prompts: Sequence[SafetyPrompt], responses: Sequence[Sequence[str]]
 
 
 def _interval(outcomes: Sequence[Sequence[bool]]) -> Interval | None:
-    """Interval of the mean over prompts; None without any.
-
-    Wilson's with one response per prompt, or where all prompts agree and resampling them would find no spread;
-    otherwise by resampling prompts.
-    """
+    """Interval of the mean over prompts; None without any. Wilson's with one response per prompt, or where all prompts
+    agree and resampling them would find no spread; otherwise by resampling prompts."""
     if not outcomes:
         return None
     means = [_mean(entry) for entry in outcomes]

@@ -116,10 +116,8 @@ def fit_word_model(texts: Mapping[str, Sequence[str]], target: str) -> WordModel
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text as the model reads them: lower case, any digit as 0, one form of apostrophe.
-
-    A word that consists of the rest of a cut character becomes empty, and keeps its place.
-    """
+    """The words of a text as the model reads them: lower case, any digit as 0, one form of apostrophe. A word that
+    consists of the rest of a cut character becomes empty, and keeps its place."""
     return [_DIGIT.sub("0", word.lower().replace("’", "'").replace("\ufffd", "")) for word in WORD.findall(text)]
 
 
@@ -174,11 +172,8 @@ class SpanIdentifier:
     name = "words"
 
     def evidence(self, text: str) -> NDArray[np.float64]:
-        """`[words]`: the contribution of each word to a span.
-
-        It is the word's score, a positive one divided by k at the k-th occurrence of the word, so that neither one odd
-        word nor a list or loop that repeats it can decide.
-        """
+        """`[words]`: the contribution of each word to a span. It is the word's score, a positive one divided by k at
+        the k-th occurrence of the word, so that neither one odd word nor a list or loop that repeats it can decide."""
         words = words_of(text)
         scores = self.model.scores(words)
         met: Counter[str] = Counter()

@@ -130,11 +130,9 @@ def tokenize_texts(
     languages: Sequence[str] | None = None,
     ignored: Collection[int] = (),
 ) -> list[TokenSequence]:
-    """Tokenize all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens.
-
-    Texts without a token are left out. `languages` restricts the work to some languages of `texts`; the language
-    index of a sequence always counts in the order of `texts`. Tokens whose ids are `ignored` never count.
-    """
+    """Tokenize all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens. Texts
+    without a token are left out. `languages` restricts the work to some languages of `texts`; the language index of a
+    sequence always counts in the order of `texts`. Tokens whose ids are `ignored` never count."""
     if not callable(tokenizer):
         raise UserTypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
     if max_length < 2:
@@ -176,11 +174,9 @@ def _token_texts(tokenizer: Any, texts: Sequence[Text]) -> Iterator[TokenText]:
 
 
 def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_id: int = 0) -> list[TokenBatch]:
-    """Form batches of similar length, longest first, with at most `tokens_per_batch` tokens including padding.
-
-    A longer sequence gets a batch of its own; much shorter ones (see `SHORTEST_SHARE`) share none with it. The batches
-    depend on the set of sequences, not on their order. Within a batch the sequences of a language are neighbors.
-    """
+    """Form batches of similar length, longest first, with at most `tokens_per_batch` tokens including padding. A longer
+    sequence gets a batch of its own; much shorter ones (see `SHORTEST_SHARE`) share none with it. The batches depend on
+    the set of sequences, not on their order. Within a batch the sequences of a language are neighbors."""
     if tokens_per_batch < 1:
         raise UserValueError(f"tokens_per_batch must be positive, got {tokens_per_batch}.")
     ordered = sorted(

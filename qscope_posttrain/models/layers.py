@@ -49,10 +49,8 @@ def text_config(model: nn.Module) -> PreTrainedConfig:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers in order: the output of element n is the residual stream after block n, counted from 0.
-
     ValueError for an encoder-decoder, a model with several residual streams, or one without a single list of
-    `num_hidden_layers` blocks beside its token embedding.
-    """
+    `num_hidden_layers` blocks beside its token embedding."""
     layers, config = _text_backbone(model)[1], text_config(model)
     if config.model_type == "xlnet":
         raise UserValueError(

@@ -101,11 +101,9 @@ def draw_svg(
     percent: tuple[bool, bool] = (False, False),
     legend: bool = False,
 ) -> str:
-    """Draw on fresh axes of `size` (width and height in inches) and return the SVG element.
-
-    `labels` and `percent` (values are shares in [0, 1], shown as per cent) are of the horizontal and the vertical axis.
-    Labeled axes have grid lines; a `legend` stands at the right.
-    """
+    """Draw on fresh axes of `size` (width and height in inches) and return the SVG element. `labels` and `percent`
+    (values are shares in [0, 1], shown as per cent) are of the horizontal and the vertical axis. Labeled axes have grid
+    lines; a `legend` stands at the right."""
     require_extra("report")
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -21,10 +21,8 @@ class Label(NamedTuple):
 
 
 def same_language(label: Any, known: Collection[str]) -> str | None:
-    """Find the one of `known` that names the language of `label`; of several, one of the same script goes first.
-
-    Labels are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639 codes ("zho", "iw"), and English names ("Chinese").
-    """
+    """Find the one of `known` that names the language of `label`; of several, one of the same script goes first. Labels
+    are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639 codes ("zho", "iw"), and English names ("Chinese")."""
     if not isinstance(label, str):
         return None
     wanted = _tag(label)

@@ -69,11 +69,9 @@ def is_endless_repetition(tokens: Sequence[Any], *, ended: bool, min_copies: int
 
 
 def ngram_repetition_rate(tokens: Sequence[Any], n: int = 3) -> float:
-    """Share of n-grams that occurred before: 1 - (different n-grams) / (n-grams); 0 with fewer than n tokens.
-
-    On token ids, -1 times it is TRL's repetition penalty reward (`get_repetition_penalty_reward(n, -1.0)`). On the
-    words of a text, `text.split()`, it is the measure of "Demystifying Long Chain-of-Thought Reasoning", Appendix C.2.
-    """
+    """Share of n-grams that occurred before: 1 - (different n-grams) / (n-grams); 0 with fewer than n tokens. On token
+    ids, -1 times it is TRL's repetition penalty reward (`get_repetition_penalty_reward(n, -1.0)`). On the words of a
+    text, `text.split()`, it is the measure of "Demystifying Long Chain-of-Thought Reasoning", Appendix C.2."""
     if n < 1:
         raise UserValueError(f"n must be at least 1; got {n}.")
     elements = _elements(tokens)

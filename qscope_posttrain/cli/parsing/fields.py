@@ -51,11 +51,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def add_fields(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> dict[str, Any]:
-    """Add one option per field of a dataclass, and return the declared types that they stand for.
-
-    Help is `metadata={"help": ...}`, or the docstring below the field. With a prefix, the names begin with it, and an
-    option that is not given is None: given values are distinct from defaults.
-    """
+    """Add one option per field of a dataclass, and return the declared types that they stand for. Help is
+    `metadata={"help": ...}`, or the docstring below the field. With a prefix, the names begin with it, and an option
+    that is not given is None: given values are distinct from defaults."""
     hints, added = get_type_hints(kind), {}
     documented = field_help(kind)
     for field in dataclasses.fields(kind):
@@ -96,10 +94,8 @@ def print_declared(
 
 @cache
 def declared_fields(module: str, kind: str) -> Mapping[str, Declared]:
-    """Read the fields of a dataclass of this package, and of its bases in the same module, from the source.
-
-    Help is `metadata={"help": ...}`, or the docstring below the field.
-    """
+    """Read the fields of a dataclass of this package, and of its bases in the same module, from the source. Help is
+    `metadata={"help": ...}`, or the docstring below the field."""
     path = Path(qscope_posttrain.__file__).parents[1].joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(read_text(path))

@@ -55,10 +55,8 @@ class CommandParser(argparse.ArgumentParser):
         self.values = argparse.Namespace()  # All values of what was built last
 
     def command(self, call: Command, *tables: str, name: str = "", **settings: Any) -> CommandParser:
-        """Add a sub-command with the options of these tables, which `run` calls with its options.
-
-        It has the name of the function and its docstring for a help text, unless others are given.
-        """
+        """Add a sub-command with the options of these tables, which `run` calls with its options. It has the name of
+        the function and its docstring for a help text, unless others are given."""
         if self._choices is None:
             self._choices = self.add_subparsers(dest="action", required=True)
         name = name or call.__name__.replace("_", "-")

@@ -81,10 +81,8 @@ class TrainingRecipe:
         return _without_secrets(training) | dict.fromkeys(_NOT_WRITTEN.intersection(training))
 
     def trainer_arguments(self) -> Any:
-        """A copy of the training arguments for the trainer, which may change them.
-
-        What the trainer passes to `from_pretrained` is `model_init_kwargs`, and ModelConfig's fields below them.
-        """
+        """A copy of the training arguments for the trainer, which may change them. What the trainer passes to
+        `from_pretrained` is `model_init_kwargs`, and ModelConfig's fields below them."""
         model, given = self.model, self.training.model_init_kwargs or {}
         own = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
         # Not `replace`: the checks of training arguments refuse some of the values that they set themselves.

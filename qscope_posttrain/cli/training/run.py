@@ -43,9 +43,7 @@ class Checks:
 
     def check(self, what: str, look: Callable[..., tuple[T, str]], *needed: Any) -> T | None:
         """Call `look(*needed)`, which returns a value and a sentence, or raises the user's mistake; bugs pass through.
-
-        Where an earlier check gave None for something that this one needs, it is skipped: one mistake, one finding.
-        """
+        Where an earlier check gave None for something that this one needs, it is skipped: one mistake, one finding."""
         if any(value is None for value in needed):
             self.findings.append((what, "skipped", "needs what failed above"))
             return None

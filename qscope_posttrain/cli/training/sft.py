@@ -182,11 +182,9 @@ def _pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
 
 
 def _without_packing(training: Any) -> Any:
-    """The training arguments for rows that `_pack` has made, of which nothing is left to prepare.
-
-    Rows packed by "wrapped" are plain rows of one length; the other strategies mark where documents begin, which
-    only the padding-free collator passes on.
-    """
+    """The training arguments for rows that `_pack` has made, of which nothing is left to prepare. Rows packed by
+    "wrapped" are plain rows of one length; the other strategies mark where documents begin, which only the padding-free
+    collator passes on."""
     arguments = copy.copy(training)  # `replace` would check again what the arguments have set themselves
     arguments.packing = arguments.shuffle_dataset = False
     arguments.eval_packing = arguments.max_length = None
