@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.samples import GroupRate, group_by_prompt, note_of
-from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
+from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
 from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Table
@@ -245,22 +245,6 @@ def switching_ratio(
         settings={**(settings or {}), **named},
         identification=identification,
     )
-
-
-def switching_difference(first: SwitchingResult, second: SwitchingResult) -> Interval:
-    """Ratio of `first` minus ratio of `second`, with a paired bootstrap interval over their common prompts. ValueError
-    for other prompts, another target, or another way of detecting switches."""
-    prompts = [[(s.language, s.prompt) for s in result.samples if s.sample_index == 0] for result in (first, second)]
-    if first.target != second.target or prompts[0] != prompts[1]:
-        raise UserValueError(
-            "A paired difference needs two results for one target on the same prompts in the same order."
-        )
-    if first.identification != second.identification:
-        raise UserValueError(
-            "A paired difference needs switches identified by one detector with the same settings; got "
-            f"{first.identification} and {second.identification}."
-        )
-    return bootstrap_difference(first.outcomes, second.outcomes)
 
 
 def _describe(detector: SwitchDetector) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from qscope_posttrain.errors import UserValueError, did_you_mean
@@ -200,34 +200,24 @@ def code_requests(values: Mapping[str, Any]) -> list[str]:
 
 def _runs_rewards(value: Any) -> bool:
     """Whether a reward is named by an import path that leads out of this package and `trl.rewards`."""
-    return (
-        isinstance(value, str) and "." in value and not value.strip().startswith(("qscope_posttrain.", "trl.rewards."))
-    )
-
-
-class _Rule(NamedTuple):
-    """Whether a value of a key asks for code, and what it does."""
-
-    asks: Callable[[Any], bool]
-    why: str
+    own = ("qscope_posttrain.", "trl.rewards.")
+    return isinstance(value, str) and "." in value and not value.strip().startswith(own)
 
 
 _KEY_VARIABLE = "OPENAI_API_KEY"  # The default of --api-key-env
-_PICKLES = _Rule(lambda value: value == "pandas", "is a reader that unpickles its files, which can run anything")
-_KERNELS = _Rule(lambda value: isinstance(value, str) and "/" in value, "downloads compiled kernels from the hub")
-_RULES = {
-    "trust_remote_code": _Rule(bool, "runs Python files of the model's repository"),
-    "weights_only": _Rule(lambda value: value is not True, "unpickles weights, which can run anything"),
-    "custom_generate": _Rule(bool, "runs a repository's own generate"),
-    "use_kernels": _Rule(bool, "downloads compiled kernels from the hub"),
-    "kernel_config": _Rule(bool, "downloads compiled kernels from the hub"),
-    "attn_implementation": _KERNELS,
-    "experts_implementation": _KERNELS,
-    "path": _PICKLES,
-    "dataset": _PICKLES,
-    "datasets": _PICKLES,
-    "dataset_name": _PICKLES,
-    "rewards": _Rule(_runs_rewards, "imports a module"),
+_Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value of a key asks for code, and what it does"""
+_KERNELS = "downloads compiled kernels from the hub"
+_NAMED_KERNELS: _Rule = (lambda value: isinstance(value, str) and "/" in value, _KERNELS)
+_PICKLES: _Rule = (lambda value: value == "pandas", "is a reader that unpickles its files, which can run anything")
+_RULES: dict[str, _Rule] = {
+    "trust_remote_code": (bool, "runs Python files of the model's repository"),
+    "weights_only": (lambda value: value is not True, "unpickles weights, which can run anything"),
+    "custom_generate": (bool, "runs a repository's own generate"),
+    **dict.fromkeys(("use_kernels", "kernel_config"), (bool, _KERNELS)),
+    **dict.fromkeys(("attn_implementation", "experts_implementation"), _NAMED_KERNELS),
+    **dict.fromkeys(("path", "dataset", "datasets", "dataset_name"), _PICKLES),
+    "rewards": (_runs_rewards, "imports a module"),
 }
 
 
@@ -247,8 +237,8 @@ def _requests(place: str, key: str, value: Any, rule: _Rule | None) -> Iterator[
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _requests(place, "", entry, rule)
-    elif rule is not None and rule.asks(value):
-        yield f"{place}: {value}", rule.why
+    elif rule is not None and rule[0](value):
+        yield f"{place}: {value}", rule[1]
 
 
 def _environment(path: Path, content: Any, words: Any) -> dict[str, str]:
