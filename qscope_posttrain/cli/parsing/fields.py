@@ -113,12 +113,12 @@ def declared_fields(module: str, kind: str) -> Mapping[str, Declared]:
     for statement, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
-        default, text = _default_and_help(statement.value, constants)
+        text = ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             text = str(following.value.value)
         parts = ast.unparse(statement.annotation).split(" | ")
         hint = " | ".join(ast.unparse(constants[part]) if part in constants else part for part in parts)
-        found[statement.target.id] = Declared(hint, default, " ".join(text.split()))
+        found[statement.target.id] = Declared(hint, _default(statement.value), " ".join(text.split()))
     return found
 
 
@@ -192,27 +192,15 @@ def _parsable(hint: Any) -> Any:
     return hint
 
 
-def _default_and_help(value: ast.expr | None, constants: Mapping[str, ast.expr]) -> tuple[str, str]:
-    """The default, as written, and the help of a field's right-hand side; `constants` are those of the module."""
+def _default(value: ast.expr | None) -> str:
+    """The default that a field's right-hand side gives, as written."""
     if not (isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field")):
-        return (_REQUIRED if value is None else ast.unparse(value)), ""
+        return _REQUIRED if value is None else ast.unparse(value)
     given = {keyword.arg: keyword.value for keyword in value.keywords}
-    factory, metadata = given.get("default_factory"), given.get("metadata")
-    default = ast.unparse(given["default"]) if "default" in given else _REQUIRED
+    factory = given.get("default_factory")
     if factory is not None:
-        default = ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
-    return default, _text(metadata.values[0], constants) if isinstance(metadata, ast.Dict) else ""
-
-
-def _text(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
-    """The text of a string, of an f-string, or of a name that stands for one."""
-    if isinstance(node, ast.JoinedStr):
-        return "".join(_text(part, constants) for part in node.values)
-    if isinstance(node, ast.FormattedValue):
-        return _text(node.value, constants)
-    if isinstance(node, ast.Name):
-        return _text(constants[node.id], constants) if node.id in constants else ""
-    return str(node.value) if isinstance(node, ast.Constant) else ""
+        return ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
+    return ast.unparse(given["default"]) if "default" in given else _REQUIRED
 
 
 def _default_text(default: str) -> str:
