@@ -86,10 +86,7 @@ class OpenAIChatModel:
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[ChatCompletion]:
         """See `ChatModel.complete`."""
-        return [self._complete(request) for request in requests]
-
-    def _complete(self, request: ChatRequest) -> ChatCompletion:
-        openai = self._openai
+        openai, (request,) = self._openai, requests
         settings: dict[str, Any] = {self._max_tokens_name: request.sampling.max_tokens}
         messages: Any = [{"role": message.role, "content": message.content} for message in request.messages]
         if self._send_seed:
@@ -103,7 +100,7 @@ class OpenAIChatModel:
                 extra_body=self._options or None,
                 **settings,
             )
-            return read_completion(response.text)
+            return [read_completion(response.text)]
         except openai.APIStatusError as error:
             raise self._status_failure(error) from error
         except openai.APITimeoutError as error:
