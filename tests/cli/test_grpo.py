@@ -8,24 +8,28 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.cli.training import load_rows
 from qscope_posttrain.cli.training.grpo import parse_recipe
 from qscope_posttrain.cli.training.grpo_checks import check_prompts
+from qscope_posttrain.cli.training.run import build_model
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.metrics import final_metrics, results_table
@@ -166,6 +170,23 @@ def test_a_resumed_run_equals_one_that_was_not_killed(recipe, trained, tmp_path)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     log = json.loads((tmp_path / "out/summary.json").read_text())["results"]["log"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+
+
+def test_a_signal_inside_a_generation_batch_still_ends_with_a_checkpoint(recipe, tmp_path, monkeypatch):
+    path = recipe(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, steps_per_generation=2)
+    step = Trainer.training_step
+
+    def interrupted(self, *arguments, **more):
+        if self.state.global_step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        assert main(["grpo", "--config", path]) == 143
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert main(["grpo", "--config", path, "--resume_from_checkpoint", "last"]) == 0
+    assert json.loads((tmp_path / "out/summary.json").read_text())["results"]["steps"] == 4
 
 
 @pytest.mark.parametrize(
@@ -384,3 +405,17 @@ def test_two_processes_by_accelerate_launch(recipe, tmp_path):
 def _rows(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def test_the_check_before_the_weights_builds_nothing_sharded_under_zero3(recipe, tmp_path, monkeypatch):
+    """DeepSpeed cannot shard a model on the meta device. It is not installed here: a stand-in that refuses any."""
+
+    def refuse(*arguments, **more):
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(Init=refuse)))
+    monkeypatch.setattr(transformers.modeling_utils, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(transformers.modeling_utils, "deepspeed_config", dict)
+    model, words = build_model(parse_recipe(["--config", recipe(tmp_path)]))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert words.startswith("qwen3, 4 layers")
