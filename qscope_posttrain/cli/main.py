@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import qscope_posttrain
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, did_you_mean, one_line
@@ -120,21 +121,18 @@ def _leave_process_group() -> None:
 
 def _runner(name: str) -> Callable[[Sequence[str]], int]:
     """What runs a command: the function `run` of its module, where it has one of its own, or that of its parser."""
-    module = _module(name)
-    run: Callable[[Sequence[str]], int] = module.run if hasattr(module, "run") else module.build_parser().run
-    return run
-
-
-def _module(name: str):  # type: ignore[no-untyped-def]
     if name not in COMMANDS:
         raise UserValueError(
             f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}."
         )
-    module = COMMANDS[name][0]
-    if module.startswith("benchmarks."):
+    place = COMMANDS[name][0]
+    if place.startswith("benchmarks."):
         _find_repository(name)
-        return importlib.import_module(module)
-    return importlib.import_module(f"qscope_posttrain.cli.{module}")
+    else:
+        place = f"qscope_posttrain.cli.{place}"
+    module: Any = importlib.import_module(place)
+    run: Callable[[Sequence[str]], int] = module.run if hasattr(module, "run") else module.build_parser().run
+    return run
 
 
 def _find_repository(command: str) -> None:

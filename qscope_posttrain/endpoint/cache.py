@@ -128,10 +128,8 @@ class CompletionCache:
 
 
 class Refusals:
-    """Refusals, kept on disk as soon as the endpoint has answered another request sent in the same way.
-
-    Until then the reason may be the content or an option, and a refusal on disk would outlive the option. Thread-safe.
-    """
+    """Refusals, kept on disk as soon as the endpoint has answered another request sent in the same way. Until then the
+    reason may be the content or an option, and a refusal on disk would outlive the option. Thread-safe."""
 
     def __init__(self, cache: CompletionCache, *, ask_again: bool = False) -> None:
         """With `ask_again`, ignore refusals on disk."""

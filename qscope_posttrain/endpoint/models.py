@@ -159,10 +159,8 @@ def read_completion(body: str) -> ChatCompletion:
 
 class LocalChatModel:
     """A causal language model and its chat template. Requests of equal sampling settings are generated together.
-
     Answers are drawn by a request's `Sampling` and nothing else: of the generation defaults of the model only the end
-    tokens are used. Where the chat template has no place for a system message, it goes before the user's.
-    """
+    tokens are used. Where the chat template has no place for a system message, it goes before the user's."""
 
     concurrency = 1
 

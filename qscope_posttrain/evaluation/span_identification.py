@@ -158,10 +158,8 @@ class SourceThreshold:
 
 @dataclass(frozen=True, eq=False)
 class SpanIdentifier:
-    """Finds spans of the target language in text of other languages. Made by `fit_span_identifier`.
-
-    It is a `SwitchDetector`: called with a text and its source language, as `switched`.
-    """
+    """Finds spans of the target language in text of other languages. Made by `fit_span_identifier`. It is a
+    `SwitchDetector`: called with a text and its source language, as `switched`."""
 
     target: str  # Language or register whose spans are found
     others: tuple[str, ...]  # The languages that it is distinguished from

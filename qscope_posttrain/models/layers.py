@@ -51,7 +51,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers in order: the output of element n is the residual stream after block n, counted from 0.
     ValueError for an encoder-decoder, a model with several residual streams, or one without a single list of
     `num_hidden_layers` blocks beside its token embedding."""
-    layers, config = _text_backbone(model)[1], text_config(model)
+    layers, config = text_backbone(model)[1], text_config(model)
     if config.model_type == "xlnet":
         raise UserValueError(
             "XLNet's layers return [tokens, batch, d_model], and only [batch, tokens, d_model] is read."
@@ -66,15 +66,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def text_backbone(model: nn.Module) -> nn.Module:
-    """The module that holds the token embedding and the decoder layers, and runs whenever they run."""
-    return _text_backbone(model)[0]
-
-
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output embedding; ValueError if it is not exactly one, or if a
     projection follows it."""
-    backbone, layers = _text_backbone(model)
+    backbone, layers = text_backbone(model)
     children = list(backbone.named_children())
     place = [child for _, child in children].index(layers)
     behind = children[place + 1 :]
@@ -137,7 +132,7 @@ def check_layers(model: nn.Module, layers: Iterable[SupportsIndex]) -> tuple[int
     return numbers
 
 
-def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that holds the token embedding and the decoder layers, and those layers."""
     causal_lm = pretrained_model(model)
     name = type(causal_lm).__name__
