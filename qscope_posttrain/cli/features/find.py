@@ -86,8 +86,10 @@ path: text  # features.safetensors, or the folder that holds it
 
 
 def find(options: argparse.Namespace) -> None:
-    """Find the features of each language, print them, and write `features.safetensors` and `summary.json`. One pass
-    over texts, which a launcher (accelerate launch, torchrun) may share among processes."""
+    """Find the features of each language, print them, and write `features.safetensors` and `summary.json`.
+
+    One pass over texts, which a launcher (accelerate launch, torchrun) may share among processes.
+    """
     from qscope_posttrain.features.find.contrast import find_language_features
 
     output = writable_folder(options.output)
@@ -114,7 +116,9 @@ def find(options: argparse.Namespace) -> None:
 
 def find_repetition(options: argparse.Namespace) -> None:
     """Find the features of endless repetition, try them by steering, and write them, loops, curves and `summary.json`.
-    Runs in one process, not under a launcher: it samples completions in turn."""
+
+    Runs in one process, not under a launcher: it samples completions in turn.
+    """
     from qscope_posttrain.features.dose_curve import CurveSettings
     from qscope_posttrain.features.find.loops import collect_loops
     from qscope_posttrain.features.find.repetition import find_repetition_features, repetition_table
