@@ -144,7 +144,6 @@ class ChatSession:
         cache: CompletionCache,
         *,
         limits: Limits | None = None,
-        show_progress: bool | None = None,
         sleep: Callable[[float], None] = time.sleep,
         ask_refused_again: bool = False,
     ) -> None:
@@ -153,7 +152,6 @@ class ChatSession:
         self.cache = cache
         self.usage = Usage(limits or Limits(), sleep)
         self._refusals = Refusals(cache, ask_again=ask_refused_again)
-        self._show_progress = show_progress
         self._counted: set[str] = set()
 
     def beside(self, model: ChatModel) -> ChatSession:
@@ -183,7 +181,7 @@ class ChatSession:
                 self.usage.add(completion, cached=True)
         if pending:
             done = self._run(pending)
-            for _ in progress(done, total=len(pending), description=description, enabled=self._show_progress):
+            for _ in progress(done, total=len(pending), description=description):
                 pass
         self._refusals.check({self._way(request) for request in wanted.values()})
         found = [self._known(request) for request in requests]

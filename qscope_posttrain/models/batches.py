@@ -124,15 +124,11 @@ def describe_text(text: Text) -> str:
 
 
 def tokenize_texts(
-    tokenizer: Any,
-    texts: Mapping[str, Sequence[Text]],
-    max_length: int,
-    languages: Sequence[str] | None = None,
-    ignored: Collection[int] = (),
+    tokenizer: Any, texts: Mapping[str, Sequence[Text]], max_length: int, ignored: Collection[int] = ()
 ) -> list[TokenSequence]:
     """Tokenize all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens. Texts
-    without a token are left out. `languages` restricts the work to some languages of `texts`; the language index of a
-    sequence always counts in the order of `texts`. Tokens whose ids are `ignored` never count."""
+    without a token are left out. The language index of a sequence counts in the order of `texts`. Tokens whose ids are
+    `ignored` never count."""
     if not callable(tokenizer):
         raise UserTypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
     if max_length < 2:
@@ -142,8 +138,6 @@ def tokenize_texts(
     sequences: list[TokenSequence] = []
     left_out = frozenset(ignored)
     for index, language in enumerate(check_texts(texts)):
-        if languages is not None and language not in languages:
-            continue
         found = [
             TokenSequence(index, number, text.ids[:max_length], len(text.ids) > max_length, text.start, left_out)
             for number, text in enumerate(_token_texts(tokenizer, texts[language]))

@@ -28,9 +28,7 @@ class RepeatedTail:
         return self.start + self.period
 
 
-def repeated_tail(
-    tokens: Sequence[Any], *, min_copies: int = 3, min_tokens: int = 12, max_period: int | None = None
-) -> RepeatedTail | None:
+def repeated_tail(tokens: Sequence[Any], *, min_copies: int = 3, min_tokens: int = 12) -> RepeatedTail | None:
     """Find the repeated block with which a sequence ends, if any.
 
     For every period p let L(p) be the length of the longest suffix that repeats itself after p elements. The result is
@@ -45,17 +43,14 @@ def repeated_tail(
         tokens: token ids, words, or a string (whose elements are its characters); also a 1-D array or tensor.
         min_copies: whole copies, at least 2.
         min_tokens: elements of all copies together, so that "!!!" is no loop.
-        max_period: longest period; by default as long as `min_copies` copies fit.
     """
-    if min_copies < 2 or min_tokens < 1 or (max_period is not None and max_period < 1):
+    if min_copies < 2 or min_tokens < 1:
         raise UserValueError(
-            "Expected min_copies >= 2, min_tokens >= 1 and max_period >= 1 or None; "
-            f"got min_copies={min_copies}, min_tokens={min_tokens}, max_period={max_period}."
+            f"Expected min_copies >= 2 and min_tokens >= 1; got min_copies={min_copies}, min_tokens={min_tokens}."
         )
     elements = _elements(tokens)
     length = len(elements)
-    longest = length // min_copies if max_period is None else min(max_period, length // min_copies)
-    for period, match in _self_matches(elements[::-1], longest):
+    for period, match in _self_matches(elements[::-1], length // min_copies):
         covered = period + match
         if covered >= min_tokens and covered >= min_copies * period:
             return RepeatedTail(start=length - covered, period=period, copies=covered // period)
