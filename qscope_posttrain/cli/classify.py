@@ -133,9 +133,7 @@ def predict(options: argparse.Namespace) -> None:
     texts = texts_of(table, options.text_column, options.data)
     for name in (options.score_column, options.decision_column):
         if name in table.column_names:
-            raise UserValueError(
-                f"'{options.data}' has a column '{name}' already; choose another name for the new one."
-            )
+            raise UserValueError(f"'{options.data}' has a column '{name}' already; choose another name.")
     featurizer = _featurizer(options, [str(layer) for layer in layers])
     classifier = FeatureClassifier.load(place, featurizer.with_settings({"show_progress": False}))
     starts = range(0, len(texts), options.texts_at_once)

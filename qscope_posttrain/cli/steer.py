@@ -119,9 +119,7 @@ def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: l
     from qscope_posttrain.evaluation.dose_curve import FEATURE, dose_curve, matches, writes_language
 
     if (options.effect_language is None) == (options.effect_pattern is None):
-        raise UserValueError(
-            "--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'EXPRESSION'."
-        )
+        raise UserValueError("--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'REGEX'.")
     by_pattern = options.effect_language is None
     effect = matches(options.effect_pattern) if by_pattern else writes_language(options.effect_language)
     settings, chat = sampling_settings(options), chat_settings(options)

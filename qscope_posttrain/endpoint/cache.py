@@ -33,9 +33,7 @@ class CompletionCache:
         another process, damaged, not one of our files, or a device."""
         self.path = Path(path)
         if not self.path.parent.is_dir():
-            raise UserFileNotFoundError(
-                f"cannot keep answers in '{self.path}': there is no folder '{self.path.parent}'."
-            )
+            raise UserFileNotFoundError(f"cannot keep answers in '{self.path}': no folder '{self.path.parent}'.")
         if self.path.exists():
             check_is_file(self.path)
         self._lock = threading.Lock()

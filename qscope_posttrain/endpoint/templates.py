@@ -29,9 +29,7 @@ class PromptTemplates:
             folders.insert(0, Path(user_folder))
             known = {path.name for path in package_folder.glob("*.jinja")}
             if not folders[0].is_dir() or not known & {path.name for path in folders[0].glob("*.jinja")}:
-                raise UserFileNotFoundError(
-                    f"no templates in '{user_folder}'; they are called {', '.join(sorted(known))}."
-                )
+                raise UserFileNotFoundError(f"no templates in '{user_folder}'; expected {', '.join(sorted(known))}.")
 
         def load(name: str) -> str | None:
             places = [folder.joinpath(*split_template_path(name)) for folder in folders]

@@ -186,9 +186,7 @@ def judge_responses(prompts: Sequence[SafetyPrompt], responses: Sequence[Sequenc
 def unjudged(prompts: Sequence[SafetyPrompt], responses: Sequence[Sequence[str]]) -> SafetyResult:
     """The result before any verdict, to be written to disk before a judge is asked."""
     if not prompts or len(prompts) != len(responses) or not all(responses):
-        raise UserValueError(
-            f"expected a response to each of at least one prompt; got {len(prompts)} and {len(responses)}."
-        )
+        raise UserValueError(f"expected a response per prompt, at least one; got {len(prompts)} and {len(responses)}.")
     verdicts = tuple((None,) * len(texts) for texts in responses)
     return SafetyResult(tuple(prompts), tuple(tuple(texts) for texts in responses), verdicts)
 

@@ -89,9 +89,7 @@ class TokenBatch:
 def check_texts(texts: Mapping[str, Sequence[Text]]) -> tuple[str, ...]:
     """Return the languages of `texts`; TypeError or ValueError when it is not {language: non-empty list of `Text`}."""
     if not isinstance(texts, Mapping):
-        raise UserTypeError(
-            f'texts must be a mapping such as {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.'
-        )
+        raise UserTypeError(f'texts must be a mapping like {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.')
     if not texts:
         raise UserValueError("texts is empty: give at least one language with at least one text.")
     for language, lines in texts.items():
@@ -132,9 +130,7 @@ def tokenize_texts(
     if not callable(tokenizer):
         raise UserTypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
     if max_length < 2:
-        raise UserValueError(
-            f"max_length must be at least 2 (the first token of a text never counts), got {max_length}."
-        )
+        raise UserValueError(f"max_length must be at least 2 (a text's first token never counts), got {max_length}.")
     sequences: list[TokenSequence] = []
     left_out = frozenset(ignored)
     for index, language in enumerate(check_texts(texts)):

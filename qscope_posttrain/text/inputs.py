@@ -243,7 +243,7 @@ def column(table: Dataset, name: str, source: str) -> list[Any]:
     if name not in table.column_names:
         known = ", ".join(table.column_names)
         raise UserValueError(
-            f"'{source}' has no column '{name}'; it has {known}.{did_you_mean(name, table.column_names)}"
+            f"'{source}' has no column '{name}', only {known}.{did_you_mean(name, table.column_names)}"
         )
     return list(table[name])
 
@@ -253,9 +253,7 @@ def texts_of(table: Dataset, name: str, source: str) -> list[str]:
     values = column(table, name, source)
     wrong = [row for row, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
     if wrong:
-        raise UserValueError(
-            f"'{source}': column '{name}' has no text in {len(wrong)} rows, for example row {wrong[0]}."
-        )
+        raise UserValueError(f"'{source}': column '{name}' has no text in {len(wrong)} rows, as in row {wrong[0]}.")
     return values
 
 
@@ -277,16 +275,12 @@ def labels_of(table: Dataset, name: str, positive: str | None, source: str) -> l
         numbers = [str(value) for value in values]
         chosen = words if positive in kinds else numbers
         if positive not in chosen:
-            raise UserValueError(
-                f"'{source}': no label in '{name}' is '{positive}'; there are {', '.join(kinds[:10])}."
-            )
+            raise UserValueError(f"'{source}': no label in '{name}' is '{positive}'; it has {', '.join(kinds[:10])}.")
         flags = [word == positive for word in chosen]
     elif names is None and all(word.lower() in _TRUTHS for word in kinds):
         flags = [_TRUTHS[word.lower()] for word in words]
     else:
-        raise UserValueError(
-            f"'{source}': name the positive label with --positive; '{name}' has {', '.join(kinds[:10])}."
-        )
+        raise UserValueError(f"'{source}': name the positive label with --positive; there are {', '.join(kinds[:10])}.")
     if all(flags) or not any(flags):
         raise UserValueError(f"'{source}': {sum(flags)} of {len(flags)} rows are positive; both classes are needed.")
     return flags

@@ -23,6 +23,7 @@ from qscope_posttrain.files import read_text
 from qscope_posttrain.recipe_file import as_text
 
 T = TypeVar("T")
+_TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 _REQUIRED = "required"
 
 
@@ -129,9 +130,16 @@ def field_help(kind: type) -> dict[str, str]:
     }
 
 
-def _add_field(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, settings: dict[str, Any]) -> None:
-    from transformers.hf_argparser import string_to_bool
+def as_bool(text: str | bool) -> bool:
+    """Read yes/no, true/false, t/f, y/n or 1/0."""
+    if isinstance(text, bool):
+        return text
+    if text.lower() not in _TRUTHS:
+        raise argparse.ArgumentTypeError(f"Truthy value expected: got {text} but expected yes/no, true/false or 1/0.")
+    return _TRUTHS[text.lower()]
 
+
+def _add_field(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, settings: dict[str, Any]) -> None:
     (kind, takes_none), text = _single(hint), settings.get("help")
     if default is dataclasses.MISSING and kind is bool:
         default = False
@@ -142,7 +150,7 @@ def _add_field(parser: argparse.ArgumentParser, name: str, hint: Any, default: A
         by_text = {str(choice): choice for choice in choices}
         settings |= {"choices": choices, "type": lambda text: by_text.get(text, text)}
     elif truth:
-        settings["type"] = string_to_bool
+        settings["type"] = as_bool
         if kind is bool or default is not None:
             settings |= {"nargs": "?", "const": True}
     elif get_origin(kind) is list:
