@@ -280,7 +280,8 @@ def labels_of(table: Dataset, name: str, positive: str | None, source: str) -> l
     elif names is None and all(word.lower() in _TRUTHS for word in kinds):
         flags = [_TRUTHS[word.lower()] for word in words]
     else:
-        raise UserValueError(f"'{source}': name the positive label with --positive; there are {', '.join(kinds[:10])}.")
+        listed = ", ".join(kinds[:10])
+        raise UserValueError(f"'{source}': name the positive label with --positive; '{name}' has {listed}.")
     if all(flags) or not any(flags):
         raise UserValueError(f"'{source}': {sum(flags)} of {len(flags)} rows are positive; both classes are needed.")
     return flags
