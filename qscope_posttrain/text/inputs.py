@@ -242,9 +242,8 @@ def column(table: Dataset, name: str, source: str) -> list[Any]:
     """All values of a column. ValueError: no such column."""
     if name not in table.column_names:
         known = ", ".join(table.column_names)
-        raise UserValueError(
-            f"'{source}' has no column '{name}', only {known}.{did_you_mean(name, table.column_names)}"
-        )
+        hint = did_you_mean(name, table.column_names)
+        raise UserValueError(f"'{source}' has no column '{name}'; it has {known}.{hint}")
     return list(table[name])
 
 
