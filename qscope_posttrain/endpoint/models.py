@@ -77,9 +77,9 @@ class OpenAIChatModel:
         self.model, self.concurrency = model, concurrency
         self._send_seed, self._max_tokens_name, self._options = send_seed, max_tokens_name, dict(options or {})
         # Not the address: a model served elsewhere is the same, and its answers stay paid for.
-        self.identity = {"name": model, "seeded": send_seed, "options": self._options}
+        self.identity: Mapping[str, Any] = {"name": model, "seeded": send_seed, "options": self._options}
         # Another server may answer a request that one refuses or cannot read.
-        self.route = {"address": base_url.rstrip("/"), "max_tokens_name": max_tokens_name}
+        self.route: Mapping[str, Any] = {"address": base_url.rstrip("/"), "max_tokens_name": max_tokens_name}
         self._openai = openai
         # max_retries=0: a session counts every request that is sent, and waits by itself
         self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", timeout=timeout, max_retries=0)
@@ -185,8 +185,8 @@ class LocalChatModel:
         self.batch_size = batch_size
         self._model, self._tokenizer = model, tokenizer
         self._template_options = dict(template_options or {})
-        self.identity = {"name": self._name, "local": True, "options": self._template_options}
-        self.route: dict[str, Any] = {}
+        self.identity: Mapping[str, Any] = {"name": self._name, "local": True, "options": self._template_options}
+        self.route: Mapping[str, Any] = {}
         self._takes_system = self._has_place_for_system()
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[ChatCompletion]:

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import regex
+from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.summary import writable_folder, write_text
@@ -30,15 +28,6 @@ class Figure:
     def __post_init__(self) -> None:
         if not self.svg.startswith("<svg"):
             raise UserValueError(f"a figure is an <svg> element as a string, got '{self.svg[:40]}'.")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and its answers by method, side by side; characters of the Unicode script `highlight` are marked."""
-
-    prompt: str
-    answers: Mapping[str, str]
-    highlight: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ class Section:
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
     shaded: Sequence[ShadedTexts] = ()
-    examples: Sequence[Example] = ()
+    examples: Sequence[Any] = ()  # Objects with `prompt`, `answers` by name, and `runs(answer)`: (text, marked)
     sections: Sequence[Section] = field(default=())
 
 
@@ -97,17 +86,6 @@ def write_html(
     return target
 
 
-def script_runs(text: str, script: str) -> list[tuple[str, bool]]:
-    """Split a text into runs `(run, whether it is of the script)`, which joined are the text; "" is no script."""
-    if not script:
-        return [(text, False)]
-    try:
-        runs = regex.split(rf"(\p{{Script={script}}}+)", text)
-    except regex.error as error:
-        raise UserValueError(f"'{script}' is no Unicode script name; examples are Han, Hangul, Cyrillic.") from error
-    return [(run, place % 2 == 1) for place, run in enumerate(runs) if run]
-
-
 @cache
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -120,7 +98,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"markdown": lambda text: Markup(markdown.render(text)), "script_runs": script_runs}
+    environment.filters["markdown"] = lambda text: Markup(markdown.render(text))
     return environment
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.testbed.models import save_model
 from benchmarks.testbed.report import (
     DemoPart,
+    Example,
     bars,
     headline_row,
     write_lines,
@@ -22,7 +23,7 @@ from benchmarks.testbed.switching.windows import decode
 from qscope_posttrain.features.explain.token_view import token_view
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.intervals import Interval, bootstrap_difference
-from qscope_posttrain.report.html import Example, Figure, Section
+from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Mark, scatter_with_intervals
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.text.scripts import target_script
