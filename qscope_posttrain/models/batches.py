@@ -169,9 +169,7 @@ def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad
     the set of sequences, not on their order. Within a batch the sequences of a language are neighbors."""
     if tokens_per_batch < 1:
         raise UserValueError(f"tokens_per_batch must be positive, got {tokens_per_batch}.")
-    ordered = sorted(
-        sequences, key=lambda sequence: (-len(sequence.ids), sequence.ids, sequence.language, sequence.text)
-    )
+    ordered = sorted(sequences, key=lambda one: (-len(one.ids), one.ids, one.language, one.text))
     batches: list[TokenBatch] = []
     start = 0
     while start < len(ordered):

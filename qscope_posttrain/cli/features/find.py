@@ -247,9 +247,7 @@ def show(options: argparse.Namespace) -> None:
         Table("Explanations", ["layer", "feature", "by", "explanation"], rows).print()
     print_steering(features)
     origins = [(f"layer {layer}", _origin(source)) for layer, source in features.provenance.get("saes", {}).items()]
-    origins += [
-        (f"found with {name}", value) for name, value in features.settings.items() if not isinstance(value, dict)
-    ]
+    origins += [(f"found with {key}", value) for key, value in features.settings.items() if not isinstance(value, dict)]
     origins += [(f"completions read: {name}", value) for name, value in features.provenance.get("loops", {}).items()]
     Table("Origin", ["what", "where"], [(what, str(where)) for what, where in origins]).print()
 
