@@ -129,10 +129,10 @@ def _percentile_interval(strata: list[NDArray[np.float64]], resamples: int, leve
     generator = np.random.default_rng(seed)
 
     def means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        def draw(size: int) -> NDArray[np.float64]:
-            return values[generator.integers(len(values), size=(size, len(values)))].mean(axis=1)
-
-        return _in_pieces(draw, resamples, len(values))
+        count = len(values)
+        return _in_pieces(
+            lambda size: values[generator.integers(count, size=(size, count))].mean(axis=1), resamples, count
+        )
 
     replicates = np.mean([means(values) for values in strata], axis=0)
     return _between_quantiles(float(np.mean([values.mean() for values in strata])), replicates, level)
