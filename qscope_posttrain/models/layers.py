@@ -77,7 +77,8 @@ def final_norm(model: nn.Module) -> nn.Module:
     ]
     if len(norms) != 1:
         found = ", ".join(type(child).__name__ for _, child in behind) or "nothing"
-        raise UserValueError(f"Expected one norm behind the layers of {type(backbone).__name__}, found: {found}.")
+        name = type(backbone).__name__
+        raise UserValueError(f"Expected one norm behind the decoder layers of {name}, found: {found}.")
     head: Any = pretrained_model(model).get_output_embeddings()
     read, width = getattr(head, "in_features", None), text_config(model).hidden_size
     if isinstance(read, int) and read != width:
