@@ -44,16 +44,14 @@ class ShadedText:
 
 @dataclass(frozen=True)
 class ShadedTexts:
-    """Passages shaded on a common scale, from 0 to `peak` (by default their largest value)."""
+    """Passages shaded on a common scale, from 0 to the peak, their largest value."""
 
     title: str
     passages: Sequence[ShadedText]
-    peak: float | None = None
 
     def shares(self, passage: ShadedText) -> list[float]:
         """Each token's value as a share of the peak, within [0, 1]."""
-        largest = max((max(entry.values, default=0.0) for entry in self.passages), default=0.0)
-        peak = self.peak if self.peak is not None else largest
+        peak = max((max(entry.values, default=0.0) for entry in self.passages), default=0.0)
         return [min(max(value / peak, 0.0), 1.0) if peak > 0 else 0.0 for value in passage.values]
 
 

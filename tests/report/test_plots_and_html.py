@@ -140,5 +140,4 @@ def test_script_runs():
 def test_peak_is_common_to_all_passages():
     first, second = ShadedText(["a"], [1.0]), ShadedText(["b"], [4.0])
     assert ShadedTexts("t", [first, second]).shares(first) == [0.25]
-    assert ShadedTexts("t", [first], peak=0.5).shares(first) == [1.0]
     assert ShadedTexts("t", [ShadedText(["a"], [0.0])]).shares(ShadedText(["a"], [-1.0])) == [0.0]
