@@ -107,12 +107,6 @@ def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | No
     return first
 
 
-def bare_name(path: str | os.PathLike[str]) -> str:
-    """The name of a file without what `text_suffix` gives and what follows it."""
-    name = Path(path).name
-    return name[: name.rindex(text_suffix(path))]
-
-
 def read_lines(path: str | os.PathLike[str], what: str = "file", packed: bool = True) -> Iterator[str]:
     r"""Yield the lines of a text file, each ending in `\n` (except perhaps the last).
 

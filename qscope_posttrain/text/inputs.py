@@ -15,16 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, did_you_mean, library_refusals
-from qscope_posttrain.files import (
-    bare_name,
-    check_is_file,
-    check_plain,
-    read_csv,
-    read_json,
-    read_jsonl,
-    read_lines,
-    text_suffix,
-)
+from qscope_posttrain.files import check_is_file, check_plain, read_csv, read_json, read_jsonl, read_lines, text_suffix
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +35,7 @@ def read_texts(path: str | Path, limit: int | None = None) -> dict[str, list[str
         files = sorted(file for file in location.iterdir() if text_suffix(file) == ".txt" and file.name[0] != ".")
         if not files:
             raise UserFileNotFoundError(f"no <language>.txt in '{location}', for example en.txt, with one text a line.")
-        texts = {bare_name(file): _lines(file, limit) for file in files}
+        texts = {file.name[: file.name.rindex(".txt")]: _lines(file, limit) for file in files}
         if len(texts) < len(files):
             raise UserValueError(f"'{location}' has a language twice: {', '.join(file.name for file in files)}.")
     elif not location.exists() and not location.is_symlink():
