@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Reduce: TypeAlias = "Callable[[Tensor], Tensor]"
-"""Adds up a tensor over all processes, in place, and returns it."""
+Reduce: TypeAlias = "Callable[[Tensor], Tensor]"  # Adds up a tensor over all processes, in place, and returns it
 
 
 def process_rank() -> tuple[int, int]:

@@ -49,10 +49,7 @@ EXTRAS = {
 
 def require_extra(*extras: str) -> None:
     """Check that the libraries of one or several extras can be imported; commands do so before long work starts.
-
-    Raises:
-        UserImportError: One is missing; the message names its extra.
-    """
+    UserImportError, which names the extra, if one is missing."""
     missing = {extra: [name for name in EXTRAS[extra] if not _importable(name)] for extra in extras}
     if any(missing.values()):
         raise UserImportError(

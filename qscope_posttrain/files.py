@@ -107,12 +107,6 @@ def check_plain(path: str | os.PathLike[str], what: str = "file", head: int | No
     return first
 
 
-def bare_name(path: str | os.PathLike[str]) -> str:
-    """The name of a file without what `text_suffix` gives and what follows it."""
-    name = Path(path).name
-    return name[: name.rindex(text_suffix(path))]
-
-
 def read_lines(path: str | os.PathLike[str], what: str = "file", packed: bool = True) -> Iterator[str]:
     r"""Yield the lines of a text file, each ending in `\n` (except perhaps the last).
 
@@ -212,10 +206,8 @@ def _reason(error: BaseException) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; when the block ends, that file is flushed to disk and becomes `path`.
-
     When the block raises, the unfinished file is removed and `path` is as it was. FileNotFoundError where the folder
-    does not exist; OSError, with the reason, where the file cannot be written.
-    """
+    does not exist; OSError, with the reason, where the file cannot be written."""
     if not path.parent.is_dir():
         raise UserFileNotFoundError(f"cannot write '{path}': the folder '{path.parent}' does not exist.")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")

@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qscope_posttrain.errors import UserValueError
 
-_CELLS_AT_ONCE = 4_000_000
-"""Entries of the index matrix held at a time while resampling: 32 MB."""
+_CELLS_AT_ONCE = 4_000_000  # Entries of the index matrix held at a time while resampling: 32 MB
 
 
 class Interval(NamedTuple):
@@ -68,14 +67,8 @@ def bootstrap_over_prompts(
     """Percentile bootstrap interval of a mean, resampling whole prompts: samples of one prompt stay together.
 
     The width is 0 where all prompts agree: then the data hold no information on the spread between prompts, and the
-    Wilson interval is the one to read.
-
-    Args:
-        outcomes: `[prompts, samples]`, or a list of such matrices, one per stratum (e.g. language). With strata, each
-            one is resampled by itself, and the estimate is the unweighted mean of their means.
-        resamples: bootstrap replicates.
-        level: coverage.
-        seed: of the resampling; the same seed gives the same interval.
+    Wilson interval is the one to read. `outcomes` are `[prompts, samples]`, or a list of such matrices, one per stratum
+    (e.g. language): each is resampled by itself, and the estimate is the unweighted mean of their means.
     """
     is_strata = isinstance(outcomes, (list, tuple)) and bool(outcomes) and np.ndim(outcomes[0]) == 2
     strata: list[Any] = list(outcomes) if is_strata else [outcomes]  # type: ignore[arg-type]
@@ -102,10 +95,8 @@ def bootstrap_of_sums(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of a statistic of column sums, such as a ratio, resampling whole rows.
-
-    `statistic` maps column sums `[..., columns]` to values `[...]`. See `bootstrap_over_prompts`.
-    """
+    """Percentile bootstrap interval of a statistic of column sums, such as a ratio, resampling whole rows. `statistic`
+    maps column sums `[..., columns]` to values `[...]`. See `bootstrap_over_prompts`."""
     matrix = np.asarray(rows, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0:
         raise UserValueError(f"Expected sums as [rows, columns], not empty; got the shape {list(matrix.shape)}.")
@@ -138,10 +129,10 @@ def _percentile_interval(strata: list[NDArray[np.float64]], resamples: int, leve
     generator = np.random.default_rng(seed)
 
     def means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        def draw(size: int) -> NDArray[np.float64]:
-            return values[generator.integers(len(values), size=(size, len(values)))].mean(axis=1)
-
-        return _in_pieces(draw, resamples, len(values))
+        count = len(values)
+        return _in_pieces(
+            lambda size: values[generator.integers(count, size=(size, count))].mean(axis=1), resamples, count
+        )
 
     replicates = np.mean([means(values) for values in strata], axis=0)
     return _between_quantiles(float(np.mean([values.mean() for values in strata])), replicates, level)

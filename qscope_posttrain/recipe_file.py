@@ -13,8 +13,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import check_is_file, read_text
 
 MAX_BYTES = 1 << 18
-_MAX_NODES = 100_000
-"""Keys and values, aliases written out: a few lines of aliases of aliases can stand for gigabytes."""
+_MAX_NODES = 100_000  # Keys and values, aliases written out: a few lines of aliases of aliases can stand for gigabytes
 
 
 class _Loader(yaml.SafeLoader):

@@ -28,8 +28,7 @@ from qscope_posttrain.recipe_file import read_yaml
 from qscope_posttrain.sae.checks import read_settings
 from qscope_posttrain.sae.training.text_stream import file_source
 from qscope_posttrain.synthesis.coverage import read_relevance
-from qscope_posttrain.text.data_sets import read_file
-from qscope_posttrain.text.inputs import read_prompts, read_text_list, read_texts
+from qscope_posttrain.text.inputs import read_file, read_prompts, read_text_list, read_texts
 
 disable_progress_bars()
 
@@ -272,7 +271,7 @@ OWN_FILES = {
     "cli/main.py": "the null device, in place of a reader that is gone",
     "provenance.py": "bytes of a checked file, for their hash",
     "files.py": "the reader",
-    "text/data_sets.py": "the reader of data sets",
+    "text/inputs.py": "the reader of data sets",
     "kernels/native/__init__.py": "the package's own source",
     "sae/archives.py": "binary files",
     "sae/weights_file.py": "the kind of a binary file by its first bytes, and the mappings of the process",
@@ -290,4 +289,4 @@ def test_no_other_module_opens_files():
     found = {name for name, source in sources.items() if OPENING.search(source)}
     bypassing = {name for name in found if not name.startswith(tuple(OWN_FILES))}
     assert not bypassing, "read with qscope_posttrain.files, or say in OWN_FILES why not"
-    assert {"files.py", "text/data_sets.py"} <= found
+    assert {"files.py", "text/inputs.py"} <= found

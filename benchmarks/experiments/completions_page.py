@@ -15,10 +15,11 @@ from benchmarks.experiments import switching_rows as switching
 from benchmarks.experiments.choice import choose_weights
 from benchmarks.experiments.grouping import by_cell
 from benchmarks.testbed.repetition.config import PLAIN
+from benchmarks.testbed.report import Example
 from benchmarks.testbed.switching.config import SFT
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import read_json, read_jsonl
-from qscope_posttrain.report.html import Example, Section, write_html
+from qscope_posttrain.report.html import Section, write_html
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.text.scripts import target_script
 

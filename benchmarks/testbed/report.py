@@ -8,10 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Bar, interval_bars
 from qscope_posttrain.report.tables import Cell, Table
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its answers by method, side by side; characters of the Unicode script `highlight` are marked."""
+
+    prompt: str
+    answers: Mapping[str, str]
+    highlight: str = ""
+
+    def runs(self, answer: str) -> list[tuple[str, bool]]:
+        """Split an answer into runs `(run, whether it is of the script)`, which joined are the answer."""
+        if not self.highlight:
+            return [(answer, False)]
+        try:
+            runs = regex.split(rf"(\p{{Script={self.highlight}}}+)", answer)
+        except regex.error as error:
+            raise UserValueError(f"'{self.highlight}' is no Unicode script name, such as Han, Cyrillic.") from error
+        return [(run, place % 2 == 1) for place, run in enumerate(runs) if run]
 
 
 @dataclass(frozen=True)

@@ -171,14 +171,10 @@ def _collect(
     found: dict[int | str, list[ItemFeatures]] = dict(features.items())
     if token_control:
         found[TOKENS] = token_sets(tokenizer, benchmarks)
-    origins = {
-        entry.name: {
-            "source": entry.source,
-            "items": len(entry.texts),
-            "sha256": text_fingerprint({entry.name: entry.texts}),
-        }
-        for entry in benchmarks
-    }
+    origins = {}
+    for entry in benchmarks:
+        digest = text_fingerprint({entry.name: entry.texts})
+        origins[entry.name] = {"source": entry.source, "items": len(entry.texts), "sha256": digest}
     sources = {str(layer): str(sae.source) for layer, sae in saes.items()}
     return found, {"model": model_shape(model), "saes": sources, "benchmarks": origins, "prompt": options.prompt}
 

@@ -13,7 +13,7 @@ from qscope_posttrain.cli.parsing.table import MODEL, SAES
 from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.summary import writable_folder, write_summary
-from qscope_posttrain.text.data_sets import (
+from qscope_posttrain.text.inputs import (
     READERS,
     WRITERS,
     column,
@@ -133,9 +133,7 @@ def predict(options: argparse.Namespace) -> None:
     texts = texts_of(table, options.text_column, options.data)
     for name in (options.score_column, options.decision_column):
         if name in table.column_names:
-            raise UserValueError(
-                f"'{options.data}' has a column '{name}' already; choose another name for the new one."
-            )
+            raise UserValueError(f"'{options.data}' has a column '{name}' already; choose another name.")
     featurizer = _featurizer(options, [str(layer) for layer in layers])
     classifier = FeatureClassifier.load(place, featurizer.with_settings({"show_progress": False}))
     starts = range(0, len(texts), options.texts_at_once)
@@ -173,8 +171,6 @@ def report(options: argparse.Namespace) -> None:
         more = _labeled(options, options.test_data, options.test_split)
         texts, labels, groups = texts + more[0], labels + more[1], groups + more[2]
         known, test = list(range(count)), list(range(count, len(texts)))
-    elif not 0 < options.test_share < 1:
-        raise UserValueError(f"--test-share must lie between 0 and 1, got {options.test_share}.")
     else:
         known, test = split_rows(groups, labels, options.test_share, options.seed)
     featurizer = _featurizer(options, options.layers, options.max_length)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import qscope_posttrain
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, did_you_mean, one_line
@@ -43,16 +44,13 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 USER_MISTAKE = 2
 INTERRUPTED = 130
-READER_GONE = 141
-"""Exit status that shells report for a program whose output pipe was closed, for example by `head`"""
+READER_GONE = 141  # Exit status that shells report for a program whose output pipe was closed, for example by `head`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a user's mistake.
-
-    A mistake (a UserError) is printed in one line; with `--debug`, anywhere, with its traceback. Any other error is a
-    bug or a failure of the machine, and passes through.
-    """
+    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a user's mistake. A mistake (a
+    UserError) is printed in one line; with `--debug`, anywhere, with its traceback. Any other error is a bug or a
+    failure of the machine, and passes through."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -123,29 +121,21 @@ def _leave_process_group() -> None:
 
 def _runner(name: str) -> Callable[[Sequence[str]], int]:
     """What runs a command: the function `run` of its module, where it has one of its own, or that of its parser."""
-    module = _module(name)
+    if name not in COMMANDS:
+        raise UserValueError(f"no command '{name}'.{did_you_mean(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
+    place = COMMANDS[name][0]
+    if place.startswith("benchmarks."):
+        _find_repository(name)
+    else:
+        place = f"qscope_posttrain.cli.{place}"
+    module: Any = importlib.import_module(place)
     run: Callable[[Sequence[str]], int] = module.run if hasattr(module, "run") else module.build_parser().run
     return run
 
 
-def _module(name: str):  # type: ignore[no-untyped-def]
-    if name not in COMMANDS:
-        raise UserValueError(
-            f"no command '{name}'.{did_you_mean(name, COMMANDS)} The commands are {', '.join(COMMANDS)}."
-        )
-    module = COMMANDS[name][0]
-    if module.startswith("benchmarks."):
-        _find_repository(name)
-        return importlib.import_module(module)
-    return importlib.import_module(f"qscope_posttrain.cli.{module}")
-
-
 def _find_repository(command: str) -> None:
     """Make `benchmarks`, which is not installed with the package, importable here and in the processes that it starts.
-
-    Raises:
-        FileNotFoundError: the package was installed without its repository.
-    """
+    FileNotFoundError if the package was installed without its repository."""
     repository = Path(qscope_posttrain.__file__).parents[1]
     if not (repository / "benchmarks" / "testbed").is_dir():
         raise UserFileNotFoundError(

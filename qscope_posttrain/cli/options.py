@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qscope_posttrain.endpoint.chat import ChatModel
-    from qscope_posttrain.endpoint.limits import Limits, RetryPolicy
-    from qscope_posttrain.endpoint.session import ChatSession
+    from qscope_posttrain.endpoint.session import ChatSession, Limits
     from qscope_posttrain.models.generation import SamplingSettings
     from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
@@ -125,7 +124,7 @@ def check_endpoint_options(options: argparse.Namespace) -> None:
     """Raise, before anything is loaded, for several processes, a mistaken option, one that --local does not use, no
     openai package, or no key where one is needed."""
     check_one_process("commands that ask a chat model run")
-    _limits_and_retry(options)
+    _limits(options)
     if options.local:
         json_object(options.request_options, "--request-options")
         check_only_with(options, ENDPOINT, " of an endpoint cannot be used with --local; leave out either.")
@@ -135,21 +134,18 @@ def check_endpoint_options(options: argparse.Namespace) -> None:
 
 @contextmanager
 def open_session(options: argparse.Namespace, output: Path) -> Iterator[tuple[ChatSession, ChatSession]]:
-    """(writer, judge): sessions with one cache and one budget; prints the usage at the end.
-
-    Raises:
-        ValueError: as `check_endpoint_options`, or a cache in use by another process.
-    """
+    """(writer, judge): sessions with one cache and one budget; prints the usage at the end. ValueError as
+    `check_endpoint_options`, or for a cache in use by another process."""
     from qscope_posttrain.endpoint.cache import CompletionCache
     from qscope_posttrain.endpoint.session import ChatSession
 
     check_endpoint_options(options)
-    limits, retry = _limits_and_retry(options)
+    limits = _limits(options)
     model = _chat_model(options, options.chat_model)
     with CompletionCache(options.answers or output / ANSWERS) as cache:
         if len(cache):
             status(f"{len(cache)} answers in {cache.path} need not be asked for again")
-        session = ChatSession(model, cache, limits=limits, retry=retry, ask_refused_again=options.ask_refused_again)
+        session = ChatSession(model, cache, limits=limits, ask_refused_again=options.ask_refused_again)
         judge = session
         if options.judge_model not in (None, options.chat_model):
             judge = session.beside(_chat_model(options, options.judge_model))
@@ -168,11 +164,10 @@ def open_session(options: argparse.Namespace, output: Path) -> Iterator[tuple[Ch
                 )
 
 
-def _limits_and_retry(options: argparse.Namespace) -> tuple[Limits, RetryPolicy]:
-    from qscope_posttrain.endpoint.limits import Limits, RetryPolicy
+def _limits(options: argparse.Namespace) -> Limits:
+    from qscope_posttrain.endpoint.session import Limits
 
-    limits = Limits(options.requests_per_minute, options.max_requests, options.max_total_tokens)
-    return limits, RetryPolicy(attempts=options.attempts)
+    return Limits(options.requests_per_minute, options.max_requests, options.max_total_tokens, options.attempts)
 
 
 def _chat_model(options: argparse.Namespace, name: str) -> ChatModel:

@@ -94,37 +94,22 @@ def _compare(options: argparse.Namespace, features: FeatureSet, prompts: dict[st
     with hooks.steer(model, steering, require_generated=False):
         steered = generate_samples(model, tokenizer, prompts, settings, **chat)
     pairs = list(zip(without, steered, strict=True))
-    sides = [
-        [
-            {
-                "response": sample.response,
-                "token_ids": sample.tokens,
-                "ended": sample.ended,
-                "endless_repetition": is_endless_repetition(sample.tokens, ended=sample.ended),
-            }
-            for sample in samples
-        ]
-        for samples in (without, steered)
-    ]
-    loops = [sum(bool(entry["endless_repetition"]) for entry in side) for side in sides]
+    loops = [[is_endless_repetition(s.tokens, ended=s.ended) for s in samples] for samples in (without, steered)]
+    counts = [f"{sum(found)} of {len(pairs)}" for found in loops]
     table = Table(
         title=f"Steering: {_in_words(steering)}",
         columns=["prompt", "without", "with"],
         rows=[(before.prompt, before.response, after.response) for before, after in pairs],
-        caption=f"Endless repetition: {loops[0]} of {len(pairs)} without, {loops[1]} of {len(pairs)} with.",
+        caption=f"Endless repetition: {counts[0]} without, {counts[1]} with.",
     )
     table.print()
     if options.output is not None:
-        responses = [
-            {
-                "language": sample.language,
-                "prompt": sample.prompt,
-                "sample": sample.sample_index,
-                "without": a,
-                "with": b,
-            }
-            for sample, a, b in zip(without, *sides, strict=True)
-        ]
+        responses = []
+        for number, pair in enumerate(pairs):
+            responses.append({"language": pair[0].language, "prompt": pair[0].prompt, "sample": pair[0].sample_index})
+            for side, sample, found in zip(("without", "with"), pair, loops, strict=True):
+                shown = {"response": sample.response, "token_ids": sample.tokens, "ended": sample.ended}
+                responses[-1][side] = {**shown, "endless_repetition": found[number]}
         results = {"steering": _summary(steering), "table": table, "responses": responses}
         status(f"written to {write_summary(options.output, 'steer', vars(options), results)}")
 
@@ -134,9 +119,7 @@ def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: l
     from qscope_posttrain.evaluation.dose_curve import FEATURE, dose_curve, matches, writes_language
 
     if (options.effect_language is None) == (options.effect_pattern is None):
-        raise UserValueError(
-            "--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'EXPRESSION'."
-        )
+        raise UserValueError("--curve needs one thing to measure: --effect-language zh, or --effect-pattern 'REGEX'.")
     by_pattern = options.effect_language is None
     effect = matches(options.effect_pattern) if by_pattern else writes_language(options.effect_language)
     settings, chat = sampling_settings(options), chat_settings(options)
@@ -181,11 +164,8 @@ def build_parser() -> CommandParser:
 
 
 def _positions(options: argparse.Namespace) -> Positions:
-    """The tokens to steer, from three options.
-
-    Raises:
-        ValueError: a window of other than generated tokens, or one that no response reaches.
-    """
+    """The tokens to steer, from three options. ValueError for a window of other than generated tokens, or one that no
+    response reaches."""
     from qscope_posttrain.models.steering import Window
 
     windowed = options.window_start is not None or options.window_length is not None

@@ -77,9 +77,7 @@ def synthesize(options: argparse.Namespace) -> None:
     natural = [] if options.natural is None else read_text_list(options.natural, options.max_texts)
     random.Random(options.seed).shuffle(natural)
     if options.measure_layers and len(natural) < 2:
-        raise UserValueError(
-            "--measure-layers counts the features that natural text fires there; give some with --natural."
-        )
+        raise UserValueError("--measure-layers counts the features that natural text fires; give --natural.")
     model, tokenizer = load(options)
     others = layers_of(options.measure_layers, model) if options.measure_layers else ()
     with open_session(options, output) as (session, judge):
@@ -199,7 +197,7 @@ def _random_control(
     options: argparse.Namespace, made: SynthesisRun, session: ChatSession, templates: PromptTemplates, settings: Any
 ) -> tuple[list[Draft] | None, int]:
     """(drafts, prompts asked for); nothing if it is switched off or the budget does not suffice."""
-    from qscope_posttrain.endpoint.limits import BudgetSpent
+    from qscope_posttrain.endpoint.session import BudgetSpent
     from qscope_posttrain.synthesis.pipeline import random_synthesis
 
     if not options.random_control:

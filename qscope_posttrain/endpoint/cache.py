@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, RequestFailed, RequestRefused
+from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, RequestFailed
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.files import check_is_file
 
 FIRST_FEW = 10
 """Number of requests sent in one way, all refused and not certainly for their content, that blame the way."""
-_RECORD = b'{"key": "'
-"""Beginning of every line."""
+_RECORD = b'{"key": "'  # Beginning of every line
+Record = tuple[str, Mapping[str, Any], ChatRequest, ChatCompletion, str]  # Arguments of `CompletionCache.put`
 
 
 class CompletionCache:
@@ -29,17 +29,11 @@ class CompletionCache:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open `path`, or make it; its folder must exist.
-
-        Raises:
-            FileNotFoundError: no such folder, or a folder at `path`.
-            ValueError: in use by another process, a damaged line, not one of our files, or a device.
-        """
+        """Open `path`, or make it. FileNotFoundError without its folder, or for a folder; ValueError if it is in use by
+        another process, damaged, not one of our files, or a device."""
         self.path = Path(path)
         if not self.path.parent.is_dir():
-            raise UserFileNotFoundError(
-                f"cannot keep answers in '{self.path}': there is no folder '{self.path.parent}'."
-            )
+            raise UserFileNotFoundError(f"cannot keep answers in '{self.path}': no folder '{self.path.parent}'.")
         if self.path.exists():
             check_is_file(self.path)
         self._lock = threading.Lock()
@@ -81,13 +75,8 @@ class CompletionCache:
         self, key: str, identity: Mapping[str, Any], request: ChatRequest, completion: ChatCompletion, way: str = ""
     ) -> None:
         """Keep an answer or a refusal, on disk when this returns, with its request so that people can read the file."""
-        record = {
-            "key": key,
-            "model": dict(identity),
-            "request": request.to_dict(),
-            "completion": asdict(completion),
-            "way": way,
-        }
+        record = {"key": key, "model": dict(identity), "request": asdict(request)}
+        record |= {"completion": asdict(completion), "way": way}
         line = json.dumps(record, ensure_ascii=True, allow_nan=False).encode() + b"\n"
         with self._lock:
             self._file.write(line)
@@ -137,42 +126,34 @@ class CompletionCache:
 
 
 class Refusals:
-    """Refusals, kept on disk as soon as the endpoint has answered another request sent in the same way.
-
-    Until then the reason may be the content or an option, and a refusal on disk would outlive the option. Thread-safe.
-    """
+    """Refusals, kept on disk as soon as the endpoint has answered another request sent in the same way. Until then the
+    reason may be the content or an option, and a refusal on disk would outlive the option. Thread-safe."""
 
     def __init__(self, cache: CompletionCache, *, ask_again: bool = False) -> None:
         """With `ask_again`, ignore refusals on disk."""
         self._cache, self._ask_again = cache, ask_again
         self._found: dict[str, ChatCompletion] = {}
-        self._held: dict[str, list[tuple[tuple[Any, ...], bool]]] = {}
-        """Way -> refusals not on disk: arguments of `CompletionCache.put`, and whether the content is the reason"""
+        self._held: dict[str, list[tuple[Record, bool]]] = {}
+        """Way -> refusals not on disk, and whether the content of each is the reason"""
         self._lock = threading.Lock()
 
     def get(self, key: str) -> ChatCompletion | None:
         """The refusal by `ChatRequest.refusal_key`, if there is one."""
         return self._found.get(key) or (None if self._ask_again else self._cache.get(key))
 
-    def add(
-        self, key: str, identity: Mapping[str, Any], request: ChatRequest, way: str, failure: RequestRefused
-    ) -> None:
-        """Remember a refusal.
-
-        Raises:
-            RequestFailed: the first few requests of this way were all refused, and not certainly for their content.
-        """
-        completion = ChatCompletion("", "refused", 0, 0, "", str(failure))
+    def add(self, record: Record, content: bool) -> None:
+        """Remember a refusal, and whether its content is known to be the reason. RequestFailed if the first few
+        requests of this way were all refused, and not certainly for their content."""
+        key, _, _, completion, way = record
         with self._lock:
             self._found[key] = completion
-            record = (key, identity, request, completion, way)
             if self._cache.has_answer(way):
                 self._cache.put(*record)
                 return
             held = self._held.setdefault(way, [])
-            held.append((record, failure.content))
-            if sum(not content for _, content in held) >= FIRST_FEW:
-                raise _all_refused(len(held), completion.refusal, failure.content)
+            held.append((record, content))
+            if sum(not known for _, known in held) >= FIRST_FEW:
+                raise _all_refused(held)
 
     def answered(self, way: str) -> None:
         """Put the refusals of this way on disk: an answer has come, so their content was the reason."""
@@ -184,15 +165,15 @@ class Refusals:
         """Raise a RequestFailed where all requests sent in one of these ways were refused."""
         for way in ways:
             if held := self._held.get(way):
-                (*_, completion, _), content = held[-1]
-                raise _all_refused(len(held), completion.refusal, content)
+                raise _all_refused(held)
 
 
-def _all_refused(count: int, last: str, content: bool) -> RequestFailed:
+def _all_refused(held: Sequence[tuple[Record, bool]]) -> RequestFailed:
+    (*_, last, _), content = held[-1]
     options = "--request-options, --max-tokens-name, --send-seed, temperature"
     advice = "" if content else f". If that is about an option ({options}), change it"
     return RequestFailed(
-        f"the endpoint refused all of {count} requests and has answered none like them: {last}"
+        f"the endpoint refused all of {len(held)} requests and has answered none like them: {last.refusal}"
         f"{advice}. These refusals are not kept: the next run asks again.",
         retry=False,
     )

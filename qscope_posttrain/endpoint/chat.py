@@ -18,10 +18,8 @@ class RequestFailed(UserOSError):
 
     def __init__(self, message: str, *, retry: bool, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.retry = retry
-        """Whether the same request may succeed later"""
-        self.retry_after = retry_after
-        """Seconds that the server asked to wait, if it did"""
+        self.retry = retry  # Whether the same request may succeed later
+        self.retry_after = retry_after  # Seconds that the server asked to wait, if it did
 
 
 class RequestRefused(RequestFailed):
@@ -51,12 +49,9 @@ class Message:
 class Sampling:
     """How an answer is drawn."""
 
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy"""
-    top_p: float = 1.0
-    """Nucleus; 1 keeps all tokens"""
-    max_tokens: int = 512
-    """Maximum length of the answer"""
+    temperature: float = 1.0  # Divides the logits; 0 is greedy
+    top_p: float = 1.0  # Nucleus; 1 keeps all tokens
+    max_tokens: int = 512  # Maximum length of the answer
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -73,8 +68,7 @@ class ChatRequest:
 
     messages: tuple[Message, ...]
     sampling: Sampling = Sampling()
-    sample: int = 0
-    """Number of the draw, from 0: without it, two draws of one request would be one entry of the cache"""
+    sample: int = 0  # Number of the draw, from 0: without it, two draws of one request would be one entry of the cache
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(self.messages))
@@ -83,17 +77,13 @@ class ChatRequest:
         if self.sample < 0:
             raise UserValueError(f"sample counts from 0; got {self.sample}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
     def key(self, identity: Mapping[str, Any]) -> str:
         """Key of the answer in the cache: SHA-256 of the model's identity and everything in the request."""
-        return _sha256({"model": dict(identity), **self.to_dict()})
+        return _sha256({"model": dict(identity), **asdict(self)})
 
     def refusal_key(self, identity: Mapping[str, Any], route: Mapping[str, Any]) -> str:
         """Key of a refusal in the cache: another server, or another way to write the request, may answer it."""
-        return _sha256({"model": dict(identity), "route": dict(route), **self.to_dict()})
+        return _sha256({"model": dict(identity), "route": dict(route), **asdict(self)})
 
     def way(self, identity: Mapping[str, Any], route: Mapping[str, Any]) -> str:
         """SHA-256 of all but the content and the draw: an endpoint accepts it in every such request, or in none."""
@@ -105,15 +95,11 @@ class ChatCompletion:
     """One answer."""
 
     text: str
-    finish_reason: str
-    """"stop", "length", or another reason of the server; "None" where it gives none"""
-    prompt_tokens: int
-    """As the server counts them; 0 where it does not"""
+    finish_reason: str  # "stop", "length", or another reason of the server; "None" where it gives none
+    prompt_tokens: int  # As the server counts them; 0 where it does not
     completion_tokens: int
-    request_id: str
-    """The server's name for this answer"""
-    refusal: str = ""
-    """Why the endpoint will never answer this request, in its own words; empty where it did answer"""
+    request_id: str  # The server's name for this answer
+    refusal: str = ""  # Why the endpoint will never answer this request, in its own words; empty where it did answer
 
     @property
     def whole(self) -> bool:
@@ -129,28 +115,17 @@ class ChatCompletion:
 class ChatModel(Protocol):
     """A model that answers chats: `models.OpenAIChatModel`, `models.LocalChatModel`, or one's own."""
 
-    batch_size: int
-    """Maximum number of requests in one call of `complete`"""
-    concurrency: int
-    """Maximum number of calls of `complete` at a time, in threads"""
+    batch_size: int  # Maximum number of requests in one call of `complete`
+    concurrency: int  # Maximum number of calls of `complete` at a time, in threads
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """JSON values that an answer depends on beside the request. Never a key, never an address."""
-        ...
-
-    @property
-    def route(self) -> Mapping[str, Any]:
-        """JSON values that a refusal depends on beside that, such as the address. They are hashed, and not kept."""
-        ...
+    identity: Mapping[str, Any]
+    """JSON values that an answer depends on beside the request. Never a key, never an address."""
+    route: Mapping[str, Any]
+    """JSON values that a refusal depends on beside that, such as the address. They are hashed, and not kept."""
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[ChatCompletion]:
-        """One answer to each request, in order.
-
-        Raises:
-            RequestRefused: one of them will never be answered; where there are several, each is then sent alone.
-            RequestFailed: no answer; it says whether a retry makes sense.
-        """
+        """One answer to each request, in order. RequestRefused if one of them will never be answered (where there are
+        several, each is then sent alone); RequestFailed for no answer, which says whether a retry makes sense."""
         ...
 
 

@@ -6,19 +6,19 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, Message, RequestFailed, RequestRefused
-from qscope_posttrain.endpoint.limits import retry_after_seconds
 from qscope_posttrain.errors import UserValueError, library_refusals, require_extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OFFICIAL = "https://api.openai.com/v1"
-RETRIED_STATUS = frozenset({408, 409, 425, 429})
-"""Client errors that pass; so does every status from 500 on."""
+RETRIED_STATUS = frozenset({408, 409, 425, 429})  # Client errors that pass; so does every status from 500 on
 REFUSED_STATUS = frozenset({400, 413, 422})
 """Client errors of one request; others, such as a wrong key, are errors of all."""
 ACCOUNT_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "invalid_api_key"})
@@ -50,19 +50,13 @@ class OpenAIChatModel:
         """Make a client; nothing is sent yet.
 
         Args:
-            model: The endpoint's name for the model.
             base_url: Address up to and including `/v1`.
             api_key_env: Environment variable that holds the key; most servers of one's own need none.
             timeout: Seconds for one attempt.
-            concurrency: Maximum number of requests at a time.
             send_seed: Send the sample number as `seed`, which makes draws repeatable on servers that support it; others
                 refuse the request.
             max_tokens_name: "max_tokens", or "max_completion_tokens" where a model refuses the former.
             options: Further JSON fields of every request, for example {"reasoning_effort": "low"}.
-
-        Raises:
-            ImportError: no openai package.
-            ValueError: a base URL that holds a key, or no key in the environment for api.openai.com.
         """
         require_extra("endpoint")
         import openai
@@ -82,27 +76,17 @@ class OpenAIChatModel:
             raise UserValueError(f"{OFFICIAL} needs a key in the environment variable {api_key_env}.")
         self.model, self.concurrency = model, concurrency
         self._send_seed, self._max_tokens_name, self._options = send_seed, max_tokens_name, dict(options or {})
-        self._route = {"address": base_url.rstrip("/"), "max_tokens_name": max_tokens_name}
+        # Not the address: a model served elsewhere is the same, and its answers stay paid for.
+        self.identity: Mapping[str, Any] = {"name": model, "seeded": send_seed, "options": self._options}
+        # Another server may answer a request that one refuses or cannot read.
+        self.route: Mapping[str, Any] = {"address": base_url.rstrip("/"), "max_tokens_name": max_tokens_name}
         self._openai = openai
         # max_retries=0: a session counts every request that is sent, and waits by itself
         self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", timeout=timeout, max_retries=0)
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Name and options. Not the address: a model served elsewhere is the same, and its answers stay paid for."""
-        return {"name": self.model, "seeded": self._send_seed, "options": self._options}
-
-    @property
-    def route(self) -> Mapping[str, Any]:
-        """Address and name of the limit: another server may answer a request that one refuses or cannot read."""
-        return self._route
-
     def complete(self, requests: Sequence[ChatRequest]) -> list[ChatCompletion]:
         """See `ChatModel.complete`."""
-        return [self._complete(request) for request in requests]
-
-    def _complete(self, request: ChatRequest) -> ChatCompletion:
-        openai = self._openai
+        openai, (request,) = self._openai, requests
         settings: dict[str, Any] = {self._max_tokens_name: request.sampling.max_tokens}
         messages: Any = [{"role": message.role, "content": message.content} for message in request.messages]
         if self._send_seed:
@@ -116,7 +100,7 @@ class OpenAIChatModel:
                 extra_body=self._options or None,
                 **settings,
             )
-            return read_completion(response.text)
+            return [read_completion(response.text)]
         except openai.APIStatusError as error:
             raise self._status_failure(error) from error
         except openai.APITimeoutError as error:
@@ -140,12 +124,21 @@ class OpenAIChatModel:
         return f"{self.model}: {shown[:500]}"
 
 
-def read_completion(body: str) -> ChatCompletion:
-    """Read the answer in the body of a response.
+def retry_after_seconds(value: str | None) -> float | None:
+    """Seconds that a `Retry-After` header asks for, as a number or an HTTP date; None where it is neither."""
+    try:
+        seconds = float(value or "")
+    except ValueError:
+        try:
+            when = parsedate_to_datetime(value or "")
+        except ValueError:
+            return None
+        seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return max(seconds, 0.0) if seconds == seconds else None
 
-    Raises:
-        RequestFailed: not JSON, or not of the form of a chat completion; another attempt may bring one.
-    """
+
+def read_completion(body: str) -> ChatCompletion:
+    """Read the answer in the body of a response. RequestFailed if it holds none; another attempt may bring one."""
     try:
         content = json.loads(body)
         choice = content["choices"][0]
@@ -166,10 +159,8 @@ def read_completion(body: str) -> ChatCompletion:
 
 class LocalChatModel:
     """A causal language model and its chat template. Requests of equal sampling settings are generated together.
-
     Answers are drawn by a request's `Sampling` and nothing else: of the generation defaults of the model only the end
-    tokens are used. Where the chat template has no place for a system message, it goes before the user's.
-    """
+    tokens are used. Where the chat template has no place for a system message, it goes before the user's."""
 
     concurrency = 1
 
@@ -182,13 +173,8 @@ class LocalChatModel:
         batch_size: int = 8,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap a loaded model.
-
-        Args:
-            name: Name of the model in the cache; default the folder or hub id that it was loaded from.
-            batch_size: Number of requests generated together.
-            template_options: Further arguments of the chat template, for example {"enable_thinking": False}.
-        """
+        """Wrap a loaded model. `name` is that in the cache, by default the folder or hub id that it was loaded from;
+        `template_options` are further arguments of the chat template, for example {"enable_thinking": False}."""
         if tokenizer.chat_template is None:
             raise UserValueError(f"{type(tokenizer).__name__} has no chat template, which a chat model needs.")
         self._name = name or str(getattr(model.config, "_name_or_path", ""))
@@ -199,23 +185,13 @@ class LocalChatModel:
         self.batch_size = batch_size
         self._model, self._tokenizer = model, tokenizer
         self._template_options = dict(template_options or {})
+        self.identity: Mapping[str, Any] = {"name": self._name, "local": True, "options": self._template_options}
+        self.route: Mapping[str, Any] = {}
         self._takes_system = self._has_place_for_system()
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return {"name": self._name, "local": True, "options": self._template_options}
-
-    @property
-    def route(self) -> Mapping[str, Any]:
-        return {}
-
     def complete(self, requests: Sequence[ChatRequest]) -> list[ChatCompletion]:
-        """See `ChatModel.complete`. A batch's seed is its own content, so that a run can be repeated.
-
-        Raises:
-            RequestRefused: a chat and its answer that exceed the context of the model.
-            ValueError: the chat template refuses a chat.
-        """
+        """See `ChatModel.complete`. A batch's seed is its own content, so that a run can be repeated. RequestRefused
+        if a chat and its answer exceed the context of the model, ValueError if the chat template refuses a chat."""
         from qscope_posttrain.models.generation import SamplingSettings, sample_batch
 
         found: dict[int, ChatCompletion] = {}

@@ -2,29 +2,137 @@
 
 from __future__ import annotations
 
+import copy
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, fields, replace
 from typing import Generic, NamedTuple, TypeVar
 
 from qscope_posttrain.endpoint.cache import CompletionCache, Refusals
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatModel, ChatRequest, RequestFailed, RequestRefused
-from qscope_posttrain.endpoint.limits import Limits, Pace, RetryPolicy, Usage
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress
 
 T = TypeVar("T")
-Batch = Sequence[tuple[str, ChatRequest]]
-"""Requests with their keys in the cache"""
+FIRST_WAIT = 1.0  # Seconds before the second attempt; doubled for each further one
+LONGEST_WAIT = 60.0  # Maximum length of a pause of our own choice, in seconds
+LONGEST_RETRY_AFTER = 300.0
+"""Maximum pause that a server may ask for, in seconds; where it asks for more, the run ends and can be resumed"""
+
+
+class BudgetSpent(UserValueError):
+    """The request or token budget ran out. Answers received so far are cached."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one run; None is no limit."""
+
+    requests_per_minute: float | None = None  # Requests are sent at even intervals, retries included
+    max_requests: int | None = None
+    """Maximum number of requests, retries included; answers from the cache count too, so that a resumed run sends only
+    the rest"""
+    max_tokens: int | None = None
+    """Send no request once prompts and answers so far, those from the cache included, have this many tokens. Requests
+    in flight can exceed it. Cached answers are never withheld."""
+    attempts: int = 6  # Maximum number of times that a request is sent
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value <= 0:
+                raise UserValueError(f"{field.name} must be positive; got {value}.")
+
+    def pause(self, attempt: int, failure: RequestFailed) -> float | None:
+        """Seconds before the next attempt after failed attempt number `attempt` (from 1), or None to give up: as the
+        server asks, or else exponential with jitter."""
+        if not failure.retry or attempt >= self.attempts:
+            return None
+        if failure.retry_after is not None:
+            return failure.retry_after if failure.retry_after <= LONGEST_RETRY_AFTER else None
+        wait = min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
+        return wait * random.uniform(0.5, 1.0)  # spreads clients out; no result depends on it
+
+
+class Usage:
+    """Requests and tokens used so far, held to the limits. Thread-safe."""
+
+    def __init__(self, limits: Limits, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.limits = limits
+        self.sent = 0  # Requests sent, retries included
+        self.failed = 0  # Requests sent that brought neither an answer nor a refusal
+        self.cached = 0  # Answers and refusals taken from the cache, each counted once
+        self.refused = 0
+        """Requests that the endpoint will not answer, sent now or known from the cache, each counted once"""
+        self.first_refusal = ""  # Message of the endpoint about the first of them
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.sleep = sleep
+        self._next = 0.0  # The time at which the next request may be sent
+        self._lock = threading.Lock()
+
+    @property
+    def requests(self) -> int:
+        """Requests that count towards the budget."""
+        return self.sent + self.cached
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count towards the budget."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def reserve(self, count: int) -> None:
+        """Wait until the next requests may be sent, and count them, or raise `BudgetSpent` if they are too many."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + (60.0 / self.limits.requests_per_minute if self.limits.requests_per_minute else 0.0)
+        if turn > now:
+            self.sleep(turn - now)
+        with self._lock:
+            for name, used in (("max_requests", self.requests + count), ("max_tokens", self.tokens + 1)):
+                limit = getattr(self.limits, name)
+                if limit is not None and used > limit:
+                    raise BudgetSpent(
+                        f"the budget {name}={limit} is spent; the answers so far are kept. Raise it and run the same "
+                        "command again to continue."
+                    )
+            self.sent += count
+
+    def hold(self, seconds: float) -> None:
+        """Send no further request within the next `seconds`."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+    def add(self, completion: ChatCompletion, *, cached: bool = False) -> None:
+        """Count an answer or a refusal. A cached one is counted as a request too, but no budget withholds it."""
+        with self._lock:
+            self.cached += cached
+            self.prompt_tokens += completion.prompt_tokens
+            self.completion_tokens += completion.completion_tokens
+            if completion.refusal:
+                self.refused += 1
+                self.first_refusal = self.first_refusal or completion.refusal
+
+    def fail(self, count: int) -> None:
+        """Count requests that brought no answer."""
+        with self._lock:
+            self.failed += count
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts, JSON-ready."""
+        names = ("requests", "sent", "failed", "refused", "cached", "tokens", "prompt_tokens", "completion_tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 class ParsedAnswer(NamedTuple, Generic[T]):
     """The value read from an answer; None where none of the draws could be read, or the endpoint refused."""
 
     value: T | None
-    completion: ChatCompletion
-    """The last one drawn"""
+    completion: ChatCompletion  # The last one drawn
 
 
 class ChatSession:
@@ -36,28 +144,20 @@ class ChatSession:
         cache: CompletionCache,
         *,
         limits: Limits | None = None,
-        retry: RetryPolicy | None = None,
-        show_progress: bool | None = None,
         sleep: Callable[[float], None] = time.sleep,
         ask_refused_again: bool = False,
     ) -> None:
         """`sleep` is called for every pause. `ask_refused_again` sends the requests that an earlier run saw refused."""
         self.model = model
         self.cache = cache
-        self.retry = retry or RetryPolicy()
-        self.usage = Usage(limits or Limits())
-        self._identity, self._route = dict(model.identity), dict(model.route)
+        self.usage = Usage(limits or Limits(), sleep)
         self._refusals = Refusals(cache, ask_again=ask_refused_again)
-        self._pace = Pace(self.usage.limits.requests_per_minute, sleep)
-        self._show_progress = show_progress
-        self._sleep = sleep
         self._counted: set[str] = set()
 
     def beside(self, model: ChatModel) -> ChatSession:
         """A session with another model that shares cache, budget and pace with this one."""
-        other = ChatSession(model, self.cache, retry=self.retry, show_progress=self._show_progress, sleep=self._sleep)
-        other.usage, other._pace, other._counted = self.usage, self._pace, self._counted
-        other._refusals = self._refusals
+        other = copy.copy(self)
+        other.model = model
         return other
 
     def complete(self, requests: Sequence[ChatRequest], description: str = "requests") -> list[ChatCompletion]:
@@ -70,39 +170,29 @@ class ChatSession:
                 in one way, and answered none. Requests in flight are waited for, and their answers are kept.
             BudgetSpent: the request or token budget ran out. Answers received so far are cached.
         """
-        keys = [request.key(self._identity) for request in requests]
-        wanted = dict(zip(keys, requests, strict=True))
+        wanted = {request.key(self.model.identity): request for request in requests}
         pending = []
         for key, request in wanted.items():
-            completion = self._known(key, request)
+            completion = self._known(request)
             if completion is None:
-                pending.append((key, request))
+                pending.append(request)
             elif key not in self._counted:
                 self._counted.add(key)
-                self.usage.add(completion.prompt_tokens, completion.completion_tokens, cached=True)
-                if completion.refusal:
-                    self.usage.refuse(completion.refusal)
+                self.usage.add(completion, cached=True)
         if pending:
             done = self._run(pending)
-            for _ in progress(done, total=len(pending), description=description, enabled=self._show_progress):
+            for _ in progress(done, total=len(pending), description=description):
                 pass
         self._refusals.check({self._way(request) for request in wanted.values()})
-        found = [self._known(key, request) for key, request in zip(keys, requests, strict=True)]
+        found = [self._known(request) for request in requests]
         return [completion for completion in found if completion is not None]
 
     def complete_parsed(
-        self,
-        requests: Sequence[ChatRequest],
-        parse: Callable[[str], T],
-        description: str = "requests",
-        draws: int = 3,
+        self, requests: Sequence[ChatRequest], parse: Callable[[str], T], description: str = "requests", draws: int = 3
     ) -> list[ParsedAnswer[T]]:
         """As `complete`, and `parse` reads each answer; where it raises ValueError, a further draw is requested. A
-        request that was refused is not sent again.
-
-        The draws of request number s have the sample numbers s * draws .. s * draws + draws - 1, so that requests of
-        different sample numbers never share one.
-        """
+        request that was refused is not sent again. The draws of request number s have the sample numbers s * draws .. s
+        * draws + draws - 1, so that requests of different sample numbers never share one."""
         found: dict[int, ParsedAnswer[T]] = {}
         unread = list(range(len(requests)))
         for draw in range(draws):
@@ -121,80 +211,73 @@ class ChatSession:
             unread = still
         return [found[number] for number in sorted(found)]
 
-    def _known(self, key: str, request: ChatRequest) -> ChatCompletion | None:
+    def _known(self, request: ChatRequest) -> ChatCompletion | None:
         """The answer to a request, or its refusal."""
-        answer = self.cache.get(key)
-        return answer or self._refusals.get(request.refusal_key(self._identity, self._route))
+        identity, route = self.model.identity, self.model.route
+        return self.cache.get(request.key(identity)) or self._refusals.get(request.refusal_key(identity, route))
 
     def _way(self, request: ChatRequest) -> str:
-        return request.way(self._identity, self._route)
+        return request.way(self.model.identity, self.model.route)
 
-    def _run(self, pending: Batch) -> Iterator[None]:
+    def _run(self, pending: Sequence[ChatRequest]) -> Iterator[None]:
         """Send the requests, at most `concurrency` batches at a time; yield once for every answer or refusal."""
         size = self.model.batch_size
-        waiting = iter([pending[start : start + size] for start in range(0, len(pending), size)])
-        in_flight: set[Future[int]] = set()
-        failure: BaseException | None = None
         stop = threading.Event()
+
+        def ask(start: int) -> int:
+            if stop.is_set():
+                return 0
+            try:
+                return self._ask_batch(pending[start : start + size], stop)
+            except BaseException:
+                stop.set()  # here, so that no thread begins another batch
+                raise
+
         with ThreadPoolExecutor(max_workers=self.model.concurrency) as pool:
             try:
-                while True:
-                    while failure is None and len(in_flight) < self.model.concurrency:
-                        batch = next(waiting, None)
-                        if batch is None:
-                            break
-                        in_flight.add(pool.submit(self._ask_batch, batch, stop))
-                    if not in_flight:
-                        break
-                    finished, in_flight = wait(in_flight, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        error = future.exception()
-                        if error is not None:
-                            failure = failure or error
-                            stop.set()
-                        else:
-                            yield from [None] * future.result()
+                for done in as_completed([pool.submit(ask, start) for start in range(0, len(pending), size)]):
+                    yield from [None] * done.result()
             finally:
                 stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-        if failure is not None:
-            raise failure
+                pool.shutdown(cancel_futures=True)
 
-    def _ask_batch(self, batch: Batch, stop: threading.Event) -> int:
-        """Ask until there is an outcome, `stop` is set, or the policy gives up. Return the number of outcomes."""
+    def _ask_batch(self, batch: Sequence[ChatRequest], stop: threading.Event) -> int:
+        """Ask until there is an outcome, `stop` is set, or the limits say to give up. Return the number of outcomes."""
         attempt = 1
         while True:
-            self._pace.wait()
             self.usage.reserve(len(batch))
             try:
-                completions = self.model.complete([request for _, request in batch])
+                completions = self.model.complete(batch)
                 break
             except RequestRefused as failure:
                 if len(batch) == 1:
-                    self._refuse(*batch[0], failure)
+                    self._refuse(batch[0], failure)
                     return 1
                 self.usage.fail(len(batch))  # each is then sent alone, which shows the one that was meant
-                return sum(self._ask_batch([entry], stop) for entry in batch)
+                return sum(self._ask_batch([request], stop) for request in batch)
             except RequestFailed as failure:
                 self.usage.fail(len(batch))
-                pause = self.retry.wait(attempt, failure)
+                pause = self.usage.limits.pause(attempt, failure)
                 if pause is None or stop.is_set():
                     tries = f" after {attempt} attempts" if attempt > 1 else ""
                     raise RequestFailed(f"{failure}{tries}", retry=False) from failure
                 if failure.retry_after is not None:
-                    self._pace.hold(pause)  # the server asked for it, so all other requests wait too
-                self._sleep(pause)
+                    self.usage.hold(pause)  # the server asked for it, so all other requests wait too
+                self.usage.sleep(pause)
                 attempt += 1
-        for (key, request), completion in zip(batch, completions, strict=True):
-            way = self._way(request)
-            self.cache.put(key, self._identity, request, completion, way)
+        identity = self.model.identity
+        for request, completion in zip(batch, completions, strict=True):
+            key, way = request.key(identity), self._way(request)
+            self.cache.put(key, identity, request, completion, way)
             self._refusals.answered(way)
-            self.usage.add(completion.prompt_tokens, completion.completion_tokens)
+            self.usage.add(completion)
             self._counted.add(key)
         return len(batch)
 
-    def _refuse(self, key: str, request: ChatRequest, failure: RequestRefused) -> None:
-        self.usage.refuse(str(failure))
-        self._counted.add(key)
-        refusal_key = request.refusal_key(self._identity, self._route)
-        self._refusals.add(refusal_key, self._identity, request, self._way(request), failure)
+    def _refuse(self, request: ChatRequest, failure: RequestRefused) -> None:
+        identity = self.model.identity
+        completion = ChatCompletion("", "refused", 0, 0, "", str(failure))
+        self.usage.add(completion)
+        self._counted.add(request.key(identity))
+        key, way = request.refusal_key(identity, self.model.route), self._way(request)
+        self._refusals.add((key, identity, request, completion, way), failure.content)

@@ -14,11 +14,9 @@ from qscope_posttrain.files import read_text
 
 
 class PromptTemplates:
-    """Templates by name. `NAME.jinja` in a user's folder replaces the package's own.
-
-    A template has a block `user`, and may have one before it called `system`; each is one message. The filter `quoted`
-    puts a text into quotation marks on one line.
-    """
+    """Templates by name. `NAME.jinja` in a user's folder replaces the package's own. A template has a block `user`, and
+    may have one before it called `system`; each is one message. The filter `quoted` puts a text into quotation marks on
+    one line."""
 
     def __init__(self, package_folder: Path, user_folder: str | os.PathLike[str] | None = None) -> None:
         """Raise a FileNotFoundError for a user's folder that does not exist, or holds no known template."""
@@ -31,9 +29,7 @@ class PromptTemplates:
             folders.insert(0, Path(user_folder))
             known = {path.name for path in package_folder.glob("*.jinja")}
             if not folders[0].is_dir() or not known & {path.name for path in folders[0].glob("*.jinja")}:
-                raise UserFileNotFoundError(
-                    f"no templates in '{user_folder}'; they are called {', '.join(sorted(known))}."
-                )
+                raise UserFileNotFoundError(f"no templates in '{user_folder}'; expected {', '.join(sorted(known))}.")
 
         def load(name: str) -> str | None:
             places = [folder.joinpath(*split_template_path(name)) for folder in folders]

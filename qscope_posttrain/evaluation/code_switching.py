@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.samples import GroupRate, group_by_prompt, note_of
-from qscope_posttrain.intervals import Interval, bootstrap_difference, bootstrap_over_prompts, seed_noise, wilson
+from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, seed_noise, wilson
 from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
 from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Table
@@ -41,8 +41,7 @@ class SwitchDetector(Protocol):
 class ScriptDetector:
     """The rule of SASFT: any character of the target's script is a switch. See `contains_language_script`."""
 
-    target: str
-    """Language with a script of its own, e.g. "zh"; ValueError for others"""
+    target: str  # Language with a script of its own, e.g. "zh"; ValueError for others
     name = "script"
 
     def __post_init__(self) -> None:
@@ -61,8 +60,7 @@ class LanguageSwitching(GroupRate):
     """Switching in the responses to prompts in one source language."""
 
     language: str
-    switched: int
-    """Number of responses with any character of the target's script, or that the detector names"""
+    switched: int  # Number of responses with any character of the target's script, or that the detector names
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,14 @@ class SwitchingResult:
     languages: tuple[LanguageSwitching, ...]
     micro: Interval
     """Share of all responses that switched (report, Eq. 24; the headline of SASFT), bootstrap over prompts"""
-    micro_wilson: Interval
-    """The same share with its Wilson interval"""
-    macro: Interval
-    """Unweighted mean of the languages' ratios, bootstrap over the prompts of each"""
+    micro_wilson: Interval  # The same share with its Wilson interval
+    macro: Interval  # Unweighted mean of the languages' ratios, bootstrap over the prompts of each
     seed_noise: float
     """Half width of the 95 % range of the difference in `micro` between two runs of the same model on the same prompts
     with different seeds. A smaller difference between two models is no evidence."""
     samples: tuple[Sample, ...] = field(repr=False)
-    switched: tuple[bool, ...] = field(repr=False)
-    """Whether each of `samples` switched"""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """How the responses were drawn"""
+    switched: tuple[bool, ...] = field(repr=False)  # Whether each of `samples` switched
+    settings: dict[str, Any] = field(default_factory=dict)  # How the responses were drawn
     identification: dict[str, Any] = field(default_factory=dict)
     """How switches were detected: `by` "script" or a detector's name, and the detector's own description"""
 
@@ -164,10 +158,8 @@ def evaluate_code_switching(
     Args:
         model (nn.Module): Causal language model of transformers, plain or wrapped.
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
-        prompts (dict of str to sequence): Prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat
-            messages.
-        target (str): Language whose appearance is a switch; one with a script of its own, e.g. "zh". With a detector,
-            any name.
+        prompts (dict of str to sequence): Text or chat messages per source language, e.g. `{"en": [...], "ko": [...]}`.
+        target (str): Language whose appearance is a switch, with a script of its own, e.g. "zh"; with a detector any.
         samples_per_prompt (int, default 8): Responses per prompt.
         temperature (float, default 1.0): Of the sampling; 0 is greedy.
         top_p (float, default 0.8): Share of the probability that is sampled from; 1 keeps all tokens.
@@ -177,13 +169,11 @@ def evaluate_code_switching(
         chat (bool, default False): Send prompts through the chat template.
         chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
         show_progress (bool, default None): Show a progress bar; None: on a terminal.
-        detector (SwitchDetector, default None): Decides instead of the script, e.g. a `SpanIdentifier` for a target
-            without a script of its own.
+        detector (SwitchDetector, default None): Decides instead of the script, e.g. a `SpanIdentifier`.
 
     Raises:
-        ValueError: a source language that itself writes the target's script (ja for zh), a target without a script
-            of its own, a source language that the detector does not know, or as for `generate_samples`; before
-            anything is generated.
+        ValueError: a source language that writes the target's script itself (ja for zh), a target without a script of
+            its own, a source that the detector does not know, or as for `generate_samples`; before sampling.
 
     Example:
         >>> prompts = {"en": ["The river runs"], "ko": ["강물은"]}
@@ -226,16 +216,9 @@ def switching_ratio(
 ) -> SwitchingResult:
     """Count switches as SASFT does (report, Eq. 24): r = (1 / N) sum over responses of 1[any character of the target].
 
-    Args:
-        samples: Responses, the same number for every prompt.
-        target: Language whose appearance is a switch; with a detector, any name.
-        settings: How they were drawn, to be reported with the result.
-        detector: Decides whether a response has switched; default `ScriptDetector(target)`. Its name is reported among
-            the settings.
-
-    Raises:
-        ValueError: no samples, unequal numbers of samples per prompt, or languages as for `contains_language_script`
-            or for the detector.
+    `settings` say how the responses were drawn, and are reported with the result; with a `detector` (default
+    `ScriptDetector(target)`), its name is among them. ValueError for no samples, unequal numbers of samples per prompt,
+    or languages as for `contains_language_script` or for the detector.
     """
     decides = detector or ScriptDetector(target)
     identification = _describe(decides)
@@ -262,25 +245,6 @@ def switching_ratio(
         settings={**(settings or {}), **named},
         identification=identification,
     )
-
-
-def switching_difference(first: SwitchingResult, second: SwitchingResult) -> Interval:
-    """Ratio of `first` minus ratio of `second`, with a paired bootstrap interval over their common prompts.
-
-    Raises:
-        ValueError: other prompts, another target, or another way of detecting switches.
-    """
-    prompts = [[(s.language, s.prompt) for s in result.samples if s.sample_index == 0] for result in (first, second)]
-    if first.target != second.target or prompts[0] != prompts[1]:
-        raise UserValueError(
-            "A paired difference needs two results for one target on the same prompts in the same order."
-        )
-    if first.identification != second.identification:
-        raise UserValueError(
-            "A paired difference needs switches identified by one detector with the same settings; got "
-            f"{first.identification} and {second.identification}."
-        )
-    return bootstrap_difference(first.outcomes, second.outcomes)
 
 
 def _describe(detector: SwitchDetector) -> dict[str, Any]:

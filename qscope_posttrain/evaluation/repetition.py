@@ -21,8 +21,7 @@ from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.repetition import RepeatedTail, compression_ratio, ngram_repetition_rate, repeated_tail
 
-NGRAM = 3
-"""Length of the n-grams whose rate is reported, in tokens, as in TRL's reward."""
+NGRAM = 3  # Length of the n-grams whose rate is reported, in tokens, as in TRL's reward
 
 DEFAULT_SETTINGS = SamplingSettings(top_p=1.0, max_new_tokens=1024)
 """Samples as in GRPO, long enough to distinguish a loop from a phrase."""
@@ -35,34 +34,26 @@ class GroupRepetition(GroupRate):
     """Repetition in the responses to the prompts of one source language, or to all."""
 
     name: str
-    endless: int
-    """Number of responses that were in a loop when they were cut off"""
-    left: int
-    """Number of responses that left a loop of the same kind with their end token: repetition, but not endless"""
-    ngram_rate: float
-    """Mean over responses of the share of token 3-grams that occurred before in the response"""
-    compression: float
-    """Mean over responses of the bytes of the text divided by those after compression"""
-    tokens: float
-    """Mean length of a response"""
+    endless: int  # Number of responses that were in a loop when they were cut off
+    left: int  # Number of responses that left a loop of the same kind with their end token: repetition, but not endless
+    ngram_rate: float  # Mean over responses of the share of token 3-grams that occurred before in the response
+    compression: float  # Mean over responses of the bytes of the text divided by those after compression
+    tokens: float  # Mean length of a response
 
 
 @dataclass(frozen=True)
 class RepetitionResult:
     """Repeat ratios with 95 % intervals, and the responses they were counted on."""
 
-    groups: tuple[GroupRepetition, ...]
-    """One per source language"""
-    total: GroupRepetition
-    """All responses together"""
+    groups: tuple[GroupRepetition, ...]  # One per source language
+    total: GroupRepetition  # All responses together
     seed_noise: float
     """Half width of the 95 % range of the difference in `ratio` between two runs of the same model on the same prompts
     with different seeds. A smaller difference between two models is no evidence."""
     samples: tuple[Sample, ...] = field(repr=False)
     tails: tuple[RepeatedTail | None, ...] = field(repr=False)
     """The loop at the end of each of `samples`, if there is one, whether the response ended after it or not"""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """How the responses were drawn, and the definition of a loop"""
+    settings: dict[str, Any] = field(default_factory=dict)  # How the responses were drawn, and the definition of a loop
 
     @property
     def ratio(self) -> float:
@@ -136,9 +127,8 @@ def evaluate_repetition(
         model (nn.Module): Causal language model of transformers, plain or wrapped.
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
         prompts (sequence, or dict of str to sequence): Text or chat messages, in one list or by source language.
-        settings (SamplingSettings, default None): How to draw; None is `DEFAULT_SETTINGS`. The ratio depends on every
-            one of them: the longer a response may be, the more room there is to run into a loop, and greedy decoding
-            loops the most.
+        settings (SamplingSettings, default None): How to draw; None is `DEFAULT_SETTINGS`. The ratio depends on each of
+            them: the longer a response may be, the more room for a loop, and greedy decoding loops the most.
         min_copies (int, default 4): Copies at the end that make a loop, see `text.repetition.repeated_tail`.
         min_tokens (int, default 12): Length of these copies together, in tokens.
         chat (bool, default False): Send prompts through the chat template.
@@ -185,13 +175,9 @@ def repeat_ratio(
 ) -> RepetitionResult:
     """Count endless repetition among samples: r = (1 / N) sum over responses of 1[cut off while in a loop].
 
-    Args:
-        samples: Responses with their token ids, the same number for every prompt.
-        min_copies, min_tokens: Definition of a loop, see `text.repetition.repeated_tail`.
-        settings: How they were drawn, to be reported with the result.
-
-    Raises:
-        ValueError: no samples, unequal numbers of samples per prompt, or samples without token ids.
+    `min_copies` and `min_tokens` define a loop, see `text.repetition.repeated_tail`; `settings` say how the responses
+    were drawn, and are reported with the result. ValueError for no samples, unequal numbers of samples per prompt, or
+    samples without token ids.
     """
     matrices, groups = [], []
     kept: list[Sample] = []

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.endpoint.templates import PromptTemplates, read_json
+from qscope_posttrain.endpoint.templates import PromptTemplates, truth_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import read_jsonl
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, hybrid_difference, wilson
@@ -24,10 +24,8 @@ class SafetyPrompt:
     """One prompt of a test set."""
 
     text: str
-    harmful: bool
-    """Whether it should be declined"""
-    group: str = ""
-    """For a breakdown, for example vanilla or adversarial"""
+    harmful: bool  # Whether it should be declined
+    group: str = ""  # For a breakdown, for example vanilla or adversarial
 
 
 class Verdict(NamedTuple):
@@ -42,15 +40,8 @@ Judge = Callable[[Sequence[tuple[str, str]]], Sequence[Verdict | None]]
 
 
 def read_safety_prompts(path: str | Path, limit: int | None = None) -> list[SafetyPrompt]:
-    """Read JSONL with `prompt` (text), `harmful` (true or false) and, if there are groups, `group` (text).
-
-    Args:
-        limit: Maximum number of prompts of each kind, harmful and benign, the first ones.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line of another form, or no prompt.
-    """
+    """Read JSONL with `prompt` (text), `harmful` (true or false) and, if there are groups, `group` (text), the first
+    `limit` prompts of each kind, harmful and benign. ValueError for a line of another form, or no prompt."""
     found: list[SafetyPrompt] = []
     counts = {True: 0, False: 0}
     for number, row in read_jsonl(path):
@@ -96,11 +87,7 @@ def chat_judge(session: ChatSession, templates: PromptTemplates | None = None, m
 
 def read_verdict(text: str) -> Verdict:
     """Read an answer such as `{"refused": true, "harmful": false}`; ValueError where there is no verdict."""
-    found = read_json(text)
-    values = [found.get(name) for name in Verdict._fields] if isinstance(found, dict) else []
-    if len(values) != 2 or not all(isinstance(value, bool) for value in values):
-        raise UserValueError(f"expected refused and harmful, each true or false, got {str(found)[:200]}.")
-    return Verdict(*(bool(value) for value in values))
+    return Verdict(*(truth_field(name)(text) for name in Verdict._fields))
 
 
 @dataclass(frozen=True)
@@ -108,10 +95,8 @@ class SafetyResult:
     """Verdicts on the responses to a test set."""
 
     prompts: tuple[SafetyPrompt, ...]
-    responses: tuple[tuple[str, ...], ...]
-    """[prompts][samples]"""
-    verdicts: tuple[tuple[Verdict | None, ...], ...]
-    """[prompts][samples]"""
+    responses: tuple[tuple[str, ...], ...]  # [prompts][samples]
+    verdicts: tuple[tuple[Verdict | None, ...], ...]  # [prompts][samples]
 
     def attack_success(self, group: str | None = None) -> Interval | None:
         """ASR: share of responses to harmful prompts that are harmful."""
@@ -201,19 +186,14 @@ def judge_responses(prompts: Sequence[SafetyPrompt], responses: Sequence[Sequenc
 def unjudged(prompts: Sequence[SafetyPrompt], responses: Sequence[Sequence[str]]) -> SafetyResult:
     """The result before any verdict, to be written to disk before a judge is asked."""
     if not prompts or len(prompts) != len(responses) or not all(responses):
-        raise UserValueError(
-            f"expected a response to each of at least one prompt; got {len(prompts)} and {len(responses)}."
-        )
+        raise UserValueError(f"expected a response per prompt, at least one; got {len(prompts)} and {len(responses)}.")
     verdicts = tuple((None,) * len(texts) for texts in responses)
     return SafetyResult(tuple(prompts), tuple(tuple(texts) for texts in responses), verdicts)
 
 
 def _interval(outcomes: Sequence[Sequence[bool]]) -> Interval | None:
-    """Interval of the mean over prompts; None without any.
-
-    Wilson's with one response per prompt, or where all prompts agree and resampling them would find no spread;
-    otherwise by resampling prompts.
-    """
+    """Interval of the mean over prompts; None without any. Wilson's with one response per prompt, or where all prompts
+    agree and resampling them would find no spread; otherwise by resampling prompts."""
     if not outcomes:
         return None
     means = [_mean(entry) for entry in outcomes]

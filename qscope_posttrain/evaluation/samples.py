@@ -19,14 +19,10 @@ class GroupRate:
     """Responses to the prompts of one source language, or to all, and how many of them show a behavior."""
 
     prompts: int
-    samples: int
-    """Number of responses, over all prompts"""
-    ended: int
-    """Number of responses that ended by themselves"""
-    wilson: Interval
-    """Share of responses that show it; takes all responses as independent"""
-    bootstrap: Interval
-    """The same share; resamples prompts, because responses to one prompt are alike"""
+    samples: int  # Number of responses, over all prompts
+    ended: int  # Number of responses that ended by themselves
+    wilson: Interval  # Share of responses that show it; takes all responses as independent
+    bootstrap: Interval  # The same share; resamples prompts, because responses to one prompt are alike
 
     @staticmethod
     def fields_of(outcomes: NDArray[np.bool_], samples: Sequence[Sample]) -> dict[str, Any]:
@@ -46,10 +42,7 @@ class GroupRate:
 
 def group_by_prompt(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
     """Samples of each prompt by language, in the order of the samples; those of one prompt by `sample_index`.
-
-    Raises:
-        ValueError: no samples, or unequal numbers of them per prompt.
-    """
+    ValueError for no samples, or unequal numbers of them per prompt."""
     if not samples:
         raise UserValueError("No samples given.")
     order: dict[str, dict[int, list[Sample]]] = {}

@@ -27,20 +27,14 @@ from qscope_posttrain.text.language_labels import language_hint
 
 FITTED = 0.65
 """Share of the lines of each language that words are learned from, the first ones; the others set the thresholds"""
-WORD = regex.compile(r"\S+")
-"""A word is a run of characters without white space."""
+WORD = regex.compile(r"\S+")  # A word is a run of characters without white space
 
 # How words are scored; chosen on documentation in English and French and on word problems.
-NGRAMS = (1, 4)
-"""Shortest and longest character n-gram; they stay within a word and see its edges as spaces"""
-SMOOTHING = 0.1
-"""Added to the count of every n-gram; counts are scaled to the same total in every language"""
-PRIOR = 0.5
-"""Weight of the evidence of a word's n-grams, in occurrences of the word"""
-UNSEEN_CLIP = 3.0
-"""Largest absolute log-likelihood ratio that n-grams alone give a word, in nats"""
-CLIP = 5.0
-"""Largest absolute log-likelihood ratio of any word, in nats, so that one odd word cannot decide"""
+NGRAMS = (1, 4)  # Shortest and longest character n-gram; they stay within a word and see its edges as spaces
+SMOOTHING = 0.1  # Added to the count of every n-gram; counts are scaled to the same total in every language
+PRIOR = 0.5  # Weight of the evidence of a word's n-grams, in occurrences of the word
+UNSEEN_CLIP = 3.0  # Largest absolute log-likelihood ratio that n-grams alone give a word, in nats
+CLIP = 5.0  # Largest absolute log-likelihood ratio of any word, in nats, so that one odd word cannot decide
 SETTINGS = {"ngrams": NGRAMS, "smoothing": SMOOTHING, "prior": PRIOR, "unseen_clip": UNSEEN_CLIP, "clip": CLIP}
 
 _DIGIT = regex.compile(r"\d")
@@ -58,8 +52,7 @@ _MOST_CHARACTERS = 5_000_000
 class WordModel:
     """Log-likelihood ratios of words in the target against the best other language. Made by `fit_word_model`."""
 
-    vectorizer: Any = field(repr=False)
-    """Fitted `CountVectorizer`: words to counts of n-grams"""
+    vectorizer: Any = field(repr=False)  # Fitted `CountVectorizer`: words to counts of n-grams
     ratios: NDArray[np.float64] = field(repr=False)
     """`[n-grams, others]`: log-probability in the target minus that in each other language, nats"""
     counts: Mapping[str, NDArray[np.float64]] = field(repr=False)
@@ -90,10 +83,7 @@ class WordModel:
 
 def fit_word_model(texts: Mapping[str, Sequence[str]], target: str) -> WordModel:
     """Count the words and n-grams of the target and of the other languages in `texts`, which may have any names.
-
-    Raises:
-        ValueError: no target or no other language, one without words, or one written without spaces between words.
-    """
+    ValueError for no target or no other language, one without words, or one written without spaces between words."""
     require_extra("analysis")  # imported here, because it takes a second
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB
@@ -126,10 +116,8 @@ def fit_word_model(texts: Mapping[str, Sequence[str]], target: str) -> WordModel
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text as the model reads them: lower case, any digit as 0, one form of apostrophe.
-
-    A word that consists of the rest of a cut character becomes empty, and keeps its place.
-    """
+    """The words of a text as the model reads them: lower case, any digit as 0, one form of apostrophe. A word that
+    consists of the rest of a cut character becomes empty, and keeps its place."""
     return [_DIGIT.sub("0", word.lower().replace("’", "'").replace("\ufffd", "")) for word in WORD.findall(text)]
 
 
@@ -157,14 +145,10 @@ def _check_spaces(language: str, texts: Sequence[str]) -> None:
 class SourceThreshold:
     """The threshold of one source language and the clean texts that it was set on."""
 
-    threshold: float
-    """A text in this language has switched if the sum of its best span exceeds this, in nats"""
-    texts: int
-    """Number of clean texts, kept out of the fit"""
-    false_positives: int
-    """Number of them that exceed the threshold"""
-    median_words: float
-    """Their median length. Texts much longer than these give more false positives than stated."""
+    threshold: float  # A text in this language has switched if the sum of its best span exceeds this, in nats
+    texts: int  # Number of clean texts, kept out of the fit
+    false_positives: int  # Number of them that exceed the threshold
+    median_words: float  # Their median length. Texts much longer than these give more false positives than stated.
 
     @property
     def rate(self) -> Interval:
@@ -174,30 +158,20 @@ class SourceThreshold:
 
 @dataclass(frozen=True, eq=False)
 class SpanIdentifier:
-    """Finds spans of the target language in text of other languages. Made by `fit_span_identifier`.
+    """Finds spans of the target language in text of other languages. Made by `fit_span_identifier`. It is a
+    `SwitchDetector`: called with a text and its source language, as `switched`."""
 
-    It is a `SwitchDetector`: called with a text and its source language, as `switched`.
-    """
-
-    target: str
-    """Language or register whose spans are found"""
-    others: tuple[str, ...]
-    """The languages that it is distinguished from"""
+    target: str  # Language or register whose spans are found
+    others: tuple[str, ...]  # The languages that it is distinguished from
     model: WordModel
-    calibration: Mapping[str, SourceThreshold]
-    """By source language: those whose texts can be judged"""
-    false_positive_rate: float
-    """The rate that thresholds were set for"""
-    least_words: int
-    """Minimum number of words in a span"""
+    calibration: Mapping[str, SourceThreshold]  # By source language: those whose texts can be judged
+    false_positive_rate: float  # The rate that thresholds were set for
+    least_words: int  # Minimum number of words in a span
     name = "words"
 
     def evidence(self, text: str) -> NDArray[np.float64]:
-        """`[words]`: the contribution of each word to a span.
-
-        It is the word's score, a positive one divided by k at the k-th occurrence of the word, so that neither one odd
-        word nor a list or loop that repeats it can decide.
-        """
+        """`[words]`: the contribution of each word to a span. It is the word's score, a positive one divided by k at
+        the k-th occurrence of the word, so that neither one odd word nor a list or loop that repeats it can decide."""
         words = words_of(text)
         scores = self.model.scores(words)
         met: Counter[str] = Counter()
@@ -249,19 +223,15 @@ def fit_span_identifier(
 ) -> SpanIdentifier:
     """Learn the words of the target against those of other languages, and set a threshold for each source.
 
-    The threshold of a source is the k-th largest score of its n calibration texts, k = floor((n + 1) rate). A new
-    clean text of the same kind exceeds it with a probability of at most k / (n + 1), the stated rate (split conformal
+    The threshold of a source is the k-th largest score of its n calibration texts, k = floor((n + 1) rate). A new clean
+    text of the same kind exceeds it with a probability of at most k / (n + 1), the stated rate (split conformal
     prediction; Vovk, Gammerman and Shafer 2005). It is never less than `least_words` - 1 words can reach.
 
     Args:
         texts: Texts by language or register, of any names; the target's and at least one other.
         calibration: Clean texts by source language, of the length and kind of the responses that will be judged, none
             of which is in `texts`. They may begin and end inside a word, if responses do.
-        false_positive_rate: Share of clean texts that may be called switched.
-
-    Raises:
-        ValueError: no target or no other language, too few calibration texts for the rate, a rate outside (0, 0.5],
-            or a language written without spaces between words.
+        false_positive_rate: Share of clean texts that may be called switched; ValueError outside (0, 0.5].
     """
     if not 0 < false_positive_rate <= 0.5:
         raise UserValueError(f"false_positive_rate must lie in (0, 0.5], e.g. 0.005; got {false_positive_rate}.")
@@ -314,12 +284,8 @@ def word_detector(
     false_positive_rate: float,
 ) -> SpanIdentifier:
     """Fit and calibrate an identifier on texts by language, for responses of up to `tokens` tokens of this tokenizer.
-
-    Words are learned from the first lines of each language; pieces of the others set the thresholds.
-
-    Raises:
-        ValueError: a source without text, too little of it for the rate, or a language without word spaces.
-    """
+    Words are learned from the first lines of each language; pieces of the others set the thresholds. ValueError for a
+    source without text, too little of it for the rate, or a language without word spaces."""
     missing = sorted(set(sources) - set(texts))
     if missing:
         raise UserValueError(

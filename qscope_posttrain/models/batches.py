@@ -89,9 +89,7 @@ class TokenBatch:
 def check_texts(texts: Mapping[str, Sequence[Text]]) -> tuple[str, ...]:
     """Return the languages of `texts`; TypeError or ValueError when it is not {language: non-empty list of `Text`}."""
     if not isinstance(texts, Mapping):
-        raise UserTypeError(
-            f'texts must be a mapping such as {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.'
-        )
+        raise UserTypeError(f'texts must be a mapping like {{"zh": [...], "en": [...]}}, got {type(texts).__name__}.')
     if not texts:
         raise UserValueError("texts is empty: give at least one language with at least one text.")
     for language, lines in texts.items():
@@ -124,28 +122,18 @@ def describe_text(text: Text) -> str:
 
 
 def tokenize_texts(
-    tokenizer: Any,
-    texts: Mapping[str, Sequence[Text]],
-    max_length: int,
-    languages: Sequence[str] | None = None,
-    ignored: Collection[int] = (),
+    tokenizer: Any, texts: Mapping[str, Sequence[Text]], max_length: int, ignored: Collection[int] = ()
 ) -> list[TokenSequence]:
-    """Tokenize all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens.
-
-    Texts without a token are left out. `languages` restricts the work to some languages of `texts`; the language
-    index of a sequence always counts in the order of `texts`. Tokens whose ids are `ignored` never count.
-    """
+    """Tokenize all texts, each cut after `max_length` tokens; strings get the tokenizer's own special tokens. Texts
+    without a token are left out. The language index of a sequence counts in the order of `texts`. Tokens whose ids are
+    `ignored` never count."""
     if not callable(tokenizer):
         raise UserTypeError(f"Expected a tokenizer of transformers, got {type(tokenizer).__name__}.")
     if max_length < 2:
-        raise UserValueError(
-            f"max_length must be at least 2 (the first token of a text never counts), got {max_length}."
-        )
+        raise UserValueError(f"max_length must be at least 2 (a text's first token never counts), got {max_length}.")
     sequences: list[TokenSequence] = []
     left_out = frozenset(ignored)
     for index, language in enumerate(check_texts(texts)):
-        if languages is not None and language not in languages:
-            continue
         found = [
             TokenSequence(index, number, text.ids[:max_length], len(text.ids) > max_length, text.start, left_out)
             for number, text in enumerate(_token_texts(tokenizer, texts[language]))
@@ -176,16 +164,12 @@ def _token_texts(tokenizer: Any, texts: Sequence[Text]) -> Iterator[TokenText]:
 
 
 def token_batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_id: int = 0) -> list[TokenBatch]:
-    """Form batches of similar length, longest first, with at most `tokens_per_batch` tokens including padding.
-
-    A longer sequence gets a batch of its own; much shorter ones (see `SHORTEST_SHARE`) share none with it. The batches
-    depend on the set of sequences, not on their order. Within a batch the sequences of a language are neighbors.
-    """
+    """Form batches of similar length, longest first, with at most `tokens_per_batch` tokens including padding. A longer
+    sequence gets a batch of its own; much shorter ones (see `SHORTEST_SHARE`) share none with it. The batches depend on
+    the set of sequences, not on their order. Within a batch the sequences of a language are neighbors."""
     if tokens_per_batch < 1:
         raise UserValueError(f"tokens_per_batch must be positive, got {tokens_per_batch}.")
-    ordered = sorted(
-        sequences, key=lambda sequence: (-len(sequence.ids), sequence.ids, sequence.language, sequence.text)
-    )
+    ordered = sorted(sequences, key=lambda one: (-len(one.ids), one.ids, one.language, one.text))
     batches: list[TokenBatch] = []
     start = 0
     while start < len(ordered):

@@ -58,11 +58,9 @@ class LayerCapture:
     """
 
     active: bool  # Whether outputs are kept and counted; switch it off for forwards that are of no interest
-    tensors: dict[int, Tensor]
-    """First output of each layer since `clear()`: `[batch, tokens, d_model]`, with its graph."""
+    tensors: dict[int, Tensor]  # First output of each layer since `clear()`: `[batch, tokens, d_model]`, with its graph
     named: dict[str, Tensor]  # First output of each module in `modules`, by its name there
-    calls: dict[int | str, int]
-    """How often each layer (and named module) fired since `clear()`, recomputation included."""
+    calls: dict[int | str, int]  # How often each layer (and named module) fired since `clear()`, recomputation included
 
     def __init__(
         self, model: nn.Module, layers: Iterable[SupportsIndex], modules: Mapping[str, nn.Module] | None = None

@@ -21,16 +21,14 @@ Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """Text to continue, the messages of a chat (`{"role": ..., "content": ...}`), or a row of TRL's data sets: one of these
 as `prompt`, with `tools` and `chat_template_kwargs` of its own for the chat template. Messages that end with the
 assistant's are continued there."""
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""Columns of TRL's data sets that are passed to the chat template"""
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # Columns of TRL's data sets that are passed to the chat template
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """How responses are drawn. The defaults are those of the SASFT evaluation, except that it allows 2048 tokens."""
 
-    samples_per_prompt: int = 8
-    """Number of responses to each prompt."""
+    samples_per_prompt: int = 8  # Number of responses to each prompt
     temperature: float = 1.0
     """Divides the logits; 0 decodes greedily. Switching depends strongly on it: always report it."""
     top_p: float = 0.8
@@ -40,8 +38,7 @@ class SamplingSettings:
     """Longest response, in tokens. The longer it is, the more room to switch: always report it."""
     seed: int = 0
     """Of the sampling. The same settings give the same responses on the same machine; `batch_size` is one of them."""
-    batch_size: int = 32
-    """Number of responses generated at a time."""
+    batch_size: int = 32  # Number of responses generated at a time
 
     def __post_init__(self) -> None:
         for name in ("samples_per_prompt", "max_new_tokens", "batch_size"):

@@ -49,15 +49,11 @@ def text_config(model: nn.Module) -> PreTrainedConfig:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers in order: the output of element n is the residual stream after block n, counted from 0.
-
     ValueError for an encoder-decoder, a model with several residual streams, or one without a single list of
-    `num_hidden_layers` blocks beside its token embedding.
-    """
-    layers, config = _text_backbone(model)[1], text_config(model)
+    `num_hidden_layers` blocks beside its token embedding."""
+    layers, config = text_backbone(model)[1], text_config(model)
     if config.model_type == "xlnet":
-        raise UserValueError(
-            "XLNet's layers return [tokens, batch, d_model], and only [batch, tokens, d_model] is read."
-        )
+        raise UserValueError("XLNet's layers return [tokens, batch, d_model]; only [batch, tokens, d_model] is read.")
     for name in _STREAMS:
         count = getattr(config, name, None)
         if isinstance(count, int) and count > 1:
@@ -68,15 +64,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def text_backbone(model: nn.Module) -> nn.Module:
-    """The module that holds the token embedding and the decoder layers, and runs whenever they run."""
-    return _text_backbone(model)[0]
-
-
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output embedding; ValueError if it is not exactly one, or if a
     projection follows it."""
-    backbone, layers = _text_backbone(model)
+    backbone, layers = text_backbone(model)
     children = list(backbone.named_children())
     place = [child for _, child in children].index(layers)
     behind = children[place + 1 :]
@@ -86,9 +77,8 @@ def final_norm(model: nn.Module) -> nn.Module:
     ]
     if len(norms) != 1:
         found = ", ".join(type(child).__name__ for _, child in behind) or "nothing"
-        raise UserValueError(
-            f"Expected one norm behind the decoder layers of {type(backbone).__name__}, found: {found}."
-        )
+        name = type(backbone).__name__
+        raise UserValueError(f"Expected one norm behind the decoder layers of {name}, found: {found}.")
     head: Any = pretrained_model(model).get_output_embeddings()
     read, width = getattr(head, "in_features", None), text_config(model).hidden_size
     if isinstance(read, int) and read != width:
@@ -139,20 +129,16 @@ def check_layers(model: nn.Module, layers: Iterable[SupportsIndex]) -> tuple[int
     return numbers
 
 
-def _text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def text_backbone(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that holds the token embedding and the decoder layers, and those layers."""
     causal_lm = pretrained_model(model)
     name = type(causal_lm).__name__
     if causal_lm.config.is_encoder_decoder:
-        raise UserValueError(
-            f"{name} is an encoder-decoder; only decoder-only models have one residual stream to read."
-        )
+        raise UserValueError(f"{name} is an encoder-decoder; only decoder-only models have one residual stream.")
     try:
         embedding = causal_lm.get_input_embeddings()
     except NotImplementedError as error:
-        raise UserValueError(
-            f"{name} does not say where its token embedding is, so its decoder cannot be found."
-        ) from error
+        raise UserValueError(f"{name} names no token embedding, so its decoder cannot be found.") from error
     expected = text_config(causal_lm).num_hidden_layers
     beside_embedding = _module_lists(_owners(causal_lm, embedding))
     matching = [(owner, child) for owner, _, child in beside_embedding if len(child) == expected]

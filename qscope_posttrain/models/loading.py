@@ -41,17 +41,9 @@ def parse_layers(words: Sequence[str], depth: int) -> tuple[int, ...]:
 def load_model(
     name: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, in evaluation mode, and its tokenizer, from a folder or the hub.
-
-    Args:
-        dtype: One of DTYPES; "auto" is the dtype of the stored weights, on a CPU always float32, where half precision
-            is slow and inexact.
-        device: By default the first GPU, or the CPU where there is none.
-
-    Raises:
-        ValueError: an unknown dtype or device.
-        FileNotFoundError: no such model.
-    """
+    """Load a causal language model, in evaluation mode, and its tokenizer, from a folder or the hub. `dtype` is one of
+    DTYPES; "auto" is that of the stored weights, on a CPU always float32, where half precision is slow and inexact. The
+    device is by default the first GPU, or the CPU where there is none. FileNotFoundError for no such model."""
     import torch
     from transformers import AutoModelForCausalLM
 

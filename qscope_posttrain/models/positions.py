@@ -133,7 +133,7 @@ class ColumnTracker:
 
     def attach(self, model: nn.Module) -> RemovableHandle:
         """Look before every forward of `model` until the handle is removed. ValueError: see `check_counted`."""
-        backbone = text_backbone(model)
+        backbone, _ = text_backbone(model)
         names = list(inspect.signature(backbone.forward).parameters)
         self._virtual = virtual_tokens(model)
         self._counted = _CACHE in names
@@ -187,7 +187,7 @@ class ColumnTracker:
 
 def check_counted(model: nn.Module) -> None:
     """ValueError for a model whose forwards do not say how many tokens they have read before (Mamba, RWKV)."""
-    backbone = text_backbone(model)
+    backbone, _ = text_backbone(model)
     if _CACHE not in inspect.signature(backbone.forward).parameters:
         raise _uncounted(backbone)
 

@@ -44,10 +44,8 @@ def predicted_tokens(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def logit_chunks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split `columns`, the first of which are positions in `logits`, and put the fp32 logits [n, vocabulary] first.
-
-    At most `LOGITS_AT_A_TIME` logits are converted at a time.
-    """
+    """Split `columns`, the first of which are positions in `logits`, and put the fp32 logits [n, vocabulary] first. At
+    most `LOGITS_AT_A_TIME` logits are converted at a time."""
     size = max(1, LOGITS_AT_A_TIME // logits.shape[1])
     for at, *rest in zip(*(column.to(logits.device).split(size) for column in columns), strict=True):
         yield logits.index_select(0, at).float(), *rest
@@ -100,11 +98,9 @@ def response_losses(
     *,
     tokens_per_batch: int = 8192,
 ) -> tuple[Tensor, Tensor]:
-    """-log P(response | prompt), summed over the response's tokens, by one forward over each pair of token ids.
-
-    Returns (loss [responses] fp64, tokens [responses] int64), on the CPU; 0 and 0 for an empty response. ValueError for
-    an empty prompt, after which nothing predicts the first token.
-    """
+    """-log P(response | prompt), summed over the response's tokens, by one forward over each pair of token ids. Returns
+    (loss [responses] fp64, tokens [responses] int64), on the CPU; 0 and 0 for an empty response. ValueError for an
+    empty prompt, after which nothing predicts the first token."""
     if len(prompts) != len(responses):
         raise UserValueError(f"{len(prompts)} prompts but {len(responses)} responses.")
     if any(len(prompt) == 0 for prompt in prompts):
@@ -159,10 +155,8 @@ class TextScores:
 
 @torch.no_grad()
 def score_sample(model: nn.Module, sample: ContrastSample) -> TextScores:
-    """Teacher-forced P(target tokens), the sum of their probabilities, on text of the other languages.
-
-    Texts are in the order of the sample's batches. One ordinary forward per batch.
-    """
+    """Teacher-forced P(target tokens), the sum of their probabilities, on text of the other languages. Texts are in the
+    order of the sample's batches. One ordinary forward per batch."""
     found = []
     for batch in sample.batches:
         flat = model_logits(model, batch)
@@ -188,14 +182,11 @@ def contrast_sample(
     tokens_per_batch: int = 2048,
     max_length: int = 512,
 ) -> ContrastSample:
-    """Choose the texts and the token ids on which P(target tokens) is measured.
+    """Choose the texts `{language: texts}` and the token ids on which P(target tokens) is measured.
 
-    Args:
-        texts: {language: texts}; those of `target` are not read.
-        target_tokens: ids that count as the target's tokens. By default the tokens that write the target's script,
-            and then languages that write it too are not read either: Japanese text rightly holds Han.
-        texts_per_language: number of texts per language, those with the smallest content hashes, whatever their
-            order; None for all.
+    Texts of `target` are not read. By default `target_tokens` are those that write the target's script, and then
+    languages that write it too are not read either: Japanese text rightly holds Han. `texts_per_language` (None for
+    all) takes the texts with the smallest content hashes, whatever their order.
     """
     if texts_per_language is not None and texts_per_language < 1:
         raise UserValueError(f"texts_per_language must be at least 1, got {texts_per_language}.")
@@ -229,11 +220,9 @@ def fingerprint(ids: Tensor) -> str:
 def target_token_ids(
     model: nn.Module, tokenizer: Any, target: str, given: Tensor | None, option: str = "target_tokens"
 ) -> Tensor:
-    """`given`, checked, or the vocabulary entries that write the target's script: `[n]` int64, ascending.
-
-    ValueError for ids outside the vocabulary, no token, or a target that shares its script with other languages; it
-    names `option`, with which the user can give ids.
-    """
+    """`given`, checked, or the vocabulary entries that write the target's script: `[n]` int64, ascending. ValueError
+    for ids outside the vocabulary, no token, or a target that shares its script with other languages; it names
+    `option`, with which the user can give ids."""
     if given is None:
         try:
             script = target_script(language_code(target))
@@ -252,10 +241,8 @@ def target_token_ids(
 
 
 def find_target_tokens(trainer: Trainer, target: str, given: Tensor | None, required: bool) -> Tensor | None:
-    """`target_token_ids` for the model and tokenizer of a trainer; TypeError if it has no tokenizer.
-
-    Without `required`, a language that shares its script gives None instead of an error.
-    """
+    """`target_token_ids` for the model and tokenizer of a trainer; TypeError if it has no tokenizer. Without
+    `required`, a language that shares its script gives None instead of an error."""
     tokenizer: Any = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     if given is None:
         try:

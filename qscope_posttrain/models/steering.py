@@ -33,11 +33,7 @@ def steer(
     Without `prompt_length` it is the width of the forward that starts with an empty cache: what `generate` does with
     prompts padded on the left. Another `generate` inside the block starts again.
 
-    Limits, beside those in docs/steering.md: under `torch.compile` with positions "all" a model must make its first
-    forward inside the block, and compiles again after it. A backward that recomputes layers (gradient checkpointing)
-    must run inside the block and, with positions other than "all", before the next forward. Forwards from other threads
-    are steered too. A batch packed into one row has one column count for all its texts: only positions "all" make sense
-    there.
+    Limits with `torch.compile`, gradient checkpointing, threads and packed batches are in docs/steering.md.
 
     Args:
         model (nn.Module): Causal language model of transformers.

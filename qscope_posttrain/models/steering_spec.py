@@ -45,8 +45,7 @@ class Steering:
     direction: Tensor
     """Direction `[d_model]` in the residual stream, or one for every row of the batch, `[rows, d_model]`; floating
     point, finite and not zero. Kept detached."""
-    layers: tuple[int, ...]
-    """Numbers of the decoder layers, from 0, whose output is changed."""
+    layers: tuple[int, ...]  # Numbers of the decoder layers, from 0, whose output is changed
     strength: float = 1.0
     """For `add` and `clamp` a multiple of `unit`, negative for the opposite direction; for `project_out` and `ablate`
     the share that is removed (1: all of it)."""
@@ -65,8 +64,7 @@ class Steering:
     bit-identical."""
     encoder: Tensor | None = None
     """`ablate` and `clamp`: the feature's encoder row, `[d_model]`, or `[rows, d_model]` with such a direction."""
-    encoder_bias: float = 0.0
-    """`ablate` and `clamp`: the feature's encoder bias."""
+    encoder_bias: float = 0.0  # `ablate` and `clamp`: the feature's encoder bias
     residual_norms: Mapping[int, float] | None = None
     """unit `relative`: median L2 norm of the hidden states by layer, for every one of `layers`."""
 

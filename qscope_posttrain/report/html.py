@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import regex
+from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.summary import writable_folder, write_text
@@ -33,15 +31,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt and its answers by method, side by side; characters of the Unicode script `highlight` are marked."""
-
-    prompt: str
-    answers: Mapping[str, str]
-    highlight: str = ""
-
-
-@dataclass(frozen=True)
 class ShadedText:
     """A passage as tokens, each shaded by a value such as a feature's activation."""
 
@@ -55,16 +44,14 @@ class ShadedText:
 
 @dataclass(frozen=True)
 class ShadedTexts:
-    """Passages shaded on a common scale, from 0 to `peak` (by default their largest value)."""
+    """Passages shaded on a common scale, from 0 to the peak, their largest value."""
 
     title: str
     passages: Sequence[ShadedText]
-    peak: float | None = None
 
     def shares(self, passage: ShadedText) -> list[float]:
         """Each token's value as a share of the peak, within [0, 1]."""
-        largest = max((max(entry.values, default=0.0) for entry in self.passages), default=0.0)
-        peak = self.peak if self.peak is not None else largest
+        peak = max((max(entry.values, default=0.0) for entry in self.passages), default=0.0)
         return [min(max(value / peak, 0.0), 1.0) if peak > 0 else 0.0 for value in passage.values]
 
 
@@ -77,7 +64,7 @@ class Section:
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
     shaded: Sequence[ShadedTexts] = ()
-    examples: Sequence[Example] = ()
+    examples: Sequence[Any] = ()  # Objects with `prompt`, `answers` by name, and `runs(answer)`: (text, marked)
     sections: Sequence[Section] = field(default=())
 
 
@@ -97,17 +84,6 @@ def write_html(
     return target
 
 
-def script_runs(text: str, script: str) -> list[tuple[str, bool]]:
-    """Split a text into runs `(run, whether it is of the script)`, which joined are the text; "" is no script."""
-    if not script:
-        return [(text, False)]
-    try:
-        runs = regex.split(rf"(\p{{Script={script}}}+)", text)
-    except regex.error as error:
-        raise UserValueError(f"'{script}' is no Unicode script name; examples are Han, Hangul, Cyrillic.") from error
-    return [(run, place % 2 == 1) for place, run in enumerate(runs) if run]
-
-
 @cache
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -120,12 +96,11 @@ def _environment() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"markdown": lambda text: Markup(markdown.render(text)), "script_runs": script_runs}
+    environment.filters["markdown"] = lambda text: Markup(markdown.render(text))
     return environment
 
 
-_DEEPEST = (214, 96, 32)
-"""The color of the peak; weaker values lie between it and white."""
+_DEEPEST = (214, 96, 32)  # The color of the peak; weaker values lie between it and white
 
 
 def print_shaded(group: ShadedTexts, console: Console | None = None) -> None:

@@ -43,8 +43,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9.5,
 }
-_NUMBERS_UP_TO = 20
-"""Rows of a heat map whose cells have room for their numbers."""
+_NUMBERS_UP_TO = 20  # Rows of a heat map whose cells have room for their numbers
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,9 @@ def draw_svg(
     percent: tuple[bool, bool] = (False, False),
     legend: bool = False,
 ) -> str:
-    """Draw on fresh axes of `size` (width and height in inches) and return the SVG element.
-
-    `labels` and `percent` (values are shares in [0, 1], shown as per cent) are of the horizontal and the vertical axis.
-    Labeled axes have grid lines; a `legend` stands at the right.
-    """
+    """Draw on fresh axes of `size` (width and height in inches) and return the SVG element. `labels` and `percent`
+    (values are shares in [0, 1], shown as per cent) are of the horizontal and the vertical axis. Labeled axes have grid
+    lines; a `legend` stands at the right."""
     require_extra("report")
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -137,13 +134,9 @@ def draw_svg(
 
 
 def interval_bars(bars: Sequence[Bar], label: str, percent: bool = False, reference: str | None = None) -> str:
-    """Draw horizontal bars with intervals, the first bar on top.
-
-    Args:
-        label: Of the horizontal axis.
-        percent: The values are shares in [0, 1]; the axis shows per cent.
-        reference: Name of the bar to which the others are compared: it is gray, with a line through the plot.
-    """
+    """Draw horizontal bars with intervals, the first bar on top. `label` is that of the horizontal axis; with
+    `percent`, values are shares in [0, 1], shown as per cent. The bar called `reference`, to which the others are
+    compared, is gray, with a line through the plot."""
     if not bars:
         raise UserValueError("interval_bars needs at least one bar.")
     names = [bar.name for bar in bars]
@@ -180,13 +173,9 @@ def line_curves(
     percent: bool = False,
     x_marks: Sequence[float] | None = None,
 ) -> str:
-    """Draw curves with optional bands on common axes, with a legend at the right.
-
-    Args:
-        log_y: Logarithmic vertical axis, for losses and perplexities that fall over decades.
-        percent: The values are shares in [0, 1]; the vertical axis shows per cent.
-        x_marks: Positions, above 0, to mark on a logarithmic horizontal axis; None leaves it linear.
-    """
+    """Draw curves with optional bands on common axes, with a legend at the right. `log_y` is for losses and
+    perplexities that fall over decades; with `percent`, values are shares in [0, 1], shown as per cent; `x_marks`,
+    positions above 0, are marked on a logarithmic horizontal axis, which without them is linear."""
     if not curves:
         raise UserValueError("line_curves needs at least one curve.")
     from matplotlib.ticker import MaxNLocator, NullLocator
@@ -215,52 +204,25 @@ def line_curves(
 def scatter_with_intervals(
     marks: Sequence[Mark], x_label: str, y_label: str, x_percent: bool = False, y_percent: bool = False
 ) -> str:
-    """Draw points with an interval on each axis and their names beside them: the gain of methods against their cost."""
+    """Draw points with an interval on each axis, named in a legend: the gain of methods against their cost."""
     if not marks:
         raise UserValueError("scatter_with_intervals needs at least one point.")
 
     def draw(axes: Axes) -> None:
         for index, mark in enumerate(marks):
-            color = COLORS[index % len(COLORS)]
+            color, shape = COLORS[index % len(COLORS)], "os^Dv"[index // len(COLORS) % 5]
             mark.draw_intervals(axes, color=color, linewidth=1.2, alpha=0.6)
-            axes.plot(mark.x, mark.y, "o", color=color, markersize=7, mew=0)
+            axes.plot(mark.x, mark.y, shape, color=color, markersize=7, mew=0, label=mark.name)
         axes.margins(0.09)
-        _name_marks(axes, marks)
 
-    return draw_svg(draw, (7.6, 4.4), labels=(x_label, y_label), percent=(x_percent, y_percent))
-
-
-def _name_marks(axes: Axes, marks: Sequence[Mark], line_height: float = 13.0) -> None:
-    """Write the names in a column at the right, in the order of the points' height and never over each other."""
-    axes.figure.canvas.draw()  # fixes the limits, and with them the transformations
-    to_pixels, box = axes.transData, axes.get_window_extent()
-    scale = axes.figure.dpi / 72.0
-    heights = [to_pixels.transform((mark.x, mark.y))[1] for mark in marks]
-    next_free = box.y1 + line_height * scale
-    for index in sorted(range(len(marks)), key=lambda number: -heights[number]):
-        mark = marks[index]
-        next_free = min(heights[index], next_free - line_height * scale)
-        arrow: Any = {"arrowstyle": "-", "linewidth": 0.8, "linestyle": ":", "shrinkA": 1, "shrinkB": 4}
-        axes.annotate(
-            mark.name,
-            xy=(mark.x, mark.y),
-            xytext=(1.03, (next_free - box.y0) / box.height),
-            textcoords="axes fraction",
-            verticalalignment="center",
-            fontsize=9.5,
-            arrowprops={**arrow, "color": COLORS[index % len(COLORS)]},
-        )
+    return draw_svg(draw, (7.6, 4.4), labels=(x_label, y_label), percent=(x_percent, y_percent), legend=True)
 
 
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], peak: float | None = None
 ) -> str:
-    """Draw a cell for every value, the deeper the color the larger; the first row on top.
-
-    Args:
-        values: `[rows, columns]`, 0 or more; NaN leaves a cell empty.
-        peak: the value of full color; by default the largest one.
-    """
+    """Draw a cell for each of the `values` `[rows, columns]`, 0 or more (NaN leaves it empty), the deeper the color the
+    larger, the first row on top; `peak` is the value of full color, by default the largest one."""
     if not rows or len(values) != len(rows) or any(len(row) != len(columns) for row in values):
         raise UserValueError(f"expected {len(rows)} rows of {len(columns)} values, at least one.")
     known = [value for row in values for value in row if math.isfinite(value)]

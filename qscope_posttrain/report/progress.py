@@ -11,10 +11,9 @@ from typing import TypeVar
 from qscope_posttrain.distributed import is_main_process
 
 T = TypeVar("T")
-QUIET = "QSCOPE_QUIET"
-"""Environment variable that, unless it is empty, leaves progress and status lines out"""
-MANY_ROWS = 100_000
-"""Rows from which on a pass over all of them shows its progress"""
+Note = Callable[[], str] | None  # A few more words at each update
+QUIET = "QSCOPE_QUIET"  # Environment variable that, unless it is empty, leaves progress and status lines out
+MANY_ROWS = 100_000  # Rows from which on a pass over all of them shows its progress
 SECONDS_BETWEEN_LINES = 5.0
 """Pause between plain lines: often enough to see that the loop lives, seldom enough for a log file."""
 
@@ -24,16 +23,13 @@ def progress(
     total: int | None = None,
     description: str = "working",
     enabled: bool | None = None,
-    note: Callable[[], str] | None = None,
+    note: Note = None,
 ) -> Iterator[T]:
     """Yield the items of `iterable` and show on standard error how far the loop is.
 
-    Args:
-        total: Number of items; by default `len(iterable)` where it has one. Without it no share and no remaining time
-            are shown.
-        description: What the loop does, in a few words.
-        enabled: True or False to insist; by default shown on rank 0, unless the environment has QSCOPE_QUIET.
-        note: Called at each update for a few more words, for example the current loss.
+    `total` is by default `len(iterable)` where it has one; without it no share and no remaining time are shown. By
+    default it is shown on rank 0, unless the environment has QSCOPE_QUIET; `enabled` is True or False to insist. `note`
+    gives a few more words at each update, for example the current loss.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
@@ -62,9 +58,7 @@ def _shown(enabled: bool | None) -> bool:
     return not os.environ.get(QUIET) if enabled is None else enabled
 
 
-def _with_bar(
-    iterable: Iterable[T], total: int | None, description: str, note: Callable[[], str] | None
-) -> Iterator[T]:
+def _with_bar(iterable: Iterable[T], total: int | None, description: str, note: Note) -> Iterator[T]:
     from rich import progress as rich
     from rich.console import Console
 
@@ -84,9 +78,7 @@ def _with_bar(
             bar.update(task, advance=1, note=note() if note is not None else "")
 
 
-def _with_lines(
-    iterable: Iterable[T], total: int | None, description: str, note: Callable[[], str] | None
-) -> Iterator[T]:
+def _with_lines(iterable: Iterable[T], total: int | None, description: str, note: Note) -> Iterator[T]:
     started = last_line = time.monotonic()
     done = 0
     _print_line(f"{description}: {_count(0, total)}")

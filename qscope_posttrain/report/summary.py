@@ -27,10 +27,8 @@ def write_summary(
     results: Mapping[str, Any],
     seeds: Sequence[int] | None = None,
 ) -> Path:
-    """Write `summary.json` into `folder`, which is made if missing, in one step, and return its path.
-
-    `command` is for example "features find"; the seeds are by default those in `settings` as `seed` or `seeds`.
-    """
+    """Write `summary.json` into `folder`, which is made if missing, in one step, and return its path. `command` is for
+    example "features find"; the seeds are by default those in `settings` as `seed` or `seeds`."""
     if seeds is None:
         found = settings.get("seeds", settings.get("seed"))
         seeds = [] if found is None else [found] if isinstance(found, int) else list(found)

@@ -12,8 +12,7 @@ from qscope_posttrain.errors import UserValueError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Cell = str | int | float | bool | None
-"""Content of a cell; None and NaN mean "not measured" and are shown as a dash."""
+Cell = str | int | float | bool | None  # Content of a cell; None and NaN mean "not measured" and are shown as a dash
 MISSING = "-"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Real
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -36,13 +36,6 @@ PAPER: Mapping[str, Any] = MappingProxyType(
 two features on each of the last two layers; its coefficient for Gemma is in effect 0.016, for Llama 0.032."""
 
 
-_TARGET = "Language to keep out of responses in other languages; samples in it contribute nothing."
-_LANGUAGE = "Column with a sample's language, 'script' to decide by its letters, or, in Python, a callable(example)."
-_IGNORED = "Further languages that the data may hold, whose samples contribute nothing."
-_MEANS = "token_mean: divide as TRL divides the cross-entropy; paper: by the number of positions that the loss acts on"
-_LISTED = "Languages of the training data, the target among them. None: any known code."
-
-
 @dataclass(frozen=True)
 class LossConfig:
     """Settings that all auxiliary losses share: `loss = CE + weight * term`."""
@@ -50,8 +43,10 @@ class LossConfig:
     target: str | None
     weight: float
     normalization: Normalization
-    language: str | LanguageOf = field(default="language", metadata={"help": _LANGUAGE})
-    ignore_languages: tuple[str, ...] = field(default=(), metadata={"help": _IGNORED})
+    language: str | LanguageOf = "language"
+    """Column with a sample's language, 'script' to decide by its letters, or, in Python, a callable(example)."""
+    ignore_languages: tuple[str, ...] = ()
+    """Further languages that the data may hold, whose samples contribute nothing."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -127,50 +122,32 @@ class SASFTConfig(LossConfig):
     `ReLU((f_s(x) - alpha_js) / sigma_s)`: f is chosen by `readout`, alpha by `threshold`, sigma by `scale`.
     """
 
-    target: str = field(default="zh", metadata={"help": _TARGET})
-    weight: float = field(
-        default=0.1,
-        metadata={"help": "lambda, for readouts in standard deviations. 0 only measures: training is untouched."},
-    )
-    layers: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "Decoder layers, counted from 0. None: all layers of the FeatureSet."}
-    )
-    top: int | None = field(
-        default=None, metadata={"help": "Features per layer, by score. None: all of the target language."}
-    )
-    readout: ReadoutKind = field(
-        default="decoder",
-        metadata={"help": "encoder: f = h . W_enc + b_enc, as in the paper; decoder: f = h . W_dec."},
-    )
-    threshold: Threshold = field(
-        default="language_mean",
-        metadata={"help": "language_mean: alpha_js = mean of f_s over language j; zero: alpha = 0."},
-    )
-    scale: Scale = field(
-        default="std",
-        metadata={"help": "raw: sigma = 1; std: standard deviation of f_s over all non-target tokens."},
-    )
-    combine: Combine = field(
-        default="monolinguality",
-        metadata={
-            "help": "none: each feature has its own ReLU. Otherwise ONE readout per layer, f = sum_i w_i f_i with w_i"
-            " >= 0 that sum to 1: monolinguality: w ~ ReLU(nu_i); effect: w ~ ReLU(W_dec_i . g), g the "
-            "gradient of log P(target); uniform: w = 1/F. A single feature is its own sum."
-        },
-    )
-    positions: Positions = field(
-        default="predicting",
-        metadata={"help": "predicting: positions that predict response tokens; response: their own."},
-    )
-    anchor_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "b of the term b * sum_t KL(start_t || model_t) over non-target positions that predict a response"
-            " token, normalized like the penalty; both distributions without target_token_ids where these are"
-            " given."
-        },
-    )
-    normalization: Normalization = field(default="token_mean", metadata={"help": f"{_MEANS}; official: as published."})
+    target: str = "zh"
+    """Language to keep out of responses in other languages; samples in it contribute nothing."""
+    weight: float = 0.1
+    """lambda, for readouts in standard deviations. 0 only measures: training is untouched."""
+    layers: tuple[int, ...] | None = None
+    """Decoder layers, counted from 0. None: all layers of the FeatureSet."""
+    top: int | None = None
+    """Features per layer, by score. None: all of the target language."""
+    readout: ReadoutKind = "decoder"
+    """encoder: f = h . W_enc + b_enc, as in the paper; decoder: f = h . W_dec."""
+    threshold: Threshold = "language_mean"
+    """language_mean: alpha_js = mean of f_s over language j; zero: alpha = 0."""
+    scale: Scale = "std"
+    """raw: sigma = 1; std: standard deviation of f_s over all non-target tokens."""
+    combine: Combine = "monolinguality"
+    """none: each feature has its own ReLU. Otherwise ONE readout per layer, f = sum_i w_i f_i with w_i >= 0 that sum to
+    1: monolinguality: w ~ ReLU(nu_i); effect: w ~ ReLU(W_dec_i . g), g the gradient of log P(target); uniform: w = 1/F.
+    A single feature is its own sum."""
+    positions: Positions = "predicting"
+    """predicting: positions that predict response tokens; response: their own."""
+    anchor_weight: float = 0.0
+    """b of the term b * sum_t KL(start_t || model_t) over non-target positions that predict a response token,
+    normalized like the penalty; both distributions without target_token_ids where these are given."""
+    normalization: Normalization = "token_mean"
+    """token_mean: divide as TRL divides the cross-entropy; paper: by the number of positions that the loss acts on;
+    official: as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,30 +183,20 @@ class TokenPenaltyConfig(LossConfig):
     a response token of a sample in another language; N as in `loss.Normalizer`.
     """
 
-    target: str = field(default="zh", metadata={"help": _TARGET})
-    weight: float = field(
-        default=20.0,
-        metadata={
-            "help": "In units of its own, not SASFT's: 20 to 25 did best alone, 40 with an anchor. 0 only measures."
-        },
-    )
-    anchor_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "b of the term b * sum_t KL(start_t || model_t) over the same positions, normalized like the "
-            "penalty; both distributions without the target's tokens. 1.0 in our experiments."
-        },
-    )
-    normalization: TokenNormalization = field(default="token_mean", metadata={"help": f"{_MEANS}."})
-    skip_target_labels: bool = field(
-        default=True,
-        metadata={
-            "help": "Leave out positions whose label is a target token (they stay in N). There the cross-entropy asks"
-            " for what the penalty forbids, with an unbounded gradient: on data with responses that switch, "
-            "this ruins the target language."
-        },
-    )
-    languages: tuple[str, ...] | None = field(default=None, metadata={"help": _LISTED})
+    target: str = "zh"
+    """Language to keep out of responses in other languages; samples in it contribute nothing."""
+    weight: float = 20.0
+    """In units of its own, not SASFT's: 20 to 25 did best alone, 40 with an anchor. 0 only measures."""
+    anchor_weight: float = 0.0
+    """b of the term b * sum_t KL(start_t || model_t) over the same positions, normalized like the penalty; both
+    distributions without the target's tokens. 1.0 in our experiments."""
+    normalization: TokenNormalization = "token_mean"
+    """token_mean: divide as TRL divides the cross-entropy; paper: by the number of positions that the loss acts on."""
+    skip_target_labels: bool = True
+    """Leave out positions whose label is a target token (they stay in N). There the cross-entropy asks for what the
+    penalty forbids, with an unbounded gradient: on data with responses that switch, this ruins the target language."""
+    languages: tuple[str, ...] | None = None
+    """Languages of the training data, the target among them. None: any known code."""
 
 
 @dataclass(frozen=True)
@@ -239,16 +206,15 @@ class KLAnchorConfig(LossConfig):
     Over the positions that predict a response token; N as in `loss.Normalizer`.
     """
 
-    target: str | None = field(
-        default=None,
-        metadata={
-            "help": "Language that is not held: its samples contribute nothing, and its tokens are left out of both "
-            "distributions. None holds responses in every language, and no sample's language is read."
-        },
-    )
-    weight: float = field(default=1.0, metadata={"help": "b; 1.0 in our experiments. 0 only measures."})
-    normalization: TokenNormalization = field(default="token_mean", metadata={"help": f"{_MEANS}."})
-    languages: tuple[str, ...] | None = field(default=None, metadata={"help": f"With a target: {_LISTED}"})
+    target: str | None = None
+    """Language that is not held: its samples contribute nothing, and its tokens are left out of both distributions.
+    None holds responses in every language, and no sample's language is read."""
+    weight: float = 1.0
+    """b; 1.0 in our experiments. 0 only measures."""
+    normalization: TokenNormalization = "token_mean"
+    """token_mean: divide as TRL divides the cross-entropy; paper: by the number of positions that the loss acts on."""
+    languages: tuple[str, ...] | None = None
+    """With a target: Languages of the training data, the target among them. None: any known code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,8 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
-from qscope_posttrain.endpoint.limits import BudgetSpent
-from qscope_posttrain.endpoint.session import ChatSession
+from qscope_posttrain.endpoint.session import BudgetSpent, ChatSession
 from qscope_posttrain.endpoint.templates import PromptTemplates, truth_field
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.synthesis.prompts import Draft, Kind, PromptJob, PromptType, PromptWriter, SynthesisSettings

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import langcodes
@@ -15,16 +16,13 @@ class Label(NamedTuple):
     """A distinct value of a column."""
 
     value: Any
-    row: int
-    """The first row that holds it"""
+    row: int  # The first row that holds it
     times: int
 
 
 def same_language(label: Any, known: Collection[str]) -> str | None:
-    """Find the one of `known` that names the language of `label`; of several, one of the same script goes first.
-
-    Labels are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639 codes ("zho", "iw"), and English names ("Chinese").
-    """
+    """Find the one of `known` that names the language of `label`; of several, one of the same script goes first. Labels
+    are BCP 47 tags ("zh-CN", "zh_Hans"), ISO 639 codes ("zho", "iw"), and English names ("Chinese")."""
     if not isinstance(label, str):
         return None
     wanted = _tag(label)
@@ -62,48 +60,17 @@ def class_names(dataset: Any, column: Any) -> tuple[str, ...]:
 
 
 def distinct_labels(dataset: Any, column: str) -> list[Label]:
-    """Find the distinct values of a column of a `datasets.Dataset`, in the order of their first rows, without a Python
-    object per row. Entries of lists count one by one."""
-    import pyarrow
-
-    found: dict[str, Label] = {}  # by its text: NaN differs from itself
-    try:
-        counted = list(_counted(dataset, column))
-    except pyarrow.ArrowNotImplementedError:  # types that Arrow does not compare: mixed ones, mappings, lists of lists
-        counted = list(_counted_one_by_one(dataset, column))
-    for value, row, times in counted:
-        known = found.get(repr(value), Label(value, row, 0))
-        found[repr(value)] = known._replace(times=known.times + times)
-    return sorted(found.values(), key=lambda label: label.row)
-
-
-def _counted(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
-    """(value, first row, times) of the distinct values of each piece of a column."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    start = 0
-    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=_ROWS_AT_A_TIME):
-        values = table.column(0).combine_chunks()
-        count_of_rows = len(values)
-        rows = np.arange(count_of_rows)
-        if hasattr(values.type, "value_type"):
-            rows = pc.list_parent_indices(values).to_numpy()
-            values = pc.list_flatten(values)
-        encoded = values.dictionary_encode(null_encoding="encode")
-        codes, firsts, counts = np.unique(encoded.indices.to_numpy(), return_index=True, return_counts=True)
-        names = encoded.dictionary.to_pylist()
-        for code, first, count in zip(codes.tolist(), firsts.tolist(), counts.tolist(), strict=True):
-            yield names[code], start + int(rows[first]), count
-        start += count_of_rows
-
-
-def _counted_one_by_one(dataset: Any, column: str) -> Iterator[tuple[Any, int, int]]:
+    """Find the distinct values of a column of a `datasets.Dataset`, in the order of their first rows. Entries of lists
+    count one by one."""
+    first: dict[str, tuple[Any, int]] = {}  # by its text: NaN differs from itself
+    times: Counter[str] = Counter()
     rows = dataset.select_columns(column).with_format(None)
     values = (value for batch in rows.iter(batch_size=_ROWS_AT_A_TIME) for value in batch[column])
     for row, value in enumerate(values):
         for entry in value if isinstance(value, list) else [value]:
-            yield entry, row, 1
+            first.setdefault(repr(entry), (entry, row))
+            times[repr(entry)] += 1
+    return [Label(*found, times[text]) for text, found in first.items()]
 
 
 def _tag(label: str) -> langcodes.Language | None:

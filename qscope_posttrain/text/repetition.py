@@ -18,12 +18,9 @@ from qscope_posttrain.errors import UserValueError
 class RepeatedTail:
     """The periodic end of a sequence x of n elements: x[i] = x[i - period] for all i from start + period to n - 1."""
 
-    start: int
-    """First position from which the rest of the sequence has the period."""
-    period: int
-    """Elements of one copy."""
-    copies: int
-    """Whole copies, (n - start) // period; a last one that was cut off does not count."""
+    start: int  # First position from which the rest of the sequence has the period
+    period: int  # Elements of one copy
+    copies: int  # Whole copies, (n - start) // period; a last one that was cut off does not count
 
     @property
     def second_copy(self) -> int:
@@ -31,9 +28,7 @@ class RepeatedTail:
         return self.start + self.period
 
 
-def repeated_tail(
-    tokens: Sequence[Any], *, min_copies: int = 3, min_tokens: int = 12, max_period: int | None = None
-) -> RepeatedTail | None:
+def repeated_tail(tokens: Sequence[Any], *, min_copies: int = 3, min_tokens: int = 12) -> RepeatedTail | None:
     """Find the repeated block with which a sequence ends, if any.
 
     For every period p let L(p) be the length of the longest suffix that repeats itself after p elements. The result is
@@ -48,17 +43,14 @@ def repeated_tail(
         tokens: token ids, words, or a string (whose elements are its characters); also a 1-D array or tensor.
         min_copies: whole copies, at least 2.
         min_tokens: elements of all copies together, so that "!!!" is no loop.
-        max_period: longest period; by default as long as `min_copies` copies fit.
     """
-    if min_copies < 2 or min_tokens < 1 or (max_period is not None and max_period < 1):
+    if min_copies < 2 or min_tokens < 1:
         raise UserValueError(
-            "Expected min_copies >= 2, min_tokens >= 1 and max_period >= 1 or None; "
-            f"got min_copies={min_copies}, min_tokens={min_tokens}, max_period={max_period}."
+            f"Expected min_copies >= 2 and min_tokens >= 1; got min_copies={min_copies}, min_tokens={min_tokens}."
         )
     elements = _elements(tokens)
     length = len(elements)
-    longest = length // min_copies if max_period is None else min(max_period, length // min_copies)
-    for period, match in _self_matches(elements[::-1], longest):
+    for period, match in _self_matches(elements[::-1], length // min_copies):
         covered = period + match
         if covered >= min_tokens and covered >= min_copies * period:
             return RepeatedTail(start=length - covered, period=period, copies=covered // period)
@@ -72,11 +64,9 @@ def is_endless_repetition(tokens: Sequence[Any], *, ended: bool, min_copies: int
 
 
 def ngram_repetition_rate(tokens: Sequence[Any], n: int = 3) -> float:
-    """Share of n-grams that occurred before: 1 - (different n-grams) / (n-grams); 0 with fewer than n tokens.
-
-    On token ids, -1 times it is TRL's repetition penalty reward (`get_repetition_penalty_reward(n, -1.0)`). On the
-    words of a text, `text.split()`, it is the measure of "Demystifying Long Chain-of-Thought Reasoning", Appendix C.2.
-    """
+    """Share of n-grams that occurred before: 1 - (different n-grams) / (n-grams); 0 with fewer than n tokens. On token
+    ids, -1 times it is TRL's repetition penalty reward (`get_repetition_penalty_reward(n, -1.0)`). On the words of a
+    text, `text.split()`, it is the measure of "Demystifying Long Chain-of-Thought Reasoning", Appendix C.2."""
     if n < 1:
         raise UserValueError(f"n must be at least 1; got {n}.")
     elements = _elements(tokens)

@@ -46,8 +46,7 @@ _WRITTEN_IN = {
     "Thai": "th",
 }
 KANA = ("Hiragana", "Katakana")
-JAPANESE = "Katakana_Or_Hiragana"
-"""Unicode's name for both kana: the script by which a switch to Japanese is detected"""
+JAPANESE = "Katakana_Or_Hiragana"  # Unicode's name for both kana: the script by which a switch to Japanese is detected
 SCRIPTS_OF_LANGUAGE: dict[str, tuple[str, ...]] = {
     **{language: (script,) for script, languages in _WRITTEN_IN.items() for language in languages.split()},
     "ja": (*KANA, "Han"),
@@ -147,11 +146,9 @@ def _unknown(language: str) -> UserValueError:
 
 
 def target_script(language: str) -> str:
-    """The script by which text in `language` is recognized: "Han" for "zh", both kana for "ja" (kanji are Han).
-
-    Related languages may share it (Cyrillic: Russian and Ukrainian); SASFT detects by script alone, too. ValueError for
-    an unknown language, one of several scripts, or one in Latin letters, which occur in text of every language.
-    """
+    """The script by which text in `language` is recognized: "Han" for "zh", both kana for "ja" (kanji are Han). Related
+    languages may share it (Cyrillic: Russian and Ukrainian); SASFT detects by script alone, too. ValueError for an
+    unknown language, one of several scripts, or one in Latin letters, which occur in text of every language."""
     scripts = language_scripts(language)
     if set(KANA) <= set(scripts):
         return JAPANESE
@@ -216,17 +213,10 @@ def script_evidence(text: str) -> dict[str, float]:
     return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
 
 
-def language_by_script(text: str, languages: Collection[str]) -> str | None:
-    """Find the one of `languages` (codes, or names such as "zh-CN") that writes the script of which `text` has most.
-
-    None where scripts do not decide: no letters, two scripts equally frequent, no candidate that writes the script, or
-    several of them (English and French). Of text in Han alone, Chinese goes before Japanese.
-    """
-    return language_by_evidence(script_evidence(text), languages)
-
-
 def language_by_evidence(evidence: Mapping[str, float], languages: Collection[str]) -> str | None:
-    """Do the same for a text of this `script_evidence`."""
+    """Find the one of `languages` (codes, or names such as "zh-CN") that writes the script with most `script_evidence`.
+    None where scripts do not decide: no letters, two scripts equally frequent, no candidate that writes the script, or
+    several of them (English and French). Of text in Han alone, Chinese goes before Japanese."""
     scripts_of = {language: SCRIPTS_OF_LANGUAGE[language_code(language)] for language in languages}
     ranked = list(evidence.items())[:2]
     if not ranked or (len(ranked) > 1 and ranked[0][1] == ranked[1][1]):

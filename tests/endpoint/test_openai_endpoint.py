@@ -10,12 +10,16 @@ from endpoint_server import serving
 
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import ChatRequest, Message, RequestFailed, Sampling
-from qscope_posttrain.endpoint.limits import BudgetSpent, Limits, RetryPolicy
 from qscope_posttrain.endpoint.models import OpenAIChatModel
-from qscope_posttrain.endpoint.session import ChatSession
+from qscope_posttrain.endpoint.session import BudgetSpent, ChatSession, Limits
 
 KEY = "sk-not-a-real-key-8f1d"
-FAST = RetryPolicy(attempts=4, first_wait=0.01)
+FAST = Limits(attempts=4)
+
+
+def short(seconds: float) -> None:
+    """Pause for a hundredth of the time."""
+    time.sleep(seconds / 100)
 
 
 def ask(text: str, sample: int = 0) -> ChatRequest:
@@ -32,12 +36,12 @@ def open_session(tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_KEY", KEY)
     caches = []
 
-    def make(server, limits=None, retry=FAST, sleep=time.sleep, **options):
+    def make(server, limits=FAST, sleep=short, **options):
         options = {"timeout": 0.5, "concurrency": 1, **options}
         cache = CompletionCache(tmp_path / "answers.jsonl")
         caches.append(cache)
         model = OpenAIChatModel("grammar", server.url, api_key_env="TEST_KEY", **options)
-        return ChatSession(model, cache, limits=limits, retry=retry, sleep=sleep)
+        return ChatSession(model, cache, limits=limits, sleep=sleep)
 
     yield make
     for cache in caches:
@@ -116,7 +120,7 @@ def test_retry_after_is_obeyed_by_all(open_session):
         assert slept[0] == 7.0
         assert slept[1] == pytest.approx(7.0, abs=0.5)  # the pace was held too; `sleep` here takes no time
     with serving(echo, [("status", (429, {"Retry-After": "9999"}))]) as server:
-        session = ChatSession(OpenAIChatModel("m", server.url), session.cache, retry=FAST, sleep=slept.append)
+        session = ChatSession(OpenAIChatModel("m", server.url), session.cache, sleep=slept.append)
         with pytest.raises(RequestFailed, match="status 429"):
             session.complete([ask("a")])
         assert len(server.requests) == 1
@@ -133,7 +137,7 @@ def test_a_failure_that_lasts_stops_the_others(open_session):
     """What is being tried again when one request cannot succeed is not tried to the end."""
     faults = [("status", (503, {})), ("status", (401, {}))] + [("status", (503, {}))] * 50
     with serving(echo, faults) as server:
-        session = open_session(server, concurrency=2, retry=RetryPolicy(attempts=50, first_wait=0.2, longest_wait=0.2))
+        session = open_session(server, Limits(attempts=50), lambda seconds: time.sleep(0.2), concurrency=2)
         with pytest.raises(RequestFailed, match="status 401"):
             session.complete([ask(str(n)) for n in range(9)])
         assert len(server.requests) <= 4
@@ -161,7 +165,7 @@ def test_budget_of_requests_counts_attempts_and_cached_answers(open_session):
             session.complete(requests)
         assert len(server.requests) == 4
         assert len(session.cache) == 3
-        fresh = ChatSession(session.model, session.cache, limits=Limits(max_requests=4), retry=FAST)
+        fresh = ChatSession(session.model, session.cache, limits=Limits(max_requests=4), sleep=short)
         with pytest.raises(BudgetSpent):
             fresh.complete(requests)
         assert len(server.requests) == 5
@@ -183,7 +187,7 @@ def test_a_finished_run_can_be_repeated_whatever_it_used(open_session):
         requests = [ask("a"), ask("b")]
         found = session.complete(requests)
         assert session.usage.tokens == 20
-        again = ChatSession(session.model, session.cache, limits=Limits(max_requests=1, max_tokens=15), retry=FAST)
+        again = ChatSession(session.model, session.cache, limits=Limits(max_requests=1, max_tokens=15))
         assert again.complete(requests) == found
         assert again.usage.to_dict()["cached"] == 2
         with pytest.raises(BudgetSpent):

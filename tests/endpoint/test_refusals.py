@@ -9,9 +9,8 @@ from endpoint_server import serving
 
 from qscope_posttrain.endpoint.cache import FIRST_FEW, CompletionCache
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, Message, RequestFailed, RequestRefused, Sampling
-from qscope_posttrain.endpoint.limits import RetryPolicy
 from qscope_posttrain.endpoint.models import OpenAIChatModel
-from qscope_posttrain.endpoint.session import ChatSession
+from qscope_posttrain.endpoint.session import ChatSession, Limits
 
 WARM, COLD = Sampling(max_tokens=9), Sampling(temperature=0.0, max_tokens=9)
 REFUSED = ("status", (400, {}))
@@ -37,8 +36,7 @@ def open_session(tmp_path):
             caches.pop().close()
         caches.append(CompletionCache(tmp_path / "answers.jsonl"))
         model = OpenAIChatModel("m", server.url, **{"concurrency": 1, **options})
-        retry = RetryPolicy(attempts=2, first_wait=0.01)
-        return ChatSession(model, caches[0], retry=retry, ask_refused_again=ask_refused_again)
+        return ChatSession(model, caches[0], limits=Limits(attempts=2), ask_refused_again=ask_refused_again)
 
     yield make
     for cache in caches:

@@ -11,22 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qscope_posttrain.endpoint.chat import ChatRequest, Message, RequestFailed, Sampling
-from qscope_posttrain.endpoint.limits import Limits, RetryPolicy, retry_after_seconds
+from qscope_posttrain.endpoint.models import retry_after_seconds
+from qscope_posttrain.endpoint.session import Limits
 from qscope_posttrain.endpoint.templates import PromptTemplates, number_field, read_json, text_field, truth_field
 
 
 def test_pauses_double_up_to_the_longest():
-    policy = RetryPolicy(attempts=6, first_wait=1.0, longest_wait=5.0)
+    limits = Limits(attempts=9)
     failure = RequestFailed("x", retry=True)
-    for attempt, full in enumerate([1, 2, 4, 5, 5], start=1):
-        pauses = [policy.wait(attempt, failure) for _ in range(50)]
+    for attempt, full in enumerate([1, 2, 4, 8, 16, 32, 60, 60], start=1):
+        pauses = [limits.pause(attempt, failure) for _ in range(50)]
         assert min(pauses) >= full / 2
         assert max(pauses) <= full
         assert len(set(pauses)) > 1
-    assert policy.wait(6, failure) is None
-    assert policy.wait(1, RequestFailed("x", retry=False)) is None
-    assert policy.wait(1, RequestFailed("x", retry=True, retry_after=30)) == 30
-    assert policy.wait(1, RequestFailed("x", retry=True, retry_after=301)) is None
+    assert limits.pause(9, failure) is None
+    assert limits.pause(1, RequestFailed("x", retry=False)) is None
+    assert limits.pause(1, RequestFailed("x", retry=True, retry_after=30)) == 30
+    assert limits.pause(1, RequestFailed("x", retry=True, retry_after=301)) is None
 
 
 def test_retry_after():
@@ -37,7 +38,9 @@ def test_retry_after():
     assert [retry_after_seconds(value) for value in (None, "soon", "nan")] == [None, None, None]
 
 
-@pytest.mark.parametrize("settings", [{"max_requests": 0}, {"max_tokens": -1}, {"requests_per_minute": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"max_requests": 0}, {"max_tokens": -1}, {"requests_per_minute": 0}, {"attempts": 0}]
+)
 def test_limits_are_positive(settings):
     with pytest.raises(ValueError, match="positive"):
         Limits(**settings)

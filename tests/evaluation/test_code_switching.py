@@ -11,7 +11,6 @@ import torch
 from qscope_posttrain.evaluation.code_switching import (
     Sample,
     evaluate_code_switching,
-    switching_difference,
     switching_ratio,
 )
 from qscope_posttrain.intervals import wilson
@@ -110,15 +109,6 @@ def test_examples_file(tmp_path):
         result.write_examples(tmp_path / "missing" / "examples.jsonl")
 
 
-def test_difference_is_paired():
-    result = switching_ratio(make_samples(RESPONSES), "zh")
-    assert switching_difference(result, result) == (0.0, 0.0, 0.0)
-    none = switching_ratio(make_samples({k: [["x"] * 2 for _ in v] for k, v in RESPONSES.items()}), "zh")
-    assert switching_difference(result, none).estimate == pytest.approx(3 / 8)
-    with pytest.raises(ValueError, match="same prompts"):
-        switching_difference(result, switching_ratio(make_samples({"en": [["x", "y"]]}), "zh"))
-
-
 def test_evaluate_end_to_end(make_model, tiny_tokenizer, texts):
     """A model that cannot write Han never switches, one that mostly can always does."""
     model = make_model()
@@ -206,14 +196,6 @@ def test_a_detector_decides_in_place_of_the_script(detector, identification):
     assert content["identification"] == identification
     assert content["script"] is None
     assert "switched to math, %" in result.to_table().columns
-
-
-def test_a_difference_needs_one_way_of_identifying():
-    samples = make_samples(WORD_PROBLEMS)
-    results = [switching_ratio(samples, "math", detector=NamedDetector(threshold)) for threshold in (2.0, 2.0, 3.0)]
-    assert switching_difference(*results[:2]).estimate == 0
-    with pytest.raises(ValueError, match="one detector with the same settings"):
-        switching_difference(*results[1:])
 
 
 def test_evaluate_with_a_detector(make_model, tiny_tokenizer):

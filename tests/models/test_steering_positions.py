@@ -113,7 +113,7 @@ def test_what_is_not_steered_is_bit_identical(make_model, direction, dtype, mode
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     seen: list[torch.Tensor] = []
-    layer = text_backbone(model).layers[0]
+    layer = text_backbone(model)[0].layers[0]
     handle = layer.register_forward_hook(plant)
     reads = {} if mode in ("add", "project_out") else {"encoder": direction}
     rows = torch.tensor([False, True, True])
@@ -227,8 +227,8 @@ def test_a_layer_recomputed_after_another_forward_is_an_error(make_model, direct
     """As gradient checkpointing does, where hooks run inside of it."""
     model = make_model(num_hidden_layers=2)
     hidden = torch.zeros(ROWS, 5, D)
-    rotary = text_backbone(model).rotary_emb(hidden, torch.arange(5)[None])
+    rotary = text_backbone(model)[0].rotary_emb(hidden, torch.arange(5)[None])
     with steer(model, Steering(direction, (1,), positions="generated"), prompt_length=2):
         model(IDS)
         with pytest.raises(RuntimeError, match=r"gave 5 columns.*read 8"):
-            text_backbone(model).layers[1](hidden, position_embeddings=rotary)
+            text_backbone(model)[0].layers[1](hidden, position_embeddings=rotary)

@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qscope_posttrain.report.html import Example, Figure, Section, ShadedText, ShadedTexts, script_runs, write_html
+from benchmarks.testbed.report import Example
+from qscope_posttrain.report.html import Figure, Section, ShadedText, ShadedTexts, write_html
 from qscope_posttrain.report.plots import Bar, Curve, Mark, interval_bars, line_curves, scatter_with_intervals
 from qscope_posttrain.report.tables import Table
 
@@ -128,16 +129,15 @@ def test_page_shows_shades_marks_and_numbers(tmp_path):
 
 
 def test_script_runs():
-    assert script_runs("a二三b四", "Han") == [("a", False), ("二三", True), ("b", False), ("四", True)]
-    assert script_runs("кот", "Cyrillic") == [("кот", True)]
-    assert script_runs("", "Han") == []
-    assert script_runs("二", "") == [("二", False)]
+    assert Example("", {}, "Han").runs("a二三b四") == [("a", False), ("二三", True), ("b", False), ("四", True)]
+    assert Example("", {}, "Cyrillic").runs("кот") == [("кот", True)]
+    assert Example("", {}, "Han").runs("") == []
+    assert Example("", {}, "").runs("二") == [("二", False)]
     with pytest.raises(ValueError, match="no Unicode script"):
-        script_runs("x", "Klingonese")
+        Example("", {}, "Klingonese").runs("x")
 
 
 def test_peak_is_common_to_all_passages():
     first, second = ShadedText(["a"], [1.0]), ShadedText(["b"], [4.0])
     assert ShadedTexts("t", [first, second]).shares(first) == [0.25]
-    assert ShadedTexts("t", [first], peak=0.5).shares(first) == [1.0]
     assert ShadedTexts("t", [ShadedText(["a"], [0.0])]).shares(ShadedText(["a"], [-1.0])) == [0.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 from datasets import load_from_disk
@@ -33,7 +34,7 @@ class Grammar:
 
     def complete(self, requests):
         (request,) = requests
-        body = {"messages": request.to_dict()["messages"], "seed": request.sample}
+        body = {"messages": asdict(request)["messages"], "seed": request.sample}
         self.asked.append(body)
         return [ChatCompletion(self.answer(body), self.finish, 5, 5, f"request {len(self.asked)}")]
 

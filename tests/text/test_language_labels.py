@@ -8,7 +8,7 @@ import math
 import pytest
 from datasets import ClassLabel, Dataset
 
-from qscope_posttrain.text.data_sets import read_file
+from qscope_posttrain.text.inputs import read_file
 from qscope_posttrain.text.language_labels import class_names, distinct_labels, language_hint, same_language
 from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, language_code, language_scripts, target_script
 

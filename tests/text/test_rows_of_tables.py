@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import ClassLabel, Dataset, Features
 
-from qscope_posttrain.text.data_sets import labels_of, read_table
+from qscope_posttrain.text.inputs import labels_of, read_table
 
 CLASSES = Features({"label": ClassLabel(names=["clean", "toxic"])})
 

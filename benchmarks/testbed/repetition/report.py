@@ -17,13 +17,14 @@ from benchmarks.testbed.repetition.features import TO_END, WINDOW
 from benchmarks.testbed.repetition.task import decode_words, draw_problems
 from benchmarks.testbed.report import (
     DemoPart,
+    Example,
     bars,
     headline_row,
     write_lines,
 )
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.intervals import rate_difference
-from qscope_posttrain.report.html import Example, Figure, Section
+from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.tables import Cell, Table
 

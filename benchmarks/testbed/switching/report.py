@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.testbed.models import save_model
 from benchmarks.testbed.report import (
     DemoPart,
+    Example,
     bars,
     headline_row,
     write_lines,
@@ -19,10 +20,10 @@ from benchmarks.testbed.report import (
 from benchmarks.testbed.switching.config import ARMS, SFT, SwitchingConfig
 from benchmarks.testbed.switching.experiment import Experiment, MethodResult, relative_cost, run_experiment
 from benchmarks.testbed.switching.windows import decode
-from qscope_posttrain.evaluation.code_switching import switching_difference
 from qscope_posttrain.features.explain.contexts import token_view
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.report.html import Example, Figure, Section
+from qscope_posttrain.intervals import Interval, bootstrap_difference
+from qscope_posttrain.report.html import Figure, Section
 from qscope_posttrain.report.plots import Mark, scatter_with_intervals
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.text.scripts import target_script
@@ -117,7 +118,7 @@ def sampled_table(experiment: Experiment) -> Table:
     reference, config = experiment.method(SFT), experiment.config
     rows: list[list[Cell]] = []
     for result in (experiment.base, *experiment.methods):
-        micro, change = result.switching.micro, switching_difference(result.switching, reference.switching)
+        micro, change = result.switching.micro, _difference(result, reference)
         against: list[Cell] = [
             f"{100 * change.estimate:+.1f}",
             f"{100 * change.low:+.1f} .. {100 * change.high:+.1f}",
@@ -178,13 +179,18 @@ def forced_table(experiment: Experiment) -> Table:
     return Table("Unexpected switching, teacher forced", columns, rows, caption)
 
 
+def _difference(result: MethodResult, reference: MethodResult) -> Interval:
+    """The difference in sampled switching, paired: all methods answer the same prompts."""
+    return bootstrap_difference(result.switching.outcomes, reference.switching.outcomes)
+
+
 def _headline(experiment: Experiment) -> tuple[list[list[Cell]], str]:
     """Lines of the summary table and their part of its caption."""
     reference, target = experiment.method(SFT), experiment.config.target
     name = {"zh": "Chinese"}.get(target, target)
     rows = []
     for result in experiment.methods:
-        change = None if result is reference else switching_difference(result.switching, reference.switching)
+        change = None if result is reference else _difference(result, reference)
         cost = 100 * relative_cost(result.metrics, reference.metrics)
         quality = f"perplexity {result.metrics.masked_ppl:.0f}" + ("" if change is None else f" ({cost:+.1f} %)")
         title = {SFT: "SFT (plain)", "random_features": "random features (control)"}.get(result.name, result.title)

@@ -14,7 +14,7 @@ import regex
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, did_you_mean
 from qscope_posttrain.files import check_is_file, read_csv, read_jsonl, text_suffix
 from qscope_posttrain.recipe_file import as_text, read_yaml
-from qscope_posttrain.text.data_sets import read_data_set, saved_data_set
+from qscope_posttrain.text.inputs import read_data_set, saved_data_set
 
 TEXT = "text"  # Placeholder of the item in a prompt template
 

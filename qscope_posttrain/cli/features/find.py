@@ -6,14 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.cli.options import (
-    chat_settings,
-    check_one_process,
-    chosen,
-    layers_of,
-    load,
-    sampling_settings,
-)
+from qscope_posttrain.cli.options import chat_settings, check_one_process, chosen, layers_of, load, sampling_settings
 from qscope_posttrain.cli.parsing.table import PROMPTS, SAMPLING, TEXT_LIST
 from qscope_posttrain.distributed import join_processes
 from qscope_posttrain.errors import UserError, UserValueError, require_extra
@@ -151,10 +144,7 @@ def find_repetition(options: argparse.Namespace) -> None:
     elif options.curve:
         names = ("strengths", "window_start", "samples", "fresh_samples", "random_directions", "max_unlikely_share")
         curve = CurveSettings(
-            window_lengths=options.window_lengths or (),
-            sampling=sampling,
-            **chosen(options, *names),
-            **bounds,
+            window_lengths=options.window_lengths or (), sampling=sampling, **chosen(options, *names), **bounds
         )
     model, tokenizer = load(options)
     layers = layers_of(options.layers, model)
@@ -176,17 +166,16 @@ def find_repetition(options: argparse.Namespace) -> None:
     )
     Table(**features.provenance["ranking"]).print()
     print_steering(features)
-    figures = []
-    for layer, svg in curve_figures(features).items():
-        figures.append(output / f"steering_curve_layer{layer}.svg")
-        write_text(figures[-1], svg)
+    figures = {output / f"steering_curve_layer{layer}.svg": svg for layer, svg in curve_figures(features).items()}
+    for path, svg in figures.items():
+        write_text(path, svg)
     results = {
         "table": repetition_table(features),
         "ranking": features.provenance["ranking"],
         "loops": {"file": loops_path, **features.provenance["loops"]},
         "steering": features.settings.get("steering"),
         "steering_curve": features.provenance.get(CURVE_KEY),
-        "figures": figures,
+        "figures": list(figures),
     }
     _save(features, output, options, results)
 
@@ -258,9 +247,7 @@ def show(options: argparse.Namespace) -> None:
         Table("Explanations", ["layer", "feature", "by", "explanation"], rows).print()
     print_steering(features)
     origins = [(f"layer {layer}", _origin(source)) for layer, source in features.provenance.get("saes", {}).items()]
-    origins += [
-        (f"found with {name}", value) for name, value in features.settings.items() if not isinstance(value, dict)
-    ]
+    origins += [(f"found with {key}", value) for key, value in features.settings.items() if not isinstance(value, dict)]
     origins += [(f"completions read: {name}", value) for name, value in features.provenance.get("loops", {}).items()]
     Table("Origin", ["what", "where"], [(what, str(where)) for what, where in origins]).print()
 

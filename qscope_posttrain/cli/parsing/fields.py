@@ -25,7 +25,6 @@ from qscope_posttrain.recipe_file import as_text
 T = TypeVar("T")
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 _REQUIRED = "required"
-_WORDS: dict[Any, str] = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
 
 
 class Declared(NamedTuple):
@@ -52,11 +51,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def add_fields(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> dict[str, Any]:
-    """Add one option per field of a dataclass, and return the declared types that they stand for.
-
-    Help is `metadata={"help": ...}`, or the docstring below the field. With a prefix, the names begin with it, and an
-    option that is not given is None: given values are distinct from defaults.
-    """
+    """Add one option per field of a dataclass, and return the declared types that they stand for. Help is
+    `metadata={"help": ...}`, or the docstring below the field. With a prefix, the names begin with it, and an option
+    that is not given is None: given values are distinct from defaults."""
     hints, added = get_type_hints(kind), {}
     documented = field_help(kind)
     for field in dataclasses.fields(kind):
@@ -97,10 +94,8 @@ def print_declared(
 
 @cache
 def declared_fields(module: str, kind: str) -> Mapping[str, Declared]:
-    """Read the fields of a dataclass of this package, and of its bases in the same module, from the source.
-
-    Help is `metadata={"help": ...}`, or the docstring below the field.
-    """
+    """Read the fields of a dataclass of this package, and of its bases in the same module, from the source. Help is
+    `metadata={"help": ...}`, or the docstring below the field."""
     path = Path(qscope_posttrain.__file__).parents[1].joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(read_text(path))
@@ -118,12 +113,12 @@ def declared_fields(module: str, kind: str) -> Mapping[str, Declared]:
     for statement, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
-        default, text = _default_and_help(statement.value, constants)
+        text = ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             text = str(following.value.value)
         parts = ast.unparse(statement.annotation).split(" | ")
         hint = " | ".join(ast.unparse(constants[part]) if part in constants else part for part in parts)
-        found[statement.target.id] = Declared(hint, default, " ".join(text.split()))
+        found[statement.target.id] = Declared(hint, _default(statement.value), " ".join(text.split()))
     return found
 
 
@@ -197,30 +192,15 @@ def _parsable(hint: Any) -> Any:
     return hint
 
 
-def _default_and_help(value: ast.expr | None, constants: Mapping[str, ast.expr]) -> tuple[str, str]:
-    """The default, as written, and the help of a field's right-hand side; `constants` are those of the module."""
+def _default(value: ast.expr | None) -> str:
+    """The default that a field's right-hand side gives, as written."""
     if not (isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field")):
-        return (_REQUIRED if value is None else ast.unparse(value)), ""
+        return _REQUIRED if value is None else ast.unparse(value)
     given = {keyword.arg: keyword.value for keyword in value.keywords}
     factory = given.get("default_factory")
-    default = _REQUIRED if "default" not in given else ast.unparse(given["default"])
     if factory is not None:
-        default = ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
-    metadata = given.get("metadata")
-    pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
-    texts = [text for key, text in pairs if isinstance(key, ast.Constant) and key.value == "help"]
-    return default, _text(texts[0], constants) if texts else ""
-
-
-def _text(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
-    """The text of a string, of an f-string, or of a name that stands for one."""
-    if isinstance(node, ast.JoinedStr):
-        return "".join(_text(part, constants) for part in node.values)
-    if isinstance(node, ast.FormattedValue):
-        return _text(node.value, constants)
-    if isinstance(node, ast.Name):
-        return _text(constants[node.id], constants) if node.id in constants else ""
-    return str(node.value) if isinstance(node, ast.Constant) else ""
+        return ast.unparse(factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], []))
+    return ast.unparse(given["default"]) if "default" in given else _REQUIRED
 
 
 def _default_text(default: str) -> str:
@@ -240,34 +220,31 @@ def _metavar(hint: str) -> str:
 
 
 def checked(value: Any, written: Any, action: argparse.Action, kinds: Collection[Any], place: str) -> Any:
-    """The value for this option; null where the option may be left without one.
+    """The value for this option; null where the option may be left without one. ValueError for another type, another
+    number of values, or none of the choices.
 
     Args:
         written: The value as the file writes it, for options that take text: 7, 007 and no are text there.
         kinds: The types that it may have, from `kinds_of` or `kinds_of_option`.
         place: File and key, for messages.
-
-    Raises:
-        ValueError: another type, another number of values, or none of the choices.
     """
     if value is None:
         if type(None) in kinds or action.default is None:
             return None
         raise UserValueError(f"{place} must be {_wanted(kinds)}; got null. Leave the key out for its default.")
     if not isinstance(value, list):
-        value = _item(value, written, action, kinds, place)
-        if action.nargs not in ("+", "*") and not (isinstance(action.nargs, int) and action.nargs):
-            return value
-        value = [value]
+        found = [_item(value, written, action, kinds, place)]
+        if not action.nargs or action.nargs == "?":
+            return found[0]
     elif list not in kinds:
         raise UserValueError(f"{place} must be a single value; got {value!r}.")
     else:
         if not isinstance(written, list) or len(written) != len(value):  # it comes from an alias, which is not followed
             written = as_text(value)
-        value = [_item(item, text, action, kinds, place) for item, text in zip(value, written, strict=True)]
-    if isinstance(action.nargs, int) and action.nargs and len(value) != action.nargs:
-        raise UserValueError(f"{place} must be a list of {action.nargs} values; got {value!r}.")
-    return value
+        found = [_item(item, text, action, kinds, place) for item, text in zip(value, written, strict=True)]
+    if isinstance(action.nargs, int) and len(found) != action.nargs:
+        raise UserValueError(f"{place} must be a list of {action.nargs} values; got {found!r}.")
+    return found
 
 
 def kinds_of(hint: Any) -> set[Any]:
@@ -296,30 +273,29 @@ def _item(value: Any, written: Any, action: argparse.Action, kinds: Collection[A
         if dict in kinds or any(dataclasses.is_dataclass(kind) for kind in kinds):
             return value  # its dataclass converts and checks it
         raise UserValueError(f"{place} must be text, a number, true, false or a list of them; got {dict(value)!r}.")
+    refusal = UserValueError(f"{place} must be {_wanted(kinds)}; got {value!r}.")
     if value is None or isinstance(value, list):
-        raise UserValueError(f"{place} must be {_wanted(kinds)}; got {value!r}.")
-    if isinstance(value, bool | int | float):
-        suits = [kind for kind in (bool, int, float) if kind in kinds and _suits(value, kind)]
-        if suits:
-            try:
-                return _chosen(float(value) if suits[0] is float else value, action, place)
-            except OverflowError:
-                digits = len(str(value))
-                raise UserValueError(f"{place} must be {_wanted(kinds)}; got one of {digits} digits.") from None
-        if value is False and action.choices is not None and "no" in action.choices:
-            return "no"  # YAML reads a bare `no` as false
-        if str not in kinds and not any(inspect.isclass(kind) and issubclass(kind, str) for kind in kinds):
-            raise UserValueError(f"{place} must be {_wanted(kinds)}; got {value!r}.")
-        value = written if isinstance(written, str) else as_text(value)
-    if dict in kinds and value.lstrip().startswith("{"):
+        raise refusal
+    if type(value) in kinds and type(value) is not str:
+        return _chosen(value, action, place)
+    if type(value) is int and float in kinds:
         try:
-            return json.loads(value)
-        except ValueError as error:
-            raise UserValueError(f"{place}: not JSON ({error}): {value!r}.") from error
+            return _chosen(float(value), action, place)
+        except OverflowError:
+            raise UserValueError(f"{place} must be a number; got one of {len(str(value))} digits.") from None
+    if value is False and action.choices is not None and "no" in action.choices:
+        return "no"  # YAML reads a bare `no` as false
+    if isinstance(value, bool | int | float):
+        if not any(inspect.isclass(kind) and issubclass(kind, str) for kind in kinds):
+            raise refusal
+        value = written if isinstance(written, str) else as_text(value)
     try:
+        if dict in kinds and value.lstrip().startswith("{"):
+            return json.loads(value)
         converted = action.type(value) if callable(action.type) else value
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        raise UserValueError(f"{place}: {str(error).rstrip('.')}.") from error
+        reason = f"not JSON ({error}): {value!r}" if isinstance(error, json.JSONDecodeError) else str(error).rstrip(".")
+        raise UserValueError(f"{place}: {reason}.") from error
     if action.nargs == 0 and not isinstance(converted, bool):
         raise UserValueError(f"{place} must be true or false; got {value!r}.")
     return _chosen(converted, action, place)
@@ -333,10 +309,5 @@ def _chosen(value: Any, action: argparse.Action, place: str) -> Any:
 
 
 def _wanted(kinds: Collection[Any]) -> str:
-    return " or ".join(_WORDS[kind] for kind in (bool, int, float, str) if kind in kinds) or "of another type"
-
-
-def _suits(value: bool | int | float, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return kind is float or (kind is int and isinstance(value, int))
+    words = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
+    return " or ".join(word for kind, word in words.items() if kind in kinds) or "of another type"

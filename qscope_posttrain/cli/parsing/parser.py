@@ -51,16 +51,12 @@ class CommandParser(argparse.ArgumentParser):
             self._kinds[name].add(dict)
         self._call, self._commands = call, dict[str, Command]()
         self._choices: Any = None
-        self.said: set[str] = set()
-        """The options that the command line gave, of what was parsed last"""
-        self.values = argparse.Namespace()
-        """All values of what was built last"""
+        self.said: set[str] = set()  # The options that the command line gave, of what was parsed last
+        self.values = argparse.Namespace()  # All values of what was built last
 
     def command(self, call: Command, *tables: str, name: str = "", **settings: Any) -> CommandParser:
-        """Add a sub-command with the options of these tables, which `run` calls with its options.
-
-        It has the name of the function and its docstring for a help text, unless others are given.
-        """
+        """Add a sub-command with the options of these tables, which `run` calls with its options. It has the name of
+        the function and its docstring for a help text, unless others are given."""
         if self._choices is None:
             self._choices = self.add_subparsers(dest="action", required=True)
         name = name or call.__name__.replace("_", "-")
@@ -78,11 +74,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str], defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
         """Read the options. `defaults` replace those of the parser, and give way to the file and the command line.
-
-        Raises:
-            FileNotFoundError: no such recipe.
-            ValueError: an unknown, missing or malformed option or key, or code without `--allow-code`.
-        """
+        ValueError for an unknown, missing or malformed option or key, or code without `--allow-code`."""
         options, recipe = self._read(arguments, defaults)
         for name, value in vars(options).items():
             if name.startswith("max_") and isinstance(value, int) and value < 1:
@@ -92,11 +84,8 @@ class CommandParser(argparse.ArgumentParser):
             return options
 
     def build(self, arguments: Sequence[str], defaults: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-        """Read the options and make the dataclasses of them, in their order.
-
-        Raises:
-            FileNotFoundError, ValueError: as `parse`, or a value that a dataclass refuses.
-        """
+        """Read the options and make the dataclasses of them, in their order. ValueError as `parse`, or for a value that
+        a dataclass refuses."""
         options, recipe = self._read(arguments, defaults)
         self.values = options
         with recipes.environment_of(recipe), library_refusals():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from qscope_posttrain.errors import UserValueError, did_you_mean
@@ -64,8 +64,7 @@ class RecipeFile:
 
     path: Path
     values: Mapping[str, Any]
-    words: Mapping[str, Any]
-    """The same keys with every plain value as it is written: 7 and 007 and no and 2026-01-01"""
+    words: Mapping[str, Any]  # The same keys with every plain value as it is written: 7 and 007 and no and 2026-01-01
     environment: Mapping[str, str]
 
 
@@ -102,13 +101,8 @@ def given_names(tokens: Sequence[str], actions: Mapping[str, argparse.Action]) -
 
 
 def read_recipe(path: Path) -> RecipeFile:
-    """Read a recipe's keys and its `env`, and set nothing.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, no keys, a key that is no text, is given twice or belongs on the command line, or an
-            `env` with variables that are not allowed.
-    """
+    """Read a recipe's keys and its `env`, and set nothing. ValueError for what is not YAML, no keys, a key that is no
+    text, is given twice or belongs on the command line, or an `env` with variables that are not allowed."""
     content, words = read_yaml(path), read_yaml(path, as_written=True)
     spelled: dict[str, str] = {}
     for key in content:
@@ -172,12 +166,8 @@ def check_code(recipe: RecipeFile, values: Mapping[str, Any], allowed: bool) -> 
 
 def check_secrets(recipe: RecipeFile, values: Mapping[str, Any], given: Collection[str]) -> None:
     """ValueError where the recipe would send a secret of the user to a place of its choice: it names the server or the
-    variable of the key, and the command line does not. A server on this machine may be named.
-
-    Args:
-        values: Keys of the recipe that the command line does not replace.
-        given: The options of the command line.
-    """
+    variable of the key, in `values`, which the command line does not replace, and the command line, with the options
+    `given`, does not. A server on this machine may be named."""
     server, variable = values.get("base_url"), values.get("api_key_env")
     if "api_key_env" in given or (server is not None and _is_local(server)):
         return
@@ -210,35 +200,24 @@ def code_requests(values: Mapping[str, Any]) -> list[str]:
 
 def _runs_rewards(value: Any) -> bool:
     """Whether a reward is named by an import path that leads out of this package and `trl.rewards`."""
-    return (
-        isinstance(value, str) and "." in value and not value.strip().startswith(("qscope_posttrain.", "trl.rewards."))
-    )
+    own = ("qscope_posttrain.", "trl.rewards.")
+    return isinstance(value, str) and "." in value and not value.strip().startswith(own)
 
 
-class _Rule(NamedTuple):
-    """Whether a value of a key asks for code, and what it does."""
-
-    asks: Callable[[Any], bool]
-    why: str
-
-
-_KEY_VARIABLE = "OPENAI_API_KEY"
-"""The default of --api-key-env"""
-_PICKLES = _Rule(lambda value: value == "pandas", "is a reader that unpickles its files, which can run anything")
-_KERNELS = _Rule(lambda value: isinstance(value, str) and "/" in value, "downloads compiled kernels from the hub")
-_RULES = {
-    "trust_remote_code": _Rule(bool, "runs Python files of the model's repository"),
-    "weights_only": _Rule(lambda value: value is not True, "unpickles weights, which can run anything"),
-    "custom_generate": _Rule(bool, "runs a repository's own generate"),
-    "use_kernels": _Rule(bool, "downloads compiled kernels from the hub"),
-    "kernel_config": _Rule(bool, "downloads compiled kernels from the hub"),
-    "attn_implementation": _KERNELS,
-    "experts_implementation": _KERNELS,
-    "path": _PICKLES,
-    "dataset": _PICKLES,
-    "datasets": _PICKLES,
-    "dataset_name": _PICKLES,
-    "rewards": _Rule(_runs_rewards, "imports a module"),
+_KEY_VARIABLE = "OPENAI_API_KEY"  # The default of --api-key-env
+_Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value of a key asks for code, and what it does"""
+_KERNELS = "downloads compiled kernels from the hub"
+_NAMED_KERNELS: _Rule = (lambda value: isinstance(value, str) and "/" in value, _KERNELS)
+_PICKLES: _Rule = (lambda value: value == "pandas", "is a reader that unpickles its files, which can run anything")
+_RULES: dict[str, _Rule] = {
+    "trust_remote_code": (bool, "runs Python files of the model's repository"),
+    "weights_only": (lambda value: value is not True, "unpickles weights, which can run anything"),
+    "custom_generate": (bool, "runs a repository's own generate"),
+    **dict.fromkeys(("use_kernels", "kernel_config"), (bool, _KERNELS)),
+    **dict.fromkeys(("attn_implementation", "experts_implementation"), _NAMED_KERNELS),
+    **dict.fromkeys(("path", "dataset", "datasets", "dataset_name"), _PICKLES),
+    "rewards": (_runs_rewards, "imports a module"),
 }
 
 
@@ -258,8 +237,8 @@ def _requests(place: str, key: str, value: Any, rule: _Rule | None) -> Iterator[
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _requests(place, "", entry, rule)
-    elif rule is not None and rule.asks(value):
-        yield f"{place}: {value}", rule.why
+    elif rule is not None and rule[0](value):
+        yield f"{place}: {value}", rule[1]
 
 
 def _environment(path: Path, content: Any, words: Any) -> dict[str, str]:

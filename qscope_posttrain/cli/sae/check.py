@@ -74,10 +74,8 @@ def check(options: argparse.Namespace) -> int:
             sae = sae.to(device=place or model.device)
             number = sae.layer if layer is None else layer
             entry = None if Path(options.source).expanduser().exists() else catalog.find(options.source)
-            expected = None if entry is None or number is None else entry.expected_l0(number)
-            found = measure_sae(
-                model, tokenizer, texts, sae, layer, losses=options.loss, expected_l0=expected, **settings
-            )
+            settings["expected_l0"] = None if entry is None or number is None else entry.expected_l0(number)
+            found = measure_sae(model, tokenizer, texts, sae, layer, losses=options.loss, **settings)
             measured.append(found)
             tables[-1] += _tables(found)
             for table in tables[-1][1:]:

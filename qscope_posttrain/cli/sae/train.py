@@ -16,7 +16,7 @@ from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.download import in_words
-from qscope_posttrain.text.data_sets import read_data_set
+from qscope_posttrain.text.inputs import read_data_set
 
 if TYPE_CHECKING:
     from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
@@ -91,12 +91,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parse_recipe(arguments: Sequence[str]) -> SAERecipe:
-    """Read `--config FILE` and the overrides beside it.
-
-    Raises:
-        FileNotFoundError: no such recipe.
-        ValueError: unknown key, wrong value, or options that exclude each other.
-    """
+    """Read `--config FILE` and the overrides beside it. ValueError for an unknown key, a wrong value, or options that
+    exclude each other."""
     print_declared(arguments, "qscope sae train", _DECLARED)
     from qscope_posttrain.sae.training.config import RunConfig, SAETrainingConfig, StreamConfig
 
@@ -125,11 +121,8 @@ def train(recipe: SAERecipe) -> None:
 
 
 def check(recipe: SAERecipe) -> Table:
-    """Describe the outputs and the memory of a run, from the configuration of the model alone.
-
-    Raises:
-        ValueError: layers that the model does not have, or blocks that do not fit the memory that is allowed.
-    """
+    """Describe the outputs and the memory of a run, from the configuration of the model alone. ValueError for layers
+    that the model does not have, or blocks that do not fit the memory that is allowed."""
     own, stream = recipe.arguments, recipe.stream
     config = load_config(own.model, own.revision).get_text_config(decoder=True)
     layers = parse_layers(own.layers, config.num_hidden_layers)

@@ -21,7 +21,7 @@ from qscope_posttrain.files import check_plain, read_json, text_suffix
 from qscope_posttrain.provenance import file_sha256, package_versions
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import to_json, write_text
-from qscope_posttrain.text.data_sets import READERS, check_data_file, read_splits, reading, split_of
+from qscope_posttrain.text.inputs import READERS, check_data_file, read_splits, reading, split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -44,15 +44,12 @@ _DATA = "give the training data as 'dataset_name' or as 'datasets'; the recipe h
 class TrainingRecipe:
     """All settings of one training command; each command adds its own."""
 
-    run: Any
-    """The keys of the command beside those of TRL: a dataclass with at least `features` and `dry_run`"""
+    run: Any  # The keys of the command beside those of TRL: a dataclass with at least `features` and `dry_run`
     script: ScriptArguments
     mixture: DatasetMixtureConfig
-    training: Any
-    """SFTConfig, or SteeredGRPOConfig"""
+    training: Any  # SFTConfig, or SteeredGRPOConfig
     model: ModelConfig
-    assumed_cpu: bool = False
-    """A dry run on a machine without the GPU that the recipe asks for"""
+    assumed_cpu: bool = False  # A dry run on a machine without the GPU that the recipe asks for
 
     @property
     def model_name(self) -> str:
@@ -84,10 +81,8 @@ class TrainingRecipe:
         return _without_secrets(training) | dict.fromkeys(_NOT_WRITTEN.intersection(training))
 
     def trainer_arguments(self) -> Any:
-        """A copy of the training arguments for the trainer, which may change them.
-
-        What the trainer passes to `from_pretrained` is `model_init_kwargs`, and ModelConfig's fields below them.
-        """
+        """A copy of the training arguments for the trainer, which may change them. What the trainer passes to
+        `from_pretrained` is `model_init_kwargs`, and ModelConfig's fields below them."""
         model, given = self.model, self.training.model_init_kwargs or {}
         own = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
         # Not `replace`: the checks of training arguments refuse some of the values that they set themselves.
@@ -133,11 +128,9 @@ class TrainingRecipe:
 def check_values(values: argparse.Namespace) -> None:
     """Check all values before the dataclasses are made; above all, no training without the GPU that a recipe needs.
 
-    For a dry run, the CPU is assumed where there is no GPU, and `values.assumed_cpu` says so.
-
-    Raises:
-        ValueError: no model; a recipe for a GPU, or an option that needs one, on a machine without; an empty batch; a
-            seed that not every generator takes; text for a mapping, or a settings file that cannot be read.
+    For a dry run, the CPU is assumed where there is no GPU, and `values.assumed_cpu` says so. ValueError as well for no
+    model, an empty batch, a seed that not every generator takes, text for a mapping, or a settings file that cannot be
+    read.
     """
     import torch
 
@@ -173,14 +166,8 @@ def check_values(values: argparse.Namespace) -> None:
 
 def before_trl(arguments: Sequence[str], prog: str, declared: Sequence[tuple[str, ...]], config: str) -> list[str]:
     """Answer `--help`, and check a command line without a recipe, before TRL is imported; returns the arguments.
-
-    Args:
-        declared: Dataclasses of the command's own keys, as for `print_declared`.
-        config: TRL's class of training arguments, whose fields are keys too.
-
-    Raises:
-        ValueError: no recipe and no model, or no training data.
-    """
+    `declared` are dataclasses as for `print_declared`, `config` is TRL's class of training arguments, whose fields are
+    keys too."""
     tokens, path, _ = split_arguments(arguments)
     names = {token[2:].partition("=")[0].replace("-", "_"): True for token in tokens if token.startswith("--")}
     if "help_all" in names:
@@ -197,12 +184,8 @@ def before_trl(arguments: Sequence[str], prog: str, declared: Sequence[tuple[str
 
 
 def load_rows(recipe: TrainingRecipe, split: str) -> Rows:
-    """Load one split of `dataset_name` (file, folder or hub id), or of TRL's list `datasets`.
-
-    Raises:
-        FileNotFoundError: a local file that does not exist.
-        ValueError: no data set, two, or no such split.
-    """
+    """Load one split of `dataset_name` (file, folder or hub id), or of TRL's list `datasets`. ValueError for no data
+    set, two, or no such split; FileNotFoundError for a local file that does not exist."""
     script, mixture, what = recipe.script, recipe.mixture, "training data"
     if bool(script.dataset_name) == bool(mixture.datasets):
         raise UserValueError(_DATA.format("both" if script.dataset_name else "neither"))

@@ -37,9 +37,7 @@ def last_checkpoint(output: Path) -> Path | None:
 
 class FiniteWeights(TrainerCallback):
     """Ends a training whose weights or gradients are no numbers, before a checkpoint of it replaces a good one.
-
-    transformers logs a loss of 0 where it is NaN (`logging_nan_inf_filter`), so that such a training looks well.
-    """
+    transformers logs a loss of 0 where it is NaN (`logging_nan_inf_filter`), so that such a training looks well."""
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """ValueError where the norm of the gradient is NaN; with fp16 the scaler leaves such a step out."""

@@ -45,9 +45,7 @@ class Checks:
 
     def check(self, what: str, look: Callable[..., tuple[T, str]], *needed: Any) -> T | None:
         """Call `look(*needed)`, which returns a value and a sentence, or raises the user's mistake; bugs pass through.
-
-        Where an earlier check gave None for something that this one needs, it is skipped: one mistake, one finding.
-        """
+        Where an earlier check gave None for something that this one needs, it is skipped: one mistake, one finding."""
         if any(value is None for value in needed):
             self.findings.append((what, "skipped", "needs what failed above"))
             return None
@@ -127,11 +125,8 @@ def rows_of_step(training: Any) -> tuple[str, int]:
 
 
 def planned_steps(training: Any, rows: Rows, rows_of_step: int, uses: int = 1) -> int:
-    """Number of optimizer steps; every row of the data is trained on `uses` times per epoch.
-
-    Raises:
-        ValueError: nothing says how many.
-    """
+    """Number of optimizer steps; every row of the data is trained on `uses` times per epoch. ValueError if nothing says
+    how many."""
     if training.max_steps > 0:
         return int(training.max_steps)
     if not hasattr(rows, "__len__"):
@@ -203,21 +198,14 @@ class _Begun(TrainerCallback):
 
 
 def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: Any) -> Made:
-    """Make a trainer of this kind, with the adapter and the quantization of the recipe.
-
-    Raises:
-        ValueError: settings, a model or an adapter that the trainer or a library under it refuses.
-        FileNotFoundError: no such checkpoint to resume from.
-    """
+    """Make a trainer of this kind, with the adapter and the quantization of the recipe. ValueError for what the trainer
+    or a library under it refuses."""
     if recipe.training.resume_from_checkpoint:
         check_checkpoint(recipe)
     with library_refusals("the trainer cannot be made"):
         set_seed(recipe.training.seed)
-        settings |= {
-            "peft_config": get_peft_config(recipe.model),
-            "quantization_config": get_quantization_config(recipe.model),
-        }
-        return kind(**settings)
+        model = recipe.model
+        return kind(**settings, peft_config=get_peft_config(model), quantization_config=get_quantization_config(model))
 
 
 def run_training(
@@ -228,17 +216,9 @@ def run_training(
     report: Callable[[Log], dict[str, Any]] = lambda log: {},
 ) -> int:
     """Train, save the model, write `resolved.yaml` (at the first step) and `summary.json` beside it, and push it.
-
-    Args:
-        report: Further results, from the log.
-
-    Returns:
-        The exit status: 128 + the number of a signal that ended the training early, after a checkpoint.
-
-    Raises:
-        ValueError: what a library refuses before the first step; weights that are not finite.
-        OSError: the model cannot be written or pushed.
-    """
+    `report` gives further results, from the log. Returns the exit status: 128 + the number of a signal that ended the
+    training early, after a checkpoint. ValueError for what a library refuses before the first step and for weights that
+    are not finite, OSError where the model cannot be written or pushed."""
     watch = _Begun(lambda: recipe.write_resolved(features))
     trainer.add_callback(watch)
     start, said = check_checkpoint(recipe) if recipe.training.resume_from_checkpoint else (None, "")
@@ -263,14 +243,8 @@ def run_training(
         trainer.save_model(str(recipe.output))
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
-        results = {
-            "model": str(recipe.output),
-            "steps": result.global_step,
-            "metrics": result.metrics,
-            **report(log),
-            "log": log,
-            "features": recipe.feature_origins(features),
-        }
+        results = {"model": str(recipe.output), "steps": result.global_step, "metrics": result.metrics, **report(log)}
+        results |= {"log": log, "features": recipe.feature_origins(features)}
         write_summary(recipe.output, command, recipe.to_dict(), results)
         status(f"model and summary.json written to {recipe.output}")
     if recipe.training.push_to_hub:

@@ -91,13 +91,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
-    """Read `--config FILE` and the overrides beside it.
-
-    Raises:
-        FileNotFoundError: no such recipe.
-        ValueError: unknown key, wrong value, options that exclude each other, a key of another method, or a recipe for
-            a GPU without one.
-    """
+    """Read `--config FILE` and the overrides beside it. ValueError for an unknown key, a wrong value, options that
+    exclude each other, a key of another method, or a recipe for a GPU without one."""
     arguments = before_trl(arguments, "qscope sft", _DECLARED, "SFTConfig")
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
@@ -156,11 +151,7 @@ def skips_preparation(training: Any) -> bool:
 
 
 def _pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
-    """Pack as `packing: true` asks for, keeping the language of every token, which TRL's own packing would drop.
-
-    Raises:
-        ValueError: streamed data, no length to pack to, or data that cannot be packed.
-    """
+    """Pack as `packing: true` asks for, keeping the language of every token, which TRL's own packing would drop."""
     from datasets import IterableDataset
 
     from qscope_posttrain.sft.data.packing import pack_with_languages
@@ -190,11 +181,9 @@ def _pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
 
 
 def _without_packing(training: Any) -> Any:
-    """The training arguments for rows that `_pack` has made, of which nothing is left to prepare.
-
-    Rows packed by "wrapped" are plain rows of one length; the other strategies mark where documents begin, which
-    only the padding-free collator passes on.
-    """
+    """The training arguments for rows that `_pack` has made, of which nothing is left to prepare. Rows packed by
+    "wrapped" are plain rows of one length; the other strategies mark where documents begin, which only the padding-free
+    collator passes on."""
     arguments = copy.copy(training)  # `replace` would check again what the arguments have set themselves
     arguments.packing = arguments.shuffle_dataset = False
     arguments.eval_packing = arguments.max_length = None

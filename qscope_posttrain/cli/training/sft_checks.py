@@ -12,14 +12,7 @@ import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from qscope_posttrain.cli.training import Rows, first_row, first_rows
-from qscope_posttrain.cli.training.run import (
-    Checks,
-    begin,
-    check_checkpoint,
-    check_data,
-    planned_steps,
-    rows_of_step,
-)
+from qscope_posttrain.cli.training.run import Checks, begin, check_checkpoint, check_data, planned_steps, rows_of_step
 from qscope_posttrain.cli.training.sft import Recipe, skips_preparation
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.loading import load_tokenizer
@@ -68,12 +61,7 @@ def check_recipe(recipe: Recipe) -> Checks:
 
 
 def data_tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer with the end token and the chat template that SFTTrainer gives it before it reads the data.
-
-    Raises:
-        FileNotFoundError: no such model.
-        ValueError: an end token outside the vocabulary, or no such chat template.
-    """
+    """The tokenizer with the end token and the chat template that SFTTrainer gives it before it reads the data."""
     tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
     return trained_tokenizer(tokenizer, recipe.training.eos_token, recipe.training.chat_template_path)
 
@@ -123,11 +111,8 @@ def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback, toke
 
 
 def _labels(recipe: Recipe, rows: Rows, tokenizer: Any, sample: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """Let TRL prepare the rows as training will, and count the tokens that carry the loss.
-
-    Args:
-        sample: The row by which TRL decides what kind of data it is; by default the first.
-    """
+    """Let TRL prepare the rows as training will, and count the tokens that carry the loss. `sample` is the row by which
+    TRL decides what kind of data it is; by default the first."""
     training = recipe.training
     cut = not training.packing or training.packing_strategy == "bfd"
     # Packing by "bfd" keeps the start of what is too long; the others lose nothing.

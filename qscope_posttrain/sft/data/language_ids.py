@@ -25,7 +25,7 @@ class SampleLanguage:
     Args:
         rule: the name of a column, "script", or a callable that takes the example and returns the language. "script"
             goes by the letters of the response, the tokens that carry the loss (see `response_texts`), without code
-            and formulas (see `language_by_script`). A response without letters has the language of the whole sample,
+            and formulas (see `script_evidence`). A response without letters has the language of the whole sample,
             and a sample without letters takes no part.
         languages: known languages; a sample in another one is an error, also where it only spells one of them
             otherwise ("zh-CN").
