@@ -12,6 +12,8 @@ TORCH := 2.13.0
 TRITON := 3.9.0
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# Without bytecode on disk, each worker of pytest rewrites all tests again and each command compiles the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The CPU build of torch is 200 MB, the CUDA build several GB: take the first where no NVIDIA driver answers. It brings no
 # triton, whose interpreter the tests run the kernels in; where none is to be had those tests are skipped, saying so.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 
@@ -73,6 +74,20 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what stays until the end: a million objects of torch, transformers and the tests.
+
+    accelerate collects garbage in each training and after it; over all of these objects that takes longer than the
+    training itself. What tests create is collected as ever.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # triton's bindings report what the interpreter does not free at its end
 
 
 @pytest.hookimpl(tryfirst=True)

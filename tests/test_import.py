@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,25 @@ def test_imports_point_one_way():
         if file not in ("__init__.py", "__main__.py") and (not room or ROOMS.index(target) > ROOMS.index(room))
     ]
     assert not wrong
+
+
+def _run_on_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The import statements below a node that importing its file runs."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if not typing_only and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _run_on_import(child)
+
+
+def test_only_grpo_and_the_commands_need_trl_to_be_imported():
+    """Callbacks attach to plain trainers and to frameworks, beside an old TRL or none."""
+    root = Path(qp.__file__).parent
+    needing = set()
+    for file in root.rglob("*.py"):
+        for node in _run_on_import(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            if any(name.split(".")[0] == "trl" for name in names):
+                needing.add(file.relative_to(root).parts[0])
+    assert needing == {"rl", "cli"}

@@ -1,4 +1,4 @@
-"""One rank of the two-process run of `test_sasft_two_processes.py`; writes what rank 0 saw."""
+"""Both ranks of the two-process run of `test_sasft_two_processes.py`; writes what rank 0 saw."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from conftest import build_model
 from datasets import Dataset
 from integrations.transformers.plain import make_plain
+from ranks import run_two_ranks
 from sft.cases import KeepGradients, case_model, make_features, make_trainer, paper_callback
 from transformers import AutoTokenizer, DataCollatorWithFlattening
 
@@ -73,4 +74,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_two_ranks(main, Path(sys.argv[1]))

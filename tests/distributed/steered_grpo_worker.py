@@ -1,4 +1,4 @@
-"""One rank of the two-process run of `test_steered_grpo_two_processes.py`; writes what all ranks saw."""
+"""Both ranks of the two-process run of `test_steered_grpo_two_processes.py`; writes what all ranks saw."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from conftest import build_model
+from ranks import run_two_ranks
 from rl.cases import run_prescribed, run_sampled, small_model
 from transformers import AutoTokenizer
 
@@ -36,4 +37,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_two_ranks(main, Path(sys.argv[1]))

@@ -9,23 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from free_port import free_port
 
 pytestmark = pytest.mark.slow
 
-CASE = Path(__file__).resolve().parents[1] / "sae" / "training" / "sae_training_case.py"
-
-
-def run(folder: Path, architecture: str, steps: int, processes: int) -> dict:
-    output = folder / f"{architecture}-{processes}"
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    command += [str(CASE), str(folder), str(output), architecture, str(steps)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CASE.parents[3])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(output / "result.pt", weights_only=False)
+HERE = Path(__file__).resolve().parent
 
 
 # A rounding that moves one pre-activation over its threshold changes a JumpReLU gradient by a whole step, and each
@@ -33,7 +20,13 @@ def run(folder: Path, architecture: str, steps: int, processes: int) -> dict:
 @pytest.mark.parametrize(("architecture", "steps"), [("topk", 23), ("batch_topk", 23), ("jumprelu", 6)])
 def test_two_processes_equal_one(architecture, steps, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path)
-    one, two = (run(tmp_path, architecture, steps, processes) for processes in (1, 2))
+    command = [sys.executable, str(HERE / "sae_worker.py"), str(tmp_path), architecture, str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one, two = (
+        torch.load(tmp_path / f"{architecture}-{processes}" / "result.pt", weights_only=False) for processes in (1, 2)
+    )
     assert two["facts"]["processes"] == 2
     assert one["facts"]["data"] == two["facts"]["data"]
     for name, value in one["tensors"].items():

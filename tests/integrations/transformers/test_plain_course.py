@@ -211,6 +211,7 @@ class TestRefusals:
             trainer.train()
 
 
+@pytest.mark.slow  # a process that imports torch and transformers; tests/test_import.py reads the imports instead
 def test_the_package_attaches_without_trl():
     """Frameworks pin old ones, and a plain trainer needs none."""
     probe = (

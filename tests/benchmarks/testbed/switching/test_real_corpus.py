@@ -12,7 +12,10 @@ from qscope_posttrain.text.tokens import script_token_ids
 
 FOLDER = Path(__file__).resolve().parents[5] / "shared" / "data" / "react_docs"
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"real text is not at {FOLDER}")
+pytestmark = [
+    pytest.mark.slow,  # a tokenizer trained on megabytes; test_corpus.py and test_windows.py have small ones
+    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"real text is not at {FOLDER}"),
+]
 
 
 def test_real_text_is_filtered_split_and_windowed() -> None:
