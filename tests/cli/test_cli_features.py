@@ -131,7 +131,7 @@ def test_damaged_weights_of_a_model_are_named(world, tmp_path, content):
 
 def test_a_damaged_state_of_a_checkpoint_is_named(tmp_path):
     state = tmp_path / "trainer_state.json"
-    recipe = SimpleNamespace(training=SimpleNamespace(resume_from_checkpoint=str(tmp_path)))
+    recipe = SimpleNamespace(output=tmp_path / "out", training=SimpleNamespace(resume_from_checkpoint=str(tmp_path)))
     TrainerState().save_to_json(str(state))
     assert check_checkpoint(recipe)[0] == tmp_path
     text = state.read_text()

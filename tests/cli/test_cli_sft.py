@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 from trl import SFTTrainer
 
 from qscope_posttrain.cli.main import main
@@ -354,7 +354,7 @@ def test_dry_run_reads_the_script_of_rows_that_are_tokenised(world, tmp_path, ca
             "Row 1 of the data cannot be prepared",
         ),
         ({"resume_from_checkpoint": "nowhere"}, "checkpoint", "no checkpoint of a trainer"),
-        ({"resume_from_checkpoint": "true", "output_dir": "{run}"}, "checkpoint", "The last one in"),
+        ({"resume_from_checkpoint": "nowhere", "output_dir": "{run}"}, "checkpoint", "resume_from_checkpoint=last"),
         ({"use_peft": True, "lora_target_modules": ["nothing"]}, "adapter", "nothing"),
     ],
 )
@@ -366,6 +366,7 @@ def test_dry_run_finds(world, tmp_path, capsys, make_model, tiny_tokenizer, chan
     paths["empty"] = _rows(tmp_path / "empty.jsonl", [{"prompt": "a" * 500, "completion": "b", "language": "en"}])
     paths["run"] = str(tmp_path / "run")
     (tmp_path / "run" / "checkpoint-12").mkdir(parents=True)
+    TrainerState().save_to_json(str(tmp_path / "run" / "checkpoint-12" / "trainer_state.json"))
     splits = {"train": [good] * 8, "test": [good, {**good, "completion": None}]}
     paths["splits"] = str(tmp_path / "splits")
     DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(paths["splits"])

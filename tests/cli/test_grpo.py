@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from qscope_posttrain.cli.main import main
@@ -166,6 +167,23 @@ def test_a_resumed_run_equals_one_that_was_not_killed(recipe, trained, tmp_path)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     log = json.loads((tmp_path / "out/summary.json").read_text())["results"]["log"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+
+
+def test_a_signal_inside_a_generation_batch_still_ends_with_a_checkpoint(recipe, tmp_path, monkeypatch):
+    path = recipe(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, steps_per_generation=2)
+    step = Trainer.training_step
+
+    def interrupted(self, *arguments, **more):
+        if self.state.global_step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        assert main(["grpo", "--config", path]) == 143
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert main(["grpo", "--config", path, "--resume_from_checkpoint", "last"]) == 0
+    assert json.loads((tmp_path / "out/summary.json").read_text())["results"]["steps"] == 4
 
 
 @pytest.mark.parametrize(

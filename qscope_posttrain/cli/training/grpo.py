@@ -70,8 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         table.print()
         return {"final": final_metrics(log), "table": table}
 
-    run.run_training(recipe, trainer, "grpo", features, report)
-    return 0
+    return run.run_training(recipe, trainer, "grpo", features, report)
 
 
 def parse_recipe(arguments: Sequence[str]) -> TrainingRecipe:

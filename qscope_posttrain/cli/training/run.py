@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_rows
+from qscope_posttrain.cli.training.interruption import STATE, FiniteWeights, last_checkpoint, stop_on_signals
 from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -97,19 +98,23 @@ def check_data(recipe: TrainingRecipe, split: str) -> tuple[Rows, str]:
     return rows, f"{count} with {', '.join(examples[0])}"
 
 
-def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path, str]:
-    """The checkpoint to resume from, with a state that can be read."""
-    path = Path(str(recipe.training.resume_from_checkpoint))
-    state = path / "trainer_state.json"
+def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path | None, str]:
+    """The checkpoint to resume from, with a state that can be read; None where "last" finds none."""
+    wanted = str(recipe.training.resume_from_checkpoint)
+    last = last_checkpoint(recipe.output)
+    if wanted.lower() in ("last", "true"):
+        if last is None:
+            return None, f"no checkpoint in {recipe.output}: training starts from the beginning"
+        wanted = str(last)
+    state = Path(wanted) / STATE
     if not state.is_file():
-        last = get_last_checkpoint(str(recipe.output)) if recipe.output.is_dir() else None
-        hint = f" The last one in '{recipe.output}' is '{last}'." if last else ""
-        raise UserFileNotFoundError(f"'{path}' is no checkpoint of a trainer: it has no trainer_state.json.{hint}")
+        hint = f" The last one in '{recipe.output}' is '{last}': resume_from_checkpoint=last takes it." if last else ""
+        raise UserFileNotFoundError(f"'{wanted}' is no checkpoint of a trainer: it has no {STATE}.{hint}")
     check_plain(state, marked=False)
     read_json(state)
     with library_refusals(f"'{state}' is no state of a trainer"):
         TrainerState.load_from_json(str(state))
-    return path, f"resuming from {path}"
+    return Path(wanted), f"resuming from {wanted}"
 
 
 def rows_of_step(training: Any) -> tuple[str, int]:
@@ -219,25 +224,39 @@ def run_training(
     command: str,
     features: FeatureSet | None,
     report: Callable[[Log], dict[str, Any]] = lambda log: {},
-) -> None:
+) -> int:
     """Train, save the model, write `resolved.yaml` (at the first step) and `summary.json` beside it, and push it.
 
     Args:
         report: Further results, from the log.
 
+    Returns:
+        The exit status: 128 + the number of a signal that ended the training early, after a checkpoint.
+
     Raises:
-        ValueError: what a library refuses before the first step.
+        ValueError: what a library refuses before the first step; weights that are not finite.
         OSError: the model cannot be written or pushed.
     """
     watch = _Begun(lambda: recipe.write_resolved(features))
     trainer.add_callback(watch)
+    start, said = check_checkpoint(recipe) if recipe.training.resume_from_checkpoint else (None, "")
+    if said:
+        status(said)
     try:
-        result = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+        with stop_on_signals() as stop:
+            trainer.add_callback(stop)
+            trainer.add_callback(FiniteWeights())  # after the one that asks for a checkpoint
+            result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except Exception:
         if watch.begun:
             raise
         with library_refusals("the training cannot begin"):
             raise
+    if stop.signal is not None:
+        kept = last_checkpoint(recipe.output)
+        further = "nothing is saved" if kept is None else f"'{kept}' is whole: go on with --resume_from_checkpoint last"
+        status(f"stopped by {signal.Signals(stop.signal).name} after step {result.global_step}; {further}")
+        return 128 + stop.signal
     with library_refusals(f"cannot save the model in '{recipe.output}'", OSError):
         trainer.save_model(str(recipe.output))
     if trainer.accelerator.is_main_process:
@@ -255,3 +274,4 @@ def run_training(
     if recipe.training.push_to_hub:
         with library_refusals("cannot push the model to the hub", OSError):
             trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+    return 0

@@ -87,8 +87,7 @@ def run(arguments: Sequence[str]) -> int:
 
     writable_folder(recipe.output)
     features = None if recipe.penalty is None else recipe.load_features()  # the control does without the file
-    run_training(recipe, build_trainer(recipe, features), "sft", features)
-    return 0
+    return run_training(recipe, build_trainer(recipe, features), "sft", features)
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
