@@ -26,7 +26,7 @@ from qscope_posttrain.text.inputs import read_prompts, read_texts
 from qscope_posttrain.text.language_labels import language_hint
 
 if TYPE_CHECKING:
-    from qscope_posttrain.models.vllm_engine import VLLMEngine
+    from qscope_posttrain.models.vllm_sampler import VLLMSampler
 
 EXAMPLES = "examples.jsonl"
 ENGINE = """
@@ -141,21 +141,21 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def _engine(options: argparse.Namespace) -> VLLMEngine | None:
+def _engine(options: argparse.Namespace) -> VLLMSampler | None:
     """The engine of the options, None for transformers. Options that the other one reads are refused."""
     if options.engine == "transformers":
         check_only_with(options, ENGINE, " is read with --engine vllm alone; give that too, or leave it out.")
         return None
     require_extra("vllm")
-    from qscope_posttrain.models.vllm_engine import VLLMEngine
+    from qscope_posttrain.models.vllm_sampler import VLLMSampler
 
     why = " is not read with --engine vllm, which chooses its device and how many rows run at a time; leave it out."
     check_only_with(options, "--device --batch-size", why)
     limits = options.vllm_tensor_parallel_size, options.vllm_gpu_memory_utilization
-    return VLLMEngine(options.model, options.revision, options.dtype, *limits)
+    return VLLMSampler(options.model, options.revision, options.dtype, *limits)
 
 
-def _load(options: argparse.Namespace, engine: VLLMEngine | None) -> tuple[Any, Any]:
+def _load(options: argparse.Namespace, engine: VLLMSampler | None) -> tuple[Any, Any]:
     """What samples, and the tokenizer."""
     if engine is None:
         return load(options)

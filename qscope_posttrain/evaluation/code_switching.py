@@ -170,7 +170,7 @@ def evaluate_code_switching(
 
     Args:
         model (nn.Module or SamplingEngine): Causal language model of transformers, plain or wrapped, or another engine,
-            such as `models.vllm_engine.VLLMEngine`.
+            such as `models.vllm_sampler.VLLMSampler`.
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
         prompts (dict of str to sequence): Prompts per source language, e.g. `{"en": [...], "ko": [...]}`: text, or chat
             messages.

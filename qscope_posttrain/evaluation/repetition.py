@@ -141,7 +141,7 @@ def evaluate_repetition(
 
     Args:
         model (nn.Module or SamplingEngine): Causal language model of transformers, plain or wrapped, or another engine,
-            such as `models.vllm_engine.VLLMEngine`.
+            such as `models.vllm_sampler.VLLMSampler`.
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
         prompts (sequence, or dict of str to sequence): Text or chat messages, in one list or by source language.
         settings (SamplingSettings, default None): How to draw; None is `DEFAULT_SETTINGS`. The ratio depends on every

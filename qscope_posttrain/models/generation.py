@@ -94,7 +94,7 @@ class Response(NamedTuple):
 
 
 class SamplingEngine(Protocol):
-    """Generates in place of a model of transformers; `models.vllm_engine.VLLMEngine` is one."""
+    """Generates in place of a model of transformers; `models.vllm_sampler.VLLMSampler` is one."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -133,7 +133,7 @@ def generate_samples(
     tokenizer and the global random state are afterwards as before.
 
     Args:
-        model: a causal language model of transformers, plain or wrapped, or an engine such as `VLLMEngine`.
+        model: a causal language model of transformers, plain or wrapped, or an engine such as `VLLMSampler`.
         prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
         chat: whether a string is the message of a user to a chat model, rather than text to continue.
         chat_template_options: further arguments of the template, e.g. `{"enable_thinking": False}`.

@@ -15,7 +15,7 @@ from qscope_posttrain.cli.main import main
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.evaluation.code_switching import evaluate_code_switching
 from qscope_posttrain.models.generation import SamplingSettings, generate_samples
-from qscope_posttrain.models.vllm_engine import VLLMEngine
+from qscope_posttrain.models.vllm_sampler import VLLMSampler
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm`")
 
@@ -89,7 +89,7 @@ def test_the_command_works_in_a_process_of_its_own(folder, tmp_path):
 def test_samples_follow_their_settings_alone(folder, tiny_tokenizer, in_this_process):
     """Seeds repeat, differ between rows and prompts; the model's own sampling defaults do not count."""
     engine, settings = (
-        VLLMEngine(str(folder / "model")),
+        VLLMSampler(str(folder / "model")),
         SamplingSettings(samples_per_prompt=4, top_p=1.0, max_new_tokens=12),
     )
     prompts = {"en": ["The river", "The river"]}
@@ -107,13 +107,13 @@ def test_samples_follow_their_settings_alone(folder, tiny_tokenizer, in_this_pro
 
 
 def test_mistakes_come_before_an_engine_starts(folder, tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(VLLMEngine, "sample", None)
-    engine = VLLMEngine(str(folder / "model"))
+    monkeypatch.setattr(VLLMSampler, "sample", None)
+    engine = VLLMSampler(str(folder / "model"))
     with pytest.raises(ValueError, match="exceeds the 512 positions"):
         evaluate_code_switching(engine, tiny_tokenizer, {"en": ["The river"]}, "zh", max_new_tokens=600)
     for bad, message in (({"dtype": "int4"}, "dtype"), ({"tensor_parallel_size": 0}, "tensor_parallel_size")):
         with pytest.raises(UserError, match=message):
-            VLLMEngine("m", **bad)
+            VLLMSampler("m", **bad)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     with pytest.raises(ValueError, match="exceeds the 512 positions"):
         evaluate_code_switching(model, tiny_tokenizer, {"en": ["The river"]}, "zh", max_new_tokens=600)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class VLLMEngine:
+class VLLMSampler:
     """A model that vLLM loads when it is asked for samples, and lets go of afterwards.
 
     Greedy tokens are those of transformers, up to ties. Sampled ones are not: each response has a seed of its own,
