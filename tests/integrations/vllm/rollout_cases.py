@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM
 
 from qscope_posttrain.rl.config import SteeredGRPOConfig
+from qscope_posttrain.rl.rollouts.vllm_plugin import ENVIRONMENT
 from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
 G, LENGTH = 4, 24
@@ -55,12 +56,26 @@ def save_model(folder: str, make_model, tokenizer, seed: int = 0, **sizes: Any) 
     return str(folder)
 
 
+_ENGINES: dict[str, LLM] = {}
+
+
 @contextmanager
 def small_engines(**options: Any) -> Iterator[None]:
-    """Inside the block, TRL starts its engines in fp32 and without a compiler, which no option of its own says."""
+    """Inside the block, TRL starts its engines in fp32 and without a compiler, which no option of its own says.
+
+    One engine serves several trainers of a model: each gives it its own weights before it generates.
+    """
+    options = {"dtype": "float32", "enforce_eager": True, **options}
+
+    def start(**given: Any) -> LLM:
+        given |= options
+        key = repr([os.environ.get(ENVIRONMENT), *(given[name] for name in sorted(given) if name != "seed")])
+        if key not in _ENGINES:
+            _ENGINES[key] = LLM(**given)
+        return _ENGINES[key]
+
     with pytest.MonkeyPatch.context() as patch:
-        options = {"dtype": "float32", "enforce_eager": True, **options}
-        patch.setattr("trl.generation.vllm_generation.LLM", lambda **given: LLM(**{**given, **options}))
+        patch.setattr("trl.generation.vllm_generation.LLM", start)
         yield
 
 
@@ -87,11 +102,16 @@ class Run:
 def build(path: str, *, reward=None, prompts=PROMPTS, **options: Any) -> SteeredGRPOTrainer:
     """A trainer of the model at `path`, as a user would make it."""
     args = SteeredGRPOConfig(**{"output_dir": tempfile.mkdtemp(), **OPTIONS, **options})
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return SteeredGRPOTrainer(
-        model, reward or (lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids]), args,
-        train_dataset=Dataset.from_dict({"prompt": list(prompts)}), processing_class=AutoTokenizer.from_pretrained(path),
-    )  # fmt: skip
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(path),
+    )
+    data = Dataset.from_dict({"prompt": list(prompts)})
+    return SteeredGRPOTrainer(model, reward or _lengths, args, train_dataset=data, processing_class=tokenizer)
+
+
+def _lengths(completion_ids, **_: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
 
 
 def train(path: str, **options: Any) -> Run:
@@ -109,7 +129,7 @@ def train(path: str, **options: Any) -> Run:
 
     def keeping(inputs: Any) -> Any:
         run.batches.append(inner(inputs))
-        return run.batches[-1]
+        return dict(run.batches[-1])
 
     trainer._generate_and_score_completions = keeping
     trainer.train()

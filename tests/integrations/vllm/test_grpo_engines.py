@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed here: make test-vllm")
