@@ -28,7 +28,7 @@ from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.prompts import PROMPT, prompt_lengths
 from qscope_posttrain.rl.rewards import RewardFunction, check_reward_columns, reward_function, reward_name
-from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_source
+from qscope_posttrain.rl.rollouts.negatives import NegativeSource, negative_source
 from qscope_posttrain.rl.rollouts.options import check_effective
 from qscope_posttrain.rl.rollouts.vllm_memory import vllm_dtype, vllm_memory
 
