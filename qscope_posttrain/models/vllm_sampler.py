@@ -117,7 +117,6 @@ class VLLMSampler:
                 tensor_parallel_size=self.tensor_parallel_size,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 generation_config="vllm",  # only the settings shape the distribution, not the model's own defaults
-                skip_tokenizer_init=True,
             )
         try:
             yield engine
