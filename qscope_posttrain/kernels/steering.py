@@ -104,7 +104,7 @@ def steer_planned_(hidden: Tensor, residual: Tensor | None, table: Tensor, plan:
         hidden: `[T, D]`, contiguous, any floating dtype.
         residual: None, or the other half of a residual stream `hidden + residual`: a steered token then has the whole
             sum in `residual` and 0 in `hidden`, so that the sum is rounded as one tensor's would be.
-        table: `[S, D]`, fp32; row 0 stands for no direction.
+        table: `[S, D]`, fp32; row 0 is 0 and stands for no direction.
         plan: `[at least T, 2 * EDITS]`, int32: rows of `table`, then strengths as the bits of fp32.
         steered: `[1]`, int64: the number of tokens that were changed is added to it.
     """

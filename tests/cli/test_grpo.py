@@ -235,7 +235,7 @@ def test_command_line_overrides_the_recipe(recipe, tmp_path):
         ({"num_generations": 2, "per_device_train_batch_size": 4}, "fewer than 2 ordinary rows"),
         ({"num_generations": 3}, "divisible by num_generations"),
         ({"mode": "paper", "gate": "drop"}, "mode='paper' is the report's method as written"),
-        ({"use_vllm": True}, "use_vllm=True"),
+        ({"use_vllm": True, "generation_kwargs": {"stop": ["."]}}, "generation_kwargs: stop="),
         ({"features": None, "negative": "feature"}, "negative: feature needs 'features'"),
         ({"features": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"features": "{unsteered}"}, "No layer given"),

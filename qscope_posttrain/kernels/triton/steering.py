@@ -75,7 +75,7 @@ def _steer_planned(
             for number in tl.static_range(EDITS):
                 row = tl.load(entry + number).to(tl.int64)
                 strength = tl.load(entry + EDITS + number).to(tl.float32, bitcast=True)
-                stream += strength * tl.load(table + row * d_model + column, mask=inside & (row > 0), other=0)
+                stream += strength * tl.load(table + row * d_model + column, mask=inside, other=0)
             if SUMMED:
                 tl.store(other, stream.to(residual.dtype.element_ty), mask=inside)
                 stream = tl.zeros([BLOCK], dtype=tl.float32)

@@ -85,22 +85,11 @@ class VLLMEngine:
         """See `Engine`."""
         said, mine = SpokenNegatives(), plan.negative.nonzero().squeeze(1).tolist()
         made: dict[int, Spoken] = {}  # By the number of the row in the batch of all processes
-
-        def rows(prompts: list[Mapping[str, Any]], speak: Speak) -> list[Spoken]:
-            part = self._part_of_call(plan, len(prompts))
-            spoken = (self._seeded if self._source.steering is None else self._steered)(part, prompts, speak)
-            self._check_ends(spoken, prompts)
-            for row in part.negative.nonzero().squeeze(1).tolist():
-                made[part.first + row] = spoken[row]
-                # Without log-probabilities TRL's importance ratio of the row is 1: it weighs for the distance between
-                # two implementations of one policy, and a negative is meant to come from another.
-                spoken[row] = Spoken(spoken[row].tokens, [None] * len(spoken[row].tokens))
-            return spoken
-
-        if self._port is None:
+        port = self._port
+        if port is None:
             yield said
         else:
-            with self._port.intercepted(rows):
+            with port.intercepted(lambda prompts, speak: self._rows(port, plan, prompts, speak, made)):
                 yield said
         if self._in_server and self._processes > 1:
             shared = [made]
@@ -109,6 +98,24 @@ class VLLMEngine:
         if mine and not made:
             raise RuntimeError("TRL generated a batch with negatives without asking vLLM for it.")
         said.rows = [made[plan.first + row] for row in mine]
+
+    def _rows(
+        self, port: Port, plan: RowPlan, prompts: list[Mapping[str, Any]], speak: Speak, made: dict[int, Spoken]
+    ) -> list[Spoken]:
+        """What the rows of one call of vLLM said, for TRL; its negatives go into `made` as well."""
+        part = self._part_of_call(plan, len(prompts))
+        self._check_room(prompts, port.room)
+        if self._source.steering is None:
+            spoken = self._seeded(part, prompts, speak)
+        else:
+            spoken = self._steered(part, prompts, speak, port)
+        self._check_ends(spoken)
+        for row in part.negative.nonzero().squeeze(1).tolist():
+            made[part.first + row] = spoken[row]
+            # Without log-probabilities TRL's importance ratio of the row is 1: it weighs for the distance between two
+            # implementations of one policy, and a negative is meant to come from another.
+            spoken[row] = Spoken(spoken[row].tokens, [None] * len(spoken[row].tokens))
+        return spoken
 
     def _part_of_call(self, plan: RowPlan, rows: int) -> RowPlan:
         """The plan of the rows of one call of vLLM: those of all processes in a server, those of the processes that
@@ -119,15 +126,23 @@ class VLLMEngine:
             raise RuntimeError(f"TRL asked vLLM for {rows} rows, and {count} were planned.")
         return plan.part(plan.first // count * count, count)
 
-    def _check_ends(self, spoken: list[Spoken], prompts: list[Mapping[str, Any]]) -> None:
+    def _check_room(self, prompts: list[Mapping[str, Any]], room: int) -> None:
         """A row that is cut short is no endless repetition, and a negative would be dropped without a word."""
-        for row, prompt in zip(spoken, prompts, strict=True):
+        longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
+        if longest + self._limit > room:
+            raise UserValueError(
+                f"A prompt of {longest} tokens and max_completion_length={self._limit} make {longest + self._limit}, "
+                f"and vLLM's max_model_len is {room}. Set vllm_max_model_length (of a server: --max-model-len) to at least "
+                "that, or shorten the prompts."
+            )
+
+    def _check_ends(self, spoken: list[Spoken]) -> None:
+        for row in spoken:
             if len(row.tokens) < self._limit and row.tokens[-1] not in self._ends:
                 raise UserValueError(
-                    f"vLLM ended a row of a prompt of {len(prompt['prompt_token_ids'])} tokens after "
-                    f"{len(row.tokens)}, neither at max_completion_length={self._limit} nor at an end token: its "
-                    "max_model_len (vllm_max_model_length) has no room for prompt and completion, or its model's "
-                    "generation_config names other end tokens than the trainer's."
+                    f"vLLM ended a row after {len(row.tokens)} tokens, neither at max_completion_length={self._limit} "
+                    f"nor at an end token of the trainer ({sorted(self._ends)}) but at {row.tokens[-1]}. Let the "
+                    "model's generation_config name the same end tokens in the trainer and in the files that vLLM reads."
                 )
 
     # ---- Seeded negatives
@@ -178,48 +193,46 @@ class VLLMEngine:
 
     # ---- Steered negatives
 
-    def _steered(self, plan: RowPlan, prompts: list[Mapping[str, Any]], speak: Speak) -> list[Spoken]:
-        port, source = self._port, self._source
-        steering = planned_steering(source, plan)
-        if port is None or steering is None:
-            raise RuntimeError("Only the process that asks vLLM can steer it.")
-        negatives = plan.negative.nonzero().squeeze(1).tolist()
-        directions: dict[str, list[float]] = {}
-        asked: dict[int, dict[str, Any]] = {}
-        for row in negatives:
-            edits = []
-            for layer in steering.layers:
-                name = f"{layer}/{row}" if source.random else str(layer)
-                if name not in directions:
-                    shift = steering.change(layer).shift
-                    if shift is None:
-                        raise RuntimeError(f"vLLM steers by mode 'add' only; got {steering.mode!r}.")
-                    # With unit and strength in it, as the other engine adds it.
-                    directions[name] = (shift[row, 0] if source.random else shift).tolist()
-                edits.append(
-                    {
-                        "direction": name,
-                        "layer": layer,
-                        "strength": 1.0,
-                        "start": int(plan.start[row]),
-                        "length": source.window_length,
-                        "mode": "add",
-                    }
-                )
-            asked[row] = {"row": f"{plan.draw}/{plan.first + row}", "edits": edits}
+    def _steered(self, plan: RowPlan, prompts: list[Mapping[str, Any]], speak: Speak, port: Port) -> list[Spoken]:
+        asked, directions = self._steerings(plan)
         port.call("qscope_put_directions", directions)
         said = speak([self._request(prompt, self._limit, None, asked.get(row)) for row, prompt in enumerate(prompts)])
         # The last token of a row is never read, but by an engine that looks ahead.
-        read = {asked[row]["row"]: len(said[row].tokens) - 1 for row in negatives}
-        expected = {}
-        for row in negatives:
-            start, name = int(plan.start[row]), asked[row]["row"]
-            end = read[name] if source.window_length is None else min(read[name], start + source.window_length)
-            expected[name] = len(steering.layers) * max(0, end - start)
+        read = {steering["row"]: len(said[row].tokens) - 1 for row, steering in asked.items()}
+        expected = {
+            steering["row"]: sum(_steered_tokens(edit, read[steering["row"]]) for edit in steering["edits"])
+            for steering in asked.values()
+        }
         for worker, counted in enumerate(port.call("qscope_take_counts", read)):
             if counted != expected:
                 raise RuntimeError(_other_counts(worker, expected, counted))
         return said
+
+    def _steerings(self, plan: RowPlan) -> tuple[dict[int, dict[str, Any]], dict[str, list[float]]]:
+        """What vLLM is told about each steered row, by its number, and the directions by the names used there."""
+        source, steering = self._source, planned_steering(self._source, plan)
+        if steering is None or steering.mode != "add":
+            raise RuntimeError(f"vLLM steers by mode 'add' only; got {steering}.")
+        asked: dict[int, dict[str, Any]] = {}
+        directions: dict[str, list[float]] = {}
+        shifts = {layer: steering.change(layer).shift for layer in steering.layers}
+        for row in plan.negative.nonzero().squeeze(1).tolist():
+            edits = []
+            for layer, shift in shifts.items():
+                name = f"{layer}/{row}" if source.random else str(layer)
+                # With unit and strength in it, as the other engine adds it.
+                directions[name] = (shift[row, 0] if source.random else shift).tolist()
+                window = {"start": int(plan.start[row]), "length": source.window_length}
+                edits.append({"direction": name, "layer": layer, "strength": 1.0, "mode": "add", **window})
+            asked[row] = {"row": f"{plan.draw}/{plan.first + row}", "edits": edits}
+        return asked, directions
+
+
+def _steered_tokens(edit: Mapping[str, Any], read: int) -> int:
+    """Tokens that an edit steers in a row of which `read` generated tokens are read."""
+    start, length = edit["start"], edit["length"]
+    end = read if length is None else min(read, start + length)
+    return max(0, end - start)
 
 
 def _check_count(trainer: Any, processes: int) -> None:

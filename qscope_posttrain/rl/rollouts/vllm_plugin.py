@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.errors import UserError, UserImportError, UserValueError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from qscope_posttrain.rl.rollouts.vllm_steering import SteeringBuffers
 
 ENVIRONMENT = "QSCOPE_VLLM"
@@ -132,7 +130,8 @@ def check_engine(config: Any) -> None:
     found = [what for what, applies in refused.items() if applies]
     if found:
         raise UserValueError(
-            f"{ENVIRONMENT}=1: steering does not work with {'; nor with '.join(found)}. Change it, or unset {ENVIRONMENT}."
+            f"{ENVIRONMENT}=1: steering does not work with {'; nor with '.join(found)}. Change that, or unset "
+            f"{ENVIRONMENT}."
         )
     config.additional_config = {**config.additional_config, KEY: 1}
 
@@ -217,6 +216,8 @@ def _noting_directions_async(original: Any) -> Any:
 
 def _steerable(original: Any) -> Any:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from qscope_posttrain.rl.rollouts.vllm_steering import make_steerable
+
         result = original(self, *args, **kwargs)
         # Outside of the pool of the weights: a sleeping engine gives that back.
         runner, text = self.model_runner, self.model_config.hf_text_config
@@ -226,71 +227,6 @@ def _steerable(original: Any) -> Any:
         return result
 
     return load_model
-
-
-def make_steerable(model: nn.Module, layers: int, width: int, tokens: int, device: Any) -> SteeringBuffers:
-    """Pass the output of each decoder layer through the steering operator.
-
-    Args:
-        model (Module): Model of vLLM.
-        layers (int): Decoder layers that it should have.
-        width (int): Entries of its residual stream.
-        tokens (int): Most tokens of one step.
-        device (torch.device): Where it runs.
-
-    Raises:
-        UserValueError: there is not exactly one list of as many layers.
-    """
-    from torch.nn import ModuleList
-
-    from qscope_posttrain.rl.rollouts.vllm_steering import SteeringBuffers
-
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, ModuleList)
-        and len(module) == layers
-        and name.rpartition(".")[2] in ("layers", "h", "blocks")
-    }
-    if len(lists) != 1:
-        raise UserValueError(
-            f"{ENVIRONMENT}=1: expected one list of {layers} decoder layers in {type(model).__name__}; "
-            f"found {', '.join(lists) or 'none'}. This model cannot be steered in vLLM."
-        )
-    steering = SteeringBuffers(layers, width, tokens, device)
-    for number, layer in enumerate(next(iter(lists.values()))):
-        _wrap(layer, number, width, steering)
-    return steering
-
-
-def _wrap(layer: nn.Module, number: int, width: int, steering: SteeringBuffers) -> None:
-    from qscope_posttrain.kernels.steering import steer_planned_
-
-    original = layer.forward
-    # The graph holds these tensors themselves.
-    table, plan, steered = steering.table, steering.plan[number], steering.steered[number : number + 1]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
-        hidden, residual = _stream(output, width)
-        steer_planned_(hidden, residual, table, plan, steered)
-        return output
-
-    layer.forward = forward
-
-
-def _stream(output: Any, width: int) -> tuple[Tensor, Tensor | None]:
-    """Take the residual stream from a layer's output: one tensor, or two whose sum it is."""
-    from torch import Tensor
-
-    parts = output if isinstance(output, tuple) else (output, None)
-    fits = [isinstance(part, Tensor) and part.dim() == 2 and part.shape[1] == width for part in parts]
-    if len(parts) == 2 and fits[0] and (fits[1] or parts[1] is None):
-        return parts[0], parts[1]
-    raise UserValueError(
-        f"{ENVIRONMENT}=1: a decoder layer must return [tokens, {width}], or two of them that add up; "
-        f"got {[getattr(part, 'shape', type(part).__name__) for part in parts]}. This model cannot be steered in vLLM."
-    )
 
 
 def _filling(original: Any) -> Any:

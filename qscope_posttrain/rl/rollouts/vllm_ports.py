@@ -45,6 +45,8 @@ Rows = Callable[[list[Mapping[str, Any]], Speak], list[Spoken]]
 class Port(Protocol):
     """The way to vLLM that TRL has chosen."""
 
+    room: int  # Tokens of a prompt and its completion (max_model_len)
+
     def intercepted(self, rows: Rows) -> Any:
         """Inside the block, TRL's next call of vLLM returns what `rows` makes of its prompts."""
 
@@ -57,6 +59,7 @@ class Colocated:
 
     def __init__(self, generation: Any) -> None:
         self._llm = generation.llm
+        self.room = int(self._llm.llm_engine.model_config.max_model_len)
 
     @contextmanager
     def intercepted(self, rows: Rows) -> Iterator[None]:
@@ -99,6 +102,7 @@ class Server:
                 f"The vLLM server at {self._client.base_url} holds the model {held!r}, and {model_name!r} is trained. "
                 f"Start it with the model of the training: vllm serve {model_name} ..."
             )
+        self.room = int(config["max_model_len"])
         # Others are not those of the distribution that the token was drawn from.
         self._logps_are_of_drawing = config["logprobs_mode"] == "processed_logprobs"
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError, did_you_mean
-from qscope_posttrain.kernels.steering import EDITS
+from qscope_posttrain.kernels.steering import EDITS, steer_planned_
 
 DIRECTIONS = 256
 """Directions that an engine holds at once."""
@@ -76,9 +76,7 @@ def _parse_edit(raw: Any, layers: int, prompt_length: int, directions: set[str])
     name, strength = raw["direction"], raw["strength"]
     if name not in directions:
         held = ", ".join(sorted(directions)[:8]) or "none; send them by qscope_put_directions first"
-        raise UserValueError(
-            f"unknown direction {name!r}; the engine holds {held}.{did_you_mean(str(name), directions)}"
-        )
+        raise UserValueError(f"unknown direction {name!r}; held: {held}.{did_you_mean(str(name), directions)}")
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise UserValueError(f"strength must be a finite number; got {strength!r}.")
     layer, start = _whole("layer", raw["layer"]), _whole("start", raw["start"])
@@ -151,9 +149,9 @@ class SteeringBuffers:
         for name, vector in vectors.items():
             if vector.shape != (width,) or not vector.isfinite().all() or not vector.any():
                 raise UserValueError(
-                    f"direction {name!r} must have {width} finite entries, not all 0; its shape is {list(vector.shape)}."
+                    f"direction {name!r} must have {width} finite entries, not all 0; it has {list(vector.shape)}."
                 )
-        self._rows = dict(zip(vectors, free))
+        self._rows = dict(zip(vectors, free, strict=False))
         for name, row in self._rows.items():
             self.table[row] = vectors[name].to(self.table.device)
 
@@ -225,7 +223,7 @@ class SteeringBuffers:
         if (done := self.steered.tolist()) != self._planned.tolist():
             raise RuntimeError(
                 f"Steering did not happen as planned: tokens planned by layer {self._planned.tolist()}, tokens that "
-                f"the operator changed {done}. The model ran without it, e.g. from a graph compiled without the plug-in."
+                f"the operator changed {done}. The model may have run without it, from a graph of before the plug-in."
             )
         limits = read or {}
         result = {
@@ -269,3 +267,56 @@ def _enter(request: _Request, entries: dict[int, np.ndarray], total: int, offset
 def _tokens(request: _Request, read: int | None) -> int:
     limit = _FOREVER if read is None else request.prompt_length + read
     return sum(max(0, min(stop, limit) - start) for spans in request.spans.values() for start, stop in spans)
+
+
+def make_steerable(model: nn.Module, layers: int, width: int, tokens: int, device: torch.device) -> SteeringBuffers:
+    """Pass the output of each decoder layer through the steering operator, for good.
+
+    Args:
+        model (Module): Model of vLLM.
+        layers (int): Decoder layers that it should have.
+        width (int): Entries of its residual stream.
+        tokens (int): Most tokens of one step.
+        device (torch.device): Where it runs.
+
+    Raises:
+        UserValueError: there is not exactly one list of as many layers; in the first forward, a layer returned
+            something else than a residual stream.
+    """
+    names = ("layers", "h", "blocks")
+    modules = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in names}
+    lists = {name: each for name, each in modules.items() if isinstance(each, nn.ModuleList) and len(each) == layers}
+    if len(lists) != 1:
+        raise UserValueError(
+            f"expected one list of {layers} decoder layers in {type(model).__name__}; found "
+            f"{', '.join(lists) or 'none'}. This model cannot be steered in vLLM."
+        )
+    steering = SteeringBuffers(layers, width, tokens, device)
+    for number, layer in enumerate(next(iter(lists.values()))):
+        _wrap(layer, number, width, steering)
+    return steering
+
+
+def _wrap(layer: nn.Module, number: int, width: int, steering: SteeringBuffers) -> None:
+    original = layer.forward
+    # The tensors themselves, not their owner: a captured graph reads them where they are.
+    table, plan, steered = steering.table, steering.plan[number], steering.steered[number : number + 1]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        steer_planned_(*_stream(output, width), table, plan, steered)
+        return output
+
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def _stream(output: Any, width: int) -> tuple[Tensor, Tensor | None]:
+    """Take the residual stream from a layer's output: one tensor, or two whose sum it is."""
+    parts = output if isinstance(output, tuple) else (output, None)
+    fits = [isinstance(part, Tensor) and part.dim() == 2 and part.shape[1] == width for part in parts]
+    if len(parts) == 2 and fits[0] and (fits[1] or parts[1] is None):
+        return parts[0], parts[1]
+    raise UserValueError(
+        f"a decoder layer must return [tokens, {width}], or two of them that add up; got "
+        f"{[getattr(part, 'shape', type(part).__name__) for part in parts]}. This model cannot be steered in vLLM."
+    )
