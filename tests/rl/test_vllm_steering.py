@@ -271,6 +271,56 @@ def test_an_engine_from_before_the_plug_in_takes_ordinary_requests_and_has_no_di
             call(SimpleNamespace(model_runner=SimpleNamespace()))
 
 
+def an_engine(**changes):
+    """What of vLLM's VllmConfig is looked at."""
+    parallel = dict.fromkeys(["pipeline", "data", "prefill_context", "decode_context"], 1)
+    parts = {
+        "parallel_config": {f"{name}_parallel_size": size for name, size in parallel.items()}
+        | {"use_ubatching": False},
+        "cache_config": {"kv_sharing_fast_prefill": False},
+        "model_config": {"runner_type": "generate", "is_diffusion": False},
+    }
+    whole = {
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "use_v2_model_runner": False,
+        "additional_config": {},
+    }
+    for name, value in changes.items():
+        next((part for part in parts.values() if name in part), whole)[name] = value
+    return SimpleNamespace(**whole, **{name: SimpleNamespace(**part) for name, part in parts.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"speculative_config": 1}, "speculative decoding"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"data_parallel_size": 2}, "data parallelism inside of one engine; start one engine per replica"),
+        ({"prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"decode_context_parallel_size": 2}, "context parallelism"),
+        ({"use_ubatching": True}, "micro-batches"),
+        ({"kv_transfer_config": 1}, "KV transfer"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"runner_type": "pooling"}, "models that do not generate token by token"),
+        ({"is_diffusion": True}, "models that do not generate token by token"),
+        ({"use_v2_model_runner": True}, "V2 model runner.*set VLLM_USE_V2_MODEL_RUNNER=0, or QSCOPE_VLLM_V2=1"),
+        ({"additional_config": None}, "an additional_config that is no dict"),
+        ({"speculative_config": 1, "pipeline_parallel_size": 2}, "speculative decoding; nor with pipeline"),
+    ],
+)
+def test_engines_in_which_steering_cannot_work_are_refused(changes, reason):
+    with pytest.raises(UserValueError, match=reason):
+        vllm_plugin.check_engine(an_engine(**changes))
+
+
+def test_the_v2_runner_can_be_tried_and_the_hash_of_an_engine_knows_of_steering(monkeypatch):
+    monkeypatch.setenv(vllm_plugin.V2_ENVIRONMENT, "1")
+    engine = an_engine(use_v2_model_runner=True, additional_config={"mine": 2})
+    vllm_plugin.check_engine(engine)
+    assert engine.additional_config == {"mine": 2, vllm_plugin.KEY: 1}
+
+
 def test_the_plug_in_does_nothing_unless_asked(monkeypatch):
     for value in (None, "", "0"):
         if value is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
+from integrations.vllm.plugin_cases import MISSING
 
-MISSING = importlib.util.find_spec("vllm") is None
 SETTINGS = {
     "QSCOPE_VLLM": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+MISSING = importlib.util.find_spec("vllm") is None
 KEY = "qscope_steering"
 WIDTH, LENGTH = 64, 20
 SHAPE = {
