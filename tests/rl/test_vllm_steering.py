@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,6 +226,99 @@ def test_a_layer_that_returns_something_else_is_refused(output):
     make_steerable(model, LAYERS, WIDTH, TOKENS, torch.device("cpu"))
     with pytest.raises(UserValueError, match="or two of them that add up"):
         model.part0.layers[0](torch.zeros(2, WIDTH))
+
+
+def a_request(prompt=(1, 2, 3), salt=None, extra_args=None, resumable=False, n=1):
+    """What of vLLM's EngineCoreRequest the front end looks at."""
+    parameters = SimpleNamespace(extra_args=extra_args, n=n)
+    return SimpleNamespace(
+        prompt_token_ids=prompt, sampling_params=parameters, cache_salt=salt, resumable=resumable, request_id="x"
+    )
+
+
+def test_every_steered_request_has_a_salt_of_its_own_and_others_keep_theirs():
+    requests = [a_request(extra_args={vllm_plugin.KEY: asking()}, salt=salt) for salt in (None, None, "mine", "yours")]
+    for request in requests:
+        vllm_plugin._admit(request, LAYERS, ("a",))
+    assert len({request.cache_salt for request in requests}) == 4
+    assert requests[2].cache_salt.startswith("mine")
+    for request in (a_request(), a_request(salt="mine"), a_request(extra_args={"other": 1})):
+        before = request.cache_salt
+        vllm_plugin._admit(request, LAYERS, ("a",))
+        assert request.cache_salt == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "directions", "reason"),
+    [
+        ({}, None, "started before the plug-in was loaded"),
+        ({}, (), "unknown direction 'a'; held: none; send them by qscope_put_directions first"),
+        ({"resumable": True}, ("a",), "a request whose prompt grows"),
+        ({"n": 4}, ("a",), "n=1 and a row name of its own; got n=4"),
+        ({"extra_args": {"qscope": 1}}, ("a",), "unknown extra_args qscope; steering is in 'qscope_steering'"),
+    ],
+)
+def test_requests_are_refused_at_admission(changes, directions, reason):
+    request = a_request(**{"extra_args": {vllm_plugin.KEY: asking()}, **changes})
+    with pytest.raises(UserValueError, match=reason):
+        vllm_plugin._admit(request, LAYERS, directions)
+
+
+def test_an_engine_from_before_the_plug_in_takes_ordinary_requests_and_has_no_directions():
+    vllm_plugin._admit(a_request(), LAYERS, None)
+    for call in (lambda worker: vllm_plugin._put_directions(worker, {}), vllm_plugin._take_counts):
+        with pytest.raises(RuntimeError, match="started before the plug-in was loaded"):
+            call(SimpleNamespace(model_runner=SimpleNamespace()))
+
+
+def an_engine(**changes):
+    """What of vLLM's VllmConfig is looked at."""
+    parallel = dict.fromkeys(["pipeline", "data", "prefill_context", "decode_context"], 1)
+    parts = {
+        "parallel_config": {f"{name}_parallel_size": size for name, size in parallel.items()}
+        | {"use_ubatching": False},
+        "cache_config": {"kv_sharing_fast_prefill": False},
+        "model_config": {"runner_type": "generate", "is_diffusion": False},
+    }
+    whole = {
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "use_v2_model_runner": False,
+        "additional_config": {},
+    }
+    for name, value in changes.items():
+        next((part for part in parts.values() if name in part), whole)[name] = value
+    return SimpleNamespace(**whole, **{name: SimpleNamespace(**part) for name, part in parts.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"speculative_config": 1}, "speculative decoding"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"data_parallel_size": 2}, "data parallelism inside of one engine; start one engine per replica"),
+        ({"prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"decode_context_parallel_size": 2}, "context parallelism"),
+        ({"use_ubatching": True}, "micro-batches"),
+        ({"kv_transfer_config": 1}, "KV transfer"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"runner_type": "pooling"}, "models that do not generate token by token"),
+        ({"is_diffusion": True}, "models that do not generate token by token"),
+        ({"use_v2_model_runner": True}, "V2 model runner.*set VLLM_USE_V2_MODEL_RUNNER=0, or QSCOPE_VLLM_V2=1"),
+        ({"additional_config": None}, "an additional_config that is no dict"),
+        ({"speculative_config": 1, "pipeline_parallel_size": 2}, "speculative decoding; nor with pipeline"),
+    ],
+)
+def test_engines_in_which_steering_cannot_work_are_refused(changes, reason):
+    with pytest.raises(UserValueError, match=reason):
+        vllm_plugin.check_engine(an_engine(**changes))
+
+
+def test_the_v2_runner_can_be_tried_and_the_hash_of_an_engine_knows_of_steering(monkeypatch):
+    monkeypatch.setenv(vllm_plugin.V2_ENVIRONMENT, "1")
+    engine = an_engine(use_v2_model_runner=True, additional_config={"mine": 2})
+    vllm_plugin.check_engine(engine)
+    assert engine.additional_config == {"mine": 2, vllm_plugin.KEY: 1}
 
 
 def test_the_plug_in_does_nothing_unless_asked(monkeypatch):

@@ -131,7 +131,12 @@ def _negatives(
 
 
 def _check_generation(recipe: TrainingRecipe) -> None:
-    """ValueError for an option of the model's own generation_config that would erase negatives."""
+    """ValueError for an option of the model's own generation_config that would erase negatives.
+
+    vLLM reads nothing but end tokens there, and the config knows its options.
+    """
+    if recipe.training.use_vllm:
+        return
     try:
         own = GenerationConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
     except OSError:  # the model has none

@@ -132,8 +132,8 @@ class VLLMEngine:
         if longest + self._limit > room:
             raise UserValueError(
                 f"A prompt of {longest} tokens and max_completion_length={self._limit} make {longest + self._limit}, "
-                f"and vLLM's max_model_len is {room}. Set vllm_max_model_length (of a server: --max-model-len) to at least "
-                "that, or shorten the prompts."
+                f"and vLLM's max_model_len is {room}. Set vllm_max_model_length (of a server: --max-model-len) to at "
+                "least that, or shorten the prompts."
             )
 
     def _check_ends(self, spoken: list[Spoken]) -> None:
@@ -142,7 +142,8 @@ class VLLMEngine:
                 raise UserValueError(
                     f"vLLM ended a row after {len(row.tokens)} tokens, neither at max_completion_length={self._limit} "
                     f"nor at an end token of the trainer ({sorted(self._ends)}) but at {row.tokens[-1]}. Let the "
-                    "model's generation_config name the same end tokens in the trainer and in the files that vLLM reads."
+                    "model's generation_config name the same end tokens in the trainer and in the files that vLLM "
+                    "reads."
                 )
 
     # ---- Seeded negatives

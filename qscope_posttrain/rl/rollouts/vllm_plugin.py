@@ -151,7 +151,8 @@ def _admitting(original: Any) -> Any:
 
         request = original(self, *args, **kwargs)
         try:
-            _admit(request, self.model_config.hf_text_config.num_hidden_layers, self.qscope_directions)
+            held = getattr(self, "qscope_directions", None)
+            _admit(request, self.model_config.hf_text_config.num_hidden_layers, held)
         except UserError as error:
             raise VLLMValidationError(f"{KEY}: {error}") from error
         return request
@@ -159,9 +160,10 @@ def _admitting(original: Any) -> Any:
     return process_inputs
 
 
-def _admit(request: Any, layers: int, directions: tuple[str, ...]) -> None:
+def _admit(request: Any, layers: int, directions: tuple[str, ...] | None) -> None:
     """Check a request's steering, and give its blocks a salt of their own: the cached state of a steered token is not
-    that of the same token in another request, or at another distance from the prompt's end."""
+    that of the same token in another request, or at another distance from the prompt's end. `directions` is None in an
+    engine that was there before the plug-in."""
     from qscope_posttrain.rl.rollouts.vllm_steering import parse_request
 
     given = getattr(request.sampling_params, "extra_args", None) or {}
@@ -170,6 +172,8 @@ def _admit(request: Any, layers: int, directions: tuple[str, ...]) -> None:
         raise UserValueError(f"unknown extra_args {', '.join(misspelled)}; steering is in {KEY!r}.")
     if KEY not in given:
         return
+    if directions is None:
+        raise UserValueError("this engine was started before the plug-in was loaded; start it again.")
     parse_request(given[KEY], layers, _prompt_length(request), directions)
     if request.sampling_params.n != 1:
         raise UserValueError(f"a steered request has n=1 and a row name of its own; got n={request.sampling_params.n}.")
@@ -232,7 +236,9 @@ def _steerable(original: Any) -> Any:
 def _filling(original: Any) -> Any:
     def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
-        steering, batch = self.qscope, self.input_batch
+        steering, batch = getattr(self, "qscope", None), self.input_batch
+        if steering is None:  # An engine from before the plug-in: its front end admits no steered request
+            return result
         steering.remove(steering.running - self.requests.keys())
         _take_up(steering, scheduler_output.scheduled_new_reqs)
         steering.fill(batch.req_id_to_index, batch.num_computed_tokens_cpu[: batch.num_reqs], num_scheduled_tokens)
@@ -289,7 +295,7 @@ def _filling_v2(original: Any) -> Any:
 
 def _put_directions(self: Any, directions: dict[str, list[float]]) -> dict[str, Any]:
     """Replace the engine's directions, and describe its model."""
-    steering = self.model_runner.qscope
+    steering = _steering_of(self)
     steering.put(directions)
     return {
         "layers": len(steering.plan),
@@ -301,5 +307,11 @@ def _put_directions(self: Any, directions: dict[str, list[float]]) -> dict[str, 
 
 def _take_counts(self: Any, read: dict[str, int] | None = None) -> dict[str, int]:
     """Return the steered tokens by row since the last call; see `SteeringBuffers.take_counts`."""
-    counts: dict[str, int] = self.model_runner.qscope.take_counts(read)
-    return counts
+    return _steering_of(self).take_counts(read)
+
+
+def _steering_of(worker: Any) -> SteeringBuffers:
+    steering: SteeringBuffers | None = getattr(worker.model_runner, "qscope", None)
+    if steering is None:
+        raise RuntimeError("This engine was started before the plug-in was loaded; start it again.")
+    return steering

@@ -19,6 +19,7 @@ from rl.cases import END, LAYER, PROMPTS
 from sft.cases import KeepGradients
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.generation.vllm_client import VLLMClient
 from vllm import LLM
 
 from qscope_posttrain.rl.config import SteeredGRPOConfig
@@ -76,6 +77,26 @@ def small_engines(**options: Any) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl.generation.vllm_generation.LLM", start)
+        yield
+
+
+@contextmanager
+def no_weight_transfer(logprobs_mode: str | None = None) -> Iterator[None]:
+    """Inside the block, TRL passes no weights to a server, which has no engine for that on a CPU.
+
+    With `logprobs_mode` the server says that it has this one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLLMClient, "init_communicator", lambda self, device: None)
+        patch.setattr(VLLMClient, "update_named_params", lambda self, metadata, named_params: None)
+        if logprobs_mode is not None:
+            inner = VLLMClient.get_server_info
+
+            def info(self: VLLMClient) -> dict[str, Any]:
+                found = inner(self)
+                return {**found, "model_config": {**found["model_config"], "logprobs_mode": logprobs_mode}}
+
+            patch.setattr(VLLMClient, "get_server_info", info)
         yield
 
 

@@ -27,7 +27,9 @@ def model(make_model, tiny_tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_run_is_that_of_transformers(model, name):
+def test_the_run_is_that_of_transformers(model, name, monkeypatch):
+    # TRL shuffles a generation batch by torch's random numbers, of which one engine takes some and the other none.
+    monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
     options = {**GREEDY, **SCHEDULES[name]}
     given = options.get("generation_kwargs", {})
     same = {**options, "generation_kwargs": {TRANSFORMERS_NAMES[key]: value for key, value in given.items()}}
