@@ -106,7 +106,7 @@ def test_samples_follow_their_settings_alone(folder, tiny_tokenizer, in_this_pro
     assert not {sample.tokens for sample in first} & {sample.tokens for sample in other}
 
 
-def test_mistakes_come_before_an_engine_starts(folder, tiny_tokenizer, tmp_path, monkeypatch):
+def test_mistakes_come_before_an_engine_starts(folder, tiny_tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(VLLMSampler, "sample", None)
     engine = VLLMSampler(str(folder / "model"))
     with pytest.raises(ValueError, match="exceeds the 512 positions"):
@@ -114,6 +114,10 @@ def test_mistakes_come_before_an_engine_starts(folder, tiny_tokenizer, tmp_path,
     for bad, message in (({"dtype": "int4"}, "dtype"), ({"tensor_parallel_size": 0}, "tensor_parallel_size")):
         with pytest.raises(UserError, match=message):
             VLLMSampler("m", **bad)
+    words = ["evaluate", "repetition", "--model", "none", "--prompts", "none", "--output", str(tmp_path)]
+    for option, value in (("--device", "cpu"), ("--batch-size", "8")):
+        assert main([*words, "--engine", "vllm", option, value]) == 2
+        assert f"{option} is not read with --engine vllm" in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     with pytest.raises(ValueError, match="exceeds the 512 positions"):
         evaluate_code_switching(model, tiny_tokenizer, {"en": ["The river"]}, "zh", max_new_tokens=600)
