@@ -14,9 +14,11 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -27,6 +29,7 @@ from qscope_posttrain.cli.main import main
 from qscope_posttrain.cli.training import load_rows
 from qscope_posttrain.cli.training.grpo import parse_recipe
 from qscope_posttrain.cli.training.grpo_checks import check_prompts
+from qscope_posttrain.cli.training.run import build_model
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.metrics import final_metrics, results_table
@@ -462,3 +465,17 @@ def test_two_processes_by_accelerate_launch(recipe, tmp_path):
 def _rows(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def test_the_check_before_the_weights_builds_nothing_sharded_under_zero3(recipe, tmp_path, monkeypatch):
+    """DeepSpeed cannot shard a model on the meta device. It is not installed here: a stand-in that refuses any."""
+
+    def refuse(*arguments, **more):
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(Init=refuse)))
+    monkeypatch.setattr(transformers.modeling_utils, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(transformers.modeling_utils, "deepspeed_config", dict)
+    model, words = build_model(parse_recipe(["--config", recipe(tmp_path)]))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert words.startswith("qwen3, 4 layers")

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.modeling_utils import set_zero3_state
 from trl import get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_rows
@@ -80,7 +81,8 @@ def begin(recipe: TrainingRecipe, load_tokenizer: Callable[[], Any]) -> tuple[Ch
 def build_model(recipe: TrainingRecipe) -> tuple[torch.nn.Module, str]:
     """The architecture without memory for its weights."""
     config = load_config(recipe.model_name, recipe.model.model_revision)
-    with torch.device("meta"), library_refusals(f"cannot build '{recipe.model_name}'"):
+    # As within ZeRO-3's own construction: it cannot shard what has no memory.
+    with torch.device("meta"), set_zero3_state(), library_refusals(f"cannot build '{recipe.model_name}'"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config(decoder=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
