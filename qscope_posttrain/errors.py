@@ -43,6 +43,7 @@ EXTRAS = {
     "report": ("matplotlib", "jinja2", "markdown_it"),
     "analysis": ("scipy", "sklearn"),
     "endpoint": ("openai",),
+    "vllm": ("vllm",),
 }
 """Libraries of the extras of this package, by the names under which they are imported."""
 

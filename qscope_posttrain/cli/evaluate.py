@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.options import (
     add_endpoint_options,
     chat_settings,
     check_endpoint_options,
+    check_only_with,
     load,
     open_session,
     sampling_settings,
@@ -24,7 +25,16 @@ from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.inputs import read_prompts, read_texts
 from qscope_posttrain.text.language_labels import language_hint
 
+if TYPE_CHECKING:
+    from qscope_posttrain.models.vllm_sampler import VLLMSampler
+
 EXAMPLES = "examples.jsonl"
+ENGINE = """
+--engine: transformers|vllm = transformers  # what generates; vllm needs the extra [vllm], and takes as many responses
+    at a time as its memory holds. At temperature 0 both write the same; a seed draws other responses in each
+--vllm-tensor-parallel-size: int = 1  # with --engine vllm: number of GPUs that share the model
+--vllm-gpu-memory-utilization: float = 0.9  # with --engine vllm: share of a GPU's memory for weights and KV cache
+"""
 SWITCHING = """
 --target: text = zh  # language switched to; by script, one with its own script (or ja, by kana)
 --identify: script|words = script  # how a switch is detected: script counts any character of the target's script; words
@@ -50,6 +60,7 @@ def code_switching(options: argparse.Namespace) -> None:
     from qscope_posttrain.evaluation.span_identification import word_detector
     from qscope_posttrain.text.scripts import check_source
 
+    engine = _engine(options)
     output, target = writable_folder(options.output), options.target
     texts = _identification_texts(options.identify, options.identify_texts, target)
     prompts = read_prompts(options.prompts, options.max_prompts)
@@ -69,7 +80,7 @@ def code_switching(options: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(options.model, options.revision)
         limits = options.max_new_tokens, options.false_positive_rate
         detector = word_detector(texts, target, tuple(prompts), tokenizer, *limits)
-    model, tokenizer = load(options)
+    model, tokenizer = _load(options, engine)
     result = evaluate_code_switching(model, tokenizer, prompts, target, **asdict(settings), **chat, detector=detector)
     _finish(options, result, result.write_examples(output / EXAMPLES), {})
 
@@ -78,11 +89,12 @@ def repetition(options: argparse.Namespace) -> None:
     """Measure the share of responses that repeat themselves until they are cut off, and write these and a summary."""
     from qscope_posttrain.evaluation.repetition import evaluate_repetition
 
+    engine = _engine(options)
     output = writable_folder(options.output)
     prompts = read_prompts(options.prompts, options.max_prompts, language="all")
     settings = {**chat_settings(options), "min_copies": options.min_copies, "min_tokens": options.min_tokens}
     sampling = sampling_settings(options)
-    model, tokenizer = load(options)
+    model, tokenizer = _load(options, engine)
     result = evaluate_repetition(model, tokenizer, prompts, sampling, **settings)
     _finish(options, result, result.write_examples(output / EXAMPLES, tokenizer), {})
 
@@ -123,10 +135,31 @@ def build_parser() -> CommandParser:
     """The parser of `qscope evaluate`."""
     parser = CommandParser(prog="qscope evaluate")
     asks = (MODEL, "--prompts --output --max-prompts")
-    parser.command(code_switching, *asks, SWITCHING, SAMPLING, "--top-p = 0.8")
-    parser.command(repetition, *asks, "--min-copies --min-tokens", SAMPLING, "--max-new-tokens = 1024")
+    parser.command(code_switching, *asks, SWITCHING, SAMPLING, "--top-p = 0.8", ENGINE)
+    parser.command(repetition, *asks, "--min-copies --min-tokens", SAMPLING, "--max-new-tokens = 1024", ENGINE)
     add_endpoint_options(parser.command(safety, *asks, SAMPLING, SAFETY))
     return parser
+
+
+def _engine(options: argparse.Namespace) -> VLLMSampler | None:
+    """The engine of the options, None for transformers. Options that the other one reads are refused."""
+    if options.engine == "transformers":
+        check_only_with(options, ENGINE, " is read with --engine vllm alone; give that too, or leave it out.")
+        return None
+    require_extra("vllm")
+    from qscope_posttrain.models.vllm_sampler import VLLMSampler
+
+    why = " is not read with --engine vllm, which chooses its device and how many rows run at a time; leave it out."
+    check_only_with(options, "--device --batch-size", why)
+    limits = options.vllm_tensor_parallel_size, options.vllm_gpu_memory_utilization
+    return VLLMSampler(options.model, options.revision, options.dtype, *limits)
+
+
+def _load(options: argparse.Namespace, engine: VLLMSampler | None) -> tuple[Any, Any]:
+    """What samples, and the tokenizer."""
+    if engine is None:
+        return load(options)
+    return engine, load_tokenizer(options.model, options.revision)
 
 
 def _finish(options: argparse.Namespace, result: Any, examples: Path, more: dict[str, Any]) -> None:

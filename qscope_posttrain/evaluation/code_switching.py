@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.samples import GroupRate, group_by_prompt, note_of
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, seed_noise, wilson
-from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
+from qscope_posttrain.models.generation import (
+    Prompt,
+    Sample,
+    SamplingEngine,
+    SamplingSettings,
+    generate_samples,
+    stated_settings,
+)
 from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.scripts import contains_language_script, target_script
@@ -137,7 +144,7 @@ class SwitchingResult:
 
 
 def evaluate_code_switching(
-    model: nn.Module,
+    model: nn.Module | SamplingEngine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[Prompt]],
     target: str,
@@ -156,7 +163,8 @@ def evaluate_code_switching(
     """Sample responses to `prompts` and count those that contain the script of `target`, or that `detector` names.
 
     Args:
-        model (nn.Module): Causal language model of transformers, plain or wrapped.
+        model (nn.Module or SamplingEngine): Causal language model of transformers, plain or wrapped, or another engine,
+            such as `models.vllm_sampler.VLLMSampler`.
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
         prompts (dict of str to sequence): Text or chat messages per source language, e.g. `{"en": [...], "ko": [...]}`.
         target (str): Language whose appearance is a switch, with a script of its own, e.g. "zh"; with a detector any.
@@ -205,7 +213,9 @@ def evaluate_code_switching(
         chat_template_options=chat_template_options,
         show_progress=show_progress,
     )
-    return switching_ratio(samples, target, settings={**settings.to_dict(), "chat": chat}, detector=detector)
+    return switching_ratio(
+        samples, target, settings={**stated_settings(model, settings), "chat": chat}, detector=detector
+    )
 
 
 def switching_ratio(

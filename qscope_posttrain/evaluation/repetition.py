@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.evaluation.samples import GroupRate, group_by_prompt, note_of
 from qscope_posttrain.intervals import seed_noise
-from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, generate_samples
+from qscope_posttrain.models.generation import (
+    Prompt,
+    Sample,
+    SamplingEngine,
+    SamplingSettings,
+    generate_samples,
+    stated_settings,
+)
 from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.repetition import RepeatedTail, compression_ratio, ngram_repetition_rate, repeated_tail
@@ -110,7 +117,7 @@ class RepetitionResult:
 
 
 def evaluate_repetition(
-    model: nn.Module,
+    model: nn.Module | SamplingEngine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt] | Mapping[str, Sequence[Prompt]],
     settings: SamplingSettings | None = None,
@@ -124,7 +131,8 @@ def evaluate_repetition(
     """Sample responses to `prompts` and count those that repeat themselves without end.
 
     Args:
-        model (nn.Module): Causal language model of transformers, plain or wrapped.
+        model (nn.Module or SamplingEngine): Causal language model of transformers, plain or wrapped, or another engine,
+            such as `models.vllm_sampler.VLLMSampler`.
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
         prompts (sequence, or dict of str to sequence): Text or chat messages, in one list or by source language.
         settings (SamplingSettings, default None): How to draw; None is `DEFAULT_SETTINGS`. The ratio depends on each of
@@ -162,7 +170,7 @@ def evaluate_repetition(
         chat_template_options=chat_template_options,
         show_progress=show_progress,
     )
-    stated = {**settings.to_dict(), "chat": chat}
+    stated = {**stated_settings(model, settings), "chat": chat}
     return repeat_ratio(samples, min_copies=min_copies, min_tokens=min_tokens, settings=stated)
 
 

@@ -83,3 +83,50 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _steer_add.register_autograd(_backward, setup_context=_setup_context)
+
+
+EDITS = 4
+"""Directions that `steer_planned_` can add to one token."""
+
+
+@torch.library.custom_op("qscope_posttrain::steer_planned", mutates_args=("hidden", "residual", "steered"))
+def steer_planned_(hidden: Tensor, residual: Tensor | None, table: Tensor, plan: Tensor, steered: Tensor) -> None:
+    """Add to each token of a flat batch the directions that a plan names for it, in place.
+
+    The plan is read when the operator runs, so that a CUDA graph or a compiled graph follows what the buffer then says.
+    The sum is made in fp32, in the order of the plan, and rounded once. Tokens without an entry are not touched.
+
+    Args:
+        hidden: `[T, D]`, contiguous, any floating dtype.
+        residual: None, or the other half of a residual stream `hidden + residual`: a steered token then has the whole
+            sum in `residual` and 0 in `hidden`, so that the sum is rounded as one tensor's would be.
+        table: `[S, D]`, fp32; row 0 is 0 and stands for no direction.
+        plan: `[at least T, 2 * EDITS]`, int32: rows of `table`, then strengths as the bits of fp32.
+        steered: `[1]`, int64: the number of tokens that were changed is added to it.
+    """
+    if plan.shape[0] < hidden.shape[0]:
+        raise ValueError(f"the plan holds {plan.shape[0]} tokens, but the batch has {hidden.shape[0]}")
+    if hidden.is_cuda:
+        from qscope_posttrain.kernels.triton.steering import steer_planned as on_cuda
+
+        on_cuda(hidden, residual, table, plan, steered)
+        return
+    rows = plan[: hidden.shape[0], :EDITS].any(1).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return
+    entries = plan[rows]
+    strengths = entries[:, EDITS:].contiguous().view(torch.float32)
+    stream = hidden[rows].float()
+    if residual is not None:
+        stream += residual[rows].float()
+    for number in range(EDITS):
+        stream += strengths[:, number, None] * table[entries[:, number]]
+    if residual is None:
+        hidden[rows] = stream.to(hidden.dtype)
+    else:
+        residual[rows] = stream.to(residual.dtype)
+        hidden[rows] = 0
+    steered += len(rows)
+
+
+steer_planned_.register_fake(lambda hidden, residual, table, plan, steered: None)

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.models.layers import evaluation_mode, pretrained_model, text_config, unwrapped
@@ -90,8 +90,31 @@ class Response(NamedTuple):
     ended: bool
 
 
+class SamplingEngine(Protocol):
+    """Generates in place of a model of transformers; `models.vllm_sampler.VLLMSampler` is one."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the text decoder."""
+        ...
+
+    def stated(self) -> dict[str, Any]:
+        """What to report with the results."""
+        ...
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        show_progress: bool | None = None,
+    ) -> list[Response]:
+        """One response to each encoded prompt; `settings.batch_size` is not read."""
+        ...
+
+
 def generate_samples(
-    model: nn.Module,
+    model: nn.Module | SamplingEngine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[Prompt]],
     settings: SamplingSettings | None = None,
@@ -100,13 +123,14 @@ def generate_samples(
     chat_template_options: Mapping[str, Any] | None = None,
     show_progress: bool | None = None,
 ) -> list[Sample]:
-    """Draw `settings.samples_per_prompt` responses to every prompt with the model's `generate`.
+    """Draw `settings.samples_per_prompt` responses to every prompt with the model's `generate`, or another engine.
 
     Only `settings` shape the distribution: defaults that come with a model (top-k, repetition penalty) are set aside
     for the time, its end tokens are kept. The model samples in eval mode. Its mode, its generation defaults, the
     tokenizer and the global random state are afterwards as before.
 
     Args:
+        model: a causal language model of transformers, plain or wrapped, or an engine such as `VLLMSampler`.
         prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
         chat: whether a string is the message of a user to a chat model, rather than text to continue.
         chat_template_options: further arguments of the template, e.g. `{"enable_thinking": False}`.
@@ -121,15 +145,20 @@ def generate_samples(
     """
     settings = settings or SamplingSettings()
     encoded = _encoded(tokenizer, prompts, chat, dict(chat_template_options or {}))
-    _check_lengths(model, settings, {_named(prompt.language, prompt.number): prompt.ids for prompt in encoded})
+    config = text_config(model) if isinstance(model, nn.Module) else model.config
+    _check_lengths(config, settings, {_named(prompt.language, prompt.number): prompt.ids for prompt in encoded})
     # Long prompts first: rows of one batch need little padding, and memory runs out at once or never.
     by_length = sorted(range(len(encoded)), key=lambda place: -len(encoded[place].ids))
     rows = [(place, number) for place in by_length for number in range(settings.samples_per_prompt)]
-    batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
     responses: dict[tuple[int, int], Response] = {}
-    with _sampling(model, tokenizer, settings) as generate:
-        for batch in progress(batches, description="sampling responses", enabled=show_progress):
-            responses.update(zip(batch, generate([encoded[place].ids for place, _ in batch]), strict=True))
+    if isinstance(model, nn.Module):
+        batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+        with _sampling(model, tokenizer, settings) as generate:
+            for batch in progress(batches, description="sampling responses", enabled=show_progress):
+                responses.update(zip(batch, generate([encoded[place].ids for place, _ in batch]), strict=True))
+    else:
+        asked = [encoded[place].ids for place, _ in rows]
+        responses.update(zip(rows, model.sample(asked, settings, tokenizer, show_progress), strict=True))
     samples = []
     for (place, number), (tokens, ended) in sorted(responses.items()):
         language, index, text, ids = encoded[place]
@@ -157,7 +186,7 @@ def sample_batch(
 ) -> list[Response]:
     """Draw one response to each encoded prompt, all in one batch with the rows in the order given, for a caller who
     does something to certain rows meanwhile (see `steering.steer`). Ignores `samples_per_prompt` and `batch_size`."""
-    _check_lengths(model, settings, {_named("", number): ids for number, ids in enumerate(prompt_ids)})
+    _check_lengths(text_config(model), settings, {_named("", number): ids for number, ids in enumerate(prompt_ids)})
     with _sampling(model, tokenizer, settings) as generate:
         return generate(prompt_ids)
 
@@ -235,11 +264,11 @@ def _named(language: str, index: int) -> str:
     return f"Prompt {index} of {language!r}" if language else f"Prompt {index}"
 
 
-def _check_lengths(model: nn.Module, settings: SamplingSettings, prompts: Mapping[str, Sequence[int]]) -> None:
+def _check_lengths(config: PreTrainedConfig, settings: SamplingSettings, prompts: Mapping[str, Sequence[int]]) -> None:
     """ValueError for no prompt, a prompt of no token, or one that leaves no room for its response."""
     if not prompts:
         raise UserValueError("No prompts given.")
-    longest = getattr(text_config(model), "max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None)
     for name, tokens in prompts.items():
         if len(tokens) == 0:
             raise UserValueError(f"{name} has no tokens.")
@@ -261,7 +290,7 @@ def _sampling(
     pad = None if tokenizer is None else tokenizer.pad_token_id
     # Any valid id pads: it is masked before a prompt, and cut off after the end of a response.
     padding_id: Any = next((given for given in (pad, eos) if given is not None), 0)
-    end_ids = _as_set(defaults.eos_token_id) | _as_set(eos)
+    end_ids = end_tokens(defaults, tokenizer)
     shape = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
 
     def generate(prompts: Sequence[Sequence[int]]) -> list[Response]:
@@ -269,11 +298,7 @@ def _sampling(
         input_ids = torch.tensor([[padding_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
-        responses = []
-        for tokens in output[:, width:].tolist():
-            end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
-            responses.append(Response(tokens[:end], end is not None))
-        return responses
+        return [until_end(tokens, end_ids) for tokens in output[:, width:].tolist()]
 
     # `generate` fills what a given configuration leaves open from the model's own one; hence the model's own is set.
     causal_lm.generation_config = GenerationConfig(
@@ -291,6 +316,26 @@ def _sampling(
             yield generate
     finally:
         causal_lm.generation_config = defaults
+
+
+def end_tokens(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """The tokens that end a response: those of the model's generation defaults and that of the tokenizer."""
+    return _as_set(defaults.eos_token_id) | _as_set(None if tokenizer is None else tokenizer.eos_token_id)
+
+
+def until_end(tokens: Sequence[int], end_ids: frozenset[int]) -> Response:
+    """The response in what was generated: its tokens up to the first end token."""
+    end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
+    return Response(list(tokens[:end]), end is not None)
+
+
+def stated_settings(model: nn.Module | SamplingEngine, settings: SamplingSettings) -> dict[str, Any]:
+    """What shaped the responses of a model, to be reported with the results: the engine, too, if it is another one."""
+    stated = settings.to_dict()
+    if isinstance(model, nn.Module):
+        return stated
+    del stated["batch_size"]
+    return {**stated, **model.stated()}
 
 
 def _as_set(ids: int | Sequence[int] | None) -> frozenset[int]:

@@ -17,7 +17,7 @@ from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.provenance import check_resumed
 from qscope_posttrain.rl.config import SteeredGRPOConfig
-from qscope_posttrain.rl.rollouts.hf import NegativeSource
+from qscope_posttrain.rl.rollouts.negatives import NegativeSource
 
 logger = logging.get_logger(__name__)
 

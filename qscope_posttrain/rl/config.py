@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.rl.rollouts.options import check_options
+from qscope_posttrain.rl.rollouts.vllm_options import check_vllm_settings
 
 Mode = Literal["default", "paper"]
 Negative = Literal["feature", "random", "seeded"]
@@ -57,11 +58,6 @@ _ERASING: dict[str, tuple[Any, str]] = {
         (False,),
         "mixes the rows of a batch at every step, so that a negative cannot be distinguished from an ordinary row "
         "while it is generated. Set it to False.",
-    ),
-    "use_vllm": (
-        (False,),
-        "generates outside of the torch model, where steering does not reach. Set use_vllm=False, or "
-        "negatives_per_group=0 for plain DAPO.",
     ),
     "off_policy_mask_threshold": (
         (None,),
@@ -341,5 +337,8 @@ def check_compatible(config: SteeredGRPOConfig) -> None:
     for name, (harmless, reason) in _ERASING.items():
         if getattr(config, name) not in harmless:
             raise UserValueError(f"{name}={getattr(config, name)!r} {reason}")
+    if config.use_vllm:
+        check_vllm_settings(config)
+        return
     given: Any = config.generation_kwargs
     check_options(given or {}, {"temperature": config.temperature, "max_new_tokens": config.completion_limit})

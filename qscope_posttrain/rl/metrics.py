@@ -74,7 +74,8 @@ def token_sums(logps: Tensor, pull: Tensor, behavior: Tensor, completion_mask: T
     Args:
         logps: [rows, length] of the policy that is trained, without gradient.
         pull: [rows, length] gradient of the loss with respect to `logps`.
-        behavior: [rows, length] of the distribution the tokens were drawn from; read for negatives only.
+        behavior: [rows, length] of the distribution the tokens were drawn from, read for negatives only; NaN where it
+            is not known, which makes the sum NaN.
         completion_mask: [rows, length].
         negative: [rows] bool.
     """
@@ -85,7 +86,7 @@ def token_sums(logps: Tensor, pull: Tensor, behavior: Tensor, completion_mask: T
         [
             own.sum(),
             (own * (probability < UNLIKELY)).sum(),
-            (own * (logps - behavior)).sum(),
+            torch.where(own.bool(), logps - behavior, 0.0).sum(),
             (size * negative[:, None]).sum(),
             size.sum(),
         ]
@@ -93,15 +94,19 @@ def token_sums(logps: Tensor, pull: Tensor, behavior: Tensor, completion_mask: T
 
 
 def token_metrics(sums: Tensor) -> dict[str, float]:
-    """`negative/unlikely_tokens`, `negative/log_ratio`, `negative/gradient_share` from the summed `token_sums`."""
+    """`negative/unlikely_tokens`, `negative/log_ratio`, `negative/gradient_share` from the summed `token_sums`.
+
+    The log ratio is left out where the distribution that tokens were drawn from is not known.
+    """
     tokens, unlikely, log_ratio, own_pull, pull = sums.tolist()
     if tokens == 0:
         return {}
-    return {
+    measured = {
         "negative/unlikely_tokens": unlikely / tokens,
         "negative/log_ratio": log_ratio / tokens,
         "negative/gradient_share": own_pull / pull if pull > 0 else 0.0,
     }
+    return {name: value for name, value in measured.items() if not math.isnan(value)}
 
 
 def overwrite_last(logged: Any, values: Tensor) -> None:

@@ -22,6 +22,16 @@ class RowPlan:
     first: int  # Number of the first of these rows in the batch of all processes
     in_batch: bool  # Whether the batch holds a negative at all, on this process or another
     draw: int  # A number that belongs to this batch alone, for further draws (a random direction)
+    whole: RowPlan | None = None  # The plan of the rows of all processes; None where these are all
+
+    def part(self, first: int, rows: int) -> RowPlan:
+        """The plan of `rows` rows of the same batch from number `first` on, whichever process has them."""
+        whole = self.whole or self
+        if not 0 <= first <= first + rows <= len(whole.negative):
+            raise ValueError(f"rows {first} to {first + rows - 1} of a batch of {len(whole.negative)}")
+        mine = slice(first, first + rows)
+        negative, start = whole.negative[mine].clone(), whole.start[mine].clone()
+        return RowPlan(negative, start, first, whole.in_batch, whole.draw, whole)
 
 
 def ordinary_plan(rows: int) -> RowPlan:
@@ -60,15 +70,9 @@ def plan_rows(
     generator.permutation(total // group_size)
     start = generator.integers(window_start[0], window_start[1] + 1, size=total)
     draw = int(generator.integers(2**31))
-    mine = slice(process_index * rows, (process_index + 1) * rows)
     negative = np.arange(total) % group_size >= group_size - negatives_per_group
-    return RowPlan(
-        negative=torch.from_numpy(negative[mine].copy()),
-        start=torch.from_numpy(start[mine].copy()),
-        first=process_index * rows,
-        in_batch=bool(negative.any()),
-        draw=draw,
-    )
+    whole = RowPlan(torch.from_numpy(negative), torch.from_numpy(start), 0, bool(negative.any()), draw)
+    return whole.part(process_index * rows, rows)
 
 
 @dataclass(frozen=True, eq=False)

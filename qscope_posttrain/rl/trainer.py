@@ -21,9 +21,11 @@ from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, dea
 from qscope_posttrain.rl.metrics import overwrite_last, row_metrics, token_metrics, token_sums
 from qscope_posttrain.rl.prompts import check_data, check_inputs
 from qscope_posttrain.rl.rewards import check_reward_data
-from qscope_posttrain.rl.rollouts.generation_tap import GenerationTap
-from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_rollout, negative_source
-from qscope_posttrain.rl.rollouts.options import check_trainer_arguments, check_trainer_generation
+from qscope_posttrain.rl.rollouts.hf import TransformersEngine
+from qscope_posttrain.rl.rollouts.negatives import Engine, NegativeSource, Rollout, negative_source
+from qscope_posttrain.rl.rollouts.options import check_trainer_arguments
+from qscope_posttrain.rl.rollouts.vllm import VLLMEngine
+from qscope_posttrain.rl.rollouts.vllm_ports import load_weights_on_cpu, plugin_enabled
 from qscope_posttrain.rl.rows import (
     RowFacts,
     RowPlan,
@@ -110,21 +112,24 @@ class SteeredGRPOTrainer(GRPOTrainer):
             rewards.append(get_soft_overlong_punishment(args.completion_limit, args.soft_overlong_cache))
             args.reward_weights = None if weights is None else [*weights, 1.0]
             classes = None if classes is None else [*classes, None]
-        super().__init__(
-            model, rewards, args, callbacks=[*(callbacks or []), *own], reward_processing_classes=classes, **arguments
-        )
+        arguments |= {"callbacks": [*(callbacks or []), *own], "reward_processing_classes": classes}
+        with plugin_enabled(args):
+            super().__init__(model, rewards, args, **arguments)
+        if args.use_vllm:
+            load_weights_on_cpu(self.vllm_generation)
         args.reward_weights = weights
         self._source: NegativeSource | None = None
+        self._engine: Engine | None = None
         if args.has_negatives:
             self._source = negative_source(args, features, self.model, self._tokenizer)
-            check_trainer_generation(self, steered=args.is_steered)
+            self._engine = (VLLMEngine if args.use_vllm else TransformersEngine)(self, self._source)
         self._dynamic = DynamicSampling(self.train_dataset) if args.dynamic_sampling else None
         check_data(self, STEERED)
         check_reward_data(self.reward_funcs, self.train_dataset)
         weighted = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
         self.add_callback(SameRun(run_identity(args, self._source, features, weighted), required=args.has_negatives))
         self._plan = ordinary_plan(0)
-        self._tap: GenerationTap | None = None
+        self._rollout: Rollout | None = None
         self._rows: ScoredRows | None = None
         self._logps: Tensor | None = None
         self._token_sums: Tensor | None = None
@@ -133,6 +138,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         """As `GRPOTrainer.train`. A second call with negatives starts from a fresh generation batch."""
         if self.args.has_negatives:
             self._step, self._buffered_inputs = 0, None
+        self._last_loaded_step = -1  # vLLM holds the weights of the end of the first, TRL may take them for these
         self._token_sums = None
         return super().train(*arguments, **options)
 
@@ -151,7 +157,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
     def _generate_and_score_attempt(self, inputs: list[dict[str, Any]], attempt: int) -> tuple[BatchDict, Tensor]:
         """The batch that TRL makes of `inputs`, with its negatives; and which groups of the whole batch are dead."""
         self._plan = plan = self._plan_rows(len(inputs), attempt)
-        self._tap = None
+        self._rollout = None
         masks_truncated = self.mask_truncated_completions
         # An endless repetition is truncated by nature: TRL would mask it. Ordinary rows are masked below.
         self.mask_truncated_completions = masks_truncated and not plan.in_batch
@@ -192,10 +198,9 @@ class SteeredGRPOTrainer(GRPOTrainer):
         return int(self._step % self.args.gradient_accumulation_steps)
 
     def _generate(self, prompts: list[Any]) -> Any:
-        if self._source is None or not bool(self._plan.negative.any()):
+        if self._engine is None or not self._plan.in_batch:
             return super()._generate(prompts)
-        model = self.accelerator.unwrap_model(self.model)
-        with negative_rollout(self._source, self._plan, model, self.temperature) as self._tap:
+        with self._engine.rollout(self._plan) as self._rollout:
             return super()._generate(prompts)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -231,12 +236,12 @@ class SteeredGRPOTrainer(GRPOTrainer):
             hidden = rows.mine.truncated & ~negative
             output["completion_mask"] = output["completion_mask"] * (~hidden).unsqueeze(1).int()
         behavior = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
-        if self._tap is not None:
-            self._tap.check_tokens(output["completion_ids"][negative], output["completion_mask"][negative])
-            drawn = self._tap.log_probabilities(output["completion_ids"][negative])
+        if self._rollout is not None:
+            self._rollout.check_tokens(output["completion_ids"][negative], output["completion_mask"][negative])
+            drawn = self._rollout.log_probabilities(output["completion_ids"][negative])
             # What follows the end of a row was not drawn: where it should have copied, log 0 would turn sums to nan.
             behavior[negative] = drawn.masked_fill(output["completion_mask"][negative] == 0, 0.0)
-            self._tap = None
+            self._rollout = None
         output["advantages"] = torch.where(negative, weight * output["advantages"], output["advantages"])
         output["tool_mask"] = negative_loss_mask(
             output["completion_mask"], negative, rows.mine.kept(self._gate), rows.tails, args.negative_tokens or "tail"

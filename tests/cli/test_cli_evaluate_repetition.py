@@ -43,6 +43,7 @@ def test_prompts_without_language(world, tmp_path):
         (["--max-new-tokens", "8"], "leaves no room"),
         (["--temperature", "-1"], "temperature"),
         (["--target", "zh"], "unknown option '--target'"),
+        (["--vllm-tensor-parallel-size", "2"], "is read with --engine vllm alone"),
         ([], "exceeds the 512 positions"),
     ],
 )

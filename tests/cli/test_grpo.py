@@ -238,7 +238,7 @@ def test_command_line_overrides_the_recipe(recipe, tmp_path):
         ({"num_generations": 2, "per_device_train_batch_size": 4}, "fewer than 2 ordinary rows"),
         ({"num_generations": 3}, "divisible by num_generations"),
         ({"mode": "paper", "gate": "drop"}, "mode='paper' is the report's method as written"),
-        ({"use_vllm": True}, "use_vllm=True"),
+        ({"use_vllm": True, "generation_kwargs": {"stop": ["."]}}, "generation_kwargs: stop="),
         ({"features": None, "negative": "feature"}, "negative: feature needs 'features'"),
         ({"features": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"features": "{unsteered}"}, "No layer given"),
@@ -330,6 +330,66 @@ def test_dry_run_finds(world, inputs, recipe, tmp_path, capsys, make_model, tiny
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"{what} failed" in shown
     assert message in shown
+
+
+class TestEngine:
+    """What a dry run says of what generates, for a recipe for a GPU that is not here."""
+
+    @pytest.fixture
+    def said(self, recipe, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+        def said(status: int, *words: str, **changes) -> str:
+            keys = {"use_vllm": True, "use_cpu": None, "negatives_per_group": 0, **changes}
+            assert main(["grpo", "--config", recipe(tmp_path, **keys), "--dry_run", *words]) == status
+            lines = capsys.readouterr().out.replace("│", " ")
+            return " ".join(lines.split()).partition(" engine ")[2].partition(" rewards ")[0]
+
+        return said
+
+    def test_transformers(self, said):
+        assert said(0, use_vllm=False).startswith("ok transformers generates")
+
+    def test_memory_of_vllm_and_rows_that_fit(self, said):
+        """Four layers of 2 heads of 16 in bfloat16: 0.5 KiB per token; ten tokens after a prompt take few blocks."""
+        words = said(0, "--device_memory", "0.01", vllm_gpu_memory_utilization=0.5)
+        assert "vLLM, colocated, in bfloat16: weights 0.0" in words
+        assert "KV cache 0.5 KiB per token" in words
+        assert "vllm_gpu_memory_utilization=0.5 of 0.01 GiB, less activations, holds" in words
+        assert "of 4 at a time" in words
+        assert "wait" not in words
+
+    def test_rows_that_wait(self, said):
+        words = said(0, "--device_memory", "0.0014", vllm_gpu_memory_utilization=0.5, per_device_train_batch_size=64)
+        assert "of 64 at a time; the others wait" in words
+
+    def test_without_a_size_and_at_a_server(self, said):
+        assert "no GPU here: --device_memory GIB tells how many rows fit" in said(0)
+        words = said(0, vllm_mode="server", vllm_server_base_url="http://there:8000")
+        assert "vLLM, at the server http://there:8000" in words
+        assert "the server's memory is not known here" in words
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"vllm_gpu_memory_utilization": 0.001}, "holds no row beside the weights"),
+            ({"vllm_max_model_length": 12}, "is less than the"),
+        ],
+    )
+    def test_what_cannot_run_is_found(self, said, changes, message):
+        words = said(1, "--device_memory", "0.01", **changes)
+        assert words.startswith("failed")
+        assert message in words
+
+    def test_vllm_is_needed_where_the_recipe_would_train(self, said, monkeypatch):
+        monkeypatch.setitem(sys.modules, "vllm", None)
+        assert "pip install 'qscope_posttrain[vllm]'" in said(1, use_cpu=True)
+
+    def test_memory_is_named_for_a_dry_run_alone(self, recipe, tmp_path, capsys):
+        for words, message in (([], "--dry_run alone"), (["--dry_run"], "must be positive")):
+            assert main(["grpo", "--config", recipe(tmp_path), "--device_memory", "-1", *words]) == 2
+            assert message in capsys.readouterr().err
 
 
 class TestPrompts:

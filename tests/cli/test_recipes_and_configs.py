@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from benchmarks.experiments.recipe import load_recipe
 from qscope_posttrain.analysis.benchmarks.items import benchmark_sources
@@ -15,6 +17,7 @@ from qscope_posttrain.cli import features, steer
 from qscope_posttrain.cli.sae import train as sae_train
 from qscope_posttrain.cli.training import grpo, sft
 from qscope_posttrain.rl.rewards import reward_function
+from qscope_posttrain.rl.rollouts.vllm_memory import vllm_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted((ROOT / "recipes" / "experiments").glob("*.yaml"))
@@ -128,6 +131,31 @@ def test_steered_recipes_of_real_models_are_the_report_as_written(size):
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 512
     assert training.bf16
     assert training.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("size", "gib", "shape"),
+    [
+        ("8b", 80, {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+                    "num_key_value_heads": 8}),
+        ("30b-a3b", 95, {"hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+                         "num_key_value_heads": 4, "num_experts": 128}),
+    ],
+)  # fmt: skip
+def test_rows_of_large_recipes_fit_into_vllm_as_they_say(size, gib, shape):
+    training = grpo.parse_recipe(
+        ["--config", str(ROOT / "recipes" / f"qwen3-{size}" / "steered_dapo.yaml"), "--dry_run"]
+    ).training
+    assert (training.use_vllm, training.vllm_mode) == (True, "colocate")
+    config = (Qwen3MoeConfig if "num_experts" in shape else Qwen3Config)(
+        vocab_size=151936, num_attention_heads=32, head_dim=128, tie_word_embeddings=False, dtype="bfloat16", **shape
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shared = training.vllm_tensor_parallel_size
+    rows = vllm_memory(model, 4500, shared).rows(training.vllm_gpu_memory_utilization * gib * 1024**3)
+    assert rows == {"8b": 33, "30b-a3b": 133}[size]
+    assert rows >= training.per_device_train_batch_size * training.steps_per_generation * shared
 
 
 @pytest.mark.parametrize(("size", "layers", "published"), [("1.7b", 28, 5e-4), ("8b", 36, 1e-3)])

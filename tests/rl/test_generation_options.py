@@ -11,7 +11,8 @@ from rl.cases import END, PROMPTS, G, loop_features, make_args, make_trainer, sm
 from transformers import GenerationConfig
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.rl.rollouts.hf import negative_rollout, negative_source
+from qscope_posttrain.rl.rollouts.hf import negative_rollout
+from qscope_posttrain.rl.rollouts.negatives import negative_source
 from qscope_posttrain.rl.rollouts.options import check_effective, check_options
 from qscope_posttrain.rl.rows import RowPlan
 

@@ -14,7 +14,8 @@ from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.models.positions import Window
 from qscope_posttrain.models.steering import steer
 from qscope_posttrain.rl.rollouts.generation_tap import generation_tap
-from qscope_posttrain.rl.rollouts.hf import negative_rollout, negative_source
+from qscope_posttrain.rl.rollouts.hf import negative_rollout
+from qscope_posttrain.rl.rollouts.negatives import negative_source
 from qscope_posttrain.rl.rows import RowPlan
 
 TEMPERATURE = 0.7

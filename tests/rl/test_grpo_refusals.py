@@ -19,11 +19,18 @@ from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
 ERASING = [
     ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching"),
-    ({"use_vllm": True}, "use_vllm"),
     ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
     ({"loss_type": "vespo"}, "loss_type"),
     ({"top_entropy_quantile": 0.8}, "top_entropy_quantile"),
     ({"cache_implementation": "static"}, "cache_implementation"),
+]
+IN_VLLM = [
+    ({"vllm_mode": "remote"}, "vllm_mode must be 'colocate' or 'server'"),
+    ({"vllm_structured_outputs_regex": "a*"}, "vllm_structured_outputs_regex"),
+    ({"vllm_max_model_length": 16}, "vllm_max_model_length=16"),
+    ({"vllm_importance_sampling_clip_max": 0.5}, "vllm_importance_sampling_clip_max=0.5"),
+    ({"vllm_importance_sampling_clip_min": 1.5}, "vllm_importance_sampling_clip_min=1.5"),
+    ({"negative": "random", "vllm_model_impl": "transformers"}, "vllm_model_impl='transformers'"),
 ]
 OUT_OF_RANGE = [
     ({"mode": "report"}, "mode must be one of default, paper"),
@@ -85,6 +92,21 @@ def test_another_type_is_refused_with_the_name_of_the_field(name, value):
 @pytest.mark.parametrize(("options", "name"), ERASING)
 def test_without_negatives_these_are_the_users_business(options, name):
     make_args(negatives_per_group=0, **options)
+
+
+@pytest.mark.parametrize(("options", "message"), IN_VLLM)
+def test_refused_of_vllm_with_the_name_of_the_field(options, message):
+    with pytest.raises(UserValueError, match=message):
+        make_args(use_vllm=True, **options)
+    make_args(use_vllm=True, negatives_per_group=0, **options)
+    make_args(**options)  # without vLLM they say nothing
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("negative", ["seeded", "random", "feature"])
+def test_vllm_is_an_engine_for_all_negatives(mode, negative):
+    args = make_args(use_vllm=True, vllm_mode=mode, negative=negative, vllm_importance_sampling_clip_min=0.5)
+    assert args.has_negatives
 
 
 @pytest.mark.parametrize("options", DYNAMIC)

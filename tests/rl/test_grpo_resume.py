@@ -13,7 +13,7 @@ from rl.cases import LAYER, loop_features, make_args, make_trainer, small_model
 from trl import GRPOConfig, GRPOTrainer
 
 from qscope_posttrain.rl.checkpoints import run_identity
-from qscope_posttrain.rl.rollouts.hf import negative_source
+from qscope_posttrain.rl.rollouts.negatives import negative_source
 from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
 RANDOM = {"steering_layer": LAYER, "steering_strength": 4.0, "steering_unit": "norm", "window_start": [0, 2],

@@ -32,9 +32,15 @@ class GRPORunArguments:
     removes that of the recipe."""
     dry_run: bool = False
     """Check everything that can be checked without training, print it, and stop."""
+    device_memory: float | None = None
+    """Memory of a GPU in GiB, for a dry run with use_vllm on a machine without that GPU: how many rows fit."""
 
     def __post_init__(self) -> None:
         self.features = self.features or None
+        if self.device_memory is not None and not self.dry_run:
+            raise UserValueError("device_memory is read by --dry_run alone; leave it out.")
+        if self.device_memory is not None and self.device_memory <= 0:
+            raise UserValueError(f"device_memory must be positive, in GiB; got {self.device_memory}.")
         specs: list[Any] = [_reward_spec(entry) for entry in self.rewards]
         if not specs:
             raise UserValueError(

@@ -21,18 +21,20 @@ from qscope_posttrain.cli.training.run import (
     planned_steps,
     rows_of_step,
 )
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.models.layers import text_config
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.prompts import PROMPT, prompt_lengths
 from qscope_posttrain.rl.rewards import RewardFunction, check_reward_columns, reward_function, reward_name
-from qscope_posttrain.rl.rollouts.hf import NegativeSource, negative_source
+from qscope_posttrain.rl.rollouts.negatives import NegativeSource, negative_source
 from qscope_posttrain.rl.rollouts.options import check_effective
+from qscope_posttrain.rl.rollouts.vllm_memory import vllm_dtype, vllm_memory
 
 _VERIFIED_BY_MATH = "trl.rewards.accuracy_rewards"
 """The module of rewards that compare mathematical answers, and fail at their first call without its dependency"""
+_GIB = 1 << 30
 
 
 def prepare(recipe: TrainingRecipe, features: FeatureSet | None) -> dict[str, Any]:
@@ -74,7 +76,8 @@ def check_recipe(recipe: TrainingRecipe) -> Checks:
     else:
         checks.findings.append(("negatives", "note", "none: this is plain DAPO"))
     rows = checks.check("data", check_data, recipe, recipe.script.dataset_train_split)
-    checks.check("prompts", _prompts, recipe, rows, tokenizer, model)
+    lengths = checks.check("prompts", _prompts, recipe, rows, tokenizer, model)
+    checks.check("engine", _engine, recipe, lengths)
     if recipe.training.eval_strategy != "no":
         evaluated = checks.check("evaluation data", check_data, recipe, recipe.script.dataset_test_split)
         checks.check("evaluation prompts", _prompts, recipe, evaluated, tokenizer, model)
@@ -128,7 +131,12 @@ def _negatives(
 
 
 def _check_generation(recipe: TrainingRecipe) -> None:
-    """ValueError for an option of the model's own generation_config that would erase negatives."""
+    """ValueError for an option of the model's own generation_config that would erase negatives.
+
+    vLLM reads nothing but end tokens there, and the config knows its options.
+    """
+    if recipe.training.use_vllm:
+        return
     try:
         own = GenerationConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
     except OSError:  # the model has none
@@ -177,6 +185,55 @@ def _prompts(
         )
     kind = "text" if isinstance(first_rows(rows, 1)[0][PROMPT], str) else "messages"
     return lengths, f"{kind}; the first {len(lengths)} have {min(lengths)} to {max(lengths)} tokens"
+
+
+def _engine(recipe: TrainingRecipe, lengths: list[int]) -> tuple[str, str]:
+    """What generates and, if it is vLLM, its memory on a GPU and the rows that fit."""
+    config = recipe.training
+    if not config.use_vllm:
+        return "transformers", "transformers generates, with the model that is trained"
+    if not recipe.assumed_cpu:
+        require_extra("vllm")
+    longest = max(lengths) + config.completion_limit
+    if config.vllm_max_model_length is not None and config.vllm_max_model_length < longest:
+        raise UserValueError(
+            f"vllm_max_model_length={config.vllm_max_model_length} is less than the {longest} tokens of the longest "
+            "prompt and a completion; raise it, or leave it out."
+        )
+    model, _ = build_model(recipe)  # without the adapter, which vLLM's weights hold merged
+    colocated = config.vllm_mode == "colocate"
+    size = config.vllm_tensor_parallel_size if colocated else 1
+    memory = vllm_memory(model, longest, size)
+    place = "colocated" if colocated else f"at the server {config.vllm_server_base_url or config.vllm_server_host}"
+    quantized = " before quantization" if recipe.model.load_in_4bit else ""
+    each = f", on each of {size} GPUs" if size > 1 else ""
+    words = (
+        f"vLLM, {place}, in {str(vllm_dtype(model)).removeprefix('torch.')}: weights {memory.weights / _GIB:.3g} GiB"
+        f"{quantized}, KV cache {memory.per_token / 1024:.4g} KiB per token and {memory.per_row / _GIB:.3g} GiB per "
+        f"row of {longest} tokens{each}"
+    )
+    if not colocated:
+        return "vllm", f"{words}; the server's memory is not known here"
+    total = _device_bytes(recipe)
+    if total is None:
+        return "vllm", f"{words}; no GPU here: --device_memory GIB tells how many rows fit"
+    share = config.vllm_gpu_memory_utilization * total
+    rows, asked = memory.rows(share), config.per_device_train_batch_size * size * (config.steps_per_generation or 1)
+    have = f"vllm_gpu_memory_utilization={config.vllm_gpu_memory_utilization:.4g} of {total / _GIB:.4g} GiB"
+    if rows < 1:
+        raise UserValueError(
+            f"{words}; {have} holds no row beside the weights. Raise it, lower max_completion_length, or share the "
+            "model between GPUs with vllm_tensor_parallel_size."
+        )
+    waits = "" if rows >= asked else "; the others wait, or begin again when the cache is full"
+    return "vllm", f"{words}; {have}, less activations, holds {rows} rows at full length, of {asked} at a time{waits}"
+
+
+def _device_bytes(recipe: TrainingRecipe) -> float | None:
+    """Memory of a GPU: the one that the user names, or of this machine."""
+    if recipe.run.device_memory is not None:
+        return float(recipe.run.device_memory * _GIB)
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 def _rewards(

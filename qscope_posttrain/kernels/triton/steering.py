@@ -52,3 +52,44 @@ def steer_add(hidden: Tensor, directions: Tensor, strengths: Tensor, out: Tensor
             *hidden.stride(), *out.stride(), *strengths.stride(), *directions.stride(),
             WIDE=tl.float64 if hidden.dtype == torch.float64 else tl.float32, BLOCK=block,
         )  # fmt: skip
+
+
+@triton.jit
+def _steer_planned(
+    hidden, residual, table, plan, steered, d_model, hidden_stride, residual_stride, plan_stride,
+    EDITS: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    entry = plan + token * plan_stride
+    edits = tl.arange(0, EDITS)
+    if tl.max(tl.load(entry + edits), axis=0) > 0:
+        tl.atomic_add(steered, 1)
+        for start in range(0, d_model, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < d_model
+            place = hidden + token * hidden_stride + column
+            stream = tl.load(place, mask=inside, other=0).to(tl.float32)
+            if SUMMED:
+                other = residual + token * residual_stride + column
+                stream += tl.load(other, mask=inside, other=0).to(tl.float32)
+            for number in tl.static_range(EDITS):
+                row = tl.load(entry + number).to(tl.int64)
+                strength = tl.load(entry + EDITS + number).to(tl.float32, bitcast=True)
+                stream += strength * tl.load(table + row * d_model + column, mask=inside, other=0)
+            if SUMMED:
+                tl.store(other, stream.to(residual.dtype.element_ty), mask=inside)
+                stream = tl.zeros([BLOCK], dtype=tl.float32)
+            tl.store(place, stream.to(hidden.dtype.element_ty), mask=inside)
+
+
+def steer_planned(hidden: Tensor, residual: Tensor | None, table: Tensor, plan: Tensor, steered: Tensor) -> None:
+    """Steer tokens in place; a token without an entry costs the reading of its entry."""
+    tokens, d_model = hidden.shape
+    if tokens == 0:
+        return
+    other = hidden if residual is None else residual
+    with torch.cuda.device_of(hidden):
+        _steer_planned[(tokens,)](
+            hidden, other, table, plan, steered, d_model, hidden.stride(0), other.stride(0), plan.stride(0),
+            EDITS=plan.shape[1] // 2, SUMMED=residual is not None, BLOCK=min(1024, triton.next_power_of_2(d_model)),
+        )  # fmt: skip

@@ -73,23 +73,31 @@ class CopyRule:
         return torch.where(copying[:, None], only, logits)
 
 
-def seeded_text(
-    own: Sequence[int], is_boundary: Tensor, start: int, copies: int, piece_length: int
-) -> list[int] | None:
-    """What a row has said when `CopyRule` lets it go on by itself, for engines that take token ids and no rule.
+def copied_piece(own: Sequence[int], is_boundary: Tensor, start: int, piece_length: int) -> tuple[int, int] | None:
+    """First token and end of the piece that `CopyRule` repeats in a row that begins with `own`, None without one.
 
     Args:
-        own: the first tokens of the row, its own; `start + piece_length` of them suffice.
-        is_boundary, start, copies, piece_length: as for `CopyRule`.
-
-    Returns:
-        Its own text up to the boundary, then the copies; None where it ended before there was one.
+        own: the first tokens of the row, its own, without an end token; `start + piece_length` of them suffice.
+        is_boundary, start, piece_length: as for `CopyRule`.
     """
     piece = 0
     for said, token in enumerate(own, 1):
         size = said - piece
         if (bool(is_boundary[token]) and size >= SHORTEST_PIECE) or size >= piece_length:
             if said >= start:
-                return [*own[:said], *(list(own[piece:said]) * copies)]
+                return piece, said
             piece = said
     return None
+
+
+def seeded_text(
+    own: Sequence[int], is_boundary: Tensor, start: int, copies: int, piece_length: int
+) -> list[int] | None:
+    """What a row has said when `CopyRule` lets it go on by itself, for engines that take token ids and no rule.
+
+    Returns:
+        Its own text up to the boundary, then the copies; None where it ended before there was one. For the arguments
+        see `copied_piece` and `CopyRule`.
+    """
+    piece = copied_piece(own, is_boundary, start, piece_length)
+    return None if piece is None else [*own[: piece[1]], *(list(own[slice(*piece)]) * copies)]

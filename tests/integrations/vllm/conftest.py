@@ -1,0 +1,31 @@
+"""Tests in vLLM run in its own environment (docs/vllm.md), and skip, saying so, where it is missing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from integrations.vllm.plugin_cases import MISSING
+
+SETTINGS = {
+    "QSCOPE_VLLM": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    if MISSING:
+        pytest.skip("vLLM is not installed here: make test-vllm has an environment of its own")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def vllm_settings(tmp_path_factory):
+    """The plug-in is on, engines run in this process, and compiled graphs are this run's own."""
+    settings = SETTINGS | {"VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("vllm"))}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setitem(os.environ, name, value)
+        yield settings
