@@ -126,6 +126,6 @@ class VLLMSampler:
     def _generation_config(self) -> GenerationConfig:
         """The model's own, as transformers finds it."""
         try:
-            return GenerationConfig.from_pretrained(self.name, revision=self.revision)
+            return GenerationConfig.from_pretrained(self.name, revision=self.revision or "main")
         except OSError:
             return GenerationConfig.from_model_config(self.config)
