@@ -212,10 +212,10 @@ class VLLMEngine:
     def _steerings(self, plan: RowPlan) -> tuple[dict[int, dict[str, Any]], dict[str, list[float]]]:
         """What vLLM is told about each steered row, by its number, and the directions by the names used there."""
         source, steering = self._source, planned_steering(self._source, plan)
-        changes = {} if steering is None else {layer: steering.change(layer) for layer in steering.layers}
-        shifts = {layer: change.shift for layer, change in changes.items() if change.shift is not None}
-        if not shifts or len(shifts) < len(changes):
+        if steering is None or steering.mode != "add":
             raise RuntimeError(f"vLLM steers by mode 'add' only; got {steering}.")
+        changes = {layer: steering.change(layer) for layer in steering.layers}
+        shifts = {layer: change.shift for layer, change in changes.items() if change.shift is not None}
         asked: dict[int, dict[str, Any]] = {}
         directions: dict[str, list[float]] = {}
         for row in plan.negative.nonzero().squeeze(1).tolist():
