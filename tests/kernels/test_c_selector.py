@@ -26,7 +26,7 @@ SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-39, -1e-3
     st.booleans(),
 )
 def test_selection_is_that_of_torch(rows: int, n: int, k: int, tile: int, seed: int, bfloat16: bool) -> None:
-    """Special values, ties and tiles of any size."""
+    """Tiles of more than 256 elements take a first threshold from the maxima of their parts, if k is small enough."""
     generator = torch.Generator().manual_seed(seed)
     pre = torch.randn(rows, n, generator=generator)
     if seed % 5:

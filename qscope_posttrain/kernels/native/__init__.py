@@ -44,7 +44,7 @@ def can_multiply(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> bool:
 def merge_(values: Tensor, indices: Tensor, filled: int, pre: Tensor, offset: int) -> None:
     """As `kernels.select.merge_`, for float32 and bfloat16 tiles."""
     k, n = values.shape[1], pre.shape[1]
-    capacity = 2 * k + 128  # candidates held before the k first of them set a new threshold, and room for a block
+    capacity = 2 * k + 1024  # and room for the lanes of the first threshold
     merge = _function(f"merge_{_NAMES[pre.dtype]}", 3, 5, 1, 1)
 
     def part(start: int, stop: int) -> None:

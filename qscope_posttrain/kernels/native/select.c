@@ -2,6 +2,8 @@
    products with chosen rows, for kernels/certified.py. Plain C; the compiler makes the versions for wider vectors, of
    which the loader takes the one that the processor has. */
 
+#include <float.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,6 +58,16 @@ static int descending(const void *left, const void *right) {
     return (a < b) - (a > b);
 }
 
+static void sort_descending(key *a, int64_t n) {
+    if (n > 256) { qsort(a, n, sizeof(key), descending); return; }
+    for (int64_t i = 1; i < n; i++) {
+        key x = a[i];
+        int64_t j = i;
+        for (; j > 0 && a[j - 1] < x; j--) a[j] = a[j - 1];
+        a[j] = x;
+    }
+}
+
 INLINE float widen(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;
@@ -75,8 +87,34 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
         flags[i] = (order16(pre[i]) > threshold) | ((uint16_t)(pre[i] & 0x7FFF) > 0x7F80);
 }
 
+/* A threshold that k elements are above: below the k-th largest of the maxima of `count` interleaved parts of the row. */
+#define LANES 512
+#define FEW_LANES 128
+
+/* NaN, with which every element is flagged, where nothing finite is below. */
+INLINE float below_float(float value) { return value > -FLT_MAX ? value - fabsf(value) * FLT_EPSILON - FLT_MIN : NAN; }
+
+/* -0.0 has the order -1, and is equal to 0.0. */
+INLINE int16_t below_int16(int16_t value) { return value == 0 ? -2 : value > INT16_MIN ? value - 1 : value; }
+
+#define REACHED(name, type, store, order, lowest, below)                                                              \
+    INLINE store name(const type *pre, int64_t n, int64_t k, key *scratch, const int count) {                          \
+        store lanes[LANES];                                                                                            \
+        for (int i = 0; i < count; i++) lanes[i] = lowest;                                                             \
+        for (int64_t start = 0; start + count <= n; start += count)                                                    \
+            for (int i = 0; i < count; i++) {                                                                          \
+                store value = order(pre[start + i]);                                                                   \
+                lanes[i] = value > lanes[i] ? value : lanes[i];                                                        \
+            }                                                                                                          \
+        for (int i = 0; i < count; i++) scratch[i] = make_key((float)lanes[i], i);                                     \
+        keep_largest(scratch, count, k);                                                                               \
+        key least = scratch[0];                                                                                        \
+        for (int64_t i = 1; i < k; i++) least = scratch[i] < least ? scratch[i] : least;                               \
+        return below(lanes[(uint32_t)~least]);                                                                         \
+    }
+
 /* `flag` decides on a block, `at` reads one element. With filled = k, an element equal to the k-th comes after it. */
-#define MERGE(name, type, threshold_type, threshold_of, flag, at)                                                      \
+#define MERGE(name, type, threshold_type, threshold_of, reached, flag, at)                                             \
     CLONES void name(float *values, int32_t *indices, const type *pre, int64_t rows, int64_t n, int64_t k,             \
                      int64_t filled, int64_t offset, key *found, int64_t capacity) {                                   \
         for (int64_t row = 0; row < rows; row++, values += k, indices += k, pre += n) {                                \
@@ -86,6 +124,13 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
             float kth = bounded ? values[k - 1] : 0;                                                                   \
             if (bounded && kth != kth) continue; /* k NaN already */                                                   \
             threshold_type threshold = bounded ? threshold_of(kth) : 0;                                                \
+            if (!bounded && 4 * k <= LANES && n >= 4 * LANES) {                                                        \
+                threshold = reached(pre, n, k, found + filled, LANES);                                                 \
+                bounded = 1;                                                                                           \
+            } else if (!bounded && 2 * k <= FEW_LANES && n >= 2 * FEW_LANES) {                                         \
+                threshold = reached(pre, n, k, found + filled, FEW_LANES);                                             \
+                bounded = 1;                                                                                           \
+            }                                                                                                          \
             for (int64_t start = 0; start < n; start += BLOCK) {                                                       \
                 uint8_t flags[BLOCK];                                                                                  \
                 uint64_t words[BLOCK / 8];                                                                             \
@@ -114,7 +159,7 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
             }                                                                                                          \
             int64_t kept = count < k ? count : k;                                                                      \
             keep_largest(found, count, kept);                                                                          \
-            qsort(found, kept, sizeof(key), descending);                                                               \
+            sort_descending(found, kept);                                                                              \
             for (int64_t i = 0; i < kept; i++) {                                                                       \
                 values[i] = key_value(found[i]);                                                                       \
                 indices[i] = (int32_t)~(uint32_t)found[i];                                                             \
@@ -124,14 +169,17 @@ INLINE void flag_bfloat16(uint8_t *flags, const uint16_t *pre, int16_t threshold
 
 INLINE float same(float value) { return value; }
 
+REACHED(reached_float, float, float, same, -FLT_MAX, below_float)
+REACHED(reached_bfloat16, uint16_t, int16_t, order16, INT16_MIN + 1, below_int16)
+
 INLINE int16_t order_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     return order16((uint16_t)(bits >> 16));
 }
 
-MERGE(merge_float, float, float, same, flag_float, same)
-MERGE(merge_bfloat16, uint16_t, int16_t, order_of, flag_bfloat16, widen)
+MERGE(merge_float, float, float, same, reached_float, flag_float, same)
+MERGE(merge_bfloat16, uint16_t, int16_t, order_of, reached_bfloat16, flag_bfloat16, widen)
 
 /* out[t][j] = x[t] . W[indices[t][j]] + b[..] for first[t] <= j < last[t]; sums in 64 parts. */
 #define DOT(name, type, at)                                                                                            \
