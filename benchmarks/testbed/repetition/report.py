@@ -15,13 +15,7 @@ from benchmarks.testbed.repetition.config import ARMS, PLAIN, RepetitionConfig
 from benchmarks.testbed.repetition.experiment import ArmResult, Experiment, run_experiment
 from benchmarks.testbed.repetition.features import TO_END, WINDOW
 from benchmarks.testbed.repetition.task import decode_words, draw_problems
-from benchmarks.testbed.report import (
-    DemoPart,
-    Example,
-    bars,
-    headline_row,
-    write_lines,
-)
+from benchmarks.testbed.report import DemoPart, Example, bars, headline_row, write_lines
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.intervals import rate_difference
 from qscope_posttrain.report.html import Figure, Section

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.testbed.models import save_model
-from benchmarks.testbed.report import (
-    DemoPart,
-    Example,
-    bars,
-    headline_row,
-    write_lines,
-)
+from benchmarks.testbed.report import DemoPart, Example, bars, headline_row, write_lines
 from benchmarks.testbed.switching.config import ARMS, SFT, SwitchingConfig
 from benchmarks.testbed.switching.experiment import Experiment, MethodResult, relative_cost, run_experiment
 from benchmarks.testbed.switching.windows import decode
