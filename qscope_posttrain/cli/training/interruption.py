@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserError, UserValueError
+from qscope_posttrain.files import read_json
 from qscope_posttrain.report.progress import status
 
 STATE = "trainer_state.json"
@@ -27,8 +27,8 @@ def last_checkpoint(output: Path) -> Path | None:
     folders = [folder for folder in output.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
     for folder in sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), reverse=True):
         try:
-            json.loads((folder / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            read_json(folder / STATE)
+        except (OSError, UserError):
             status(f"'{folder}' was not written to its end ({STATE} cannot be read): passed over")
             continue
         return folder
