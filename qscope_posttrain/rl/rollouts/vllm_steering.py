@@ -126,7 +126,7 @@ class SteeringBuffers:
     """
 
     def __init__(self, layers: int, width: int, tokens: int, device: torch.device) -> None:
-        self.table = torch.zeros(DIRECTIONS + 1, width, device=device)
+        self.table = torch.zeros(DIRECTIONS + 1, width, dtype=torch.float32, device=device)
         self.plan = torch.zeros(layers, tokens, 2 * EDITS, dtype=torch.int32, device=device)
         self.steered = torch.zeros(layers, dtype=torch.int64, device=device)
         """Tokens that the operator changed, counted on the device"""

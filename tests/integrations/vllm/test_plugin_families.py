@@ -14,4 +14,6 @@ def test_a_mixed_batch_has_the_tokens_of_transformers(architecture, make_model, 
     tokens, _ = cases.generate(llm, ids)
     plain, _ = cases.generate(llm, ids, [None] * len(ids))
     assert tokens == cases.in_transformers(model, ids)
-    assert all((each is None) == (row == other) for each, row, other in zip(cases.EDITS, tokens, plain, strict=True))
+    same = [row == other for row, other in zip(tokens, plain, strict=True)]
+    assert all(equal for equal, edits in zip(same, cases.EDITS, strict=True) if edits is None)
+    assert not all(same)

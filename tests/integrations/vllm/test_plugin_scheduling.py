@@ -43,7 +43,7 @@ def test_a_compiled_model_is_steered_too(model_and_folder, ids):
     """Through Inductor, which takes most of this folder's time."""
     model, folder = model_and_folder
     llm = cases.engine(folder, enforce_eager=False)
-    assert llm.llm_engine.vllm_config.compilation_config.mode.name == "VLLM_COMPILE"
+    assert llm.llm_engine.vllm_config.compilation_config.mode.name != "NONE"
     tokens, _ = cases.generate(llm, ids)
     assert tokens == cases.in_transformers(model, ids)
     assert llm.collective_rpc("qscope_take_counts") == [cases.expected_counts()]
