@@ -216,7 +216,8 @@ class VLLMEngine:
             raise RuntimeError(f"vLLM steers by mode 'add' only; got {steering}.")
         asked: dict[int, dict[str, Any]] = {}
         directions: dict[str, list[float]] = {}
-        shifts = {layer: steering.change(layer).shift for layer in steering.layers}
+        changes = {layer: steering.change(layer).shift for layer in steering.layers}
+        shifts = {layer: shift for layer, shift in changes.items() if shift is not None}  # `add` always has one
         for row in plan.negative.nonzero().squeeze(1).tolist():
             edits = []
             for layer, shift in shifts.items():
