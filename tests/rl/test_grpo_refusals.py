@@ -12,6 +12,7 @@ import yaml
 from datasets import Dataset, IterableDataset
 from rl.cases import CHOSEN, LAYER, PROMPTS, loop_features, make_args, make_trainer, small_model
 from trl import GRPOConfig, TrlParser
+from trl.import_utils import is_vllm_available
 
 from qscope_posttrain.errors import UserFileNotFoundError, UserTypeError, UserValueError
 from qscope_posttrain.rl.config import PRESETS, SteeredGRPOConfig
@@ -211,6 +212,13 @@ def test_the_config_must_be_ours(model, tiny_tokenizer, tmp_path):
         build(model, tiny_tokenizer, GRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True))
     with pytest.raises(TypeError, match="NoneType"):
         SteeredGRPOTrainer(model=model, reward_funcs=[])
+
+
+@pytest.mark.skipif(is_vllm_available(), reason="vLLM is installed here")
+@pytest.mark.parametrize("options", [{}, {"negative": "random", "window_start": [0, 0], "window_length": 0}])
+def test_vllm_is_missing(model, tiny_tokenizer, options):
+    with pytest.raises(ImportError, match="vLLM is not available"):
+        build(model, tiny_tokenizer, make_args(use_vllm=True, **options))
 
 
 class NeverLoaded:

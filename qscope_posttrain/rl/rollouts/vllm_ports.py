@@ -13,6 +13,8 @@ from pathlib import PurePath
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from trl.import_utils import is_vllm_available
+
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.rl.rollouts.vllm_plugin import ENVIRONMENT, KEY, register
 
@@ -174,7 +176,8 @@ class Server:
 @contextmanager
 def plugin_enabled(config: Any) -> Iterator[None]:
     """Inside the block, an engine that a trainer of this config starts in its own process has the plug-in."""
-    if not (config.use_vllm and config.vllm_mode == "colocate" and config.is_steered):
+    steered = config.use_vllm and config.vllm_mode == "colocate" and config.is_steered
+    if not steered or not is_vllm_available():  # without vLLM TRL says what to install
         yield
         return
     before = os.environ.get(ENVIRONMENT)
