@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,6 +243,21 @@ class TestMetrics:
             assert not any("sasft" in key for key in evaluation)
             results.append(evaluation["eval_loss"])
         assert results[0] == results[1]
+
+    @pytest.mark.parametrize(("above", "weight", "warned"), [(1e6, 1.0, 1), (0.0, 1.0, 0), (1e6, 0.0, 0)])
+    def test_a_penalty_that_stays_zero_is_warned_of_once(self, build, features, above, weight, warned):
+        layers = {
+            layer: replace(rows, encoder_mean=rows.encoder_mean + above, decoder_mean=rows.decoder_mean + above)
+            for layer, rows in features.layers.items()
+        }
+        trainer = build(callbacks=[SASFTCallback(replace(features, layers=layers), weight=weight)], max_steps=50)
+        trainer.args.logging_steps = trainer.state.logging_steps = 5
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        said = [str(one.message) for one in caught if "changed nothing" in str(one.message)]
+        assert len(said) == warned
+        assert all("in the first 20 steps" in one for one in said)
 
 
 class TestRefusals:
