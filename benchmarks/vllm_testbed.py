@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -89,7 +90,10 @@ def run_all(options: argparse.Namespace) -> tuple[World, list[tuple[str, str, Ru
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
         def process(key: tuple[str, str, int]) -> None:
-            subprocess.run([*words, key[0], str(key[2])], env=environment, check=True)
+            with socket.socket() as place:  # each engine has a process group of its own
+                place.bind(("127.0.0.1", 0))
+                port = str(place.getsockname()[1])
+            subprocess.run([*words, key[0], str(key[2])], env={**environment, "MASTER_PORT": port}, check=True)
 
         with ThreadPoolExecutor(options.workers) as pool:
             list(pool.map(process, [key for key in keys if key[1] == "vllm"]))
