@@ -36,6 +36,8 @@ def tokenized(row, tokenizer):
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_runs(example, world, small, tmp_path, monkeypatch):
+    if "VLLMSampler" in example:
+        pytest.skip("needs vLLM: tests/integrations/vllm/test_evaluate_vllm.py runs it")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     for path in Path(world.texts).iterdir():
@@ -58,6 +60,7 @@ def test_runs(example, world, small, tmp_path, monkeypatch):
             'SteeredGRPOConfig("out", num_generations=4, max_completion_length=16, per_device_train_batch_size=4, '
             + QUICK
         ),
+        r'vllm_mode="colocate"': 'vllm_mode="colocate", use_cpu=True, bf16=False',
         r"steps=300": "steps=2, batch_tokens=16",
         r"416": "41",
         r"max_length=2048": "max_length=128",

@@ -69,6 +69,17 @@ def test_greedy_responses_and_summaries_are_those_of_transformers(folder, tmp_pa
     assert {name for name in other if found.get(name) != other[name]} == different
 
 
+def test_the_documented_example_runs(folder, tiny_tokenizer, in_this_process):
+    blocks = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    (example,) = (code for code, _, _ in (block.partition("```") for block in blocks) if "VLLMSampler" in code)
+    example = example.replace("runs/qwen3-8b/steered_dapo", str(folder / "model"))
+    example = example.replace("prompts)", "prompts, settings)")
+    settings = SamplingSettings(max_new_tokens=16)
+    names = {"tokenizer": tiny_tokenizer, "prompts": ["The river", "She reads"], "settings": settings}
+    exec(compile(example, "docs/vllm.md", "exec"), names)
+    assert names["result"].settings["engine"] == f"vllm {vllm.__version__}"
+
+
 def test_the_command_works_in_a_process_of_its_own(folder, tmp_path):
     """Where vLLM starts its engine in another one, as by default."""
     words = ["evaluate", "repetition", "--model", folder / "model", "--prompts", folder / "prompts.jsonl", *GREEDY]
