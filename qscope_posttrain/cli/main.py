@@ -114,9 +114,14 @@ def _leave_process_group() -> None:
     """Leave the process group of a launcher, after everything that the command made is gone: a DDP model that outlives
     the group destroys it in a destructor that holds the interpreter lock, for which gloo's threads may wait forever."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # a trainer is full of reference cycles
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    gc.collect()  # a trainer is full of reference cycles
+    if (vllm := sys.modules.get("vllm.distributed.parallel_state")) is None:
         torch.distributed.destroy_process_group()
+    else:  # a colocated vLLM leaves its groups when the interpreter ends, and would not find them
+        vllm.destroy_model_parallel()
+        vllm.destroy_distributed_environment()
 
 
 def _runner(name: str) -> Callable[[Sequence[str]], int]:

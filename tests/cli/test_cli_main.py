@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,3 +228,16 @@ def test_interruption(monkeypatch, capsys):
     monkeypatch.setattr(module, "_runner", lambda name: _Failing(KeyboardInterrupt()).run)
     assert main(["sft"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_colocated_vllm_leaves_its_groups_before_the_command_ends(monkeypatch):
+    """It would look for them in the group of the launcher when the interpreter ends."""
+    done = []
+    vllm = {
+        name: lambda name=name: done.append(name)
+        for name in ("destroy_model_parallel", "destroy_distributed_environment")
+    }
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", SimpleNamespace(**vllm))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    module._leave_process_group()
+    assert done == ["destroy_model_parallel", "destroy_distributed_environment"]

@@ -32,7 +32,22 @@ ERASING = {
 @pytest.mark.parametrize("name", sorted(HARMLESS))
 def test_harmless_options_are_allowed(name):
     check_vllm_options({name: HARMLESS[name]}, NEEDED)
-    make_args(use_vllm=True, generation_kwargs={name: HARMLESS[name]})
+    make_args(use_vllm=True, generation_kwargs={name: HARMLESS[name]}, vllm_importance_sampling_correction=False)
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize(
+    "given", [lambda name, value: {name: value}, lambda name, value: {"generation_kwargs": {name: value}}]
+)
+def test_another_distribution_than_the_policy_s_does_not_go_with_the_importance_correction(name, given):
+    """It would weigh ordinary rows with what was cut off, and leave the negatives alone in the gradient."""
+    options = given(name, HARMLESS[name])
+    with pytest.raises(UserValueError, match=f"{name}={HARMLESS[name]} .*vllm_importance_sampling_correction=False"):
+        make_args(use_vllm=True, **options)
+    make_args(use_vllm=True, vllm_importance_sampling_correction=False, **options)
+    make_args(use_vllm=True, negatives_per_group=0, **options)
+    neutral = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}[name]
+    make_args(use_vllm=True, **given(name, neutral))
 
 
 @pytest.mark.parametrize("name", sorted(ERASING))

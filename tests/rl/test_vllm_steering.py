@@ -251,7 +251,7 @@ def test_every_steered_request_has_a_salt_of_its_own_and_others_keep_theirs():
 @pytest.mark.parametrize(
     ("changes", "directions", "reason"),
     [
-        ({}, None, "started before the plug-in was loaded"),
+        ({}, None, "started without the plug-in.*QSCOPE_VLLM=1"),
         ({}, (), "unknown direction 'a'; held: none; send them by qscope_put_directions first"),
         ({"resumable": True}, ("a",), "a request whose prompt grows"),
         ({"n": 4}, ("a",), "n=1 and a row name of its own; got n=4"),
@@ -264,10 +264,10 @@ def test_requests_are_refused_at_admission(changes, directions, reason):
         vllm_plugin._admit(request, LAYERS, directions)
 
 
-def test_an_engine_from_before_the_plug_in_takes_ordinary_requests_and_has_no_directions():
+def test_an_engine_without_the_plug_in_takes_ordinary_requests_and_has_no_directions():
     vllm_plugin._admit(a_request(), LAYERS, None)
     for call in (lambda worker: vllm_plugin._put_directions(worker, {}), vllm_plugin._take_counts):
-        with pytest.raises(RuntimeError, match="started before the plug-in was loaded"):
+        with pytest.raises(RuntimeError, match=r"started without the plug-in.*QSCOPE_VLLM=1"):
             call(SimpleNamespace(model_runner=SimpleNamespace()))
 
 

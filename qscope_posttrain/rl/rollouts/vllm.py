@@ -260,7 +260,6 @@ def _check_plugin(port: Port, model: Any) -> None:
                 f"and one with {own['layers']} of width {own['hidden_size']} is trained. Start vLLM with the model of "
                 "the training."
             )
-    port.call("qscope_take_counts")  # those of whoever asked before
 
 
 def _other_counts(worker: int, expected: Mapping[str, int], counted: Mapping[str, int]) -> str:

@@ -25,6 +25,13 @@ _NEUTRAL: Mapping[str, Any] = {
     "ignore_eos": False,
 }
 """Values that mean the same as none"""
+_RESHAPING: Mapping[str, Any] = {
+    "top_k": (None, 0, -1),
+    "top_p": (None, 1),
+    "min_p": (None, 0),
+    "repetition_penalty": (None, 1),
+}
+"""Options of vLLM and of TRL's config that change the distribution, and the values by which they do not"""
 _OF_THE_TRAINER = ("temperature", "max_tokens", "stop_token_ids")
 
 _FORBIDS = "may forbid a token that a negative has to repeat"
@@ -99,8 +106,16 @@ def check_vllm_settings(config: Any) -> None:
             f"vllm_importance_sampling_clip_min={low} and vllm_importance_sampling_clip_max={high} leave out 1, the "
             "ratio of negatives, and would change or erase them. Let them include 1."
         )
-    given: Any = config.generation_kwargs
-    check_vllm_options(given or {}, {"temperature": config.temperature, "max_tokens": config.completion_limit})
+    given: Any = config.generation_kwargs or {}
+    check_vllm_options(given, {"temperature": config.temperature, "max_tokens": config.completion_limit})
+    values = {name: given.get(name, getattr(config, name)) for name in _RESHAPING}
+    reshaping = [f"{name}={value}" for name, value in values.items() if value not in _RESHAPING[name]]
+    if config.vllm_importance_sampling_correction and reshaping:
+        raise UserValueError(
+            f"{', '.join(reshaping)} changes the distribution that vLLM draws from, and "
+            "vllm_importance_sampling_correction takes the change for an error: it weighs ordinary rows with nearly 0, "
+            "and negatives with 1. Set vllm_importance_sampling_correction=False, or draw from the whole distribution."
+        )
 
 
 def check_vllm_trainer(trainer: Any) -> None:

@@ -96,6 +96,11 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(owner, name, functools.wraps(original)(make(original)))
 
 
+def _is_on() -> bool:
+    """Whether an engine that starts now is to be steerable; others of a process in which the plug-in is stay as is."""
+    return os.environ.get(ENVIRONMENT) == "1"
+
+
 def _allows_v2() -> bool:
     return os.environ.get(V2_ENVIRONMENT) == "1"
 
@@ -138,8 +143,9 @@ def check_engine(config: Any) -> None:
 
 def _checked_init(original: Any) -> Any:
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        check_engine(vllm_config)
-        self.qscope_directions = ()
+        if _is_on():
+            check_engine(vllm_config)
+            self.qscope_directions = ()
         original(self, vllm_config, *args, **kwargs)
 
     return init
@@ -163,7 +169,7 @@ def _admitting(original: Any) -> Any:
 def _admit(request: Any, layers: int, directions: tuple[str, ...] | None) -> None:
     """Check a request's steering, and give its blocks a salt of their own: the cached state of a steered token is not
     that of the same token in another request, or at another distance from the prompt's end. `directions` is None in an
-    engine that was there before the plug-in."""
+    engine that was started without the plug-in."""
     from qscope_posttrain.rl.rollouts.vllm_steering import parse_request
 
     given = getattr(request.sampling_params, "extra_args", None) or {}
@@ -173,7 +179,7 @@ def _admit(request: Any, layers: int, directions: tuple[str, ...] | None) -> Non
     if KEY not in given:
         return
     if directions is None:
-        raise UserValueError("this engine was started before the plug-in was loaded; start it again.")
+        raise UserValueError(f"this engine was started without the plug-in; start it again with {ENVIRONMENT}=1.")
     parse_request(given[KEY], layers, _prompt_length(request), directions)
     if request.sampling_params.n != 1:
         raise UserValueError(f"a steered request has n=1 and a row name of its own; got n={request.sampling_params.n}.")
@@ -223,6 +229,8 @@ def _steerable(original: Any) -> Any:
         from qscope_posttrain.rl.rollouts.vllm_steering import make_steerable
 
         result = original(self, *args, **kwargs)
+        if not _is_on():
+            return result
         # Outside of the pool of the weights: a sleeping engine gives that back.
         runner, text = self.model_runner, self.model_config.hf_text_config
         runner.qscope = make_steerable(
@@ -237,7 +245,7 @@ def _filling(original: Any) -> Any:
     def prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
         steering, batch = getattr(self, "qscope", None), self.input_batch
-        if steering is None:  # An engine from before the plug-in: its front end admits no steered request
+        if steering is None:  # Started without the plug-in: its front end admits no steered request
             return result
         steering.remove(steering.running - self.requests.keys())
         _take_up(steering, scheduler_output.scheduled_new_reqs)
@@ -270,7 +278,8 @@ def _connect_v2() -> None:
 def _adding_v2(original: Any) -> Any:
     def add_requests(self: Any, scheduler_output: Any) -> None:
         original(self, scheduler_output)
-        _take_up(self.qscope, scheduler_output.scheduled_new_reqs)
+        if hasattr(self, "qscope"):
+            _take_up(self.qscope, scheduler_output.scheduled_new_reqs)
 
     return add_requests
 
@@ -278,7 +287,8 @@ def _adding_v2(original: Any) -> Any:
 def _finishing_v2(original: Any) -> Any:
     def finish_requests(self: Any, scheduler_output: Any) -> None:
         original(self, scheduler_output)
-        self.qscope.remove(scheduler_output.finished_req_ids)  # Preempted ones come back by add_requests
+        if hasattr(self, "qscope"):
+            self.qscope.remove(scheduler_output.finished_req_ids)  # Preempted ones come back by add_requests
 
     return finish_requests
 
@@ -286,8 +296,9 @@ def _finishing_v2(original: Any) -> Any:
 def _filling_v2(original: Any) -> Any:
     def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = original(self, *args, **kwargs)
-        places = {request: place for place, request in enumerate(batch.req_ids)} if self.qscope.running else {}
-        self.qscope.fill(places, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
+        if hasattr(self, "qscope"):
+            places = {request: place for place, request in enumerate(batch.req_ids)} if self.qscope.running else {}
+            self.qscope.fill(places, batch.num_computed_tokens_np, batch.num_scheduled_tokens)
         return batch
 
     return prepare_inputs
@@ -313,5 +324,5 @@ def _take_counts(self: Any, read: dict[str, int] | None = None) -> dict[str, int
 def _steering_of(worker: Any) -> SteeringBuffers:
     steering: SteeringBuffers | None = getattr(worker.model_runner, "qscope", None)
     if steering is None:
-        raise RuntimeError("This engine was started before the plug-in was loaded; start it again.")
+        raise RuntimeError(f"This engine was started without the plug-in; start it again with {ENVIRONMENT}=1.")
     return steering

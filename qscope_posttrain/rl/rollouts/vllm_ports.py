@@ -74,6 +74,7 @@ class Colocated:
                 outputs = inner([request.prompt for request in requests], params, **options)
                 return [_spoken(output.outputs[0]) for output in outputs]
 
+            _abort_unfinished(self._llm.llm_engine)
             said = rows(list(prompts), speak)
             return [_output(prompt, row) for prompt, row in zip(prompts, said, strict=True)]
 
@@ -207,9 +208,25 @@ def load_weights_on_cpu(generation: Any) -> None:
     def sync_weights() -> None:
         weights = [(name, weight.detach().clone()) for name, weight in generation._iter_named_params()]
         generation.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        generation.llm.apply_model(_pack_embeddings)
         generation.llm.reset_prefix_cache()
 
     generation.sync_weights = sync_weights
+
+
+def _pack_embeddings(model: Any) -> None:
+    """Pack embeddings and heads from their weights again: of a head that is tied, the reload packs nothing."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for layer in model.modules():
+        if isinstance(layer, VocabParallelEmbedding):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _abort_unfinished(engine: Any) -> None:
+    """Abort what an interrupted generation left in an engine: its rows would come out of the next one."""
+    if left := list(engine.output_processor.request_states):
+        engine.abort_request(left, internal=True)
 
 
 def _sampling(base: Any, request: Request) -> Any:

@@ -137,7 +137,10 @@ class SteeringBuffers:
         self._filled: dict[int, int] = {}  # Tokens of the last step by layer
 
     def put(self, directions: Mapping[str, list[float]]) -> None:
-        """Replace the directions by others; requests that run keep those that they began with."""
+        """Replace the directions by others, and count from here on; requests that run keep their directions.
+
+        What was planned and counted before may belong to a batch that was interrupted.
+        """
         width = self.table.shape[1]
         if not isinstance(directions, Mapping) or not all(isinstance(name, str) for name in directions):
             raise UserValueError("directions must be a dict from names to lists of numbers.")
@@ -154,6 +157,8 @@ class SteeringBuffers:
         self._rows = dict(zip(vectors, free, strict=False))
         for name, row in self._rows.items():
             self.table[row] = vectors[name].to(self.table.device)
+        self._planned = np.array(self._changed(), dtype=np.int64)
+        self._count_again()
 
     def add(self, request_id: str, raw: Any, prompt_length: int) -> None:
         """Take up a steered request; one that comes back after it was preempted goes on as it is."""
@@ -218,9 +223,7 @@ class SteeringBuffers:
         Raises:
             RuntimeError: the operator changed another number of tokens than the plans said.
         """
-        if self.steered.is_cuda:
-            torch.cuda.synchronize(self.steered.device)
-        if (done := self.steered.tolist()) != self._planned.tolist():
+        if (done := self._changed()) != self._planned.tolist():
             raise RuntimeError(
                 f"Steering did not happen as planned: tokens planned by layer {self._planned.tolist()}, tokens that "
                 f"the operator changed {done}. The model may have run without it, from a graph of before the plug-in."
@@ -231,13 +234,24 @@ class SteeringBuffers:
             for row, requests in self._counted.items()
             if any(request.seen for request in requests)
         }
+        self._count_again()
+        return result
+
+    def _changed(self) -> list[int]:
+        """Tokens that the operator has changed so far, by layer."""
+        if self.steered.is_cuda:
+            torch.cuda.synchronize(self.steered.device)
+        changed: list[int] = self.steered.tolist()
+        return changed
+
+    def _count_again(self) -> None:
+        """Forget the counts, and the requests that do not run any more."""
         running = {id(request) for request in self._requests.values()}
         kept = {row: [r for r in requests if id(r) in running] for row, requests in self._counted.items()}
         self._counted = {row: requests for row, requests in kept.items() if requests}
         for request in self._requests.values():
             request.spans.clear()
             request.seen = False
-        return result
 
 
 def _enter(request: _Request, entries: dict[int, np.ndarray], total: int, offset: int, first: int, count: int) -> None:

@@ -123,3 +123,18 @@ def test_metrics_of_negatives_are_logged(runs):
         assert run.log[0]["negative/rows"] == 2
         assert run.log[0]["negative/log_ratio"] < (0 if run is runs["steered", "token_mask"] else 1e-3)
         assert run.log[0]["sampling/sampling_logp_difference/max"] < 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_distribution_is_that_of_the_new_weights(tied, make_model, tiny_tokenizer, tmp_path):
+    """A head that is tied to the embeddings is packed apart from them on a CPU."""
+    folder = save_model(tmp_path, make_model, tiny_tokenizer, tie_word_embeddings=tied)
+    with small_engines():
+        run = train(
+            folder, use_vllm=True, max_steps=3, learning_rate=1e-2, vllm_importance_sampling_correction=True, **SEEDED
+        )
+    differences = [entry["sampling/sampling_logp_difference/max"] for entry in run.log[:3]]
+    assert max(differences) < 1e-4
+    moved = dict(run.trainer.model.named_parameters())["model.embed_tokens.weight"]
+    start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_input_embeddings().weight
+    assert (moved - start).abs().max() > 5e-3

@@ -52,7 +52,9 @@ def test_dynamic_sampling_draws_groups_again(model):
     logs = []
     for engine in ({}, {"use_vllm": True, "vllm_importance_sampling_correction": True}):
         with small_engines():
-            trainer = build(model, reward=reward, dynamic_sampling=True, max_steps=1, **engine, **GREEDY, **SEEDED)
+            trainer = build(
+                model, reward=reward, dynamic_sampling=True, max_steps=1, temperature=1e-4, **engine, **SEEDED
+            )
             trainer.train()
         logs.append(trainer.state.log_history[0])
     ours, vllms = logs

@@ -91,6 +91,35 @@ def test_a_generation_past_vllm(model):
         trainer.train()
 
 
+@pytest.mark.parametrize("options", [SEEDED, STEERED])
+@pytest.mark.parametrize("where", ["step", "model"])
+def test_an_interrupted_generation_leaves_nothing_to_the_next_one(model, monkeypatch, options, where):
+    """Ctrl-C in a notebook, between two steps of the engine or inside one, and `train` again."""
+    trainer = vllm_trainer(model, top_k=1, **options)
+    said = []
+    trainer.reward_funcs[0] = lambda completion_ids, **_: said.append(completion_ids) or [0.0] * len(completion_ids)
+    trainer.train()
+    engine = trainer.vllm_generation.llm.llm_engine
+    runner = engine.model_executor.driver_worker.model_runner
+    owner, name = (engine, "step") if where == "step" else (runner, "_model_forward")
+    inner, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return inner(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert engine.get_num_unfinished_requests()
+    trainer.train()
+    assert len(said) == 2
+    assert [len(ids) for ids in said[1]] == [len(ids) for ids in said[0]]
+
+
 def test_ends_that_only_vllm_knows(model):
     trainer = vllm_trainer(model, top_k=1, **SEEDED)
     trainer._engine._ends = {3}
