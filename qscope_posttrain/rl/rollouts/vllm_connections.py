@@ -157,7 +157,8 @@ class Server:
         answer = requests.post(url, json={"method": method, "args": list(args)})
         if answer.status_code == 200:
             return list(answer.json()["results"])
-        if "has no attribute" in answer.text or answer.status_code == 404:
+        missing = ("has no attribute", "is not implemented")  # in the words of its executors
+        if answer.status_code == 404 or any(words in answer.text for words in missing):
             raise RuntimeError(
                 f"The vLLM server at {self._client.base_url} has no {method}: the plug-in for steering is not loaded "
                 f"in it. Install qscope_posttrain there and start it by `{_SERVE}`, or choose negative='seeded', which "
