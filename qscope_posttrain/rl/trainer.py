@@ -25,7 +25,7 @@ from qscope_posttrain.rl.rollouts.hf import TransformersEngine
 from qscope_posttrain.rl.rollouts.negatives import Engine, NegativeSource, Rollout, negative_source
 from qscope_posttrain.rl.rollouts.options import check_trainer_arguments
 from qscope_posttrain.rl.rollouts.vllm import VLLMEngine
-from qscope_posttrain.rl.rollouts.vllm_ports import load_weights_on_cpu, plugin_enabled
+from qscope_posttrain.rl.rollouts.vllm_connections import load_weights_on_cpu, plugin_enabled
 from qscope_posttrain.rl.rows import (
     RowFacts,
     RowPlan,

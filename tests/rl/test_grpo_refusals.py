@@ -299,6 +299,15 @@ def test_a_layer_that_is_not_there(model, tiny_tokenizer):
         build(model, tiny_tokenizer, make_args(steering_layer=9, **random))
 
 
+def test_a_strength_that_steers_nothing(model, tiny_tokenizer):
+    """Set, or recorded with the features: negatives would be ordinary rows without a word."""
+    with pytest.raises(UserValueError, match="steering_strength=0 steers nothing"):
+        build(model, tiny_tokenizer, make_args(steering_strength=0.0), features=loop_features(model))
+    with pytest.raises(UserValueError, match="steering_strength=0 steers nothing"):
+        build(model, tiny_tokenizer, features=loop_features(model, strength=0.0))
+    build(model, tiny_tokenizer, make_args(steering_strength=-1.0), features=loop_features(model))
+
+
 @pytest.mark.parametrize("missing", ["steering_layer", "steering_strength", "steering_unit"])
 def test_a_random_direction_without_features_needs_all_of_it(model, tiny_tokenizer, missing):
     options = {"steering_layer": 1, "steering_strength": 1.0, "steering_unit": "norm"}

@@ -35,19 +35,28 @@ def test_harmless_options_are_allowed(name):
     make_args(use_vllm=True, generation_kwargs={name: HARMLESS[name]}, vllm_importance_sampling_correction=False)
 
 
-@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "repetition_penalty"])
+NEUTRAL = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+
+
+OF_TRL = sorted(NEUTRAL.keys() - {"min_tokens"})
+
+
 @pytest.mark.parametrize(
-    "given", [lambda name, value: {name: value}, lambda name, value: {"generation_kwargs": {name: value}}]
+    ("name", "place"), [*((name, "config") for name in OF_TRL), *((name, "generation_kwargs") for name in NEUTRAL)]
 )
-def test_another_distribution_than_the_policy_s_does_not_go_with_the_importance_correction(name, given):
+def test_the_importance_correction_goes_with_the_distribution_of_the_policy_only(name, place):
     """It would weigh ordinary rows with what was cut off, and leave the negatives alone in the gradient."""
-    options = given(name, HARMLESS[name])
+
+    def given(value):
+        return {name: value} if place == "config" else {"generation_kwargs": {name: value}}
+
+    shaped = given(HARMLESS[name])
     with pytest.raises(UserValueError, match=f"{name}={HARMLESS[name]} .*vllm_importance_sampling_correction=False"):
-        make_args(use_vllm=True, **options)
-    make_args(use_vllm=True, vllm_importance_sampling_correction=False, **options)
-    make_args(use_vllm=True, negatives_per_group=0, **options)
-    neutral = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}[name]
-    make_args(use_vllm=True, **given(name, neutral))
+        make_args(use_vllm=True, **shaped)
+    make_args(use_vllm=True, vllm_importance_sampling_correction=False, **shaped)
+    make_args(use_vllm=True, negatives_per_group=0, **shaped)
+    make_args(**(shaped if place == "config" else {}))
+    make_args(use_vllm=True, **given(NEUTRAL[name]))
 
 
 @pytest.mark.parametrize("name", sorted(ERASING))

@@ -69,6 +69,11 @@ def negative_source(
             None, (first, last), is_boundary=boundaries, copies=config.copies, copy_length=config.copy_length
         )
     steering = _steering(config, features, model)
+    if not steering.strength:
+        raise UserValueError(
+            "steering_strength=0 steers nothing, and negatives would be ordinary rows. Give another strength, or set "
+            "negatives_per_group=0 for plain DAPO."
+        )
     check_layers(model, steering.layers)
     check_counted(model)
     recorded = dict(features.settings.get(SETTINGS_KEY, {})) if features is not None else {}

@@ -15,22 +15,22 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.layers import decoder_layers, text_config
 from qscope_posttrain.rl.rollouts.copying import copied_piece
 from qscope_posttrain.rl.rollouts.negatives import NegativeSource, planned_steering
+from qscope_posttrain.rl.rollouts.vllm_connections import Colocated, Completion, Connection, Generate, Request, Server
 from qscope_posttrain.rl.rollouts.vllm_options import check_vllm_trainer
-from qscope_posttrain.rl.rollouts.vllm_ports import Colocated, Port, Request, Server, Speak, Spoken
 from qscope_posttrain.rl.rollouts.vllm_steering import DIRECTIONS
 from qscope_posttrain.rl.rows import RowPlan
 
 
-class SpokenNegatives:
+class NegativeCompletions:
     """The negatives of this process, in their order; see `Rollout`. Empty until they have been generated."""
 
     def __init__(self) -> None:
-        self.rows: list[Spoken] = []
+        self.rows: list[Completion] = []
 
     def check_tokens(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
         """RuntimeError unless these rows, both [rows, length], came out of TRL's generation as negatives."""
-        said = [ids[mask.bool()].tolist() for ids, mask in zip(completion_ids, completion_mask, strict=True)]
-        if said != [row.tokens for row in self.rows]:
+        found = [ids[mask.bool()].tolist() for ids, mask in zip(completion_ids, completion_mask, strict=True)]
+        if found != [row.tokens for row in self.rows]:
             raise RuntimeError(
                 "Negatives came out as other rows than those that were made negatives: TRL has put the rows of the "
                 "batch in another order, or wrote into them."
@@ -70,52 +70,59 @@ class VLLMEngine:
         self._sharing = 1 if self._in_server else generation.tensor_parallel_size
         # vLLM reads the ends in the model's files; `generate` takes the trainer's.
         generation.generation_kwargs = {**generation.generation_kwargs, "stop_token_ids": sorted(self._ends)}
-        self._port: Port | None = None
+        self._connection: Connection | None = None
         if not self._in_server:
-            self._port = Colocated(generation)
+            self._connection = Colocated(generation)
         elif trainer.accelerator.is_main_process:
-            self._port = Server(generation, trainer.accelerator.unwrap_model(trainer.model).name_or_path)
+            self._connection = Server(generation, trainer.accelerator.unwrap_model(trainer.model).name_or_path)
         if source.random:
             _check_count(trainer, self._processes if self._in_server else self._sharing)
-        if source.steering is not None and self._port is not None:
-            _check_plugin(self._port, trainer.accelerator.unwrap_model(trainer.model))
+        if source.steering is not None and self._connection is not None:
+            _check_plugin(self._connection, trainer.accelerator.unwrap_model(trainer.model))
 
     @contextmanager
-    def rollout(self, plan: RowPlan) -> Iterator[SpokenNegatives]:
+    def rollout(self, plan: RowPlan) -> Iterator[NegativeCompletions]:
         """See `Engine`."""
-        said, mine = SpokenNegatives(), plan.negative.nonzero().squeeze(1).tolist()
-        made: dict[int, Spoken] = {}  # By the number of the row in the batch of all processes
-        port = self._port
-        if port is None:
-            yield said
+        negatives, mine = NegativeCompletions(), plan.negative.nonzero().squeeze(1).tolist()
+        made: dict[int, Completion] = {}  # By the number of the row in the batch of all processes
+        connection = self._connection
+        if connection is None:
+            yield negatives
         else:
-            with port.intercepted(lambda prompts, speak: self._rows(port, plan, prompts, speak, made)):
-                yield said
+            with connection.intercepted(
+                lambda prompts, generate: self._rows(connection, plan, prompts, generate, made)
+            ):
+                yield negatives
         if self._in_server and self._processes > 1:
             shared = [made]
             broadcast_object_list(shared, from_process=0)
             made = shared[0]
         if mine and not made:
             raise RuntimeError("TRL generated a batch with negatives without asking vLLM for it.")
-        said.rows = [made[plan.first + row] for row in mine]
+        negatives.rows = [made[plan.first + row] for row in mine]
 
     def _rows(
-        self, port: Port, plan: RowPlan, prompts: list[Mapping[str, Any]], speak: Speak, made: dict[int, Spoken]
-    ) -> list[Spoken]:
-        """What the rows of one call of vLLM said, for TRL; its negatives go into `made` as well."""
+        self,
+        connection: Connection,
+        plan: RowPlan,
+        prompts: list[Mapping[str, Any]],
+        generate: Generate,
+        made: dict[int, Completion],
+    ) -> list[Completion]:
+        """Generate the rows of one call of vLLM, for TRL; its negatives go into `made` as well."""
         part = self._part_of_call(plan, len(prompts))
-        self._check_room(prompts, port.room)
+        self._check_room(prompts, connection.room)
         if self._source.steering is None:
-            spoken = self._seeded(part, prompts, speak)
+            completions = self._seeded(part, prompts, generate)
         else:
-            spoken = self._steered(part, prompts, speak, port)
-        self._check_ends(spoken)
+            completions = self._steered(part, prompts, generate, connection)
+        self._check_ends(completions)
         for row in part.negative.nonzero().squeeze(1).tolist():
-            made[part.first + row] = spoken[row]
+            made[part.first + row] = completions[row]
             # Without log-probabilities TRL's importance ratio of the row is 1: it weighs for the distance between two
             # implementations of one policy, and a negative is meant to come from another.
-            spoken[row] = Spoken(spoken[row].tokens, [None] * len(spoken[row].tokens))
-        return spoken
+            completions[row] = Completion(completions[row].tokens, [None] * len(completions[row].tokens))
+        return completions
 
     def _part_of_call(self, plan: RowPlan, rows: int) -> RowPlan:
         """The plan of the rows of one call of vLLM: those of all processes in a server, those of the processes that
@@ -136,8 +143,8 @@ class VLLMEngine:
                 "least that, or shorten the prompts."
             )
 
-    def _check_ends(self, spoken: list[Spoken]) -> None:
-        for row in spoken:
+    def _check_ends(self, completions: list[Completion]) -> None:
+        for row in completions:
             if len(row.tokens) < self._limit and row.tokens[-1] not in self._ends:
                 raise UserValueError(
                     f"vLLM ended a row after {len(row.tokens)} tokens, neither at max_completion_length={self._limit} "
@@ -148,26 +155,26 @@ class VLLMEngine:
 
     # ---- Seeded negatives
 
-    def _seeded(self, plan: RowPlan, prompts: list[Mapping[str, Any]], speak: Speak) -> list[Spoken]:
+    def _seeded(self, plan: RowPlan, prompts: list[Mapping[str, Any]], generate: Generate) -> list[Completion]:
         starts, negatives = plan.start.tolist(), plan.negative.nonzero().squeeze(1).tolist()
         lengths = [min(self._limit, starts[row] + self._source.copy_length) for row in negatives]
         first = [self._request(prompts[row], length) for row, length in zip(negatives, lengths, strict=True)]
-        said: dict[int, Spoken] = {}
+        completions: dict[int, Completion] = {}
         done: set[int] = set()
-        for row, own in zip(negatives, speak(first), strict=True):
+        for row, own in zip(negatives, generate(first), strict=True):
             copied = self._copied(own, starts[row])
-            said[row] = copied or own
+            completions[row] = copied or own
             if copied is None or len(copied.tokens) == self._limit:
                 done.add(row)
         going_on = [row for row in range(len(prompts)) if row not in done]
-        nothing = Spoken([], [])
-        requests = [self._request(prompts[row], self._limit, said.get(row, nothing)) for row in going_on]
-        for row, rest in zip(going_on, speak(requests), strict=True):
-            before = said.get(row, nothing)
-            said[row] = Spoken([*before.tokens, *rest.tokens], [*before.logps, *rest.logps])
-        return [said[row] for row in range(len(prompts))]
+        nothing = Completion([], [])
+        requests = [self._request(prompts[row], self._limit, completions.get(row, nothing)) for row in going_on]
+        for row, rest in zip(going_on, generate(requests), strict=True):
+            before = completions.get(row, nothing)
+            completions[row] = Completion([*before.tokens, *rest.tokens], [*before.logps, *rest.logps])
+        return [completions[row] for row in range(len(prompts))]
 
-    def _copied(self, own: Spoken, start: int) -> Spoken | None:
+    def _copied(self, own: Completion, start: int) -> Completion | None:
         """A row's own text and the copies, None where it ended before a piece did. They were not drawn: with nothing
         else possible, their log-probability is 0."""
         source = self._source
@@ -180,37 +187,41 @@ class VLLMEngine:
         begin, end = piece
         copies = text[begin:end] * source.copies
         logps = [*own.logps[:end], *[0.0] * len(copies)]
-        return Spoken([*text[:end], *copies][: self._limit], logps[: self._limit])
+        return Completion([*text[:end], *copies][: self._limit], logps[: self._limit])
 
     def _request(
-        self, prompt: Mapping[str, Any], length: int, said: Spoken | None = None, steering: Any = None
+        self, prompt: Mapping[str, Any], length: int, before: Completion | None = None, steering: Any = None
     ) -> Request:
-        """Ask for a row of `length` tokens altogether, of which some are `said`."""
-        before = [] if said is None else said.tokens
-        ids = [*prompt["prompt_token_ids"], *before]
-        rest = length - len(before)
-        fewest = min(max(0, self._min_tokens - len(before)), rest)
+        """Ask for a row of `length` tokens altogether, which begins with `before`."""
+        tokens = [] if before is None else before.tokens
+        ids = [*prompt["prompt_token_ids"], *tokens]
+        rest = length - len(tokens)
+        fewest = min(max(0, self._min_tokens - len(tokens)), rest)
         return Request({**prompt, "prompt_token_ids": ids}, rest, fewest, steering)
 
     # ---- Steered negatives
 
-    def _steered(self, plan: RowPlan, prompts: list[Mapping[str, Any]], speak: Speak, port: Port) -> list[Spoken]:
+    def _steered(
+        self, plan: RowPlan, prompts: list[Mapping[str, Any]], generate: Generate, connection: Connection
+    ) -> list[Completion]:
         asked, directions = self._steerings(plan)
-        port.call("qscope_put_directions", directions)
-        said = speak([self._request(prompt, self._limit, None, asked.get(row)) for row, prompt in enumerate(prompts)])
+        connection.call("qscope_put_directions", directions)
+        completions = generate(
+            [self._request(prompt, self._limit, None, asked.get(row)) for row, prompt in enumerate(prompts)]
+        )
         # The last token of a row is never read, but by an engine that looks ahead.
-        read = {steering["row"]: len(said[row].tokens) - 1 for row, steering in asked.items()}
+        read = {steering["row"]: len(completions[row].tokens) - 1 for row, steering in asked.items()}
         expected = {
             steering["row"]: sum(_steered_tokens(edit, read[steering["row"]]) for edit in steering["edits"])
             for steering in asked.values()
         }
-        for worker, counted in enumerate(port.call("qscope_take_counts", read)):
+        for worker, counted in enumerate(connection.call("qscope_take_counts", read)):
             if counted != expected:
                 raise RuntimeError(_other_counts(worker, expected, counted))
-        return said
+        return completions
 
     def _steerings(self, plan: RowPlan) -> tuple[dict[int, dict[str, Any]], dict[str, list[float]]]:
-        """What vLLM is told about each steered row, by its number, and the directions by the names used there."""
+        """Steering of each negative as vLLM is told of it, by row, and the directions by the names used there."""
         source, steering = self._source, planned_steering(self._source, plan)
         if steering is None or steering.mode != "add":
             raise RuntimeError(f"vLLM steers by mode 'add' only; got {steering}.")
@@ -249,10 +260,10 @@ def _check_count(trainer: Any, processes: int) -> None:
         )
 
 
-def _check_plugin(port: Port, model: Any) -> None:
+def _check_plugin(connection: Connection, model: Any) -> None:
     """RuntimeError without the plug-in in each worker of the engine, ValueError for another model in it."""
     own = {"layers": len(decoder_layers(model)), "hidden_size": text_config(model).hidden_size}
-    for found in port.call("qscope_put_directions", {}):
+    for found in connection.call("qscope_put_directions", {}):
         held = {name: found[name] for name in own}
         if held != own:
             raise UserValueError(

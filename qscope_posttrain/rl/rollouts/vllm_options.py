@@ -25,13 +25,11 @@ _NEUTRAL: Mapping[str, Any] = {
     "ignore_eos": False,
 }
 """Values that mean the same as none"""
-_RESHAPING: Mapping[str, Any] = {
-    "top_k": (None, 0, -1),
-    "top_p": (None, 1),
-    "min_p": (None, 0),
-    "repetition_penalty": (None, 1),
-}
-"""Options of vLLM and of TRL's config that change the distribution, and the values by which they do not"""
+_RESHAPING: Mapping[str, tuple[Any, ...]] = {
+    "top_k": (None, 0, -1), "top_p": (None, 1), "min_p": (None, 0), "repetition_penalty": (None, 1),
+    "min_tokens": (None, 0),
+}  # fmt: skip
+"""Options that change the distribution, of vLLM and some of TRL's config too, and the values by which they do not"""
 _OF_THE_TRAINER = ("temperature", "max_tokens", "stop_token_ids")
 
 _FORBIDS = "may forbid a token that a negative has to repeat"
@@ -108,7 +106,7 @@ def check_vllm_settings(config: Any) -> None:
         )
     given: Any = config.generation_kwargs or {}
     check_vllm_options(given, {"temperature": config.temperature, "max_tokens": config.completion_limit})
-    values = {name: given.get(name, getattr(config, name)) for name in _RESHAPING}
+    values = {name: given.get(name, getattr(config, name, None)) for name in _RESHAPING}
     reshaping = [f"{name}={value}" for name, value in values.items() if value not in _RESHAPING[name]]
     if config.vllm_importance_sampling_correction and reshaping:
         raise UserValueError(

@@ -66,7 +66,7 @@ def small_engines(**options: Any) -> Iterator[None]:
 
     One engine serves several trainers of a model: each gives it its own weights before it generates.
     """
-    options = {"dtype": "float32", "enforce_eager": True, **options}
+    options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**26, **options}
 
     def start(**given: Any) -> LLM:
         given |= options

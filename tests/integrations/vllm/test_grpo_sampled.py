@@ -125,10 +125,15 @@ def test_metrics_of_negatives_are_logged(runs):
         assert run.log[0]["sampling/sampling_logp_difference/max"] < 1e-3
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_distribution_is_that_of_the_new_weights(tied, make_model, tiny_tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def tied_model(make_model, tiny_tokenizer, tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("tied"), make_model, tiny_tokenizer, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("which", ["model", "tied_model"])
+def test_the_distribution_is_that_of_the_new_weights(which, request):
     """A head that is tied to the embeddings is packed apart from them on a CPU."""
-    folder = save_model(tmp_path, make_model, tiny_tokenizer, tie_word_embeddings=tied)
+    folder = request.getfixturevalue(which)
     with small_engines():
         run = train(
             folder, use_vllm=True, max_steps=3, learning_rate=1e-2, vllm_importance_sampling_correction=True, **SEEDED

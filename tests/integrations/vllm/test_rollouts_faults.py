@@ -56,7 +56,7 @@ def test_tokens_that_were_steered_too_often(model, monkeypatch):
 
 def test_an_engine_without_the_plug_in(model, monkeypatch):
     monkeypatch.delattr(Worker, "qscope_put_directions", raising=False)
-    monkeypatch.setattr("qscope_posttrain.rl.rollouts.vllm_ports.register", lambda: None)
+    monkeypatch.setattr("qscope_posttrain.rl.rollouts.vllm_connections.register", lambda: None)
     with pytest.raises(RuntimeError, match=f"plug-in for steering was not loaded.*{ENVIRONMENT}=1"):
         vllm_trainer(model, **STEERED)
     vllm_trainer(model, **SEEDED).train()  # needs none

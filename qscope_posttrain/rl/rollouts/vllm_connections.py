@@ -1,4 +1,4 @@
-"""Where TRL reaches vLLM: an engine in this process, or a server. Both answer the same requests, row by row."""
+"""Connections of TRL to vLLM: an engine in this process, or a server. Both answer the same requests, row by row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SERVE = f"{ENVIRONMENT}=1 VLLM_SERVER_DEV_MODE=1 vllm serve ..."
 
 @dataclass(frozen=True)
 class Request:
-    """What vLLM is asked to generate for one row; all else is as TRL asks."""
+    """Request for the completion of one row; all else is as TRL asks."""
 
     prompt: Mapping[str, Any]  # As vLLM takes it: prompt_token_ids, with images where there are any
     max_tokens: int
@@ -32,19 +32,19 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """What vLLM generated for one row."""
+class Completion:
+    """Tokens that vLLM generated for one row."""
 
     tokens: list[int]
     logps: list[float | None]  # Of each token, under the distribution that it was drawn from; None: not known
 
 
-Speak = Callable[[Sequence[Request]], list[Spoken]]
-Rows = Callable[[list[Mapping[str, Any]], Speak], list[Spoken]]
-"""From the prompts of a batch, row by row, and a way to have them continued, to what its rows said"""
+Generate = Callable[[Sequence[Request]], list[Completion]]
+Rows = Callable[[list[Mapping[str, Any]], Generate], list[Completion]]
+"""From the prompts of a batch, row by row, and a way to have them continued, to its completions"""
 
 
-class Port(Protocol):
+class Connection(Protocol):
     """The way to vLLM that TRL has chosen."""
 
     room: int  # Tokens of a prompt and its completion (max_model_len)
@@ -65,24 +65,24 @@ class Colocated:
 
     @contextmanager
     def intercepted(self, rows: Rows) -> Iterator[None]:
-        """See `Port`."""
+        """See `Connection`."""
         inner = self._llm.generate
 
-        def generate(prompts: Any, sampling_params: Any, **options: Any) -> list[Any]:
-            def speak(requests: Sequence[Request]) -> list[Spoken]:
+        def intercepting(prompts: Any, sampling_params: Any, **options: Any) -> list[Any]:
+            def generate(requests: Sequence[Request]) -> list[Completion]:
                 params = [_sampling(sampling_params, request) for request in requests]
                 outputs = inner([request.prompt for request in requests], params, **options)
-                return [_spoken(output.outputs[0]) for output in outputs]
+                return [_completion(output.outputs[0]) for output in outputs]
 
             _abort_unfinished(self._llm.llm_engine)
-            said = rows(list(prompts), speak)
-            return [_output(prompt, row) for prompt, row in zip(prompts, said, strict=True)]
+            completions = rows(list(prompts), generate)
+            return [_output(prompt, row) for prompt, row in zip(prompts, completions, strict=True)]
 
-        with _replaced(self._llm, "generate", generate):
+        with _replaced(self._llm, "generate", intercepting):
             yield
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """See `Port`."""
+        """See `Connection`."""
         try:
             return list(self._llm.collective_rpc(method, args=args))
         except (AttributeError, NotImplementedError) as error:
@@ -111,45 +111,45 @@ class Server:
 
     @contextmanager
     def intercepted(self, rows: Rows) -> Iterator[None]:
-        """See `Port`."""
+        """See `Connection`."""
         inner = self._client.generate
 
-        def generate(prompts: Any, features: Any = None, n: int = 1, **sampling: Any) -> dict[str, Any]:
+        def intercepting(prompts: Any, features: Any = None, n: int = 1, **sampling: Any) -> dict[str, Any]:
             if features is not None:
                 raise UserValueError(
                     "vllm_mode='server' makes negatives of text only, and the prompts have images. Use "
                     "vllm_mode='colocate', or set negatives_per_group=0 for plain DAPO."
                 )
 
-            def ask(requests: Sequence[Request]) -> list[Spoken]:
+            def ask(requests: Sequence[Request]) -> list[Completion]:
                 ids = [request.prompt["prompt_token_ids"] for request in requests]
                 given = {**(sampling.get("generation_kwargs") or {}), **_body(requests[0])}
                 answer = inner(prompts=ids, n=1, **{**sampling, "generation_kwargs": given})
                 return self._answered(answer)
 
-            def speak(requests: Sequence[Request]) -> list[Spoken]:
+            def generate(requests: Sequence[Request]) -> list[Completion]:
                 alike: dict[str, list[int]] = {}  # Rows that one call of the server can ask for
                 for number, request in enumerate(requests):
                     alike.setdefault(json.dumps(_body(request), sort_keys=True), []).append(number)
-                said: dict[int, Spoken] = {}
+                found: dict[int, Completion] = {}
                 with ThreadPoolExecutor(max_workers=max(1, len(alike))) as pool:
                     answers = pool.map(ask, [[requests[number] for number in numbers] for numbers in alike.values()])
                     for numbers, answer in zip(alike.values(), answers, strict=True):
-                        said.update(zip(numbers, answer, strict=True))
-                return [said[number] for number in range(len(requests))]
+                        found.update(zip(numbers, answer, strict=True))
+                return [found[number] for number in range(len(requests))]
 
-            said = rows([{"prompt_token_ids": ids} for ids in prompts for _ in range(n)], speak)
+            completions = rows([{"prompt_token_ids": ids} for ids in prompts for _ in range(n)], generate)
             return {
                 "prompt_ids": list(prompts),
-                "completion_ids": [row.tokens for row in said],
-                "logprobs": [[[logp] for logp in row.logps] for row in said],
+                "completion_ids": [row.tokens for row in completions],
+                "logprobs": [[[logp] for logp in row.logps] for row in completions],
             }
 
-        with _replaced(self._client, "generate", generate):
+        with _replaced(self._client, "generate", intercepting):
             yield
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """See `Port`."""
+        """See `Connection`."""
         import requests
 
         # Not in the client's session, which asks again for a while after an error.
@@ -157,7 +157,8 @@ class Server:
         answer = requests.post(url, json={"method": method, "args": list(args)})
         if answer.status_code == 200:
             return list(answer.json()["results"])
-        if "has no attribute" in answer.text or answer.status_code == 404:
+        missing = ("has no attribute", "is not implemented")  # in the words of its executors
+        if answer.status_code == 404 or any(words in answer.text for words in missing):
             raise RuntimeError(
                 f"The vLLM server at {self._client.base_url} has no {method}: the plug-in for steering is not loaded "
                 f"in it. Install qscope_posttrain there and start it by `{_SERVE}`, or choose negative='seeded', which "
@@ -165,11 +166,11 @@ class Server:
             )
         raise RuntimeError(f"{method} failed in the vLLM server at {self._client.base_url}: {answer.text[:1000]}")
 
-    def _answered(self, answer: Mapping[str, Any]) -> list[Spoken]:
+    def _answered(self, answer: Mapping[str, Any]) -> list[Completion]:
         scores = answer["logprobs"]
         known = scores is not None and self._logps_are_of_drawing
         return [
-            Spoken(list(tokens), [token[0] for token in scores[row]] if known else [None] * len(tokens))
+            Completion(list(tokens), [token[0] for token in scores[row]] if known else [None] * len(tokens))
             for row, tokens in enumerate(answer["completion_ids"])
         ]
 
@@ -243,13 +244,13 @@ def _body(request: Request) -> dict[str, Any]:
     return body
 
 
-def _spoken(output: Any) -> Spoken:
+def _completion(output: Any) -> Completion:
     tokens = list(output.token_ids)
-    return Spoken(tokens, [scores[token].logprob for token, scores in zip(tokens, output.logprobs, strict=True)])
+    return Completion(tokens, [scores[token].logprob for token, scores in zip(tokens, output.logprobs, strict=True)])
 
 
-def _output(prompt: Mapping[str, Any], row: Spoken) -> SimpleNamespace:
-    """What TRL reads of vLLM's output of a row. It takes a missing log-probability for NaN, as vLLM does."""
+def _output(prompt: Mapping[str, Any], row: Completion) -> SimpleNamespace:
+    """Output of a row as TRL reads it from vLLM. It takes a missing log-probability for NaN, as vLLM does."""
     scores = [
         {token: SimpleNamespace(logprob=math.nan if logp is None else logp, rank=1)}
         for token, logp in zip(row.tokens, row.logps, strict=True)
