@@ -13,8 +13,7 @@ from sft.cases import with_lora
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.models.positions import Window
 from qscope_posttrain.models.steering import steer
-from qscope_posttrain.rl.rollouts.generation_tap import generation_tap
-from qscope_posttrain.rl.rollouts.hf import negative_rollout
+from qscope_posttrain.rl.rollouts.hf import generation_tap, negative_rollout
 from qscope_posttrain.rl.rollouts.negatives import negative_source
 from qscope_posttrain.rl.rows import RowPlan
 

@@ -159,13 +159,13 @@ def test_another_model_in_the_server(server, make_model, tiny_tokenizer, tmp_pat
     other = save_model(tmp_path / "other", make_model, tiny_tokenizer)
     with (
         no_weight_transfer(),
-        pytest.raises(UserValueError, match=r"holds the model '.*model0', and '.*other' is trained"),
+        pytest.raises(UserValueError, match=r"holds the model '.*model[0-9]+', and '.*other' is trained"),
     ):
         build(other, **through(server), **options)
 
 
-def test_a_model_of_that_name_but_another_size(server, make_model, tiny_tokenizer, tmp_path):
-    other = save_model(tmp_path / "model0", make_model, tiny_tokenizer, num_hidden_layers=2)
+def test_a_model_of_that_name_but_another_size(server, model, make_model, tiny_tokenizer, tmp_path):
+    other = save_model(tmp_path / Path(model).name, make_model, tiny_tokenizer, num_hidden_layers=2)
     with no_weight_transfer(), pytest.raises(UserValueError, match="3 layers of width 64, and one with 2"):
         build(other, **through(server), **STEERED)
 
