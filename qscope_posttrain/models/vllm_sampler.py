@@ -108,16 +108,24 @@ class VLLMSampler:
             stored = getattr(self.config, "dtype", None)
             dtype = "float32" if current_platform.is_cpu() else str(stored or "auto").removeprefix("torch.")
         status(f"loading {self.name} in {dtype} with vLLM")
-        with library_refusals(f"vLLM cannot load '{self.name}'"):
-            engine = LLM(
-                model=self.name,
-                revision=self.revision,
-                dtype=dtype,  # type: ignore[arg-type]
-                max_model_len=longest,
-                tensor_parallel_size=self.tensor_parallel_size,
-                gpu_memory_utilization=self.gpu_memory_utilization,
-                generation_config="vllm",  # only the settings shape the distribution, not the model's own defaults
+        try:
+            with library_refusals(f"vLLM cannot load '{self.name}'"):
+                engine = LLM(
+                    model=self.name,
+                    revision=self.revision,
+                    dtype=dtype,  # type: ignore[arg-type]
+                    max_model_len=longest,
+                    tensor_parallel_size=self.tensor_parallel_size,
+                    gpu_memory_utilization=self.gpu_memory_utilization,
+                    generation_config="vllm",  # only the settings shape the distribution, not the model's own defaults
+                )
+        except RuntimeError as error:
+            # What went wrong in a process of vLLM's own stands far above, and most often it is this.
+            error.add_note(
+                f"If vLLM found too little memory: it wanted {self.gpu_memory_utilization:g} of the device's, or of a "
+                "CPU machine's. Lower --vllm-gpu-memory-utilization (VLLMSampler(gpu_memory_utilization=...))."
             )
+            raise
         try:
             yield engine
         finally:

@@ -69,6 +69,18 @@ def test_greedy_responses_and_summaries_are_those_of_transformers(folder, tmp_pa
     assert {name for name in other if found.get(name) != other[name]} == different
 
 
+def test_an_engine_that_cannot_start_says_which_option_to_lower(folder, tiny_tokenizer, monkeypatch):
+    def broken(**options):
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+    monkeypatch.setattr(vllm, "LLM", broken)
+    sampler = VLLMSampler(str(folder / "model"), gpu_memory_utilization=0.7)
+    with pytest.raises(RuntimeError, match="root cause above") as caught:
+        sampler.sample([[1, 2]], SamplingSettings(), tiny_tokenizer)
+    assert "it wanted 0.7" in caught.value.__notes__[0]
+    assert "--vllm-gpu-memory-utilization" in caught.value.__notes__[0]
+
+
 def test_the_documented_example_runs(folder, tiny_tokenizer, in_this_process):
     blocks = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8").split("```python\n")[1:]
     (example,) = (code for code, _, _ in (block.partition("```") for block in blocks) if "VLLMSampler" in code)
