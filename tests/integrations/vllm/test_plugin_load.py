@@ -52,13 +52,15 @@ def test_an_engine_with_speculative_decoding_does_not_start(make_model, tiny_tok
 
 
 def test_an_engine_that_did_not_ask_for_it_is_as_without_the_plug_in(make_model, tiny_tokenizer, tmp_path, monkeypatch):
-    """Another one of the process did: a judge with speculative decoding may run beside a steered training."""
-    vllm_plugin.register()
-    monkeypatch.delenv(vllm_plugin.ENVIRONMENT)
+    """Another one of the process did: a judge that cannot be steered may run beside a steered training."""
+    # Not speculative decoding: it imports numba, after which vLLM 0.31 starts no further engine in the process.
     _, folder = cases.saved_model(make_model, tmp_path, tiny_tokenizer)
-    guessing = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    vllm_plugin.register()
+    with pytest.raises(UserValueError, match="kv_sharing_fast_prefill"):
+        cases.engine(folder, kv_sharing_fast_prefill=True)
+    monkeypatch.delenv(vllm_plugin.ENVIRONMENT)
     with pytest.raises(RuntimeError, match="started without the plug-in"):  # of the directions that it is given then
-        cases.engine(folder, speculative_config=guessing)
+        cases.engine(folder, kv_sharing_fast_prefill=True)
 
 
 def test_a_graph_compiled_without_steering_is_not_found_again(make_model, tiny_tokenizer, tmp_path):
