@@ -24,7 +24,7 @@ _LINES = (
     ("advantage", "advantage", "advantage"),
     ("groups without a signal", "zero_std_groups", None),
     ("share kept in the loss", None, "kept"),
-    ("share of tokens below the floor", None, "unlikely_tokens"),
+    (f"share of tokens below {UNLIKELY:.1%}", None, "unlikely_tokens"),
     ("share of the gradient", None, "gradient_share"),
     ("log ratio of policy to behavior", None, "log_ratio"),
     ("rows in a batch", None, "rows"),
