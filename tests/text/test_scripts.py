@@ -13,10 +13,9 @@ from qscope_posttrain.text.scripts import (
     SCRIPTS_OF_LANGUAGE,
     contains_language_script,
     contains_script,
-    language_by_evidence,
+    language_by_script,
     language_scripts,
     script_counts,
-    script_evidence,
     sentences,
     target_script,
 )
@@ -170,14 +169,12 @@ def test_sentences():
     ],
 )
 def test_language_by_script(text, languages, expected):
-    assert language_by_evidence(script_evidence(text), languages) == expected
+    assert language_by_script(text, languages) == expected
 
 
 def test_language_by_script_on_sentences(texts):
     for language in ("zh", "ru", "ko"):
-        assert {
-            language_by_evidence(script_evidence(text), ["zh", "ja", "ru", "ko", "en"]) for text in texts[language]
-        } == {language}
+        assert {language_by_script(text, ["zh", "ja", "ru", "ko", "en"]) for text in texts[language]} == {language}
     with pytest.raises(ValueError, match="Unknown language 'klingon'"):
         language_by_evidence({"Latin": 1.0}, ["klingon"])
 
