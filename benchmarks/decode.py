@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,11 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import extra_memory_mib, in_turn, ratios
+from interleaved import extra_memory_mib, in_turn, ratios, write_report
 from torch import Tensor
 
 from qscope_posttrain.kernels import sparse_decode
-from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 
 Decoder = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -147,17 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "; ".join(notes),
     )  # fmt: skip
     table.print()
-    report = {
-        "benchmark": "decode",
-        "settings": {key: value for key, value in vars(options).items() if key != "output"},
-        "results": results,
-        "left_out": notes,
-        "table": table.to_dict(),
-        "machine": machine(),
-        "versions": package_versions(),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(options, "decode", results=results, left_out=notes, table=table.to_dict())
     return 0
 
 

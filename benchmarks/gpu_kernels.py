@@ -11,18 +11,16 @@ one buffer. Ways run in turn, each several times within a round.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from interleaved import in_turn, ratios
+from interleaved import in_turn, ratios, write_report
 from torch import Tensor
 
 from qscope_posttrain.kernels import feature_penalty, sparse_decode, steer_add, topk_encode
-from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 
 
@@ -208,17 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(options: argparse.Namespace, benchmark: str, results: dict[str, Any], table: Table) -> None:
-    report = {
-        "benchmark": benchmark,
-        "settings": {key: value for key, value in vars(options).items() if key != "output"},
-        "results": results,
-        "table": table.to_dict(),
-        "machine": machine() | {"device": device_name(options.device)},
-        "versions": package_versions(),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {options.output}")
+    write_report(options, benchmark, device_name(options.device), results=results, table=table.to_dict())
 
 
 def parse(arguments: Sequence[str] | None, benchmark: str = "gpu_kernels") -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What benchmarks of several ways to do one thing share: rounds in turn, ratios with their spread, peak memory.
+"""What benchmarks share: rounds in turn, ratios with their spread, peak memory, a random model, the file of results.
 
 In every round each way runs once, in an order that rotates from round to round, so that drifts of the machine meet all
 of them. Processor time is given beside wall time: on a busy machine only the first can be trusted.
@@ -6,15 +6,22 @@ of them. Processor time is given beside wall time: on a busy machine only the fi
 
 from __future__ import annotations
 
+import argparse
+import json
 import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from qscope_posttrain.provenance import machine, package_versions
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -46,6 +53,39 @@ def ratios(seconds: Mapping[str, Mapping[str, list[float]]], reference: str, clo
             "highest": max(per_round),
         }
     return found
+
+
+def random_qwen3(settings: argparse.Namespace, positions: int, **more: Any) -> Qwen3ForCausalLM:
+    """A random model in fp32 of `settings.vocabulary`, `hidden` and `layers`; `more` goes into its configuration."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=settings.vocabulary,
+        hidden_size=settings.hidden,
+        intermediate_size=3 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.hidden // 64,
+        num_key_value_heads=max(settings.hidden // 128, 1),
+        head_dim=64,
+        max_position_embeddings=positions,
+        **more,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def write_report(options: argparse.Namespace, benchmark: str, device: str | None = None, **parts: Any) -> None:
+    """Write `options.output`: the other options, `parts`, the machine (and `device`, if one is named), the versions."""
+    report = {
+        "benchmark": benchmark,
+        "settings": {key: value for key, value in vars(options).items() if key != "output"},
+        **parts,
+        "machine": machine() | ({} if device is None else {"device": device}),
+        "versions": package_versions(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"Written to {options.output}")
 
 
 def extra_memory_mib(build: Callable[[Any, str], Callable[[], object]], settings: Any, name: str) -> float:

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from interleaved import write_report
 
-from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 
 GOAL = "under 0.2 s and 50 MB beyond the interpreter"
@@ -151,16 +151,8 @@ def main() -> None:
         f"that are cached: {GOAL}.",
     )
     table.print()
-    report = {
-        "benchmark": "read_rows",
-        "settings": {key: value for key, value in vars(settings).items() if key != "output"},
-        "table": table.to_dict(),
-        "runs": {", ".join(key): values for key, values in runs.items()},
-        "machine": machine(),
-        "versions": package_versions(),
-    }
-    settings.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {settings.output}")
+    by_way = {", ".join(key): values for key, values in runs.items()}
+    write_report(settings, "read_rows", table=table.to_dict(), runs=by_way)
 
 
 if __name__ == "__main__":

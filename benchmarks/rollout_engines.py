@@ -16,7 +16,6 @@ the same script runs in bfloat16 and with CUDA graphs (unless `--eager`).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interleaved import in_turn, ratios
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from interleaved import in_turn, random_qwen3, ratios, write_report
+from transformers import GenerationConfig, Qwen3ForCausalLM
 
-from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 
 TRANSFORMERS, PLAIN, AGAIN, MIXED = "transformers", "vLLM", "vLLM, again", "vLLM, one steered row in eight"
@@ -38,20 +36,8 @@ Way = Callable[[], object]
 
 def build_model(settings: argparse.Namespace, folder: str) -> Qwen3ForCausalLM:
     """A random model, also as files for vLLM."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.hidden,
-        intermediate_size=3 * settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden // 64,
-        num_key_value_heads=max(settings.hidden // 128, 1),
-        head_dim=64,
-        max_position_embeddings=settings.prompt + settings.completion,
-        eos_token_id=None,
-        dtype=settings.dtype,
-    )
-    model = Qwen3ForCausalLM(config).to(getattr(torch, settings.dtype))
+    length, dtype = settings.prompt + settings.completion, settings.dtype
+    model = random_qwen3(settings, length, eos_token_id=None, dtype=dtype).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     return model.to(settings.device).eval()
 
@@ -176,17 +162,7 @@ def main() -> None:
     results = measure(settings)
     table = table_of(results, settings)
     table.print()
-    report = {
-        "benchmark": "rollout_engines",
-        "settings": {key: value for key, value in vars(settings).items() if key != "output"},
-        "results": results,
-        "table": table.to_dict(),
-        "machine": machine(),
-        "versions": package_versions(),
-    }
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    settings.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {settings.output}")
+    write_report(settings, "rollout_engines", results=results, table=table.to_dict())
 
 
 if __name__ == "__main__":

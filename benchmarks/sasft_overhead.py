@@ -12,7 +12,6 @@ own per variant: `torch.cuda.max_memory_allocated` on CUDA, the highest resident
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -23,13 +22,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from interleaved import random_qwen3, write_report
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.provenance import machine, model_identity, package_versions
+from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.config import PAPER
@@ -45,21 +45,7 @@ DEFAULT_RESULTS = Path(__file__).parent / "results" / "sasft_overhead.json"
 
 
 def build_model(settings: argparse.Namespace) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.hidden,
-        intermediate_size=3 * settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden // 64,
-        num_key_value_heads=max(settings.hidden // 128, 1),
-        head_dim=64,
-        max_position_embeddings=settings.length,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config)
+    return random_qwen3(settings, settings.length, pad_token_id=0, eos_token_id=1, bos_token_id=None)
 
 
 def build_features(model: Qwen3ForCausalLM, rows: int = 32) -> FeatureSet:
@@ -265,17 +251,8 @@ def main() -> None:
         caption=f"Medians over {settings.rounds} paired rounds, with 95 % bootstrap intervals.",
     )
     table.print()
-    report = {
-        "benchmark": "sasft_overhead",
-        "settings": {key: value for key, value in vars(settings).items() if key != "output"},
-        "results": results,
-        "table": table.to_dict(),
-        "machine": machine() | {"device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu"},
-        "versions": package_versions(),
-    }
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    settings.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {settings.output}")
+    device = torch.cuda.get_device_name() if settings.device == "cuda" else "cpu"
+    write_report(settings, "sasft_overhead", device, results=results, table=table.to_dict())
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ processor time, per round. What it leaves out: hooks, masks and the collator, a 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from interleaved import write_report
 from sasft_overhead import LANGUAGES, VARIANTS, build_features, build_model, parse_settings
 
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sft.callback import penalty_layers
 from qscope_posttrain.sft.config import SASFTConfig
@@ -86,15 +85,7 @@ def main() -> None:
         "rounds, processor time.",
     )
     table.print()
-    report = {
-        "benchmark": "sasft_penalty",
-        "settings": {key: value for key, value in vars(settings).items() if key != "output"},
-        "table": table.to_dict(),
-        "machine": machine(),
-        "versions": package_versions(),
-    }
-    settings.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {settings.output}")
+    write_report(settings, "sasft_penalty", table=table.to_dict())
 
 
 if __name__ == "__main__":

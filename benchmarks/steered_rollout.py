@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import tempfile
 import time
@@ -27,13 +26,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from interleaved import random_qwen3, write_report
 from sasft_overhead import bootstrap_median
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3ForCausalLM
 
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.provenance import machine, model_identity, package_versions
+from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
@@ -51,21 +51,8 @@ DEFAULT_RESULTS = Path(__file__).parent / "results" / "steered_rollout.json"
 
 
 def build_model(settings: argparse.Namespace) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.hidden,
-        intermediate_size=3 * settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden // 64,
-        num_key_value_heads=max(settings.hidden // 128, 1),
-        head_dim=64,
-        max_position_embeddings=settings.prompt + settings.completion,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config)
+    length = settings.prompt + settings.completion
+    return random_qwen3(settings, length, pad_token_id=0, eos_token_id=1, bos_token_id=None)
 
 
 def build_features(model: Qwen3ForCausalLM) -> FeatureSet:
@@ -311,17 +298,8 @@ def main() -> None:
         "optimiser. Quick steps: 10 % quantile over 10 % quantile. The second line is the noise.",
     )  # fmt: skip
     table.print()
-    report = {
-        "benchmark": "steered_rollout",
-        "settings": {key: value for key, value in vars(settings).items() if key != "output"},
-        "results": results,
-        "table": table.to_dict(),
-        "machine": machine() | {"device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu"},
-        "versions": package_versions(),
-    }
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    settings.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {settings.output}")
+    device = torch.cuda.get_device_name() if settings.device == "cuda" else "cpu"
+    write_report(settings, "steered_rollout", device, results=results, table=table.to_dict())
 
 
 if __name__ == "__main__":

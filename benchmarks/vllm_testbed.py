@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import socket
 import statistics
@@ -26,11 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.interleaved import write_report
 from benchmarks.testbed.command import QUICK_REPETITION
 from benchmarks.testbed.processes import one_thread
 from benchmarks.testbed.repetition.config import ARMS, Arm, RepetitionConfig
 from benchmarks.testbed.repetition.experiment import Job, Run, World, make_world, run_jobs, steerable
-from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 
 METHODS = ("plain", "seeded", "default")
@@ -157,22 +156,9 @@ def main() -> None:
     rows = [row_of(*entry) for entry in runs]
     table = table_of(rows)
     table.print()
-    report = {
-        "benchmark": "vllm_testbed",
-        "settings": {key: value for key, value in vars(options).items() if key not in ("output", "only")},
-        "world": {
-            "heads": world.config.heads,
-            "start": world.config.start,
-            "answer_tokens": world.config.answer_tokens,
-        },
-        "runs": rows,
-        "table": table.to_dict(),
-        "machine": machine(),
-        "versions": package_versions(),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"Written to {options.output}")
+    held = {name: getattr(world.config, name) for name in ("heads", "start", "answer_tokens")}
+    del options.only
+    write_report(options, "vllm_testbed", world=held, runs=rows, table=table.to_dict())
 
 
 if __name__ == "__main__":
