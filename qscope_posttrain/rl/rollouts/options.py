@@ -31,20 +31,23 @@ _USUAL_CACHES = ("dynamic", "hybrid")  # transformers' default by its name, and 
 
 _SEVERAL_ROWS = "makes several rows of the model of one completion, and negatives could not be found"
 _DRAFTS = "reads several tokens at a time, so that generated tokens cannot be distinguished"
-_FORBIDS = "may forbid a token that a negative has to repeat"
-_ENDS = "ends rows that a negative should carry on with to the end"
+FORBIDS = "may forbid a token that a negative has to repeat"
+ENDS = "ends rows that a negative should carry on with to the end"
+TEMPERATURE = "is not the temperature of the trainer, with which it weighs tokens: set its own `temperature`"
+LIMIT = "is not the limit by which the trainer knows endless repetitions: set `max_completion_length`"
+OTHER_ENDS = "names other ends than the trainer knows: set the end tokens in the model's generation_config"
 _CACHE = "changes the cache, by which generated tokens are distinguished from the prompt"
 _REASONS: Mapping[str, str] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "guidance_scale", "penalty_alpha"),
                     _SEVERAL_ROWS),
     **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"), _DRAFTS),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias",
-                     "suppress_tokens", "begin_suppress_tokens"), _FORBIDS),
-    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "max_time", "stop_strings"), _ENDS),
+                     "suppress_tokens", "begin_suppress_tokens"), FORBIDS),
+    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "max_time", "stop_strings"), ENDS),
     **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size"), _CACHE),
-    "temperature": "is not the temperature of the trainer, with which it weighs tokens: set its own `temperature`",
-    "max_new_tokens": "is not the limit by which the trainer knows endless repetitions: set `max_completion_length`",
-    "eos_token_id": "names other ends than the trainer knows: set the end tokens in the model's generation_config",
+    "temperature": TEMPERATURE,
+    "max_new_tokens": LIMIT,
+    "eos_token_id": OTHER_ENDS,
     "pad_token_id": "is not the padding that the trainer knows: set it in the tokenizer",
 }  # fmt: skip
 
@@ -77,9 +80,7 @@ def check_options(
         if name in _ALLOWED or name.startswith("_") or _is_off(name, value, equal, steered):
             continue
         reason = _REASONS.get(name, "is not known to leave negatives what they are")
-        raise UserValueError(
-            f"{source(name)}: {name}={value!r} {reason}. Remove it, or set negatives_per_group=0 for plain DAPO."
-        )
+        raise refusal(source(name), name, value, reason)
 
 
 def check_effective(
@@ -139,12 +140,12 @@ def check_trainer_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
 def _is_off(name: str, value: Any, equal: Mapping[str, Any], steered: bool) -> bool:
     """Whether a value of an option that is not allowed as such changes nothing."""
     if name in _OF_THE_TRAINER:
-        return name not in equal or _as_set(value) == _as_set(equal[name])
+        return name not in equal or as_set(value) == as_set(equal[name])
     if name == "use_cache" and not steered:
         return True
     if name == "suppress_tokens":
         # A token that nobody can say is never repeated; but rows that have ended must still be padded.
-        return not _as_set(value) & _as_set(equal.get("pad_token_id", ()))
+        return not as_set(value) & as_set(equal.get("pad_token_id", ()))
     if value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value):
         return name != "use_cache" or value is None
     if name == "cache_implementation":
@@ -152,5 +153,13 @@ def _is_off(name: str, value: Any, equal: Mapping[str, Any], steered: bool) -> b
     return name in _NEUTRAL and bool(value == _NEUTRAL[name])
 
 
-def _as_set(value: Any) -> set[Any]:
+def refusal(source: str, name: str, value: Any, reason: str) -> UserValueError:
+    """The error for an option that would leave no negative; `source` says where it comes from."""
+    return UserValueError(
+        f"{source}: {name}={value!r} {reason}. Remove it, or set negatives_per_group=0 for plain DAPO."
+    )
+
+
+def as_set(value: Any) -> set[Any]:
+    """One value or several, whose order means nothing."""
     return set(value) if isinstance(value, (list, tuple)) else {value}

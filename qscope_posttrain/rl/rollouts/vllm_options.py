@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qscope_posttrain.errors import UserTypeError, UserValueError, did_you_mean
+from qscope_posttrain.rl.rollouts.options import ENDS, FORBIDS, LIMIT, OTHER_ENDS, TEMPERATURE, as_set, refusal
 
 # They reshape a distribution, as they do in `generate`, or only concern the text that vLLM makes of the tokens.
 _ALLOWED = frozenset(
@@ -32,23 +33,21 @@ _RESHAPING: Mapping[str, tuple[Any, ...]] = {
 """Options that change the distribution, of vLLM and some of TRL's config too, and the values by which they do not"""
 _OF_THE_TRAINER = ("temperature", "max_tokens", "stop_token_ids")
 
-_FORBIDS = "may forbid a token that a negative has to repeat"
 _SHIFTS = "works against the tokens that a negative has to repeat"
-_ENDS = "ends rows that a negative should carry on with to the end"
 _OWN = "is where the steering of negatives is put"
 _SCORES = "changes the log-probabilities that vLLM returns, of which TRL reads those of the drawn tokens"
 _REASONS: Mapping[str, str] = {
-    **dict.fromkeys(("bad_words", "allowed_token_ids", "structured_outputs", "trace_decode_token_ids"), _FORBIDS),
+    **dict.fromkeys(("bad_words", "allowed_token_ids", "structured_outputs", "trace_decode_token_ids"), FORBIDS),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "logit_bias"), _SHIFTS),
-    **dict.fromkeys(("stop", "repetition_detection", "thinking_token_budget"), _ENDS),
+    **dict.fromkeys(("stop", "repetition_detection", "thinking_token_budget"), ENDS),
     **dict.fromkeys(("extra_args", "vllm_xargs"), _OWN),
     **dict.fromkeys(("logprobs", "logprob_token_ids", "flat_logprobs", "prompt_logprobs"), _SCORES),
     "n": "makes several rows of one prompt, and negatives could not be found",
     "ignore_eos": "carries rows on past their end, where the trainer takes them to have ended",
     "seed": "draws the same numbers for every row, so that all rows of a group are alike: set the trainer's own `seed`",
-    "temperature": "is not the temperature of the trainer, with which it weighs tokens: set its own `temperature`",
-    "max_tokens": "is not the limit by which the trainer knows endless repetitions: set `max_completion_length`",
-    "stop_token_ids": "names other ends than the trainer knows: set the end tokens in the model's generation_config",
+    "temperature": TEMPERATURE,
+    "max_tokens": LIMIT,
+    "stop_token_ids": OTHER_ENDS,
 }  # fmt: skip
 
 
@@ -70,10 +69,7 @@ def check_vllm_options(options: Mapping[str, Any], equal: Mapping[str, Any]) -> 
         reason = _REASONS.get(name)
         if reason is None:
             reason = f"is no option of vLLM that is known to leave negatives what they are.{did_you_mean(name, known)}"
-        raise UserValueError(
-            f"generation_kwargs: {name}={value!r} {reason.rstrip('.')}. Remove it, or set negatives_per_group=0 for "
-            "plain DAPO."
-        )
+        raise refusal("generation_kwargs", name, value, reason.rstrip("."))
 
 
 def check_vllm_settings(config: Any) -> None:
@@ -131,11 +127,7 @@ def check_vllm_trainer(trainer: Any) -> None:
 def _is_off(name: str, value: Any, equal: Mapping[str, Any]) -> bool:
     """Whether a value of an option that is not allowed as such changes nothing."""
     if name in _OF_THE_TRAINER:
-        return value is None or name not in equal or _as_set(value) == _as_set(equal[name])
+        return value is None or name not in equal or as_set(value) == as_set(equal[name])
     if name in _NEUTRAL:
         return value is None or bool(value == _NEUTRAL[name])
     return value is None or value is False or (isinstance(value, (str, list, tuple, dict)) and not value)
-
-
-def _as_set(value: Any) -> set[Any]:
-    return set(value) if isinstance(value, (list, tuple)) else {value}
