@@ -22,14 +22,15 @@ STATE = "trainer_state.json"
 """The file of a checkpoint that is written last"""
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint in `output` that was written to its end; newer ones that were not are named."""
+def last_checkpoint(output: Path, say: bool = False) -> Path | None:
+    """The newest checkpoint in `output` that was written to its end. With `say`, newer ones that were not are named."""
     folders = [folder for folder in output.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
     for folder in sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), reverse=True):
         try:
             read_json(folder / STATE)
         except (OSError, UserError):
-            status(f"'{folder}' was not written to its end ({STATE} cannot be read): passed over")
+            if say:
+                status(f"'{folder}' was not written to its end ({STATE} cannot be read): passed over")
             continue
         return folder
     return None
@@ -48,10 +49,10 @@ class FiniteWeights(TrainerCallback):
         """ValueError where a trained weight is not finite, before it is saved; each rank looks at its own shard."""
         if not control.should_save and state.global_step < state.max_steps:
             return
-        named = [(name, _shard(weight)) for name, weight in kwargs["model"].named_parameters() if weight.requires_grad]
-        finite = torch.stack([shard.isfinite().all().cpu() for _, shard in named]) if named else torch.ones(0)
-        if not bool(finite.all()):
-            (name, _), *others = [pair for pair, good in zip(named, finite.tolist(), strict=True) if not good]
+        named = {name: _shard(weight) for name, weight in kwargs["model"].named_parameters() if weight.requires_grad}
+        finite = [shard.isfinite().all().to(args.device) for shard in named.values()]  # read in one transfer
+        if finite and not bool(torch.stack(finite).all()):
+            name, *others = [name for name, good in zip(named, finite, strict=True) if not good]
             what = f"{name} is not finite" + (f", and {len(others)} more" if others else "")
             raise UserValueError(_message(what, args, state))
 

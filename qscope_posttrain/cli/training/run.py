@@ -98,16 +98,18 @@ def check_data(recipe: TrainingRecipe, split: str) -> tuple[Rows, str]:
     return rows, f"{count} with {', '.join(examples[0])}"
 
 
-def check_checkpoint(recipe: TrainingRecipe) -> tuple[Path | None, str]:
-    """The checkpoint to resume from, with a state that can be read; None where "last" finds none."""
+def check_checkpoint(recipe: TrainingRecipe, say: bool = True) -> tuple[Path | None, str]:
+    """The checkpoint to resume from, with a state that can be read; None where "last" finds none. `say` as for
+    `last_checkpoint`."""
     wanted = str(recipe.training.resume_from_checkpoint)
-    last = last_checkpoint(recipe.output)
     if wanted.lower() in ("last", "true"):
+        last = last_checkpoint(recipe.output, say)
         if last is None:
             return None, f"no checkpoint in {recipe.output}: training starts from the beginning"
         wanted = str(last)
     state = Path(wanted) / STATE
     if not state.is_file():
+        last = last_checkpoint(recipe.output)
         hint = f" The last one in '{recipe.output}' is '{last}': resume_from_checkpoint=last takes it." if last else ""
         raise UserFileNotFoundError(f"'{wanted}' is no checkpoint of a trainer: it has no {STATE}.{hint}")
     check_plain(state, marked=False)
@@ -201,7 +203,7 @@ def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: 
     """Make a trainer of this kind, with the adapter and the quantization of the recipe. ValueError for what the trainer
     or a library under it refuses."""
     if recipe.training.resume_from_checkpoint:
-        check_checkpoint(recipe)
+        check_checkpoint(recipe, say=False)  # before the model is loaded; said when the training begins
     with library_refusals("the trainer cannot be made"):
         set_seed(recipe.training.seed)
         model = recipe.model
