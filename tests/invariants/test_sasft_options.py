@@ -8,8 +8,6 @@ import pytest
 import torch
 from sft.cases import (
     KeepGradients,
-    case_model,
-    make_features,
     make_rows,
     make_trainer,
     relative_error,
@@ -63,16 +61,6 @@ def one_step(model, callback, tokenizer, **arguments):
 
 def probability(record):
     return record["logits"].softmax(-1)[:, TARGETS].sum(-1)
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
-
-
-@pytest.fixture(scope="module")
-def features(model):
-    return make_features(model)
 
 
 @pytest.mark.parametrize("positions", ["response", "predicting"])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from sft.cases import KeepGradients, case_model, make_features, make_rows, make_trainer, relative_error
+from sft.cases import KeepGradients, make_features, make_rows, make_trainer, relative_error
 from torch.nn.functional import cross_entropy
 
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
@@ -20,11 +20,6 @@ PROMPTS = {
     "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),
     "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
 
 
 @pytest.mark.slow

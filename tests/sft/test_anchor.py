@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models.other_device import elsewhere
-from sft.cases import case_model, make_features, make_rows, make_trainer, with_lora
+from sft.cases import make_features, make_rows, make_trainer, with_lora
 
 from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
@@ -18,11 +18,6 @@ from qscope_posttrain.sft.callback import SASFTCallback
 IDS = torch.arange(3, 15).view(2, 6)
 META = {"input_ids": IDS.to("meta"), "attention_mask": torch.zeros(2, 1, 6, 6, device="meta")}
 """A batch on another device; its mask is one that transformers takes without a look at its values"""
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
 
 
 def trainer_of(model):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from datasets import Dataset
 from sft.cases import (
-    case_model,
     make_features,
     make_rows,
     make_trainer,
@@ -26,16 +25,6 @@ from qscope_posttrain.sft.attached_run import InstancePatches, calling_trainer
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 from qscope_posttrain.sft.config import SASFTConfig
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
-
-
-@pytest.fixture(scope="module")
-def features(model):
-    return make_features(model)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from accelerate.utils import memory
-from sft.cases import case_model, make_features, make_rows, make_trainer
+from sft.cases import make_rows, make_trainer
 from transformers import TrainerCallback
 
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
@@ -18,16 +18,6 @@ from qscope_posttrain.sft.callback import SASFTCallback
 
 RUN = {"max_steps": 2, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
 KINDS = ("sasft", "token_penalty", "kl_anchor")
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
-
-
-@pytest.fixture(scope="module")
-def features(model):
-    return make_features(model)
 
 
 @pytest.fixture

@@ -1,16 +1,6 @@
-"""The model of the tests of a plain trainer, and features of it."""
+"""The model of small SFT cases, and features of it."""
 
 from __future__ import annotations
 
-import pytest
-from integrations.reference import case_model, make_features
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return case_model(make_model)
-
-
-@pytest.fixture(scope="module")
-def features(model):
-    return make_features(model)
+from sft.case_fixtures import features as features
+from sft.case_fixtures import model as model

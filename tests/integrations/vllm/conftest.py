@@ -29,3 +29,11 @@ def vllm_settings(tmp_path_factory):
         for name, value in settings.items():
             patch.setitem(os.environ, name, value)
         yield settings
+
+
+@pytest.fixture(scope="module")
+def model(make_model, tiny_tokenizer, tmp_path_factory):
+    """The folder of the model of rollouts; each file has a copy of its own, and with it engines of its own."""
+    from integrations.vllm.rollout_cases import save_model
+
+    return save_model(tmp_path_factory.mktemp("model"), make_model, tiny_tokenizer)

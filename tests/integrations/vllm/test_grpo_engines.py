@@ -6,13 +6,8 @@ import pytest
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed here: make test-vllm")
 
-from integrations.vllm.rollout_cases import GREEDY, KINDS, save_model, small_engines, train
+from integrations.vllm.rollout_cases import GREEDY, KINDS, small_engines, train
 from sft.cases import relative_error
-
-
-@pytest.fixture(scope="module")
-def model(make_model, tiny_tokenizer, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), make_model, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

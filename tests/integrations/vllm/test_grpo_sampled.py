@@ -19,11 +19,6 @@ NEGATIVES = {"seeded": SEEDED, "steered": STEERED}
 
 
 @pytest.fixture(scope="module")
-def model(make_model, tiny_tokenizer, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), make_model, tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def runs(model):
     """One step of each kind of negatives in each of TRL's modes of importance correction."""
     with small_engines():

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed here: make test-vllm")
 
-from integrations.vllm.rollout_cases import GREEDY, LENGTH, SEEDED, STEERED, G, build, save_model, small_engines, train
+from integrations.vllm.rollout_cases import GREEDY, LENGTH, SEEDED, STEERED, G, build, small_engines, train
 from sft.cases import relative_error
 
 SCHEDULES = {
@@ -19,11 +19,6 @@ SCHEDULES = {
     "fewest tokens": {**SEEDED, "generation_kwargs": {"min_tokens": 12}},
 }  # fmt: skip
 TRANSFORMERS_NAMES = {"min_tokens": "min_new_tokens"}
-
-
-@pytest.fixture(scope="module")
-def model(make_model, tiny_tokenizer, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), make_model, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

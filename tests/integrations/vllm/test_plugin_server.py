@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
 import pytest
-from free_port import free_port
 from integrations.vllm import plugin_cases as cases
 from integrations.vllm.plugin_cases import KEY, edit
+from integrations.vllm.serving import serving
 
 SERVE = "import sys; from vllm.entrypoints.cli.main import main; sys.argv = ['vllm', *sys.argv[1:]]; main()"
 
@@ -49,7 +47,7 @@ def model_and_folder(make_model, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model_and_folder, vllm_settings, tmp_path_factory):
-    folder, port = model_and_folder[1], free_port()
+    folder = model_and_folder[1]
     paths = [path for path in sys.path if path]
     try:
         importlib.metadata.version("vllm")
@@ -61,33 +59,10 @@ def server(model_and_folder, vllm_settings, tmp_path_factory):
         paths.append(str(stand_in.parent))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "VLLM_SERVER_DEV_MODE": "1"}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    options = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256"]
-    log = tmp_path_factory.mktemp("log") / "server.txt"
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            [sys.executable, "-c", SERVE, "serve", str(folder), *options, "--enforce-eager"],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        try:
-            made = Server(f"http://127.0.0.1:{port}", folder)
-            while not _answers(made):
-                assert process.poll() is None, log.read_text()[-3000:]
-                time.sleep(0.5)
-            yield made
-        finally:
-            process.terminate()
-
-
-def _answers(server):
-    try:
-        with urllib.request.urlopen(server.url + "/health") as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    command = [sys.executable, "-c", SERVE, "serve", str(folder), *options]
+    with serving(command, environment, tmp_path_factory.mktemp("log") / "server.txt") as url:
+        yield Server(url, folder)
 
 
 def test_steering_through_a_server(server, model_and_folder, tiny_tokenizer, texts):

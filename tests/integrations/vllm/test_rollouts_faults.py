@@ -17,11 +17,6 @@ from qscope_posttrain.rl.rollouts.vllm_plugin import ENVIRONMENT
 from qscope_posttrain.rl.rollouts.vllm_steering import SteeringBuffers
 
 
-@pytest.fixture(scope="module")
-def model(make_model, tiny_tokenizer, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), make_model, tiny_tokenizer)
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)

@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed here: make test-vllm")
 
-import requests
 import torch
 from free_port import free_port
 from integrations.vllm.rollout_cases import (
@@ -30,6 +28,7 @@ from integrations.vllm.rollout_cases import (
     save_model,
     train,
 )
+from integrations.vllm.serving import serving
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.rl.rollouts.vllm_plugin import ENVIRONMENT
@@ -44,38 +43,15 @@ TWO_PROCESSES = {
 
 
 @pytest.fixture(scope="module")
-def model(make_model, tiny_tokenizer, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), make_model, tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     """The URL of a server with the plug-in."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
-        "--port", str(port), "--dtype", "float32", "--max-model-len", "128", "--enforce-eager",
-        "--logprobs-mode", "processed_logprobs",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "float32",
+        "--max-model-len", "128", "--enforce-eager", "--logprobs-mode", "processed_logprobs",
     ]  # fmt: skip
     environment = os.environ | {ENVIRONMENT: "1", "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(HERE.parents[2])}
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            while not _answers(url):
-                assert process.poll() is None, log.read_text()[-4000:]
-                time.sleep(1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/health").status_code == 200
-    except requests.ConnectionError:
-        return False
+    with serving(command, environment, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
 
 
 def through(server, **options):
