@@ -6,8 +6,8 @@
     python benchmarks/render_docs.py --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand. NAME
-is FILE, FILE:TABLE or FILE:made_on (versions and machine), or `headline`, the README's own table. VIEWS says which
-columns of a table are shown, under which names; the JSON files hold all of them.
+is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, or `commits`. VIEWS says
+which columns of a table are shown, under which names; the JSON files hold all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,6 +143,8 @@ def keep(folder: Path, name: str) -> None:
     if kept["settings"].get("corpus"):  # where it lay is nobody's business
         kept["settings"]["corpus"] = Path(kept["settings"]["corpus"]).name
     results = summary["results"]
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept["commit"] = head.stdout.strip()
     kept["tables"] = results["tables"] if "tables" in results else {"table": results["table"]}
     kept |= {key: results[key] for key in ("seconds", "verdict") if key in results}
     target = RESULTS / f"{name}.json"
@@ -161,8 +164,8 @@ def keep(folder: Path, name: str) -> None:
 
 def render(name: str) -> str:
     """The Markdown that belongs between the markers of `name`."""
-    if name == "headline":
-        return _headline()
+    if name in ("headline", "commits"):
+        return _headline() if name == "headline" else _commits()
     source, _, part = name.partition(":")
     result = _read(source)
     if part == "made_on":
@@ -233,6 +236,21 @@ def _headline() -> str:
             row[0] = ""
     columns = ["trainer and failure", "method", "SAE", "failures against the plain trainer", "cost"]
     return Table("", columns, rows).to_markdown()
+
+
+def _commits() -> str:
+    """The commit that measured, or first kept, the figures of each file that a page shows, and what today's would be.
+
+    A file kept by --keep names its commit; for the others commits.json does."""
+    begin = re.compile(r"^<!-- begin ([^\s:]+)", re.MULTILINE)
+    shown = {name for page in pages() for name in begin.findall(page.read_text(encoding="utf-8"))}
+    older = _read("commits")
+    rows = []
+    for name in sorted(shown - {"headline", "commits"}):
+        commit = _read(name).get("commit")
+        known = {"commit": commit, "since": ""} if commit else older[name]
+        rows.append([f"benchmarks/results/{name}.json", f"`{known['commit']}`", known["since"] or None])
+    return Table("", ["figures", "measured or kept at", "known to differ today"], rows).to_markdown()
 
 
 def _row(table: dict[str, Any], first: str) -> dict[str, Any]:
