@@ -1,4 +1,4 @@
-"""Plots as inline SVG: interval bars, curves with bands, gain against cost, heat maps.
+"""Plots as inline SVG: interval bars, curves with bands, heat maps.
 
 Every function takes numbers and returns one `<svg>` element as a string, for `report.html.Figure`. Axes and text are
 drawn in `currentColor` and text stays text, so that a figure follows the reader's light or dark theme and fonts.
@@ -73,24 +73,6 @@ class Curve:
         lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
         if len(lengths) != 1:
             raise UserValueError(f"curve '{self.name}' has series of different lengths: {sorted(lengths)}.")
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One point of a scatter, with an optional interval `(low, high)` on each axis."""
-
-    name: str
-    x: float
-    y: float
-    x_interval: tuple[float, float] | None = None
-    y_interval: tuple[float, float] | None = None
-
-    def draw_intervals(self, axes: Axes, **style: Any) -> None:
-        """Draw a line along each interval."""
-        if self.x_interval is not None:
-            axes.plot(self.x_interval, [self.y, self.y], solid_capstyle="butt", **style)
-        if self.y_interval is not None:
-            axes.plot([self.x, self.x], self.y_interval, solid_capstyle="butt", **style)
 
 
 def draw_svg(
@@ -199,23 +181,6 @@ def line_curves(
 
     several = len(curves) > 1
     return draw_svg(draw, (7.6, 3.5), labels=(x_label, y_label), percent=(False, percent), legend=several)
-
-
-def scatter_with_intervals(
-    marks: Sequence[Mark], x_label: str, y_label: str, x_percent: bool = False, y_percent: bool = False
-) -> str:
-    """Draw points with an interval on each axis, named in a legend: the gain of methods against their cost."""
-    if not marks:
-        raise UserValueError("scatter_with_intervals needs at least one point.")
-
-    def draw(axes: Axes) -> None:
-        for index, mark in enumerate(marks):
-            color, shape = COLORS[index % len(COLORS)], "os^Dv"[index // len(COLORS) % 5]
-            mark.draw_intervals(axes, color=color, linewidth=1.2, alpha=0.6)
-            axes.plot(mark.x, mark.y, shape, color=color, markersize=7, mew=0, label=mark.name)
-        axes.margins(0.09)
-
-    return draw_svg(draw, (7.6, 4.4), labels=(x_label, y_label), percent=(x_percent, y_percent), legend=True)
 
 
 def heat_map(
