@@ -29,8 +29,7 @@ from qscope_posttrain.synthesis.coverage import (
     growth,
     reached_features,
 )
-from qscope_posttrain.synthesis.pipeline import SynthesisExample, SynthesisRun
-from qscope_posttrain.synthesis.prompts import Draft
+from qscope_posttrain.synthesis.pipeline import Draft, SynthesisExample, SynthesisRun
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +70,7 @@ def measure(
     Args:
         made_for: Targets that prompts were verified on: the filter's own.
         held_out: Targets of the same judge that nothing was made for.
-        random_drafts: Result of `pipeline.random_synthesis`, for which `random_requests` prompts were asked for.
+        random_drafts: Result of `pipeline.Synthesis.random`, for which `random_requests` prompts were asked for.
         natural: Texts by people, in random order. Half of them only decide which features of `other_layers`, on which
             no prompt was verified, are counted: those that fire on at least `min_texts`. The others are sampled from.
     """
