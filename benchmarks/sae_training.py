@@ -3,7 +3,7 @@
 sparsify's `Trainer` runs on a model whose only layer hands out rows of a table, so that both get the activations at no
 cost. Both: TopK, Adam, linear warm-up, linear decay to 0, decoder rows of norm 1, AuxK 1/32, the same width, k, batch
 and order of tokens. What differs is each trainer's own: initialisation and its scale, the units of training (sparsify
-trains on what it is given; it is given activations of root mean square 1 around their mean), how AuxK is normalised and
+trains on what it is given; it is given activations of root mean square 1 around their mean), how AuxK is normalized and
 how often it is computed. Learning rates are tried one by one, and each trainer is reported at each.
 
 Run where sparsify is installed:

@@ -38,7 +38,7 @@ class SmallModelSampler:
         return self.model.config
 
     def stated(self) -> dict[str, Any]:
-        """What to report with the results."""
+        """Settings to report with the results."""
         return {"engine": "testbed"}
 
     def sample(

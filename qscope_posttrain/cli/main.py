@@ -125,7 +125,7 @@ def _leave_process_group() -> None:
 
 
 def _runner(name: str) -> Callable[[Sequence[str]], int]:
-    """What runs a command: the function `run` of its module, where it has one of its own, or that of its parser."""
+    """The function that runs a command: `run` of its module, where it has one of its own, or that of its parser."""
     if name not in COMMANDS:
         raise UserValueError(f"no command '{name}'.{did_you_mean(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
     place = COMMANDS[name][0]

@@ -52,24 +52,17 @@ def matches(pattern: str) -> Effect:
 class DosePoint:
     """The responses to all prompts at one strength along one direction (or several of one kind)."""
 
-    kind: str
-    """FEATURE, RANDOM, MEANS, PLAIN or UNSTEERED"""
+    kind: str  # FEATURE, RANDOM, MEANS, PLAIN or UNSTEERED
     strength: float
     samples: int
-    effect: Interval
-    """Mean of the effect, with a bootstrap interval over prompts"""
+    effect: Interval  # Mean of the effect, with a bootstrap interval over prompts
     perplexity: Interval
     """exp of the mean loss of the responses' tokens under the unsteered model after the original prompt"""
-    endless: float
-    """Share of responses in endless repetition"""
-    repeated: float
-    """Mean share of 3-grams of a response that it had before"""
-    ended: float
-    """Share of responses that end by themselves"""
-    tokens: float
-    """Mean length of a response"""
-    text_perplexity: float | None = None
-    """Perplexity of other text to the steered model; None without such text"""
+    endless: float  # Share of responses in endless repetition
+    repeated: float  # Mean share of 3-grams of a response that it had before
+    ended: float  # Share of responses that end by themselves
+    tokens: float  # Mean length of a response
+    text_perplexity: float | None = None  # Perplexity of other text to the steered model; None without such text
 
 
 @dataclass(frozen=True)

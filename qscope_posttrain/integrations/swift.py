@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 
 NAME = "qscope_sasft"
-"""What --callbacks calls it, whichever method the settings choose"""
+"""Name for --callbacks, whichever method the settings choose"""
 SETTINGS = "QSCOPE_SETTINGS"
 """The variable that names the settings file; ms-swift sets variables from `ENV:` of its YAML and from --model_kwargs"""
 CHANNEL = "channel"
@@ -145,7 +145,7 @@ class Attach(TrainerCallback):
 
 
 def make_callback(args: Any, trainer: Any) -> Attach:
-    """What ms-swift calls for `--callbacks qscope_sasft`."""
+    """The class that ms-swift makes for `--callbacks qscope_sasft`."""
     path = os.environ.get(SETTINGS)
     if not path:
         raise UserValueError(

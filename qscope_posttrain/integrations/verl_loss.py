@@ -178,7 +178,7 @@ class AddedLoss:
         if shape != size and not (packed and shape[0] == 1 and shape[1] > size[1]):
             raise UserValueError(
                 f"The model's hidden states are {list(shape)} and the tokens of the batch {list(size)}, so that labels "
-                "cannot be told apart: the model adds, drops or splits tokens."
+                "cannot be distinguished: the model adds, drops or splits tokens."
             )
 
         def placed(values: Tensor, padding: int) -> Tensor:

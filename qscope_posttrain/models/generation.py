@@ -99,7 +99,7 @@ class SamplingEngine(Protocol):
         ...
 
     def stated(self) -> dict[str, Any]:
-        """What to report with the results."""
+        """Settings to report with the results."""
         ...
 
     def sample(
@@ -330,7 +330,7 @@ def until_end(tokens: Sequence[int], end_ids: frozenset[int]) -> Response:
 
 
 def stated_settings(model: nn.Module | SamplingEngine, settings: SamplingSettings) -> dict[str, Any]:
-    """What shaped the responses of a model, to be reported with the results: the engine, too, if it is another one."""
+    """Settings that shaped the responses of a model, to be reported with them, and the engine if it is another one."""
     stated = settings.to_dict()
     if isinstance(model, nn.Module):
         return stated
