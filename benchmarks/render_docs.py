@@ -199,7 +199,7 @@ def _table(name: str, table: dict[str, Any]) -> str:
 
 
 def _headline() -> str:
-    """What each method buys and costs: one row per method, from the chosen weights and the rare loops."""
+    """Gain and cost of each method: one row per method, from the chosen weights and the rare loops."""
     real, none, rare = (_read(name)["tables"] for name in (SWITCHING, "experiments/sasft_no_token_list", LOOPS))
     chinese, french = "SFT: Chinese in text of 4 other languages", "SFT: French in English text"
     rows: list[list[Any]] = []

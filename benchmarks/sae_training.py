@@ -149,7 +149,7 @@ class Sparsify:
 
 
 class _Rows:
-    """What sparsify asks of a data set: `len`, items, and `select`."""
+    """The methods that sparsify calls on a data set: `len`, items, and `select`."""
 
     def __init__(self, rows: Tensor, end: int | None = None, first: int = 0) -> None:
         self.rows, self.first = rows, first

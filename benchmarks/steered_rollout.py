@@ -1,4 +1,4 @@
-"""What a steered negative adds to a step of DAPO: generation plus update, over a step without negatives.
+"""Measure how much a steered negative adds to a step of DAPO: generation plus update, over a step without negatives.
 
     python benchmarks/steered_rollout.py [--layers 6] [--rounds 40] [--device cpu|cuda] ...
 

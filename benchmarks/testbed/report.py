@@ -1,4 +1,4 @@
-"""What both tasks hand to the demo: sections, tables and artefacts, and their lines of the summary table."""
+"""Results that both tasks hand to the demo: sections, tables and artefacts, and their lines of the summary table."""
 
 from __future__ import annotations
 

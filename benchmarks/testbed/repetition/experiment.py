@@ -105,7 +105,7 @@ class Run:
 
     job: Job
     watched: Mapping[int, Mapping[str, float]]
-    """What a `Watch` measured, by update; 0 is the start, and all there is for `start`."""
+    """Measurements of a `Watch`, by update; 0 is the start, and all there is for `start`."""
     quality: Quality
     """On held-out problems."""
     benign: Quality

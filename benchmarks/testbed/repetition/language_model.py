@@ -47,7 +47,7 @@ _LOOPS = ("fewest_operations", "most_operations", "answer_tokens", "loop_samples
 _LOOPS_FILE = "loops.json"
 _ORDINARY = 400
 _FORWARD_TOKENS = 400
-"""What a forward costs beyond its tokens, in tokens."""
+"""Cost of a forward beyond that of its tokens, in tokens."""
 
 
 @dataclass(frozen=True)
