@@ -35,9 +35,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.testbed.models import explained_variance
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.plots import Curve, line_curves
-from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance
+from qscope_posttrain.sae.training import SAETrainingConfig
 from qscope_posttrain.sae.training.parameters import calibrate
 from qscope_posttrain.sae.training.update import LayerTraining
 

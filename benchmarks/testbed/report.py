@@ -10,10 +10,10 @@ from typing import Any
 
 import regex
 
+from benchmarks.testbed.plots import Bar, interval_bars
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
-from qscope_posttrain.report.plots import Bar, interval_bars
 from qscope_posttrain.report.tables import Cell, Table
 
 
