@@ -10,8 +10,9 @@ import numpy as np
 from scipy import stats
 
 from qscope_posttrain.analysis.classifier.estimator import FeatureClassifier
+from qscope_posttrain.analysis.classifier.featurizer import layer_slice
 from qscope_posttrain.analysis.classifier.methods import COUNTS, LabeledTexts, Method, choice_of
-from qscope_posttrain.analysis.classifier.metrics import METRICS, Evaluation, evaluate
+from qscope_posttrain.analysis.classifier.metrics import METRICS, Evaluation, evaluate, firing_rates, top_features
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
@@ -19,6 +20,7 @@ from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.progress import progress, status
 from qscope_posttrain.report.tables import Table
 
+JACCARD_TOP = 10
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 REFERENCE = "logistic on the residual"  # The usual probe, which needs no SAE; the differences are taken against it
 CURVES = (
@@ -48,6 +50,7 @@ class ClassifierReport:
     choices: Mapping[str, Mapping[str, str]]  # Method -> group -> its choices in words
     layers: Mapping[str, Sequence[LayerRow]]  # Group -> every layer and K on its own test texts
     chosen_layers: Mapping[str, int]  # Group -> layer by top1-diff, from discovery texts alone
+    jaccard: Mapping[int, Mapping[str, float]]  # Layer -> pair of groups, "A/B" -> overlap of their top sets
     curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]  # Group -> method -> share -> F1 of each draw
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,13 +67,13 @@ class ClassifierReport:
         return [table for section in self.sections() for table in section.tables]
 
     def sections(self) -> list[Section]:
-        """The parts of the HTML page: methods by group, data curve, transfer, layers."""
+        """The parts of the HTML page: methods by group, data curve, transfer and Jaccard, layers."""
         sections = [Section("Methods", _METHODS, [self._methods_table(group) for group in self.sizes])]
         if self.curves:
             sections.append(Section("How much data", "", figures=[self._curve_figure()]))
         if len(self.sizes) > 1:
             moved = [self._transfer_table(method) for method in self.evaluations if method in TRANSFER]
-            sections.append(Section("From one group to another", _TRANSFER, moved))
+            sections.append(Section("From one group to another", _TRANSFER, [*moved, self._jaccard_table()]))
         return [*sections, Section("Layers", _LAYERS, [self._layer_table(group) for group in self.sizes])]
 
     def _curve_figure(self) -> Figure:
@@ -111,6 +114,16 @@ class ClassifierReport:
             rows.append([source, *cells, float(np.mean(away))])
         caption = "F1. Rows: learned on; columns: tested on. The last column is the mean over the others."
         return Table(f"Transfer, {method}", ["learned on", *self.sizes, "others"], rows, caption)
+
+    def _jaccard_table(self) -> Table:
+        pairs = list(next(iter(self.jaccard.values())))
+        rows = [
+            [layer, *(values[pair] for pair in pairs), float(np.mean(list(values.values())))]
+            for layer, values in self.jaccard.items()
+        ]
+        caption = "|A and B| / |A or B| of the features with the largest firing-rate difference in each group."
+        columns = ["layer", *pairs, "mean"]
+        return Table(f"Overlap of the top {JACCARD_TOP} features", columns, rows, caption)
 
     def _layer_table(self, group: str) -> Table:
         counts = sorted({row.k for row in self.layers[group]})
@@ -170,7 +183,8 @@ def make_report(
             curves[group] = efficiency(
                 quick, texts, test[group], fractions=fractions, draws=draws, folds=folds, seed=seed
             )
-    return ClassifierReport(sizes, evaluations, choices, layers, chosen, curves)
+    jaccard = jaccard_by_layer(discovery) if len(discovery) > 1 else {}
+    return ClassifierReport(sizes, evaluations, choices, layers, chosen, jaccard, curves)
 
 
 def measure(method: Method, fitted: Any, texts: LabeledTexts, resamples: int = 1000) -> Evaluation:
@@ -192,6 +206,21 @@ def by_layer(discovery: LabeledTexts, test: LabeledTexts, counts: Sequence[int] 
             f1 = evaluate(test.labels, predicted, resamples=1).values["f1"]
             rows.append(LayerRow(layer, k, classifier.top1_differences_[layer], f1))
     return rows
+
+
+def jaccard_by_layer(discovery: Mapping[str, LabeledTexts], top: int = JACCARD_TOP) -> dict[int, dict[str, float]]:
+    """Per layer, for each pair of groups "A/B", |A and B| / |A or B| of their `top` features by Delta."""
+    chosen: dict[int, dict[str, set[int]]] = {}
+    for group, texts in discovery.items():
+        difference = firing_rates(texts.inputs["features"], texts.labels).difference
+        for layer in texts.features:
+            part = difference[layer_slice(texts.features, layer)]
+            chosen.setdefault(layer, {})[group] = set(top_features(part, top).tolist())
+    pairs = [(one, two) for one in discovery for two in discovery if one < two]
+    return {
+        layer: {f"{a}/{b}": len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs}
+        for layer, sets in chosen.items()
+    }
 
 
 def efficiency(

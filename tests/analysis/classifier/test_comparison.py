@@ -21,6 +21,7 @@ from qscope_posttrain.analysis.classifier.report import (
     by_layer,
     draw_rows,
     efficiency,
+    jaccard_by_layer,
     make_report,
     measure,
 )
@@ -89,6 +90,19 @@ def test_transfer_is_good_where_the_same_feature_tells():
     f1 = {(one, two): e.values["f1"] for one, row in found.items() for two, e in row.items()}
     assert min(f1["a", "a"], f1["b", "a"], f1["c", "c"]) > 0.85
     assert max(f1["a", "c"], f1["c", "a"]) < 0.6
+
+
+def test_jaccard_by_hand():
+    # Top 2 of layer 1 are {0, 1} for a and {1, 2} for b: 1 of 3 in common.
+    one = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]], float)
+    two = np.array([[0, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 0]], float)
+    labels = np.array([True, True, False, False])
+    columns = {1: 3}
+    groups = {
+        name: LabeledTexts({"features": csr_array(matrix)}, columns, columns, labels)
+        for name, matrix in (("a", one), ("b", two))
+    }
+    assert jaccard_by_layer(groups, top=2) == {1: {"a/b": pytest.approx(1 / 3)}}
 
 
 def test_parts_keep_both_classes_and_more_data_do_not_hurt():
