@@ -91,8 +91,8 @@ class DoseCurve:
 
     def to_table(self) -> Table:
         texts = self.unsteered.text_perplexity is not None
-        columns = ["steered along", "strength", "effect", "low", "high", "perplexity", "low ", "high ",
-                   "endless", "repeated 3-grams", "ended", "tokens"]  # fmt: skip
+        columns = ["steered along", "strength", "effect", "low", "high", "perplexity", "low ", "high "]
+        columns += ["endless", "repeated 3-grams", "ended", "tokens"]
         rows: list[list[Cell]] = []
         for p in self.points:
             numbers = [*p.effect, *p.perplexity, p.endless, p.repeated, p.ended, p.tokens]
