@@ -167,7 +167,7 @@ def dose_curve(
             return nullcontext()
         return steer(model, replace(one, direction=trial.vectors[0], strength=trial.strength, positions="all"))
 
-    def measure(kind: str, trials: Sequence[Trial], asked: Sequence[Sequence[int]]) -> DosePoint:
+    def measure(kind: str, trials: Sequence[Trial], asked: list[list[int]]) -> DosePoint:
         strength = trials[0].strength
         status(f"dose curve: {kind}" + (f", strength {strength:g}" if strength else ""))
         samples: list[Sample] = []
@@ -177,8 +177,10 @@ def dose_curve(
             (responses,) = sample_trials(model, tokenizer, asked, [trial], count, settings, seed=settings.seed)
             for j, (tokens, ended) in enumerate(responses):
                 place, number = j % len(asked), j // len(asked)
-                said = [str(tokenizer.decode(asked[place])), str(tokenizer.decode(tokens, skip_special_tokens=True))]
-                samples.append(Sample("all", place, number, *said, ended, tuple(asked[place]), tuple(tokens)))
+                prompt = str(tokenizer.decode(asked[place]))
+                response = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                ids = tuple(asked[place]), tuple(tokens)
+                samples.append(Sample("all", place, number, prompt, response, ended, *ids))
             if texts:
                 with steered(trial):
                     sums += torch.stack([part.double().sum() for part in text_losses(model, tokenizer, texts)])

@@ -245,15 +245,14 @@ def _steerings(batch: Sequence[tuple[Trial, int]], starts: Tensor | None) -> lis
     alike = [trial.steered_alike for trial, _ in batch]
     own_starts = 0 if starts is None else starts[[j for _, j in batch]]
     steerings = []
-    for trial in {trial.steered_alike: trial for trial, _ in batch if trial.vectors is not None}.values():
+    for trial in {trial.steered_alike: trial for trial, _ in batch}.values():
+        if trial.layer is None:
+            continue
         mine = [key == trial.steered_alike for key in alike]
         # Rows that are not `mine` hold any vector: the mask leaves them out.
         vectors = [(other if own else trial).vector(j) for (other, j), own in zip(batch, mine, strict=True)]
         positions = trial.positions or Window(own_starts, trial.window_length or None)
         strength = trial.strength if trial.mode == "project_out" else 1.0
-        steerings.append(
-            Steering(
-                torch.stack(vectors), (trial.layer,), strength, trial.mode, positions=positions, rows=torch.tensor(mine)
-            )
-        )
+        directions, rows = torch.stack(vectors), torch.tensor(mine)
+        steerings.append(Steering(directions, (trial.layer,), strength, trial.mode, positions=positions, rows=rows))
     return steerings

@@ -221,6 +221,6 @@ def _sample_loops(config: RepetitionConfig, language_model: LanguageModel, folde
         raise UserValueError(
             f"the model did not loop once in {count} samples: raise loop_samples, or rare_loops in pretraining"
         )
-    settings = {"max_new_tokens": length, "temperature": 1.0, "seed": seed}
-    content = {"samples": count, "settings": settings, "loops": loops, "normal": ordinary}
+    drawn = {"max_new_tokens": length, "temperature": 1.0, "seed": seed}
+    content = {"samples": count, "settings": drawn, "loops": loops, "normal": ordinary}
     (folder / _LOOPS_FILE).write_text(json.dumps(content), encoding="utf-8")
