@@ -164,8 +164,10 @@ def keep(folder: Path, name: str) -> None:
 
 def render(name: str) -> str:
     """The Markdown that belongs between the markers of `name`."""
-    if name in ("headline", "commits"):
-        return _headline() if name == "headline" else _commits()
+    if name == "headline":
+        return _headline()
+    if name == "commits":
+        return _commits()
     source, _, part = name.partition(":")
     result = _read(source)
     if part == "made_on":
@@ -246,7 +248,7 @@ def _commits() -> str:
     shown = {name for page in pages() for name in begin.findall(page.read_text(encoding="utf-8"))}
     older = _read("commits")
     rows = []
-    for name in sorted(shown - {"headline", "commits"}):
+    for name in sorted(name for name in shown - {"commits"} if (RESULTS / f"{name}.json").is_file()):
         commit = _read(name).get("commit")
         known = {"commit": commit, "since": ""} if commit else older[name]
         rows.append([f"benchmarks/results/{name}.json", f"`{known['commit']}`", known["since"] or None])
