@@ -58,6 +58,7 @@ class AddedLoss:
         # What the losses ask a trainer for.
         subject: Any = SimpleNamespace(model=module, processing_class=trainer.model_config.tokenizer)
         self.loss: AuxiliaryLoss = own.prepare(subject)
+        self.loss.check_trained()
         self._window = MetricWindow()
         self._in_window: Tensor | None = None
         self._micro_batches = 0
