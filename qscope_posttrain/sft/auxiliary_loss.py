@@ -105,8 +105,8 @@ class AuxiliaryLoss(ABC):
         if unchanged and self.config.weight > 0:
             raise UserValueError(
                 f"{self.callback_name} would change nothing on layer(s) {', '.join(map(str, unchanged))}: every "
-                "parameter there and below is frozen, so that the penalty has no gradient. Train parameters at or below "
-                "the layers that it reads (with PEFT: layers_to_transform), or penalize later layers (layers=...)."
+                "parameter there and below is frozen, so that the penalty has no gradient. Train parameters at or below"
+                " the layers that it reads (with PEFT: layers_to_transform), or penalize later layers (layers=...)."
             )
 
     def added_to(self, loss: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
