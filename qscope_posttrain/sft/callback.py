@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from transformers import Trainer
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
-from qscope_posttrain.kernels.penalty import feature_penalty, feature_preactivations
+from qscope_posttrain.kernels.penalty import feature_penalty
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, Step
 from qscope_posttrain.sft.config import Combine, LanguageOf, SASFTConfig
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import TokenBatch
 
-FEWEST_TOKENS = 100  # Eligible tokens since the last log from which on their agreement is reported
+FEWEST_TOKENS = 100  # Eligible tokens since the last log from which on their agreement is known
 OUTLIER_FACTOR = 10.0  # Norm of an outlier in median norms, as in the statistics that features come from
 
 
@@ -39,7 +39,8 @@ class SASFTCallback(AuxiliaryLossCallback):
         sasft/penalised_fraction   share of eligible positions with an excess above 0 in any readout; 0 if none
         sasft/eligible_fraction    share of response tokens that are eligible, i.e. not in the target language
         sasft/excess/<readout>     mean excess per eligible position, in the units of `scale`
-        sasft/agreement/<layer>    see `agreement`: 1 on the model of the features, 0 on another; a warning below 0.5
+        sasft/displacement/<layer> distance of the mean residual on eligible tokens from that of the features' texts, in
+                                   lengths of the latter: small on their model, above 1 (a warning) on another
         sasft/anchor               the KL term, like sasft/penalty; only with an anchor
         sasft/hook_calls           hook calls per micro-batch and captured module: 1
 
@@ -123,7 +124,7 @@ class _FeaturePenalty(AuxiliaryLoss):
         penalty = torch.zeros((), device=eligible.device)
         above = torch.zeros_like(eligible)
         excesses: list[Tensor] = []
-        agreements: list[Tensor] = []
+        shifts: list[Tensor] = []
         for i, layer in enumerate(self.penalties):
             hidden = step.layers[layer.layer]
             here = hidden.device
@@ -134,20 +135,18 @@ class _FeaturePenalty(AuxiliaryLoss):
             penalty = penalty + step.normalizer(found.sums.sum(), len(found.sums)).to(penalty.device)
             above |= found.above.to(above.device)
             excesses.append(found.excesses)
-            agreements.append(agreement(hidden, layer, mask, groups).to(eligible.device))
+            shifts.append(shift(hidden, layer, mask, groups).to(eligible.device))
         counts = {"penalized": above.sum(), "eligible": eligible.sum(), "labeled": step.batch.labeled().sum()}
-        counts["agreement"] = torch.stack(agreements)
+        counts["shift"] = torch.cat(shifts)
         return penalty, {**counts, "excess": torch.cat([excess.to(eligible.device) for excess in excesses])}
 
     def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
         eligible, names = max(totals["eligible"][0], 1), [name for layer in self.penalties for name in layer.names]
-        found = zip(self.penalties, totals["agreement"][::2], totals["agreement"][1::2], strict=True)
-        agreements = {f"agreement/layer {layer.layer}": sum_ / n for layer, sum_, n in found if n >= FEWEST_TOKENS}
         return {
             "penalised_fraction": totals["penalized"][0] / eligible,
             "eligible_fraction": totals["eligible"][0] / max(totals["labeled"][0], 1),
             **{f"excess/{name}": sum_ / eligible for name, sum_ in zip(names, totals["excess"], strict=True)},
-            **agreements,
+            **displacements(self.penalties, totals["shift"]),
         }
 
 
@@ -163,8 +162,8 @@ class PenaltyLayer:
     rows: Tensor  # [R, d_model] fp32
     bias: Tensor  # [R] fp32
     thresholds: Tensor  # [languages, R] fp32, in the order of the FeatureSet's languages
-    means: Tensor  # [languages, d_model] fp32: mean residuals m, each divided by m . m
-    limits: Tensor  # [languages] fp32: of |h . means|, which only an outlier exceeds
+    means: Tensor  # [languages, d_model] fp32: mean residuals of the texts that the features were found on
+    norm_limit: float  # Norm of a residual above which it is an outlier, left out of the means
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -175,17 +174,26 @@ class PenaltyLayer:
 
 
 @torch.no_grad()
-def agreement(hidden: Tensor, layer: PenaltyLayer, mask: Tensor, groups: Tensor) -> Tensor:
-    """[2]: sum over the tokens of `mask` of h . m / m . m, and their number; outliers are left out, as they are of m.
+def shift(hidden: Tensor, layer: PenaltyLayer, mask: Tensor, groups: Tensor) -> Tensor:
+    """[d_model + 2]: sum of h - m over the tokens of `mask` but for outliers, their number, and their sum of m . m.
 
-    m is the mean residual of the token's language where the features were found, so that the mean over tokens is 1 if
-    the model's own is the same there, and about 0 if it is another model's.
-    """
-    shares = feature_preactivations(hidden, layer.means, torch.zeros_like(layer.limits))
-    groups = groups.clamp(min=0)
-    share = shares.gather(-1, groups[..., None]).squeeze(-1)
-    kept = mask & (share.abs() <= layer.limits[groups])
-    return torch.stack([share.where(kept, 0).sum(), kept.sum()])
+    m is the mean residual of a token's language in the texts that the features were found on."""
+    kept = (mask & (torch.linalg.vector_norm(hidden, dim=-1) <= layer.norm_limit)).flatten().float()
+    of_language = torch.zeros_like(layer.means[:, 0]).index_add_(0, groups.clamp(min=0).flatten(), kept)
+    count = kept.sum()
+    share = (kept / count.clamp(min=1)).to(hidden.dtype)  # a sum may overflow in fp16
+    total = count * (share @ hidden.flatten(0, 1)).float() - of_language @ layer.means
+    return torch.cat([total, torch.stack([count, of_language @ layer.means.square().sum(1)])])
+
+
+def displacements(layers: Sequence[PenaltyLayer], shifts: Sequence[float]) -> dict[str, float]:
+    """By layer, the distance of the mean residual from that of the features' texts, as a share of the latter's length;
+    from the summed `shift` of the layers, one behind the other. Layers with few tokens are left out."""
+    found = {}
+    for layer, (*total, count, square) in zip(layers, torch.tensor(shifts).view(len(layers), -1).tolist(), strict=True):
+        if count >= FEWEST_TOKENS and square > 0:
+            found[f"displacement/layer {layer.layer}"] = math.hypot(*total) / math.sqrt(count * square)
+    return found
 
 
 def penalty_layers(features: FeatureSet, config: SASFTConfig) -> tuple[PenaltyLayer, ...]:
@@ -210,16 +218,15 @@ def _penalty_layer(layer: int, features: LayerFeatures, others: list[int], confi
         if bool((sigma <= 0).any()):
             flat = [features.names[i] for i in (sigma <= 0).nonzero().flatten().tolist()]
             raise UserValueError(f'Layer {layer}: {", ".join(flat)} never varies, so scale="std" is undefined for it.')
-    means = features.mean_residual
-    limit = OUTLIER_FACTOR * features.residual_median_norm / means.norm(dim=1)
+    limit = OUTLIER_FACTOR * features.residual_median_norm
     return PenaltyLayer(
         layer=layer,
         names=tuple(f"layer {layer} {name}" for name in features.names),
         rows=(rows / sigma[:, None]).contiguous(),
         bias=bias / sigma,
         thresholds=thresholds / sigma,
-        means=means / means.square().sum(dim=1, keepdim=True),
-        limits=limit.nan_to_num(nan=math.inf),
+        means=features.mean_residual,
+        norm_limit=math.inf if math.isnan(limit) else limit,
     )
 
 

@@ -10,9 +10,10 @@ from qscope_posttrain.distributed import is_main_process
 
 IDLE_STEPS = 20
 """Optimizer steps with a term or a readout of 0 after which a warning says so"""
-SAME_MODEL = 0.5
-"""Agreement below which features are taken for another model's. In our measurement (docs/sasft.md) it was 1.0 on their
-model, -0.2 on one of another seed, and above 0.9 after fine-tuning that left the SAE usable."""
+FAR = 1.0
+"""Displacement above which features are taken for another model's. In our measurement (docs/sasft.md) it was 0.05 on
+their model, 0.1 to 0.7 after fine-tuning that left an SAE usable, 1.5 after one that ruined the model, and 3.0 on a
+model of another seed. Unrelated means of equal length are 1.4 apart."""
 
 
 class Watch:
@@ -23,7 +24,7 @@ class Watch:
         self._callback, self._weight = callback, weight
         self._steps = 0
         self._acted: set[str] = set()  # Terms and readouts that were above 0
-        self._first: dict[str, float] = {}  # Agreements when they were first known
+        self._first: dict[str, float] = {}  # Displacements when they were first known
         self._said: set[str] = set()
 
     def look(self, values: Mapping[str, float], steps: int) -> None:
@@ -41,8 +42,8 @@ class Watch:
         if self._weight and self._steps >= IDLE_STEPS:
             self._look_for_idle(values)
         for name, value in values.items():
-            if name.startswith("agreement/"):
-                self._look_at_model(name.removeprefix("agreement/"), self._first.setdefault(name, value), value)
+            if name.startswith("displacement/"):
+                self._look_at_model(name.removeprefix("displacement/"), self._first.setdefault(name, value), value)
 
     def _look_for_idle(self, values: Mapping[str, float]) -> None:
         idle = [name.removeprefix("excess/") for name in values if name.startswith("excess/")]
@@ -64,21 +65,21 @@ class Watch:
         self._said.add("idle")  # what acts once is not idle later
 
     def _look_at_model(self, layer: str, first: float, now: float) -> None:
-        if now >= SAME_MODEL:
+        if not now > FAR:
             return
-        if first < SAME_MODEL:
+        if first > FAR:
             self._say(
                 "model",
-                f"the features seem to be another model's. On {layer} the mean residual stream agrees to {now:.2f} "
-                f"with that of the model they were found on (1 is equal; limit {SAME_MODEL}): the penalty acts on "
-                "directions without a meaning here. Find the features on this model, with text like its training data.",
+                f"the features seem to be another model's. On {layer} the mean residual stream is {now:.2f} of its "
+                f"length away from where it was when they were found (0 is equal; limit {FAR}): the penalty acts on "
+                "directions without a meaning here. Find the features on this model, on text like its training data.",
             )
         else:
             self._say(
                 "drift",
-                f"training has moved the model away from its features. On {layer} the mean residual stream agreed to "
-                f"{first:.2f} with that of the model they were found on, and now to {now:.2f} (1 is equal; limit "
-                f"{SAME_MODEL}). Lower learning_rate or weight, or find the features again on the last checkpoint.",
+                f"training has moved the model away from its features. On {layer} the mean residual stream was "
+                f"{first:.2f} of its length away from where it was when they were found, and is now {now:.2f} (limit "
+                f"{FAR}). Lower learning_rate or weight, or find the features again on the last checkpoint.",
             )
 
     def _say(self, kind: str, what: str) -> None:
