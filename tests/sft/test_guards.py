@@ -204,3 +204,35 @@ class TestIdle:
     def test_before_20_steps_and_without_a_weight(self):
         assert self.look(VALUES) == []
         assert self.look(*[VALUES] * 4, weight=0.0) == []
+
+
+@pytest.mark.promise("A training whose hooks are bypassed ends in its first step, with the reason")
+class TestBypassedHooks:
+    def refused(self, trainer):
+        with pytest.raises(RuntimeError, match="The hooks are attached but never ran"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    def test_a_model_that_was_replaced(self, build, features):
+        trainer = build(SASFTCallback(features))
+        trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
+        for module in trainer.model.modules():
+            module._forward_hooks.clear()
+        self.refused(trainer)
+
+    def test_a_layer_that_was_replaced(self, build, features):
+        trainer = build(SASFTCallback(features))
+        trainer.model.model.layers[1] = copy.deepcopy(trainer.model.model.layers[1])
+        trainer.model.model.layers[1]._forward_hooks.clear()
+        self.refused(trainer)
+
+    @pytest.mark.slow
+    def test_a_graph_from_before(self, build, features):
+        callback = SASFTCallback(features)
+        trainer = build(callback)
+        callback.detach()
+        trainer.model.compile(backend="eager")
+        trainer.train()
+        callback.attach(trainer)
+        trainer.state.global_step = 0
+        self.refused(trainer)
