@@ -64,7 +64,7 @@ def constant(completions, **kwargs):
 def steered_trainer(model, tokenizer, folder: Path, **arguments: Any) -> SteeredGRPOTrainer:
     config = SteeredGRPOConfig(
         str(folder / "grpo"), num_generations=4, per_device_train_batch_size=4, max_completion_length=16,
-        use_cpu=True, bf16=False, report_to="none", **arguments,
+        use_cpu=True, bf16=False, report_to="none", save_strategy="no", **arguments,
     )  # fmt: skip
     from datasets import Dataset
 
