@@ -11,9 +11,9 @@ from qscope_posttrain.distributed import is_main_process
 IDLE_STEPS = 20
 """Optimizer steps with a term or a readout of 0 after which a warning says so"""
 FAR = 1.0
-"""Displacement above which features are taken for another model's. In our measurement (docs/sasft.md) it was 0.05 on
-their model, 0.1 to 0.7 after fine-tuning that left an SAE usable, 1.5 after one that ruined the model, and 3.0 on a
-model of another seed. Unrelated means of equal length are 1.4 apart."""
+"""Displacement above which features are taken for another model's: far above that of fine-tuning after which an SAE
+still explains most of the residual stream, and below that of a model of another seed (measured: docs/sasft.md).
+Unrelated means of equal length are 1.4 apart."""
 
 
 class Watch:
