@@ -76,6 +76,7 @@ def main() -> None:
         f"Last layer of the switching task's model, {HELD_OUT} held-out windows.",
     )
     table.print()
+    del options.cache
     write_report(options, "feature_drift", table=table.to_dict())
 
 

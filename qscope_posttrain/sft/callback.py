@@ -40,7 +40,7 @@ class SASFTCallback(AuxiliaryLossCallback):
         sasft/eligible_fraction    share of response tokens that are eligible, i.e. not in the target language
         sasft/excess/<readout>     mean excess per eligible position, in the units of `scale`
         sasft/displacement/<layer> distance of the mean residual on eligible tokens from that of the features' texts, in
-                                   lengths of the latter: small on their model, above 1 (a warning) on another
+                                   lengths of the latter: small on their model, above 0.8 (a warning) on another
         sasft/anchor               the KL term, like sasft/penalty; only with an anchor
         sasft/hook_calls           hook calls per micro-batch and captured module: 1
 
@@ -169,7 +169,9 @@ class PenaltyLayer:
         return len(self.rows)
 
     def to(self, device: torch.device) -> PenaltyLayer:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 

@@ -14,7 +14,7 @@ from sft.cases import case_model, make_features, make_rows, make_trainer
 
 from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.watch import Watch
+from qscope_posttrain.sft.watch import FAR, Watch
 
 CHECKPOINTING = {
     "none": {"gradient_checkpointing": False},
@@ -136,7 +136,7 @@ class TestDisplacement:
         assert said == []
 
     def test_as_written_out(self, model, tiny_tokenizer):
-        features, own = found_on(model, make_rows(24, seed=1)), found_on(model, ROWS)
+        features, own = found_on(model, [*ROWS, *make_rows(24, seed=1)]), found_on(model, ROWS)
         logs, said = trained(model, features, ROWS, tiny_tokenizer, **BATCHES)
         counts = torch.zeros(3)
         for row in ROWS:
@@ -146,14 +146,14 @@ class TestDisplacement:
             moved = (counts[:, None] * (own.layers[layer].mean_residual - rows.mean_residual)).sum(0)
             length = (counts * rows.mean_residual.square().sum(1) * counts.sum()).sum().sqrt()
             expected = float(moved.norm() / length)
-            assert 0.01 < expected < 1.0
+            assert 0.01 < expected < FAR
             assert logs[0][f"sasft/displacement/layer {layer}"] == pytest.approx(expected, rel=1e-4)
         assert said == []
 
     def test_another_seed(self, make_model, model, tiny_tokenizer):
         other = found_on(case_model(make_model, seed=1), ROWS)
         logs, said = trained(model, other, ROWS, tiny_tokenizer, **BATCHES, max_steps=2)
-        assert logs[0]["sasft/displacement/layer 1"] > 1.0
+        assert logs[0]["sasft/displacement/layer 1"] > FAR
         assert len(said) == 1
         assert "another model's. On layer 1" in said[0]
 
@@ -161,7 +161,7 @@ class TestDisplacement:
         arguments = {**BATCHES, "learning_rate": 0.2, "max_steps": 6, "num_train_epochs": 6}
         logs, said = trained(model, found_on(model, ROWS), ROWS, tiny_tokenizer, **arguments)
         assert logs[0]["sasft/displacement/layer 2"] < 1e-5
-        assert logs[-1]["sasft/displacement/layer 2"] > 1.0
+        assert logs[-1]["sasft/displacement/layer 2"] > FAR
         assert len(said) == 1
         assert "training has moved the model away from its features" in said[0]
 
