@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from interleaved import write_report
 
-from benchmarks.testbed.cache import Cache
+from benchmarks.testbed.cache import Cache, default_cache_folder
 from benchmarks.testbed.switching.config import ARMS, SwitchingConfig
 from benchmarks.testbed.switching.features import make_dictionaries, make_feature_sets
 from benchmarks.testbed.switching.language_model import make_language_model
@@ -34,13 +34,15 @@ TIMES = (1, 10, 30)  # The demo's learning rate
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=None, help="folder of models (default: the demo's)")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache_folder(), help="folder of models (default: the demo's)"
+    )
     parser.add_argument("--other-steps", type=int, default=1200, help="pretraining steps of the other seed's model")
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "feature_drift.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config, cache = SwitchingConfig(), Cache(options.cache) if options.cache else Cache()
+    config, cache = SwitchingConfig(), Cache(options.cache)
     language_model = make_language_model(config, cache)
     dictionaries = make_dictionaries(config, cache, language_model)
     features = make_feature_sets(config, cache, language_model, dictionaries).load("sae")
