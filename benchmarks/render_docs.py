@@ -103,6 +103,16 @@ VIEWS = {
         "Forward and backward of the penalty over those of the model; 4 alternating rounds, processor time.",
         without=("8 features x 2 layers, decoder",),
     ),
+    "feature_drift": View(
+        {
+            "model": "model",
+            "displacement": "displacement",
+            "explained variance, %": "SAE explains, %",
+            "agreement of embeddings": "embeddings agree",
+        },
+        "Last layer of the switching task's model, 200 held-out windows; 50 steps of fine-tuning. Made by "
+        "`benchmarks/feature_drift.py`.",
+    ),
     "sasft_overhead": View(
         {
             "variant": "form",
