@@ -22,7 +22,13 @@ from transformers.modeling_utils import set_zero3_state
 from trl import get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_rows
-from qscope_posttrain.cli.training.interruption import STATE, FiniteWeights, last_checkpoint, stop_on_signals
+from qscope_posttrain.cli.training.interruption import (
+    STATE,
+    FiniteWeights,
+    failures_in_words,
+    last_checkpoint,
+    stop_on_signals,
+)
 from qscope_posttrain.distributed import launched_processes
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -227,7 +233,7 @@ def run_training(
     if said:
         status(said)
     try:
-        with stop_on_signals() as stop:
+        with failures_in_words(recipe.output), stop_on_signals() as stop:
             trainer.add_callback(stop)
             trainer.add_callback(FiniteWeights())  # after the one that asks for a checkpoint
             result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
