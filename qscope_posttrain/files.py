@@ -204,6 +204,19 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in an OSError of the block which file could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserOSError(f"cannot write '{path}' ({error.strerror or error}).") from error
+    except SafetensorError as error:  # also what is wrong with the tensors
+        if "I/O error" not in str(error):
+            raise
+        raise UserOSError(f"cannot write '{path}' ({error}).") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; when the block ends, that file is flushed to disk and becomes `path`.
     When the block raises, the unfinished file is removed and `path` is as it was. FileNotFoundError where the folder
@@ -212,18 +225,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserFileNotFoundError(f"cannot write '{path}': the folder '{path.parent}' does not exist.")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        yield unfinished
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserOSError(f"cannot write '{path}' ({error.strerror or error}).") from error
-    except SafetensorError as error:  # also what is wrong with the tensors
-        if "I/O error" not in str(error):
-            raise
-        raise UserOSError(f"cannot write '{path}' ({error}).") from error
+        with writing(path):
+            yield unfinished
+            with unfinished.open("rb") as written:
+                os.fsync(written.fileno())
+            unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that can only be read any more
+            unfinished.unlink(missing_ok=True)
 
 
 def read_jsonl(path: str | os.PathLike[str], packed: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -54,7 +54,7 @@ def write_world(folder: Path) -> None:
     draw = random.Random(0)
     kinds = {"en": WORDS, "zh": COOKING, "fr": FILLER}
     texts = {
-        language: [" ".join(draw.choice(words + FILLER[:4]) for _ in range(12)) for _ in range(40)]
+        language: [" ".join(draw.choice(words + FILLER[:4]) for _ in range(12)) for _ in range(120)]
         for language, words in kinds.items()
     }
     (folder / "texts").mkdir()
@@ -106,6 +106,7 @@ def _sae(world: World, output: Path, _: str) -> list[str]:
         "model": world / "model", "texts": world / "all.txt", "layers": "1", "width": "128", "k": "4", "steps": "40",
         "batch_tokens": "64", "context_length": "32", "forward_tokens": "128", "block_tokens": "512",
         "checkpoint_every": "10", "log_every": "5", "held_out_documents": "4", "device": "cpu", "output": str(output),
+        "keep_checkpoints": "2",
     }  # fmt: skip
     return ["sae", "train", *(f"--{key}={value}" for key, value in keys.items())]
 
@@ -120,8 +121,8 @@ def _find(world: World, output: Path, _: str) -> list[str]:
 
 def _asking(url: str, output: Path) -> list[str]:
     return [
-        "--chat-model", "grammar", "--base-url", url, "--api-key-env", "NO_SUCH_KEY", "--send-seed", "--concurrency", "2",
-        "--timeout", "20", "--device", "cpu", "--output", str(output),
+        "--chat-model", "grammar", "--base-url", url, "--api-key-env", "NO_SUCH_KEY", "--send-seed",
+        "--concurrency", "2", "--timeout", "20", "--device", "cpu", "--output", str(output),
     ]  # fmt: skip
 
 
@@ -134,8 +135,9 @@ def _explain(world: World, output: Path, url: str) -> list[str]:
 
 def _synthesize(world: World, output: Path, url: str) -> list[str]:
     return [
-        "synthesize", "--model", world / "model", "--sae", world / "saes", "--explanations", world / "explanations.jsonl",
-        "--topic", "unsafe ladder use", "--seed-data", world / "seed.txt", "--natural", world / "natural.txt",
+        "synthesize", "--model", world / "model", "--sae", world / "saes", "--explanations",
+        world / "explanations.jsonl", "--topic", "unsafe ladder use", "--seed-data", world / "seed.txt",
+        "--natural", world / "natural.txt",
         "--measure-layers", "0", "--features-at-once", "4", *_asking(url, output),
     ]  # fmt: skip
 

@@ -45,8 +45,10 @@ class Fault:
         with self._lock:
             self.points += 1
             self.work += subject is not None
-            due = self.points == self.at and self.here
-        if due and self.kind is not None:
+            due = self.points >= self.at > 0 and self.here
+            due = due and self.kind is not None and (self.kind != "NaN" or hasattr(subject, "layers"))
+            self.at = 0 if due else self.at
+        if due:
             self.write()
             _HARMS[self.kind](self, subject)
 
@@ -81,9 +83,10 @@ class Fault:
         if self.kind == "worker":
             fetch: Any = importlib.import_module("torch.utils.data._utils.fetch")
             fetch._MapDatasetFetcher.fetch = self._dying(fetch._MapDatasetFetcher.fetch)
-        if self.kind == "slow clock":  # hours of waiting in seconds; threads wait through a condition, not by this
-            sleep, scale = time.sleep, float(self.spec["argument"])
-            time.sleep = lambda seconds: sleep(seconds * scale)
+        if self.kind == "slow clock":  # hours of waiting in seconds
+            session: Any = importlib.import_module("qscope_posttrain.endpoint.session").ChatSession
+            made, scale = session.__init__, float(self.spec["argument"])
+            session.__init__ = lambda *a, **more: made(*a, **more, sleep=lambda seconds: time.sleep(seconds * scale))
 
     def _dying(self, fetch: Callable[..., Any]) -> Callable[..., Any]:
         fetched = 0

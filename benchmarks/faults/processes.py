@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _IMPORTED = (
     "torch", "trl", "openai", "datasets", "qscope_posttrain.cli.training.run", "qscope_posttrain.rl.trainer",
     "qscope_posttrain.sae.training.run", "qscope_posttrain.features.find.contrast", "transformers.models.qwen3",
-    "qscope_posttrain.cli.training.sft", "qscope_posttrain.cli.training.grpo_checks", "qscope_posttrain.synthesis.report",
+    "qscope_posttrain.cli.training.sft", "qscope_posttrain.cli.training.grpo_checks",
+    "qscope_posttrain.synthesis.report",
     "qscope_posttrain.features.explain.ask", "qscope_posttrain.evaluation.repetition", "trl.trainer.sft_trainer",
     "qscope_posttrain.sft.settings", "trl.trainer.grpo_trainer", "qscope_posttrain.report.html",
 )  # fmt: skip
@@ -40,7 +41,7 @@ class Ended:
 
 
 def prepare() -> None:
-    """Import what the commands import, once for all of them, without computing anything: threads do not survive a fork."""
+    """Import what the commands import, once for all, without computing anything: threads do not survive a fork."""
     import importlib
 
     for name in _IMPORTED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.models.layers import evaluation_mode, pretrained_model, text_config, unwrapped
+from qscope_posttrain.record_file import draw_and_keep
 from qscope_posttrain.report.progress import progress
 
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -122,6 +124,7 @@ def generate_samples(
     chat: bool = False,
     chat_template_options: Mapping[str, Any] | None = None,
     show_progress: bool | None = None,
+    keep: str | os.PathLike[str] | None = None,
 ) -> list[Sample]:
     """Draw `settings.samples_per_prompt` responses to every prompt with the model's `generate`, or another engine.
 
@@ -134,6 +137,8 @@ def generate_samples(
         prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
         chat: whether a string is the message of a user to a chat model, rather than text to continue.
         chat_template_options: further arguments of the template, e.g. `{"enable_thinking": False}`.
+        keep: file for each batch of responses as it is drawn, from which the same call goes on, with the same result.
+            Not used by another engine, which draws all at once.
 
     Returns:
         Samples ordered by language (as in `prompts`), prompt, sample.
@@ -153,9 +158,13 @@ def generate_samples(
     responses: dict[tuple[int, int], Response] = {}
     if isinstance(model, nn.Module):
         batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+        ids = [[encoded[place].ids for place, _ in batch] for batch in batches]
+        asked = [settings.to_dict(), ids, str(config)]
         with _sampling(model, tokenizer, settings) as generate:
-            for batch in progress(batches, description="sampling responses", enabled=show_progress):
-                responses.update(zip(batch, generate([encoded[place].ids for place, _ in batch]), strict=True))
+            drawn = map(generate, ids) if keep is None else draw_and_keep(keep, model, asked, ids, generate)
+            shown = progress(drawn, len(batches), description="sampling responses", enabled=show_progress)
+            for batch, found in zip(batches, shown, strict=True):
+                responses.update(zip(batch, map(Response._make, found), strict=True))
     else:
         asked = [encoded[place].ids for place, _ in rows]
         responses.update(zip(rows, model.sample(asked, settings, tokenizer, show_progress), strict=True))
@@ -297,7 +306,14 @@ def _sampling(
         width, device = max(map(len, prompts)), causal_lm.device
         input_ids = torch.tensor([[padding_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
+        try:
+            output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserValueError(
+                "The model gives no probabilities: its weights or activations are not finite."
+            ) from error
         return [until_end(tokens, end_ids) for tokens in output[:, width:].tolist()]
 
     # `generate` fills what a given configuration leaves open from the model's own one; hence the model's own is set.

@@ -54,6 +54,10 @@ def failures_in_words(output: Path) -> Iterator[None]:
             if getattr(error, "errno", None) in _CANNOT_WRITE or any(words in reason for words in _CANNOT_WRITE_WORDS):
                 free = in_words(shutil.disk_usage(output).free)
                 raise UserOSError(f"cannot write a checkpoint in '{output}', with {free} free ({reason}).") from error
+            if "probability tensor contains" in reason:  # a rollout cannot be sampled
+                raise UserValueError(
+                    f"The training has diverged: the model gives no probabilities ({reason})."
+                ) from error
             if "DataLoader worker" in reason:
                 advice = "Often memory is short: take fewer dataloader_num_workers"
                 raise UserOSError(f"a process that reads the data has died ({reason}). {advice}.") from error
