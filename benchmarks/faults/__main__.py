@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "QSCOPE_TIMEOUT": "30"}
 
 from benchmarks.faults import jobs, processes
 from qscope_posttrain.provenance import machine, package_versions
@@ -40,6 +40,7 @@ TRAINING = ("sft", "grpo")
 ASKING = ("features explain", "synthesize")
 TOGETHER = ("sft", "grpo", "sae train", "features find")
 LIMIT = 300.0
+TIMEOUT = 30  # Seconds that processes wait for one another
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _more(cell: Cell, again: bool = False) -> list[str]:
     if cell.fault.endswith("hour") and not again:
         return ["--attempts", "1000"]
     if cell.processes > 1 and cell.job in TRAINING:
-        return ["--ddp_timeout=20"]
+        return [f"--ddp_timeout={TIMEOUT}"]
     return []
 
 

@@ -7,7 +7,9 @@ failure of the machine, and keeps its traceback.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,7 @@ from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueE
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.files import check_plain, read_json
 from qscope_posttrain.models.loading import load_config
+from qscope_posttrain.provenance import check_resumed
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -41,6 +44,7 @@ from qscope_posttrain.report.tables import Table
 T = TypeVar("T")
 Made = TypeVar("Made", bound=Trainer)
 Log = Sequence[Mapping[str, Any]]
+SAMPLED_ROWS = 64  # Rows of the data by which a checkpoint knows it
 
 
 @dataclass
@@ -205,6 +209,26 @@ class _Begun(TrainerCallback):
             self.first()
 
 
+class _SameData(TrainerCallback):
+    """Refuses a checkpoint of a run on other rows, in another order or with another number of them in a step: a resumed
+    run leaves out as many steps as were done, whatever they held."""
+
+    def __init__(self, rows: Any, training: Any) -> None:
+        self._identity = {
+            "seed": training.seed,
+            "data_seed": training.data_seed,
+            "rows per step": rows_of_step(training)[1],
+        }
+        if count := len(rows) if hasattr(rows, "__len__") else 0:
+            some = [rows[number * count // SAMPLED_ROWS] for number in range(min(count, SAMPLED_ROWS))]
+            text = json.dumps(some, sort_keys=True, default=lambda value: type(value).__name__)
+            self._identity["data"] = f"{count} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
+        if "data" in state.stateful_callbacks or state.global_step == 0:  # older checkpoints hold no record
+            check_resumed(state, "data", self._identity)
+
+
 def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: Any) -> Made:
     """Make a trainer of this kind, with the adapter and the quantization of the recipe. ValueError for what the trainer
     or a library under it refuses."""
@@ -232,6 +256,9 @@ def run_training(
     start, said = check_checkpoint(recipe) if recipe.training.resume_from_checkpoint else (None, "")
     if said:
         status(said)
+    if start is not None and (before := len([*start.glob("rng_state_*.pth")]) or 1) != launched_processes():
+        status(f"the checkpoint is of {before} processes: batches are as before, dropout and rollouts are drawn anew")
+    trainer.add_callback(_SameData(trainer.train_dataset, recipe.training))
     try:
         with failures_in_words(recipe.output), stop_on_signals() as stop:
             trainer.add_callback(stop)
