@@ -95,9 +95,10 @@ class Bench:
         job, more = jobs.JOBS[cell.job], _more(cell)
         unbroken, results, size = self.whole(job, cell.processes, more if cell.fault == "worker" else [])
         draw = random.Random(f"{self.seed} {cell.key}")
-        points = unbroken.points
-        at = draw.randint(max(2, points // 10), max(2, points * 8 // 10))
-        fault: dict[str, Any] = {"kind": cell.fault, "at": at, "rank": cell.processes - 1}
+        of = "points" if cell.processes == 1 else "work"  # only the first rank writes files
+        points = unbroken.points if cell.processes == 1 else unbroken.work
+        at = draw.randint(max(2, points // 10), max(2, points * 9 // 10))
+        fault: dict[str, Any] = {"kind": cell.fault, "at": at, "of": of, "rank": cell.processes - 1}
         output = self.folder / _name(cell.key)
         down: list[tuple[str, Any]] = []
         with _disk(cell, output, size, draw) as disk:
@@ -127,7 +128,7 @@ class Bench:
             "checkpoints": kept,
             "work done twice": None if cell.processes > 1 or ended.status == 0 else round(twice, 3),
             "resumed": equal if again.status == 0 else f"fails: {_last(again.said)}",
-            "message": _last(ended.said),
+            "message": _message(ended.said),
             "traceback": "Traceback" in ended.said,
             "status": "hangs" if ended.hung else ended.status,
             "seconds": round(ended.seconds, 1),
@@ -188,6 +189,14 @@ def _last(said: str) -> str:
     return lines[-1] if lines else ""
 
 
+def _message(said: str) -> str:
+    """The lines in which a command says why it ended, or else its last line."""
+    lines = [line.strip() for line in said.splitlines()]
+    ends = [n for n, line in enumerate(lines) if re.match(r"error|interrupted|stopped by", line)]
+    kept = [line for line in lines[ends[-1] + 1 :] if " kept " in line or "checkpoint" in line] if ends else []
+    return " ".join([lines[ends[-1]], *kept[:1]]) if ends else _last(said)
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """The matrix as a table."""
     columns = ["job", "fault", "processes", "damaged files", "work done twice", "resumed against unbroken", "status"]
@@ -201,7 +210,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         cells.append([
             row["job"], row["fault"], row["processes"], ", ".join(row["damaged files"]) or "none",
             "-" if twice is None else f"{100 * twice:.0f} %", row["resumed"], row["status"], row["seconds"],
-            row["message"][:160],
+            re.sub(r"/\S*/run-\d+/", "", row["message"])[:240],
         ])  # fmt: skip
     return Table("Faults", columns, cells)
 

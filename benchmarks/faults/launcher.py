@@ -3,7 +3,7 @@
 A point is a forward pass of a model, an update of an SAE, a request to an endpoint, or a file of the output folder that
 is opened for writing, renamed or removed. Nothing in the package knows of this file. The environment variable
 QSCOPE_FAULT holds the fault as JSON: `output` (folder), `count` (file for the number of points), and perhaps `kind`,
-`at` (number of the point, from 1), `rank`, `argument`.
+`at` (number of the point, from 1; with `of` "work", of the points that are no files), `rank`, `argument`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Fault:
         with self._lock:
             self.points += 1
             self.work += subject is not None
-            due = self.points >= self.at > 0 and self.here
+            done = self.work if self.spec.get("of") == "work" else self.points
+            due = done >= self.at > 0 and self.here
             due = due and self.kind is not None and (self.kind != "NaN" or hasattr(subject, "layers"))
             self.at = 0 if due else self.at
         if due:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.modeling_utils import set_zero3_state
+from transformers.trainer_utils import TrainOutput
 from trl import get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_rows
@@ -227,6 +228,12 @@ class _SameData(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
         if "data" in state.stateful_callbacks or state.global_step == 0:  # older checkpoints hold no record
             check_resumed(state, "data", self._identity)
+        if state.global_step >= state.max_steps and not args.load_best_model_at_end:
+            raise _Complete
+
+
+class _Complete(Exception):
+    """The checkpoint, which the model has been loaded from, is of the last step: the trainer would take one more."""
 
 
 def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: Any) -> Made:
@@ -238,6 +245,16 @@ def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: 
         set_seed(recipe.training.seed)
         model = recipe.model
         return kind(**settings, peft_config=get_peft_config(model), quantization_config=get_quantization_config(model))
+
+
+def _save_model(trainer: Trainer, output: Path) -> None:
+    """Save the model beside its place, and move its files there when all of them are whole."""
+    unfinished = output / ".model.part"
+    trainer.save_model(str(unfinished), _internal_call=True)  # which pushes nothing
+    if trainer.args.should_save:
+        for path in sorted(unfinished.iterdir()):
+            path.replace(output / path.name)
+        unfinished.rmdir()
 
 
 def run_training(
@@ -264,6 +281,8 @@ def run_training(
             trainer.add_callback(stop)
             trainer.add_callback(FiniteWeights())  # after the one that asks for a checkpoint
             result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    except _Complete:
+        result = TrainOutput(trainer.state.global_step, 0.0, {})
     except Exception:
         if watch.begun:
             raise
@@ -275,7 +294,7 @@ def run_training(
         status(f"stopped by {signal.Signals(stop.signal).name} after step {result.global_step}; {further}")
         return 128 + stop.signal
     with library_refusals(f"cannot save the model in '{recipe.output}'", OSError):
-        trainer.save_model(str(recipe.output))
+        _save_model(trainer, recipe.output)
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
         results = {"model": str(recipe.output), "steps": result.global_step, "metrics": result.metrics, **report(log)}
