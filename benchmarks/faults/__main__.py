@@ -192,9 +192,12 @@ def _last(said: str) -> str:
 def _message(said: str) -> str:
     """The lines in which a command says why it ended, or else its last line."""
     lines = [line.strip() for line in said.splitlines()]
-    ends = [n for n, line in enumerate(lines) if re.match(r"error|interrupted|stopped by", line)]
+    ends = [n for n, line in enumerate(lines) if re.match(r"error( \(rank \d+\))?: |interrupted$|stopped by", line)]
     kept = [line for line in lines[ends[-1] + 1 :] if " kept " in line or "checkpoint" in line] if ends else []
-    return " ".join([lines[ends[-1]], *kept[:1]]) if ends else _last(said)
+    if ends:
+        return " ".join([lines[ends[-1]], *kept[:1]])
+    told = [found.group(0) for line in lines if (found := re.search(r"failed \(exitcode.*?local_rank: \d+", line))]
+    return f"{told[0]} (the launcher)" if told else _last(said)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -35,6 +35,7 @@ class Fault:
     def __init__(self, spec: dict[str, Any]) -> None:
         self.kind, self.at, self.spec = spec.get("kind"), spec.get("at", 0), spec
         self.output, self.points, self.work = str(spec["output"]), 0, 0
+        self.harmed = 0.0  # The time at which the harm was done
         self.here = int(os.environ.get("RANK", "0")) == spec.get("rank", 0)
         self._lock, self._process = threading.Lock(), os.getpid()
 
@@ -47,16 +48,18 @@ class Fault:
             self.work += subject is not None
             done = self.work if self.spec.get("of") == "work" else self.points
             due = done >= self.at > 0 and self.here
-            due = due and self.kind is not None and (self.kind != "NaN" or hasattr(subject, "layers"))
+            due = due and self.kind in _HARMS and (self.kind != "NaN" or hasattr(subject, "layers"))
             self.at = 0 if due else self.at
         if due:
+            self.harmed = time.time()
             self.write()
             _HARMS[self.kind](self, subject)
 
     def write(self) -> None:
-        """Write the numbers of points and of those that are work, of the first rank or of the one that is harmed."""
-        if self.here or int(os.environ.get("RANK", "0")) == 0:
-            Path(f"{self.spec['count']}").write_text(f"{self.points} {self.work}", encoding="utf-8")
+        """Write the numbers of points and of those that are work, and the time of the harm, of the harmed rank."""
+        if self.here:
+            text = f"{self.points} {self.work} {self.harmed}"
+            Path(self.spec["count"]).write_text(text, encoding="utf-8")
 
     def watch_files(self) -> None:
         """Make points of what is done to files of the output folder."""
@@ -133,8 +136,6 @@ _HARMS: dict[str, Callable[[Fault, Any], Any]] = {
     "read-only": lambda fault, _: subprocess.run(["mount", "-o", "remount,ro", fault.output], check=True),
     "raise": _raise,
     "NaN": _nan,
-    "worker": lambda fault, _: None,
-    "slow clock": lambda fault, _: None,
 }
 
 

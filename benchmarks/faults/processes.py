@@ -34,6 +34,7 @@ class Ended:
     """As a shell shows it: 128 + the number of the signal that ended it"""
     hung: bool  # Ended from here, after the time limit
     seconds: float
+    """From the fault to the end, or from the start where there was none"""
     said: str  # Standard error
     points: int
     """Points of progress up to the end, or up to the fault where it did not end by itself"""
@@ -60,11 +61,13 @@ def run(
     with said.open("wb") as errors:
         group = _fork(arguments, given, errors) if processes == 1 else _launch(arguments, given, errors, processes)
         status, hung = _wait(group, started + limit)
-    seconds = time.monotonic() - started
+    ended, seconds = time.time(), time.monotonic() - started
     if processes > 1:
         _end_rest(str(count))
-    points, work = map(int, (count.read_text() if count.is_file() else "0 0").split())
-    return Ended(status, hung, seconds, said.read_text(encoding="utf-8", errors="replace"), points, work)
+    counted = (count.read_text() if count.is_file() else "0 0 0").split()
+    seconds = ended - float(counted[2]) if float(counted[2]) else seconds
+    text = said.read_text(encoding="utf-8", errors="replace")
+    return Ended(status, hung, seconds, text, int(counted[0]), int(counted[1]))
 
 
 def _fork(arguments: list[str], environment: dict[str, str], errors: Any) -> int:
