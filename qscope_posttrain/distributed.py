@@ -9,6 +9,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeAlias
 
+from qscope_posttrain.errors import UserOSError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -46,7 +48,11 @@ def join_processes(device: str | None, timeout: float | None = None, backend: st
 
     seconds = timedelta(seconds=float(os.environ.get(TIMEOUT) or 1800) if timeout is None else timeout)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return str(PartialState(cpu=on_cpu, timeout=seconds, backend=backend).device)
+    try:
+        return str(PartialState(cpu=on_cpu, timeout=seconds, backend=backend).device)
+    except torch.distributed.DistError as error:
+        count = launched_processes()
+        raise UserOSError(f"{count} processes were started and have not come together ({error}).") from error
 
 
 def absent_ranks(error: BaseException | None, wait: float = 5.0) -> str:

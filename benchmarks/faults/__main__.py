@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "QSCOPE_TIMEOUT": "30"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 from benchmarks.faults import jobs, processes
 from qscope_posttrain.provenance import machine, package_versions
@@ -40,7 +40,6 @@ TRAINING = ("sft", "grpo")
 ASKING = ("features explain", "synthesize")
 TOGETHER = ("sft", "grpo", "sae train", "features find")
 LIMIT = 300.0
-TIMEOUT = 30  # Seconds that processes wait for one another
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,16 @@ class Cell:
     processes: int = 1
     draw: int = 0
     """Number of the draw of a point; the others are drawn at other places"""
+    agent: bool = False  # Whether the processes are started, and watched, by `accelerate launch`
 
     @property
     def key(self) -> str:
-        return f"{self.job}/{self.fault}/{self.processes}/{self.draw}"
+        return f"{self.job}/{self.fault}/{self.processes}/{self.draw}" + ("/agent" if self.agent else "")
+
+    @property
+    def timeout(self) -> int | None:
+        """Seconds that processes wait for one another, where one does not answer."""
+        return 60 if self.fault in ("freeze", "sleep") else None
 
 
 def cells() -> list[Cell]:
@@ -67,8 +72,10 @@ def cells() -> list[Cell]:
     found += [Cell(job, "NaN") for job in ("sft", "grpo", "sae train", "features find", "evaluate repetition")]
     found += [Cell(job, "worker") for job in TRAINING]
     found += [Cell(job, fault) for job in ASKING for fault in ("endpoint down", "endpoint down for an hour")]
-    together = ("kill", "raise", "SIGTERM to the launcher", "Ctrl-C to all", "freeze", "sleep")
-    return found + [Cell(job, fault, 2) for fault in together for job in TOGETHER]
+    together = ("kill", "raise", "SIGTERM", "Ctrl-C to all", "freeze", "sleep")
+    found += [Cell(job, fault, 2) for fault in together for job in TOGETHER]
+    watched = ("kill", "raise", "SIGTERM to the launcher", "sleep")
+    return found + [Cell("sft", fault, 2, agent=True) for fault in watched]
 
 
 class Bench:
@@ -112,7 +119,7 @@ class Bench:
             elif cell.fault == "worker":
                 fault["at"] = 4
             self.server.faults[:] = down
-            ended = self._run(job, output, fault, cell.processes, more)
+            ended = self._run(job, output, fault, cell.processes, more, cell)
             self.server.faults.clear()
             broken = jobs.damaged(output)
             kept = [path.name for path in output.glob("checkpoint-*")] if output.is_dir() else []
@@ -139,10 +146,20 @@ class Bench:
         path = self.folder / f"whole-{_name(job.name)}-1" / "answers.jsonl"
         return path.read_text(encoding="utf-8").splitlines()
 
-    def _run(self, job: jobs.Job, output: Path, fault: dict[str, Any], count: int, more: list[str]) -> processes.Ended:
+    def _run(
+        self,
+        job: jobs.Job,
+        output: Path,
+        fault: dict[str, Any],
+        count: int,
+        more: list[str],
+        cell: Cell | None = None,
+    ) -> processes.Ended:
         line = [*job.line(self.world, output, self.server.url), *more]
         fault = {**fault, "output": str(output)}
-        return processes.run(line, fault, self.folder / "scratch" / output.name, processes=count, limit=LIMIT)
+        how: dict[str, Any] = {} if cell is None else {"agent": cell.agent, "timeout": cell.timeout}
+        scratch = self.folder / "scratch" / output.name
+        return processes.run(line, fault, scratch, processes=count, limit=LIMIT, **how)
 
 
 def _more(cell: Cell, again: bool = False) -> list[str]:
@@ -151,8 +168,8 @@ def _more(cell: Cell, again: bool = False) -> list[str]:
         return ["--dataloader_num_workers=1"]
     if cell.fault.endswith("hour") and not again:
         return ["--attempts", "1000"]
-    if cell.processes > 1 and cell.job in TRAINING:
-        return [f"--ddp_timeout={TIMEOUT}"]
+    if cell.timeout is not None and cell.job in TRAINING and not again:
+        return [f"--ddp_timeout={cell.timeout}"]
     return []
 
 

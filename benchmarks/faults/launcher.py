@@ -130,7 +130,7 @@ _HARMS: dict[str, Callable[[Fault, Any], Any]] = {
     "SIGTERM": lambda fault, _: os.kill(os.getpid(), signal.SIGTERM),
     "Ctrl-C": lambda fault, _: os.kill(os.getpid(), signal.SIGINT),
     "SIGTERM to the launcher": lambda fault, _: os.kill(os.getppid(), signal.SIGTERM),
-    "Ctrl-C to all": lambda fault, _: os.killpg(os.getpgid(os.getppid()), signal.SIGINT),
+    "Ctrl-C to all": lambda fault, _: os.killpg(os.getpgid(0), signal.SIGINT),
     "freeze": lambda fault, _: os.kill(os.getpid(), signal.SIGSTOP),
     "sleep": lambda fault, _: time.sleep(10**6),
     "read-only": lambda fault, _: subprocess.run(["mount", "-o", "remount,ro", fault.output], check=True),

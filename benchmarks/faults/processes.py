@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,38 @@ def prepare() -> None:
 
 
 def run(
-    arguments: list[str], fault: dict[str, Any], scratch: Path, *, processes: int = 1, limit: float = 300.0
+    arguments: list[str],
+    fault: dict[str, Any],
+    scratch: Path,
+    *,
+    processes: int = 1,
+    agent: bool = False,
+    timeout: int | None = None,
+    limit: float = 300.0,
 ) -> Ended:
-    """Run `qscope` with these arguments. `fault` is that of `launcher`; `scratch` is a folder for what it says."""
+    """Run `qscope` with these arguments.
+
+    Args:
+        fault: as for `launcher`.
+        scratch: folder for what the command says.
+        processes: ranks, started one by one, as `srun` does.
+        agent: start them by `accelerate launch`, whose agent watches them, instead.
+        timeout: seconds that they wait for one another.
+        limit: seconds after which the command hangs.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     said, count = scratch / "stderr.txt", scratch / "points.txt"
     count.unlink(missing_ok=True)
     given = {launcher.FAULT: json.dumps({**fault, "count": str(count)})}
+    given |= {} if timeout is None else {"QSCOPE_TIMEOUT": str(timeout)}
     started = time.monotonic()
     with said.open("wb") as errors:
-        group = _fork(arguments, given, errors) if processes == 1 else _launch(arguments, given, errors, processes)
+        if agent:
+            group = _launch(arguments, given, errors, processes)
+        elif processes > 1:
+            group = _fork(lambda: _ranks(arguments, given, errors, processes))
+        else:
+            group = _fork(lambda: _qscope(arguments, given, errors))
         status, hung = _wait(group, started + limit)
     ended, seconds = time.time(), time.monotonic() - started
     if processes > 1:
@@ -70,19 +93,17 @@ def run(
     return Ended(status, hung, seconds, text, int(counted[0]), int(counted[1]))
 
 
-def _fork(arguments: list[str], environment: dict[str, str], errors: Any) -> int:
+def _fork(work: Callable[[], int], session: bool = True) -> int:
+    """The process that does `work`, and ends with the status that it returns."""
     sys.stdout.flush()
     sys.stderr.flush()
     if child := os.fork():
         return child
     status = 1
     try:
-        os.setsid()
-        os.dup2(errors.fileno(), 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.environ |= environment
-        os.environ.pop("QSCOPE_QUIET", None)
-        status = launcher.run(arguments)
+        if session:
+            os.setsid()
+        status = work()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -90,6 +111,36 @@ def _fork(arguments: list[str], environment: dict[str, str], errors: Any) -> int
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def _qscope(arguments: list[str], environment: dict[str, str], errors: Any) -> int:
+    os.dup2(errors.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ |= environment
+    os.environ.pop("QSCOPE_QUIET", None)
+    return launcher.run(arguments)
+
+
+def _ranks(arguments: list[str], environment: dict[str, str], errors: Any, processes: int) -> int:
+    """Start the ranks, and end what is left of them half a minute after the first rank; the status of that rank, or of
+    another where it ended well."""
+    from tests.free_port import free_port
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {**environment, "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(processes):
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(_fork(lambda own=own: _rank(arguments, own, errors), session=False))
+    first, _ = _wait(ranks[0], time.monotonic() + 10**6, group=False)
+    others = [_wait(rank, time.monotonic() + 30, group=False)[0] for rank in ranks[1:]]
+    return first or max(others)
+
+
+def _rank(arguments: list[str], environment: dict[str, str], errors: Any) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return _qscope(arguments, environment, errors)
 
 
 def _launch(arguments: list[str], environment: dict[str, str], errors: Any, processes: int) -> int:
@@ -111,14 +162,14 @@ def _launch(arguments: list[str], environment: dict[str, str], errors: Any, proc
     return process.pid
 
 
-def _wait(child: int, until: float) -> tuple[int, bool]:
+def _wait(child: int, until: float, group: bool = True) -> tuple[int, bool]:
     while time.monotonic() < until:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
             code = os.waitstatus_to_exitcode(status)
             return (128 - code if code < 0 else code), False
         time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
+    (os.killpg if group else os.kill)(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return 128 + signal.SIGKILL, True
 
