@@ -83,7 +83,7 @@ def absent_ranks(error: BaseException | None, wait: float = 5.0) -> str:
     names = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
     late = "timed out" in reason.lower() or "timeout" in reason.lower()
     fault = "did not answer in time: it hangs, or its machine is gone" if late else "has ended: what it said tells why"
-    return f"rank {names} {fault} ({reason.rpartition('] ')[2] if reason.startswith('[') else reason})"
+    return f"rank {names} {fault} ({reason.rpartition('] ')[2].partition('. ')[0]})"
 
 
 def alone(value: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Bench:
             "point": f"{at} of {points}",
             "damaged files": broken,
             "checkpoints": kept,
-            "work done twice": None if cell.processes > 1 or ended.status == 0 else round(twice, 3),
+            "work done twice": None if ended.status == 0 or cell.fault.startswith("endpoint") else round(twice, 3),
             "resumed": equal if again.status == 0 else f"fails: {_last(again.said)}",
             "message": _message(ended.said),
             "traceback": "Traceback" in ended.said,
@@ -209,7 +209,7 @@ def _last(said: str) -> str:
 def _message(said: str) -> str:
     """The lines in which a command says why it ended, or else its last line."""
     lines = [line.strip() for line in said.splitlines()]
-    ends = [n for n, line in enumerate(lines) if re.match(r"error( \(rank \d+\))?: |interrupted$|stopped by", line)]
+    ends = [n for n, line in enumerate(lines) if re.match(r"error( \(rank \d+\))?: |interrupted|stopped by", line)]
     kept = [line for line in lines[ends[-1] + 1 :] if " kept " in line or "checkpoint" in line] if ends else []
     if ends:
         return " ".join([lines[ends[-1]], *kept[:1]])
@@ -217,22 +217,28 @@ def _message(said: str) -> str:
     return f"{told[0]} (the launcher)" if told else _last(said)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The matrix as a table."""
-    columns = ["job", "fault", "processes", "damaged files", "work done twice", "resumed against unbroken", "status"]
-    columns += ["seconds", "last line"]
-    cells = []
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    """The matrix as a table, one row for all draws of a fault: the worst of each value, and the message of the last."""
+    columns = ["job", "fault", "damaged files", "work done twice, %", "resumed against unbroken", "status", "seconds"]
+    together: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        if "not run" in row:
-            cells.append([row["job"], row["fault"], row["processes"], *["-"] * 5, f"not run: {row['not run']}"])
+        fault = row["fault"] + (", accelerate launch" if row.get("agent") else "")
+        together.setdefault((row["job"], fault), []).append(row)
+    cells: list[list[Any]] = []
+    for (job, fault), draws in together.items():
+        done = [row for row in draws if "not run" not in row]
+        if not done:
+            cells.append([job, fault, *["-"] * 5, f"not run: {draws[0]['not run']}"])
             continue
-        twice = row["work done twice"]
+        damaged = sorted({name for row in done for name in row["damaged files"]})
+        twice = [row["work done twice"] for row in done if row["work done twice"] is not None]
+        resumed = sorted({row["resumed"] for row in done})
+        last = re.sub(r"\S*/run-\d+/", "", done[-1]["message"])
         cells.append([
-            row["job"], row["fault"], row["processes"], ", ".join(row["damaged files"]) or "none",
-            "-" if twice is None else f"{100 * twice:.0f} %", row["resumed"], row["status"], row["seconds"],
-            re.sub(r"/\S*/run-\d+/", "", row["message"])[:240],
+            job, fault, ", ".join(damaged) or "none", f"{100 * max(twice):.0f}" if twice else "-", "; ".join(resumed),
+            " ".join(sorted({str(row["status"]) for row in done})), max(row["seconds"] for row in done), last[:300],
         ])  # fmt: skip
-    return Table("Faults", columns, cells)
+    return Table(title, [*columns, "last words"], cells)
 
 
 def main() -> None:
@@ -241,6 +247,7 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", choices=list(jobs.JOBS), default=list(jobs.JOBS))
     parser.add_argument("--faults", nargs="+", help="names of faults; by default all")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--draws", type=int, default=3, help="places at which a command is killed")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="for the runs; what is done is kept")
     parser.add_argument("--seed", type=int, default=0, help="of the points at which faults come")
     parser.add_argument("--again", action="store_true", help="run what is done once more")
@@ -251,6 +258,7 @@ def main() -> None:
         for cell in cells()
         if cell.job in options.jobs
         and cell.processes in options.processes
+        and cell.draw < options.draws
         and (options.faults is None or cell.fault in options.faults)
     ]
     done_path = options.folder.resolve() / "cells.json"
@@ -260,11 +268,16 @@ def main() -> None:
     if missing:
         run_cells(missing, done, done_path, options.seed)
     rows = [done[cell.key] for cell in cells() if cell.key in done]
-    found = table([done[cell.key] for cell in wanted])
-    found.print()
+    table([done[cell.key] for cell in wanted], "Faults").print()
     if options.output.parent.is_dir():
         kept = [{key: value for key, value in row.items() if key != "said"} for row in rows]
-        content = {"table": table(rows).to_dict(), "cells": kept, "seed": options.seed, "versions": package_versions()}
+        alone = [row for row in rows if row["processes"] == 1]
+        tables = {
+            "one": table(alone, "Faults in one process"),
+            "two": table([row for row in rows if row["processes"] > 1], "Faults in two processes"),
+        }
+        content: dict[str, Any] = {name: one.to_dict() for name, one in tables.items()}
+        content = {"tables": content, "cells": kept, "seed": options.seed, "versions": package_versions()}
         content |= {"machine": machine(), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
         options.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

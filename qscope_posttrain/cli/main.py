@@ -98,10 +98,10 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
         _say(f"error{_place()}: {absent_ranks(error.__cause__) or one_line(error)}", error)
         return USER_MISTAKE
     except Terminated as error:
-        _say("stopped by SIGTERM", error)
+        _say(f"stopped by SIGTERM{_place()}", error)
         return TERMINATED
     except KeyboardInterrupt as error:
-        _say("interrupted", error)
+        _say(f"interrupted{_place()}", error)
         return INTERRUPTED
     except RuntimeError as error:
         absent = absent_ranks(error)
@@ -119,10 +119,9 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
 
 
 def _say(message: str, error: BaseException) -> None:
-    """Print a message and what is known beside it, such as what is kept; in one process of several that were stopped
-    together."""
-    if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
-        print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr, flush=True)
+    """Print a message and, in the first rank, what is known beside it, such as what is kept."""
+    notes = getattr(error, "__notes__", ()) if os.environ.get("RANK", "0") == "0" else ()
+    print(message, *notes, sep="\n", file=sys.stderr, flush=True)
 
 
 def _place() -> str:
