@@ -60,7 +60,7 @@ class Cell:
     @property
     def timeout(self) -> int | None:
         """Seconds that processes wait for one another, where one does not answer."""
-        return 60 if self.fault in ("freeze", "sleep") else None
+        return 45 if self.fault in ("freeze", "sleep") else None
 
 
 def cells() -> list[Cell]:
@@ -72,8 +72,9 @@ def cells() -> list[Cell]:
     found += [Cell(job, "NaN") for job in ("sft", "grpo", "sae train", "features find", "evaluate repetition")]
     found += [Cell(job, "worker") for job in TRAINING]
     found += [Cell(job, fault) for job in ASKING for fault in ("endpoint down", "endpoint down for an hour")]
-    together = ("kill", "raise", "SIGTERM", "Ctrl-C to all", "freeze", "sleep")
+    together = ("kill", "raise", "SIGTERM", "Ctrl-C to all", "sleep")
     found += [Cell(job, fault, 2) for fault in together for job in TOGETHER]
+    found += [Cell("sft", "freeze", 2)]
     watched = ("kill", "raise", "SIGTERM to the launcher", "sleep")
     return found + [Cell("sft", fault, 2, agent=True) for fault in watched]
 
@@ -104,7 +105,8 @@ class Bench:
         draw = random.Random(f"{self.seed} {cell.key}")
         of = "points" if cell.processes == 1 else "work"  # only the first rank writes files
         points = unbroken.points if cell.processes == 1 else unbroken.work
-        at = draw.randint(max(2, points // 10), max(2, points * 9 // 10))
+        late = points * (5 if cell.fault == "NaN" else 9) // 10
+        at = draw.randint(max(2, points // 10), max(2, late))
         fault: dict[str, Any] = {"kind": cell.fault, "at": at, "of": of, "rank": cell.processes - 1}
         output = self.folder / _name(cell.key)
         down: list[tuple[str, Any]] = []

@@ -122,7 +122,7 @@ def _qscope(arguments: list[str], environment: dict[str, str], errors: Any) -> i
 
 
 def _ranks(arguments: list[str], environment: dict[str, str], errors: Any, processes: int) -> int:
-    """Start the ranks, and end what is left of them half a minute after the first rank; the status of that rank, or of
+    """Start the ranks, and end what is left of them some seconds after the first rank; the status of that rank, or of
     another where it ended well."""
     from tests.free_port import free_port
 
@@ -134,7 +134,7 @@ def _ranks(arguments: list[str], environment: dict[str, str], errors: Any, proce
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(_fork(lambda own=own: _rank(arguments, own, errors), session=False))
     first, _ = _wait(ranks[0], time.monotonic() + 10**6, group=False)
-    others = [_wait(rank, time.monotonic() + 30, group=False)[0] for rank in ranks[1:]]
+    others = [_wait(rank, time.monotonic() + 10, group=False)[0] for rank in ranks[1:]]
     return first or max(others)
 
 

@@ -1,4 +1,4 @@
-"""A part of `make faults`: commands that are killed, stopped or damaged, and go on as if they had not been."""
+"""A part of `make faults`: commands that are killed or stopped, and go on as if they had not been."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow  # a process that imports everything, and a dozen commands
 @pytest.mark.promise(
-    "A run that is killed, stopped or out of disk goes on with the same command, bit for bit as unbroken"
+    "A run that is killed or stopped goes on with the same command, and ends bit for bit as an unbroken one"
 )
 def test_a_part_of_the_matrix(tmp_path):
     command = [sys.executable, "-m", "benchmarks.faults", "--processes", "1", "--folder", str(tmp_path / "runs")]
-    command += ["--jobs", "sae train", "evaluate repetition", "features explain", "--faults", "SIGTERM", "NaN", "kill"]
+    command += ["--jobs", "sae train", "evaluate repetition", "--faults", "SIGTERM", "kill"]
     command += ["--draws", "1", "--output", str(tmp_path / "faults.json")]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = json.loads((tmp_path / "faults.json").read_text())["cells"]
-    assert len(cells) == 8
+    assert len(cells) == 4
     for cell in cells:
         assert cell["resumed"] == "none, bit for bit", cell
         assert cell["damaged files"] == [], cell
         assert not cell["traceback"], cell
-        assert cell["status"] == {"SIGTERM": 143, "NaN": 2, "kill": 137}[cell["fault"]], cell
+        assert cell["status"] == {"SIGTERM": 143, "kill": 137}[cell["fault"]], cell

@@ -152,7 +152,7 @@ class _Run:
         self.seconds += time.monotonic() - started
         saes = self._saes()
         quality = self._measure(saes)
-        if quality:
+        if quality and "held_out" not in log.records[-1]:  # of a run that was complete, and is run again
             log.evaluation(self.config.steps, quality)
         log.close()
         return SAETrainingResult(saes, quality, log.records, self._facts())
