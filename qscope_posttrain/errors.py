@@ -103,6 +103,19 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
+def finite_probabilities() -> Iterator[None]:
+    """Say in words why no token can be sampled in the block, for which torch has a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise UserValueError(
+            "the model gives no probabilities: its weights or activations are not numbers (NaN)."
+        ) from error
+
+
+@contextmanager
 def naming_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
     """Add to whatever ends the block early, Ctrl-C included, a sentence on what is kept of its work. `kept` gives it;
     the command line prints it."""

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserOSError, UserValueError
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserOSError, UserValueError
 
 _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Beginning -> encoding; the longer ones first, for one begins as another does. UTF-8 is the default."""
@@ -208,6 +208,8 @@ def writing(path: Path) -> Iterator[None]:
     """Say in an OSError of the block which file could not be written, and why."""
     try:
         yield
+    except UserError:
+        raise
     except OSError as error:
         raise UserOSError(f"cannot write '{path}' ({error.strerror or error}).") from error
     except SafetensorError as error:  # also what is wrong with the tensors

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+Drawn = Sequence[tuple[list[int], bool]]  # The tokens of each response of a batch, and whether it ended by itself
 _BEGINNING = b'{"key": "'  # Of every line
 
 
@@ -118,9 +119,6 @@ class RecordFile:
         )
 
 
-Drawn = Sequence[tuple[list[int], bool]]  # The tokens of each response of a batch, and whether it ended by itself
-
-
 def draw_and_keep(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -136,6 +134,9 @@ def draw_and_keep(
     from qscope_posttrain.provenance import package_versions, weights_fingerprint
 
     device = next(model.parameters()).device
+    sources: list[tuple[Any, tuple[Any, ...]]] = [(torch, ())]
+    if device.type != "cpu":  # that of CUDA which the model is on need not be the current one
+        sources.append((torch.get_device_module(device), (device,) if device.type == "cuda" else ()))
     content = json.dumps([asked, weights_fingerprint(model), device.type, package_versions()], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()
     kept: list[dict[str, Any]] = []
@@ -150,17 +151,14 @@ def draw_and_keep(
     with RecordFile(path, "sample", "state", keep) as file, naming_what_is_kept(words):
         for record in kept:
             yield [(tokens, ended) for tokens, ended in record["responses"]]
-        if kept:
-            cpu, *gpu = (torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8) for text in kept[-1]["state"])
-            torch.set_rng_state(cpu)
-            for state in gpu:
-                torch.cuda.set_rng_state(state, device)
+        for (source, place), text in zip(sources, kept[-1]["state"] if kept else (), strict=False):
+            source.set_rng_state(torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8), *place)
         for number in range(len(kept), len(batches)):
             drawn = draw(batches[number])
-            states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-            state = [base64.b64encode(bytes(one.tolist())).decode() for one in states]
-            kept.append({"key": key, "batch": number, "responses": [list(one) for one in drawn], "state": state})
-            file.append(kept[-1])
+            states = [bytes(source.get_rng_state(*place).tolist()) for source, place in sources]
+            record = {"key": key, "batch": number, "responses": [list(one) for one in drawn]}
+            file.append(record | {"state": [base64.b64encode(state).decode() for state in states]})
+            kept.append(record)
             yield drawn
 
 

@@ -47,8 +47,6 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 FAILED = 1
 USER_MISTAKE = 2
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
 READER_GONE = 141  # Exit status that shells report for a program whose output pipe was closed, for example by `head`
 
 
@@ -92,23 +90,10 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
             status = _runner(arguments[0])(arguments[1:])
         sys.stdout.flush()  # a reader that is gone shows here, not after the last handler
         return status
-    except UserError as error:
-        if debug:
-            raise
-        _say(f"error{_place()}: {absent_ranks(error.__cause__) or one_line(error)}", error)
-        return USER_MISTAKE
-    except Terminated as error:
-        _say(f"stopped by SIGTERM{_place()}", error)
-        return TERMINATED
     except KeyboardInterrupt as error:
-        _say(f"interrupted{_place()}", error)
-        return INTERRUPTED
-    except RuntimeError as error:
-        absent = absent_ranks(error)
-        if debug or not absent:
-            raise
-        _say(f"error{_place()}: {absent}", error)
-        os._exit(FAILED)  # the interpreter would wait for threads of gloo, and these for the rank that is gone
+        terminated = isinstance(error, Terminated)
+        _say("stopped by SIGTERM" if terminated else "interrupted", error)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     except BrokenPipeError:
         try:
             print(flush=True)
@@ -116,17 +101,22 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at its very end
             return READER_GONE
         raise  # another pipe, such as one to a worker
+    except Exception as error:
+        absent = absent_ranks(error) or absent_ranks(error.__cause__)
+        if debug or not (absent or isinstance(error, UserError)):
+            raise
+        _say("error", error, f": {absent or one_line(error)}")
+        if absent:  # the interpreter would wait for threads of gloo, and these for the rank that is gone
+            sys.stdout.flush()
+            os._exit(FAILED)
+        return USER_MISTAKE
 
 
-def _say(message: str, error: BaseException) -> None:
-    """Print a message and, in the first rank, what is known beside it, such as what is kept."""
-    notes = getattr(error, "__notes__", ()) if os.environ.get("RANK", "0") == "0" else ()
-    print(message, *notes, sep="\n", file=sys.stderr, flush=True)
-
-
-def _place() -> str:
+def _say(word: str, error: BaseException, reason: str = "") -> None:
+    """Print how the command ends, in which rank, and in the first one what is known beside it, such as what is kept."""
     rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f" (rank {rank})"
+    notes = getattr(error, "__notes__", ()) if rank == "0" else ()
+    print(f"{word}{'' if rank == '0' else f' (rank {rank})'}{reason}", *notes, sep="\n", file=sys.stderr, flush=True)
 
 
 @contextmanager

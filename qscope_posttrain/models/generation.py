@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError, finite_probabilities
 from qscope_posttrain.models.layers import evaluation_mode, pretrained_model, text_config, unwrapped
 from qscope_posttrain.record_file import draw_and_keep
 from qscope_posttrain.report.progress import progress
@@ -128,17 +128,15 @@ def generate_samples(
 ) -> list[Sample]:
     """Draw `settings.samples_per_prompt` responses to every prompt with the model's `generate`, or another engine.
 
-    Only `settings` shape the distribution: defaults that come with a model (top-k, repetition penalty) are set aside
-    for the time, its end tokens are kept. The model samples in eval mode. Its mode, its generation defaults, the
-    tokenizer and the global random state are afterwards as before.
+    Only `settings` shape the distribution: defaults that come with a model (top-k, repetition penalty) are set aside,
+    its end tokens are kept. Mode and defaults of the model, tokenizer and random state are afterwards as before.
 
     Args:
         model: a causal language model of transformers, plain or wrapped, or an engine such as `VLLMSampler`.
         prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
         chat: whether a string is the message of a user to a chat model, rather than text to continue.
         chat_template_options: further arguments of the template, e.g. `{"enable_thinking": False}`.
-        keep: file for each batch of responses as it is drawn, from which the same call goes on, with the same result.
-            Not used by another engine, which draws all at once.
+        keep: file for each batch as it is drawn, from which the same call goes on; not of another engine.
 
     Returns:
         Samples ordered by language (as in `prompts`), prompt, sample.
@@ -306,14 +304,8 @@ def _sampling(
         width, device = max(map(len, prompts)), causal_lm.device
         input_ids = torch.tensor([[padding_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        try:
+        with finite_probabilities():
             output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise UserValueError(
-                "The model gives no probabilities: its weights or activations are not finite."
-            ) from error
         return [until_end(tokens, end_ids) for tokens in output[:, width:].tolist()]
 
     # `generate` fills what a given configuration leaves open from the model's own one; hence the model's own is set.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from qscope_posttrain.errors import UserError, UserOSError, UserValueError, naming_what_is_kept
+from qscope_posttrain.errors import UserError, UserOSError, UserValueError, finite_probabilities, naming_what_is_kept
 from qscope_posttrain.files import read_json
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.sae.download import in_words
@@ -46,7 +46,7 @@ def last_checkpoint(output: Path, say: bool = False) -> Path | None:
 def failures_in_words(output: Path) -> Iterator[None]:
     """Say what failed where a checkpoint cannot be written or a worker of the data loader died, and with every error
     from which checkpoint to go on."""
-    with naming_what_is_kept(lambda: _kept(output)):
+    with naming_what_is_kept(lambda: _kept(output)), finite_probabilities():
         try:
             yield
         except Exception as error:
@@ -54,10 +54,6 @@ def failures_in_words(output: Path) -> Iterator[None]:
             if getattr(error, "errno", None) in _CANNOT_WRITE or any(words in reason for words in _CANNOT_WRITE_WORDS):
                 free = in_words(shutil.disk_usage(output).free)
                 raise UserOSError(f"cannot write a checkpoint in '{output}', with {free} free ({reason}).") from error
-            if "probability tensor contains" in reason:  # a rollout cannot be sampled
-                raise UserValueError(
-                    f"The training has diverged: the model gives no probabilities ({reason})."
-                ) from error
             if "DataLoader worker" in reason:
                 advice = "Often memory is short: take fewer dataloader_num_workers"
                 raise UserOSError(f"a process that reads the data has died ({reason}). {advice}.") from error

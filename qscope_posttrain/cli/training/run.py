@@ -215,13 +215,11 @@ class _SameData(TrainerCallback):
     run leaves out as many steps as were done, whatever they held."""
 
     def __init__(self, rows: Any, training: Any) -> None:
-        self._identity = {
-            "seed": training.seed,
-            "data_seed": training.data_seed,
-            "rows per step": rows_of_step(training)[1],
-        }
+        order = {"seed": training.seed, "data_seed": training.data_seed}
+        self._identity = {**order, "rows per step": rows_of_step(training)[1]}
         if count := len(rows) if hasattr(rows, "__len__") else 0:
-            some = [rows[number * count // SAMPLED_ROWS] for number in range(min(count, SAMPLED_ROWS))]
+            taken = min(count, SAMPLED_ROWS)
+            some = [rows[number * count // taken] for number in range(taken)]
             text = json.dumps(some, sort_keys=True, default=lambda value: type(value).__name__)
             self._identity["data"] = f"{count} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

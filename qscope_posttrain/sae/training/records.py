@@ -57,17 +57,13 @@ def write_checkpoint(
     """Write `folder/step-<n>`, then delete all but the last `keep` checkpoints."""
     final = folder / f"step-{state.step:08d}"
     unfinished = folder / f".{final.name}.part"
-    layers = {
-        layer: {name: value.detach().cpu().contiguous() for name, value in training.tensors().items()}
-        for layer, training in trainings.items()
-    }
-    for layer, tensors in layers.items():  # a run that has diverged must not replace the good checkpoints
-        if any(bool(value.isnan().any()) for name, value in tensors.items() if name != "batch_threshold"):
-            raise diverged([str(layer)], state.step)
     with writing(final):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        for layer, tensors in layers.items():
+        for layer, training in trainings.items():
+            tensors = {name: value.detach().cpu().contiguous() for name, value in training.tensors().items()}
+            if any(bool(value.isnan().any()) for name, value in tensors.items() if name != "batch_threshold"):
+                raise diverged([str(layer)], state.step)  # it must not replace a good checkpoint
             save_file(tensors, str(unfinished / f"layer{layer}.safetensors"))
         content = {"format": FORMAT, "settings": dict(settings), **asdict(state)}
         (unfinished / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
