@@ -129,13 +129,14 @@ class Bench:
             again = self._run(job, output, {}, cell.processes, _more(cell, again=True))
             equal = jobs.difference(results, jobs.results(job, output)) if again.status == 0 else "the rerun fails"
             broken += jobs.damaged(output)
+        comparable = ended.status != 0 and cell.processes == 1 and not cell.fault.startswith("endpoint")
         twice = max(0.0, (ended.work + again.work - unbroken.work) / unbroken.work)
         return {
             **asdict(cell),
             "point": f"{at} of {points}",
             "damaged files": broken,
             "checkpoints": kept,
-            "work done twice": None if ended.status == 0 or cell.fault.startswith("endpoint") else round(twice, 3),
+            "work done twice": round(twice, 3) if comparable else None,
             "resumed": equal if again.status == 0 else f"fails: {_last(again.said)}",
             "message": _message(ended.said),
             "traceback": "Traceback" in ended.said,
@@ -214,7 +215,7 @@ def _message(said: str) -> str:
     ends = [n for n, line in enumerate(lines) if re.match(r"error( \(rank \d+\))?: |interrupted|stopped by", line)]
     kept = [line for line in lines[ends[-1] + 1 :] if " kept " in line or "checkpoint" in line] if ends else []
     if ends:
-        return " ".join([lines[ends[-1]], *kept[:1]])
+        return "; ".join([lines[ends[-1]].rstrip("."), *kept[:1]])
     told = [found.group(0) for line in lines if (found := re.search(r"failed \(exitcode.*?local_rank: \d+", line))]
     return f"{told[0]} (the launcher)" if told else _last(said)
 
@@ -271,17 +272,20 @@ def main() -> None:
         run_cells(missing, done, done_path, options.seed)
     rows = [done[cell.key] for cell in cells() if cell.key in done]
     table([done[cell.key] for cell in wanted], "Faults").print()
-    if options.output.parent.is_dir():
-        kept = [{key: value for key, value in row.items() if key != "said"} for row in rows]
-        alone = [row for row in rows if row["processes"] == 1]
-        tables = {
-            "one": table(alone, "Faults in one process"),
-            "two": table([row for row in rows if row["processes"] > 1], "Faults in two processes"),
-        }
-        content: dict[str, Any] = {name: one.to_dict() for name, one in tables.items()}
-        content = {"tables": content, "cells": kept, "seed": options.seed, "versions": package_versions()}
-        content |= {"machine": machine(), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-        options.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_results(rows, options.seed, options.output)
+
+
+def write_results(rows: list[dict[str, Any]], seed: int, output: Path) -> None:
+    """Write both tables and all cells as JSON."""
+    tables = {
+        "one": table([row for row in rows if row["processes"] == 1], "Faults in one process"),
+        "two": table([row for row in rows if row["processes"] > 1], "Faults in two processes"),
+    }
+    kept = [{key: value for key, value in row.items() if key != "said"} for row in rows]
+    content = {"tables": {name: one.to_dict() for name, one in tables.items()}, "cells": kept, "seed": seed}
+    content |= {"versions": package_versions(), "machine": machine()}
+    content["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def run_cells(missing: list[Cell], done: dict[str, Any], done_path: Path, seed: int) -> None:

@@ -156,10 +156,10 @@ def generate_samples(
     responses: dict[tuple[int, int], Response] = {}
     if isinstance(model, nn.Module):
         batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
-        ids = [[encoded[place].ids for place, _ in batch] for batch in batches]
-        asked = [settings.to_dict(), ids, str(config)]
+        read = [[encoded[place].ids for place, _ in batch] for batch in batches]
+        shaped = [settings.to_dict(), read, str(config)]
         with _sampling(model, tokenizer, settings) as generate:
-            drawn = map(generate, ids) if keep is None else draw_and_keep(keep, model, asked, ids, generate)
+            drawn = map(generate, read) if keep is None else draw_and_keep(keep, model, shaped, read, generate)
             shown = progress(drawn, len(batches), description="sampling responses", enabled=show_progress)
             for batch, found in zip(batches, shown, strict=True):
                 responses.update(zip(batch, map(Response._make, found), strict=True))

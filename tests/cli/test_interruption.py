@@ -140,7 +140,9 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(world, tmp_path):
     assert json.loads((kept / STATE).read_text())["global_step"] == int(kept.name.removeprefix("checkpoint-"))
 
 
-@pytest.mark.promise("A training is resumed on the same rows, in the same order, with the same number of them in a step")
+@pytest.mark.promise(
+    "A training is resumed on the same rows, in the same order, with the same number of them in a step"
+)
 def test_a_training_is_not_resumed_on_other_rows(world, tmp_path, capsys):
     recipe = world.recipe(tmp_path / "r.yaml", **{**SAVING, "max_steps": 2}, gradient_accumulation_steps=2)
     assert main(["sft", "--config", recipe]) == 0

@@ -224,7 +224,8 @@ class _SameData(TrainerCallback):
             self._identity["data"] = f"{count} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
-        if "data" in state.stateful_callbacks or state.global_step == 0:  # older checkpoints hold no record
+        records: Any = state.stateful_callbacks
+        if "data" in records or state.global_step == 0:  # older checkpoints hold no record
             check_resumed(state, "data", self._identity)
         if state.global_step >= state.max_steps and not args.load_best_model_at_end:
             raise _Complete
