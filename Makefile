@@ -67,7 +67,7 @@ fuzz: $(VENV)/.installed
 	    seed=$$((seed + 1)); \
 	done
 
-# Each job meets each fault, on tiny models: some 100 commands, an hour on two busy cores. What is done is kept in
+# Each job meets each fault, on tiny models: some 100 commands, some 40 minutes on two busy cores. What is done is kept in
 # runs/faults, so that a run which was stopped goes on. Full and read-only disks need root, and are left out without it.
 faults: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults
