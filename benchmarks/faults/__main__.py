@@ -213,7 +213,8 @@ def _message(said: str) -> str:
     """The lines in which a command says why it ended, or else its last line."""
     lines = [line.strip() for line in said.splitlines()]
     ends = [n for n, line in enumerate(lines) if re.match(r"error( \(rank \d+\))?: |interrupted|stopped by", line)]
-    kept = [line for line in lines[ends[-1] + 1 :] if " kept " in line or "checkpoint" in line] if ends else []
+    beside = [*lines[ends[-1] + 1 :], *lines[max(0, ends[-1] - 1) : ends[-1]]] if ends else []
+    kept = [line for line in beside if " kept " in line or "checkpoint" in line]
     if ends:
         return "; ".join([lines[ends[-1]].rstrip("."), *kept[:1]])
     told = [found.group(0) for line in lines if (found := re.search(r"failed \(exitcode.*?local_rank: \d+", line))]

@@ -113,10 +113,12 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
 
 
 def _say(word: str, error: BaseException, reason: str = "") -> None:
-    """Print how the command ends, in which rank, and in the first one what is known beside it, such as what is kept."""
+    """Print how the command ends, and in which rank; in the first one also what is known beside it, such as what is
+    kept, before an error, which is the last line."""
     rank = os.environ.get("RANK", "0")
-    notes = getattr(error, "__notes__", ()) if rank == "0" else ()
-    print(f"{word}{'' if rank == '0' else f' (rank {rank})'}{reason}", *notes, sep="\n", file=sys.stderr, flush=True)
+    message = f"{word}{'' if rank == '0' else f' (rank {rank})'}{reason}"
+    notes = [*getattr(error, "__notes__", ())] if rank == "0" else []
+    print(*([*notes, message] if reason else [message, *notes]), sep="\n", file=sys.stderr, flush=True)
 
 
 @contextmanager
