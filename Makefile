@@ -30,10 +30,10 @@ define install_torch
 endef
 
 .PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl test-vllm cases \
-    fuzz lint types format house benchmarks clean help
+    faults fuzz lint types format house benchmarks clean help
 help:
 	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-axolotl |" \
-	    "test-verl | test-vllm | cases | fuzz | lint | types | format | house | benchmarks | clean"
+	    "test-verl | test-vllm | cases | faults | fuzz | lint | types | format | house | benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -66,6 +66,11 @@ fuzz: $(VENV)/.installed
 	        --hypothesis-profile=fuzz --hypothesis-seed=$$seed || exit 1; \
 	    seed=$$((seed + 1)); \
 	done
+
+# Each job meets each fault, on tiny models: some 100 commands, some 40 minutes on two busy cores. What is done is kept in
+# runs/faults, so that a run which was stopped goes on. Full and read-only disks need root, and are left out without it.
+faults: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.faults
 
 # The lowest versions that pyproject.toml promises, all at once. The oldest torch has no CPU build on PyPI: 3 GB.
 $(OLDEST)/.installed: pyproject.toml .ci/floors.py

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeAlias
+
+from qscope_posttrain.errors import UserOSError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+TIMEOUT = "QSCOPE_TIMEOUT"  # Environment variable: seconds that processes which work together wait for one another
 Reduce: TypeAlias = "Callable[[Tensor], Tensor]"  # Adds up a tensor over all processes, in place, and returns it
 
 
@@ -33,14 +38,52 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_processes(device: str | None) -> str | None:
-    """The device of this process. Under a launcher, join the other processes first, each on a device of its own."""
+def join_processes(device: str | None, timeout: float | None = None, backend: str | None = None) -> str | None:
+    """The device of this process. Under a launcher, join the other processes first, each on a device of its own. One
+    that does not answer within `timeout` seconds, by default those of QSCOPE_TIMEOUT or 1800, is an error."""
     if launched_processes() == 1:
         return device
     import torch
     from accelerate import PartialState
 
-    return str(PartialState(cpu=device == "cpu" or not torch.cuda.is_available()).device)
+    seconds = timedelta(seconds=float(os.environ.get(TIMEOUT) or 1800) if timeout is None else timeout)
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    try:
+        return str(PartialState(cpu=on_cpu, timeout=seconds, backend=backend).device)
+    except torch.distributed.DistError as error:
+        count = launched_processes()
+        raise UserOSError(f"{count} processes were started and have not come together ({error}).") from error
+
+
+def absent_ranks(error: BaseException | None, wait: float = 5.0) -> str:
+    """A sentence on the ranks behind an error of communication; "" for any other error, or where all ranks are there.
+
+    A rank that still runs has failed in the same way, and leaves word of it in the launcher's store; one that leaves
+    none within `wait` seconds is absent.
+    """
+    torch, (rank, processes) = sys.modules.get("torch"), process_rank()
+    if processes == 1 or torch is None:
+        return ""
+    reason = str(error)
+    if not isinstance(error, torch.distributed.DistError) and "gloo" not in reason:
+        return ""
+    place, until = f"qscope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", time.monotonic() + wait
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=wait))
+        store.set(f"{place}/{rank}", "failed too")
+        absent = list(range(processes))
+        while absent and time.monotonic() < until:
+            time.sleep(0.1)
+            absent = [other for other in absent if not store.check([f"{place}/{other}"])]
+    except RuntimeError:
+        absent = [0]  # without a launcher, the store is in rank 0
+    if not absent:
+        return ""
+    names = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+    late = "timed out" in reason.lower() or "timeout" in reason.lower()
+    fault = "did not answer in time: it hangs, or its machine is gone" if late else "has ended: what it said tells why"
+    return f"rank {names} {fault} ({reason.rpartition('] ')[2].partition('. ')[0]})"
 
 
 def alone(value: Tensor) -> Tensor:

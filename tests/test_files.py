@@ -278,7 +278,7 @@ OWN_FILES = {
     "sae/download.py": "appending to a download",
     "sae/catalog.py": "the package's own data",
     "sae/training/records.py": "a log and checkpoints that only the package writes, in folders of its own",
-    "endpoint/cache.py": "records in bytes, locked, written and checked line by line by itself",
+    "record_file.py": "records in bytes, locked, written and checked line by line by itself",
 }
 """Modules that may open files themselves, and why."""
 

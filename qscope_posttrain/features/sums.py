@@ -72,7 +72,7 @@ class LayerSums:
         never has to wait for the host.
         """
         rows = rows.float()
-        kept = torch.linalg.vector_norm(rows, dim=1) <= norm_limit
+        kept = ~(torch.linalg.vector_norm(rows, dim=1) > norm_limit)  # NaN stays, and shows in the sums
         rows = torch.where(kept[:, None], rows, 0.0)
         device = self.residual_sum.device
         exact, counted = rows.to(device, torch.float64), kept.to(device)

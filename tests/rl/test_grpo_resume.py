@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,3 +184,12 @@ def test_the_same_trainer_resumes_its_own_checkpoint(model, tiny_tokenizer, tmp_
     trainer.train()
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer.state.global_step == 2
+
+
+def test_rollouts_of_another_engine_are_another_run():
+    one, other = (
+        run_identity(SimpleNamespace(use_vllm=engine, dynamic_sampling=False), None, None, [])
+        for engine in (False, True)
+    )
+    assert one != other
+    assert other["rollout_engine"] == "vllm"
