@@ -1,0 +1,300 @@
+"""Long runs: ten million tokens through the feature pass, and a million rows into `qscope sft`.
+
+    python benchmarks/scaling.py features [--tokens 10000000]     # memory and throughput, million by million
+    python benchmarks/scaling.py rows [--rows 1000000]            # seconds and memory until the first step
+
+Results go to benchmarks/results/scaling_features.json and scaling_rows.json. The machine may be busy with other work,
+so throughput is in processor time, divided by that of a fixed forward pass that is repeated between the batches: what
+slows both down alike cancels out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.feature_pass import read_texts, train_tokenizer  # noqa: E402
+from benchmarks.interleaved import random_qwen3, write_report  # noqa: E402
+from benchmarks.testbed.feature_sets import language_feature_set  # noqa: E402
+from qscope_posttrain.features.statistics import collect_statistics  # noqa: E402
+from qscope_posttrain.models.capture import forward_to_layer  # noqa: E402
+from qscope_posttrain.report.plots import Curve, line_curves  # noqa: E402
+from qscope_posttrain.sae.activations import TopK  # noqa: E402
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder  # noqa: E402
+
+MILLION = 1_000_000
+BATCHES_PER_REFERENCE = 20
+TEXTS_PER_LANGUAGE = 1000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    return {"features": features, "rows": rows}[options.part](options)
+
+
+class Meter:
+    """Counts the tokens that a model reads, and at every full `step` of them notes time and memory."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[int], padding: int, step: int) -> None:
+        self.model, self.layers, self.padding, self.step = model, layers, padding, step
+        self._copy = copy.deepcopy(model)  # a pass within a pass would meet the hooks of the first
+        self.marks: list[dict[str, float]] = []
+        self._tokens = self._calls = 0
+        self._reference: list[float] = []
+        self._left_out = 0.0
+        self._fixed = torch.randint(1, 500, (16, 128), generator=torch.Generator().manual_seed(0))
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        handle = self.model.get_input_embeddings().register_forward_pre_hook(self._count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _count(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if self._calls % BATCHES_PER_REFERENCE == 0:
+            self._refer()
+        self._calls += 1
+        if self._tokens >= self.step * len(self.marks):
+            seconds = {"processor_s": time.process_time() - self._left_out, "wall_s": time.perf_counter()}
+            reference = statistics.median(self._reference[-200:])
+            self.marks.append({"tokens": self._tokens, **seconds, "resident_mib": resident_mib(), "ref_s": reference})
+            self._reference.clear()
+            self._refer()
+        self._tokens += int((inputs[0] != self.padding).sum())
+
+    def _refer(self) -> None:
+        """Time the fixed pass, and keep it out of the measured time."""
+        started = time.process_time()
+        forward_to_layer(self._copy, self.layers, input_ids=self._fixed)
+        self._reference.append(time.process_time() - started)
+        self._left_out += self._reference[-1]
+
+
+def features(options: argparse.Namespace) -> int:
+    """Run the pass, and compare the first million tokens with the last."""
+    texts, _ = read_texts(TEXTS_PER_LANGUAGE)
+    tokenizer = train_tokenizer(texts, 4096)
+    passages = long_texts(texts, tokenizer, options.tokens)
+    model = random_qwen3(options, positions=512).eval()
+    layers = list(range(0, options.layers, 2))
+    saes = {layer: random_sae(options, layer) for layer in layers}
+    before = resident_mib()
+    meter = Meter(model, layers, tokenizer.pad_token_id, MILLION // 10)
+    with meter.measuring():
+        found = collect_statistics(model, tokenizer, passages, saes, tokens_per_batch=4096, show_progress=False)
+    total = int(next(iter(found.layers.values())).tokens.sum())
+    blocks = by_million(meter.marks)
+    first, last = (meter_costs(meter.marks, at) for at in (0, len(blocks) - 1))
+    ratio = statistics.mean(last) / statistics.mean(first)
+    low, high = bootstrap_ratio(first, last)
+    shown = ("million", "relative_cost", "tokens_per_processor_s", "resident_mib")
+    write_report(
+        options,
+        "scaling_features",
+        tokens_counted=total,
+        resident_before_mib=before,
+        blocks=blocks,
+        cost_last_to_first={"ratio": ratio, "low": low, "high": high},
+        highest_resident_mib=highest_mib(),
+        table=[[row[key] for key in shown] for row in blocks],
+    )
+    millions, memory = [row["million"] for row in blocks], [row["resident_mib"] for row in blocks]
+    curves = [
+        Curve("processor time per token", millions, [row["relative_cost"] for row in blocks]),
+        Curve("resident memory", millions, [value / memory[0] for value in memory]),
+    ]
+    plot = line_curves(curves, "million tokens", "relative to the first million")
+    options.output.with_suffix(".svg").write_text(plot, encoding="utf-8")
+    print(f"cost of the last million to the first: {ratio:.3f} ({low:.3f} to {high:.3f})")
+    return 0
+
+
+def meter_costs(marks: Sequence[dict[str, float]], million: int) -> list[float]:
+    """Cost per token of each tenth of a million, in passes of the reference."""
+    part = marks[10 * million : 10 * million + 11]
+    return [(b["processor_s"] - a["processor_s"]) / (b["tokens"] - a["tokens"]) / b["ref_s"] for a, b in pairwise(part)]
+
+
+def by_million(marks: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = []
+    for million in range((len(marks) - 1) // 10):
+        first, last = marks[10 * million], marks[10 * million + 10]
+        tokens = last["tokens"] - first["tokens"]
+        cost = statistics.mean(meter_costs(marks, million))
+        found.append(
+            {
+                "million": million + 1,
+                "tokens_per_processor_s": tokens / (last["processor_s"] - first["processor_s"]),
+                "tokens_per_wall_s": tokens / (last["wall_s"] - first["wall_s"]),
+                "cost": cost,
+                "relative_cost": cost / found[0]["cost"] if found else 1.0,
+                "resident_mib": last["resident_mib"],
+            }
+        )
+    return found
+
+
+def bootstrap_ratio(first: Sequence[float], last: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the ratio of means, over tenths of a million."""
+    draw = random.Random(0)
+    ratios = sorted(
+        statistics.mean(draw.choices(last, k=len(last))) / statistics.mean(draw.choices(first, k=len(first)))
+        for _ in range(2000)
+    )
+    return ratios[50], ratios[-51]
+
+
+def long_texts(texts: dict[str, list[str]], tokenizer: Any, tokens: int) -> dict[str, list[str]]:
+    """Passages of one to twelve sentences, about `tokens` tokens in all, as many in each language."""
+    draw = random.Random(0)
+    found: dict[str, list[str]] = {}
+    for language, lines in texts.items():
+        per_line = statistics.mean(len(ids) for ids in tokenizer(lines)["input_ids"])
+        left = tokens / len(texts) * 1.03
+        found[language] = []
+        while left > 0:
+            chosen = draw.choices(lines, k=draw.randint(1, 12))
+            found[language].append(" ".join(chosen))
+            left -= per_line * len(chosen)
+    return found
+
+
+def random_sae(options: argparse.Namespace, layer: int) -> SparseAutoencoder:
+    rows = torch.randn(16 * options.hidden, options.hidden) / options.hidden**0.5
+    biases = {"b_enc": torch.zeros(16 * options.hidden), "b_dec": torch.zeros(options.hidden)}
+    return SparseAutoencoder(W_enc=rows, W_dec=rows.clone(), activation=TopK(32), layer=layer, **biases)
+
+
+def rows(options: argparse.Namespace) -> int:
+    """Start `qscope sft` with a thousand and with many rows, streamed and in memory."""
+    texts, _ = read_texts(TEXTS_PER_LANGUAGE)
+    tokenizer = train_tokenizer(texts, 4096)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = random_qwen3(options, positions=512).eval()
+        model.save_pretrained(folder / "model")
+        tokenizer.eos_token = tokenizer.pad_token
+        tokenizer.save_pretrained(folder / "model")
+        sae = random_sae(options, 1)
+        some = {language: lines[:200] for language, lines in texts.items()}
+        found = collect_statistics(model, tokenizer, some, {1: sae}, show_progress=False)
+        language_feature_set(found, {1: sae}, top=2).save(folder / "features.safetensors")
+        measured = []
+        for count in (1000, options.rows):
+            data = folder / f"{count}.jsonl"
+            write_lines(data, texts, count)
+            for streamed in (True, False):
+                measured.append(start(folder, data, count, streamed, options))
+                print(measured[-1], flush=True)
+        columns = ("rows", "streamed", "first_step_s", "first_step_processor_s", "highest_mib", "hint")
+        write_report(options, "scaling_rows", runs=measured, table=[[run[key] for key in columns] for run in measured])
+    return 0
+
+
+def write_lines(path: Path, texts: dict[str, list[str]], count: int) -> None:
+    draw = random.Random(0)
+    languages = sorted(texts)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            language = draw.choice(languages)
+            text = " ".join(draw.choices(texts[language], k=2))
+            file.write(json.dumps({"text": text, "language": language}, ensure_ascii=False) + "\n")
+
+
+def start(folder: Path, data: Path, count: int, streamed: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a hundred steps. The first step begins when `resolved.yaml` appears."""
+    output = folder / f"run_{count}_{streamed}"
+    words = f"""--model_name_or_path {folder / "model"} --features {folder / "features.safetensors"} --sasft_target zh
+        --dataset_name {data} --dataset_streaming {streamed} --max_steps 100 --per_device_train_batch_size 8
+        --max_length 64 --use_cpu true --bf16 false --gradient_checkpointing false --report_to none --save_strategy no
+        --logging_steps 100 --learning_rate 1e-4 --disable_tqdm true --output_dir {output}"""
+    command = [sys.executable, "-m", "qscope_posttrain", "sft", *words.split()]
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **own, "QSCOPE_QUIET": ""}
+    began = time.perf_counter()
+    log = (folder / "log.txt").open("w+")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    first = processor = at_first = 0.0
+    highest = 0.0
+    while process.poll() is None:
+        time.sleep(0.2)
+        highest = max(highest, highest_mib(process.pid))
+        if not first and (output / "resolved.yaml").exists():
+            first, processor = time.perf_counter() - began, processor_seconds(process.pid)
+            at_first = highest
+    log.seek(0)
+    said = log.read()
+    if process.returncode != 0:
+        raise RuntimeError(said[-2000:])
+    summary = json.loads((output / "summary.json").read_text())
+    return {
+        "rows": count,
+        "streamed": streamed,
+        "first_step_s": first,
+        "first_step_processor_s": processor,
+        "hundred_steps_s": summary["results"]["metrics"]["train_runtime"],
+        "highest_mib_at_first_step": at_first,
+        "highest_mib": highest,
+        "hint": "dataset_streaming" in said,
+    }
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_mib(pid: int | str = "self") -> float:
+    return _status_mib("VmRSS", pid)
+
+
+def highest_mib(pid: int | str = "self") -> float:
+    return _status_mib("VmHWM", pid)
+
+
+def _status_mib(field: str, pid: int | str) -> float:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # the process has ended
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), 0.0)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["features", "rows"])
+    parser.add_argument("--tokens", type=int, default=10 * MILLION)
+    parser.add_argument("--rows", type=int, default=MILLION)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    options.output = options.output or ROOT / "benchmarks" / "results" / f"scaling_{options.part}.json"
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
