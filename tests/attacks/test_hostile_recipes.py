@@ -84,6 +84,18 @@ def test_every_variable_of_the_list_is_set_but_not_over_the_shell(parse):
     assert {name: os.environ[name] for name in recipes.ENVIRONMENT} == dict.fromkeys(recipes.ENVIRONMENT, "1") | shell
 
 
+def test_what_a_recipe_sets_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("QSCOPE_QUIET")
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("env: {NCCL_DEBUG: INFO, OMP_NUM_THREADS: 3}\nfile: absent\n")
+    assert main(["features", "show", "--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "the recipe sets NCCL_DEBUG=INFO\n" in said
+    assert "OMP_NUM_THREADS=7 is set in the shell, and wins over the recipe's 3" in said
+
+
 CODE = [
     ("sft", {"trust_remote_code": True}),
     ("sft", {"trust-remote-code": "yes"}),

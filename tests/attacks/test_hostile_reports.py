@@ -42,7 +42,9 @@ class Page(HTMLParser):
         for name, value in attrs:
             scheme = (value or "").strip().lower().partition(":")[0]
             runs = name.startswith("on") or scheme in ("javascript", "data", "vbscript")
-            fetches = name in ("src", "srcset", "data", "xlink:href", "background") and not (value or "").startswith("#")
+            fetches = name in ("src", "srcset", "data", "xlink:href", "background") and not (value or "").startswith(
+                "#"
+            )
             if runs or fetches:
                 self.dangerous.append((name, value))
 
