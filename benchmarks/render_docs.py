@@ -6,8 +6,9 @@
     python benchmarks/render_docs.py --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand. NAME
-is FILE, FILE:TABLE or FILE:made_on (versions and machine), or `headline`, the README's own table. VIEWS says which
-columns of a table are shown, under which names; the JSON files hold all of them.
+is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, or `promises`, those of
+the tests (see verification.py). VIEWS says which columns of a table are shown, under which names; the JSON files hold
+all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks import verification
 from qscope_posttrain.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +165,8 @@ def render(name: str) -> str:
     """The Markdown that belongs between the markers of `name`."""
     if name == "headline":
         return _headline()
+    if name == "promises":
+        return verification.table()
     source, _, part = name.partition(":")
     result = _read(source)
     if part == "made_on":
@@ -434,7 +438,7 @@ def main() -> int:
         differ = True
         if arguments.check:
             name = page.relative_to(ROOT)
-            print(f"{name} differs from benchmarks/results; run python benchmarks/render_docs.py", file=sys.stderr)
+            print(f"{name}: not what JSON files and tests say; run python benchmarks/render_docs.py", file=sys.stderr)
         else:
             page.write_text(after, encoding="utf-8")
     return int(differ and arguments.check)

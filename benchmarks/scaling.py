@@ -29,18 +29,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.feature_pass import read_texts, train_tokenizer
+from benchmarks.interleaved import random_qwen3, write_report
+from benchmarks.testbed.feature_sets import language_feature_set
+from qscope_posttrain.features.statistics import collect_statistics
+from qscope_posttrain.models.capture import forward_to_layer
+from qscope_posttrain.report.plots import Curve, line_curves
+from qscope_posttrain.sae.activations import TopK
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.feature_pass import read_texts, train_tokenizer  # noqa: E402
-from benchmarks.interleaved import random_qwen3, write_report  # noqa: E402
-from benchmarks.testbed.feature_sets import language_feature_set  # noqa: E402
-from qscope_posttrain.features.statistics import collect_statistics  # noqa: E402
-from qscope_posttrain.models.capture import forward_to_layer  # noqa: E402
-from qscope_posttrain.report.plots import Curve, line_curves  # noqa: E402
-from qscope_posttrain.sae.activations import TopK  # noqa: E402
-from qscope_posttrain.sae.autoencoder import SparseAutoencoder  # noqa: E402
-
 MILLION = 1_000_000
 BATCHES_PER_REFERENCE = 20
 TEXTS_PER_LANGUAGE = 1000

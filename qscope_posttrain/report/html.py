@@ -34,7 +34,7 @@ class Figure:
             raise UserValueError(f"a figure is an <svg> element that only draws; this one has {found}.")
 
 
-_DRAWING = frozenset("svg g defs path use text tspan rect circle ellipse line polyline polygon clipPath style".split())
+_DRAWING = "svg g defs path use text tspan rect circle ellipse line polyline polygon clipPath style".split()  # noqa: SIM905
 _FETCHES = re.compile(r"url\((?!#)|@import|\\")  # in style; a backslash can spell either
 
 

@@ -67,6 +67,7 @@ def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
     assert (again.penalty.target, again.training.max_steps, again.model_name) == ("zh", 2, world.model)
 
 
+@pytest.mark.promise("Secrets of a recipe are not written into the run's files")
 def test_secrets_are_not_written(world, tmp_path):
     path = world.recipe(tmp_path / "recipe.yaml")
     hidden = ["--model_init_kwargs", '{"token": "hf_x", "revision": "main"}', "--hub_token", "hf_y"]
