@@ -3,9 +3,9 @@
     python benchmarks/scaling.py features [--tokens 10000000]     # memory and throughput, million by million
     python benchmarks/scaling.py rows [--rows 1000000]            # seconds and memory until the first step
 
-Results go to benchmarks/results/scaling_features.json and scaling_rows.json. The machine may be busy with other work,
-so throughput is in processor time, divided by that of a fixed forward pass that is repeated between the batches: what
-slows both down alike cancels out.
+Results go to benchmarks/results/scaling_features.json and scaling_rows.json. The machine may be busy with other work, so
+throughput is in processor time, divided by that of one fixed batch, read and summed up in the same way after every few
+others: what slows both down alike cancels out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,8 @@ from benchmarks.feature_pass import read_texts, train_tokenizer
 from benchmarks.interleaved import random_qwen3, write_report
 from benchmarks.testbed.feature_sets import language_feature_set
 from qscope_posttrain.features.statistics import collect_statistics
+from qscope_posttrain.features.sums import LayerSums
+from qscope_posttrain.models.calibration import LanguageRows
 from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.sae.activations import TopK
@@ -40,7 +42,7 @@ from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 ROOT = Path(__file__).resolve().parents[1]
 MILLION = 1_000_000
-BATCHES_PER_REFERENCE = 20
+BATCHES_PER_REFERENCE = 5
 TEXTS_PER_LANGUAGE = 1000
 
 
@@ -53,14 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Meter:
     """Counts the tokens that a model reads, and at every full `step` of them notes time and memory."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], padding: int, step: int) -> None:
-        self.model, self.layers, self.padding, self.step = model, layers, padding, step
-        self._copy = copy.deepcopy(model)  # a pass within a pass would meet the hooks of the first
+    def __init__(self, model: nn.Module, saes: Mapping[int, SparseAutoencoder], padding: int, step: int) -> None:
+        self.model, self.saes, self.padding, self.step = model, saes, padding, step
         self.marks: list[dict[str, float]] = []
-        self._tokens = self._calls = 0
-        self._reference: list[float] = []
-        self._left_out = 0.0
-        self._fixed = torch.randint(1, 500, (16, 128), generator=torch.Generator().manual_seed(0))
+        self._tokens = self._calls = self._references = 0
+        self._in_references = 0.0
+        self._copy = copy.deepcopy(model)  # a pass within a pass would meet the hooks of the first
+        self._fixed = torch.randint(1, 500, (32, 128), generator=torch.Generator().manual_seed(0))
+        width = int(model.config.hidden_size)
+        self._sums = {layer: LayerSums.zeros(1, width, sae, True, torch.device("cpu")) for layer, sae in saes.items()}
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -75,19 +78,20 @@ class Meter:
             self._refer()
         self._calls += 1
         if self._tokens >= self.step * len(self.marks):
-            seconds = {"processor_s": time.process_time() - self._left_out, "wall_s": time.perf_counter()}
-            reference = statistics.median(self._reference[-200:])
-            self.marks.append({"tokens": self._tokens, **seconds, "resident_mib": resident_mib(), "ref_s": reference})
-            self._reference.clear()
-            self._refer()
+            seconds = {"processor_s": time.process_time() - self._in_references, "wall_s": time.perf_counter()}
+            references = {"references": self._references, "in_references_s": self._in_references}
+            self.marks.append({"tokens": self._tokens, **seconds, **references, "resident_mib": resident_mib()})
         self._tokens += int((inputs[0] != self.padding).sum())
 
     def _refer(self) -> None:
-        """Time the fixed pass, and keep it out of the measured time."""
+        """Read the fixed batch and sum it up, in time that is not counted as the pass's."""
         started = time.process_time()
-        forward_to_layer(self._copy, self.layers, input_ids=self._fixed)
-        self._reference.append(time.process_time() - started)
-        self._left_out += self._reference[-1]
+        states = forward_to_layer(self._copy, self.saes, input_ids=self._fixed)
+        for layer, sae in self.saes.items():
+            rows = states[layer].flatten(0, 1)
+            self._sums[layer].add(rows, [LanguageRows(0, 0, len(rows))], float("inf"), sae)
+        self._in_references += time.process_time() - started
+        self._references += 1
 
 
 def features(options: argparse.Namespace) -> int:
@@ -99,7 +103,7 @@ def features(options: argparse.Namespace) -> int:
     layers = list(range(0, options.layers, 2))
     saes = {layer: random_sae(options, layer) for layer in layers}
     before = resident_mib()
-    meter = Meter(model, layers, tokenizer.pad_token_id, MILLION // 10)
+    meter = Meter(model, saes, tokenizer.pad_token_id, MILLION // 10)
     with meter.measuring():
         found = collect_statistics(model, tokenizer, passages, saes, tokens_per_batch=4096, show_progress=False)
     total = int(next(iter(found.layers.values())).tokens.sum())
@@ -130,9 +134,16 @@ def features(options: argparse.Namespace) -> int:
 
 
 def meter_costs(marks: Sequence[dict[str, float]], million: int) -> list[float]:
-    """Cost per token of each tenth of a million, in passes of the reference."""
+    """Cost per token of each tenth of a million, in readings of the fixed batch."""
     part = marks[10 * million : 10 * million + 11]
-    return [(b["processor_s"] - a["processor_s"]) / (b["tokens"] - a["tokens"]) / b["ref_s"] for a, b in pairwise(part)]
+    return [
+        _gain(a, b, "processor_s") / _gain(a, b, "tokens") * _gain(a, b, "references") / _gain(a, b, "in_references_s")
+        for a, b in pairwise(part)
+    ]
+
+
+def _gain(first: dict[str, float], last: dict[str, float], name: str) -> float:
+    return last[name] - first[name]
 
 
 def by_million(marks: Sequence[dict[str, float]]) -> list[dict[str, float]]:
