@@ -17,7 +17,7 @@ from qscope_posttrain.cli.training import (
     load_rows,
 )
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.progress import MANY_ROWS, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.sft.settings import ANCHOR_WEIGHT, CONFIGS, METHODS, config_class, make_callback, method_config
 
@@ -123,6 +123,8 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         tokenizer = trained_tokenizer(tokenizer, None, path)
         training.chat_template_path = None
     rows, evaluation = load_rows(recipe, recipe.script.dataset_train_split), load_evaluation(recipe)
+    if sized := tokenized_first(recipe, rows):
+        status(sized)
     callback = None if recipe.penalty is None else make_callback(recipe.run.method, recipe.penalty, features)
     if training.packing and callback is not None and callback.reads_languages:
         packed = _pack(recipe, rows, callback.languages)
@@ -141,6 +143,18 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         callbacks=[] if callback is None else [callback],
+    )
+
+
+def tokenized_first(recipe: Recipe, rows: Rows) -> str:
+    """What to know of many rows that TRL tokenizes before the first step; "" for few, a stream, or prepared rows."""
+    training, count = recipe.training, len(rows) if hasattr(rows, "__len__") else 0
+    if count < MANY_ROWS or skips_preparation(training):
+        return ""
+    return (
+        f"all {count} rows are tokenized before the first step, some thousand a second in each of "
+        f"{training.dataset_num_proc or 1} processes (--dataset_num_proc); --dataset_streaming true, with --max_steps, "
+        "starts at once"
     )
 
 
