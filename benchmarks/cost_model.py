@@ -120,9 +120,9 @@ def find(shape: Shape, tokens: int, length: int, layers: Sequence[int], d_sae: i
 
 
 def find_memory(shape: Shape, languages: int, layers: int, d_sae: int, tokens: int) -> float:
-    """Sums in fp64, the encoders in fp32, and 28 bytes for each token of the texts (measured)."""
+    """Sums in fp64, the encoders in fp32, and 25 bytes for each token of the texts (measured)."""
     sums = 8.0 * layers * languages * (shape.hidden**2 + shape.hidden + 2 * d_sae)
-    return sums + layers * 2 * 4.0 * shape.hidden * d_sae + 28.0 * tokens
+    return sums + layers * 2 * 4.0 * shape.hidden * d_sae + 25.0 * tokens
 
 
 def sae_update(hidden: int, d_sae: int, k: int, tokens: int) -> float:

@@ -112,7 +112,6 @@ def features(options: argparse.Namespace) -> int:
     first, last = (meter_costs(meter.marks, at) for at in (0, len(blocks) - 1))
     ratio = statistics.mean(last) / statistics.mean(first)
     low, high = bootstrap_ratio(first, last)
-    shown = ("million", "relative_cost", "tokens_per_processor_s", "resident_mib")
     write_report(
         options,
         "scaling_features",
@@ -121,7 +120,6 @@ def features(options: argparse.Namespace) -> int:
         blocks=blocks,
         cost_last_to_first={"ratio": ratio, "low": low, "high": high},
         highest_resident_mib=highest_mib(),
-        table=[[row[key] for key in shown] for row in blocks],
     )
     millions, memory = [row["million"] for row in blocks], [row["resident_mib"] for row in blocks]
     curves = [
@@ -218,8 +216,7 @@ def rows(options: argparse.Namespace) -> int:
             for streamed in (True, False):
                 measured.append(start(folder, data, count, streamed, options))
                 print(measured[-1], flush=True)
-        columns = ("rows", "streamed", "first_step_s", "first_step_processor_s", "highest_mib", "hint")
-        write_report(options, "scaling_rows", runs=measured, table=[[run[key] for key in columns] for run in measured])
+        write_report(options, "scaling_rows", runs=measured)
     return 0
 
 

@@ -79,6 +79,17 @@ def test_secrets_are_not_written(world, tmp_path):
     assert recipe.training.model_init_kwargs["token"] == "hf_x"
 
 
+def test_many_rows_that_are_tokenized_first_are_said(world, tmp_path, monkeypatch, capsys):
+    path = world.recipe(tmp_path / "recipe.yaml")
+    monkeypatch.setattr("qscope_posttrain.cli.training.sft.MANY_ROWS", 4)
+    assert main(["sft", "--config", path, "--dry_run"]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert "are tokenized before the first step" in found
+    assert "--dataset_streaming true" in found
+    assert main(["sft", "--config", path, "--dry_run", "--dataset_streaming", "true"]) == 0
+    assert "tokenized before" not in capsys.readouterr().out
+
+
 def test_command_line_overrides_the_recipe(world, tmp_path):
     path = world.recipe(tmp_path / "recipe.yaml")
     recipe = parse_recipe([f"--config={path}", "--sasft_layers", "3", "--learning_rate", "1e-3", "--max-steps", "7"])
