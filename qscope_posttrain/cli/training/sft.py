@@ -151,10 +151,10 @@ def tokenized_first(recipe: Recipe, rows: Rows) -> str:
     training, count = recipe.training, len(rows) if hasattr(rows, "__len__") else 0
     if count < MANY_ROWS or skips_preparation(training):
         return ""
+    at_once = "" if training.packing else "; --dataset_streaming true, with --max_steps, starts at once"
     return (
         f"all {count} rows are tokenized before the first step, some thousand a second in each of "
-        f"{training.dataset_num_proc or 1} processes (--dataset_num_proc); --dataset_streaming true, with --max_steps, "
-        "starts at once"
+        f"{training.dataset_num_proc or 1} processes (--dataset_num_proc){at_once}"
     )
 
 
