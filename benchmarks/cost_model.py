@@ -70,11 +70,14 @@ def forward(shape: Shape, tokens: int, length: int, layers: int | None = None, h
 
 def training(shape: Shape, tokens: int, length: int, recompute: bool = False, frozen: bool = False) -> float:
     """Forward, and twice that backward: gradients of activations and of weights. `recompute` (gradient checkpointing)
-    runs the layers forward once more. `frozen` (LoRA) spares the gradients of weights; its own are left out."""
+    runs the layers forward once more, up to their last product, whose result backward does not need. `frozen` (LoRA)
+    spares the gradients of weights; its own are left out."""
     whole = forward(shape, tokens, length)
     attention = 4.0 * tokens * shape.layers * shape.heads * shape.head_dim * length
     backward = 2 * whole - (whole - attention if frozen else 0.0)
-    return whole + backward + (forward(shape, tokens, length, head=False) if recompute else 0.0)
+    last_products = 2.0 * tokens * shape.layers * shape.hidden * shape.intermediate * max(1, shape.experts_of_a_token)
+    again = forward(shape, tokens, length, head=False) - last_products
+    return whole + backward + (again if recompute else 0.0)
 
 
 def penalty(shape: Shape, tokens: int, features: int) -> float:
