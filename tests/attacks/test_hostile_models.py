@@ -66,7 +66,10 @@ def test_code_of_a_model_does_not_run_unasked(model: Path) -> None:
 @pytest.mark.promise("The dry run and the training agree on whether a model's own code may run")
 @pytest.mark.parametrize(
     "words",
-    [["--trust_remote_code", "true"], ["--model_init_kwargs", '{"trust_remote_code": true}']],
+    [
+        ["--trust_remote_code", "true"],
+        pytest.param(["--model_init_kwargs", '{"trust_remote_code": true}'], marks=pytest.mark.slow),
+    ],
     ids=["trust_remote_code", "model_init_kwargs"],
 )
 def test_the_users_word_counts_in_dry_run_and_training(model: Path, words: list[str]) -> None:

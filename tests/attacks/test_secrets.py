@@ -24,8 +24,15 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.mark.promise("A key goes to the server that the user named: it is in no file, no message and no log")
-@pytest.mark.parametrize("fault", [None, (500, {}), (401, {}), (400, {})], ids=str)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("explain", (401, {})),
+        ("synthesize", (400, {})),
+        *(pytest.param(name, fault, marks=pytest.mark.slow) for name in COMMANDS for fault in (None, (500, {}))),
+    ],
+    ids=str,
+)
 def test_no_file_message_or_log_has_the_key(world, tmp_path, capfd, caplog, monkeypatch, command, fault) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("QSCOPE_QUIET")
