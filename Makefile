@@ -53,19 +53,14 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Random search through everything that reads files, in rounds of FUZZ_EXAMPLES a test until FUZZ_SECONDS are over. A round
-# repeats with the seed that it prints. What it finds becomes an @example of its test, which `make test` then runs.
+# Random search through everything that reads files, in rounds of FUZZ_EXAMPLES a test until FUZZ_SECONDS are over, with
+# the count of inputs tried. What it finds becomes an @example of its test, which `make test` then runs.
 FUZZ_SECONDS ?= 600
 FUZZ_EXAMPLES ?= 1000
+FUZZ_FILE ?= benchmarks/results/fuzz.json
 fuzz: $(VENV)/.installed
-	@seed=$${FUZZ_SEED:-$$(date +%s)}; end=$$(($$(date +%s) + $(FUZZ_SECONDS))); \
-	while [ $$(date +%s) -lt $$end ]; do \
-	    echo "Seed $$seed (once more: make fuzz FUZZ_SEED=$$seed FUZZ_EXAMPLES=$(FUZZ_EXAMPLES))"; \
-	    FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -x tests/attacks/test_fuzzed_headers.py \
-	        tests/attacks/test_fuzzed_files.py tests/test_jsonl.py \
-	        --hypothesis-profile=fuzz --hypothesis-seed=$$seed || exit 1; \
-	    seed=$$((seed + 1)); \
-	done
+	$(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ_SECONDS) --examples $(FUZZ_EXAMPLES) --output $(FUZZ_FILE) \
+	    $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
 # Each job meets each fault, on tiny models: some 100 commands, some 40 minutes on two busy cores. What is done is kept in
 # runs/faults, so that a run which was stopped goes on. Full and read-only disks need root, and are left out without it.

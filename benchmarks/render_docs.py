@@ -6,8 +6,9 @@
     python benchmarks/render_docs.py --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand. NAME
-is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, or `commits`. VIEWS says
-which columns of a table are shown, under which names; the JSON files hold all of them.
+is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, `commits`, or
+`promises`, those of the tests (see verification.py). VIEWS says which columns of a table are shown, under which names;
+the JSON files hold all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks import verification
 from qscope_posttrain.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +180,8 @@ def render(name: str) -> str:
         return _headline()
     if name == "commits":
         return _commits()
+    if name == "promises":
+        return verification.table()
     source, _, part = name.partition(":")
     result = _read(source)
     if part == "made_on":
@@ -434,7 +438,40 @@ def _made_on(result: dict[str, Any]) -> str:
     )
 
 
+def _scaling_features(result: dict[str, Any], _part: str) -> str:
+    """Cost and memory, million by million."""
+    names = {
+        "million": "million",
+        "relative_cost": "processor time per token, relative",
+        "tokens_per_processor_s": "tokens per processor second",
+        "resident_mib": "resident memory, MiB",
+    }
+    rows = [[block[name] for name in names] for block in result["blocks"]]
+    ratio = result["cost_last_to_first"]
+    title = f"The feature pass over {result['tokens_counted']:,} tokens"
+    caption = (
+        f"Time per token of the last million to the first: {ratio['ratio']:.3f} ({ratio['low']:.3f} to "
+        f"{ratio['high']:.3f}, 95 % bootstrap over tenths). Relative: to a fixed batch read between the others."
+    )
+    return Table(title, list(names.values()), rows, caption).to_markdown()
+
+
+def _scaling_rows(result: dict[str, Any], _part: str) -> str:
+    """Seconds and memory until the first step of `qscope sft`."""
+    rows = []
+    for run in result["runs"]:
+        begun, gave_up = run["first_step_s"], run["given_up_after_s"]
+        first = f"{run['first_step_processor_s']:.0f}" if begun else f"not within {run['first_step_processor_s']:.0f}"
+        wall = f"{begun:.0f}" if begun else f"given up after {gave_up:.0f}"
+        highest = run["highest_mib_at_first_step"] or run["highest_mib"]
+        rows.append([f"{run['rows']:,}", "yes" if run["streamed"] else "no", first, wall, round(highest)])
+    columns = ["rows", "streamed", "processor seconds to the first step", "seconds", "peak memory, MiB"]
+    return Table("`qscope sft` on a JSONL file, until its first step", columns, rows).to_markdown()
+
+
 _OWN = {
+    "scaling_features": _scaling_features,
+    "scaling_rows": _scaling_rows,
     "encode": _encode,
     "sae_training": _sae_training,
     "steering_curve": _steering_curve,
@@ -464,7 +501,7 @@ def main() -> int:
         differ = True
         if arguments.check:
             name = page.relative_to(ROOT)
-            print(f"{name} differs from benchmarks/results; run python benchmarks/render_docs.py", file=sys.stderr)
+            print(f"{name}: not what JSON files and tests say; run python benchmarks/render_docs.py", file=sys.stderr)
         else:
             page.write_text(after, encoding="utf-8")
     return int(differ and arguments.check)

@@ -67,6 +67,7 @@ def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
     assert (again.penalty.target, again.training.max_steps, again.model_name) == ("zh", 2, world.model)
 
 
+@pytest.mark.promise("Secrets of a recipe are not written into the run's files")
 def test_secrets_are_not_written(world, tmp_path):
     path = world.recipe(tmp_path / "recipe.yaml")
     hidden = ["--model_init_kwargs", '{"token": "hf_x", "revision": "main"}', "--hub_token", "hf_y"]
@@ -76,6 +77,17 @@ def test_secrets_are_not_written(world, tmp_path):
     assert written["model_init_kwargs"] == {"token": None, "revision": "main"}
     assert written["eos_token"] == recipe.training.eos_token
     assert recipe.training.model_init_kwargs["token"] == "hf_x"
+
+
+def test_many_rows_that_are_tokenized_first_are_said(world, tmp_path, monkeypatch, capsys):
+    path = world.recipe(tmp_path / "recipe.yaml")
+    monkeypatch.setattr("qscope_posttrain.cli.training.sft.MANY_ROWS", 4)
+    assert main(["sft", "--config", path, "--dry_run"]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert "are tokenized before the first step" in found
+    assert "--dataset_streaming true" in found
+    assert main(["sft", "--config", path, "--dry_run", "--dataset_streaming", "true"]) == 0
+    assert "tokenized before" not in capsys.readouterr().out
 
 
 def test_command_line_overrides_the_recipe(world, tmp_path):

@@ -42,6 +42,7 @@ def in_step(monkeypatch):
     return install
 
 
+@pytest.mark.promise("A signal ends a training after the step, with a checkpoint from which the same command goes on")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_a_checkpoint_from_which_the_run_goes_on(world, tmp_path, in_step, capsys, number):
     for name in ("whole", "broken"):
@@ -74,6 +75,7 @@ def test_without_checkpoints_a_signal_saves_nothing(world, tmp_path, in_step, ca
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+@pytest.mark.promise("Weights that are not finite end the training and are not saved")
 @pytest.mark.parametrize(("step", "kept"), [(1, None), (3, "checkpoint-2"), (4, "checkpoint-2"), (6, "checkpoint-4")])
 def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path, in_step, capsys, step, kept):
     def break_it(model):
@@ -90,6 +92,7 @@ def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path, in_step, cap
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.promise("A checkpoint that was not written to its end is passed over")
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(world, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("QSCOPE_QUIET", raising=False)
     recipe = world.recipe(tmp_path / "r.yaml", **SAVING)
@@ -115,6 +118,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(world, tmp_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.promise("A signal ends a training after the step, with a checkpoint from which the same command goes on")
 @pytest.mark.slow  # two processes import torch and trl
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(world, tmp_path):
     recipe = world.recipe(tmp_path / "r.yaml", **{**SAVING, "max_steps": 200, "save_steps": 500})

@@ -41,6 +41,7 @@ def probability(record):
     return record["logits"].softmax(-1)[:, TARGETS].sum(-1)
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.parametrize("positions", ["response", "predicting"])
 @pytest.mark.parametrize("normalization", ["token_mean", "paper"])
 def test_combined_decoder_readout(model, features, tiny_tokenizer, positions, normalization):
@@ -70,6 +71,7 @@ def test_combined_decoder_readout(model, features, tiny_tokenizer, positions, no
     assert relative_error(found, plain) > 0.01
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 def test_the_default_form(model, features, tiny_tokenizer):
     """Per layer, decoder directions weighted by ReLU(nu), in standard deviations, at predicting positions."""
 
@@ -87,6 +89,7 @@ def start_of(model, how):
     return start, start
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["given", "adapter"])
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -120,6 +123,7 @@ def test_anchor_to_a_frozen_copy_starts_at_zero_and_grows(model, features, tiny_
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("normalization", ["token_mean", "paper"])
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -159,6 +163,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "accumulated", "padding-free"])
 @pytest.mark.parametrize("normalization", ["token_mean", "paper"])
@@ -176,6 +181,7 @@ def test_token_penalty_with_an_anchor(model, features, tiny_tokenizer, layout, n
     assert logs["token_penalty/hook_calls"] == 1
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "accumulated", "padding-free"])
 @pytest.mark.parametrize("target", [None, "zh"])
 def test_the_anchor_alone(model, features, tiny_tokenizer, layout, target):

@@ -59,6 +59,7 @@ def open_run(tmp_path):
         cache.close()
 
 
+@pytest.mark.promise("Synthesis keeps prompts that fire and nothing else")
 def test_only_prompts_that_fire_are_kept(open_run):
     run, _ = open_run()
     kept = {id(example.draft) for example in run.examples}

@@ -19,6 +19,7 @@ from qscope_posttrain.cli.parsing.recipes import code_requests, split_arguments
 from qscope_posttrain.distributed import join_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import check_plain, read_json, text_suffix
+from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.provenance import file_sha256, package_versions
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import to_json, write_text
@@ -61,6 +62,16 @@ class TrainingRecipe:
     def output(self) -> Path:
         """Folder of the model and the reports."""
         return Path(str(self.training.output_dir))
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python files of the model's repository may run, in the dry run as in training."""
+        given = self.training.model_init_kwargs or {}
+        return bool(given.get("trust_remote_code", self.training.trust_remote_code))
+
+    def load_tokenizer(self) -> Any:
+        """The starting model's tokenizer, as its files have it."""
+        return load_tokenizer(self.model_name, self.model.model_revision, self.trusts_code)
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, JSON-ready; read back by the command's parser, it gives the same recipe."""

@@ -89,10 +89,10 @@ def begin(recipe: TrainingRecipe, load_tokenizer: Callable[[], Any]) -> tuple[Ch
 
 def build_model(recipe: TrainingRecipe) -> tuple[torch.nn.Module, str]:
     """The architecture without memory for its weights."""
-    config = load_config(recipe.model_name, recipe.model.model_revision)
+    config = load_config(recipe.model_name, recipe.model.model_revision, recipe.trusts_code)
     # As within ZeRO-3's own construction: it cannot shard what has no memory.
     with torch.device("meta"), set_zero3_state(), library_refusals(f"cannot build '{recipe.model_name}'"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trusts_code)
     text = config.get_text_config(decoder=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{text.num_hidden_layers} layers of width {text.hidden_size}, {_amount(parameters)} parameters"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.files import read_lines, writing
+from qscope_posttrain.files import read_json, read_lines, writing
 from qscope_posttrain.provenance import package_versions
 from qscope_posttrain.report.html import Figure, Section, write_html
 from qscope_posttrain.report.summary import to_json, write_summary, write_text
@@ -82,7 +82,7 @@ def read_checkpoint(
     """Read a checkpoint of `write_checkpoint`; `devices` has the device of each layer. ValueError: a damaged
     checkpoint, or one of other settings; the message names the differences."""
     try:
-        content = json.loads((place / STATE).read_text(encoding="utf-8"))
+        content = read_json(place / STATE)
         written, asked = content["settings"], json.loads(json.dumps(dict(settings)))
         different = [
             f"{name} was {written.get(name)!r} and is {asked.get(name)!r}"
@@ -96,7 +96,7 @@ def read_checkpoint(
             left_out={int(layer): int(value) for layer, value in content["left_out"].items()},
             seconds=float(content["seconds"]),
         )
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserValueError(
             f"{place} is not a checkpoint of a training of SAEs, or is damaged ({error}): delete it"
         ) from error
@@ -110,7 +110,7 @@ def read_checkpoint(
         try:
             tensors = load_file(str(place / f"layer{layer}.safetensors"))
             trainings[layer] = LayerTraining.resumed(layer, tensors, config, device)
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
             raise UserValueError(
                 f"{place}: layer {layer} is missing or damaged ({error}): delete the checkpoint"
             ) from error

@@ -34,6 +34,7 @@ def test_by_hand():
     assert back.value("overlap") == 2 / 3
 
 
+@pytest.mark.promise("Redundancy, overlap and correlations of benchmarks equal all subsets counted one by one")
 def test_equal_size_equals_all_pairs_of_subsets():
     first, second, size = draw("a", 6, 1), draw("b", 8, 2), 2
     one, other = sets_of(first), sets_of(second)

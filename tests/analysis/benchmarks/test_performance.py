@@ -46,6 +46,7 @@ def test_r_by_hand():
     assert found.error == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.promise("Redundancy, overlap and correlations of benchmarks equal all subsets counted one by one")
 def test_r_equals_all_subsets_one_by_one():
     correct = np.random.default_rng(1).integers(0, 2, (6, 4)).astype(float)
     full = correct.mean(axis=0)
