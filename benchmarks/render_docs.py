@@ -1,9 +1,9 @@
 """Make the tables of figures in README.md and docs/ from the JSON files in `benchmarks/results/`.
 
-    python benchmarks/render_docs.py                                        # rewrite the tables
-    python benchmarks/render_docs.py --check                                # fail if they differ from the JSON
-    python benchmarks/render_docs.py --keep runs/demo demo_generated        # first keep a demo's tables as JSON
-    python benchmarks/render_docs.py --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
+    python -m benchmarks.render_docs                                        # rewrite the tables
+    python -m benchmarks.render_docs --check                                # fail if they differ from the JSON
+    python -m benchmarks.render_docs --keep runs/demo demo_generated        # first keep a demo's tables as JSON
+    python -m benchmarks.render_docs --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand. NAME
 is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, `commits`, or
@@ -501,7 +501,7 @@ def main() -> int:
         differ = True
         if arguments.check:
             name = page.relative_to(ROOT)
-            print(f"{name}: not what JSON files and tests say; run python benchmarks/render_docs.py", file=sys.stderr)
+            print(f"{name}: not what JSON files and tests say; run python -m benchmarks.render_docs", file=sys.stderr)
         else:
             page.write_text(after, encoding="utf-8")
     return int(differ and arguments.check)
