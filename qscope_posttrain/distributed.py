@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from qscope_posttrain.errors import UserValueError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Reduce: TypeAlias = "Callable[[Tensor], Tensor]"  # Adds up a tensor over all processes, in place, and returns it
+
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Number of processes, as torch's launcher and those of MPI say it"""
 
 
 def process_rank() -> tuple[int, int]:
@@ -33,6 +38,52 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_launch() -> None:
+    """ValueError where `accelerate launch --cpu` has started one process in place of those that it was asked for."""
+    asked = _is_on("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ
+    if asked and not any(name in os.environ for name in _SIZES):
+        raise UserValueError(
+            "`accelerate launch --cpu` starts one process, whatever num_processes says. Leave --cpu out: the same file "
+            "with --num_processes 2 starts two, and `--use_cpu true` (`--device cpu` outside of training) after the "
+            "command keeps them on the CPU. For one process, leave `accelerate launch` out."
+        )
+
+
+def check_devices() -> None:
+    """ValueError where a launcher has started more processes on this machine than it has GPUs."""
+    import torch
+
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    if 0 < gpus < processes:
+        raise UserValueError(
+            f"{processes} processes were started on this machine, and it has {gpus} GPU{'s' if gpus > 1 else ''}: give "
+            f"`accelerate launch` --num_processes {gpus}, times the number of machines."
+        )
+
+
+def left_out(trainer: Any) -> list[str]:
+    """Sentences on what a launch file or recipe asks for and accelerate leaves out without a word, most on a CPU."""
+    args, found = trainer.args, []
+    if args.fp16 and args.device.type == "cpu":
+        found.append("fp16 does nothing on a CPU: this training runs in fp32. bf16 works there.")
+    if args.mixed_precision != "no" and not (args.fp16 or args.bf16):
+        found.append(
+            f"the launch file says mixed_precision: {args.mixed_precision}, and holds although the recipe asks for "
+            "none: --mixed_precision no after `accelerate launch` turns it off."
+        )
+    for name, works in (("FSDP", trainer.is_fsdp_enabled), ("DEEPSPEED", trainer.is_deepspeed_enabled)):
+        if _is_on(f"ACCELERATE_USE_{name}") and not works:
+            found.append(
+                f"the launch file asks for {name}, which accelerate leaves out on a CPU: nothing is sharded, every "
+                "process holds the whole model (DDP). The numbers are the same, the memory is not."
+            )
+    return found
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
 def join_processes(device: str | None) -> str | None:
     """The device of this process. Under a launcher, join the other processes first, each on a device of its own."""
     if launched_processes() == 1:
@@ -40,6 +91,8 @@ def join_processes(device: str | None) -> str | None:
     import torch
     from accelerate import PartialState
 
+    if device != "cpu":
+        check_devices()
     return str(PartialState(cpu=device == "cpu" or not torch.cuda.is_available()).device)
 
 

@@ -23,7 +23,7 @@ from trl import get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_rows
 from qscope_posttrain.cli.training.interruption import STATE, FiniteWeights, last_checkpoint, stop_on_signals
-from qscope_posttrain.distributed import launched_processes
+from qscope_posttrain.distributed import launched_processes, left_out
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.files import check_plain, read_json
@@ -207,7 +207,11 @@ def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: 
     with library_refusals("the trainer cannot be made"):
         set_seed(recipe.training.seed)
         model = recipe.model
-        return kind(**settings, peft_config=get_peft_config(model), quantization_config=get_quantization_config(model))
+        settings |= {"peft_config": get_peft_config(model), "quantization_config": get_quantization_config(model)}
+        trainer = kind(**settings)
+    for sentence in left_out(trainer):
+        status(f"note: {sentence}")
+    return trainer
 
 
 def run_training(
