@@ -14,6 +14,7 @@ of a case have no part in the gradient.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -308,8 +309,8 @@ def table_of(found: list[dict[str, Any]]) -> Table:
         share = one.get(SHARE_OF_NEGATIVES)
         rows.append([one["command"], one["case"], *map(_digits, cells), None if share is None else f"{share:.1%}"])
     caption = (
-        f"Largest over {STEPS} steps of {ROWS} rows; parameters: norm of the difference over their norm. Under FSDP2 all "
-        "parameters are DTensors; - is refused there. Negatives: their mean share of the gradient."
+        f"Largest over {STEPS} steps of {ROWS} rows; parameters: norm of the difference over their norm. Under FSDP2 "
+        "all parameters are DTensors; - is refused there. Negatives: their mean share of the gradient."
     )
     return Table("Two processes against one", ["command", "case", *columns, "negatives"], rows, caption)
 
@@ -329,19 +330,21 @@ def _digits(value: float | None) -> str | None:
     return None if value is None else f"{value:.0e}" if value else "0"
 
 
+def import_trainers() -> None:
+    """Import before the first fork what every process of a training needs."""
+    for name in ("peft", "trl", "accelerate.commands.launch", "torch.distributed.run", "torch.distributed.fsdp"):
+        importlib.import_module(name)
+    for name in ("cli.training.sft_checks", "cli.training.grpo_checks", "rl.trainer", "sft.callback"):
+        importlib.import_module(f"qscope_posttrain.{name}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="NAME")
     parser.add_argument("--resumed", nargs="*", default=list(RESUMED), choices=list(CASES), metavar="NAME")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    # Before the first fork, so that no process imports it again
-    import peft
-    import qscope_posttrain.cli.training.grpo_checks
-    import qscope_posttrain.rl.trainer
-    import trl  # noqa: F401
-    from accelerate.commands import launch as _  # noqa: F401
-
+    import_trainers()
     with tempfile.TemporaryDirectory() as temporary:
         world = Path(temporary)
         build_world(world)
