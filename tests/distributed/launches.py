@@ -27,6 +27,7 @@ class Inputs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         build_world(folder)
         looping_sae(0).save(folder / "saes" / "layer0.sae.safetensors")
         (folder / "texts").mkdir()

@@ -241,6 +241,8 @@ def run_training(
         with library_refusals("the training cannot begin"):
             raise
     if stop.signal is not None:
+        # A launcher ends all processes when one of them has left, and one may still be writing.
+        trainer.accelerator.wait_for_everyone()
         kept = last_checkpoint(recipe.output)
         further = "nothing is saved" if kept is None else f"'{kept}' is whole: go on with --resume_from_checkpoint last"
         status(f"stopped by {signal.Signals(stop.signal).name} after step {result.global_step}; {further}")
