@@ -71,12 +71,11 @@ def left_out(trainer: Any) -> list[str]:
             f"the launch file says mixed_precision: {args.mixed_precision}, and holds although the recipe asks for "
             "none: --mixed_precision no after `accelerate launch` turns it off."
         )
-    for name, works in (("FSDP", trainer.is_fsdp_enabled), ("DEEPSPEED", trainer.is_deepspeed_enabled)):
-        if _is_on(f"ACCELERATE_USE_{name}") and not works:
-            found.append(
-                f"the launch file asks for {name}, which accelerate leaves out on a CPU: nothing is sharded, every "
-                "process holds the whole model (DDP). The numbers are the same, the memory is not."
-            )
+    if _is_on("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
+        found.append(
+            "the launch file asks for FSDP, which accelerate leaves out on a CPU: nothing is sharded, every process "
+            "holds the whole model (DDP). The numbers are the same, the memory is not."
+        )
     return found
 
 

@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     found = {}
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         started = time.monotonic()
-        launched = launch(job["config"], job["arguments"], job["flags"], machines=job["machines"])
+        launched = launch(job.pop("config"), job.pop("arguments"), job.pop("flags"), **job)
         found[name] = asdict(launched) | {"seconds": time.monotonic() - started}
     (folder / "launched.json").write_text(json.dumps(found))
 

@@ -48,15 +48,16 @@ class Inputs:
             ]
         common = ["--model", str(self.folder / "grpo"), "--texts", str(self.folder / "texts"), "--output", str(output)]
         if command == "features find":
-            own = ["--sae", str(self.folder / "saes"), "--layers", "0", "--top", "2", "--target", "zh"]
+            own = ["--sae", str(self.folder / "saes"), "--layers", "0", "--top", "2"]
             return ["features", "find", *common, *own, "--device", "cpu"]
         recipe = output / "recipe.yaml"
         recipe.write_text(yaml.safe_dump({key: value for key, value in SAE.items() if key != "texts"} | changes))
         return ["sae", "train", "--config", str(recipe), *common]
 
 
-def job(config: str | None, arguments: list[str], *flags: str, machines: int = 1) -> dict[str, Any]:
-    return {"config": config, "arguments": arguments, "flags": ["--num_processes", "2", *flags], "machines": machines}
+def job(config: str | None, arguments: list[str], *flags: str, **more: Any) -> dict[str, Any]:
+    """A launch of two processes; `more` as for `benchmarks.launching.launch`."""
+    return {"config": config, "arguments": arguments, "flags": ["--num_processes", "2", *flags], **more}
 
 
 def run_jobs(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

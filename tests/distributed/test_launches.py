@@ -41,6 +41,7 @@ def launched(inputs):
         jobs[f"{command} {name}"] = job(config, arguments, *flags, machines=machines)
     for command in COMMANDS[2:]:
         jobs[f"{command} alone"] = job(None, inputs.arguments(command, f"{command} alone", 1))
+    jobs["unsharded"] = job("fsdp2.yaml", inputs.arguments("sft", "unsharded", 2), shard=False)
     jobs["bf16"] = job("fsdp2.yaml", inputs.arguments("sft", "bf16", 2, bf16=True))
     return run_jobs(inputs.folder, jobs)
 
@@ -63,6 +64,7 @@ def test_training(launched, inputs, command, name):
         if command == "grpo":
             assert ours["negative/rows"] == 4
             assert ours["negative/gradient_share"] > 0
+            assert found["output"].count("Ordinary rows and negatives") == 1
         else:
             assert ours["sasft/hook_calls"] == 1
 
@@ -105,3 +107,10 @@ def test_machines_meet_where_the_command_line_says(launched, name):
 @pytest.mark.promise("The recipe's bf16 decides under every launch file.")
 def test_the_recipe_decides_on_the_precision(launched):
     assert {rank["precision"] for rank in launched["bf16"]["ranks"]} == {"bf16"}
+
+
+@pytest.mark.promise("fp16 on a CPU, which is fp32, is said, and so is a launch file that shards nothing there.")
+def test_a_launch_that_shards_nothing_is_said(launched):
+    assert [rank["sharded"] for rank in launched["unsharded"]["ranks"]] == [0, 0]
+    assert launched["unsharded"]["output"].count("note: the launch file asks for FSDP") == 1
+    assert "note:" not in launched["sft fsdp2"]["output"]
