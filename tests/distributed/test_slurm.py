@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from distributed.launches import Inputs
 
-from qscope_posttrain.cli.training.interruption import last_checkpoint
+from qscope_posttrain.cli.training import interruption
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = {
@@ -71,7 +71,7 @@ def test_a_job_at_its_limit_goes_on(batch, tmp_path):
     assert "Dry run" in said
     assert "stopped by SIGTERM after step" in said
     assert (tmp_path / "requeued").read_text() == "requeue 17\n"
-    kept = last_checkpoint(tmp_path / "inputs" / "job" / "out")
+    kept = interruption.last_checkpoint(tmp_path / "inputs" / "job" / "out")
     assert kept is not None, said[-4000:]
     done = json.loads((kept / "trainer_state.json").read_text())["global_step"]
     job = batch(log, recipe, "--max_steps", str(done + 2), SLURM_RESTART_COUNT="1")
@@ -83,3 +83,23 @@ def test_a_job_at_its_limit_goes_on(batch, tmp_path):
         json.loads((tmp_path / "inputs" / "job" / "out" / "summary.json").read_text())["results"]["steps"] == done + 2
     )
     assert (tmp_path / "requeued").read_text() == "requeue 17\n", "a job that is done is not queued again"
+
+
+@pytest.mark.promise("A signal that the launcher and Slurm both send counts once; sent again later, it ends at once.")
+def test_signals_within_seconds_are_one(monkeypatch):
+    now, killed = [100.0], []
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(interruption.os, "kill", lambda process, number: killed.append(number))
+    before = signal.getsignal(signal.SIGTERM)
+    stop = interruption.StopOnSignal()
+    try:
+        for later in (0.0, 0.5, interruption.SAME_SIGNAL):
+            now[0] = 100.0 + later
+            stop.receive(signal.SIGTERM, None)
+            assert killed == []
+        now[0] += 1
+        stop.receive(signal.SIGTERM, None)
+        assert killed == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
