@@ -307,10 +307,12 @@ def table_of(found: list[dict[str, Any]]) -> Table:
     for one in found:
         cells = [one[way][key] if way in one else None for way in ("DDP", "FSDP2") for key in kinds]
         share = one.get(SHARE_OF_NEGATIVES)
-        rows.append([one["command"], one["case"], *map(_digits, cells), None if share is None else f"{share:.1%}"])
+        rows.append(
+            [one["command"], one["case"], *map(_digits, cells), None if share is None else f"{100 * share:.2g} %"]
+        )
     caption = (
         f"Largest over {STEPS} steps of {ROWS} rows; parameters: norm of the difference over their norm. Under FSDP2 "
-        "all parameters are DTensors; - is refused there. Negatives: their mean share of the gradient."
+        "all parameters are DTensors; - is refused there. Negatives: their mean share of the gradient at the logits."
     )
     return Table("Two processes against one", ["command", "case", *columns, "negatives"], rows, caption)
 

@@ -77,7 +77,7 @@ def test_finding(launched, inputs, name):
     )
     assert found.keys() == alone.keys()
     for key, value in alone.items():
-        assert torch.allclose(found[key].double(), value.double(), rtol=1e-5, atol=1e-7), key
+        assert torch.allclose(found[key].double(), value.double(), rtol=1e-5, atol=1e-7, equal_nan=True), key
 
 
 @pytest.mark.promise("`sae train` under every launch file trains the SAE of one process, up to the order of summation.")
