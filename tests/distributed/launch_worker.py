@@ -5,6 +5,7 @@ FOLDER/jobs.json has, by name, the arguments of `benchmarks.launching.launch`; F
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -19,6 +20,10 @@ from benchmarks.launching import launch
 
 def main(folder: Path) -> None:
     import_trainers()
+    for name in ("features.find.contrast", "cli.features.find", "sae.training.records", "report.html", "report.plots"):
+        importlib.import_module(f"qscope_posttrain.{name}")
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_svg", "markdown_it"):
+        importlib.import_module(name)
     found = {}
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         started = time.monotonic()
