@@ -7,6 +7,7 @@ VERL ?= .venv-verl
 VLLM ?= .venv-vllm
 LLAMAFACTORY ?= .venv-llamafactory
 SWIFT ?= .venv-swift
+DEEPSPEED ?= .venv-deepspeed
 AXOLOTL ?= .venv-axolotl
 BIN := $(VENV)/bin
 TORCH := 2.13.0
@@ -29,11 +30,12 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl test-vllm cases \
-    faults fuzz lint types format house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl test-vllm \
+    test-deepspeed cases faults fuzz lint types format house benchmarks clean help
 help:
 	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-axolotl |" \
-	    "test-verl | test-vllm | cases | faults | fuzz | lint | types | format | house | benchmarks | clean"
+	    "test-verl | test-vllm | test-deepspeed | cases | faults | fuzz | lint | types | format | house |" \
+	    "benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -132,6 +134,19 @@ test-vllm: $(VLLM)/.installed
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers
 
+# DeepSpeed in an environment of its own, for the launch files of ZeRO: its accelerator is the CPU, and nothing is compiled.
+# bitsandbytes is there too, for quantized bases.
+$(DEEPSPEED)/.installed: pyproject.toml constraints.txt .ci/deepspeed.txt
+	@$(PYTHON) -m venv $(DEEPSPEED)
+	$(call install_torch,$(DEEPSPEED))
+	@$(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	    --requirement .ci/deepspeed.txt --editable ".[report]" hypothesis
+	@touch $@
+
+test-deepspeed: export DS_ACCELERATOR := cpu
+test-deepspeed: $(DEEPSPEED)/.installed
+	$(DEEPSPEED)/bin/python -m pytest tests/distributed/test_deepspeed.py tests/invariants/test_sasft_precision.py
+
 # LLaMA-Factory in an environment of its own: its caps contradict ours, so both come without their dependencies. Its last
 # line of imports wants torchaudio, of which no release fits the CPU build of torch; the tests bring a stand-in.
 $(LLAMAFACTORY)/.installed: pyproject.toml .ci/llamafactory.txt
@@ -199,5 +214,5 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(AXOLOTL) $(VERL) build *.egg-info .pytest_cache .ruff_cache \
-	    .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(AXOLOTL) $(VERL) $(DEEPSPEED) build *.egg-info .pytest_cache \
+	    .ruff_cache .mypy_cache .hypothesis

@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from qscope_posttrain.errors import UserOSError
+from qscope_posttrain.errors import UserOSError, UserValueError
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 TIMEOUT = "QSCOPE_TIMEOUT"  # Environment variable: seconds that processes which work together wait for one another
 Reduce: TypeAlias = "Callable[[Tensor], Tensor]"  # Adds up a tensor over all processes, in place, and returns it
+
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Number of processes, as torch's launcher and those of MPI say it"""
 
 
 def process_rank() -> tuple[int, int]:
@@ -38,6 +41,51 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_launch() -> None:
+    """ValueError where `accelerate launch --cpu` has started one process in place of those that it was asked for."""
+    asked = _is_on("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ
+    if asked and not any(name in os.environ for name in _SIZES):
+        raise UserValueError(
+            "`accelerate launch --cpu` starts one process, whatever num_processes says. Leave --cpu out: the same file "
+            "with --num_processes 2 starts two, and `--use_cpu true` (`--device cpu` outside of training) after the "
+            "command keeps them on the CPU. For one process, leave `accelerate launch` out."
+        )
+
+
+def check_devices() -> None:
+    """ValueError where a launcher has started more processes on this machine than it has GPUs."""
+    import torch
+
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    if 0 < gpus < processes:
+        raise UserValueError(
+            f"{processes} processes were started on this machine, and it has {gpus} GPU{'s' if gpus > 1 else ''}: give "
+            f"`accelerate launch` --num_processes {gpus}, times the number of machines."
+        )
+
+
+def left_out(trainer: Any) -> list[str]:
+    """Sentences on what a launch file or recipe asks for and accelerate leaves out without a word, most on a CPU."""
+    args, found = trainer.args, []
+    if args.fp16 and args.device.type == "cpu":
+        found.append("fp16 does nothing on a CPU: this training runs in fp32. bf16 works there.")
+    if args.mixed_precision != "no" and not (args.fp16 or args.bf16):
+        found.append(
+            f"the launch file says mixed_precision: {args.mixed_precision}, and holds although the recipe asks for "
+            "none: --mixed_precision no after `accelerate launch` turns it off."
+        )
+    if _is_on("ACCELERATE_USE_FSDP") and not trainer.is_fsdp_enabled:
+        found.append(
+            "the launch file asks for FSDP, which accelerate leaves out on a CPU: nothing is sharded, every process "
+            "holds the whole model (DDP). The numbers are the same, the memory is not."
+        )
+    return found
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
 def join_processes(device: str | None, timeout: float | None = None, backend: str | None = None) -> str | None:
     """The device of this process. Under a launcher, join the other processes first, each on a device of its own. One
     that does not answer within `timeout` seconds, by default those of QSCOPE_TIMEOUT or 1800, is an error."""
@@ -47,6 +95,8 @@ def join_processes(device: str | None, timeout: float | None = None, backend: st
     from accelerate import PartialState
 
     seconds = timedelta(seconds=float(os.environ.get(TIMEOUT) or 1800) if timeout is None else timeout)
+    if device != "cpu":
+        check_devices()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     try:
         return str(PartialState(cpu=on_cpu, timeout=seconds, backend=backend).device)

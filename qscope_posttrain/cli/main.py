@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import qscope_posttrain
-from qscope_posttrain.distributed import absent_ranks
+from qscope_posttrain.distributed import absent_ranks, check_launch
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, did_you_mean, one_line
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -86,6 +86,7 @@ def usage() -> str:
 
 def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
+        check_launch()
         with _termination(), _recipe_environment(arguments):
             status = _runner(arguments[0])(arguments[1:])
         sys.stdout.flush()  # a reader that is gone shows here, not after the last handler

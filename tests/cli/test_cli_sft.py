@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -469,20 +466,6 @@ class TestDryRunOfLabels:
         recipe = parse_recipe(["--config", world.recipe(tmp_path / "b.yaml", **changes)])
         with pytest.raises(ValueError, match="the data has prompt, completion, language"):
             sft_checks._labels(recipe, load_rows(recipe, "train"), data_tokenizer(recipe))
-
-
-@pytest.mark.slow
-def test_two_processes_by_accelerate_launch(world, tmp_path):
-    path = world.recipe(tmp_path / "recipe.yaml", per_device_train_batch_size=2)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
-    command += ["--main_process_port", "29641", "-m", "qscope_posttrain", "sft", "--config", path]
-    environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_QUIET"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["results"]["steps"] == 2
-    assert summary["results"]["log"][0]["sasft/hook_calls"] == 1
-    assert done.stderr.count("configuration written") == 1  # rank 0 alone
 
 
 def _only(world, folder: Path, languages: set[str]) -> str:

@@ -16,7 +16,7 @@ import yaml
 from qscope_posttrain.cli.parsing.fields import print_declared
 from qscope_posttrain.cli.parsing.parser import check_seed
 from qscope_posttrain.cli.parsing.recipes import code_requests, split_arguments
-from qscope_posttrain.distributed import join_processes
+from qscope_posttrain.distributed import check_devices, join_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import check_plain, read_json, text_suffix
 from qscope_posttrain.models.loading import load_tokenizer
@@ -172,10 +172,12 @@ def check_values(values: argparse.Namespace) -> None:
             "this recipe trains on a GPU, and this machine has none. To check the recipe here: --dry_run. "
             f"To train on the CPU all the same: {remedy}."
         )
-    if values.use_cpu and values.use_liger_kernel:
+    if not values.use_cpu:
+        check_devices()
+        return
+    if values.use_liger_kernel:
         raise UserValueError(f"use_liger_kernel needs a GPU, and use_cpu is on. To train on the CPU: {remedy}.")
-    if values.use_cpu:
-        join_processes("cpu", values.ddp_timeout, values.ddp_backend)  # transformers leaves the timeout out on a CPU
+    join_processes("cpu", values.ddp_timeout, values.ddp_backend)  # transformers leaves the timeout out on a CPU
 
 
 def before_trl(arguments: Sequence[str], prog: str, declared: Sequence[tuple[str, ...]], config: str) -> list[str]:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ STATE = "trainer_state.json"
 _CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _CANNOT_WRITE_WORDS = ("I/O error", "iostream error", "PytorchStreamWriter", "inline_container.cc")
 """How safetensors and torch say it"""
+SAME_SIGNAL = 5.0
+"""Seconds within which signals are taken for one: a terminal or Slurm sends it to all processes, and the launcher among
+them sends it on"""
 
 
 def last_checkpoint(output: Path, say: bool = False) -> Path | None:
@@ -95,12 +99,16 @@ class StopOnSignal(TrainerCallback):
         self.signal: int | None = None
         """The number of the signal that ended the training"""
         self._came: int | None = None
+        self._since = 0.0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal; the next one of its kind acts as if there were no handler."""
-        self._came = number
-        os.write(2, b"stopping after this step; the same signal once more stops at once\n")  # safe in a handler
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        """Take note of a signal; a later one of its kind acts as if there were no handler."""
+        if self._came != number:
+            self._came, self._since = number, time.monotonic()
+            os.write(2, b"stopping after this step; the same signal later stops at once\n")  # safe in a handler
+        elif time.monotonic() - self._since > SAME_SIGNAL:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Stop all ranks after the same step, whichever of them got the signal."""

@@ -32,7 +32,7 @@ from qscope_posttrain.cli.training.interruption import (
     last_checkpoint,
     stop_on_signals,
 )
-from qscope_posttrain.distributed import launched_processes
+from qscope_posttrain.distributed import launched_processes, left_out
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.files import check_plain, read_json
@@ -243,7 +243,11 @@ def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: 
     with library_refusals("the trainer cannot be made"):
         set_seed(recipe.training.seed)
         model = recipe.model
-        return kind(**settings, peft_config=get_peft_config(model), quantization_config=get_quantization_config(model))
+        settings |= {"peft_config": get_peft_config(model), "quantization_config": get_quantization_config(model)}
+        trainer = kind(**settings)
+    for sentence in left_out(trainer):
+        status(f"note: {sentence}")
+    return trainer
 
 
 def _save_model(trainer: Trainer, output: Path) -> None:
@@ -288,6 +292,8 @@ def run_training(
         with library_refusals("the training cannot begin"):
             raise
     if stop.signal is not None:
+        # A launcher ends all processes when one of them has left, and one may still be writing.
+        trainer.accelerator.wait_for_everyone()
         kept = last_checkpoint(recipe.output)
         further = "nothing is saved" if kept is None else f"'{kept}' is whole: go on with --resume_from_checkpoint last"
         status(f"stopped by {signal.Signals(stop.signal).name} after step {result.global_step}; {further}")
