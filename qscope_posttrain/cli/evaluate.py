@@ -23,7 +23,7 @@ from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.inputs import read_prompts, read_texts
-from qscope_posttrain.text.language_labels import language_hint
+from qscope_posttrain.text.scripts import language_hint
 
 if TYPE_CHECKING:
     from qscope_posttrain.models.vllm_sampler import VLLMSampler

@@ -24,8 +24,8 @@ from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.inputs import read_text_list
 
 if TYPE_CHECKING:
+    from qscope_posttrain.endpoint.chat import PromptTemplates
     from qscope_posttrain.endpoint.session import ChatSession
-    from qscope_posttrain.endpoint.templates import PromptTemplates
     from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
     from qscope_posttrain.synthesis.pipeline import Draft, Synthesis, SynthesisRun, SynthesisSettings
 

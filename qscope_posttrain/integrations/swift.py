@@ -28,7 +28,7 @@ from qscope_posttrain.sft.data.train_data import without_effect
 from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
 from qscope_posttrain.sft.settings import LossSettings
-from qscope_posttrain.text.language_labels import distinct_labels
+from qscope_posttrain.text.scripts import distinct_labels
 
 try:
     from swift.callbacks import callbacks_map

@@ -29,7 +29,7 @@ from qscope_posttrain.sft.data.train_data import (
     without_effect,
 )
 from qscope_posttrain.sft.masks import TokenBatch
-from qscope_posttrain.text.language_labels import class_names
+from qscope_posttrain.text.scripts import class_names
 
 if TYPE_CHECKING:
     from qscope_posttrain.sft.attachment import AuxiliaryLossCallback

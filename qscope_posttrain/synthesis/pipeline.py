@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
+from qscope_posttrain.endpoint.chat import ChatRequest, PromptTemplates, Sampling, text_field, truth_field
 from qscope_posttrain.endpoint.session import BudgetSpent, ChatSession
-from qscope_posttrain.endpoint.templates import PromptTemplates, text_field, truth_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 

@@ -22,8 +22,7 @@ from qscope_posttrain.sft.data.preparation import Preparation, trained_tokenizer
 from qscope_posttrain.sft.data.train_data import count_languages, without_effect
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.settings import make_callback
-from qscope_posttrain.text.language_labels import class_names
-from qscope_posttrain.text.scripts import language_code, target_script
+from qscope_posttrain.text.scripts import class_names, language_code, target_script
 from qscope_posttrain.text.tokens import script_token_ids
 
 STREAMED_ROWS = 2000
