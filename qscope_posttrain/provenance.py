@@ -15,7 +15,7 @@ from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import CheckpointRefused, UserTypeError, UserValueError
 from qscope_posttrain.files import check_is_file
 
 if TYPE_CHECKING:
@@ -227,14 +227,14 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
     stored = records.get(key)
     if state.global_step > 0:
         if stored is None:
-            raise UserValueError(
+            raise CheckpointRefused(
                 f"The checkpoint at step {state.global_step} was trained without {key}, or before it recorded its "
                 "settings. A resumed run must have the same losses: start a new run from the checkpoint's weights "
                 "instead, or resume without it."
             )
         different = _differences(stored["attributes"], identity)
         if different:
-            raise UserValueError(
+            raise CheckpointRefused(
                 f"The checkpoint at step {state.global_step} was trained with other settings of {key}: "
                 f"{'; '.join(different)}. Resume with the same settings and features, or start a new run."
             )

@@ -159,7 +159,9 @@ def test_a_training_is_not_resumed_on_other_rows(world, tmp_path, capsys):
         (["--seed", "7"], "seed was 42, is 7"),
     ):
         assert main([*resumed, *change]) == 2
-        assert words in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert words in said
+        assert "is the last checkpoint: go on" not in said
     same = ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "8"]
     assert main([*resumed, *same]) == 0
 
