@@ -94,7 +94,11 @@ def join_processes(device: str | None, timeout: float | None = None, backend: st
     import torch
     from accelerate import PartialState
 
-    seconds = timedelta(seconds=float(os.environ.get(TIMEOUT) or 1800) if timeout is None else timeout)
+    text = (os.environ.get(TIMEOUT) or "1800") if timeout is None else str(timeout)
+    try:
+        seconds = timedelta(seconds=float(text))
+    except (ValueError, OverflowError) as error:
+        raise UserValueError(f"{TIMEOUT}={text} is no number of seconds.") from error
     if device != "cpu":
         check_devices()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
