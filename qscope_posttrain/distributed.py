@@ -104,7 +104,7 @@ def join_processes(device: str | None, timeout: float | None = None, backend: st
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     try:
         return str(PartialState(cpu=on_cpu, timeout=seconds, backend=backend).device)
-    except torch.distributed.DistError as error:
+    except (torch.distributed.DistError, ValueError) as error:  # ValueError: WORLD_SIZE is set, and no address
         count = launched_processes()
         raise UserOSError(f"{count} processes were started and have not come together ({error}).") from error
 

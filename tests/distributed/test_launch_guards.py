@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from sft.cases import case_model, make_rows, make_trainer
 
 from qscope_posttrain.cli.main import main
@@ -57,6 +58,16 @@ class TestOneProcessOfMany:
 def test_a_timeout_that_is_no_number(environment, seconds):
     environment(WORLD_SIZE="2", QSCOPE_TIMEOUT=seconds)
     with pytest.raises(ValueError, match=f"QSCOPE_TIMEOUT={seconds} is no number of seconds"):
+        join_processes("cpu")
+
+
+def test_a_number_of_processes_without_an_address(environment, monkeypatch):
+    environment(WORLD_SIZE="2")
+    for name in ("ACCELERATE_USE_CPU", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # accelerate sets some of them
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    with pytest.raises(OSError, match=r"2 processes were started and have not come together .*MASTER_ADDR"):
         join_processes("cpu")
 
 
