@@ -158,8 +158,6 @@ def generate_samples(
         batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
         read = [[encoded[place].ids for place, _ in batch] for batch in batches]
         shaped = [settings.to_dict(), read, str(config)]
-        if keep is not None and _is_steered(model):
-            raise UserValueError("samples of a steered model cannot be kept (keep=): they would be taken for others.")
         with _sampling(model, tokenizer, settings) as generate:
             drawn = map(generate, read) if keep is None else draw_and_keep(keep, model, shaped, read, generate)
             shown = progress(drawn, len(batches), description="sampling responses", enabled=show_progress)
@@ -331,11 +329,6 @@ def _sampling(
 def end_tokens(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
     """The tokens that end a response: those of the model's generation defaults and that of the tokenizer."""
     return _as_set(defaults.eos_token_id) | _as_set(None if tokenizer is None else tokenizer.eos_token_id)
-
-
-def _is_steered(model: nn.Module) -> bool:
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return any(getattr(hook, "__module__", None) == "qscope_posttrain.models.steering" for hook in hooks)
 
 
 def until_end(tokens: Sequence[int], end_ids: frozenset[int]) -> Response:
