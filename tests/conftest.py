@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+# A shell runs what is behind `&` with SIGINT ignored, which all processes from here on would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 # No test has a time limit: the first call of an operator imports a compiler, and CI's cores are shared. Nor does its
 # verdict depend on luck: the same examples are drawn in every run. `make fuzz` draws others.

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -257,6 +258,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run what is done once more")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON of the table")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # behind `&` it is ignored, and in all children too
     wanted = [
         cell
         for cell in cells()

@@ -34,7 +34,7 @@ def run_in_parallel(work: Callable[[Task], Result], tasks: Sequence[Task], worke
         yield from map(work, tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_use_one_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
         futures = [pool.submit(work, task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -63,7 +63,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _use_one_thread() -> None:
+def _begin() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Behind `nohup ... &` SIGINT is ignored, here too, and would end nothing.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

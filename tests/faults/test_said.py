@@ -29,8 +29,8 @@ from qscope_posttrain.models import calibration
 def test_signals(monkeypatch, capsys, number, status, word):
     def work(arguments):
         with naming_what_is_kept(lambda: "40 answers are kept"):
-            os.kill(os.getpid(), number)
-            signal.pause()
+            signal.raise_signal(number)
+            raise AssertionError("the signal was ignored")
 
     monkeypatch.setattr(module, "_runner", lambda name: work)
     before = signal.getsignal(signal.SIGTERM)
