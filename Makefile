@@ -7,6 +7,7 @@ VERL ?= .venv-verl
 VLLM ?= .venv-vllm
 LLAMAFACTORY ?= .venv-llamafactory
 SWIFT ?= .venv-swift
+DEEPSPEED ?= .venv-deepspeed
 AXOLOTL ?= .venv-axolotl
 REAL ?= .venv-real
 BIN := $(VENV)/bin
@@ -30,11 +31,12 @@ define install_torch
 	fi
 endef
 
-.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl test-vllm cases \
-    real fuzz lint types format house benchmarks clean help
+.PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl test-vllm \
+    test-deepspeed cases faults real fuzz lint types format house benchmarks clean help
 help:
 	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-axolotl |" \
-	    "test-verl | test-vllm | cases | real | fuzz | lint | types | format | house | benchmarks | clean"
+	    "test-verl | test-vllm | test-deepspeed | cases | faults | real | fuzz | lint | types | format | house |" \
+	    "benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
@@ -54,19 +56,19 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Random search through everything that reads files, in rounds of FUZZ_EXAMPLES a test until FUZZ_SECONDS are over. A round
-# repeats with the seed that it prints. What it finds becomes an @example of its test, which `make test` then runs.
+# Random search through everything that reads files, in rounds of FUZZ_EXAMPLES a test until FUZZ_SECONDS are over, with
+# the count of inputs tried. What it finds becomes an @example of its test, which `make test` then runs.
 FUZZ_SECONDS ?= 600
 FUZZ_EXAMPLES ?= 1000
+FUZZ_FILE ?= benchmarks/results/fuzz.json
 fuzz: $(VENV)/.installed
-	@seed=$${FUZZ_SEED:-$$(date +%s)}; end=$$(($$(date +%s) + $(FUZZ_SECONDS))); \
-	while [ $$(date +%s) -lt $$end ]; do \
-	    echo "Seed $$seed (once more: make fuzz FUZZ_SEED=$$seed FUZZ_EXAMPLES=$(FUZZ_EXAMPLES))"; \
-	    FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -x tests/attacks/test_fuzzed_headers.py \
-	        tests/attacks/test_fuzzed_files.py tests/test_jsonl.py \
-	        --hypothesis-profile=fuzz --hypothesis-seed=$$seed || exit 1; \
-	    seed=$$((seed + 1)); \
-	done
+	$(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ_SECONDS) --examples $(FUZZ_EXAMPLES) --output $(FUZZ_FILE) \
+	    $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
+
+# Each job meets each fault, on tiny models: some 100 commands, some 40 minutes on two busy cores. What is done is kept in
+# runs/faults, so that a run which was stopped goes on. Full and read-only disks need root, and are left out without it.
+faults: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.faults
 
 # The lowest versions that pyproject.toml promises, all at once. The oldest torch has no CPU build on PyPI: 3 GB.
 $(OLDEST)/.installed: pyproject.toml .ci/floors.py
@@ -132,6 +134,19 @@ test-vllm: $(VLLM)/.installed
 
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers
+
+# DeepSpeed in an environment of its own, for the launch files of ZeRO: its accelerator is the CPU, and nothing is compiled.
+# bitsandbytes is there too, for quantized bases.
+$(DEEPSPEED)/.installed: pyproject.toml constraints.txt .ci/deepspeed.txt
+	@$(PYTHON) -m venv $(DEEPSPEED)
+	$(call install_torch,$(DEEPSPEED))
+	@$(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	    --requirement .ci/deepspeed.txt --editable ".[report]" hypothesis
+	@touch $@
+
+test-deepspeed: export DS_ACCELERATOR := cpu
+test-deepspeed: $(DEEPSPEED)/.installed
+	$(DEEPSPEED)/bin/python -m pytest tests/distributed/test_deepspeed.py tests/invariants/test_sasft_precision.py
 
 # LLaMA-Factory in an environment of its own: its caps contradict ours, so both come without their dependencies. Its last
 # line of imports wants torchaudio, of which no release fits the CPU build of torch; the tests bring a stand-in.
@@ -213,5 +228,5 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(AXOLOTL) $(VERL) $(REAL) build *.egg-info .pytest_cache .ruff_cache \
-	    .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(AXOLOTL) $(VERL) $(REAL) $(DEEPSPEED) build *.egg-info .pytest_cache \
+	    .ruff_cache .mypy_cache .hypothesis

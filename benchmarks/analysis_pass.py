@@ -104,7 +104,7 @@ def collect(
 
 
 def take(tokenizer: Any, tokens: int) -> tuple[list[str], int]:
-    """Paragraphs with at least so many tokens together, and their number of tokens."""
+    """Paragraphs with at least this number of tokens together, and their number of tokens."""
     texts, counted = [], 0
     lines = paragraphs()
     while counted < tokens:

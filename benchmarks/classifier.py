@@ -104,7 +104,7 @@ def write_results(
 def make_featurizer(
     registers: Mapping[str, Any], seed: int, options: argparse.Namespace
 ) -> tuple[TextFeaturizer, dict[str, Any]]:
-    """A model and SAEs of all layers, trained on unlabelled text of both registers."""
+    """A model and SAEs of all layers, trained on unlabeled text of both registers."""
     folder = options.cache / "planted_topics"
     folder.mkdir(parents=True, exist_ok=True)
     places = write_pretraining(registers, folder)

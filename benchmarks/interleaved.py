@@ -1,4 +1,4 @@
-"""What benchmarks share: rounds in turn, ratios with their spread, peak memory, a random model, the file of results.
+"""Parts that benchmarks share: interleaved rounds, ratios with their spread, peak memory, a random model, results.
 
 In every round each way runs once, in an order that rotates from round to round, so that drifts of the machine meet all
 of them. Processor time is given beside wall time: on a busy machine only the first can be trusted.

@@ -36,13 +36,13 @@ def correct_orders(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequen
 
 
 def versions(text: str, generator: random.Random) -> list[str]:
-    """The beginning of a text, and three times with one pair of different neighbours swapped; places may recur only
+    """The beginning of a text, and three times with one pair of different neighbors swapped; places may recur only
     where there are fewer than three."""
     separator = " " if text.count(" ") >= CHOICES else ""
     words = (text.split(" ") if separator else list(text))[:_WORDS]
     places = [place for place in range(len(words) - 1) if words[place].strip() != words[place + 1].strip()]
     if not places:
-        raise ValueError(f"no two different neighbours in {text[:40]!r}.")
+        raise ValueError(f"no two different neighbors in {text[:40]!r}.")
     chosen = generator.sample(places, min(len(places), CHOICES - 1))
     swapped = [separator.join([*words[:p], words[p + 1], words[p], *words[p + 2 :]]) for p in chosen]
     return [separator.join(words), *(swapped * CHOICES)[: CHOICES - 1]]

@@ -49,7 +49,7 @@ class LabelledTexts:
 def read_registers(folder: Path, languages: Sequence[str], seed: int = 0) -> dict[str, dict[str, Registers]]:
     """`{role: {language: lines}}` from `folder/react_docs/<language>.txt` and `folder/tatoeba/<language>.txt`.
 
-    Documentation is dealt in blocks of consecutive paragraphs, so that neighbours share their role.
+    Documentation is dealt in blocks of consecutive paragraphs, so that neighbors share their role.
 
     Raises:
         FileNotFoundError: a file is not there.

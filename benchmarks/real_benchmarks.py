@@ -43,7 +43,7 @@ RECIPE = ROOT / "recipes" / "analysis" / "real_benchmarks.yaml"
 SENTENCES = {"en": 300, "fr": 200, "ko": 100, "ru": 150, "zh": 120}
 """Plain sentences of Tatoeba, as further sets of items for the panel"""
 PANEL_ITEMS = {"gsm8k": 400, "mgsm-en": 250, "mgsm-fr": 180, "mgsm-ru": 140, "mgsm-zh": 220}
-"""The panel reads so many items of these, the first ones: many models cost many passes."""
+"""Number of items of these that the panel reads, the first ones: many models cost many passes."""
 MIXTURES = {"all": ("en", "fr", "ko", "ru", "zh"), "en-zh": ("en", "zh"), "en-fr-ru": ("en", "fr", "ru")}
 """Languages of the panel's models; the last one only decides on a script that the others must not contain"""
 PANEL = {"hidden_size": 64, "model_layers": 2, "sae_layers": 1, "pretraining_batch_size": 8}

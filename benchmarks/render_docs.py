@@ -1,13 +1,14 @@
 """Make the tables of figures in README.md and docs/ from the JSON files in `benchmarks/results/`.
 
-    python benchmarks/render_docs.py                                        # rewrite the tables
-    python benchmarks/render_docs.py --check                                # fail if they differ from the JSON
-    python benchmarks/render_docs.py --keep runs/demo demo_generated        # first keep a demo's tables as JSON
-    python benchmarks/render_docs.py --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
+    python -m benchmarks.render_docs                                        # rewrite the tables
+    python -m benchmarks.render_docs --check                                # fail if they differ from the JSON
+    python -m benchmarks.render_docs --keep runs/demo demo_generated        # first keep a demo's tables as JSON
+    python -m benchmarks.render_docs --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand. NAME
-is FILE, FILE:TABLE or FILE:made_on (versions and machine), or `headline`, the README's own table. VIEWS says which
-columns of a table are shown, under which names; the JSON files hold all of them.
+is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, `commits`, or
+`promises`, those of the tests (see verification.py). VIEWS says which columns of a table are shown, under which names;
+the JSON files hold all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks import verification
 from qscope_posttrain.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +105,16 @@ VIEWS = {
         "Forward and backward of the penalty over those of the model; 4 alternating rounds, processor time.",
         without=("8 features x 2 layers, decoder",),
     ),
+    "feature_drift": View(
+        {
+            "model": "model",
+            "displacement": "displacement",
+            "explained variance, %": "SAE explains, %",
+            "agreement of embeddings": "embeddings agree",
+        },
+        "Last layer of the switching task's model, 200 held-out windows; 50 steps of fine-tuning. Made by "
+        "`benchmarks/feature_drift.py`.",
+    ),
     "sasft_overhead": View(
         {
             "variant": "form",
@@ -142,6 +155,8 @@ def keep(folder: Path, name: str) -> None:
     if kept["settings"].get("corpus"):  # where it lay is nobody's business
         kept["settings"]["corpus"] = Path(kept["settings"]["corpus"]).name
     results = summary["results"]
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept["commit"] = head.stdout.strip()
     kept["tables"] = results["tables"] if "tables" in results else {"table": results["table"]}
     kept |= {key: results[key] for key in ("seconds", "verdict") if key in results}
     target = RESULTS / f"{name}.json"
@@ -163,6 +178,10 @@ def render(name: str) -> str:
     """The Markdown that belongs between the markers of `name`."""
     if name == "headline":
         return _headline()
+    if name == "commits":
+        return _commits()
+    if name == "promises":
+        return verification.table()
     source, _, part = name.partition(":")
     result = _read(source)
     if part == "made_on":
@@ -196,7 +215,7 @@ def _table(name: str, table: dict[str, Any]) -> str:
 
 
 def _headline() -> str:
-    """What each method buys and costs: one row per method, from the chosen weights and the rare loops."""
+    """Gain and cost of each method: one row per method, from the chosen weights and the rare loops."""
     real, none, rare = (_read(name)["tables"] for name in (SWITCHING, "experiments/sasft_no_token_list", LOOPS))
     chinese, french = "SFT: Chinese in text of 4 other languages", "SFT: French in English text"
     rows: list[list[Any]] = []
@@ -233,6 +252,21 @@ def _headline() -> str:
             row[0] = ""
     columns = ["trainer and failure", "method", "SAE", "failures against the plain trainer", "cost"]
     return Table("", columns, rows).to_markdown()
+
+
+def _commits() -> str:
+    """The commit that measured, or first kept, the figures of each file that a page shows, and what today's would be.
+
+    A file kept by --keep names its commit; for the others commits.json does."""
+    begin = re.compile(r"^<!-- begin ([^\s:]+)", re.MULTILINE)
+    shown = {name for page in pages() for name in begin.findall(page.read_text(encoding="utf-8"))}
+    older = _read("commits")
+    rows = []
+    for name in sorted(name for name in shown - {"commits"} if (RESULTS / f"{name}.json").is_file()):
+        commit = _read(name).get("commit")
+        known = {"commit": commit, "since": ""} if commit else older[name]
+        rows.append([f"benchmarks/results/{name}.json", f"`{known['commit']}`", known["since"] or None])
+    return Table("", ["figures", "measured or kept at", "known to differ today"], rows).to_markdown()
 
 
 def _row(table: dict[str, Any], first: str) -> dict[str, Any]:
@@ -404,7 +438,40 @@ def _made_on(result: dict[str, Any]) -> str:
     )
 
 
+def _scaling_features(result: dict[str, Any], _part: str) -> str:
+    """Cost and memory, million by million."""
+    names = {
+        "million": "million",
+        "relative_cost": "processor time per token, relative",
+        "tokens_per_processor_s": "tokens per processor second",
+        "resident_mib": "resident memory, MiB",
+    }
+    rows = [[block[name] for name in names] for block in result["blocks"]]
+    ratio = result["cost_last_to_first"]
+    title = f"The feature pass over {result['tokens_counted']:,} tokens"
+    caption = (
+        f"Time per token of the last million to the first: {ratio['ratio']:.3f} ({ratio['low']:.3f} to "
+        f"{ratio['high']:.3f}, 95 % bootstrap over tenths). Relative: to a fixed batch read between the others."
+    )
+    return Table(title, list(names.values()), rows, caption).to_markdown()
+
+
+def _scaling_rows(result: dict[str, Any], _part: str) -> str:
+    """Seconds and memory until the first step of `qscope sft`."""
+    rows = []
+    for run in result["runs"]:
+        begun, gave_up = run["first_step_s"], run["given_up_after_s"]
+        first = f"{run['first_step_processor_s']:.0f}" if begun else f"not within {run['first_step_processor_s']:.0f}"
+        wall = f"{begun:.0f}" if begun else f"given up after {gave_up:.0f}"
+        highest = run["highest_mib_at_first_step"] or run["highest_mib"]
+        rows.append([f"{run['rows']:,}", "yes" if run["streamed"] else "no", first, wall, round(highest)])
+    columns = ["rows", "streamed", "processor seconds to the first step", "seconds", "peak memory, MiB"]
+    return Table("`qscope sft` on a JSONL file, until its first step", columns, rows).to_markdown()
+
+
 _OWN = {
+    "scaling_features": _scaling_features,
+    "scaling_rows": _scaling_rows,
     "encode": _encode,
     "sae_training": _sae_training,
     "steering_curve": _steering_curve,
@@ -434,7 +501,7 @@ def main() -> int:
         differ = True
         if arguments.check:
             name = page.relative_to(ROOT)
-            print(f"{name} differs from benchmarks/results; run python benchmarks/render_docs.py", file=sys.stderr)
+            print(f"{name}: not what JSON files and tests say; run python -m benchmarks.render_docs", file=sys.stderr)
         else:
             page.write_text(after, encoding="utf-8")
     return int(differ and arguments.check)

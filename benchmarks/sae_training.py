@@ -3,7 +3,7 @@
 sparsify's `Trainer` runs on a model whose only layer hands out rows of a table, so that both get the activations at no
 cost. Both: TopK, Adam, linear warm-up, linear decay to 0, decoder rows of norm 1, AuxK 1/32, the same width, k, batch
 and order of tokens. What differs is each trainer's own: initialisation and its scale, the units of training (sparsify
-trains on what it is given; it is given activations of root mean square 1 around their mean), how AuxK is normalised and
+trains on what it is given; it is given activations of root mean square 1 around their mean), how AuxK is normalized and
 how often it is computed. Learning rates are tried one by one, and each trainer is reported at each.
 
 Run where sparsify is installed:
@@ -35,9 +35,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.testbed.models import explained_variance
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.plots import Curve, line_curves
-from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance
+from qscope_posttrain.sae.training import SAETrainingConfig
 from qscope_posttrain.sae.training.parameters import calibrate
 from qscope_posttrain.sae.training.update import LayerTraining
 
@@ -149,7 +150,7 @@ class Sparsify:
 
 
 class _Rows:
-    """What sparsify asks of a data set: `len`, items, and `select`."""
+    """The methods that sparsify calls on a data set: `len`, items, and `select`."""
 
     def __init__(self, rows: Tensor, end: int | None = None, first: int = 0) -> None:
         self.rows, self.first = rows, first

@@ -1,4 +1,4 @@
-"""What SASFT adds to a training step: time and peak memory over plain `SFTTrainer`.
+"""Measure how much SASFT adds to a training step: time and peak memory over plain `SFTTrainer`.
 
     python benchmarks/sasft_overhead.py [--layers 4] [--rounds 30] [--device cpu|cuda] ...
 

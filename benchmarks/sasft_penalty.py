@@ -1,4 +1,4 @@
-"""What the SASFT penalty costs by itself, as a share of a training step.
+"""Measure how much the SASFT penalty costs by itself, as a share of a training step.
 
     python benchmarks/sasft_penalty.py [--rounds 5] ...
 

@@ -1,14 +1,14 @@
-"""What a steered negative adds to a step of DAPO: generation plus update, over a step without negatives.
+"""Measure how much a steered negative adds to a step of DAPO: generation plus update, over a step without negatives.
 
     python benchmarks/steered_rollout.py [--layers 6] [--rounds 40] [--device cpu|cuda] ...
 
 One process holds a `SteeredGRPOTrainer` per variant, each with its own copy of one random Qwen3. In every round each of
-them takes one whole step on the same prompts (generate a group, score it, forward, backward, optimiser step), in an
+them takes one whole step on the same prompts (generate a group, score it, forward, backward, optimizer step), in an
 order that rotates from round to round, so that drifts of the machine meet all of them. Every row generates exactly
 `--completion` tokens (min_new_tokens), so that steered and unsteered groups do the same amount of work. A round gives
 one ratio per variant to the plain step; reported are the median of these ratios, their 10 % and 90 % quantiles, and a
 bootstrap interval of the median. "no negatives, again" is a second trainer without negatives: what differs from 1 there
-is noise. Processor time is given beside wall time: on a busy machine only the first can be trusted. Since neighbours on
+is noise. Processor time is given beside wall time: on a busy machine only the first can be trusted. Since neighbors on
 the same cores also lengthen processor time, and never shorten it, the ratio of the quick steps (the 10 % quantiles of
 both) is given too, with a bootstrap interval over rounds.
 """
@@ -295,7 +295,7 @@ def main() -> None:
             for name, r in results.items()
         ],
         caption=f"Processor time over {settings.rounds} paired rounds. Step: generation, scoring, forward, backward, "
-        "optimiser. Quick steps: 10 % quantile over 10 % quantile. The second line is the noise.",
+        "optimizer. Quick steps: 10 % quantile over 10 % quantile. The second line is the noise.",
     )  # fmt: skip
     table.print()
     device = torch.cuda.get_device_name() if settings.device == "cuda" else "cpu"

@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +100,31 @@ def one_line(error: BaseException) -> str:
     if message.startswith("Caught ") and "\nOriginal Traceback" in message:
         message = message.rpartition(f"{type(error).__name__}: ")[2]
     return " ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+@contextmanager
+def finite_probabilities() -> Iterator[None]:
+    """Say in words why no token can be sampled in the block, for which torch has a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise UserValueError(
+            "the model gives no probabilities: its weights or activations are not numbers (NaN)."
+        ) from error
+
+
+@contextmanager
+def naming_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Add to whatever ends the block early, Ctrl-C included, a sentence on what is kept of its work. `kept` gives it;
+    the command line prints it."""
+    try:
+        yield
+    except BaseException as error:
+        if words := kept():
+            error.add_note(words)
+        raise
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

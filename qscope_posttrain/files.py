@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserOSError, UserValueError
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserOSError, UserValueError
 
 _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Beginning -> encoding; the longer ones first, for one begins as another does. UTF-8 is the default."""
@@ -204,6 +204,21 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in an OSError of the block which file could not be written, and why."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserOSError(f"cannot write '{path}' ({error.strerror or error}).") from error
+    except SafetensorError as error:  # also what is wrong with the tensors
+        if "I/O error" not in str(error):
+            raise
+        raise UserOSError(f"cannot write '{path}' ({error}).") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; when the block ends, that file is flushed to disk and becomes `path`.
     When the block raises, the unfinished file is removed and `path` is as it was. FileNotFoundError where the folder
@@ -212,18 +227,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserFileNotFoundError(f"cannot write '{path}': the folder '{path.parent}' does not exist.")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        yield unfinished
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserOSError(f"cannot write '{path}' ({error.strerror or error}).") from error
-    except SafetensorError as error:  # also what is wrong with the tensors
-        if "I/O error" not in str(error):
-            raise
-        raise UserOSError(f"cannot write '{path}' ({error}).") from error
+        with writing(path):
+            yield unfinished
+            with unfinished.open("rb") as written:
+                os.fsync(written.fileno())
+            unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that can only be read any more
+            unfinished.unlink(missing_ok=True)
 
 
 def read_jsonl(path: str | os.PathLike[str], packed: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:

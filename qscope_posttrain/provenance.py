@@ -112,6 +112,20 @@ def model_shape(model: Any) -> dict[str, Any]:
     }
 
 
+def weights_fingerprint(model: Any) -> str:
+    """Hexadecimal SHA-256 over the names, shapes and sums of the bits of all weights and buffers of a model: any
+    training changes it. One pass over the weights, on their device."""
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            bits = value.detach().contiguous().reshape(-1).view(integers[value.element_size()])
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} {int(bits.sum(dtype=torch.int64))};".encode())
+    return digest.hexdigest()
+
+
 _SKETCH_ROWS, _SKETCH_WIDTH = 64, 8
 
 

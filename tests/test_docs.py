@@ -95,7 +95,7 @@ def test_options_in_the_text_are_those_of_a_command(page):
 @pages
 def test_named_files_exist(page):
     text = re.sub(r"<!--.*?-->", "", PAGES[page])
-    for name in re.findall(r"(?:recipes|configs|benchmarks)/[\w./-]*\w", text):
+    for name in re.findall(r"(?<![\w/])(?:recipes|configs|benchmarks)/[\w./-]*\w", text):
         assert (ROOT / name).exists(), f"{page}: {name}"
 
 

@@ -19,7 +19,7 @@ import qscope_posttrain
 from benchmarks.testbed.switching.corpus import load_files
 from qscope_posttrain.analysis.benchmarks.items import ItemSource, read_items
 from qscope_posttrain.analysis.benchmarks.performance import read_scores
-from qscope_posttrain.endpoint.templates import PromptTemplates
+from qscope_posttrain.endpoint.chat import PromptTemplates
 from qscope_posttrain.errors import UserError
 from qscope_posttrain.evaluation.safety import read_safety_prompts
 from qscope_posttrain.features.feature_set import read_explanations
@@ -278,7 +278,7 @@ OWN_FILES = {
     "sae/download.py": "appending to a download",
     "sae/catalog.py": "the package's own data",
     "sae/training/records.py": "a log and checkpoints that only the package writes, in folders of its own",
-    "endpoint/cache.py": "records in bytes, locked, written and checked line by line by itself",
+    "record_file.py": "records in bytes, locked, written and checked line by line by itself",
 }
 """Modules that may open files themselves, and why."""
 

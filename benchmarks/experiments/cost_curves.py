@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.testbed.plots import Mark
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.report.plots import COLORS, DASHED, INK, Mark, draw_svg
+from qscope_posttrain.report.plots import COLORS, DASHED, INK, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

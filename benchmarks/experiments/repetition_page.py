@@ -11,11 +11,12 @@ from benchmarks.experiments.grouping import by_cell
 from benchmarks.experiments.repetition_numbers import compare, loop_rate, probe_curve
 from benchmarks.experiments.repetition_rows import KIND, RepetitionRow, by_arm, check_references, repetition_rows
 from benchmarks.experiments.repetition_tables import comparison_table, effects_table, loops_table, runs_table
+from benchmarks.testbed.plots import Bar, Mark, interval_bars, scatter_with_intervals
 from benchmarks.testbed.repetition.config import PLAIN
 from benchmarks.testbed.repetition.experiment import START
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
-from qscope_posttrain.report.plots import Bar, Curve, Mark, interval_bars, line_curves, scatter_with_intervals
+from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.tables import Cell, Table
 
 PROBES = {"oend": "endless, once entered", "oh": "entry: the second copy", "oc1": "continuation: the third copy"}

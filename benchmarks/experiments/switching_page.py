@@ -13,9 +13,9 @@ from benchmarks.experiments.equal_cost import BUDGETS, cost_curve
 from benchmarks.experiments.models_section import models_section
 from benchmarks.experiments.switching_rows import Measure, switching_rows
 from benchmarks.experiments.switching_tables import cell_tables, verdict_table
+from benchmarks.testbed.plots import Mark
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.html import Figure, Section
-from qscope_posttrain.report.plots import Mark
 from qscope_posttrain.report.tables import Table
 
 _SHOWN_BUDGETS = 4.0

@@ -50,7 +50,7 @@ SHARED = tuple(field.name for field in dataclasses.fields(TaskSettings) if field
 
 @dataclass
 class DemoArguments:
-    """What to run and where the results go. Every setting of both tasks is an option beside these, those of the
+    """Parts to run, and where the results go. Every setting of both tasks is an option beside these, those of the
     repetition task with the prefix `repetition_`."""
 
     output: str = field(default="runs/demo", metadata={"help": "Folder for report.html, summary.json and the rest."})

@@ -25,7 +25,7 @@ from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.formats.qwen_scope import write_tensors
-from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes
+from qscope_posttrain.sae.training import SAETrainingConfig, train_saes
 
 _BATCH = 64
 _LOSSES, _EXPLAINED = "losses.json", "explained_variance.json"
@@ -191,3 +191,17 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> Tensor:
     """Return rows of tokens as one tensor [rows, longest]."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+
+
+@torch.no_grad()
+def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
+    """1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2 over tokens [tokens, d_model]; 1 is perfect, sums in float64."""
+    if x.shape[0] < 2:
+        raise UserValueError(f"explained variance needs at least 2 tokens, got {x.shape[0]}")
+    mean = x.mean(dim=0, dtype=torch.float64)
+    left = x.new_zeros((), dtype=torch.float64)
+    total = torch.zeros_like(left)
+    for tile in x.split(4096):
+        left += (tile.double() - sae.decode(*sae.encode(tile)).double()).square().sum()
+        total += (tile.double() - mean).square().sum()
+    return float(1 - left / total)

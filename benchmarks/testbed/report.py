@@ -1,4 +1,4 @@
-"""What both tasks hand to the demo: sections, tables and artefacts, and their lines of the summary table."""
+"""Results that both tasks hand to the demo: sections, tables and artefacts, and their lines of the summary table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import regex
 
+from benchmarks.testbed.plots import Bar, interval_bars
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
-from qscope_posttrain.report.plots import Bar, interval_bars
 from qscope_posttrain.report.tables import Cell, Table
 
 

@@ -58,7 +58,7 @@ def redundancy(options: argparse.Namespace) -> None:
         redundancy_agreement,
     )
     from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
-    from qscope_posttrain.analysis.benchmarks.report import agreement_figure, redundancy_section
+    from qscope_posttrain.analysis.benchmarks.report import redundancy_section
 
     output = writable_folder(options.output)
     benchmarks = _read_benchmarks(options)
@@ -80,21 +80,16 @@ def redundancy(options: argparse.Namespace) -> None:
         measured = [measure_redundancy(entry, **settings) for entry in features]
         shown = [report.redundancy_table(measured, where, options.level)]
         results[f"layer_{layer}"] = {"redundancy": [entry.to_dict() for entry in measured]}
-        figures = []
         if performance:
             lines, given_size = redundancy_agreement(measured, performance, seed=options.seed)
             note = f"Partial rank correlation of R and R-hat given N: {given_size:.3f}."
             shown.append(report.agreement_table(f"Redundancy by features and by performance, {where}", lines, note))
             results[f"layer_{layer}"] |= {"agreement": lines, "r_and_r_hat_given_n": given_size}
-            both = [entry for entry in measured if entry.name in performance]
-            names = [entry.name for entry in both]
-            r = [performance[name].r for name in names]
-            figures.append(agreement_figure(names, [entry.r_hat.estimate for entry in both], r, "R-hat", "R"))
         for table in shown:
             table.print()
         if performance:
             shown.append(report.performance_table(performance))
-        sections.append(redundancy_section(measured, where, shown, figures))
+        sections.append(redundancy_section(measured, where, shown))
     _write(options, output, results, sections, "Redundancy of benchmarks")
 
 
@@ -119,7 +114,7 @@ def overlap(options: argparse.Namespace) -> None:
         where = layer if isinstance(layer, str) else f"layer {layer}"
         matrix = measure_overlap(features, size=options.size, level=options.level)
         redundant = {entry.name: measure_redundancy(entry, repeats=0) for entry in features}
-        lines = recommend(matrix, redundant, scores, options.threshold)
+        lines = recommend(matrix, redundant, options.threshold)
         shown = [report.overlap_table(matrix, where)]
         part: dict[str, Any] = {**matrix.to_dict(), "recommendation": lines}
         if len(features) > 2:

@@ -23,12 +23,14 @@ from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.inputs import read_prompts, read_texts
-from qscope_posttrain.text.language_labels import language_hint
+from qscope_posttrain.text.scripts import language_hint
 
 if TYPE_CHECKING:
     from qscope_posttrain.models.vllm_sampler import VLLMSampler
 
 EXAMPLES = "examples.jsonl"
+SAMPLES = "samples.jsonl"
+"""Batches drawn so far, until the results are written"""
 ENGINE = """
 --engine: transformers|vllm = transformers  # what generates; vllm needs the extra [vllm], and takes as many responses
     at a time as its memory holds. At temperature 0 both write the same; a seed draws other responses in each
@@ -81,7 +83,8 @@ def code_switching(options: argparse.Namespace) -> None:
         limits = options.max_new_tokens, options.false_positive_rate
         detector = word_detector(texts, target, tuple(prompts), tokenizer, *limits)
     model, tokenizer = _load(options, engine)
-    result = evaluate_code_switching(model, tokenizer, prompts, target, **asdict(settings), **chat, detector=detector)
+    more = {**asdict(settings), **chat, "detector": detector, "keep": output / SAMPLES}
+    result = evaluate_code_switching(model, tokenizer, prompts, target, **more)
     _finish(options, result, result.write_examples(output / EXAMPLES), {})
 
 
@@ -93,6 +96,7 @@ def repetition(options: argparse.Namespace) -> None:
     output = writable_folder(options.output)
     prompts = read_prompts(options.prompts, options.max_prompts, language="all")
     settings = {**chat_settings(options), "min_copies": options.min_copies, "min_tokens": options.min_tokens}
+    settings["keep"] = output / SAMPLES
     sampling = sampling_settings(options)
     model, tokenizer = _load(options, engine)
     result = evaluate_repetition(model, tokenizer, prompts, sampling, **settings)
@@ -122,7 +126,7 @@ def safety(options: argparse.Namespace) -> None:
     model, tokenizer = load(options)
     with open_session(options, output) as (_, judge):
         asked = {"all": [prompt.text for prompt in prompts]}
-        samples = generate_samples(model, tokenizer, asked, settings, **chat)
+        samples = generate_samples(model, tokenizer, asked, settings, keep=output / SAMPLES, **chat)
         responses = [[sample.response for sample in group] for group in group_by_prompt(samples)["all"]]
         # Sampling may have taken hours: a judge that fails must not cost it.
         unjudged(prompts, responses).write_examples(output / EXAMPLES)
@@ -167,6 +171,7 @@ def _finish(options: argparse.Namespace, result: Any, examples: Path, more: dict
     table.print()
     results = {**result.to_dict(), "table": table, "examples": examples, **more}
     write_summary(options.output, f"evaluate {options.action}", vars(options), results)
+    (examples.parent / SAMPLES).unlink(missing_ok=True)
     status(f"responses written to {examples}")
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import qscope_posttrain
+from qscope_posttrain.distributed import absent_ranks, check_launch
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, did_you_mean, one_line
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
@@ -42,15 +45,20 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Task -> command -> (module in `qscope_posttrain.cli`, or in the repository beside the package, summary)"""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+FAILED = 1
 USER_MISTAKE = 2
-INTERRUPTED = 130
 READER_GONE = 141  # Exit status that shells report for a program whose output pipe was closed, for example by `head`
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, from a scheduler for example: what is under way ends as at Ctrl-C."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a user's mistake. A mistake (a
-    UserError) is printed in one line; with `--debug`, anywhere, with its traceback. Any other error is a bug or a
-    failure of the machine, and passes through."""
+    """Run one command and return the exit status: 0, 1 for a failed check, 2 for a user's mistake, 130 after Ctrl-C and
+    143 after SIGTERM. A mistake (a UserError) is printed in one line, and so is another process that is gone (status
+    1); with `--debug`, anywhere, with the traceback. Any other error is a bug or a failure of the machine, and passes
+    through."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -78,20 +86,15 @@ def usage() -> str:
 
 def _run(arguments: Sequence[str], debug: bool) -> int:
     try:
-        with _recipe_environment(arguments):
+        check_launch()
+        with _termination(), _recipe_environment(arguments):
             status = _runner(arguments[0])(arguments[1:])
         sys.stdout.flush()  # a reader that is gone shows here, not after the last handler
         return status
-    except UserError as error:
-        if debug:
-            raise
-        rank = os.environ.get("RANK", "0")
-        place = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{place}: {one_line(error)}", file=sys.stderr)
-        return USER_MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        _say("stopped by SIGTERM" if terminated else "interrupted", error)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     except BrokenPipeError:
         try:
             print(flush=True)
@@ -99,6 +102,45 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at its very end
             return READER_GONE
         raise  # another pipe, such as one to a worker
+    except Exception as error:
+        absent = absent_ranks(error) or absent_ranks(error.__cause__)
+        if debug or not (absent or isinstance(error, UserError)):
+            raise
+        _say("error", error, f": {absent or one_line(error)}")
+        if absent:  # the interpreter would wait for threads of gloo, and these for the rank that is gone
+            sys.stdout.flush()
+            os._exit(FAILED)
+        return USER_MISTAKE
+
+
+def _say(word: str, error: BaseException, reason: str = "") -> None:
+    """Print how the command ends, and in which rank; in the first one also what is known beside it, such as what is
+    kept, before an error, which is the last line."""
+    rank = os.environ.get("RANK", "0")
+    message = f"{word}{'' if rank == '0' else f' (rank {rank})'}{reason}"
+    notes = [*getattr(error, "__notes__", ())] if rank == "0" else []
+    print(*([*notes, message] if reason else [message, *notes]), sep="\n", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Raise Terminated where SIGTERM comes; the next one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def receive(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a worker that was forked from here, which its pool ends this way
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _recipe_environment(arguments: Sequence[str]) -> AbstractContextManager[None]:
@@ -125,7 +167,7 @@ def _leave_process_group() -> None:
 
 
 def _runner(name: str) -> Callable[[Sequence[str]], int]:
-    """What runs a command: the function `run` of its module, where it has one of its own, or that of its parser."""
+    """The function that runs a command: `run` of its module, where it has one of its own, or that of its parser."""
     if name not in COMMANDS:
         raise UserValueError(f"no command '{name}'.{did_you_mean(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
     place = COMMANDS[name][0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qscope_posttrain.cli.parsing.table import add_options, defaults_of
 from qscope_posttrain.distributed import launched_processes
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, naming_what_is_kept
 from qscope_posttrain.models.loading import load_model, parse_layers
 from qscope_posttrain.report.progress import status
 
@@ -150,7 +150,9 @@ def open_session(options: argparse.Namespace, output: Path) -> Iterator[tuple[Ch
         if options.judge_model not in (None, options.chat_model):
             judge = session.beside(_chat_model(options, options.judge_model))
         try:
-            yield session, judge
+            kept = f"answers are kept in '{cache.path}': the same command goes on from them."
+            with naming_what_is_kept(lambda: f"{len(cache)} {kept}"):
+                yield session, judge
         finally:
             usage = session.usage
             status(

@@ -24,11 +24,10 @@ from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.text.inputs import read_text_list
 
 if TYPE_CHECKING:
+    from qscope_posttrain.endpoint.chat import PromptTemplates
     from qscope_posttrain.endpoint.session import ChatSession
-    from qscope_posttrain.endpoint.templates import PromptTemplates
     from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-    from qscope_posttrain.synthesis.pipeline import SynthesisRun
-    from qscope_posttrain.synthesis.prompts import Draft
+    from qscope_posttrain.synthesis.pipeline import Draft, Synthesis, SynthesisRun, SynthesisSettings
 
 DATA = "data"
 PROMPTS = "prompts.jsonl"
@@ -64,9 +63,9 @@ def synthesize(options: argparse.Namespace) -> None:
     require_extra("analysis", "report")
     from qscope_posttrain.features.feature_set import read_explanations
     from qscope_posttrain.report.html import Figure, Section, write_html
-    from qscope_posttrain.synthesis import coverage, pipeline, report
+    from qscope_posttrain.synthesis import coverage, report
     from qscope_posttrain.synthesis.coverage import FeatureReader, write_relevance
-    from qscope_posttrain.synthesis.prompts import synthesis_templates
+    from qscope_posttrain.synthesis.pipeline import Synthesis, synthesis_templates
 
     check_endpoint_options(options)
     settings = _settings(options)
@@ -107,9 +106,10 @@ def synthesize(options: argparse.Namespace) -> None:
             raise UserValueError(
                 f"the seed data fires every target {settings.enough} times; raise --enough or lower --tau."
             )
-        made = pipeline.synthesize(wanted, explanations, session, templates, settings, reader.verify, judge=judge)
+        synthesis = Synthesis(session, templates, settings, judge)
+        made = synthesis.run(wanted, explanations, reader.verify)
         spent = session.usage.to_dict()
-        drafts, asked = _random_control(options, made, session, templates, settings)
+        drafts, asked = _random_control(options, made, Synthesis(session, templates, settings))
         usage = session.usage.to_dict()
     rows: Sequence[Mapping[str, Any]] = [report.example_row(example, relevance) for example in made.examples]
     rows = report.balanced(rows, options.seed) if options.balance else rows
@@ -161,8 +161,8 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def _settings(options: argparse.Namespace) -> Any:
-    from qscope_posttrain.synthesis.prompts import STYLES, SynthesisSettings
+def _settings(options: argparse.Namespace) -> SynthesisSettings:
+    from qscope_posttrain.synthesis.pipeline import STYLES, SynthesisSettings
 
     names = ("topic", "prompts_per_kind", "rounds", "enough", "features_at_once", "temperature", "confirm_kind")
     return SynthesisSettings(
@@ -194,17 +194,15 @@ def _relevance(
 
 
 def _random_control(
-    options: argparse.Namespace, made: SynthesisRun, session: ChatSession, templates: PromptTemplates, settings: Any
+    options: argparse.Namespace, made: SynthesisRun, synthesis: Synthesis
 ) -> tuple[list[Draft] | None, int]:
     """(drafts, prompts asked for); nothing if it is switched off or the budget does not suffice."""
     from qscope_posttrain.endpoint.session import BudgetSpent
-    from qscope_posttrain.synthesis.pipeline import random_synthesis
 
     if not options.random_control:
         return None, 0
-    rewrites = made.drawn - made.vanilla_drawn
     try:
-        return random_synthesis(made.vanilla_drawn, rewrites, session, templates, settings), made.drawn
+        return synthesis.random(made.vanilla_drawn, made.drawn - made.vanilla_drawn), made.drawn
     except BudgetSpent as error:
         status(f"no random control: {error}")
         return None, 0

@@ -1,54 +1,31 @@
-"""Keep answers and refusals on disk, by content: one JSONL file, only appended to, safe against a crash at any byte."""
+"""Keep answers and refusals on disk, by content."""
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, RequestFailed
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
-from qscope_posttrain.files import check_is_file
+from qscope_posttrain.record_file import RecordFile
 
 FIRST_FEW = 10
 """Number of requests sent in one way, all refused and not certainly for their content, that blame the way."""
-_RECORD = b'{"key": "'  # Beginning of every line
 Record = tuple[str, Mapping[str, Any], ChatRequest, ChatCompletion, str]  # Arguments of `CompletionCache.put`
 
 
 class CompletionCache:
-    """A file of answers that were paid for. One process at a time; threads share it.
-
-    A line is written whole and flushed to disk before its answer is used. A process killed while it writes leaves a
-    last line without its end, which the next one cuts off if it begins as a record does. Any other line that is no
-    record is an error: the file is not ours, or was edited.
-    """
+    """A `RecordFile` of answers that were paid for."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open `path`, or make it. FileNotFoundError without its folder, or for a folder; ValueError if it is in use by
-        another process, damaged, not one of our files, or a device."""
-        self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise UserFileNotFoundError(f"cannot keep answers in '{self.path}': no folder '{self.path.parent}'.")
-        if self.path.exists():
-            check_is_file(self.path)
+        """Open `path`, or make it, with the errors of `RecordFile`."""
         self._lock = threading.Lock()
         self._known: dict[str, ChatCompletion] = {}
         self._ways: set[str] = set()
-        try:
-            self._file: BinaryIO = self.path.open("a+b")
-        except OSError as error:
-            raise UserValueError(f"cannot keep answers in '{self.path}' ({error.strerror or error}).") from error
-        try:
-            _claim(self._file, self.path)
-            self._read()
-        except BaseException:
-            self._file.close()
-            raise
+        self._file = RecordFile(path, "answer", "completion", self._read)
+        self.path = self._file.path
 
     def __len__(self) -> int:
         return len(self._known)
@@ -76,53 +53,17 @@ class CompletionCache:
     ) -> None:
         """Keep an answer or a refusal, on disk when this returns, with its request so that people can read the file."""
         record = {"key": key, "model": dict(identity), "request": asdict(request)}
-        record |= {"completion": asdict(completion), "way": way}
-        line = json.dumps(record, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+        self._file.append(record | {"completion": asdict(completion), "way": way})
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._keep(key, completion, way)
 
-    def _read(self) -> None:
-        self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                self._check_fragment(line, number)
-                self._file.truncate(end)
-                os.fsync(self._file.fileno())
-                break
-            try:
-                record = json.loads(line)
-                self._keep(record["key"], ChatCompletion(**record["completion"]), record.get("way", ""))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise UserValueError(
-                    f"'{self.path}', line {number}, is no record of an answer ({error}); it was not written here, or "
-                    "was changed. Move the file away, or take the line out."
-                ) from error
-            end += len(line)
-        self._file.seek(0, os.SEEK_END)
+    def _read(self, record: dict[str, Any]) -> None:
+        self._keep(record["key"], ChatCompletion(**record["completion"]), record.get("way", ""))
 
     def _keep(self, key: str, completion: ChatCompletion, way: str) -> None:
         self._known[key] = completion
         if way and not completion.refusal:
             self._ways.add(way)
-
-    def _check_fragment(self, line: bytes, number: int) -> None:
-        """ValueError for a last line without an end that cannot be the beginning of a record, cut off."""
-        if _RECORD.startswith(line[: len(_RECORD)]):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                return
-            if "completion" in found:  # whole but for its line end
-                return
-        raise UserValueError(
-            f"'{self.path}', line {number}, has no line end and does not begin as a record of an answer does "
-            f"({line[:40]!r}); the file was not written here, and nothing of it is changed. Name another file for the "
-            "answers."
-        )
 
 
 class Refusals:
@@ -177,15 +118,3 @@ def _all_refused(held: Sequence[tuple[Record, bool]]) -> RequestFailed:
         f"{advice}. These refusals are not kept: the next run asks again.",
         retry=False,
     )
-
-
-def _claim(file: BinaryIO, path: Path) -> None:
-    """Lock the file until it is closed or the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock; two processes would only ask twice
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserValueError(f"'{path}' is in use by another process; wait for it, or choose another file.") from error

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from qscope_posttrain.endpoint.cache import CompletionCache, Refusals
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatModel, ChatRequest, RequestFailed, RequestRefused
@@ -60,7 +60,7 @@ class Limits:
 class Usage:
     """Requests and tokens used so far, held to the limits. Thread-safe."""
 
-    def __init__(self, limits: Limits, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.sent = 0  # Requests sent, retries included
         self.failed = 0  # Requests sent that brought neither an answer nor a refusal
@@ -70,7 +70,6 @@ class Usage:
         self.first_refusal = ""  # Message of the endpoint about the first of them
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        self.sleep = sleep
         self._next = 0.0  # The time at which the next request may be sent
         self._lock = threading.Lock()
 
@@ -84,14 +83,14 @@ class Usage:
         """Tokens that count towards the budget."""
         return self.prompt_tokens + self.completion_tokens
 
-    def reserve(self, count: int) -> None:
+    def reserve(self, count: int, sleep: Callable[[float], Any] = time.sleep) -> None:
         """Wait until the next requests may be sent, and count them, or raise `BudgetSpent` if they are too many."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
             self._next = turn + (60.0 / self.limits.requests_per_minute if self.limits.requests_per_minute else 0.0)
         if turn > now:
-            self.sleep(turn - now)
+            sleep(turn - now)
         with self._lock:
             for name, used in (("max_requests", self.requests + count), ("max_tokens", self.tokens + 1)):
                 limit = getattr(self.limits, name)
@@ -144,13 +143,15 @@ class ChatSession:
         cache: CompletionCache,
         *,
         limits: Limits | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
         ask_refused_again: bool = False,
     ) -> None:
-        """`sleep` is called for every pause. `ask_refused_again` sends the requests that an earlier run saw refused."""
+        """`sleep` is called for every pause, in place of a wait that Ctrl-C or another failure ends.
+        `ask_refused_again` sends the requests that an earlier run saw refused."""
         self.model = model
         self.cache = cache
-        self.usage = Usage(limits or Limits(), sleep)
+        self.usage = Usage(limits or Limits())
+        self._sleep = sleep
         self._refusals = Refusals(cache, ask_again=ask_refused_again)
         self._counted: set[str] = set()
 
@@ -243,9 +244,11 @@ class ChatSession:
 
     def _ask_batch(self, batch: Sequence[ChatRequest], stop: threading.Event) -> int:
         """Ask until there is an outcome, `stop` is set, or the limits say to give up. Return the number of outcomes."""
-        attempt = 1
+        attempt, wait = 1, self._sleep or stop.wait
         while True:
-            self.usage.reserve(len(batch))
+            self.usage.reserve(len(batch), wait)
+            if stop.is_set():
+                return 0
             try:
                 completions = self.model.complete(batch)
                 break
@@ -263,7 +266,7 @@ class ChatSession:
                     raise RequestFailed(f"{failure}{tries}", retry=False) from failure
                 if failure.retry_after is not None:
                     self.usage.hold(pause)  # the server asked for it, so all other requests wait too
-                self.usage.sleep(pause)
+                wait(pause)
                 attempt += 1
         identity = self.model.identity
         for request, completion in zip(batch, completions, strict=True):

@@ -159,6 +159,7 @@ def evaluate_code_switching(
     chat_template_options: Mapping[str, Any] | None = None,
     show_progress: bool | None = None,
     detector: SwitchDetector | None = None,
+    keep: str | os.PathLike[str] | None = None,
 ) -> SwitchingResult:
     """Sample responses to `prompts` and count those that contain the script of `target`, or that `detector` names.
 
@@ -178,6 +179,7 @@ def evaluate_code_switching(
         chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
         show_progress (bool, default None): Show a progress bar; None: on a terminal.
         detector (SwitchDetector, default None): Decides instead of the script, e.g. a `SpanIdentifier`.
+        keep (path, default None): File for the responses as they are drawn, from which the same call goes on.
 
     Raises:
         ValueError: a source language that writes the target's script itself (ja for zh), a target without a script of
@@ -212,6 +214,7 @@ def evaluate_code_switching(
         chat=chat,
         chat_template_options=chat_template_options,
         show_progress=show_progress,
+        keep=keep,
     )
     return switching_ratio(
         samples, target, settings={**stated_settings(model, settings), "chat": chat}, detector=detector

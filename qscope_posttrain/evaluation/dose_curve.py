@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.dose_curve import FEATURE, RANDOM, UNSTEERED, controls
+from qscope_posttrain.features.dose_curve import FEATURE, RANDOM, UNSTEERED, Trial, controls, sample_trials
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import feature_steering
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums, bootstrap_over_prompts, wilson
-from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, encode_prompts, generate_samples
+from qscope_posttrain.models.generation import Prompt, Sample, SamplingSettings, encode_prompts
 from qscope_posttrain.models.scoring import response_losses, text_losses
-from qscope_posttrain.models.steering import Steering, steer
+from qscope_posttrain.models.steering import steer
+from qscope_posttrain.models.steering_spec import unit
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.text.repetition import is_endless_repetition, ngram_repetition_rate
@@ -51,24 +52,17 @@ def matches(pattern: str) -> Effect:
 class DosePoint:
     """The responses to all prompts at one strength along one direction (or several of one kind)."""
 
-    kind: str
-    """FEATURE, RANDOM, MEANS, PLAIN or UNSTEERED"""
+    kind: str  # FEATURE, RANDOM, MEANS, PLAIN or UNSTEERED
     strength: float
     samples: int
-    effect: Interval
-    """Mean of the effect, with a bootstrap interval over prompts"""
+    effect: Interval  # Mean of the effect, with a bootstrap interval over prompts
     perplexity: Interval
     """exp of the mean loss of the responses' tokens under the unsteered model after the original prompt"""
-    endless: float
-    """Share of responses in endless repetition"""
-    repeated: float
-    """Mean share of 3-grams of a response that it had before"""
-    ended: float
-    """Share of responses that end by themselves"""
-    tokens: float
-    """Mean length of a response"""
-    text_perplexity: float | None = None
-    """Perplexity of other text to the steered model; None without such text"""
+    endless: float  # Share of responses in endless repetition
+    repeated: float  # Mean share of 3-grams of a response that it had before
+    ended: float  # Share of responses that end by themselves
+    tokens: float  # Mean length of a response
+    text_perplexity: float | None = None  # Perplexity of other text to the steered model; None without such text
 
 
 @dataclass(frozen=True)
@@ -97,8 +91,8 @@ class DoseCurve:
 
     def to_table(self) -> Table:
         texts = self.unsteered.text_perplexity is not None
-        columns = ["steered along", "strength", "effect", "low", "high", "perplexity", "low ", "high ",
-                   "endless", "repeated 3-grams", "ended", "tokens"]  # fmt: skip
+        columns = ["steered along", "strength", "effect", "low", "high", "perplexity", "low ", "high "]
+        columns += ["endless", "repeated 3-grams", "ended", "tokens"]
         rows: list[list[Cell]] = []
         for p in self.points:
             numbers = [*p.effect, *p.perplexity, p.endless, p.repeated, p.ended, p.tokens]
@@ -158,23 +152,37 @@ def dose_curve(
     one = feature_steering(features, label=label, strength=1.0, **steering_options)
     if random_count < 1:
         raise UserValueError(f"random_count must be at least 1; got {random_count}.")
-    rows = features.layers[one.layers[0]]
+    layer = one.layers[0]
+    rows = features.layers[layer]
     own = features.language_index(label if label is not None else rows.labels[0])
     directions = {FEATURE: one.direction[None], **controls(rows.mean_residual, own, random_count, seed)}
     if random_vectors is not None:
         directions[RANDOM] = random_vectors
     templated: dict[str, Any] = {"chat": chat, "chat_template_options": chat_template_options}
     original = encode_prompts(tokenizer, prompts, **templated)
+    count = len(original) * settings.samples_per_prompt
 
-    def measure(kind: str, strength: float, steerings: Sequence[Steering | None], asked: Sequence[Prompt]) -> DosePoint:
+    def steered(trial: Trial) -> AbstractContextManager[Any]:
+        if trial.vectors is None:
+            return nullcontext()
+        return steer(model, replace(one, direction=trial.vectors[0], strength=trial.strength, positions="all"))
+
+    def measure(kind: str, trials: Sequence[Trial], asked: list[list[int]]) -> DosePoint:
+        strength = trials[0].strength
         status(f"dose curve: {kind}" + (f", strength {strength:g}" if strength else ""))
         samples: list[Sample] = []
         sums = torch.zeros(2, dtype=torch.float64)
-        for steering in steerings:
-            with nullcontext() if steering is None else steer(model, steering, require_generated=False):
-                samples += generate_samples(model, tokenizer, {"all": asked}, settings, **templated)
+        for trial in trials:
+            # The same random numbers for every trial, so that points differ by their steering.
+            (responses,) = sample_trials(model, tokenizer, asked, [trial], count, settings, seed=settings.seed)
+            for j, (tokens, ended) in enumerate(responses):
+                place, number = j % len(asked), j // len(asked)
+                prompt = str(tokenizer.decode(asked[place]))
+                response = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                ids = tuple(asked[place]), tuple(tokens)
+                samples.append(Sample("all", place, number, prompt, response, ended, *ids))
             if texts:
-                with nullcontext() if steering is None else steer(model, replace(steering, positions="all")):
+                with steered(trial):
                     sums += torch.stack([part.double().sum() for part in text_losses(model, tokenizer, texts)])
         losses = response_losses(model, [original[s.prompt_index] for s in samples], [s.tokens for s in samples])
         by_prompt: list[list[float]] = [[] for _ in original]
@@ -193,16 +201,19 @@ def dose_curve(
             text_perplexity=float((sums[0] / sums[1]).exp()) if texts else None,
         )
 
-    points = [measure(UNSTEERED, 0.0, [None], prompts)]
+    points = [measure(UNSTEERED, [Trial(UNSTEERED, UNSTEERED)], original)]
     if plain_prompt is not None:
-        points.append(measure(PLAIN, 0.0, [None], [_with_instruction(prompt, plain_prompt) for prompt in prompts]))
+        instructed = encode_prompts(
+            tokenizer, [_with_instruction(prompt, plain_prompt) for prompt in prompts], **templated
+        )
+        points.append(measure(PLAIN, [Trial(PLAIN, PLAIN)], instructed))
+    norm = (one.residual_norms or {})[layer] if one.unit == "relative" else 1.0
     for kind, vectors in directions.items():
-        for strength in sorted(strengths):
-            # As long as the features' own direction, which matters where strength multiplies it as it is.
-            scaled = [vector.float() / vector.float().norm() * one.direction.norm() for vector in vectors]
-            steerings = [replace(one, direction=vector, strength=float(strength)) for vector in scaled]
-            points.append(measure(kind, float(strength), steerings, prompts))
-    return DoseCurve(tuple(points), one.layers[0])
+        for strength in map(float, sorted(strengths)):
+            how: dict[str, Any] = {"norm": norm, "strength": strength, "mode": one.mode, "positions": one.positions}
+            trials = [Trial(kind, kind, layer, unit(vector.float())[None], **how) for vector in vectors]
+            points.append(measure(kind, trials, original))
+    return DoseCurve(tuple(points), layer)
 
 
 def _effect_interval(by_prompt: Sequence[Sequence[float]]) -> Interval:

@@ -127,6 +127,7 @@ def evaluate_repetition(
     chat: bool = False,
     chat_template_options: Mapping[str, Any] | None = None,
     show_progress: bool | None = None,
+    keep: str | os.PathLike[str] | None = None,
 ) -> RepetitionResult:
     """Sample responses to `prompts` and count those that repeat themselves without end.
 
@@ -142,6 +143,7 @@ def evaluate_repetition(
         chat (bool, default False): Send prompts through the chat template.
         chat_template_options (dict, default None): For the template, e.g. `{"enable_thinking": False}`.
         show_progress (bool, default None): Show a progress bar; None: on a terminal.
+        keep (path, default None): File for the responses as they are drawn, from which the same call goes on.
 
     Raises:
         ValueError: an impossible `min_copies` or `min_tokens`, a response too short to hold such a loop, or as for
@@ -169,6 +171,7 @@ def evaluate_repetition(
         chat=chat,
         chat_template_options=chat_template_options,
         show_progress=show_progress,
+        keep=keep,
     )
     stated = {**stated_settings(model, settings), "chat": chat}
     return repeat_ratio(samples, min_copies=min_copies, min_tokens=min_tokens, settings=stated)

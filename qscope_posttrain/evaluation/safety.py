@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
+from qscope_posttrain.endpoint.chat import ChatRequest, PromptTemplates, Sampling, truth_field
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.endpoint.templates import PromptTemplates, truth_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import read_jsonl
 from qscope_posttrain.intervals import Interval, bootstrap_over_prompts, hybrid_difference, wilson

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from qscope_posttrain.errors import UserTypeError, UserValueError, require_extra
 from qscope_posttrain.intervals import Interval, wilson
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.text.language_labels import language_hint
+from qscope_posttrain.text.scripts import language_hint
 
 FITTED = 0.65
 """Share of the lines of each language that words are learned from, the first ones; the others set the thresholds"""

@@ -1,7 +1,7 @@
-"""Dose curves: steer a model along directions at several strengths, and measure what its completions are like.
+"""Dose curves: sample under steering along directions at several strengths, next to controls of equal length.
 
-`find.repetition_curve`, which chooses a steering for loops, `evaluation.dose_curve`, which reports an effect and its
-cost, and `causal` compare the directions of features with the same `controls`: random ones and a difference of means.
+`find.repetition_curve` chooses a steering by the loops that it causes, `evaluation.dose_curve` reports any effect and
+its cost: both draw with `sample_trials`, and compare features with `controls` (as `causal` does).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.build import difference_of_means, random_directions
 from qscope_posttrain.intervals import Interval, wilson
-from qscope_posttrain.models.generation import SamplingSettings, sample_batch
+from qscope_posttrain.models.generation import Response, SamplingSettings, sample_batch
 from qscope_posttrain.models.scoring import completion_sequences, sequence_losses
-from qscope_posttrain.models.steering import Steering, Window, steer
+from qscope_posttrain.models.steering import Mode, Positions, Steering, Window, steer
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.text.repetition import repeated_tail
 
@@ -80,27 +80,36 @@ class CurveSettings:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A direction to push along, or several that share the completions, or none at all; with strength and window."""
+    """A direction to steer along, or several that share the completions, or none at all; how strongly and where."""
 
     kind: str  # FEATURE, RANDOM, MEANS or UNSTEERED
     name: str
     layer: int | None = None
     vectors: Tensor | None = None  # [directions, d_model], of unit length
-    norm: float = 1.0  # Median residual norm of the layer, the unit of strengths
+    norm: float = 1.0  # Unit of strengths of mode "add": the layer's median residual norm, or 1
     rows: tuple[int, ...] = ()  # FEATURE: positions of its rows in the layer's features
     strength: float = 0.0
-    window_length: int = 0
+    window_length: int = 0  # Number of generated tokens to steer; 0: to the end
+    mode: Mode = "add"  # Or "project_out"
+    positions: Positions | None = None  # Tokens to steer instead of a window
 
     @property
     def setting(self) -> tuple[int | None, float, int]:
         """Layer, strength and window length: what it shares with its controls."""
         return self.layer, self.strength, self.window_length
 
-    def shift(self, sample: int) -> Tensor | None:
-        """[d_model] added to the states of completion number `sample`: the directions take turns."""
+    @property
+    def steered_alike(self) -> tuple[Any, ...]:
+        """Equal for trials that one `Steering` of a batch can serve."""
+        strength = self.strength if self.mode == "project_out" else None  # "add" has it in the vectors
+        return self.layer, self.window_length, self.mode, self.positions, strength
+
+    def vector(self, sample: int) -> Tensor:
+        """[d_model] for completion number `sample`, the directions taking turns: of mode "add" what is added."""
         if self.vectors is None:
-            return None
-        return self.strength * self.norm * self.vectors[sample % len(self.vectors)].float()
+            raise UserValueError(f"The trial {self.name!r} has no direction.")
+        length = 1.0 if self.mode == "project_out" else self.strength * self.norm
+        return length * self.vectors[sample % len(self.vectors)].float()
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,40 @@ def controls(means: Tensor, target: int, count: int, seed: int) -> dict[str, Ten
     return found
 
 
-def measure(
+def sample_trials(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    trials: Sequence[Trial],
+    samples: int,
+    sampling: SamplingSettings,
+    *,
+    starts: Tensor | None = None,
+    seed: int = 0,
+    description: str = "dose curve",
+    show_progress: bool | None = None,
+) -> list[list[Response]]:
+    """Draw `samples` completions for every trial: [trials][samples].
+
+    Completion j of every trial has prompt j and the j-th of the trial's directions (both are taken in turn), and a
+    window begins at its `starts[j]`. A batch mixes trials, so that short scans fill it too. Of `sampling`,
+    `samples_per_prompt` and `seed` are not used; `seed` gives every batch its own.
+    """
+    jobs = [(number, j) for number in range(len(trials)) for j in range(samples)]
+    batches = [jobs[first : first + sampling.batch_size] for first in range(0, len(jobs), sampling.batch_size)]
+    found: list[list[Response]] = [[] for _ in trials]
+    draw = random.Random(seed)
+    for batch in progress(batches, description=description, enabled=show_progress):
+        drawn = replace(sampling, seed=draw.getrandbits(31))
+        steerings = _steerings([(trials[number], j) for number, j in batch], starts)
+        prompts = [prompt_ids[j % len(prompt_ids)] for _, j in batch]
+        with steer(model, *steerings, require_generated=False) if steerings else nullcontext():
+            for (number, _), response in zip(batch, sample_batch(model, tokenizer, prompts, drawn), strict=True):
+                found[number].append(response)
+    return found
+
+
+def measure_loops(
     model: nn.Module,
     tokenizer: Any,
     prompt_ids: Sequence[Sequence[int]],
@@ -152,39 +194,34 @@ def measure(
     description: str = "steering curve",
     show_progress: bool | None = None,
 ) -> list[CurvePoint]:
-    """Draw `samples` completions for every trial, count those that loop, and return a point for each trial.
+    """Count the completions of every trial that loop, and their tokens that are unlikely without steering, at the
+    sampling temperature.
 
-    Completion j of every trial has prompt j (they are taken in turn), the same start of its window, and the j-th of
-    the trial's directions in turn. The state of generated token t is pushed for start <= t < start + window_length:
-
-        h' = h + strength * norm * vector
-
-    A batch mixes trials, so that short scans fill it too. How likely the completions are under the unsteered model,
-    at the sampling temperature, is found by a forward over each of them. `periods` are the shortest and the longest
-    block of the model's own loops (see `LoopCollection.periods`), None for any; `seed` is of starts and sampling.
+    `periods` are the shortest and the longest block of the model's own loops (see `LoopCollection.periods`), None for
+    any; `seed` is of the starts of windows and of sampling.
     """
     low, high = settings.window_start
     starts = torch.randint(low, high + 1, (samples,), generator=torch.Generator().manual_seed(seed))
-    jobs = [(number, j) for number in range(len(trials)) for j in range(samples)]
-    size = settings.sampling.batch_size
-    batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    shown: dict[str, Any] = {"description": description, "show_progress": show_progress}
+    drawn = sample_trials(
+        model, tokenizer, prompt_ids, trials, samples, settings.sampling, starts=starts, seed=seed, **shown
+    )
+    prompts = [prompt_ids[j % len(prompt_ids)] for j in range(samples)]
     shortest, longest = periods or (1, settings.sampling.max_new_tokens)
-    counts = torch.zeros(len(trials), 4, dtype=torch.int64)
-    draw = random.Random(seed)
-    for batch in progress(batches, description=description, enabled=show_progress):
-        sampling = replace(settings.sampling, seed=draw.getrandbits(31))
-        steerings = _steerings([(trials[number], j) for number, j in batch], starts)
-        prompts = [prompt_ids[j % len(prompt_ids)] for _, j in batch]
-        with steer(model, *steerings, require_generated=False) if steerings else nullcontext():
-            responses = sample_batch(model, tokenizer, prompts, sampling)
-        floor, temperature = settings.probability_floor, sampling.temperature or 1.0
-        rare = unlikely_tokens(model, prompts, [ids for ids, _ in responses], floor, temperature)
-        for (number, _), (ids, ended), unlikely in zip(batch, responses, rare, strict=True):
-            # As `text.repetition.is_endless_repetition`, and the period besides.
-            tail = None if ended else repeated_tail(ids, min_copies=settings.min_copies, min_tokens=settings.min_tokens)
-            own = tail is not None and shortest <= tail.period <= longest
-            counts[number] += torch.tensor([tail is not None, own, len(ids), unlikely])
-    return [CurvePoint(trial, samples, *found) for trial, found in zip(trials, counts.tolist(), strict=True)]
+    points = []
+    for trial, responses in zip(trials, drawn, strict=True):
+        # As `text.repetition.is_endless_repetition`, and the period besides.
+        tails = [
+            repeated_tail(ids, min_copies=settings.min_copies, min_tokens=settings.min_tokens)
+            for ids, ended in responses
+            if not ended
+        ]
+        looped = [tail.period for tail in tails if tail is not None]
+        own = sum(shortest <= period <= longest for period in looped)
+        tokens = [ids for ids, _ in responses]
+        rare = unlikely_tokens(model, prompts, tokens, settings.probability_floor, settings.sampling.temperature or 1.0)
+        points.append(CurvePoint(trial, samples, len(looped), own, sum(map(len, tokens)), sum(rare)))
+    return points
 
 
 def unlikely_tokens(
@@ -203,18 +240,19 @@ def unlikely_tokens(
     return counts.tolist()
 
 
-def _steerings(batch: Sequence[tuple[Trial, int]], starts: Tensor) -> list[Steering]:
-    """One steering for each layer and window length in the batch, for its rows."""
-    own_starts = starts[[j for _, j in batch]]
-    wishes = [(trial.layer, trial.window_length) for trial, _ in batch]
+def _steerings(batch: Sequence[tuple[Trial, int]], starts: Tensor | None) -> list[Steering]:
+    """Steer the rows of a batch, each with its own vector: one steering for all rows that are steered alike."""
+    alike = [trial.steered_alike for trial, _ in batch]
+    own_starts = 0 if starts is None else starts[[j for _, j in batch]]
     steerings = []
-    for layer, length in dict.fromkeys(wishes):
-        if layer is None:
+    for trial in {trial.steered_alike: trial for trial, _ in batch}.values():
+        if trial.layer is None:
             continue
-        mine = [wish == (layer, length) for wish in wishes]
-        shifts = [trial.shift(j) if own else None for (trial, j), own in zip(batch, mine, strict=True)]
-        nothing = torch.zeros_like(next(shift for shift in shifts if shift is not None))
-        directions = torch.stack([nothing if shift is None else shift for shift in shifts])
-        window = Window(own_starts, length or None)
-        steerings.append(Steering(directions, (layer,), positions=window, rows=torch.tensor(mine)))
+        mine = [key == trial.steered_alike for key in alike]
+        # Rows that are not `mine` hold any vector: the mask leaves them out.
+        vectors = [(other if own else trial).vector(j) for (other, j), own in zip(batch, mine, strict=True)]
+        positions = trial.positions or Window(own_starts, trial.window_length or None)
+        strength = trial.strength if trial.mode == "project_out" else 1.0
+        directions, rows = torch.stack(vectors), torch.tensor(mine)
+        steerings.append(Steering(directions, (trial.layer,), strength, trial.mode, positions=positions, rows=rows))
     return steerings

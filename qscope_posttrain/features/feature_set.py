@@ -19,7 +19,7 @@ from qscope_posttrain.features.layer_features import LayerFeatures
 from qscope_posttrain.files import read_jsonl
 from qscope_posttrain.provenance import embedding_agreement, model_shape
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.text.language_labels import language_hint
+from qscope_posttrain.text.scripts import language_hint
 
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
 SAME_EMBEDDING = 0.3

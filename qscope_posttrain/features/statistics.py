@@ -18,7 +18,7 @@ from qscope_posttrain.models import batches
 from qscope_posttrain.models.batches import Text
 from qscope_posttrain.models.calibration import calibrate, calibration_sample, layer_rows
 from qscope_posttrain.models.layers import check_layers, evaluation_mode, text_config
-from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
+from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint, weights_fingerprint
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
@@ -91,6 +91,7 @@ def collect_statistics(
     max_sums_gib: float = 8.0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 50,
+    keep_checkpoint: bool = False,
     show_progress: bool | None = None,
 ) -> PassStatistics:
     """Run the model once over all texts, up to the deepest layer in `saes`, and sum up the states of its layers.
@@ -111,7 +112,8 @@ def collect_statistics(
         second_moments: needed for standard deviations and covariances; costs L * d * d * 8 bytes per layer.
         max_sums_gib: refuse to start when the sums of all layers need more than this, in GiB.
         checkpoint: file for the sums, written every `checkpoint_every` batches (with several processes one each). The
-            same pass resumes from it; any other starts from the beginning and reports it. Deleted at the end.
+            same pass resumes from it; any other starts from the beginning and reports it. Deleted at the end, or with
+            `keep_checkpoint` whole, for a caller with more to do that may be interrupted, who deletes it.
     """
     languages = batches.check_texts(texts)
     layers = check_layers(model, sorted(saes))
@@ -143,6 +145,8 @@ def collect_statistics(
         }
         key = {"model": model_shape(model), "sequences": sequence_fingerprint(sequences, languages), **settings}
         key |= {"saes": {str(layer): describe_sae(saes[layer]) for layer in layers}, "processes": processes}
+        if checkpoint is not None:
+            key["weights"] = weights_fingerprint(model)
         saved = PassCheckpoint(checkpoint, key, calibration.medians, rank, processes)
         done = saved.resume(sums)
         if done == 0 and rank == 0:  # every process has read the sample; it counts once
@@ -154,13 +158,16 @@ def collect_statistics(
         for number, batch in enumerate(shown, start=done + 1):
             for layer, rows, groups in layer_rows(model, layers, batch):
                 sums[layer].add(rows, groups, limits[layer], saes[layer])
-            if number % checkpoint_every == 0 and number < len(mine):
-                saved.write(sums, number)
+            if number % checkpoint_every == 0 or number == len(mine):
+                _check_finite(sums)
+                if keep_checkpoint or number < len(mine):
+                    saved.write(sums, number)
     reduce = default_reduce()
     for layer in layers:
         for value in sums[layer].tensors().values():
             reduce(value)
-    saved.delete()
+    if not keep_checkpoint:
+        saved.delete()
     owners = torch.tensor([sequence.language for sequence in sequences])
     skipped = torch.tensor([min(sequence.start, len(sequence.ids)) for sequence in sequences])
     return PassStatistics(
@@ -182,6 +189,15 @@ def _check_sae(layer: int, sae: SparseAutoencoder | None, d_model: int) -> None:
         )
     if sae is not None and sae.layer not in (None, layer):
         raise UserValueError(f"The SAE given for layer {layer} was trained on layer {sae.layer}.")
+
+
+def _check_finite(sums: Mapping[int, LayerSums]) -> None:
+    for layer, found in sums.items():
+        if not bool(found.residual_sum.isfinite().all()):
+            raise UserValueError(
+                f"The activations of layer {layer} are not numbers (NaN): the weights of the model are damaged, or its "
+                "dtype is too narrow (--dtype)."
+            )
 
 
 def _finished(layer: int, sums: LayerSums, median_norm: float, languages: Sequence[str]) -> LayerStatistics:

@@ -72,7 +72,7 @@ class LayerSums:
         never has to wait for the host.
         """
         rows = rows.float()
-        kept = torch.linalg.vector_norm(rows, dim=1) <= norm_limit
+        kept = ~(torch.linalg.vector_norm(rows, dim=1) > norm_limit)  # NaN stays, and shows in the sums
         rows = torch.where(kept[:, None], rows, 0.0)
         device = self.residual_sum.device
         exact, counted = rows.to(device, torch.float64), kept.to(device)
@@ -143,29 +143,32 @@ class PassCheckpoint:
                 if done is None:
                     status(f"{self.path} belongs to another pass; starting from the beginning.", enabled=True)
                     return 0
-                for layer, layer_sums in sums.items():
-                    for name, value in layer_sums.tensors().items():
-                        value.copy_(file.get_tensor(f"{layer}.{name}"))
-        except SafetensorError as error:
+                values = {f"{layer}.{name}": v for layer, part in sums.items() for name, v in part.tensors().items()}
+                read = {name: file.get_tensor(name) for name in values}
+            if any(read[name].shape != value.shape for name, value in values.items()):
+                raise SafetensorError("a tensor has another shape")
+            for name, value in values.items():
+                value.copy_(read[name])
+        except (SafetensorError, OSError) as error:
             status(f"{self.path} is damaged ({error}); starting from the beginning.", enabled=True)
             return 0
         status(f"Resuming from {self.path}: {done} batches are done.", enabled=True)
         return done
 
     def _matching(self, metadata: Mapping[str, str], names: set[str], sums: Mapping[int, LayerSums]) -> int | None:
+        expected = {f"{layer}.{name}" for layer, layer_sums in sums.items() for name in layer_sums.tensors()}
         try:
             document = json.loads(metadata.get(FORMAT, "{}"))
-            medians, done = document["medians"], document["batches"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            medians, done = document["medians"], int(document["batches"])
+            same = (
+                document.get("key") == self.key
+                and names == expected
+                and medians.keys() == self.medians.keys()
+                and all(math.isclose(medians[i], self.medians[i], rel_tol=SAME_MEDIAN) for i in medians)
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             return None
-        expected = {f"{layer}.{name}" for layer, layer_sums in sums.items() for name in layer_sums.tensors()}
-        same = (
-            document.get("key") == self.key
-            and names == expected
-            and medians.keys() == self.medians.keys()
-            and all(math.isclose(medians[i], self.medians[i], rel_tol=SAME_MEDIAN) for i in medians)
-        )
-        return int(done) if same else None
+        return done if same and done >= 0 else None
 
     def write(self, sums: Mapping[int, LayerSums], batches: int) -> None:
         """Replace the file by the current state."""

@@ -28,7 +28,7 @@ from qscope_posttrain.sft.data.train_data import without_effect
 from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
 from qscope_posttrain.sft.settings import LossSettings
-from qscope_posttrain.text.language_labels import distinct_labels
+from qscope_posttrain.text.scripts import distinct_labels
 
 try:
     from swift.callbacks import callbacks_map
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 
 NAME = "qscope_sasft"
-"""What --callbacks calls it, whichever method the settings choose"""
+"""Name for --callbacks, whichever method the settings choose"""
 SETTINGS = "QSCOPE_SETTINGS"
 """The variable that names the settings file; ms-swift sets variables from `ENV:` of its YAML and from --model_kwargs"""
 CHANNEL = "channel"
@@ -145,7 +145,7 @@ class Attach(TrainerCallback):
 
 
 def make_callback(args: Any, trainer: Any) -> Attach:
-    """What ms-swift calls for `--callbacks qscope_sasft`."""
+    """The class that ms-swift makes for `--callbacks qscope_sasft`."""
     path = os.environ.get(SETTINGS)
     if not path:
         raise UserValueError(

@@ -125,7 +125,7 @@ def _check_engine(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> None:
 
 
 def _sample_language(trainer: SFTTrainer, loss: AuxiliaryLossCallback) -> SampleLanguage | None:
-    """What decides the languages of the training data, if the loss reads any. All rows are read."""
+    """Decide the languages of the training data, if the loss reads any. All rows are read."""
     if not loss.reads_languages:
         return None
     config, data = loss.config, trainer.train_dataset

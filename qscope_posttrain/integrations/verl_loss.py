@@ -27,6 +27,7 @@ from qscope_posttrain.sft.data.language_ids import SampleLanguage
 from qscope_posttrain.sft.logits import LogitHead
 from qscope_posttrain.sft.loss import Normalizer
 from qscope_posttrain.sft.masks import IGNORED_LABEL, PADDING_ID, TokenBatch
+from qscope_posttrain.sft.watch import Watch
 
 
 def language_entry(name: str) -> str:
@@ -58,7 +59,8 @@ class AddedLoss:
         # What the losses ask a trainer for.
         subject: Any = SimpleNamespace(model=module, processing_class=trainer.model_config.tokenizer)
         self.loss: AuxiliaryLoss = own.prepare(subject)
-        self._window = MetricWindow()
+        self.loss.check_trained()
+        self._window, self._watch = MetricWindow(), Watch(self.loss.callback_name, self.loss.config.weight)
         self._in_window: Tensor | None = None
         self._micro_batches = 0
         self._inputs: dict[str, Any] = {}
@@ -134,6 +136,7 @@ class AddedLoss:
             raise RuntimeError("verl took a step without qscope's loss: its loss_fn was replaced after attach().")
         totals = self._window.totals(SimpleNamespace(reduce=lambda sums, reduction: self._sum(sums)))
         found = self.loss.metrics(totals, 1, self._engine.get_data_parallel_size())
+        self._watch.look(found, 1)
         metrics = tensordict_utils.get(output, "metrics")
         metrics.update({f"{self.name}/{key}": value for key, value in found.items()})
         return output
@@ -178,7 +181,7 @@ class AddedLoss:
         if shape != size and not (packed and shape[0] == 1 and shape[1] > size[1]):
             raise UserValueError(
                 f"The model's hidden states are {list(shape)} and the tokens of the batch {list(size)}, so that labels "
-                "cannot be told apart: the model adds, drops or splits tokens."
+                "cannot be distinguished: the model adds, drops or splits tokens."
             )
 
         def placed(values: Tensor, padding: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,8 +14,9 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import UserTypeError, UserValueError, finite_probabilities
 from qscope_posttrain.models.layers import evaluation_mode, pretrained_model, text_config, unwrapped
+from qscope_posttrain.record_file import draw_and_keep
 from qscope_posttrain.report.progress import progress
 
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -99,7 +101,7 @@ class SamplingEngine(Protocol):
         ...
 
     def stated(self) -> dict[str, Any]:
-        """What to report with the results."""
+        """Settings to report with the results."""
         ...
 
     def sample(
@@ -122,18 +124,19 @@ def generate_samples(
     chat: bool = False,
     chat_template_options: Mapping[str, Any] | None = None,
     show_progress: bool | None = None,
+    keep: str | os.PathLike[str] | None = None,
 ) -> list[Sample]:
     """Draw `settings.samples_per_prompt` responses to every prompt with the model's `generate`, or another engine.
 
-    Only `settings` shape the distribution: defaults that come with a model (top-k, repetition penalty) are set aside
-    for the time, its end tokens are kept. The model samples in eval mode. Its mode, its generation defaults, the
-    tokenizer and the global random state are afterwards as before.
+    Only `settings` shape the distribution: defaults that come with a model (top-k, repetition penalty) are set aside,
+    its end tokens are kept. Mode and defaults of the model, tokenizer and random state are afterwards as before.
 
     Args:
         model: a causal language model of transformers, plain or wrapped, or an engine such as `VLLMSampler`.
         prompts: prompts per source language. Messages always go through the chat template; so do strings if `chat`.
         chat: whether a string is the message of a user to a chat model, rather than text to continue.
         chat_template_options: further arguments of the template, e.g. `{"enable_thinking": False}`.
+        keep: file for each batch as it is drawn, from which the same call goes on; not of another engine.
 
     Returns:
         Samples ordered by language (as in `prompts`), prompt, sample.
@@ -153,9 +156,13 @@ def generate_samples(
     responses: dict[tuple[int, int], Response] = {}
     if isinstance(model, nn.Module):
         batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
+        read = [[encoded[place].ids for place, _ in batch] for batch in batches]
+        shaped = [settings.to_dict(), read, str(config)]
         with _sampling(model, tokenizer, settings) as generate:
-            for batch in progress(batches, description="sampling responses", enabled=show_progress):
-                responses.update(zip(batch, generate([encoded[place].ids for place, _ in batch]), strict=True))
+            drawn = map(generate, read) if keep is None else draw_and_keep(keep, model, shaped, read, generate)
+            shown = progress(drawn, len(batches), description="sampling responses", enabled=show_progress)
+            for batch, found in zip(batches, shown, strict=True):
+                responses.update(zip(batch, map(Response._make, found), strict=True))
     else:
         asked = [encoded[place].ids for place, _ in rows]
         responses.update(zip(rows, model.sample(asked, settings, tokenizer, show_progress), strict=True))
@@ -297,7 +304,8 @@ def _sampling(
         width, device = max(map(len, prompts)), causal_lm.device
         input_ids = torch.tensor([[padding_id] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
+        with finite_probabilities():
+            output: Tensor = unwrapped(model).generate(input_ids=input_ids, attention_mask=mask)  # type: ignore[operator]
         return [until_end(tokens, end_ids) for tokens in output[:, width:].tolist()]
 
     # `generate` fills what a given configuration leaves open from the model's own one; hence the model's own is set.
@@ -330,7 +338,7 @@ def until_end(tokens: Sequence[int], end_ids: frozenset[int]) -> Response:
 
 
 def stated_settings(model: nn.Module | SamplingEngine, settings: SamplingSettings) -> dict[str, Any]:
-    """What shaped the responses of a model, to be reported with the results: the engine, too, if it is another one."""
+    """Settings that shaped the responses of a model, to be reported with them, and the engine if it is another one."""
     stated = settings.to_dict()
     if isinstance(model, nn.Module):
         return stated

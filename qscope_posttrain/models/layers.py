@@ -68,17 +68,12 @@ def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last decoder layer and the output embedding; ValueError if it is not exactly one, or if a
     projection follows it."""
     backbone, layers = text_backbone(model)
-    children = list(backbone.named_children())
-    place = [child for _, child in children].index(layers)
-    behind = children[place + 1 :]
-    # A norm in front of the layers is the embedding's, unless its name says otherwise (OPT).
-    norms = [child for _, child in behind if _is_norm(child)] or [
-        child for name, child in children[:place] if "final" in name and _is_norm(child)
-    ]
+    norms = _final_norms(backbone, layers)
     if len(norms) != 1:
-        found = ", ".join(type(child).__name__ for _, child in behind) or "nothing"
-        name = type(backbone).__name__
-        raise UserValueError(f"Expected one norm behind the decoder layers of {name}, found: {found}.")
+        found = ", ".join(type(norm).__name__ for norm in norms) or "none"
+        raise UserValueError(
+            f"Expected one norm behind the decoder layers of {type(backbone).__name__}, found: {found}."
+        )
     head: Any = pretrained_model(model).get_output_embeddings()
     read, width = getattr(head, "in_features", None), text_config(model).hidden_size
     if isinstance(read, int) and read != width:
@@ -87,6 +82,17 @@ def final_norm(model: nn.Module) -> nn.Module:
             f"layers write {width}: a projection lies between the final norm and the output embedding."
         )
     return norms[0]
+
+
+def trained_for(model: nn.Module, layer: int) -> bool:
+    """Whether a parameter that requires a gradient lies at or below decoder layer `layer`, whose output it changes."""
+    backbone, layers = text_backbone(model)
+    causal_lm = pretrained_model(model)
+    head, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    later = [*layers[layer + 1 :], *_final_norms(backbone, layers), *([] if head is None else [head])]
+    behind = {id(parameter) for module in later for parameter in module.parameters()}
+    behind -= {id(parameter) for parameter in embedding.parameters()}  # a head may share them
+    return any(parameter.requires_grad and id(parameter) not in behind for parameter in model.parameters())
 
 
 def virtual_tokens(model: nn.Module) -> int:
@@ -172,6 +178,16 @@ def _owners(root: nn.Module, embedding: nn.Module) -> list[nn.Module]:
         waiting += [child for child in children if child not in seen]
         seen.update(children)
     return owners
+
+
+def _final_norms(backbone: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
+    """The norms behind the layers, by the order in which the backbone made its modules."""
+    children = list(backbone.named_children())
+    place = [child for _, child in children].index(layers)
+    # A norm in front of the layers is the embedding's, unless its name says otherwise (OPT).
+    return [child for _, child in children[place + 1 :] if _is_norm(child)] or [
+        child for name, child in children[:place] if "final" in name and _is_norm(child)
+    ]
 
 
 def _is_norm(module: nn.Module) -> bool:

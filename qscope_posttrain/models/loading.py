@@ -60,25 +60,27 @@ def load_model(
         return model.to(place).eval(), tokenizer
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, from a folder or the hub. FileNotFoundError if neither holds a model of this name,
-    ValueError if its files cannot be read."""
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, from a folder or the hub. Python files beside it run only with `trust_remote_code`.
+    FileNotFoundError if neither holds a model of this name, ValueError if its files cannot be read."""
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, name, revision, f"cannot load the tokenizer of '{name}'")
+    what = f"cannot load the tokenizer of '{name}'"
+    return _from_pretrained(AutoTokenizer, name, what, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def load_config(name: str, revision: str | None = None) -> Any:
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load a model's configuration; see `load_tokenizer`."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, name, revision, f"cannot read the configuration of '{name}'")
+    what = f"cannot read the configuration of '{name}'"
+    return _from_pretrained(AutoConfig, name, what, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def _from_pretrained(kind: Any, name: str, revision: str | None, what: str) -> Any:
+def _from_pretrained(kind: Any, name: str, what: str, **options: Any) -> Any:
     with _loading(what, name):
         try:
-            return kind.from_pretrained(name, revision=revision)
+            return kind.from_pretrained(name, **options)
         except OSError as error:  # the hub's own message does not always name the model
             reason = str(error).splitlines()[0]
             raise UserFileNotFoundError(f"no model '{name}', neither a folder nor on the hub: {reason}") from error

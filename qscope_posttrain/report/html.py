@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.summary import writable_folder, write_text
@@ -28,6 +30,33 @@ class Figure:
     def __post_init__(self) -> None:
         if not self.svg.startswith("<svg"):
             raise UserValueError(f"a figure is an <svg> element as a string, got '{self.svg[:40]}'.")
+        if found := _not_drawing(self.svg):
+            raise UserValueError(f"a figure is an <svg> element that only draws; this one has {found}.")
+
+
+_DRAWING = "svg g defs path use text tspan rect circle ellipse line polyline polygon clipPath style".split()  # noqa: SIM905
+_FETCHES = re.compile(r"url\((?!#)|@import|\\")  # in style; a backslash can spell either
+
+
+def _not_drawing(svg: str) -> str:
+    """What in an `<svg>` runs, fetches, or is read by a browser in another way than by an XML parser; "" if nothing."""
+    if "<!" in svg or "<?" in svg:
+        return "a comment, a declaration or an instruction"
+    try:
+        elements = list(ElementTree.fromstring(svg).iter())
+    except ElementTree.ParseError as error:
+        return f"damaged XML ({error})"
+    for element in elements:
+        tag = element.tag.rpartition("}")[2]
+        if tag not in _DRAWING:
+            return f"<{tag}>"
+        if tag == "style" and _FETCHES.search(element.text or ""):
+            return "a style that fetches"
+        for name, value in element.attrib.items():
+            name = name.rpartition("}")[2].lower()
+            if name.startswith("on") or (name == "href" and not value.startswith("#")) or _FETCHES.search(value):
+                return f'{name}="{value:.40}"'
+    return ""
 
 
 @dataclass(frozen=True)
@@ -90,8 +119,9 @@ def _environment() -> Environment:
     from markdown_it import MarkdownIt
     from markupsafe import Markup
 
-    # Raw HTML in the source is shown as text, so that a data set cannot inject markup into a report.
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    # Raw HTML in the source is shown as text, so that a data set cannot inject markup into a report; an image, which
+    # would tell its server that the report was opened, becomes a link.
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

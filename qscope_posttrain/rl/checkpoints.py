@@ -75,10 +75,11 @@ def run_identity(
         features: that the negatives are steered by, if there are any.
         rewards: name and weight of each reward function.
     """
+    engine = {"rollout_engine": "vllm"} if args.use_vllm else {}  # a seed draws other rollouts in each
     if source is None:  # all else is TRL's, which does not check
-        return {"negatives_per_group": 0, "dynamic_sampling": args.dynamic_sampling}
+        return {"negatives_per_group": 0, "dynamic_sampling": args.dynamic_sampling, **engine}
     names = {field.name for field in fields(SteeredGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
-    identity: dict[str, Any] = {name: getattr(args, name) for name in sorted({*names, "seed"})}
+    identity: dict[str, Any] = {name: getattr(args, name) for name in sorted({*names, "seed"})} | engine
     identity["rewards"] = list(rewards)
     identity |= {"window_start": list(source.window_start), "window_length": source.window_length or 0}
     if source.steering is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.rl.dynamic_sampling import dead_groups
 from qscope_posttrain.rl.rows import RowFacts
@@ -16,6 +18,22 @@ from qscope_posttrain.rl.rows import RowFacts
 UNLIKELY = 1e-3  # Probability below which a token counts for `negative/unlikely_tokens`
 LAST_ENTRIES = 10
 """Number of log entries at the end of training that final metrics are averaged over"""
+
+IDLE_BATCHES = 20
+"""Batches without any effect of negatives after which a warning says so"""
+NOTHING = 1e-3  # Nats per token, or share of negatives, that count as none
+_IDLE = {
+    "negative/kept": (
+        "the gate drops every negative, because none is an endless repetition, and this is plain DAPO with smaller "
+        "groups. Early in a training, provoke loops: another steering_strength, a longer window, more copies, a larger "
+        "max_completion_length, or gate='keep'. Late in one, the model may have lost the habit."
+    ),
+    "negative/log_ratio": (
+        "the policy gives the tokens of negatives the probability with which they were drawn, so that nothing makes "
+        "them negatives. Raise steering_strength or window_length, or steer with other features or another layer."
+    ),
+}
+"""Metrics that are 0 where negatives change nothing, and what to do"""
 
 _LINES = (
     ("reward", "reward", "reward"),
@@ -107,6 +125,22 @@ def token_metrics(sums: Tensor) -> dict[str, float]:
         "negative/gradient_share": own_pull / pull if pull > 0 else 0.0,
     }
     return {name: value for name, value in measured.items() if not math.isnan(value)}
+
+
+class NegativeWatch:
+    """Warns on the main process, once of each kind, of negatives that have changed nothing for `IDLE_BATCHES`."""
+
+    def __init__(self) -> None:
+        self._idle = dict.fromkeys(_IDLE, 0)
+
+    def look(self, values: Mapping[str, float]) -> None:
+        """Look at the metrics of a further generation batch or step; those of `_IDLE` that it has."""
+        for name in _IDLE.keys() & values.keys():
+            if self._idle[name] == IDLE_BATCHES:
+                continue  # said
+            self._idle[name] = self._idle[name] + 1 if abs(values[name]) < NOTHING else 0
+            if self._idle[name] == IDLE_BATCHES and is_main_process():
+                warnings.warn(f"{name} has been 0 in {IDLE_BATCHES} batches in a row: {_IDLE[name]}", stacklevel=2)
 
 
 def overwrite_last(logged: Any, values: Tensor) -> None:

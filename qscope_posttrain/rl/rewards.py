@@ -17,9 +17,15 @@ import regex
 from datasets import Dataset
 
 from qscope_posttrain.errors import UserTypeError, UserValueError, did_you_mean
-from qscope_posttrain.text.language_labels import class_names, distinct_labels, language_hint
 from qscope_posttrain.text.repetition import repeated_tail
-from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, language_scripts, script_pattern
+from qscope_posttrain.text.scripts import (
+    SCRIPTS_OF_LANGUAGE,
+    class_names,
+    distinct_labels,
+    language_hint,
+    language_scripts,
+    script_pattern,
+)
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Completion = str | Sequence[Mapping[str, Any]]  # Text, or the messages of a conversation that the model wrote

@@ -18,7 +18,7 @@ from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.rl.checkpoints import SameRun, SaveBetweenGenerations, run_identity
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.dynamic_sampling import BatchDict, DynamicSampling, dead_groups, replace_rows, rows_to_redraw
-from qscope_posttrain.rl.metrics import overwrite_last, row_metrics, token_metrics, token_sums
+from qscope_posttrain.rl.metrics import NegativeWatch, overwrite_last, row_metrics, token_metrics, token_sums
 from qscope_posttrain.rl.prompts import check_data, check_inputs
 from qscope_posttrain.rl.rewards import check_reward_data
 from qscope_posttrain.rl.rollouts.hf import TransformersEngine
@@ -123,6 +123,12 @@ class SteeredGRPOTrainer(GRPOTrainer):
         self._source: NegativeSource | None = None
         self._engine: Engine | None = None
         if args.has_negatives:
+            if self.get_tp_size() > 1:
+                raise UserValueError(
+                    f"Negatives do not work with tensor parallelism (tp_size={self.get_tp_size()}): TRL's GRPO trainer "
+                    "takes every process for one with rows of its own, so that the ranks that share a model would draw "
+                    "different negatives. Use data parallelism, FSDP2 or ZeRO, or vLLM's own tensor parallelism."
+                )
             self._source = negative_source(args, features, self.model, self._tokenizer)
             self._engine = (VLLMEngine if args.use_vllm else TransformersEngine)(self, self._source)
         self._dynamic = DynamicSampling(self.train_dataset) if args.dynamic_sampling else None
@@ -130,7 +136,7 @@ class SteeredGRPOTrainer(GRPOTrainer):
         check_reward_data(self.reward_funcs, self.train_dataset)
         weighted = list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
         self.add_callback(SameRun(run_identity(args, self._source, features, weighted), required=args.has_negatives))
-        self._plan = ordinary_plan(0)
+        self._plan, self._watch = ordinary_plan(0), NegativeWatch()
         self._rollout: Rollout | None = None
         self._rows: ScoredRows | None = None
         self._logps: Tensor | None = None
@@ -312,16 +318,19 @@ class SteeredGRPOTrainer(GRPOTrainer):
         sums = token_sums(self._logps.detach(), pull, *batch)
         self._token_sums = sums if self._token_sums is None else self._token_sums + sums
         if self.accelerator.sync_gradients:
-            for name, value in token_metrics(self.accelerator.reduce(self._token_sums, reduction="sum")).items():
-                self._metrics["train"][name].append(value)
+            self._log_metrics(token_metrics(self.accelerator.reduce(self._token_sums, reduction="sum")))
             self._token_sums = None
+
+    def _log_metrics(self, values: dict[str, float]) -> None:
+        self._watch.look(values)
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
 
     def _log_rows(self, rows: ScoredRows, advantages: Tensor) -> None:
         """Log metrics and correct the completions table, from the rows of all processes."""
         advantages = self.accelerator.gather(advantages)
         kept = rows.everyone.kept(self._gate)
-        for name, value in row_metrics(rows.everyone, kept, rows.rewards, advantages, self.args.generations).items():
-            self._metrics["train"][name].append(value)
+        self._log_metrics(row_metrics(rows.everyone, kept, rows.rewards, advantages, self.args.generations))
         logs: Any = self._logs
         overwrite_last(logs["advantages"], advantages)
         for name, column in zip(self.reward_func_names, rows.by_function.unbind(dim=1), strict=True):

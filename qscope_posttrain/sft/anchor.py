@@ -110,11 +110,13 @@ def sharding_of(trainer: Trainer) -> str | None:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         return "DeepSpeed ZeRO-3"
+    if trainer.get_tp_size() > 1:
+        return "tensor parallelism"
     model: Any = trainer.model
     at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)  # not in transformers 5.10
     if at_load or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "sharded loading (DTensor parameters)"
-    return "tensor parallelism" if trainer.get_tp_size() > 1 else None
+    return None
 
 
 def _check_given(given: nn.Module, model: nn.Module) -> None:

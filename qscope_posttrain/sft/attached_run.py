@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,10 @@ from qscope_posttrain.sft.auxiliary_loss import AuxiliaryLoss, MetricWindow, Ste
 from qscope_posttrain.sft.host import Host
 from qscope_posttrain.sft.loss import Normalizer, count_in_window
 from qscope_posttrain.sft.masks import TokenBatch
+from qscope_posttrain.sft.watch import Watch
 
 if TYPE_CHECKING:
     from qscope_posttrain.sft.data.language_ids import SampleLanguage
-
-
-IDLE_STEPS = 20
-"""Optimizer steps with a term of 0 after which a warning says so"""
 
 
 class AttachedRun:
@@ -87,7 +83,7 @@ class AttachedRun:
         self.to_log: dict[str, float] = {}
         self.steps = self.micro_batches = self.hook_calls = 0
         self.called = False  # since the last optimizer step
-        self.idle_steps: int | None = 0  # with a term of 0 since the training began; None once it acts
+        self.watch = Watch(type(self.callback).__name__, self.loss.config.weight)
         self.eligible_in_window: Tensor | None = None
 
     def count_step(self) -> None:
@@ -112,24 +108,8 @@ class AttachedRun:
         values = self.loss.metrics(self.window.totals(accelerator), self.steps, accelerator.num_processes)
         values["hook_calls"] = self.hook_calls / max(self.micro_batches * len(self.loss.capture.calls), 1)
         self.to_log = {f"{self.callback.name}/{key}": value for key, value in values.items()}
-        self._watch(values)
+        self.watch.look(values, self.steps)
         self.steps = self.micro_batches = self.hook_calls = 0
-
-    def _watch(self, values: Mapping[str, float]) -> None:
-        """Warn, once and on the main process, of a term that has been 0 since the training began."""
-        if self.idle_steps is None or self.loss.config.weight == 0:
-            return
-        self.idle_steps = None if values["penalty"] else self.idle_steps + self.steps
-        if self.idle_steps is not None and self.idle_steps >= IDLE_STEPS:
-            if self.trainer.accelerator.is_main_process:
-                warnings.warn(
-                    f"{type(self.callback).__name__} has changed nothing in the first {self.idle_steps} steps: its "
-                    "penalty was 0 at every position. Either all samples are in the target language, or nothing that "
-                    "it penalizes goes above its threshold on this model. See its metrics in the log, and whether the "
-                    "features were found on this model.",
-                    stacklevel=2,
-                )
-            self.idle_steps = None
 
     # In place of the trainer's methods
 

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.capture import LayerCapture
-from qscope_posttrain.models.layers import decoder_layers, final_norm
+from qscope_posttrain.models.layers import decoder_layers, final_norm, trained_for
 from qscope_posttrain.models.scoring import find_target_tokens, fingerprint
 from qscope_posttrain.sft.anchor import Anchor, sharding_of
 from qscope_posttrain.sft.logits import LogitHead, check_head
@@ -74,7 +74,8 @@ class AuxiliaryLoss(ABC):
                 self.tokens = find_target_tokens(trainer, config.target or "the anchor", given, self.needs_tokens)
         if self.needs_anchor or config.anchor > 0:
             self.anchor = Anchor.for_trainer(trainer, callback.anchor_model)
-        chosen = tuple(layers) or (len(decoder_layers(model)) - 1,)
+        self.penalized = tuple(layers)
+        chosen = self.penalized or (len(decoder_layers(model)) - 1,)
         norm = {FINAL_NORM: final_norm(model)} if config.needs_logits and not self.logits_given else None
         self.capture = LayerCapture(model, chosen, norm)
         self.capture.active = False
@@ -94,6 +95,19 @@ class AuxiliaryLoss(ABC):
         return batch.eligible(self.target_id, "predicting")
 
     # Common to all
+
+    def check_trained(self) -> None:
+        """ValueError for a penalized layer that no trained parameter changes: the penalty has no gradient there.
+
+        The graph does not tell: with checkpointing or `enable_input_require_grads` every layer's output has one.
+        """
+        unchanged = [layer for layer in self.penalized if not trained_for(self.model, layer)]
+        if unchanged and self.config.weight > 0:
+            raise UserValueError(
+                f"{self.callback_name} would change nothing on layer(s) {', '.join(map(str, unchanged))}: every "
+                "parameter there and below is frozen, so that the penalty has no gradient. Train parameters at or below"
+                " the layers that it reads (with PEFT: layers_to_transform), or penalize later layers (layers=...)."
+            )
 
     def added_to(self, loss: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss` with the term, and what the window sums up. A term that only measures leaves it as it is, bit by bit.

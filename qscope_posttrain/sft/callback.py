@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from qscope_posttrain.sft.config import Combine, LanguageOf, SASFTConfig
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import TokenBatch
 
+FEWEST_TOKENS = 100  # Eligible tokens since the last log from which on their agreement is known
+OUTLIER_FACTOR = 10.0  # Norm of an outlier in median norms, as in the statistics that features come from
+
 
 class SASFTCallback(AuxiliaryLossCallback):
     """Penalizes features of a target language on responses in other languages (SASFT, arXiv 2507.14894).
@@ -36,6 +39,8 @@ class SASFTCallback(AuxiliaryLossCallback):
         sasft/penalised_fraction   share of eligible positions with an excess above 0 in any readout; 0 if none
         sasft/eligible_fraction    share of response tokens that are eligible, i.e. not in the target language
         sasft/excess/<readout>     mean excess per eligible position, in the units of `scale`
+        sasft/displacement/<layer> distance of the mean residual on eligible tokens from that of the features' texts, in
+                                   lengths of the latter: small on their model, above 0.8 (a warning) on another
         sasft/anchor               the KL term, like sasft/penalty; only with an anchor
         sasft/hook_calls           hook calls per micro-batch and captured module: 1
 
@@ -119,6 +124,7 @@ class _FeaturePenalty(AuxiliaryLoss):
         penalty = torch.zeros((), device=eligible.device)
         above = torch.zeros_like(eligible)
         excesses: list[Tensor] = []
+        shifts: list[Tensor] = []
         for i, layer in enumerate(self.penalties):
             hidden = step.layers[layer.layer]
             here = hidden.device
@@ -129,7 +135,9 @@ class _FeaturePenalty(AuxiliaryLoss):
             penalty = penalty + step.normalizer(found.sums.sum(), len(found.sums)).to(penalty.device)
             above |= found.above.to(above.device)
             excesses.append(found.excesses)
+            shifts.append(shift(hidden, layer, mask, groups).to(eligible.device))
         counts = {"penalized": above.sum(), "eligible": eligible.sum(), "labeled": step.batch.labeled().sum()}
+        counts["shift"] = torch.cat(shifts)
         return penalty, {**counts, "excess": torch.cat([excess.to(eligible.device) for excess in excesses])}
 
     def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
@@ -138,6 +146,7 @@ class _FeaturePenalty(AuxiliaryLoss):
             "penalised_fraction": totals["penalized"][0] / eligible,
             "eligible_fraction": totals["eligible"][0] / max(totals["labeled"][0], 1),
             **{f"excess/{name}": sum_ / eligible for name, sum_ in zip(names, totals["excess"], strict=True)},
+            **displacements(self.penalties, totals["shift"]),
         }
 
 
@@ -153,14 +162,40 @@ class PenaltyLayer:
     rows: Tensor  # [R, d_model] fp32
     bias: Tensor  # [R] fp32
     thresholds: Tensor  # [languages, R] fp32, in the order of the FeatureSet's languages
+    means: Tensor  # [languages, d_model] fp32: mean residuals of the texts that the features were found on
+    norm_limit: float  # Norm of a residual above which it is an outlier, left out of the means
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def to(self, device: torch.device) -> PenaltyLayer:
-        return replace(
-            self, rows=self.rows.to(device), bias=self.bias.to(device), thresholds=self.thresholds.to(device)
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@torch.no_grad()
+def shift(hidden: Tensor, layer: PenaltyLayer, mask: Tensor, groups: Tensor) -> Tensor:
+    """[d_model + 2]: sum of h - m over the tokens of `mask` but for outliers, their number, and their sum of m . m.
+
+    m is the mean residual of a token's language in the texts that the features were found on."""
+    kept = (mask & (torch.linalg.vector_norm(hidden, dim=-1) <= layer.norm_limit)).flatten().float()
+    of_language = torch.zeros_like(layer.means[:, 0]).index_add_(0, groups.clamp(min=0).flatten(), kept)
+    count = kept.sum()
+    share = (kept / count.clamp(min=1)).to(hidden.dtype)  # a sum may overflow in fp16
+    total = count * (share @ hidden.flatten(0, 1)).float() - of_language @ layer.means
+    return torch.cat([total, torch.stack([count, of_language @ layer.means.square().sum(1)])])
+
+
+def displacements(layers: Sequence[PenaltyLayer], shifts: Sequence[float]) -> dict[str, float]:
+    """By layer, the distance of the mean residual from that of the features' texts, as a share of the latter's length;
+    from the summed `shift` of the layers, one behind the other. Layers with few tokens are left out."""
+    found = {}
+    for layer, (*total, count, square) in zip(layers, torch.tensor(shifts).view(len(layers), -1).tolist(), strict=True):
+        if count >= FEWEST_TOKENS and square > 0:
+            found[f"displacement/layer {layer.layer}"] = math.hypot(*total) / math.sqrt(count * square)
+    return found
 
 
 def penalty_layers(features: FeatureSet, config: SASFTConfig) -> tuple[PenaltyLayer, ...]:
@@ -185,12 +220,15 @@ def _penalty_layer(layer: int, features: LayerFeatures, others: list[int], confi
         if bool((sigma <= 0).any()):
             flat = [features.names[i] for i in (sigma <= 0).nonzero().flatten().tolist()]
             raise UserValueError(f'Layer {layer}: {", ".join(flat)} never varies, so scale="std" is undefined for it.')
+    limit = OUTLIER_FACTOR * features.residual_median_norm
     return PenaltyLayer(
         layer=layer,
         names=tuple(f"layer {layer} {name}" for name in features.names),
         rows=(rows / sigma[:, None]).contiguous(),
         bias=bias / sigma,
         thresholds=thresholds / sigma,
+        means=features.mean_residual,
+        norm_limit=math.inf if math.isnan(limit) else limit,
     )
 
 

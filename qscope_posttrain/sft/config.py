@@ -19,8 +19,7 @@ from qscope_posttrain.errors import UserTypeError, UserValueError, did_you_mean
 from qscope_posttrain.features.layer_features import ReadoutKind
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import Positions
-from qscope_posttrain.text.language_labels import same_language
-from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, scripts_of_name
+from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, same_language, scripts_of_name
 
 Threshold = Literal["language_mean", "zero"]
 Scale = Literal["raw", "std"]

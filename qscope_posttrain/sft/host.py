@@ -1,4 +1,4 @@
-"""What differs between trainers: one `Host` for each kind of trainer that an auxiliary loss attaches to."""
+"""Differences between trainers: one `Host` for each kind of trainer that an auxiliary loss attaches to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qscope_posttrain.sft.data.train_data import (
     without_effect,
 )
 from qscope_posttrain.sft.masks import TokenBatch
-from qscope_posttrain.text.language_labels import class_names
+from qscope_posttrain.text.scripts import class_names
 
 if TYPE_CHECKING:
     from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
@@ -185,7 +185,7 @@ class Host:
         return batch
 
     def model_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What the starting model of an anchor is given of a batch that came to `compute_loss`, beside its labels."""
+        """The part of a batch for `compute_loss`, beside its labels, that the starting model of an anchor reads."""
         return inputs
 
     def language_ids(self, inputs: MutableMapping[str, Any], decide: SampleLanguage, key: str) -> Tensor:

@@ -29,7 +29,7 @@ ANCHOR_WEIGHT = "anchor_weight"
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What a trainer of another framework is told about the loss."""
+    """Settings of the loss for a trainer of another framework."""
 
     method: str
     features: str | None  # FeatureSet file; None where the method needs none

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
-from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
+from qscope_posttrain.endpoint.chat import ChatRequest, PromptTemplates, Sampling, number_field
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.endpoint.templates import PromptTemplates, number_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.features.text_features import TextFeatures

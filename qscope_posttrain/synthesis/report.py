@@ -9,7 +9,7 @@ import random
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ import numpy as np
 
 from qscope_posttrain.errors import UserValueError, library_refusals
 from qscope_posttrain.features.explain.explanation import FeatureId
-from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Cell, Table
@@ -30,8 +29,7 @@ from qscope_posttrain.synthesis.coverage import (
     growth,
     reached_features,
 )
-from qscope_posttrain.synthesis.pipeline import SynthesisExample, SynthesisRun
-from qscope_posttrain.synthesis.prompts import Draft
+from qscope_posttrain.synthesis.pipeline import Draft, SynthesisExample, SynthesisRun
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +70,7 @@ def measure(
     Args:
         made_for: Targets that prompts were verified on: the filter's own.
         held_out: Targets of the same judge that nothing was made for.
-        random_drafts: Result of `pipeline.random_synthesis`, for which `random_requests` prompts were asked for.
+        random_drafts: Result of `pipeline.Synthesis.random`, for which `random_requests` prompts were asked for.
         natural: Texts by people, in random order. Half of them only decide which features of `other_layers`, on which
             no prompt was verified, are counted: those that fire on at least `min_texts`. The others are sampled from.
     """
@@ -104,19 +102,40 @@ def measure(
     places = {id(draft): place for place, draft in enumerate(run.drafts)}
     kept = [places[id(example.draft)] for example in run.examples]
     figure = _figure([made, *others], HELD_OUT if HELD_OUT in groups else MADE_FOR, run.drawn, seed)
-    return (comparison_tables(made, kept, others, seed=seed) if kept else []), figure
+    return ([comparison_table(made, kept, others, seed=seed)] if kept else []), figure
 
 
-def comparison_tables(
+def comparison_table(
     made: StrategyTexts, kept: Sequence[int], others: Sequence[StrategyTexts], draws: int = 200, seed: int = 0
-) -> list[Table]:
-    """Two tables: all strategies at the requests spent, and at as many examples as were kept: `kept` are the places in
-    `made`, every prompt that was written for a feature, of those that became examples."""
+) -> Table:
+    """Coverage of each strategy with the requests of the first; natural text counts one request per text. `kept` are
+    the places in `made`, every prompt that was written for a feature, of those that became examples."""
     places = np.asarray(kept, dtype=np.int64)
-    kept_hits = {name: matrix[places] for name, matrix in made.hits.items()}
-    selected = StrategyTexts(f"{made.name}, verified", kept_hits, made.requests, made.tokens)
-    rest = [StrategyTexts(f"{made.name}, unfiltered", made.hits, made.requests, made.tokens), *others]
-    return [_equal_requests([selected, *rest], draws, seed), _equal_examples(selected, rest, draws, seed)]
+    verified = {name: matrix[places] for name, matrix in made.hits.items()}
+    rows: list[list[Cell]] = []
+    for texts in (
+        replace(made, name=f"{made.name}, verified", hits=verified),
+        replace(made, name=f"{made.name}, unfiltered"),
+        *others,
+    ):
+        size = len(texts) if texts.requests is not None else min(made.requests or 0, len(texts))
+        cells: list[Cell] = [texts.name, texts.requests, texts.tokens, size]
+        for hits in texts.hits.values():
+            if texts.requests is None and 0 < size < len(texts):
+                drawn = coverage_of_subsets(hits, size, draws, seed)
+                cells.append(f"{drawn.estimate:.1%} ({drawn.low:.1%}, {drawn.high:.1%})")
+            else:
+                cells.append(coverage_interval(hits).text(".1%"))
+        rows.append(cells)
+    return Table(
+        "Coverage at equal requests",
+        ["strategy", "prompt requests", "tokens", "examples", *made.hits],
+        rows,
+        "Requests and tokens: of prompts; a response costs the same whatever the strategy. Coverage: share of features "
+        "that at least one example fires. [ ]: Wilson interval over the features of the group. ( ): range of 95 % of "
+        "random draws of that number of texts. The verified examples were chosen by the very features of the first "
+        "group: there, coverage is high by construction, and only the other groups are evidence.",
+    )
 
 
 def target_table(targets: Sequence[FeatureId], seed_hits: Hits, made_hits: Hits) -> Table:
@@ -131,47 +150,6 @@ def target_table(targets: Sequence[FeatureId], seed_hits: Hits, made_hits: Hits)
         ["data", "examples", "targets reached", "targets", "coverage"],
         rows,
         "Equation 23, over made-for and held-out targets together.",
-    )
-
-
-def _equal_requests(strategies: Sequence[StrategyTexts], draws: int, seed: int) -> Table:
-    """Coverage of each strategy with the requests of the first; natural text counts one request per text."""
-    budget = strategies[0].requests or 0
-    rows: list[list[Cell]] = []
-    for texts in strategies:
-        size = len(texts) if texts.requests is not None else min(budget, len(texts))
-        cells: list[Cell] = [texts.name, texts.requests, texts.tokens, size]
-        for hits in texts.hits.values():
-            if texts.requests is None and 0 < size < len(texts):
-                cells.append(_drawn(coverage_of_subsets(hits, size, draws, seed)))
-            else:
-                cells.append(coverage_interval(hits).text(".1%"))
-        rows.append(cells)
-    return Table(
-        "Coverage at equal requests",
-        ["strategy", "prompt requests", "tokens", "examples", *strategies[0].hits],
-        rows,
-        "Requests and tokens: of prompts; a response costs the same whatever the strategy. Coverage: share of features "
-        "that at least one example fires. [ ]: Wilson interval over the features of the group. ( ): range of 95 % of "
-        "random draws of that number of texts. The verified examples were chosen by the very features of the first "
-        "group: there, coverage is high by construction, and only the other groups are evidence.",
-    )
-
-
-def _equal_examples(first: StrategyTexts, others: Sequence[StrategyTexts], draws: int, seed: int) -> Table:
-    """Coverage of as many examples of each strategy as the first one has."""
-    size = len(first)
-    measured = (coverage_interval(hits).text(".1%") for hits in first.hits.values())
-    rows: list[list[Cell]] = [[first.name, size, *measured]]
-    for texts in others:
-        most = min(size, len(texts))
-        cells = [_drawn(coverage_of_subsets(h, most, draws, seed)) if most else None for h in texts.hits.values()]
-        rows.append([texts.name, most, *cells])
-    return Table(
-        "Coverage at equal examples",
-        ["strategy", "examples", *first.hits],
-        rows,
-        "As above; every other strategy by random draws of as many of its texts as were verified, where it has them.",
     )
 
 
@@ -209,10 +187,6 @@ def examples_table(rows: Sequence[Mapping[str, Any]], made: SynthesisRun) -> Tab
         f"{f' ({reasons})' if reasons else ''}."
     )
     return Table("Examples", ["type", "examples"], cells, caption)
-
-
-def _drawn(interval: Interval) -> str:
-    return f"{interval.estimate:.1%} ({interval.low:.1%}, {interval.high:.1%})"
 
 
 TYPES = tuple(f"{prompt_type} {kind}" for prompt_type in ("vanilla", "adversarial") for kind in ("harmful", "benign"))

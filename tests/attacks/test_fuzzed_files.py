@@ -66,6 +66,7 @@ def survives(path: Path, read: Callable[[Path], Any]) -> None:
     assert str(path) in said or "benchmark 'b'" in said
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @pytest.mark.parametrize("name", READERS)
 @fuzz
 @given(mark=MARKS, content=BYTES)
@@ -77,6 +78,7 @@ def test_any_bytes(tmp_path: Path, name: str, mark: bytes, content: bytes) -> No
     survives(tmp_path / name, READERS[name])
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 @fuzz
@@ -93,6 +95,7 @@ def test_any_text(tmp_path: Path, name: str, text: str, encoding: str) -> None:
     survives(tmp_path / name, READERS[name])
 
 
+@pytest.mark.promise("A YAML file constructs no objects, and cannot swell or hide a key")
 def test_aliases_of_aliases_do_not_explode(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
@@ -127,6 +130,7 @@ def change(value: Any, changes: dict[str, Any]) -> Any:
     return {key: changes[key] if key in changes else change(inner, changes) for key, inner in value.items()}
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @fuzz
 @given(changes=st.dictionaries(DOCUMENT_KEYS, JSON, max_size=2), more=st.dictionaries(DOCUMENT_KEYS, JSON, max_size=1))
 @example(changes={"residual_median_norm": 10**400}, more={})
@@ -144,6 +148,7 @@ def test_documents_of_feature_sets(tmp_path: Path, changes: dict[str, Any], more
     survives(path, lambda file: str(FeatureSet.load(file)))
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @fuzz
 @given(at=st.integers(0, 1 << 14), byte=st.integers(0, 255))
 def test_feature_sets_with_a_byte_changed(tmp_path: Path, at: int, byte: int) -> None:

@@ -81,6 +81,7 @@ ENTRIES = st.fixed_dictionaries(
 NAMES = st.sampled_from([*TENSORS, "__metadata__", "threshold", "w_enc", "encoder.weight", "W_E", "W_D", "x"])
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @fuzz
 @given(changes=st.dictionaries(NAMES, ENTRIES | JSON | st.just("absent"), max_size=3), tail=st.integers(-300, 300))
 def test_safetensors_headers(tmp_path: Path, changes: dict[str, Any], tail: int) -> None:
@@ -98,6 +99,7 @@ def test_safetensors_headers(tmp_path: Path, changes: dict[str, Any], tail: int)
     survives(tmp_path / "sae_weights.safetensors")
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @fuzz
 @given(claimed=st.integers(0, (1 << 64) - 1) | st.integers(0, 400), body=st.binary(max_size=200))
 def test_safetensors_that_begin_with_anything(tmp_path: Path, claimed: int, body: bytes) -> None:
@@ -128,6 +130,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @fuzz
@@ -147,6 +150,7 @@ def test_zip_archives_with_bytes_changed(tmp_path: Path, name: str, data: st.Dat
         survives(tmp_path / name)
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @fuzz
 @given(
     descr=st.sampled_from(["<f4", ">f4", "<f8", "|O", "<i8", "<U9", "<c8", "|V9", "<M8[s]", "f4,f4", ""]) | JSON,
@@ -210,6 +214,7 @@ def write_settings(folder: Path, name: str, changes: dict[str, Any], layout: int
     return folder / "sae_weights.safetensors"
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @fuzz
@@ -267,6 +272,7 @@ def test_numbers_in_tensors_that_do_not_fit(tmp_path: Path, value: float) -> Non
                 SparseAutoencoder.load(tmp_path / "ae.pt")
 
 
+@pytest.mark.promise("Any bytes given as an SAE, a FeatureSet, a recipe, JSONL or a table are read or refused by name")
 @pytest.mark.slow
 @fuzz
 @given(content=st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))

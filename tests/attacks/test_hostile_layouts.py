@@ -142,6 +142,7 @@ def test_the_good_one_is_good(tmp_path: Path) -> None:
     assert SparseAutoencoder.load(write_npz(tmp_path, fortran)).W_enc[3, 2] == 2 * D_SAE + 3
 
 
+@pytest.mark.promise("A pickle in an SAE file never runs")
 def test_pickled_objects_do_not_run(tmp_path: Path) -> None:
     array = np.empty(1, dtype=object)
     array[0] = Payload(tmp_path)
@@ -152,6 +153,7 @@ def test_pickled_objects_do_not_run(tmp_path: Path) -> None:
     assert (tmp_path / CANARY).exists(), "the payload is live: only the loader stood in its way"
 
 
+@pytest.mark.promise("A file allocates no more than it holds, whatever it claims")
 def test_numpy_archive_that_unpacks_to_a_gigabyte(tmp_path: Path) -> None:
     bomb = header("{'descr': '<f4', 'fortran_order': False, 'shape': (67108864,), }") + b"\0" * (256 << 20)
     path = write_npz(tmp_path, gemma(b_enc=bomb), compress=True)
@@ -310,6 +312,7 @@ def test_torch_archives(tmp_path: Path, tensors: dict[str, Any], says: str) -> N
     refuses(ae_folder(tmp_path, None, **tensors), says)
 
 
+@pytest.mark.promise("A pickle in an SAE file never runs")
 def test_torch_archive_in_a_wrapper_that_runs_code(tmp_path: Path) -> None:
     torch.save({"sae": {"W_E": Payload(tmp_path)}, "version": "2"}, tmp_path / "sae_weights.pt")
     refuses(tmp_path / "sae_weights.pt", "was refused: .*could run code")
@@ -345,6 +348,7 @@ def test_folders_that_link_to_themselves_or_hold_too_much(tmp_path: Path, monkey
         SparseAutoencoder.load(tmp_path)
 
 
+@pytest.mark.promise("A name from a hub, a folder or a file never leaves its folder")
 @pytest.mark.parametrize(
     "name", ["../layer1.sae.pt", "/layer1.sae.pt", "a/../layer1.sae.pt", "a//layer1.sae.pt", "~/ae.pt"]
 )
@@ -353,6 +357,7 @@ def test_names_that_leave_their_folder(name: str) -> None:
         choose([name], None, "here")
 
 
+@pytest.mark.promise("A name from a hub, a folder or a file never leaves its folder")
 @pytest.mark.parametrize("source", ["../etc/passwd", "owner/name/../../x", "owner/name//x", "owner", "a/b/c d"])
 def test_sources_that_are_no_repository(source: str) -> None:
     with pytest.raises(FileNotFoundError, match="no SAE at"):
@@ -371,6 +376,7 @@ def refusal_readers() -> list[Callable[[Path], object]]:
     return [weights_file.open_weights, SparseAutoencoder.load]
 
 
+@pytest.mark.promise("A device or a pipe in place of a file does not hang a command")
 @pytest.mark.parametrize("read", refusal_readers())
 def test_devices_and_pipes_are_no_files(tmp_path: Path, read: Callable[[Path], object]) -> None:
     os.mkfifo(tmp_path / "ae.pt")

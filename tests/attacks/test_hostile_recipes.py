@@ -53,6 +53,7 @@ NOT_ALLOWED = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise("A recipe sets no variable that chooses code, places or secrets; what it sets is said")
 @pytest.mark.parametrize("name", NOT_ALLOWED)
 @pytest.mark.parametrize("command", ["sft", "features"])
 def test_a_recipe_sets_no_variable_that_chooses_code_places_or_secrets(tmp_path, command, name):
@@ -84,6 +85,19 @@ def test_every_variable_of_the_list_is_set_but_not_over_the_shell(parse):
     assert {name: os.environ[name] for name in recipes.ENVIRONMENT} == dict.fromkeys(recipes.ENVIRONMENT, "1") | shell
 
 
+@pytest.mark.promise("A recipe sets no variable that chooses code, places or secrets; what it sets is said")
+def test_what_a_recipe_sets_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("QSCOPE_QUIET")
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("env: {NCCL_DEBUG: INFO, OMP_NUM_THREADS: 3}\nfile: absent\n")
+    assert main(["features", "show", "--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "the recipe sets NCCL_DEBUG=INFO\n" in said
+    assert "OMP_NUM_THREADS=7 is set in the shell, and wins over the recipe's 3" in said
+
+
 CODE = [
     ("sft", {"trust_remote_code": True}),
     ("sft", {"trust-remote-code": "yes"}),
@@ -111,6 +125,7 @@ CODE = [
 ]
 
 
+@pytest.mark.promise("A recipe runs no code without --allow-code")
 @pytest.mark.parametrize(("command", "changes"), CODE)
 def test_code_is_refused_before_anything_is_imported(parse, tmp_path, monkeypatch, command, changes):
     (tmp_path / "hostile_module.py").write_text(f"import os\nos.environ['{CANARY}'] = '1'\n")
@@ -142,6 +157,7 @@ def options_of_an_endpoint(tmp_path, recipe: dict, *arguments: str):
 SERVER = {"base_url": "https://example.org/v1"}
 
 
+@pytest.mark.promise("A recipe sends no secret to a server of its choice")
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
@@ -187,6 +203,7 @@ def test_values_that_no_trainer_takes_are_named(parse, changes, says):
         parse("sft", changes)
 
 
+@pytest.mark.promise("A device or a pipe in place of a file does not hang a command")
 @pytest.mark.parametrize("name", ["accelerator_config", "fsdp_config", "deepspeed"])
 def test_settings_files_are_read_before_transformers_opens_them(parse, tmp_path, name):
     file = tmp_path / "settings.json"
@@ -214,12 +231,14 @@ def test_values_are_no_code(parse):
     parse("grpo", {"rewards": rewards})
 
 
+@pytest.mark.promise("A recipe runs no code without --allow-code")
 @pytest.mark.parametrize("path", ["trl.rewards.os.system", "qscope_posttrain.os.system", "trl.rewards.nowhere"])
 def test_trusted_beginnings_lead_nowhere_else(path):
     with pytest.raises(ValueError, match=r"no module|No reward function"):
         reward_function(path)
 
 
+@pytest.mark.promise("A YAML file constructs no objects, and cannot swell or hide a key")
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -245,6 +264,7 @@ def test_yaml_that_hides_runs_or_swells(tmp_path, text, says):
         read_yaml(path)
 
 
+@pytest.mark.promise("A recipe runs no code without --allow-code")
 def test_merged_keys_are_seen(parse, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model_init_kwargs: &a {trust_remote_code: true}\ndataset_kwargs: {<<: *a}\n")

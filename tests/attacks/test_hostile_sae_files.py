@@ -73,6 +73,7 @@ class Payload:
         return os.mkdir, (str(self.folder / CANARY),)
 
 
+@pytest.mark.promise("A pickle in an SAE file never runs")
 def test_pickle_that_runs_code(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     path = tmp_path / "layer0.sae.pt"
     torch.save({**tensors, "b_dec": Payload(tmp_path)}, path)
@@ -82,6 +83,7 @@ def test_pickle_that_runs_code(tmp_path: Path, tensors: dict[str, Tensor]) -> No
     assert (tmp_path / CANARY).exists(), "the payload is live: only the loader stood in its way"
 
 
+@pytest.mark.promise("A pickle in an SAE file never runs")
 def test_bare_pickle_that_runs_code(tmp_path: Path) -> None:
     path = tmp_path / "layer0.sae.pt"
     path.write_bytes(pickle.dumps(Payload(tmp_path)))
@@ -158,6 +160,7 @@ def test_no_flipped_byte_does_more_than_raise_value_error(good: Path, tmp_path: 
             assert (sae.d_sae, sae.d_model) == (32, 8)
 
 
+@pytest.mark.promise("A file allocates no more than it holds, whatever it claims")
 def test_tiny_file_that_claims_a_huge_tensor(tmp_path: Path) -> None:
     """Strides of 0 describe a terabyte in a few bytes; it would appear when the tensor is copied."""
     path = tmp_path / "layer0.sae.pt"
@@ -173,6 +176,7 @@ def test_tiny_file_that_claims_a_huge_tensor(tmp_path: Path) -> None:
     refuses(path, "W_enc claims the shape .*which no record of the file holds")
 
 
+@pytest.mark.promise("A file allocates no more than it holds, whatever it claims")
 @pytest.mark.parametrize("shape_too", [False, True])
 def test_pickle_that_claims_more_than_its_record(good: Path, tmp_path: Path, shape_too: bool) -> None:
     """256 elements become 2**24: with memory-mapping, a read past the end of the file would kill the process."""
@@ -187,6 +191,7 @@ def test_pickle_that_claims_more_than_its_record(good: Path, tmp_path: Path, sha
     refuses(rewrite(good, tmp_path / "layer0.sae.pt", inflate), "which no record .* holds|was refused: it is damaged")
 
 
+@pytest.mark.promise("A file allocates no more than it holds, whatever it claims")
 def test_compressed_records(good: Path, tmp_path: Path) -> None:
     """A deflated record is how a zip bomb is packed; torch.save never writes one."""
     bomb = tmp_path / "layer0.sae.pt"

@@ -89,6 +89,7 @@ def test_an_empty_language_and_an_unwritable_folder(world, tmp_path, capsys):
     assert "cannot write to the output folder" in capsys.readouterr().err
 
 
+@pytest.mark.promise("Two processes find the features of one")
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(world, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]

@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +64,7 @@ def test_resolved_configuration_reads_back_as_the_same_recipe(world, trained):
     assert (again.penalty.target, again.training.max_steps, again.model_name) == ("zh", 2, world.model)
 
 
+@pytest.mark.promise("Secrets of a recipe are not written into the run's files")
 def test_secrets_are_not_written(world, tmp_path):
     path = world.recipe(tmp_path / "recipe.yaml")
     hidden = ["--model_init_kwargs", '{"token": "hf_x", "revision": "main"}', "--hub_token", "hf_y"]
@@ -76,6 +74,17 @@ def test_secrets_are_not_written(world, tmp_path):
     assert written["model_init_kwargs"] == {"token": None, "revision": "main"}
     assert written["eos_token"] == recipe.training.eos_token
     assert recipe.training.model_init_kwargs["token"] == "hf_x"
+
+
+def test_many_rows_that_are_tokenized_first_are_said(world, tmp_path, monkeypatch, capsys):
+    path = world.recipe(tmp_path / "recipe.yaml")
+    monkeypatch.setattr("qscope_posttrain.cli.training.sft.MANY_ROWS", 4)
+    assert main(["sft", "--config", path, "--dry_run"]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert "are tokenized before the first step" in found
+    assert "--dataset_streaming true" in found
+    assert main(["sft", "--config", path, "--dry_run", "--dataset_streaming", "true"]) == 0
+    assert "tokenized before" not in capsys.readouterr().out
 
 
 def test_command_line_overrides_the_recipe(world, tmp_path):
@@ -457,20 +466,6 @@ class TestDryRunOfLabels:
         recipe = parse_recipe(["--config", world.recipe(tmp_path / "b.yaml", **changes)])
         with pytest.raises(ValueError, match="the data has prompt, completion, language"):
             sft_checks._labels(recipe, load_rows(recipe, "train"), data_tokenizer(recipe))
-
-
-@pytest.mark.slow
-def test_two_processes_by_accelerate_launch(world, tmp_path):
-    path = world.recipe(tmp_path / "recipe.yaml", per_device_train_batch_size=2)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
-    command += ["--main_process_port", "29641", "-m", "qscope_posttrain", "sft", "--config", path]
-    environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_QUIET"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["results"]["steps"] == 2
-    assert summary["results"]["log"][0]["sasft/hook_calls"] == 1
-    assert done.stderr.count("configuration written") == 1  # rank 0 alone
 
 
 def _only(world, folder: Path, languages: set[str]) -> str:

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -444,22 +443,6 @@ class TestPrompts:
         rows = Dataset.from_list([{"prompt": [turn]}, {"prompt": [turn, turn]}])
         with pytest.raises(ValueError, match="row 1: the chat template cannot read 'prompt': one turn only"):
             check_prompts(parse_recipe(["--config", recipe(tmp_path)]), rows, tokenizer)
-
-
-@pytest.mark.slow
-def test_two_processes_by_accelerate_launch(recipe, tmp_path):
-    """A group of four rows split over two processes of two: one negative, held by the second process."""
-    path = recipe(tmp_path, per_device_train_batch_size=2)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu.yaml")]
-    command += ["--main_process_port", "29643", "-m", "qscope_posttrain", "grpo", "--config", path]
-    environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_QUIET"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    steps = [entry for entry in summary["results"]["log"] if "loss" in entry]
-    assert [entry["negative/rows"] for entry in steps] == [1.0, 1.0]
-    assert done.stderr.count("configuration written") == 1  # rank 0 alone
-    assert done.stdout.count("Ordinary rows and negatives") == 1
 
 
 def _rows(path: Path, rows: list[dict]) -> str:

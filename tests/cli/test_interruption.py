@@ -42,6 +42,7 @@ def in_step(monkeypatch):
     return install
 
 
+@pytest.mark.promise("A signal ends a training after the step, with a checkpoint from which the same command goes on")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_a_checkpoint_from_which_the_run_goes_on(world, tmp_path, in_step, capsys, number):
     for name in ("whole", "broken"):
@@ -74,6 +75,7 @@ def test_without_checkpoints_a_signal_saves_nothing(world, tmp_path, in_step, ca
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+@pytest.mark.promise("Weights that are not finite end the training and are not saved")
 @pytest.mark.parametrize(("step", "kept"), [(1, None), (3, "checkpoint-2"), (4, "checkpoint-2"), (6, "checkpoint-4")])
 def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path, in_step, capsys, step, kept):
     def break_it(model):
@@ -90,6 +92,7 @@ def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path, in_step, cap
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.promise("A checkpoint that was not written to its end is passed over")
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(world, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("QSCOPE_QUIET", raising=False)
     recipe = world.recipe(tmp_path / "r.yaml", **SAVING)
@@ -115,6 +118,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(world, tmp_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.promise("A signal ends a training after the step, with a checkpoint from which the same command goes on")
 @pytest.mark.slow  # two processes import torch and trl
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(world, tmp_path):
     recipe = world.recipe(tmp_path / "r.yaml", **{**SAVING, "max_steps": 200, "save_steps": 500})
@@ -138,3 +142,39 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(world, tmp_path):
     (kept,) = (tmp_path / "out").glob("checkpoint-*")
     assert kept == last_checkpoint(tmp_path / "out")
     assert json.loads((kept / STATE).read_text())["global_step"] == int(kept.name.removeprefix("checkpoint-"))
+
+
+@pytest.mark.promise(
+    "A training is resumed on the same rows, in the same order, with the same number of them in a step"
+)
+def test_a_training_is_not_resumed_on_other_rows(world, tmp_path, capsys):
+    recipe = world.recipe(tmp_path / "r.yaml", **{**SAVING, "max_steps": 2}, gradient_accumulation_steps=2)
+    assert main(["sft", "--config", recipe]) == 0
+    lines = Path(world.data).read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join([*lines[1:], lines[0]]))
+    resumed = ["sft", "--config", recipe, "--resume_from_checkpoint", "last", "--max_steps", "3"]
+    for change, words in (
+        (["--dataset_name", str(tmp_path / "other.jsonl")], "data was '20 rows, "),
+        (["--gradient_accumulation_steps", "1"], "rows per step was 8, is 4"),
+        (["--seed", "7"], "seed was 42, is 7"),
+    ):
+        assert main([*resumed, *change]) == 2
+        assert words in capsys.readouterr().err
+    same = ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "8"]
+    assert main([*resumed, *same]) == 0
+
+
+@pytest.mark.promise("A training that was complete is not taken a step further by the same command")
+def test_a_complete_training_ends_where_it_was(world, tmp_path):
+    recipe = world.recipe(tmp_path / "r.yaml", **{**SAVING, "max_steps": 3}, resume_from_checkpoint="last")
+    assert main(["sft", "--config", recipe]) == 0
+    out = tmp_path / "out"
+    expected = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()  # killed while it was saved
+    (out / "summary.json").unlink()
+    assert main(["sft", "--config", recipe]) == 0
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert json.loads((out / "summary.json").read_text())["results"]["steps"] == 3
+    assert not (out / ".model.part").exists()
+    assert [path.name for path in out.glob("checkpoint-*")].count("checkpoint-4") == 0

@@ -108,7 +108,7 @@ def test_check_of_a_good_sae(world, good, tmp_path, capsys):
     assert set(layer["losses"]) == {"clean", "spliced", "mean", "zero"}
     assert layer["fit"]["chance"] > layer["fvu"]["estimate"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 1
     assert "The figures show nothing wrong" in page
 
 

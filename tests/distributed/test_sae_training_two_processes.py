@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 # A rounding that moves one pre-activation over its threshold changes a JumpReLU gradient by a whole step, and each
 # further update by more: few updates tell an error from that.
+@pytest.mark.promise("Two processes train the SAE of one")
 @pytest.mark.parametrize(("architecture", "steps"), [("topk", 23), ("batch_topk", 23), ("jumprelu", 6)])
 def test_two_processes_equal_one(architecture, steps, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path)

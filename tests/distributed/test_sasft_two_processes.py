@@ -91,6 +91,7 @@ def model(make_model):
     return case_model(make_model)
 
 
+@pytest.mark.promise("Two processes train as one: SFT, uneven label counts included")
 @pytest.mark.parametrize("name", HAND_WRITTEN)
 def test_two_processes_equal_the_written_out_loss(results, rows, model, name):
     features = make_features(model)
@@ -104,6 +105,7 @@ def test_two_processes_equal_the_written_out_loss(results, rows, model, name):
     assert result["left_over"] == []
 
 
+@pytest.mark.promise("Two processes train as one: SFT, uneven label counts included")
 @pytest.mark.parametrize("name", ["paper", "token penalty"])
 def test_two_processes_equal_one(results, rows, model, tiny_tokenizer, name):
     options = dict(CASES[name]["options"]) | {"weight": WEIGHT}

@@ -89,6 +89,7 @@ def said_by_all(result, generation):
     return [row for rank in result["ranks"] for row in rank["said"][generation]]
 
 
+@pytest.mark.promise("Groups of GRPO split over two processes give the rows, gradients and metrics of one")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in DYNAMIC])
 def test_two_processes_equal_one(results, model, tiny_tokenizer, name):
@@ -105,6 +106,7 @@ def test_two_processes_equal_one(results, model, tiny_tokenizer, name):
         assert result["logs"][key] == pytest.approx(expected, rel=1e-5, abs=1e-6), key
 
 
+@pytest.mark.promise("Groups of GRPO split over two processes give the rows, gradients and metrics of one")
 def test_a_process_may_be_without_a_negative(results):
     result = results["one group over both"]
     assert [rank["flags"][1] for rank in result["ranks"]] == [[[False, False]], [[False, True]]]
@@ -119,6 +121,7 @@ AFTERWARDS = {
 }
 
 
+@pytest.mark.promise("Groups of GRPO split over two processes give the rows, gradients and metrics of one")
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_dynamic_sampling_over_two_processes(results, model, name):
     result = results[name]

@@ -44,6 +44,7 @@ def test_read_back_what_was_written(tmp_path):
     assert record["model"] == MODEL
 
 
+@pytest.mark.promise("An answer of an endpoint that was received is never lost nor asked for again")
 def test_a_crash_at_any_byte_loses_at_most_the_line_being_written(tmp_path):
     path = tmp_path / "answers.jsonl"
     fill(path, 3)

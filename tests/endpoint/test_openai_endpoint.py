@@ -213,6 +213,7 @@ def test_an_answer_that_cannot_be_read_is_drawn_again(open_session):
         assert session.complete_parsed([ask("hard")], json.loads, draws=1)[0].value is None
 
 
+@pytest.mark.promise("A key goes to the server that the user named: it is in no file, no message and no log")
 def test_the_key_goes_to_the_endpoint_and_nowhere_else(open_session, tmp_path, capfd):
     with serving(echo) as server:
         session = open_session(server)

@@ -10,10 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Message, RequestFailed, Sampling
+from qscope_posttrain.endpoint.chat import (
+    ChatRequest,
+    Message,
+    PromptTemplates,
+    RequestFailed,
+    Sampling,
+    number_field,
+    read_json,
+    text_field,
+    truth_field,
+)
 from qscope_posttrain.endpoint.models import retry_after_seconds
 from qscope_posttrain.endpoint.session import Limits
-from qscope_posttrain.endpoint.templates import PromptTemplates, number_field, read_json, text_field, truth_field
 
 
 def test_pauses_double_up_to_the_longest():

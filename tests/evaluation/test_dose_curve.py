@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from qscope_posttrain.evaluation.dose_curve import (
 from qscope_posttrain.features.dose_curve import MEANS
 from qscope_posttrain.features.find.contrast import find_contrastive_features
 from qscope_posttrain.features.steering import feature_steering
-from qscope_posttrain.models.generation import Sample, SamplingSettings, generate_samples
+from qscope_posttrain.models.generation import Sample, SamplingSettings, encode_prompts, sample_batch
 from qscope_posttrain.models.scoring import response_losses
 from qscope_posttrain.models.steering import steer
 from qscope_posttrain.sae.activations import TopK
@@ -55,13 +56,16 @@ def test_points_are_what_steering_by_hand_gives(model, tiny_tokenizer, features,
     assert [point.samples for point in curve.points] == [6, 6, 6, 6, 12, 12, 6, 6]
 
     steering = feature_steering(features, layer=3, strength=4.0)
+    prompts = encode_prompts(tiny_tokenizer, PROMPTS) * 2
+    seed = random.Random(SETTINGS.seed).getrandbits(31)
     with steer(model, steering, require_generated=False):
-        samples = generate_samples(model, tiny_tokenizer, {"all": PROMPTS}, SETTINGS)
+        responses = sample_batch(model, tiny_tokenizer, prompts, replace(SETTINGS, seed=seed))
     point = next(p for p in curve.points if (p.kind, p.strength) == (FEATURE, 4.0))
-    assert point.effect.estimate == pytest.approx(np.mean(["e" in s.response for s in samples]))
-    loss, tokens = response_losses(model, [s.prompt_tokens for s in samples], [s.tokens for s in samples])
+    shown = ["e" in tiny_tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
+    assert point.effect.estimate == pytest.approx(np.mean(shown))
+    loss, tokens = response_losses(model, prompts, [r.tokens for r in responses])
     assert point.perplexity.estimate == pytest.approx(float((loss.sum() / tokens.sum()).exp()))
-    assert point.tokens == pytest.approx(np.mean([len(s.tokens) for s in samples]))
+    assert point.tokens == pytest.approx(np.mean([len(r.tokens) for r in responses]))
     assert point.text_perplexity != curve.unsteered.text_perplexity
 
 
@@ -88,12 +92,25 @@ def test_controls_have_equal_length_in_raw_units(model, tiny_tokenizer, features
     original = steer
 
     def spy(model, *steerings, **options):
-        lengths.extend(float((s.strength * s.direction).norm()) for s in steerings)
+        lengths.extend(length for s in steerings for length in (s.strength * s.direction).norm(dim=-1).tolist())
         return original(model, *steerings, **options)
 
-    monkeypatch.setattr("qscope_posttrain.evaluation.dose_curve.steer", spy)
+    monkeypatch.setattr("qscope_posttrain.features.dose_curve.steer", spy)
     curve_of(model, tiny_tokenizer, features, unit="raw", random_vectors=torch.randn(2, 64) * 7)
     assert sorted({round(length, 4) for length in lengths}) == [2.0, 4.0]
+
+
+def test_a_component_is_projected_out_as_by_hand(model, tiny_tokenizer, features):
+    curve = curve_of(model, tiny_tokenizer, features, mode="project_out", positions="all")
+    prompts = encode_prompts(tiny_tokenizer, PROMPTS) * 2
+    seed = random.Random(SETTINGS.seed).getrandbits(31)
+    steering = feature_steering(features, layer=3, strength=4.0, mode="project_out", positions="all")
+    with steer(model, steering):
+        responses = sample_batch(model, tiny_tokenizer, prompts, replace(SETTINGS, seed=seed))
+    loss, tokens = response_losses(model, prompts, [r.tokens for r in responses])
+    point = next(p for p in curve.points if (p.kind, p.strength) == (FEATURE, 4.0))
+    assert point.perplexity.estimate == pytest.approx(float((loss.sum() / tokens.sum()).exp()))
+    assert point.perplexity != curve.unsteered.perplexity
 
 
 def test_the_best_is_affordable_or_none(model, tiny_tokenizer, features):

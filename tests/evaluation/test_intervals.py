@@ -14,6 +14,7 @@ from qscope_posttrain import intervals
 from qscope_posttrain.intervals import bootstrap_difference, bootstrap_over_prompts, rate_difference, wilson
 
 
+@pytest.mark.promise("Intervals equal scipy's or exact distributions, and cover")
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95]))
 def test_wilson_equals_scipy(counts, level):
     successes, n = counts
@@ -30,6 +31,7 @@ def test_wilson_refuses_impossible_counts(successes, n):
         wilson(successes, n)
 
 
+@pytest.mark.promise("Intervals equal scipy's or exact distributions, and cover")
 def test_bootstrap_equals_the_exact_distribution_over_all_resamples():
     outcomes = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 0]])
     means = outcomes.mean(axis=1)
@@ -75,6 +77,7 @@ def test_seed_and_chunks(monkeypatch):
     assert bootstrap_over_prompts(outcomes, resamples=1000) == pytest.approx(result)
 
 
+@pytest.mark.promise("Intervals equal scipy's or exact distributions, and cover")
 def test_coverage():
     """The 95 % interval holds the true rate in about 95 % of experiments whose prompts differ in difficulty."""
     generator = np.random.default_rng(0)

@@ -81,6 +81,9 @@ def test_the_same_model_fits(features, make_model, change, tmp_path):
     assert loaded.check_model(SAME[change](make_model())) == "fit the model"
 
 
+@pytest.mark.promise(
+    "A penalty that stays 0, features of another model and a layer that never fires are not passed over in silence"
+)
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_another_model_of_the_same_shape_is_refused(features, make_model, seed):
     with pytest.raises(ValueError, match=r"shape is the same.* agree to -?0\.[01].*Find the features on this model"):

@@ -249,6 +249,7 @@ class TestFile:
         with pytest.raises(ValueError, match="not a readable safetensors file"):
             FeatureSet.load(tmp_path / "a")
 
+    @pytest.mark.promise("A FeatureSet that was edited or cut is refused")
     @settings(max_examples=40, deadline=None)
     @given(cut=st.floats(0, 0.999))
     def test_truncated_anywhere(self, cut, tmp_path_factory):
@@ -270,6 +271,7 @@ class TestFile:
         with pytest.raises(ValueError, match="is not a FeatureSet"):
             FeatureSet.load(tmp_path / "a")
 
+    @pytest.mark.promise("A FeatureSet that was edited or cut is refused")
     @pytest.mark.parametrize(
         ("edit", "message"),
         [
@@ -308,6 +310,7 @@ class TestFile:
         with pytest.raises(ValueError, match="the FeatureSet document"):
             FeatureSet.load(_rewritten(tmp_path / "a", lambda tensors, _: (tensors, text)))
 
+    @pytest.mark.promise("A FeatureSet that was edited or cut is refused")
     @pytest.mark.parametrize(
         ("name", "change", "message"),
         [

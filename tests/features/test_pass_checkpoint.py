@@ -53,6 +53,7 @@ def assert_equal_sums(found, expected) -> None:
             assert torch.equal(getattr(found.layers[layer], name), getattr(expected.layers[layer], name)), name
 
 
+@pytest.mark.promise("Finding features goes on from its checkpoint to the same sums")
 def test_resumes_to_the_same_sums(make_model, tiny_tokenizer, texts, saes, tmp_path, reading, capfd):
     path, model = tmp_path / "pass.safetensors", make_model()
     options = {**BATCH, "checkpoint": path, "checkpoint_every": 2}
@@ -71,6 +72,7 @@ def test_resumes_to_the_same_sums(make_model, tiny_tokenizer, texts, saes, tmp_p
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
+@pytest.mark.promise("Finding features goes on from its checkpoint to the same sums")
 @pytest.mark.parametrize("change", ["texts", "settings", "sae", "weights", "damaged", "foreign"])
 def test_starts_anew_when_anything_differs(
     change, make_model, make_sae, tiny_tokenizer, texts, saes, tmp_path, reading, capfd
@@ -115,6 +117,7 @@ def _rank(rank, processes, folder, model, tokenizer, texts, saes):
     dist.destroy_process_group()
 
 
+@pytest.mark.promise("Two processes find the features of one")
 @pytest.mark.slow
 def test_two_processes_equal_one(make_model, tiny_tokenizer, texts, saes, tmp_path):
     model = make_model()

@@ -17,7 +17,7 @@ from qscope_posttrain.features.dose_curve import (
     CurvePoint,
     CurveSettings,
     Trial,
-    measure,
+    measure_loops,
     unlikely_tokens,
 )
 from qscope_posttrain.features.find.repetition_curve import SteeringCurve, choose, margin
@@ -192,7 +192,7 @@ class TestMeasure:
 
         monkeypatch.setattr(dose_curve, "sample_batch", recorded)
         samples = 20
-        points = measure(model, tokenizer, prompts, trials, samples, self.settings, seed=5, periods=(4, 8))
+        points = measure_loops(model, tokenizer, prompts, trials, samples, self.settings, seed=5, periods=(4, 8))
         assert [len(ids) for ids, _, _ in seen] == [48, 32]
         assert len({seed for _, seed, _ in seen}) == 2
         completions = [found for _, _, batch in seen for found in batch]
@@ -228,14 +228,16 @@ class TestMeasure:
         model, tokenizer, prompts = world
         trials = [Trial(FEATURE, "share", 0, unit_row(SHARE), 1.0, strength=1.0, window_length=8)]
         for periods, counted in (((1, 3), False), ((5, 99), False), ((4, 4), True), (None, True)):
-            (point,) = measure(model, tokenizer, prompts, trials, 12, self.settings, seed=1, periods=periods)
+            (point,) = measure_loops(model, tokenizer, prompts, trials, 12, self.settings, seed=1, periods=periods)
             assert point.looped > 2
             assert point.own == (point.looped if counted else 0)
 
     def test_the_same_seed_gives_the_same_points(self, world):
         model, tokenizer, prompts = world
         trials = [Trial(FEATURE, "share", 0, unit_row(SHARE), 1.0, strength=0.75, window_length=8)]
-        one, two, other = (measure(model, tokenizer, prompts, trials, 12, self.settings, seed=s) for s in (1, 1, 2))
+        one, two, other = (
+            measure_loops(model, tokenizer, prompts, trials, 12, self.settings, seed=s) for s in (1, 1, 2)
+        )
         assert one == two
         assert one != other
 

@@ -71,6 +71,9 @@ def assert_same_sums(found, expected, rtol: float, atol: float = 0.0) -> None:
             )
 
 
+@pytest.mark.promise(
+    "Sums and statistics of the feature pass equal dense loops, in any order of texts and any size of batch"
+)
 def test_sums_equal_dense_loops(make_model, tiny_tokenizer, texts, saes, statistics):
     model = make_model()
     for layer, sae in saes.items():
@@ -99,6 +102,9 @@ def test_first_tokens_and_norm_outliers_are_left_out_and_counted(make_model, tin
     assert found.texts.tolist() == [len(lines) for lines in texts.values()]
 
 
+@pytest.mark.promise(
+    "Sums and statistics of the feature pass equal dense loops, in any order of texts and any size of batch"
+)
 def test_order_of_texts_does_not_matter(make_model, tiny_tokenizer, texts, saes, statistics):
     shuffled = {language: random.Random(1).sample(lines, len(lines)) for language, lines in texts.items()}
     assert_same_sums(collect_statistics(make_model(), tiny_tokenizer, shuffled, saes), statistics, rtol=1e-12)
@@ -113,6 +119,9 @@ def test_order_of_languages_only_permutes_the_rows(make_model, tiny_tokenizer, t
         torch.testing.assert_close(flipped, statistics.layers[layer].activation_sum, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.promise(
+    "Sums and statistics of the feature pass equal dense loops, in any order of texts and any size of batch"
+)
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "qwen3_moe", "qwen3_5_text"])
 def test_batch_size_and_padding_do_not_matter(architecture, make_model, tiny_tokenizer, texts, make_sae):
     model, sae = make_model(architecture), {1: make_sae(1)}
@@ -166,6 +175,9 @@ def test_other_activations_and_padding_entries(activation, make_model, tiny_toke
     assert torch.equal(found.firing_count[2], (dense > 0).sum(0))
 
 
+@pytest.mark.promise(
+    "Sums and statistics of the feature pass equal dense loops, in any order of texts and any size of batch"
+)
 def test_moments_equal_an_explicit_covariance(make_model, tiny_tokenizer, texts, saes, statistics):
     generator = torch.Generator().manual_seed(5)
     rows, bias = torch.randn(3, 64, generator=generator), torch.randn(3, generator=generator)

@@ -61,6 +61,7 @@ def model(make_model):
 IN_TWO_PARTS = ["defaults", "truncated rows masked", "loss grpo", "loss bnpo", "loss dr_grpo"]
 
 
+@pytest.mark.promise("Every option that changes GRPO's gradient equals a loss written out by hand to 1e-5")
 @pytest.mark.parametrize(
     ("name", "accumulation"), [(name, 1) for name in OPTIONS] + [(name, 2) for name in IN_TWO_PARTS]
 )
@@ -87,6 +88,7 @@ def test_the_cases_hold_what_the_options_are_about(model, tiny_tokenizer):
     assert outcome.flags == [[False, False, False, True] * 2]
 
 
+@pytest.mark.promise("Every option that changes GRPO's gradient equals a loss written out by hand to 1e-5")
 def test_two_negatives_in_a_group(model, tiny_tokenizer):
     rows = [ended(7, 0.5), cut(-0.2), looping(-1.0, first=200, negative=True), looping(-0.7, first=300, negative=True)]
     outcome = run_prescribed(model, tiny_tokenizer, [rows], negatives_per_group=2, per_device_train_batch_size=4)
@@ -148,6 +150,7 @@ class KeepModels(TrainerCallback):
         self.models.append(kept)
 
 
+@pytest.mark.promise("Every option that changes GRPO's gradient equals a loss written out by hand to 1e-5")
 @pytest.mark.parametrize(("level", "rate"), [("token", 3e-3), ("sequence", 5e-4)])
 def test_second_step_on_the_same_rows_is_clipped(model, tiny_tokenizer, level, rate):
     keep = KeepModels(model)
@@ -180,6 +183,7 @@ def dynamic(model, tokenizer, batches, **options):
     return run_prescribed(model, tokenizer, batches, dynamic_sampling=True, **options)
 
 
+@pytest.mark.promise("Every option that changes GRPO's gradient equals a loss written out by hand to 1e-5")
 def test_a_dead_group_is_drawn_again(model, tiny_tokenizer):
     living = ROWS[:4]
     again = [ended(4, 0.1, first=400), ended(8, 0.7, first=410), cut(0.2, first=420), ROWS[3]]
@@ -196,6 +200,7 @@ def test_a_dead_group_is_drawn_again(model, tiny_tokenizer):
     assert logged["dynamic_sampling/left_dead"] == 0
 
 
+@pytest.mark.promise("Every option that changes GRPO's gradient equals a loss written out by hand to 1e-5")
 def test_a_group_that_stays_dead_leaves_the_loss(model, tiny_tokenizer):
     batches = [[*ROWS[:4], *dead(240)], dead(310), dead(400)]
     outcome = dynamic(model, tiny_tokenizer, batches, dynamic_sampling_attempts=2)

@@ -98,6 +98,10 @@ VARIANTS = {
 }
 
 
+@pytest.mark.promise(
+    "Without negatives GRPO is bit-identical to GRPOTrainer: losses and parameters of 10 steps, with "
+    "accumulation, num_iterations=2, LoRA and evaluation"
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_negatives_is_bit_identical(model, tiny_tokenizer, name):
     options, functions = VARIANTS[name], [reward]
@@ -121,6 +125,10 @@ def test_the_only_values_of_trl_that_are_not_trls(tmp_path):
     assert ours.soft_overlong_cache == ours.max_completion_length // 5
 
 
+@pytest.mark.promise(
+    "Without negatives GRPO is bit-identical to GRPOTrainer: losses and parameters of 10 steps, with "
+    "accumulation, num_iterations=2, LoRA and evaluation"
+)
 @pytest.mark.slow
 def test_lora_with_kl_is_bit_identical(model, tiny_tokenizer):
     adapted, kl = with_lora(copy.deepcopy(model)), {"beta": 0.05}
@@ -140,6 +148,7 @@ def test_negatives_change_the_run(model, tiny_tokenizer):
     assert not all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), plain.model.parameters(), strict=True))
 
 
+@pytest.mark.promise("Evaluation is never steered")
 def test_evaluation_is_never_steered(model, tiny_tokenizer):
     def evaluate(cls, args):
         seen = []
@@ -166,6 +175,7 @@ def test_evaluation_is_never_steered(model, tiny_tokenizer):
     assert not any("negative" in name for name in ours)
 
 
+@pytest.mark.promise("Evaluation is never steered")
 def test_evaluation_in_the_middle_of_training_is_not_steered(model, tiny_tokenizer):
     flags = []
 

@@ -43,6 +43,10 @@ def one_step(model, rows, callback, tokenizer, **arguments):
     return keep.gradients, trainer
 
 
+@pytest.mark.promise(
+    "The gradient of SFT with the penalty equals an explicitly written loss to 1e-6: padded, padding-free and "
+    "packed batches, accumulation, no, non-reentrant and reentrant checkpointing, full and LoRA"
+)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -70,6 +74,9 @@ def test_gradient_equals_the_written_out_loss(cases, tiny_tokenizer, batches, ac
     assert logs["sasft/hook_calls"] == 1
 
 
+@pytest.mark.promise(
+    "The gradient stays that of the written-out loss in mixtures of experts and hybrid models, and under torch.compile"
+)
 @pytest.mark.parametrize(
     ("architecture", "batch", "overrides"),
     [
@@ -125,6 +132,9 @@ def test_paper_normalisation_is_a_mean_over_penalised_tokens_of_the_whole_window
         assert logged == pytest.approx(penalty * 3 * counted / penalised, rel=1e-5)
 
 
+@pytest.mark.promise(
+    "The gradient stays that of the written-out loss in mixtures of experts and hybrid models, and under torch.compile"
+)
 @pytest.mark.slow
 def test_gradient_under_torch_compile(cases, tiny_tokenizer):
     model, features, rows, (expected, _, _) = cases["full"]

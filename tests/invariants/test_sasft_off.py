@@ -43,6 +43,9 @@ def plain(model, tiny_tokenizer):
     return train(model, [], tiny_tokenizer)
 
 
+@pytest.mark.promise(
+    "Weight 0 trains bit-identically to plain SFTTrainer: losses and parameters of 20 steps, dropout on"
+)
 @pytest.mark.parametrize("kind", ["sasft", "token penalty", "anchor"])
 def test_weight_zero_is_bit_identical(model, plain, tiny_tokenizer, kind):
     features = make_features(model)
@@ -65,6 +68,7 @@ def test_a_weight_changes_the_run(model, plain, tiny_tokenizer):
     assert losses(trainer) != losses(plain)
 
 
+@pytest.mark.promise("An SFT run that is resumed equals an unbroken one bit for bit")
 def test_resumed_equals_uninterrupted(model, tiny_tokenizer, tmp_path):
     features = make_features(model)
 
@@ -86,6 +90,7 @@ def test_resumed_equals_uninterrupted(model, tiny_tokenizer, tmp_path):
         train(model, [callback(seed=5)], tiny_tokenizer, resume=checkpoint)
 
 
+@pytest.mark.promise("Resuming SFT with other features or settings is refused")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "change", "message"),
@@ -108,6 +113,7 @@ def test_resuming_with_another_loss_is_refused(model, tiny_tokenizer, tmp_path, 
         train(model, [make(**change)], tiny_tokenizer, resume=checkpoint, max_steps=2)
 
 
+@pytest.mark.promise("Resuming SFT with other features or settings is refused")
 def test_resuming_a_plain_checkpoint_with_sasft_is_refused(model, tiny_tokenizer, tmp_path):
     train(model, [], tiny_tokenizer, max_steps=1, save_strategy="steps", save_steps=1, output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="trained without qscope_posttrain/sasft"):

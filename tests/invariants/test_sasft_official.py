@@ -50,6 +50,7 @@ def published_gradients(model, features, micro_batches, languages, zero_threshol
     return {name: p.grad for name, p in model.named_parameters()}, sum(penalties)
 
 
+@pytest.mark.promise('normalization="official" equals the published formula, its dependence on accumulation included')
 @pytest.mark.parametrize("threshold", ["language_mean", "zero"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_official_equals_the_published_formula(make_model, tiny_tokenizer, accumulation, threshold):
@@ -78,6 +79,7 @@ def test_official_equals_the_published_formula(make_model, tiny_tokenizer, accum
     assert trainer.state.log_history[0]["sasft/penalty"] == pytest.approx(penalty, rel=1e-5)
 
 
+@pytest.mark.promise('normalization="official" equals the published formula, its dependence on accumulation included')
 def test_official_weight_grows_with_accumulation_and_token_mean_does_not(make_model, tiny_tokenizer):
     model = case_model(make_model)
     features = make_features(model)

@@ -6,44 +6,22 @@ import copy
 
 import pytest
 import torch
-from sft.cases import (
-    KeepGradients,
-    make_rows,
-    make_trainer,
-    relative_error,
-    with_lora,
+from invariants.by_hand import (
+    TARGETS,
+    WEIGHT,
+    divergence_by_hand,
+    gradients_by_hand,
+    moved,
+    rows_with_target_tokens,
+    sasft_by_hand,
+    tokens_by_hand,
 )
-from torch.nn.functional import cross_entropy
+from sft.cases import KeepGradients, make_trainer, relative_error, with_lora
 
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
 
-TARGETS = torch.arange(100, 140)
-WEIGHT = 0.4
-ROWS = make_rows(8)
-# A response that contains target tokens, which "skip_target_labels" is about.
-ROWS[0]["input_ids"][-3:] = ROWS[0]["labels"][-3:] = [100, 101, 139]
-
-
-def gradients_by_hand(model, features, term, normaliser, target="zh"):
-    """Rows run alone, all graphs kept; `term(list of row records) -> scalar sum`, divided by `normaliser` rows."""
-    model = copy.deepcopy(model).train()
-    states = {}
-    blocks = [module for name, module in model.named_modules() if name.split(".")[-2:-1] == ["layers"]]
-    for number, block in enumerate(blocks):
-        block.register_forward_hook(lambda module, args, output, number=number: states.__setitem__(number, output))
-    records, ce, count = [], torch.zeros(()), 0
-    for row in ROWS:
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
-        labels = torch.tensor(row["labels"])
-        ce = ce + cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
-        count += int((labels[1:] != -100).sum())
-        records.append({"row": row, "logits": logits, "labels": labels, "states": {k: h[0] for k, h in states.items()}})
-    others = [record for record in records if record["row"]["language"] != target]
-    penalised = sum(int((record["labels"][1:] != -100).sum()) for record in others)
-    divisor = {"token_mean": count, "paper": penalised}[normaliser]
-    (ce / count + term(others) / divisor).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+ROWS = rows_with_target_tokens()
 
 
 def one_step(model, callback, tokenizer, **arguments):
@@ -63,6 +41,7 @@ def probability(record):
     return record["logits"].softmax(-1)[:, TARGETS].sum(-1)
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.parametrize("positions", ["response", "predicting"])
 @pytest.mark.parametrize("normalization", ["token_mean", "paper"])
 def test_combined_decoder_readout(model, features, tiny_tokenizer, positions, normalization):
@@ -87,29 +66,17 @@ def test_combined_decoder_readout(model, features, tiny_tokenizer, positions, no
         normalization=normalization, **options,
     )  # fmt: skip
     found, _ = one_step(model, callback, tiny_tokenizer)
-    assert relative_error(found, gradients_by_hand(model, features, term, normalization)) <= 1e-6
-    plain = gradients_by_hand(model, features, lambda others: torch.zeros(()), normalization)
+    assert relative_error(found, gradients_by_hand(model, ROWS, term, normalization)) <= 1e-6
+    plain = gradients_by_hand(model, ROWS, lambda others: torch.zeros(()), normalization)
     assert relative_error(found, plain) > 0.01
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 def test_the_default_form(model, features, tiny_tokenizer):
     """Per layer, decoder directions weighted by ReLU(nu), in standard deviations, at predicting positions."""
 
-    def term(others):
-        total = torch.zeros(())
-        for layer, rows in features.layers.items():
-            weights = rows.scores.relu() / rows.scores.relu().sum()
-            pooled = [features.language_index(name) for name in ("en", "fr")]
-            sigma = features.layers[layer].pooled_std("decoder", pooled, weights.double()).float()
-            for record in others:
-                alpha = rows.decoder_mean[features.languages.index(record["row"]["language"])] @ weights
-                excess = torch.relu((record["states"][layer] @ rows.decoder.T @ weights - alpha) / sigma)
-                response = record["labels"] != -100
-                total = total + excess[torch.cat([response[1:], torch.tensor([False])])].sum()
-        return WEIGHT * total
-
     found, _ = one_step(model, SASFTCallback(features, weight=WEIGHT), tiny_tokenizer)
-    assert relative_error(found, gradients_by_hand(model, features, term, "token_mean")) <= 1e-6
+    assert relative_error(found, gradients_by_hand(model, ROWS, sasft_by_hand(features))) <= 1e-6
 
 
 def start_of(model, how):
@@ -118,14 +85,11 @@ def start_of(model, how):
         start = copy.deepcopy(model)
         start.disable_adapter_layers()
         return start, None
-    start = copy.deepcopy(model)
-    if how == "given":
-        for parameter in start.parameters():
-            parameter.data = parameter.data * 0.95
-        return start, start
-    return start, None
+    start = moved(model)
+    return start, start
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["given", "adapter"])
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -133,24 +97,17 @@ def test_anchor(model, features, tiny_tokenizer, how, accumulation):
     trained = with_lora(copy.deepcopy(model)) if how == "adapter" else model
     start, given = start_of(trained, how)
 
+    kept = [i for i in range(512) if i not in TARGETS.tolist()]
+
     def term(others):
-        total = torch.zeros(())
-        kept = [i for i in range(512) if i not in TARGETS.tolist()]
-        for record in others:
-            with torch.no_grad():
-                reference = start(input_ids=torch.tensor([record["row"]["input_ids"]])).logits[0]
-            p, q = reference[:, kept].log_softmax(-1), record["logits"][:, kept].log_softmax(-1)
-            for t in range(len(p) - 1):
-                if record["labels"][t + 1] != -100:
-                    total = total + (p[t].exp() * (p[t] - q[t])).sum()
-        return WEIGHT * total
+        return WEIGHT * sum(divergence_by_hand(record, start, kept) for record in others)
 
     callback = SASFTCallback(features, weight=0.0, anchor_weight=WEIGHT, target_token_ids=TARGETS, anchor_model=given)
     found, logs = one_step(
         trained, callback, tiny_tokenizer,
         per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
-    assert relative_error(found, gradients_by_hand(trained, features, term, "token_mean")) <= 2e-6
+    assert relative_error(found, gradients_by_hand(trained, ROWS, term, "token_mean")) <= 2e-6
     assert logs["sasft/anchor"] > 1e-4
     assert logs["sasft/hook_calls"] == 1
 
@@ -166,6 +123,7 @@ def test_anchor_to_a_frozen_copy_starts_at_zero_and_grows(model, features, tiny_
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("normalization", ["token_mean", "paper"])
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -185,7 +143,7 @@ def test_token_penalty(model, features, tiny_tokenizer, skip, normalization, acc
                 chosen.append(float(p[t].detach()))
         return WEIGHT * total
 
-    expected = gradients_by_hand(model, features, term, normalization)
+    expected = gradients_by_hand(model, ROWS, term, normalization)
     callback = TokenPenaltyCallback(
         "zh", WEIGHT, languages=features.languages, normalization=normalization, target_token_ids=TARGETS,
         skip_target_labels=skip,
@@ -198,14 +156,6 @@ def test_token_penalty(model, features, tiny_tokenizer, skip, normalization, acc
     assert logs["token_penalty/target_probability"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
 
 
-def divergence(record, start, kept):
-    """KL of a row's positions that predict a response token, over the tokens `kept`."""
-    with torch.no_grad():
-        reference = start(input_ids=torch.tensor([record["row"]["input_ids"]])).logits[0]
-    p, q = reference[:, kept].log_softmax(-1), record["logits"][:, kept].log_softmax(-1)
-    return sum((p[t].exp() * (p[t] - q[t])).sum() for t in range(len(p) - 1) if record["labels"][t + 1] != -100)
-
-
 LAYOUTS = [
     {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -213,35 +163,25 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "accumulated", "padding-free"])
 @pytest.mark.parametrize("normalization", ["token_mean", "paper"])
 def test_token_penalty_with_an_anchor(model, features, tiny_tokenizer, layout, normalization):
     """Without a FeatureSet and without a list of languages."""
     start, given = start_of(model, "given")
-    kept = [i for i in range(512) if i not in TARGETS.tolist()]
-
-    def term(others):
-        total = torch.zeros(())
-        for record in others:
-            p = probability(record)
-            for t in range(len(p) - 1):
-                if record["labels"][t + 1] != -100 and record["labels"][t + 1] not in TARGETS:
-                    total = total - WEIGHT * torch.log(1 - p[t])
-            total = total + WEIGHT * divergence(record, start, kept)
-        return total
-
     callback = TokenPenaltyCallback(
         weight=WEIGHT, anchor_weight=WEIGHT, target_token_ids=TARGETS, anchor_model=given, normalization=normalization
     )
     found, logs = one_step(model, callback, tiny_tokenizer, **layout)
-    expected = gradients_by_hand(model, features, term, normalization)
+    expected = gradients_by_hand(model, ROWS, tokens_by_hand(start), normalization)
     assert relative_error(found, expected) <= 1e-6
-    assert relative_error(gradients_by_hand(model, features, lambda _: torch.zeros(()), normalization), expected) > 0.01
+    assert relative_error(gradients_by_hand(model, ROWS, lambda _: torch.zeros(()), normalization), expected) > 0.01
     assert logs["token_penalty/anchor"] > 1e-4
     assert logs["token_penalty/hook_calls"] == 1
 
 
+@pytest.mark.promise("Readouts, token penalty and KL anchor have the gradients of their formulas")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "accumulated", "padding-free"])
 @pytest.mark.parametrize("target", [None, "zh"])
 def test_the_anchor_alone(model, features, tiny_tokenizer, layout, target):
@@ -255,9 +195,9 @@ def test_the_anchor_alone(model, features, tiny_tokenizer, layout, target):
     found, logs = one_step(model, callback, tiny_tokenizer, **layout)
 
     def term(records):
-        return WEIGHT * sum(divergence(record, start, kept) for record in records)
+        return WEIGHT * sum(divergence_by_hand(record, start, kept) for record in records)
 
-    expected = gradients_by_hand(model, features, term, "token_mean", target=target)
+    expected = gradients_by_hand(model, ROWS, term, "token_mean", target=target)
     assert relative_error(found, expected) <= 1e-6
     assert logs["kl_anchor/divergence"] > 1e-4
     assert logs["kl_anchor/hook_calls"] == 1

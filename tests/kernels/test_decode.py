@@ -29,6 +29,7 @@ def dense(values, indices, W_dec, b_dec):
     return code @ W_dec if b_dec is None else code @ W_dec + b_dec
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
     ("tokens", "width", "d_sae", "d_model"),
@@ -56,6 +57,7 @@ def test_value_and_gradients_against_float64(dtype, tokens, width, d_sae, d_mode
         torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=tolerance, atol=2 * tolerance * scale)
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 def test_gradcheck_with_duplicate_indices():
     values, _, W_dec, b_dec = case(4, 3, 5, 6, torch.float64)
     indices = torch.tensor([[0, 0, 1], [4, 4, 4], [2, 3, 1], [0, 1, 0]])
@@ -177,6 +179,7 @@ def test_nothing_large_is_made():
     assert largest.elements < min(tokens * d_sae, tokens * width * d_model)
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 def test_opcheck():
     values, indices, W_dec, b_dec = case(5, 3, 7, 4)
     inputs = [tensor.requires_grad_() for tensor in (values, W_dec, b_dec)]
@@ -187,6 +190,7 @@ def test_opcheck():
     torch.library.opcheck(_weight_gradient, (gradient, values.detach(), indices, 7))
 
 
+@pytest.mark.promise("Operators compile without a graph break")
 def test_compiles_without_a_graph_break():
     values, indices, W_dec, b_dec = case(5, 3, 7, 4)
     weight = W_dec.clone().requires_grad_()

@@ -47,6 +47,7 @@ def test_exact_products_are_encoded_exactly(
         assert torch.equal(indices.long(), expected[1])
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d_model", "d_sae", "k"), [(48, 500, 1), (100, 3000, 50), (100, 5000, 100)])
 def test_random_products_agree_with_float64(dtype: torch.dtype, d_model: int, d_sae: int, k: int) -> None:
@@ -114,6 +115,7 @@ def test_nan_and_inf_rows_change_no_other_row(precision: str, dtype: torch.dtype
     assert where[1].tolist() == list(range(20))
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tiles", [(None, None), (3, 5)])
@@ -178,6 +180,7 @@ def test_strides_dtype_of_x_and_autocast_do_not_matter() -> None:
     torch.testing.assert_close(backward_x.grad, dense(torch.ones(12, 9), indices, 600).mul(1.0) @ W_enc)
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, W_enc, b_enc = (tensor.requires_grad_() for tensor in random_inputs(5, 8, 30, dtype))
@@ -186,6 +189,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(op, (x, W_enc, b_enc, 4, fp32, relu, *tiles), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.promise("Operators compile without a graph break")
 def test_compiles_without_a_graph_break() -> None:
     inputs = [tensor.requires_grad_() for tensor in random_inputs(6, 8, 40, torch.float32)]
     for precision in ("model", "certified"):

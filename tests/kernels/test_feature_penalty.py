@@ -85,6 +85,7 @@ def test_autocast_changes_nothing():
     assert torch.equal(low, feature_preactivations(x.bfloat16().float(), rows, bias))
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weighted", [True, False])
@@ -105,6 +106,7 @@ def test_penalty_against_float64(dtype, shape, weighted):
     torch.testing.assert_close(back.double(), coefficients @ rows.double(), rtol=rounding, atol=1e-4)
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 def test_penalty_gradcheck():
     x, rows, bias, thresholds, groups, mask, weights = case(6, 3, 4, torch.float64)
     assert torch.autograd.gradcheck(
@@ -212,6 +214,7 @@ def test_only_a_bool_per_token_and_feature_is_saved():
     assert shapes == [((3, 40), torch.float32), ((64, 3), torch.bool)]
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 def test_opcheck():
     x, rows, bias, thresholds, groups, mask, weights = case(6, 3, 4)
     for leaf in (x.clone().requires_grad_(), x.bfloat16().requires_grad_()):
@@ -223,6 +226,7 @@ def test_opcheck():
     torch.library.opcheck(_penalty_gradient, (torch.randn(3), torch.rand(6, 3) > 0.5, weights, rows, torch.bfloat16))
 
 
+@pytest.mark.promise("Operators compile without a graph break")
 def test_compiles_without_a_graph_break():
     x, rows, bias, thresholds, groups, mask, weights = case(6, 3, 4)
 

@@ -14,6 +14,7 @@ from qscope_posttrain.kernels.select import topk_product
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-40, -1e-40, 2.0, 3.0, -1.0]
 
 
+@pytest.mark.promise("Triton kernels give what torch gives, in Triton's interpreter")
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(12, 60), st.integers(0, 99), st.booleans())
 def test_selection_is_a_stable_sort(
@@ -63,6 +64,7 @@ def test_wide_tiles_are_launched_in_pieces(triton_device: torch.device) -> None:
     assert torch.equal(indices.long(), expected)
 
 
+@pytest.mark.promise("Triton kernels on a GPU")
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

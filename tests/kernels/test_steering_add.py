@@ -29,6 +29,7 @@ def bits(tensor):
     return tensor.contiguous().view(BITS[tensor.dtype.itemsize])
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape", [(2, 3, 8, 1), (3, 5, 33, 4), (1, 1, 1, 16), (0, 3, 8, 2), (2, 0, 8, 2), (2, 3, 8, 0)]
@@ -73,6 +74,7 @@ def test_strides_and_broadcast_strengths():
     assert torch.equal(steer_add(strided, directions, per_row), expected)
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 def test_gradcheck():
     inputs = [tensor.requires_grad_() for tensor in case(2, 3, 4, 2, torch.float64)]
     assert torch.autograd.gradcheck(steer_add, inputs)

@@ -70,6 +70,7 @@ def test_nan_and_inf_rows_change_no_other_row(encode) -> None:  # type: ignore[n
     torch.testing.assert_close(code, pre.where(pre >= bound, 0))
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 @pytest.mark.parametrize("tiles", TILES)
 def test_gradcheck(tiles: tuple) -> None:
     inputs = [tensor.requires_grad_() for tensor in random_inputs(5, 4, 12, torch.float64)]
@@ -79,6 +80,7 @@ def test_gradcheck(tiles: tuple) -> None:
         )
 
 
+@pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 def test_opcheck() -> None:
     x, W_enc, b_enc = (tensor.requires_grad_() for tensor in random_inputs(5, 8, 30, torch.float32))
     ops = torch.ops.qscope_posttrain
@@ -87,6 +89,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.batch_topk_encode.default, (x, W_enc, b_enc, 4, True, 2, 7))
 
 
+@pytest.mark.promise("Operators compile without a graph break")
 def test_compiles_without_a_graph_break() -> None:
     x, W_enc, b_enc = random_inputs(6, 8, 40, torch.float32)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):

@@ -29,6 +29,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=8 * tolerance)
 
 
+@pytest.mark.promise("Triton kernels give what torch gives, in Triton's interpreter")
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_sparse_decode(triton_device, dtype, with_bias):
@@ -69,6 +70,7 @@ def test_strided_and_expanded_biases_are_read_right(triton_device, column):
     assert_close(found[0], expected[0].cpu())
 
 
+@pytest.mark.promise("Triton kernels give what torch gives, in Triton's interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d_model", [1, 21, 600])
 def test_chosen_preactivations(triton_device, dtype, d_model):
@@ -100,6 +102,7 @@ def test_sparse_decode_of_nothing(triton_device):
     assert torch.equal(sum_rows(empty, empty.int(), table, segments=2, bias=bias), bias.expand(2, -1))
 
 
+@pytest.mark.promise("Triton kernels give what torch gives, in Triton's interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "features", "d_model"), [(1, 1, 16), (37, 16, 70), (33, 65, 20), (0, 3, 8), (4, 0, 8)]
@@ -118,6 +121,7 @@ def test_readout_and_back(triton_device, dtype, tokens, features, d_model):
     assert_close(found, input_gradient(gradient, rows, dtype))
 
 
+@pytest.mark.promise("Triton kernels give what torch gives, in Triton's interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_weights", [True, False])
 @pytest.mark.parametrize(("tokens", "features", "d_model"), [(37, 3, 70), (33, 70, 20), (0, 3, 8)])
@@ -154,6 +158,7 @@ def test_a_nan_of_a_counted_token_shows(triton_device):
     assert bool(sums.isnan().all())
 
 
+@pytest.mark.promise("Triton kernels give what torch gives, in Triton's interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics(triton_device, dtype):
     from qscope_posttrain.kernels.triton.statistics import feature_statistics_
@@ -177,6 +182,7 @@ def test_statistics(triton_device, dtype):
     assert torch.equal(found[2].cpu(), expected[2])
 
 
+@pytest.mark.promise("Triton kernels give what torch gives, in Triton's interpreter")
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_steering(triton_device, dtype):
     from qscope_posttrain.kernels.triton.steering import steer_add

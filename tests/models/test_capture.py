@@ -153,6 +153,10 @@ def test_tuple_output_gives_its_first_entry_whatever_the_batch():
     assert hidden_states(hidden) is hidden
 
 
+@pytest.mark.promise(
+    "Layers are found and read in Qwen3, Qwen3-MoE, Qwen3.5, Llama, Mistral, Gemma 2 and 3, GPT-2, multimodal "
+    "wrappers, PEFT, DDP and torch.compile"
+)
 @pytest.mark.slow
 def test_compiled_model_captures_with_gradient_and_compiles_once(make_model):
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -179,6 +183,10 @@ def one_process_group(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.promise(
+    "Layers are found and read in Qwen3, Qwen3-MoE, Qwen3.5, Llama, Mistral, Gemma 2 and 3, GPT-2, multimodal "
+    "wrappers, PEFT, DDP and torch.compile"
+)
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_ddp(make_model, one_process_group):
     model = make_model().train()
@@ -268,6 +276,7 @@ def test_forward_that_skips_the_layer_is_an_error(make_model):
     assert hooks_of(model) == 0
 
 
+@pytest.mark.promise("Liger's layers are read as the plain ones")
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="liger-kernel's Triton kernels need a GPU")
 def test_liger_layers(make_model):

@@ -92,6 +92,10 @@ def build_multimodal(name: str) -> transformers.PreTrainedModel:
         return transformers.LlavaForConditionalGeneration(config).eval()
 
 
+@pytest.mark.promise(
+    "Layers are found and read in Qwen3, Qwen3-MoE, Qwen3.5, Llama, Mistral, Gemma 2 and 3, GPT-2, multimodal "
+    "wrappers, PEFT, DDP and torch.compile"
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_text_architecture(make_model, architecture):
     model = make_model(architecture)
@@ -101,6 +105,10 @@ def test_every_text_architecture(make_model, architecture):
     assert text_config(model) is model.config
 
 
+@pytest.mark.promise(
+    "Layers are found and read in Qwen3, Qwen3-MoE, Qwen3.5, Llama, Mistral, Gemma 2 and 3, GPT-2, multimodal "
+    "wrappers, PEFT, DDP and torch.compile"
+)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_multimodal_wrapper_gives_the_text_decoder(name):
     model = build_multimodal(name)
@@ -261,6 +269,10 @@ def test_backbone_without_head(make_model):
         output_embedding(backbone)
 
 
+@pytest.mark.promise(
+    "Layers are found and read in Qwen3, Qwen3-MoE, Qwen3.5, Llama, Mistral, Gemma 2 and 3, GPT-2, multimodal "
+    "wrappers, PEFT, DDP and torch.compile"
+)
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
 def test_peft(make_model, task_type):
     model = make_model()
@@ -281,6 +293,10 @@ def test_peft_saving_embedding_and_norm(make_model):
     assert final_norm(wrapped) is model.model.norm
 
 
+@pytest.mark.promise(
+    "Layers are found and read in Qwen3, Qwen3-MoE, Qwen3.5, Llama, Mistral, Gemma 2 and 3, GPT-2, multimodal "
+    "wrappers, PEFT, DDP and torch.compile"
+)
 def test_compiled_and_nested_wrappers(make_model):
     model = make_model()
     layers = model.model.layers

@@ -49,6 +49,7 @@ def full_logits(model, sequences, prompt_mask=MASK):
         return model(sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, WIDTH - 1 : -1]
 
 
+@pytest.mark.promise("Steering while decoding with a cache equals one full forward")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "positions",
@@ -138,6 +139,7 @@ def test_the_first_generated_token_is_chosen_before_any_is_read(make_model, dire
     assert not torch.allclose(steered.logits[1], plain.logits[1])
 
 
+@pytest.mark.promise("Rows that are not steered are bit-identical")
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2", "gemma3_text", "qwen3_5_text"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("positions", ["all", "generated", Window(1, 2)], ids=["all", "generated", "window"])

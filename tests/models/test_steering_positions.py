@@ -97,6 +97,7 @@ def test_a_row_that_is_not_steered_needs_no_direction(make_model):
         assert torch.equal(forward_to_layer(model, [1], input_ids=IDS)[1][1], plain[1])
 
 
+@pytest.mark.promise("Rows that are not steered are bit-identical")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["add", "project_out", "ablate", "clamp"])
 @pytest.mark.parametrize("positions", ["all", Window(torch.tensor([1, 2, 0]), 3)], ids=["all", "window"])

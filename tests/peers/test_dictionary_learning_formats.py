@@ -37,6 +37,9 @@ def save(module: torch.nn.Module, folder: Path, name: str | None, **more: object
         (folder / "config.json").write_text(json.dumps({"trainer": trainer | more, "buffer": {"ctx_len": 128}}))
 
 
+@pytest.mark.promise(
+    "Files made by SAELens, sparsify and dictionary_learning give their codes and reconstructions to 1e-5"
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class(tmp_path: Path, name: str) -> None:
     theirs = CLASSES[name]()

@@ -25,6 +25,9 @@ def made(architecture: str, **options: object):  # type: ignore[no-untyped-def]
     return sae
 
 
+@pytest.mark.promise(
+    "Files made by SAELens, sparsify and dictionary_learning give their codes and reconstructions to 1e-5"
+)
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 @pytest.mark.parametrize(
     ("architecture", "options"),
@@ -47,6 +50,9 @@ def test_inference_saes(tmp_path: Path, architecture: str, options: dict[str, ob
     assert (ours.layer, ours.source.format) == (5, "sae_lens")
 
 
+@pytest.mark.promise(
+    "Files made by SAELens, sparsify and dictionary_learning give their codes and reconstructions to 1e-5"
+)
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -22,6 +22,9 @@ def made(folder: Path, **options: object):  # type: ignore[no-untyped-def]
     return coder
 
 
+@pytest.mark.promise(
+    "Files made by SAELens, sparsify and dictionary_learning give their codes and reconstructions to 1e-5"
+)
 @pytest.mark.parametrize(
     "options",
     [{}, {"normalize_decoder": False}, {"num_latents": 0, "expansion_factor": 4}],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pandas
@@ -25,6 +26,8 @@ from rl.cases import (
     small_model,
 )
 
+from qscope_posttrain.rl import metrics
+from qscope_posttrain.rl.metrics import NegativeWatch
 from qscope_posttrain.rl.trainer import SteeredGRPOTrainer
 
 ROWS = prescribed()
@@ -170,3 +173,32 @@ def test_tables_of_batches_with_and_without_negatives(model, tiny_tokenizer):
     assert evaluation == [[False] * 4] * 2
     found = [table["steered"].tolist() for table in tables(trainer)]
     assert found == [*training[:2], evaluation[0], *training[3:5], evaluation[1]]
+
+
+@pytest.mark.promise(
+    "Negatives that change nothing for 20 batches are warned of: all dropped by the gate, or not steered"
+)
+class TestIdleNegatives:
+    def look(self, *windows):
+        watch = NegativeWatch()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for values in windows:
+                watch.look(values)
+        return [str(one.message) for one in caught]
+
+    def test_all_are_dropped(self):
+        dropped = {"negative/kept": 0.0, "negative/rows": 2.0}
+        (said,) = self.look(*[dropped, {"negative/rows": 0.0}] * 50)  # a batch may have no negative
+        assert "negative/kept has been 0 in 20 batches in a row: the gate drops every negative" in said
+        assert self.look(*[dropped] * 19, {"negative/kept": 0.5}, *[dropped] * 19) == []
+
+    def test_nothing_is_steered(self):
+        (said,) = self.look(*[{"negative/log_ratio": 1e-5, "negative/kept": 1.0}] * 20)
+        assert "negative/log_ratio has been 0 in 20 batches in a row" in said
+        assert self.look(*[{"negative/log_ratio": -0.02}] * 40) == []
+
+    def test_in_a_training(self, model, tiny_tokenizer, monkeypatch):
+        monkeypatch.setattr(metrics, "IDLE_BATCHES", 1)
+        with pytest.warns(UserWarning, match="the gate drops every negative"):
+            run_prescribed(model, tiny_tokenizer, [prescribed(loops=False)])

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def checkpoints(model, tiny_tokenizer, tmp_path_factory):
     return folders
 
 
+@pytest.mark.promise("Resuming GRPO with other negatives, settings or features is refused")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -97,6 +99,7 @@ def test_settings_of_one_run_only_are_named_without_values(model, tiny_tokenizer
     assert "None" not in str(raised.value)
 
 
+@pytest.mark.promise("Resuming GRPO with other negatives, settings or features is refused")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_settings(model, tiny_tokenizer, checkpoints, tmp_path, name):
@@ -106,6 +109,7 @@ def test_other_settings(model, tiny_tokenizer, checkpoints, tmp_path, name):
         resumed.train(resume_from_checkpoint=checkpoints["seeded"])
 
 
+@pytest.mark.promise("Resuming GRPO with other negatives, settings or features is refused")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
@@ -154,6 +158,7 @@ def forgetful(folder, tmp_path):
     return str(copied)
 
 
+@pytest.mark.promise("Resuming GRPO with other negatives, settings or features is refused")
 def test_a_checkpoint_without_a_record(model, tiny_tokenizer, checkpoints, tmp_path):
     """As for SASFT: nobody knows what it was trained with. Without negatives that does not matter."""
     resumed = build(model, tiny_tokenizer, tmp_path, max_steps=2)
@@ -183,3 +188,12 @@ def test_the_same_trainer_resumes_its_own_checkpoint(model, tiny_tokenizer, tmp_
     trainer.train()
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer.state.global_step == 2
+
+
+def test_rollouts_of_another_engine_are_another_run():
+    one, other = (
+        run_identity(SimpleNamespace(use_vllm=engine, dynamic_sampling=False), None, None, [])
+        for engine in (False, True)
+    )
+    assert one != other
+    assert other["rollout_engine"] == "vllm"

@@ -135,6 +135,7 @@ NEGATIVES = {
 }
 
 
+@pytest.mark.promise("A GRPO run that is resumed equals an unbroken one bit for bit")
 @pytest.mark.parametrize(
     "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("grpo", "off")), "steered", "seeded"]
 )

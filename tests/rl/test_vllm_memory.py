@@ -24,6 +24,7 @@ def meta(config):
         return AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.promise("The memory that vLLM needs is foretold for published models")
 def test_published_models():
     """8.19 and 30.5 billion parameters; 8 and 4 heads of keys and values of width 128 on 36 and 48 layers."""
     dense = vllm_memory(meta(QWEN3_8B), 4096)

@@ -65,6 +65,7 @@ def test_huggingface_hub_finds_what_was_fetched(hub: LoopbackHub) -> None:
     assert len(hub.ranges) == 1
 
 
+@pytest.mark.promise("A download that was killed goes on where it was")
 @pytest.mark.slow
 def test_a_killed_download_goes_on_where_it_was(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.stall_after = 24 << 20
@@ -113,6 +114,7 @@ def test_a_transfer_that_fails_keeps_its_part_and_says_how_to_go_on(hub, monkeyp
     assert [part.read_bytes() for part in tmp_path.rglob("*.incomplete")] == [b"12345"]
 
 
+@pytest.mark.promise("A downloaded file is the one that the hub promised")
 def test_wrong_content_is_thrown_away(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.promised_etag = "0" * 64
     with pytest.raises(ValueError, match="but the hub promised 0000"):
@@ -141,6 +143,7 @@ def test_a_whole_part_is_only_checked_and_moved(hub: LoopbackHub, tmp_path: Path
     assert hub.ranges == []
 
 
+@pytest.mark.promise("A name from a hub, a folder or a file never leaves its folder")
 def test_a_hostile_etag_never_becomes_a_path(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.promised_etag = "../../../escaped"
     with pytest.raises(ValueError, match="not a hub"):

@@ -31,6 +31,9 @@ def check(source: Path, reference: Reference, x: torch.Tensor, **options: object
     return sae
 
 
+@pytest.mark.promise(
+    "Published layouts (Qwen-Scope, Gemma Scope, Llama Scope, lm-saes) are read as an independent reference writes them"
+)
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("keys", [str, lambda key: key.replace("W_", "w_")])
 def test_gemma_scope(tmp_path: Path, compressed: bool, keys) -> None:  # type: ignore[no-untyped-def]
@@ -47,6 +50,9 @@ def test_gemma_scope_of_other_sites(tmp_path: Path, folder: str) -> None:
         SparseAutoencoder.load(tmp_path / folder / "layer_20")
 
 
+@pytest.mark.promise(
+    "Published layouts (Qwen-Scope, Gemma Scope, Llama Scope, lm-saes) are read as an independent reference writes them"
+)
 @pytest.mark.parametrize("settings", [None, {}])
 def test_gemma_scope_2(tmp_path: Path, settings: dict[str, object] | None) -> None:
     sae = check(tmp_path, layouts.write_gemma_scope_2(tmp_path, settings=settings), tokens())
@@ -69,6 +75,9 @@ def test_gemma_scope_2_that_is_refused(tmp_path: Path, settings: dict[str, objec
         SparseAutoencoder.load(tmp_path)
 
 
+@pytest.mark.promise(
+    "Published layouts (Qwen-Scope, Gemma Scope, Llama Scope, lm-saes) are read as an independent reference writes them"
+)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"apply_decoder_bias_to_pre_encoder": True}, {"norm_activation": "inference"}, {"jump_relu_threshold": 9.0}],
@@ -104,6 +113,9 @@ def test_llama_scope_that_is_refused(tmp_path: Path, changes: dict[str, object],
         SparseAutoencoder.load(tmp_path)
 
 
+@pytest.mark.promise(
+    "Published layouts (Qwen-Scope, Gemma Scope, Llama Scope, lm-saes) are read as an independent reference writes them"
+)
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ def write(path: Path, tensors: object) -> Path:
     return path
 
 
+@pytest.mark.promise(
+    "Published layouts (Qwen-Scope, Gemma Scope, Llama Scope, lm-saes) are read as an independent reference writes them"
+)
 def test_parity_with_the_published_formula(release_folder: Path, qwen_tensors: dict[str, Tensor]) -> None:
     """Encode of the model card and decode of SAELens, written out on the tensors as they lie in the file."""
     sae = SparseAutoencoder.load(release_folder, layer=5)

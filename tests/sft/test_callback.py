@@ -78,6 +78,7 @@ class TestAttaching:
         with pytest.raises(RuntimeError, match=r"callback.attach\(trainer\)"):
             calling_trainer(SASFTCallback(features))
 
+    @pytest.mark.promise("Detaching, an exception or the end of training leave a plain trainer")
     def test_everything_is_restored_at_the_end(self, build, features):
         trainer = build(callbacks=[SASFTCallback(features)])
         collator = trainer.data_collator
@@ -87,6 +88,7 @@ class TestAttaching:
         assert trainer.data_collator is collator
         assert trainer._signature_columns == ["input_ids", "labels", "seq_lengths"]
 
+    @pytest.mark.promise("Detaching, an exception or the end of training leave a plain trainer")
     def test_detach_leaves_a_plain_trainer(self, build, features):
         trainer = build()
         with SASFTCallback(features).attach(trainer):
@@ -95,6 +97,7 @@ class TestAttaching:
         trainer.train()
         assert not any(key.startswith("sasft") for key in trainer.state.log_history[0])
 
+    @pytest.mark.promise("Detaching, an exception or the end of training leave a plain trainer")
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_an_exception_in_training_leaves_nothing_behind(self, build, features, error):
         class Fail(TrainerCallback):
@@ -233,6 +236,9 @@ class TestMetrics:
             results.append(evaluation["eval_loss"])
         assert results[0] == results[1]
 
+    @pytest.mark.promise(
+        "A penalty that stays 0, features of another model and a layer that never fires are not passed over in silence"
+    )
     @pytest.mark.parametrize(("above", "weight", "warned"), [(1e6, 1.0, 1), (0.0, 1.0, 0), (1e6, 0.0, 0)])
     def test_a_penalty_that_stays_zero_is_warned_of_once(self, build, features, above, weight, warned):
         layers = {
@@ -250,6 +256,9 @@ class TestMetrics:
 
 
 class TestRefusals:
+    @pytest.mark.promise(
+        "A penalty that stays 0, features of another model and a layer that never fires are not passed over in silence"
+    )
     def test_features_of_another_model(self, build, make_model):
         with pytest.raises(ValueError, match="hidden_size 64 in the features, 32 in the model"):
             SASFTCallback(make_features(make_model())).attach(build())
@@ -294,6 +303,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="no 'labels'"):
             trainer.compute_loss(trainer.model, inputs)
 
+    @pytest.mark.promise(
+        "A penalty that stays 0, features of another model and a layer that never fires are not passed over in silence"
+    )
     def test_a_layer_that_never_fires(self, build, features):
         callback = SASFTCallback(features)
         trainer = build(callbacks=[callback])

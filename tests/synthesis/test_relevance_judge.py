@@ -14,7 +14,7 @@ from qscope_posttrain.endpoint.models import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.synthesis.coverage import judge_relevance
-from qscope_posttrain.synthesis.prompts import synthesis_templates
+from qscope_posttrain.synthesis.pipeline import synthesis_templates
 
 EXPLANATIONS = [
     Explanation(1, number, f"the word {word}", "") for number, word in enumerate(["ladder", "rung", "soup"])

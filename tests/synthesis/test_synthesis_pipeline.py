@@ -14,8 +14,7 @@ from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import ChatCompletion
 from qscope_posttrain.endpoint.session import ChatSession
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
-from qscope_posttrain.synthesis.pipeline import random_synthesis, synthesize
-from qscope_posttrain.synthesis.prompts import STYLES, SynthesisSettings, synthesis_templates
+from qscope_posttrain.synthesis.pipeline import STYLES, Synthesis, SynthesisSettings, synthesis_templates
 from qscope_posttrain.synthesis.report import balanced, example_row, row_type, save_rows, type_counts
 
 TARGETS = [FeatureId(1, number) for number in (7, 3, 5, 0, 9)]
@@ -47,19 +46,20 @@ def verify(texts, features):
 def open_run(tmp_path):
     caches = []
 
-    def start(model=None, function=synthesize, targets=TARGETS, **settings):
+    def start(model=None, function=None, targets=TARGETS, **settings):
         cache = CompletionCache(tmp_path / f"answers{len(caches)}.jsonl")
         caches.append(cache)
         model = model or Grammar()
         chosen = SynthesisSettings(TOPIC, **settings)
-        session = ChatSession(model, cache)
-        return function(targets, EXPLANATIONS, session, synthesis_templates(), chosen, verify), model
+        synthesis = Synthesis(ChatSession(model, cache), synthesis_templates(), chosen)
+        return function(synthesis) if function else synthesis.run(targets, EXPLANATIONS, verify), model
 
     yield start
     for cache in caches:
         cache.close()
 
 
+@pytest.mark.promise("Synthesis keeps prompts that fire and nothing else")
 def test_only_prompts_that_fire_are_kept(open_run):
     run, _ = open_run()
     kept = {id(example.draft) for example in run.examples}
@@ -121,8 +121,8 @@ def always(texts, features):
 def test_style_and_kind_are_independent(open_run, group):
     """Default kinds and styles: 20 features, so 40 rewrites over 8 cells."""
 
-    def everything(targets, explanations, session, templates, settings, verify):
-        return synthesize(MANY, MANY_EXPLANATIONS, session, templates, settings, always)
+    def everything(synthesis):
+        return synthesis.run(MANY, MANY_EXPLANATIONS, always)
 
     run, _ = open_run(function=everything, features_at_once=group)
     table = Counter((draft.style, draft.kind) for draft in run.drafts if draft.prompt_type == "adversarial")
@@ -131,8 +131,8 @@ def test_style_and_kind_are_independent(open_run, group):
 
 @pytest.mark.parametrize(("vanilla", "rewrites"), [(40, 40), (13, 40), (9, 7), (2, 3)])
 def test_style_and_kind_are_independent_in_the_control(open_run, vanilla, rewrites):
-    def control(targets, explanations, session, templates, settings, verify):
-        return random_synthesis(vanilla, rewrites, session, templates, settings)
+    def control(synthesis):
+        return synthesis.random(vanilla, rewrites)
 
     drafts, _ = open_run(function=control)
     table = Counter((draft.style, draft.kind) for draft in drafts if draft.prompt_type == "adversarial")
@@ -149,8 +149,8 @@ def test_features_of_one_explanation_get_their_own_draws(open_run, group):
     """Three features of one explanation: each prompt that is counted was asked for, and asked for once."""
     same = {target: Explanation(1, target.feature_id, "the word ladder", "") for target in TARGETS[:3]}
 
-    def everything(targets, explanations, session, templates, settings, verify):
-        return synthesize(list(same), same, session, templates, settings, always)
+    def everything(synthesis):
+        return synthesis.run(list(same), same, always)
 
     run, model = open_run(function=everything, features_at_once=group, prompts_per_kind=2)
     written = [key for key in map(json.dumps, model.asked) if "You write test" in key or "You rewrite" in key]
@@ -168,8 +168,8 @@ def test_rewrites_of_the_same_words_get_their_own_draws(open_run):
             return json.dumps({"prompt": "tell me about the ladder"})
         return grammar(body)
 
-    def control(targets, explanations, session, templates, settings, verify):
-        return random_synthesis(8, 24, session, templates, settings)
+    def control(synthesis):
+        return synthesis.random(8, 24)
 
     drafts, model = open_run(Grammar(monotonous), function=control)
     assert len(drafts) == len(model.asked) == 32
@@ -215,8 +215,8 @@ def test_without_a_kind_or_a_whole_response_there_is_no_row(open_run):
 
 
 def test_random_control_knows_no_feature(open_run):
-    def control(targets, explanations, session, templates, settings, verify):
-        return random_synthesis(7, 5, session, templates, settings)
+    def control(synthesis):
+        return synthesis.random(7, 5)
 
     drafts, model = open_run(function=control)
     assert Counter(draft.prompt_type for draft in drafts) == {"vanilla": 7, "adversarial": 5}

@@ -12,6 +12,7 @@ from word_world import COOKING, WORDS, grammar
 from qscope_posttrain.cli.main import main
 
 
+@pytest.mark.promise("Synthesis keeps prompts that fire and nothing else")
 def test_every_row_holds_its_feature_and_its_provenance(whole, rows_of):
     rows = rows_of(whole[0])
     assert len(rows) > 20
@@ -73,6 +74,7 @@ def test_prompts_that_do_not_fire_are_kept_out_and_on_file(whole):
     assert not any(entry["kept"] or entry["feature"] for entry in control)
 
 
+@pytest.mark.promise("An answer of an endpoint that was received is never lost nor asked for again")
 def test_nothing_is_asked_twice(whole, rows_of, arguments):
     output, server = whole
     sent = len(server.requests)
@@ -84,6 +86,7 @@ def test_nothing_is_asked_twice(whole, rows_of, arguments):
     assert rows_of(output) == rows
 
 
+@pytest.mark.promise("An answer of an endpoint that was received is never lost nor asked for again")
 def test_failures_change_nothing(whole, rows_of, arguments, tmp_path):
     faults = [("status", (429, {"Retry-After": "0.05"})), ("ok", None), ("body", b'{"choices": [{'), ("drop", None)]
     faults += [("status", (503, {})), ("ok", None), ("slow", 2.5), ("body", b"<html>")]

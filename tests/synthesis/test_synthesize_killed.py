@@ -19,6 +19,7 @@ from qscope_posttrain.cli.main import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.promise("Synthesis, killed and resumed, gives the data of an unbroken run and asks for nothing again")
 @pytest.mark.slow
 def test_killed_and_resumed_is_as_unbroken_and_asks_for_nothing_again(whole, rows_of, arguments, tmp_path):
     with serving(grammar, delay=0.02) as server:

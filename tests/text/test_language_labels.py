@@ -9,8 +9,16 @@ import pytest
 from datasets import ClassLabel, Dataset
 
 from qscope_posttrain.text.inputs import read_file
-from qscope_posttrain.text.language_labels import class_names, distinct_labels, language_hint, same_language
-from qscope_posttrain.text.scripts import SCRIPTS_OF_LANGUAGE, language_code, language_scripts, target_script
+from qscope_posttrain.text.scripts import (
+    SCRIPTS_OF_LANGUAGE,
+    class_names,
+    distinct_labels,
+    language_code,
+    language_hint,
+    language_scripts,
+    same_language,
+    target_script,
+)
 
 SPELLINGS = {
     "zh": ("ZH", "Zh", " zh", "zh\n", "zh-CN", "zh_CN", "zh-cn", "zh-TW", "zh_Hans", "zh-Hant-HK", "zho", "chi", "cmn"),

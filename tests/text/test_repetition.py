@@ -44,6 +44,7 @@ def looping(draw):
     return head + block * copies + block[:cut], len(head), len(block), copies
 
 
+@pytest.mark.promise("Repetition detectors equal brute force, and the n-gram rate TRL's reward")
 @given(
     tokens=st.one_of(small, looping().map(lambda loop: loop[0])),
     min_copies=st.integers(2, 5),
@@ -54,6 +55,7 @@ def test_tail_equals_brute_force(tokens, min_copies, min_tokens):
     assert repeated_tail(tokens, min_copies=min_copies, min_tokens=min_tokens) == expected
 
 
+@pytest.mark.promise("Repetition detectors equal brute force, and the n-gram rate TRL's reward")
 def test_tail_equals_brute_force_on_every_short_binary_sequence():
     for length in range(11):
         for tokens in product("ab", repeat=length):
@@ -175,6 +177,7 @@ def test_endless_only_if_it_did_not_end():
     assert is_endless_repetition(loop[:-1], ended=False, min_copies=3, min_tokens=11)
 
 
+@pytest.mark.promise("Repetition detectors equal brute force, and the n-gram rate TRL's reward")
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 5))
 def test_ngram_rate_is_trls_reward(tokens, n):
     (reward,) = get_repetition_penalty_reward(ngram_size=n, max_penalty=-1.0)(completion_ids=[tokens])

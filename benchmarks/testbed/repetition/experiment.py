@@ -31,10 +31,10 @@ from benchmarks.testbed.repetition.task import (
     is_right,
 )
 from benchmarks.testbed.repetition.training import Watcher, train
-from benchmarks.testbed.sampling import sample_completions
+from benchmarks.testbed.sampling import BATCH, SmallModelSampler
 from qscope_posttrain.features.steering import SETTINGS_KEY
 from qscope_posttrain.intervals import Interval, wilson
-from qscope_posttrain.models.generation import Response
+from qscope_posttrain.models.generation import Response, SamplingSettings
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.text.repetition import is_endless_repetition
 
@@ -105,7 +105,7 @@ class Run:
 
     job: Job
     watched: Mapping[int, Mapping[str, float]]
-    """What a `Watch` measured, by update; 0 is the start, and all there is for `start`."""
+    """Measurements of a `Watch`, by update; 0 is the start, and all there is for `start`."""
     quality: Quality
     """On held-out problems."""
     benign: Quality
@@ -292,16 +292,18 @@ def _evaluate(
     """Sample with fixed problems: runs of one model differ in the sampling only."""
     ordinary = draw_problems(config.sampled_problems, config.operations, _PROBLEM_SEED, held_out=True)
     benign = draw_benign_problems(config.benign_problems, config.operations, _PROBLEM_SEED)
+    sampler = SmallModelSampler(model, language_model.tokenizer.eos_token_id)
+    settings = SamplingSettings(
+        samples_per_prompt=1,
+        temperature=config.temperature,
+        top_p=1.0,
+        max_new_tokens=config.answer_tokens,
+        seed=_SAMPLING_SEED + seed,
+        batch_size=BATCH,
+    )
     content: dict[str, Any] = {}
     for name, problems in (("quality", ordinary), ("benign", benign)):
-        completions = sample_completions(
-            model,
-            prompt_ids(language_model, problems),
-            config.answer_tokens,
-            temperature=config.temperature,
-            seed=_SAMPLING_SEED + seed,
-            end=language_model.tokenizer.eos_token_id,
-        )
+        completions = sampler.sample(prompt_ids(language_model, problems), settings)
         samples = [_sample(language_model, *pair) for pair in enumerate(zip(problems, completions, strict=True))]
         content[name] = {
             "samples": len(samples),

@@ -27,9 +27,10 @@ from benchmarks.testbed.repetition.task import (
     draw_problems,
     encode_words,
 )
-from benchmarks.testbed.sampling import sample_completions
+from benchmarks.testbed.sampling import BATCH, SmallModelSampler
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.find.loops import MIN_COPIES, MIN_TOKENS, Completion, Loop, LoopCollection
+from qscope_posttrain.models.generation import SamplingSettings
 from qscope_posttrain.text.repetition import repeated_tail
 
 # Raise these when the same settings would give another model (documents, tokenizer, architecture, pretraining) or other
@@ -46,7 +47,7 @@ _LOOPS = ("fewest_operations", "most_operations", "answer_tokens", "loop_samples
 _LOOPS_FILE = "loops.json"
 _ORDINARY = 400
 _FORWARD_TOKENS = 400
-"""What a forward costs beyond its tokens, in tokens."""
+"""Cost of a forward beyond that of its tokens, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,9 @@ def load_loops(folder: Path, key: str) -> OwnLoops:
 def _sample_loops(config: RepetitionConfig, language_model: LanguageModel, folder: Path) -> None:
     count, seed, length = config.loop_samples, config.model_seed, config.answer_tokens
     prompts = prompt_ids(language_model, draw_problems(count, config.operations, seed, held_out=False))
-    completions = sample_completions(
-        language_model.model,
-        prompts,
-        length,
-        seed=seed,
-        end=language_model.tokenizer.eos_token_id,
-        description="sampling the model's own loops",
-    )
+    settings = SamplingSettings(1, top_p=1.0, max_new_tokens=length, seed=seed, batch_size=BATCH)
+    sampler = SmallModelSampler(language_model.model, language_model.tokenizer.eos_token_id)
+    completions = sampler.sample(prompts, settings, show_progress=None)
     loops: list[dict[str, Any]] = []
     ordinary: list[dict[str, Any]] = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -225,6 +221,6 @@ def _sample_loops(config: RepetitionConfig, language_model: LanguageModel, folde
         raise UserValueError(
             f"the model did not loop once in {count} samples: raise loop_samples, or rare_loops in pretraining"
         )
-    settings = {"max_new_tokens": length, "temperature": 1.0, "seed": seed}
-    content = {"samples": count, "settings": settings, "loops": loops, "normal": ordinary}
+    drawn = {"max_new_tokens": length, "temperature": 1.0, "seed": seed}
+    content = {"samples": count, "settings": drawn, "loops": loops, "normal": ordinary}
     (folder / _LOOPS_FILE).write_text(json.dumps(content), encoding="utf-8")

@@ -52,7 +52,7 @@ class Trained:
     model: PreTrainedModel
     """In evaluation mode, without hooks."""
     history: tuple[Mapping[str, float], ...]
-    """What the trainer logged at every update."""
+    """Metrics that the trainer logged at every update."""
     seconds: float
     """Wall time of the updates."""
 

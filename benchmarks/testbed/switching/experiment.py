@@ -12,14 +12,14 @@ from typing import Any
 from benchmarks.testbed.cache import Artefact, Cache, open_cache, run_missing
 from benchmarks.testbed.models import Dictionaries
 from benchmarks.testbed.processes import one_thread
-from benchmarks.testbed.sampling import sample_completions
+from benchmarks.testbed.sampling import SmallModelSampler
 from benchmarks.testbed.switching.config import ARMS, SFT, Arm, SwitchingConfig
 from benchmarks.testbed.switching.features import RANDOM_DRAWS, FeatureSets, make_dictionaries, make_feature_sets
 from benchmarks.testbed.switching.language_model import SwitchingModel, load_switching_model, make_language_model
 from benchmarks.testbed.switching.training import Metrics, fine_tune, mean_metrics, teacher_forced_metrics
 from benchmarks.testbed.switching.windows import decode
 from qscope_posttrain.evaluation.code_switching import SwitchingResult, switching_ratio
-from qscope_posttrain.models.generation import Sample
+from qscope_posttrain.models.generation import Sample, SamplingSettings
 from qscope_posttrain.report.tables import Cell, Table
 
 BASE = "base"
@@ -213,14 +213,15 @@ def _sample(job: Job, config: SwitchingConfig, language_model: SwitchingModel, m
         job.splits[-1], config.sampled_prompts, _EVALUATION_SEED + 1, languages=language_model.sources
     )
     prompts = windows.prompts.tolist()
-    completions = sample_completions(
-        model,
-        prompts,
-        config.sampled_tokens,
+    settings = SamplingSettings(
+        samples_per_prompt=1,
         temperature=config.temperature,
+        top_p=1.0,
+        max_new_tokens=config.sampled_tokens,
         seed=_SAMPLING_SEED + job.seed,
         batch_size=_SAMPLING_BATCH,
     )
+    completions = SmallModelSampler(model).sample(prompts, settings)
     seen: dict[str, int] = {}
     samples = []
     for language, prompt, completion in zip(windows.languages, prompts, completions, strict=True):

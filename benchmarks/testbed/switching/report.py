@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.testbed.models import save_model
+from benchmarks.testbed.plots import Mark, scatter_with_intervals
 from benchmarks.testbed.report import DemoPart, Example, bars, headline_row, write_lines
 from benchmarks.testbed.switching.config import ARMS, SFT, SwitchingConfig
 from benchmarks.testbed.switching.experiment import Experiment, MethodResult, relative_cost, run_experiment
@@ -18,7 +19,6 @@ from qscope_posttrain.features.explain.contexts import token_view
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.intervals import Interval, bootstrap_difference
 from qscope_posttrain.report.html import Figure, Section
-from qscope_posttrain.report.plots import Mark, scatter_with_intervals
 from qscope_posttrain.report.tables import Cell, Table
 from qscope_posttrain.text.scripts import target_script
 

@@ -38,7 +38,7 @@ class FineTuned:
     model: PreTrainedModel
     """In evaluation mode, without hooks."""
     history: tuple[Mapping[str, Any], ...]
-    """What the trainer logged at every step: `loss`, and the penalty's own metrics."""
+    """Metrics that the trainer logged at every step: `loss`, and the penalty's own metrics."""
     seconds: float
     """Wall time of the training loop."""
     step_seconds: float

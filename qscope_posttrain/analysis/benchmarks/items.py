@@ -14,7 +14,7 @@ import regex
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, did_you_mean
 from qscope_posttrain.files import check_is_file, read_csv, read_jsonl, text_suffix
 from qscope_posttrain.recipe_file import as_text, read_yaml
-from qscope_posttrain.text.inputs import read_data_set, saved_data_set
+from qscope_posttrain.text.inputs import read_splits, split_of
 
 TEXT = "text"  # Placeholder of the item in a prompt template
 
@@ -191,17 +191,10 @@ def _table(source: ItemSource, separator: str) -> Iterator[dict[str, str]]:
 
 
 def _data_set(source: ItemSource) -> Iterator[Mapping[str, Any]]:
-    from datasets import DatasetDict, IterableDatasetDict
-
-    found = saved_data_set(source.source)
-    if found is None:
-        found = read_data_set(source.source, name=source.config)
-    if isinstance(found, DatasetDict | IterableDatasetDict):
-        if source.split not in found:
-            wanted = f"no split '{source.split}'" if source.split else "several splits"
-            raise UserValueError(f"benchmark '{source.name}': {wanted}; choose one of {', '.join(map(str, found))}.")
-        found = found[source.split]
-    yield from found
+    splits = read_splits(source.source, source.split or "train", source.config)
+    if source.split is None and len(splits) > 1:
+        raise UserValueError(f"benchmark '{source.name}': several splits; choose one of {', '.join(map(str, splits))}.")
+    yield from split_of(splits, source.split or next(iter(splits)), f"benchmark '{source.name}'")
 
 
 def _source(name: str, entry: Any, written: Any, path: str) -> ItemSource:

@@ -98,7 +98,6 @@ class SharedItems:
 
     items: int
     removed: bool  # Whether the larger benchmark went without them at equal size: where enough others remained
-    kept: OverlapPair | None = None  # The size-matched pair with them, where they were removed
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +175,6 @@ class OverlapMatrix:
             entry: dict[str, Any] = {"first": first, "second": second, "shared_items": shared.items}
             entry["shared_items_left_out_at_equal_size"] = shared.removed
             entry |= measured(pair) | {f"{measure}_at_equal_size": found for measure, found in matched.items()}
-            if shared.kept is not None:
-                with_them = shared.kept.interval("overlap_min", self.level)
-                entry["overlap_min_at_equal_size_with_shared_items"] = with_them._asdict()
             pairs.append(entry | {"relative_to_itself": self.relative(first, second)._asdict()})
         itself = {name: measured(self.matched[name, name]) for name in self.names}
         return {"size": self.size, "level": self.level, "with_itself_at_equal_size": itself, "pairs": pairs}
@@ -212,8 +208,7 @@ def measure_overlap(
             one, other = without_shared(first, second, matched_size + 1)
             matched[key] = matched_pair(one, other, matched_size)
             removed = len(one) + len(other) < len(first) + len(second)
-            kept = matched_pair(first, second, matched_size) if removed else None
-            shared[key] = SharedItems(int(first.also_in(second).sum()), removed, kept)
+            shared[key] = SharedItems(int(first.also_in(second).sum()), removed)
     return OverlapMatrix(names, level, matched_size, raw, matched, shared)
 
 

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,7 +23,6 @@ from qscope_posttrain.analysis.benchmarks.overlap import OverlapMatrix
 from qscope_posttrain.analysis.benchmarks.redundancy import Redundancy, curve_sizes
 from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
 from qscope_posttrain.files import read_csv
-from qscope_posttrain.intervals import Interval
 
 MIN_MODELS = 3
 
@@ -327,13 +325,3 @@ def correlate(
     known = np.array(drawn)[np.isfinite(drawn)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
     return Correlation(kind, value, float(low), float(high), p, count, len(sides[0]))
-
-
-def fisher_interval(r: float, observations: int, level: float = 0.95) -> Interval:
-    """Interval of a Pearson correlation of independent observations, by Fisher's z; all of [-1, 1] under four."""
-    if observations < 4:
-        return Interval(r, -1.0, 1.0)
-    if not abs(r) < 1:
-        return Interval(r, r, r)
-    reach = NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(observations - 3)
-    return Interval(r, math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach))

@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qscope_posttrain.analysis.benchmarks.overlap import Measure, OverlapMatrix
-from qscope_posttrain.analysis.benchmarks.performance import (
-    Agreement,
-    PerformanceRedundancy,
-    ScoreTable,
-    fisher_interval,
-)
+from qscope_posttrain.analysis.benchmarks.performance import Agreement, PerformanceRedundancy
 from qscope_posttrain.analysis.benchmarks.redundancy import Redundancy
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.html import Figure, Section
-from qscope_posttrain.report.plots import Curve, Mark, heat_map, line_curves, scatter_with_intervals
+from qscope_posttrain.report.plots import Curve, heat_map, line_curves
 from qscope_posttrain.report.tables import Cell, Table
 
 Action = Literal["merge", "drop", "keep", "keep (undecided)"]
@@ -40,7 +35,6 @@ class Recommendation:
 def recommend(
     overlap: OverlapMatrix,
     redundancy: Mapping[str, Redundancy] | None = None,
-    scores: ScoreTable | None = None,
     threshold: float = COVERED,
 ) -> list[Recommendation]:
     """Recommend which benchmarks to merge, keep or drop, based on feature overlap.
@@ -53,7 +47,7 @@ def recommend(
         keep    no high end for A, against any other, reaches t: all others miss features that A fires again and again
         keep (undecided)   otherwise: there are too few items to tell
 
-    It is about the features of one layer of one model; scores, where given, are quoted, not used.
+    It is about the features of one layer of one model.
     """
     if not 0 < threshold <= 1:
         raise UserValueError(f"the threshold is a share above 0 and up to 1, got {threshold}.")
@@ -77,9 +71,6 @@ def recommend(
         if redundancy is not None and name in redundancy:
             reached = redundancy[name]
             reason += f"; {reached.items_for_90} of its {reached.items} items reach 90 % of its features"
-        if scores is not None and {name, best} <= set(scores.benchmarks):
-            r = fisher_interval(float(scores.similarity([name, best])[0, 1]), len(scores.models))
-            reason += f"; scores of {len(scores.models)} models on the two correlate with r = {r.text('.2f')}"
         found.append(Recommendation(name, action, best, covered, back, lost, reason))
     return found
 
@@ -166,12 +157,10 @@ def overlap_table(matrix: OverlapMatrix, where: str) -> Table:
         for second in matrix.names[number + 1 :]:
             raw, matched = matrix.raw[first, second], matrix.matched[first, second]
             shared = matrix.shared_items[first, second]
-            kept = shared.kept and shared.kept.interval("overlap_min", matrix.level).text()
             directed = (pair.interval("overlap", matrix.level).text() for pair in (raw, matrix.raw[second, first]))
             least, least_matched = (pair.interval("overlap_min", matrix.level).text() for pair in (raw, matched))
             relative = (matrix.relative(first, second).text(), matrix.relative(second, first).text())
-            items = f"{shared.items}; with them {kept}" if kept else str(shared.items)
-            rows.append([first, second, *directed, least, raw.value("jaccard"), least_matched, *relative, items])
+            rows.append([first, second, *directed, least, raw.value("jaccard"), least_matched, *relative, shared.items])
     columns = ["A", "B", "overlap(A, B)", "overlap(B, A)", "overlap_min", "Jaccard"]
     columns += [f"overlap_min at n = {matrix.size}", "B covers A, relative", "A covers B, relative", "items in both"]
     caption = (
@@ -211,10 +200,8 @@ def recommendation_table(lines: Sequence[Recommendation], where: str, threshold:
     return Table(f"Recommendation, {where}", ["benchmark", "action", "with", "reason"], rows, caption)
 
 
-def redundancy_section(
-    found: Sequence[Redundancy], where: str, tables: Sequence[Table], more: Sequence[Figure] = ()
-) -> Section:
-    """Coverage against items and against the share of them, the tables, and further figures."""
+def redundancy_section(found: Sequence[Redundancy], where: str, tables: Sequence[Table]) -> Section:
+    """Coverage against items and against the share of them, and the tables."""
     curves, shares = [], []
     for entry in found:
         band = entry.sampled
@@ -227,7 +214,7 @@ def redundancy_section(
     same = "The same against the share of the items; the area below is AUC, never under one half."
     drawn = ((curves, "items", words), (shares, "share of the items", same))
     figures = [Figure(line_curves(of, x, "features reached", percent=True), caption) for of, x, caption in drawn]
-    return Section(f"Redundancy, {where}", tables=tables, figures=[*figures, *more])
+    return Section(f"Redundancy, {where}", tables=tables, figures=figures)
 
 
 def overlap_section(matrix: OverlapMatrix, where: str, tables: Sequence[Table]) -> Section:
@@ -247,11 +234,3 @@ def overlap_section(matrix: OverlapMatrix, where: str, tables: Sequence[Table]) 
     )
     figures = [figure("overlap_min", equal, matched=True), figure("overlap", raw)]
     return Section(f"Overlap, {where}", tables=tables, figures=[*figures, figure("overlap_min", "Raw overlap_min.")])
-
-
-def agreement_figure(
-    names: Sequence[str], x: Sequence[float], y: Sequence[float], x_label: str, y_label: str
-) -> Figure:
-    """One point per benchmark or pair."""
-    marks = [Mark(name, a, b) for name, a, b in zip(names, x, y, strict=True)]
-    return Figure(scatter_with_intervals(marks, x_label, y_label))

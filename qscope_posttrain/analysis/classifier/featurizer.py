@@ -1,4 +1,4 @@
-"""Turn texts into feature matrices, with the layers side by side, so that whatever splits rows handles one array."""
+"""Turn texts into feature matrices, layers side by side, so that a split into train and test handles one array."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qscope_posttrain.cli.options import chat_settings, check_one_process, chosen, layers_of, load, sampling_settings
 from qscope_posttrain.cli.parsing.table import PROMPTS, SAMPLING, TEXT_LIST
 from qscope_posttrain.distributed import join_processes
-from qscope_posttrain.errors import UserError, UserValueError, require_extra
+from qscope_posttrain.errors import UserError, UserValueError, naming_what_is_kept, require_extra
 from qscope_posttrain.files import read_jsonl, read_text
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import is_main_process, status
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qscope_posttrain.features.find.loops import LoopCollection
 
 LOOPS_FILE = "loops.jsonl"
+CHECKPOINT = "pass.checkpoint"
 FIND = """
 --texts
 --top: int = 2  # features to keep per language and layer
@@ -97,14 +98,16 @@ def find(options: argparse.Namespace) -> None:
     status("texts: " + ", ".join(f"{language} {len(entries)}" for language, entries in texts.items()))
     options.device = join_processes(options.device)
     model, tokenizer = load(options)
-    features = find_language_features(
-        model,
-        tokenizer,
-        texts,
-        dict.fromkeys(layers_of(options.layers, model), options.sae),
-        checkpoint=output / "pass.checkpoint" if options.resumable else None,
-        **chosen(options, "top", "target", "causal", "k", "saes_at_once", "seed", "tokens_per_batch", "max_length"),
-    )
+    with naming_what_is_kept(lambda: _kept(output, options.resumable)):
+        features = find_language_features(
+            model,
+            tokenizer,
+            texts,
+            dict.fromkeys(layers_of(options.layers, model), options.sae),
+            checkpoint=output / CHECKPOINT if options.resumable else None,
+            keep_checkpoint=options.resumable,
+            **chosen(options, "top", "target", "causal", "k", "saes_at_once", "seed", "tokens_per_batch", "max_length"),
+        )
     if not is_main_process():
         return
     features.to_table().print()
@@ -112,6 +115,8 @@ def find(options: argparse.Namespace) -> None:
     if causal is not None:
         Table(**causal).print()
     _save(features, output, options, {"causal_check": causal})
+    for written in output.glob(f"{CHECKPOINT}*"):
+        written.unlink()
 
 
 def find_repetition(options: argparse.Namespace) -> None:
@@ -260,6 +265,13 @@ def print_steering(features: FeatureSet) -> None:
     if isinstance(chosen, dict):
         shown = [(name, str(value) if isinstance(value, list) else value) for name, value in chosen.items()]
         Table("Steering, as chosen", ["what", "value"], shown).print()
+
+
+def _kept(output: Path, resumable: bool) -> str:
+    if not resumable:
+        return "Nothing is kept of this pass; with --resumable the same command goes on where it was stopped."
+    written = sorted(output.glob(f"{CHECKPOINT}*"))
+    return f"The sums so far are in '{written[0]}': the same command goes on from there." if written else ""
 
 
 def _save(features: FeatureSet, output: Path, options: argparse.Namespace, more: dict[str, Any]) -> None:

@@ -138,13 +138,15 @@ def unknown_keys(recipe: RecipeFile, unknown: Sequence[str], names: Iterable[str
 @contextmanager
 def environment_of(recipe: RecipeFile | None, say: bool = False) -> Iterator[None]:
     """Set the recipe's variables that the shell has not set. They stay, unless the block raises: a mistake in a recipe
-    may show only after the first variable is needed. With `say`, name those that give way to the shell."""
+    may show only after the first variable is needed. With `say`, name them, and those that give way to the shell."""
     wanted = {} if recipe is None else recipe.environment
     kept = {name: os.environ[name] for name in wanted if name in os.environ}
     for name, value in kept.items():
         if say and value != wanted[name]:
             status(f"{name}={value} is set in the shell, and wins over the recipe's {wanted[name]}")
     new = {name: value for name, value in wanted.items() if name not in kept}
+    if say and new:
+        status(f"the recipe sets {', '.join(f'{name}={value}' for name, value in new.items())}")
     os.environ.update(new)
     try:
         yield

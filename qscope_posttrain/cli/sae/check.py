@@ -149,14 +149,9 @@ def _write(
 
 def _section(found: SAEQuality, tables: Sequence[Table]) -> Section:
     from qscope_posttrain.report.html import Figure, Section
-    from qscope_posttrain.report.plots import Bar, Curve, interval_bars, line_curves
-    from qscope_posttrain.sae.quality.figures import LOSS_NAMES
+    from qscope_posttrain.report.plots import Curve, line_curves
 
     figures = []
-    if found.losses:
-        bars = [Bar(LOSS_NAMES[name], *interval) for name, interval in found.losses.items()]
-        caption = "Loss of the model as it is, and with the output of the layer replaced."
-        figures.append(Figure(interval_bars(bars, "nats a token", reference=LOSS_NAMES["clean"]), caption))
     if len(found.fit.layers) > 2:
         curve = Curve("this SAE", list(found.fit.layers), list(found.fit.layers.values()))
         figures.append(Figure(line_curves([curve], "layer", "FVU"), "The SAE on neighboring layers, on a sample."))

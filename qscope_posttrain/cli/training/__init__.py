@@ -16,8 +16,10 @@ import yaml
 from qscope_posttrain.cli.parsing.fields import print_declared
 from qscope_posttrain.cli.parsing.parser import check_seed
 from qscope_posttrain.cli.parsing.recipes import code_requests, split_arguments
+from qscope_posttrain.distributed import check_devices, join_processes
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.files import check_plain, read_json, text_suffix
+from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.provenance import file_sha256, package_versions
 from qscope_posttrain.report.progress import is_main_process, status
 from qscope_posttrain.report.summary import to_json, write_text
@@ -60,6 +62,16 @@ class TrainingRecipe:
     def output(self) -> Path:
         """Folder of the model and the reports."""
         return Path(str(self.training.output_dir))
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python files of the model's repository may run, in the dry run as in training."""
+        given = self.training.model_init_kwargs or {}
+        return bool(given.get("trust_remote_code", self.training.trust_remote_code))
+
+    def load_tokenizer(self) -> Any:
+        """The starting model's tokenizer, as its files have it."""
+        return load_tokenizer(self.model_name, self.model.model_revision, self.trusts_code)
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, JSON-ready; read back by the command's parser, it gives the same recipe."""
@@ -160,8 +172,12 @@ def check_values(values: argparse.Namespace) -> None:
             "this recipe trains on a GPU, and this machine has none. To check the recipe here: --dry_run. "
             f"To train on the CPU all the same: {remedy}."
         )
-    if values.use_cpu and values.use_liger_kernel:
+    if not values.use_cpu:
+        check_devices()
+        return
+    if values.use_liger_kernel:
         raise UserValueError(f"use_liger_kernel needs a GPU, and use_cpu is on. To train on the CPU: {remedy}.")
+    join_processes("cpu", values.ddp_timeout, values.ddp_backend)  # transformers leaves the timeout out on a CPU
 
 
 def before_trl(arguments: Sequence[str], prog: str, declared: Sequence[tuple[str, ...]], config: str) -> list[str]:

@@ -24,7 +24,6 @@ from qscope_posttrain.cli.training.run import (
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.models.layers import text_config
-from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.rl.config import SteeredGRPOConfig
 from qscope_posttrain.rl.prompts import PROMPT, prompt_lengths
 from qscope_posttrain.rl.rewards import RewardFunction, check_reward_columns, reward_function, reward_name
@@ -46,7 +45,7 @@ def prepare(recipe: TrainingRecipe, features: FeatureSet | None) -> dict[str, An
         FileNotFoundError: no such data or model.
     """
     rewards = build_rewards(recipe)
-    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    tokenizer = recipe.load_tokenizer()
     if recipe.training.has_negatives:
         model, _ = build_model(recipe)
         negative_source(recipe.training, features, model, tokenizer)
@@ -67,7 +66,7 @@ def needed_features(recipe: TrainingRecipe) -> FeatureSet | None:
 
 def check_recipe(recipe: TrainingRecipe) -> Checks:
     """Check output folder, device, model, negatives, data, rewards and batch, in this order."""
-    checks, model, tokenizer = begin(recipe, lambda: load_tokenizer(recipe.model_name, recipe.model.model_revision))
+    checks, model, tokenizer = begin(recipe, recipe.load_tokenizer)
     if recipe.training.has_negatives:
         if recipe.training.is_steered and recipe.run.features is not None:
             checks.check("features", _features, recipe, model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +17,19 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from qscope_posttrain.errors import UserError, UserValueError
+from qscope_posttrain.errors import UserError, UserOSError, UserValueError, finite_probabilities, naming_what_is_kept
 from qscope_posttrain.files import read_json
 from qscope_posttrain.report.progress import status
+from qscope_posttrain.sae.download import in_words
 
 STATE = "trainer_state.json"
 """The file of a checkpoint that is written last"""
+_CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+_CANNOT_WRITE_WORDS = ("I/O error", "iostream error", "PytorchStreamWriter", "inline_container.cc")
+"""How safetensors and torch say it"""
+SAME_SIGNAL = 5.0
+"""Seconds within which signals are taken for one: a terminal or Slurm sends it to all processes, and the launcher among
+them sends it on"""
 
 
 def last_checkpoint(output: Path, say: bool = False) -> Path | None:
@@ -36,6 +46,31 @@ def last_checkpoint(output: Path, say: bool = False) -> Path | None:
     return None
 
 
+@contextmanager
+def failures_in_words(output: Path) -> Iterator[None]:
+    """Say what failed where a checkpoint cannot be written or a worker of the data loader died, and with every error
+    from which checkpoint to go on."""
+    with naming_what_is_kept(lambda: _kept(output)), finite_probabilities():
+        try:
+            yield
+        except Exception as error:
+            reason = str(error)
+            if getattr(error, "errno", None) in _CANNOT_WRITE or any(words in reason for words in _CANNOT_WRITE_WORDS):
+                free = in_words(shutil.disk_usage(output).free)
+                raise UserOSError(f"cannot write a checkpoint in '{output}', with {free} free ({reason}).") from error
+            if "DataLoader worker" in reason:
+                advice = "Often memory is short: take fewer dataloader_num_workers"
+                raise UserOSError(f"a process that reads the data has died ({reason}). {advice}.") from error
+            raise
+
+
+def _kept(output: Path) -> str:
+    kept = last_checkpoint(output)
+    if kept is None:
+        return f"There is no checkpoint in '{output}'."
+    return f"'{kept}' is the last checkpoint: go on with --resume_from_checkpoint last."
+
+
 class FiniteWeights(TrainerCallback):
     """Ends a training whose weights or gradients are no numbers, before a checkpoint of it replaces a good one.
     transformers logs a loss of 0 where it is NaN (`logging_nan_inf_filter`), so that such a training looks well."""
@@ -43,7 +78,7 @@ class FiniteWeights(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """ValueError where the norm of the gradient is NaN; with fp16 the scaler leaves such a step out."""
         if not args.fp16 and math.isnan(float((kwargs.get("logs") or {}).get("grad_norm", 0.0))):
-            raise UserValueError(_message("the gradient is NaN", args, state))
+            raise UserValueError(_message("the gradient is NaN", state))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """ValueError where a trained weight is not finite, before it is saved; each rank looks at its own shard."""
@@ -54,7 +89,7 @@ class FiniteWeights(TrainerCallback):
         if finite and not bool(torch.stack(finite).all()):
             name, *others = [name for name, good in zip(named, finite, strict=True) if not good]
             what = f"{name} is not finite" + (f", and {len(others)} more" if others else "")
-            raise UserValueError(_message(what, args, state))
+            raise UserValueError(_message(what, state))
 
 
 class StopOnSignal(TrainerCallback):
@@ -64,12 +99,16 @@ class StopOnSignal(TrainerCallback):
         self.signal: int | None = None
         """The number of the signal that ended the training"""
         self._came: int | None = None
+        self._since = 0.0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal; the next one of its kind acts as if there were no handler."""
-        self._came = number
-        os.write(2, b"stopping after this step; the same signal once more stops at once\n")  # safe in a handler
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        """Take note of a signal; a later one of its kind acts as if there were no handler."""
+        if self._came != number:
+            self._came, self._since = number, time.monotonic()
+            os.write(2, b"stopping after this step; the same signal later stops at once\n")  # safe in a handler
+        elif time.monotonic() - self._since > SAME_SIGNAL:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Stop all ranks after the same step, whichever of them got the signal."""
@@ -105,10 +144,8 @@ def _shard(weight: torch.Tensor) -> torch.Tensor:
     return data if local is None else local()
 
 
-def _message(what: str, args: Any, state: TrainerState) -> str:
-    kept = last_checkpoint(Path(args.output_dir))
-    where = f"'{kept}' is the last checkpoint" if kept else "There is no checkpoint"
+def _message(what: str, state: TrainerState) -> str:
     return (
-        f"The training has diverged: {what} at step {state.global_step} or before. Nothing more is saved; {where}. "
-        "Lower learning_rate or the weight of the auxiliary loss, set max_grad_norm, or train in another precision."
+        f"The training has diverged: {what} at step {state.global_step} or before. Nothing more is saved. Lower "
+        "learning_rate or the weight of the auxiliary loss, set max_grad_norm, or train in another precision."
     )

@@ -7,7 +7,9 @@ failure of the machine, and keeps its traceback.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +21,23 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.modeling_utils import set_zero3_state
+from transformers.trainer_utils import TrainOutput
 from trl import get_peft_config, get_quantization_config
 
 from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_rows, load_rows
-from qscope_posttrain.cli.training.interruption import STATE, FiniteWeights, last_checkpoint, stop_on_signals
-from qscope_posttrain.distributed import launched_processes
+from qscope_posttrain.cli.training.interruption import (
+    STATE,
+    FiniteWeights,
+    failures_in_words,
+    last_checkpoint,
+    stop_on_signals,
+)
+from qscope_posttrain.distributed import launched_processes, left_out
 from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserValueError, library_refusals
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.files import check_plain, read_json
 from qscope_posttrain.models.loading import load_config
+from qscope_posttrain.provenance import check_resumed
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import writable_folder, write_summary
 from qscope_posttrain.report.tables import Table
@@ -35,6 +45,7 @@ from qscope_posttrain.report.tables import Table
 T = TypeVar("T")
 Made = TypeVar("Made", bound=Trainer)
 Log = Sequence[Mapping[str, Any]]
+SAMPLED_ROWS = 64  # Rows of the data by which a checkpoint knows it
 
 
 @dataclass
@@ -78,10 +89,10 @@ def begin(recipe: TrainingRecipe, load_tokenizer: Callable[[], Any]) -> tuple[Ch
 
 def build_model(recipe: TrainingRecipe) -> tuple[torch.nn.Module, str]:
     """The architecture without memory for its weights."""
-    config = load_config(recipe.model_name, recipe.model.model_revision)
+    config = load_config(recipe.model_name, recipe.model.model_revision, recipe.trusts_code)
     # As within ZeRO-3's own construction: it cannot shard what has no memory.
     with torch.device("meta"), set_zero3_state(), library_refusals(f"cannot build '{recipe.model_name}'"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trusts_code)
     text = config.get_text_config(decoder=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = f"{text.num_hidden_layers} layers of width {text.hidden_size}, {_amount(parameters)} parameters"
@@ -199,6 +210,31 @@ class _Begun(TrainerCallback):
             self.first()
 
 
+class _SameData(TrainerCallback):
+    """Refuses a checkpoint of a run on other rows, in another order or with another number of them in a step: a resumed
+    run leaves out as many steps as were done, whatever they held."""
+
+    def __init__(self, rows: Any, training: Any) -> None:
+        order = {"seed": training.seed, "data_seed": training.data_seed}
+        self._identity = {**order, "rows per step": rows_of_step(training)[1]}
+        if count := len(rows) if hasattr(rows, "__len__") else 0:
+            taken = min(count, SAMPLED_ROWS)
+            some = [rows[number * count // taken] for number in range(taken)]
+            text = json.dumps(some, sort_keys=True, default=lambda value: type(value).__name__)
+            self._identity["data"] = f"{count} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
+        records: Any = state.stateful_callbacks
+        if "data" in records or state.global_step == 0:  # older checkpoints hold no record
+            check_resumed(state, "data", self._identity)
+        if state.global_step >= state.max_steps and not args.load_best_model_at_end:
+            raise _Complete
+
+
+class _Complete(Exception):
+    """The checkpoint, which the model has been loaded from, is of the last step: the trainer would take one more."""
+
+
 def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: Any) -> Made:
     """Make a trainer of this kind, with the adapter and the quantization of the recipe. ValueError for what the trainer
     or a library under it refuses."""
@@ -207,7 +243,21 @@ def make_trainer(recipe: TrainingRecipe, kind: Callable[..., Made], **settings: 
     with library_refusals("the trainer cannot be made"):
         set_seed(recipe.training.seed)
         model = recipe.model
-        return kind(**settings, peft_config=get_peft_config(model), quantization_config=get_quantization_config(model))
+        settings |= {"peft_config": get_peft_config(model), "quantization_config": get_quantization_config(model)}
+        trainer = kind(**settings)
+    for sentence in left_out(trainer):
+        status(f"note: {sentence}")
+    return trainer
+
+
+def _save_model(trainer: Trainer, output: Path) -> None:
+    """Save the model beside its place, and move its files there when all of them are whole."""
+    unfinished = output / ".model.part"
+    trainer.save_model(str(unfinished), _internal_call=True)  # which pushes nothing
+    if trainer.args.should_save:
+        for path in sorted(unfinished.iterdir()):
+            path.replace(output / path.name)
+        unfinished.rmdir()
 
 
 def run_training(
@@ -226,23 +276,30 @@ def run_training(
     start, said = check_checkpoint(recipe) if recipe.training.resume_from_checkpoint else (None, "")
     if said:
         status(said)
+    if start is not None and (before := len([*start.glob("rng_state_*.pth")]) or 1) != launched_processes():
+        status(f"the checkpoint is of {before} processes: batches are as before, dropout and rollouts are drawn anew")
+    trainer.add_callback(_SameData(trainer.train_dataset, recipe.training))
     try:
-        with stop_on_signals() as stop:
+        with failures_in_words(recipe.output), stop_on_signals() as stop:
             trainer.add_callback(stop)
             trainer.add_callback(FiniteWeights())  # after the one that asks for a checkpoint
             result = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    except _Complete:
+        result = TrainOutput(trainer.state.global_step, 0.0, {})
     except Exception:
         if watch.begun:
             raise
         with library_refusals("the training cannot begin"):
             raise
     if stop.signal is not None:
+        # A launcher ends all processes when one of them has left, and one may still be writing.
+        trainer.accelerator.wait_for_everyone()
         kept = last_checkpoint(recipe.output)
         further = "nothing is saved" if kept is None else f"'{kept}' is whole: go on with --resume_from_checkpoint last"
         status(f"stopped by {signal.Signals(stop.signal).name} after step {result.global_step}; {further}")
         return 128 + stop.signal
     with library_refusals(f"cannot save the model in '{recipe.output}'", OSError):
-        trainer.save_model(str(recipe.output))
+        _save_model(trainer, recipe.output)
     if trainer.accelerator.is_main_process:
         log = trainer.state.log_history
         results = {"model": str(recipe.output), "steps": result.global_step, "metrics": result.metrics, **report(log)}

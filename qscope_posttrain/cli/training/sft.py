@@ -17,8 +17,7 @@ from qscope_posttrain.cli.training import (
     load_rows,
 )
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.models.loading import load_tokenizer
-from qscope_posttrain.report.progress import status
+from qscope_posttrain.report.progress import MANY_ROWS, status
 from qscope_posttrain.report.summary import writable_folder
 from qscope_posttrain.sft.settings import ANCHOR_WEIGHT, CONFIGS, METHODS, config_class, make_callback, method_config
 
@@ -118,17 +117,19 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     from qscope_posttrain.sft.data.preparation import Preparation, is_template_file, trained_tokenizer
 
     training = recipe.trainer_arguments()
-    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    tokenizer = recipe.load_tokenizer()
     path = training.chat_template_path
     if path is not None and is_template_file(path):  # TRL would look for it on the hub
         tokenizer = trained_tokenizer(tokenizer, None, path)
         training.chat_template_path = None
     rows, evaluation = load_rows(recipe, recipe.script.dataset_train_split), load_evaluation(recipe)
+    if sized := tokenized_first(recipe, rows):
+        status(sized)
     callback = None if recipe.penalty is None else make_callback(recipe.run.method, recipe.penalty, features)
     if training.packing and callback is not None and callback.reads_languages:
         packed = _pack(recipe, rows, callback.languages)
         if evaluation is not None:  # prepared as the trainer would, by the kind of the training data
-            plain = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+            plain = recipe.load_tokenizer()
             packing = recipe.training.packing if recipe.training.eval_packing is None else recipe.training.eval_packing
             prepare = Preparation(plain, recipe.training, first_row(rows))
             evaluation = prepare(evaluation, packing=bool(packing), name="eval")
@@ -142,6 +143,18 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         callbacks=[] if callback is None else [callback],
+    )
+
+
+def tokenized_first(recipe: Recipe, rows: Rows) -> str:
+    """What to know of many rows that TRL tokenizes before the first step; "" for few, a stream, or prepared rows."""
+    training, count = recipe.training, len(rows) if hasattr(rows, "__len__") else 0
+    if count < MANY_ROWS or skips_preparation(training):
+        return ""
+    at_once = "" if training.packing else "; --dataset_streaming true, with --max_steps, starts at once"
+    return (
+        f"all {count} rows are tokenized before the first step, some thousand a second in each of "
+        f"{training.dataset_num_proc or 1} processes (--dataset_num_proc){at_once}"
     )
 
 
@@ -169,7 +182,7 @@ def _pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
     names = ("completion_only_loss", "assistant_only_loss", "dataset_text_field", "eos_token", "chat_template_path")
     return pack_with_languages(
         rows,
-        load_tokenizer(recipe.model_name, recipe.model.model_revision),
+        recipe.load_tokenizer(),
         max_length=training.max_length,
         strategy=cast("PackingStrategy", training.packing_strategy),
         language=recipe.penalty.language,

@@ -13,9 +13,8 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 
 from qscope_posttrain.cli.training import Rows, first_row, first_rows
 from qscope_posttrain.cli.training.run import Checks, begin, check_checkpoint, check_data, planned_steps, rows_of_step
-from qscope_posttrain.cli.training.sft import Recipe, skips_preparation
+from qscope_posttrain.cli.training.sft import Recipe, skips_preparation, tokenized_first
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.data.language_ids import SCRIPT, SampleLanguage
@@ -23,8 +22,7 @@ from qscope_posttrain.sft.data.preparation import Preparation, trained_tokenizer
 from qscope_posttrain.sft.data.train_data import count_languages, without_effect
 from qscope_posttrain.sft.masks import IGNORED_LABEL
 from qscope_posttrain.sft.settings import make_callback
-from qscope_posttrain.text.language_labels import class_names
-from qscope_posttrain.text.scripts import language_code, target_script
+from qscope_posttrain.text.scripts import class_names, language_code, target_script
 from qscope_posttrain.text.tokens import script_token_ids
 
 STREAMED_ROWS = 2000
@@ -55,6 +53,8 @@ def check_recipe(recipe: Recipe) -> Checks:
         sample = None if rows is None else first_row(rows)
         checks.check("evaluation labels", _labels, recipe, evaluated, tokenizer, sample)
     checks.check("batch", _batch, recipe, rows)
+    if rows is not None and (sized := tokenized_first(recipe, rows)):
+        checks.findings.append(("tokenizing", "note", sized))
     if recipe.training.resume_from_checkpoint:
         checks.check("checkpoint", check_checkpoint, recipe)
     return checks
@@ -62,7 +62,7 @@ def check_recipe(recipe: Recipe) -> Checks:
 
 def data_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer with the end token and the chat template that SFTTrainer gives it before it reads the data."""
-    tokenizer = load_tokenizer(recipe.model_name, recipe.model.model_revision)
+    tokenizer = recipe.load_tokenizer()
     return trained_tokenizer(tokenizer, recipe.training.eos_token, recipe.training.chat_template_path)
 
 

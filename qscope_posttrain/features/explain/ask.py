@@ -17,9 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
+from qscope_posttrain.endpoint.chat import ChatRequest, PromptTemplates, Sampling, read_json, text_field
 from qscope_posttrain.endpoint.session import ChatSession
-from qscope_posttrain.endpoint.templates import PromptTemplates, read_json, text_field
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.contexts import (
     Context,

@@ -23,7 +23,7 @@ from qscope_posttrain.models.layers import check_layers
 from qscope_posttrain.models.scoring import contrast_sample
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.text.language_labels import language_hint
+from qscope_posttrain.text.scripts import language_hint
 
 Contrast = Literal["activation", "firing_rate"]
 Strength = Literal["max", "mean"]

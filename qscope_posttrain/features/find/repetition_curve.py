@@ -19,7 +19,7 @@ from qscope_posttrain.features.dose_curve import (
     CurveSettings,
     Trial,
     controls,
-    measure,
+    measure_loops,
 )
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
@@ -201,7 +201,7 @@ def steering_curve(
             for push in pushes
         ]
     shown: dict[str, Any] = {"periods": periods, "show_progress": show_progress}
-    scan = measure(model, tokenizer, shuffled, trials, settings.samples, settings, seed=seed, **shown)
+    scan = measure_loops(model, tokenizer, shuffled, trials, settings.samples, settings, seed=seed, **shown)
     chosen = choose(scan, settings.max_unlikely_share)
     fresh: list[CurvePoint] = []
     if chosen is not None and chosen.trial.layer is not None:
@@ -212,7 +212,7 @@ def steering_curve(
         used = settings.samples % len(shuffled)
         others = shuffled[used:] + shuffled[:used]
         shown |= {"seed": seed + _FRESH_SEED, "description": "the choice, measured again"}
-        fresh = measure(model, tokenizer, others, trials, settings.fresh_samples, settings, **shown)
+        fresh = measure_loops(model, tokenizer, others, trials, settings.fresh_samples, settings, **shown)
     return SteeringCurve(tuple(scan), chosen, tuple(fresh), settings, periods)
 
 

@@ -93,7 +93,7 @@ def copied_piece(own: Sequence[int], is_boundary: Tensor, start: int, piece_leng
 def seeded_text(
     own: Sequence[int], is_boundary: Tensor, start: int, copies: int, piece_length: int
 ) -> list[int] | None:
-    """What a row has said when `CopyRule` lets it go on by itself, for engines that take token ids and no rule.
+    """The tokens of a row when `CopyRule` lets it go on by itself, for engines that take token ids and no rule.
 
     Returns:
         Its own text up to the boundary, then the copies; None where it ended before there was one. For the arguments

@@ -221,7 +221,7 @@ class VLLMEngine:
         return completions
 
     def _steerings(self, plan: RowPlan) -> tuple[dict[int, dict[str, Any]], dict[str, list[float]]]:
-        """Steering of each negative as vLLM is told of it, by row, and the directions by the names used there."""
+        """Steering of each negative in the form that vLLM gets, by row, and the directions by the names used there."""
         source, steering = self._source, planned_steering(self._source, plan)
         if steering is None or steering.mode != "add":
             raise RuntimeError(f"vLLM steers by mode 'add' only; got {steering}.")

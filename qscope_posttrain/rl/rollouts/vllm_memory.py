@@ -43,7 +43,7 @@ def vllm_memory(
     block: int = BLOCK,
     batched_tokens: int = BATCHED_TOKENS,
 ) -> VLLMMemory:
-    """What vLLM would take for a model of transformers and rows of `length` tokens, prompt and completion.
+    """Memory that vLLM would take for a model of transformers and rows of `length` tokens, prompt and completion.
 
     Args:
         model: The model, on the meta device, perhaps: only its configuration and its shapes are read.

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress as shown
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.sae.checks import check_finite, check_tensor
@@ -26,9 +25,7 @@ from qscope_posttrain.sae.training.config import SAETrainingConfig
 from qscope_posttrain.sae.training.parameters import calibrate
 from qscope_posttrain.sae.training.update import LayerTraining
 
-__all__ = ["SAETrainingConfig", "explained_variance", "train_saes"]
-
-_EVALUATION_TOKENS = 4096
+__all__ = ["SAETrainingConfig", "train_saes"]
 
 
 def train_saes(
@@ -58,20 +55,6 @@ def train_saes(
         check_finite(f"activations of layer {layer}", x)
         config.latents(x.shape[1])
     return {layer: _train_layer(layer, x, config, progress) for layer, x in activations.items()}
-
-
-@torch.no_grad()
-def explained_variance(sae: SparseAutoencoder, x: Tensor) -> float:
-    """1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2 over tokens [tokens, d_model]; 1 is perfect, sums in float64."""
-    if x.shape[0] < 2:
-        raise UserValueError(f"explained variance needs at least 2 tokens, got {x.shape[0]}")
-    mean = x.mean(dim=0, dtype=torch.float64)
-    left = x.new_zeros((), dtype=torch.float64)
-    total = torch.zeros_like(left)
-    for tile in x.split(_EVALUATION_TOKENS):
-        left += (tile.double() - sae.decode(*sae.encode(tile)).double()).square().sum()
-        total += (tile.double() - mean).square().sum()
-    return float(1 - left / total)
 
 
 def _train_layer(layer: int, x: Tensor, config: SAETrainingConfig, progress: bool | None) -> SparseAutoencoder:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qscope_posttrain.distributed import is_main_process
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.files import read_lines
+from qscope_posttrain.files import read_json, read_lines, writing
 from qscope_posttrain.provenance import package_versions
 from qscope_posttrain.report.html import Figure, Section, write_html
 from qscope_posttrain.report.summary import to_json, write_summary, write_text
@@ -57,18 +57,21 @@ def write_checkpoint(
     """Write `folder/step-<n>`, then delete all but the last `keep` checkpoints."""
     final = folder / f"step-{state.step:08d}"
     unfinished = folder / f".{final.name}.part"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for layer, training in trainings.items():
-        tensors = {name: value.detach().cpu().contiguous() for name, value in training.tensors().items()}
-        save_file(tensors, str(unfinished / f"layer{layer}.safetensors"))
-    content = {"format": FORMAT, "settings": dict(settings), **asdict(state)}
-    (unfinished / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for file in unfinished.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    unfinished.rename(final)
+    with writing(final):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for layer, training in trainings.items():
+            tensors = {name: value.detach().cpu().contiguous() for name, value in training.tensors().items()}
+            if any(bool(value.isnan().any()) for name, value in tensors.items() if name != "batch_threshold"):
+                raise diverged([str(layer)], state.step)  # it must not replace a good checkpoint
+            save_file(tensors, str(unfinished / f"layer{layer}.safetensors"))
+        content = {"format": FORMAT, "settings": dict(settings), **asdict(state)}
+        (unfinished / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for file in unfinished.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -79,7 +82,7 @@ def read_checkpoint(
     """Read a checkpoint of `write_checkpoint`; `devices` has the device of each layer. ValueError: a damaged
     checkpoint, or one of other settings; the message names the differences."""
     try:
-        content = json.loads((place / STATE).read_text(encoding="utf-8"))
+        content = read_json(place / STATE)
         written, asked = content["settings"], json.loads(json.dumps(dict(settings)))
         different = [
             f"{name} was {written.get(name)!r} and is {asked.get(name)!r}"
@@ -93,7 +96,7 @@ def read_checkpoint(
             left_out={int(layer): int(value) for layer, value in content["left_out"].items()},
             seconds=float(content["seconds"]),
         )
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserValueError(
             f"{place} is not a checkpoint of a training of SAEs, or is damaged ({error}): delete it"
         ) from error
@@ -107,11 +110,19 @@ def read_checkpoint(
         try:
             tensors = load_file(str(place / f"layer{layer}.safetensors"))
             trainings[layer] = LayerTraining.resumed(layer, tensors, config, device)
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
             raise UserValueError(
                 f"{place}: layer {layer} is missing or damaged ({error}): delete the checkpoint"
             ) from error
     return state, trainings
+
+
+def diverged(layers: Sequence[str], step: int) -> UserValueError:
+    """The error of layers whose loss or weights are no numbers any more."""
+    return UserValueError(
+        f"the training of layer {', '.join(layers)} has diverged by update {step}: lower learning_rate, or lengthen "
+        "warmup_steps. The last checkpoint is from before."
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -155,12 +166,8 @@ class TrainingLog:
         for layer, (sums, counts) in self._sums.items():
             layers[str(layer)] = dict(zip(UpdateMetrics.__dataclass_fields__, (sums / counts).tolist(), strict=True))
         self._sums = {}
-        diverged = [layer for layer, means in layers.items() if not math.isfinite(means["fvu"] or 0.0)]
-        if diverged:
-            raise UserValueError(
-                f"the training of layer {', '.join(diverged)} has diverged by update {step}: lower learning_rate, or "
-                "lengthen warmup_steps. The last checkpoint is from before."
-            )
+        if bad := [layer for layer, means in layers.items() if not math.isfinite(means["fvu"] or 0.0)]:
+            raise diverged(bad, step)
         self._write({"step": step, **facts, "layers": layers})
         mean = sum(means["fvu"] or 0.0 for means in layers.values()) / max(len(layers), 1)
         self.note = f"unexplained variance {mean:.3f}"
@@ -178,7 +185,7 @@ class TrainingLog:
         record = to_json(record)
         self.records.append(record)
         if is_main_process():
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self._accelerator is not None:
             self._accelerator.log(_flat(record), step=record["step"])

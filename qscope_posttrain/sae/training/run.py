@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qscope_posttrain.distributed import default_reduce, is_main_process, process_rank
+from qscope_posttrain.errors import naming_what_is_kept
 from qscope_posttrain.models.layers import check_layers, decoder_layers
 from qscope_posttrain.provenance import model_identity, model_shape, text_fingerprint
 from qscope_posttrain.report.progress import progress, status
@@ -90,7 +91,13 @@ def train_saes_on_text(
     activations = ActivationStream(
         model, tokenizer, source, layers, stream, config.batch_tokens, config.seed, first_document=first
     )
-    return _Run(activations, held_out, config, run, folder).train()
+    with naming_what_is_kept(lambda: _kept(folder)):
+        return _Run(activations, held_out, config, run, folder).train()
+
+
+def _kept(folder: Path) -> str:
+    found = checkpoints(folder / CHECKPOINTS)
+    return f"'{found[-1]}' is the last checkpoint: the same command goes on from it." if found else ""
 
 
 class _Run:
@@ -145,7 +152,7 @@ class _Run:
         self.seconds += time.monotonic() - started
         saes = self._saes()
         quality = self._measure(saes)
-        if quality:
+        if quality and "held_out" not in log.records[-1]:  # of a run that was complete, and is run again
             log.evaluation(self.config.steps, quality)
         log.close()
         return SAETrainingResult(saes, quality, log.records, self._facts())

@@ -10,8 +10,14 @@ import regex
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.sft.masks import IGNORED_LABEL, PADDING_ID
-from qscope_posttrain.text.language_labels import language_hint, listed, same_language
-from qscope_posttrain.text.scripts import language_by_evidence, prose, script_evidence
+from qscope_posttrain.text.scripts import (
+    language_by_evidence,
+    language_hint,
+    listed,
+    prose,
+    same_language,
+    script_evidence,
+)
 
 SCRIPT = "script"
 NO_LANGUAGE = "zxx"  # ISO 639-2 for "no linguistic content": such a sample takes no part

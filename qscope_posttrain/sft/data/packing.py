@@ -11,7 +11,7 @@ from qscope_posttrain.errors import UserTypeError, UserValueError
 from qscope_posttrain.sft.data.language_ids import SCRIPT, LanguageRule, SampleLanguage
 from qscope_posttrain.sft.data.preparation import Preparation, StandIn
 from qscope_posttrain.sft.data.train_data import LANGUAGE_NAMES, TOKEN_LANGUAGES, languages_of
-from qscope_posttrain.text.language_labels import class_names
+from qscope_posttrain.text.scripts import class_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.data.language_ids import NO_LANGUAGE, SCRIPT, SampleLanguage
 from qscope_posttrain.sft.masks import PADDING_ID, TokenBatch
-from qscope_posttrain.text.language_labels import distinct_labels
+from qscope_posttrain.text.scripts import distinct_labels
 
 TOKEN_LANGUAGES = "language_ids"
 """Column of packed data sets: index of each token's language in the row's `LANGUAGE_NAMES`"""

@@ -34,6 +34,7 @@ def test_by_hand():
     assert back.value("overlap") == 2 / 3
 
 
+@pytest.mark.promise("Redundancy, overlap and correlations of benchmarks equal all subsets counted one by one")
 def test_equal_size_equals_all_pairs_of_subsets():
     first, second, size = draw("a", 6, 1), draw("b", 8, 2), 2
     one, other = sets_of(first), sets_of(second)
@@ -134,9 +135,7 @@ def test_items_in_both_are_left_out_of_the_larger_one():
     rest = large.select(np.arange(10, 30))
     assert matrix.matched["large", "part"].value("jaccard") == matched_pair(rest, part, matrix.size).value("jaccard")
     assert matrix.raw["part", "large"].value("overlap") == 1.0
-    with_them = matrix.shared_items["large", "part"].kept
-    assert with_them.value("jaccard") == matched_pair(large, part, matrix.size).value("jaccard")
-    assert (matrix.shared_items["large", "other"].items, matrix.shared_items["large", "other"].kept) == (0, None)
+    assert (matrix.shared_items["large", "other"].items, matrix.shared_items["large", "other"].removed) == (0, False)
     half, same = [*range(5, 30)], [*range(25)]
     twins = measure_overlap([large.select(half), from_sets("twin", sets, WIDTH, texts).select(same), other], size=3)
     assert twins.shared_items["large", "twin"].removed

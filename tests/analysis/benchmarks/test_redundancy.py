@@ -46,6 +46,7 @@ def test_presence_keeps_its_precision_in_a_large_benchmark():
     assert presence_over_sizes([1], 30_000)[0] == pytest.approx(30_001 / 2, rel=1e-9)
 
 
+@pytest.mark.promise("Redundancy, overlap and correlations of benchmarks equal all subsets counted one by one")
 @given(SMALL_SETS)
 @settings(max_examples=60, deadline=None)
 def test_equals_all_subsets_one_by_one(sets):

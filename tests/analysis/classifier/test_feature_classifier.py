@@ -107,6 +107,7 @@ def test_one_matrix_with_layer_widths_is_the_same_as_a_mapping():
     assert search.fit(matrix, Y).best_params_["layer"] == 5
 
 
+@pytest.mark.promise("The classifier passes scikit-learn's own checks, and its rates equal loops")
 @pytest.mark.parametrize(("rule", "thresholds"), [("or", "best"), ("votes", "zero"), ("logistic", "zero")])
 def test_scikit_learns_own_checks(rule, thresholds):
     # All checks, none marked as expected to fail. The data are dense and real-valued: what is below zero never fires.

@@ -67,6 +67,7 @@ def labeled(draw):
     ]
 
 
+@pytest.mark.promise("The classifier passes scikit-learn's own checks, and its rates equal loops")
 @settings(max_examples=200, deadline=None)
 @given(labeled(), st.sampled_from([0.0, 1.0, 2.2]))
 def test_both_measures_against_loops(case, epsilon):

@@ -10,8 +10,8 @@ from synthetic_rows import switching_row
 
 from benchmarks.experiments.cost_curves import CostCurve, cost_curves
 from benchmarks.experiments.switching_page import switching_report
+from benchmarks.testbed.plots import Mark
 from qscope_posttrain.report.html import write_html
-from qscope_posttrain.report.plots import Mark
 
 WORLD = {
     "cell": "zh",

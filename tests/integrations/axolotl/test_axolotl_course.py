@@ -36,6 +36,7 @@ def test_a_mistake_by_command(workplace):
     assert not run.begun
 
 
+@pytest.mark.promise("In ms-swift, axolotl and verl two processes train as one")
 def test_two_processes(workplace, references):
     """axolotl divides the loss of each process by its own tokens, and takes the mean; the penalty is divided alike."""
     config = workplace.config(micro_batch_size=2, gradient_accumulation_steps=2, ddp=True)

@@ -49,6 +49,7 @@ def check(run, workplace, references):
     assert logs["sasft/hook_calls"] == 1
 
 
+@pytest.mark.promise("In ms-swift, axolotl, LLaMA-Factory and verl the gradient equals the written-out loss")
 @pytest.mark.parametrize("tuning", list(TUNING))
 @pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -70,6 +71,7 @@ def test_gradient_equals_the_written_out_loss(workplace, references, batches, ac
         assert [len(documents(batch)) for batch in kept["batches"]] == [8 // accumulation] * accumulation
 
 
+@pytest.mark.promise("In ms-swift, axolotl, LLaMA-Factory and verl weight 0 changes no bit")
 @pytest.mark.parametrize("packed", [False, True])
 def test_weight_zero_changes_nothing(workplace, packed):
     options = {"learning_rate": 1e-3, "max_steps": 2} | (PACKED if packed else {"micro_batch_size": 2})

@@ -142,6 +142,7 @@ def told(rows, tokenizer):
 EXPECTED = {(sample["output"], LANGUAGES[number % 3]) for number, sample in enumerate(SAMPLES)}
 
 
+@pytest.mark.promise("In ms-swift, axolotl, LLaMA-Factory and verl the gradient equals the written-out loss")
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -166,6 +167,7 @@ def test_gradient_equals_the_written_out_loss(folder, features, tiny_tokenizer, 
     assert logs["sasft/penalty"] == pytest.approx(penalty, rel=1e-5)
 
 
+@pytest.mark.promise("In ms-swift, axolotl, LLaMA-Factory and verl weight 0 changes no bit")
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_weight_0_is_llamafactory_alone_bit_by_bit(folder, features, tuning):
     _, own, _ = run(folder, [], finetuning_type=tuning)

@@ -55,6 +55,7 @@ def test_the_recipe_trains_with_the_language_in_a_column_of_its_own(workplace):
     assert list(run.folder.rglob("checkpoint-2/adapter_model.safetensors"))
 
 
+@pytest.mark.promise("In ms-swift, axolotl and verl two processes train as one")
 @pytest.mark.parametrize(
     "options",
     [

@@ -65,6 +65,7 @@ def check(run, workplace, references, **options):
     return rows
 
 
+@pytest.mark.promise("In ms-swift, axolotl, LLaMA-Factory and verl the gradient equals the written-out loss")
 @pytest.mark.parametrize("tuning", list(TUNING))
 @pytest.mark.parametrize("checkpointing", ["none", "non-reentrant"])
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -183,6 +184,7 @@ def test_every_token_has_the_language_of_its_row(workplace, monkeypatch, batches
         assert set(tokens.language_ids[~real].tolist()) <= {-1}
 
 
+@pytest.mark.promise("In ms-swift, axolotl, LLaMA-Factory and verl weight 0 changes no bit")
 @pytest.mark.parametrize("batches", list(BATCHES))
 @pytest.mark.parametrize("tuning", list(TUNING))
 def test_weight_0_is_ms_swift_alone_bit_by_bit(workplace, batches, tuning):

@@ -55,6 +55,7 @@ def cases(make_model):
     return gradient_cases(make_model, WEIGHT)
 
 
+@pytest.mark.promise("In a plain transformers.Trainer the gradient equals the written-out loss")
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -76,6 +76,7 @@ def check(world, trainer, found, lora=False):
     return loss, penalty
 
 
+@pytest.mark.promise("In ms-swift, axolotl, LLaMA-Factory and verl the gradient equals the written-out loss")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("lora", [False, True])
@@ -232,6 +233,7 @@ def test_recipes(world, tmp_path, monkeypatch, recipe):
     assert whole[0][own] != whole[1][own]
 
 
+@pytest.mark.promise("In ms-swift, axolotl and verl two processes train as one")
 def test_two_processes_are_one(world, tmp_path):
     """The whole program on the sharded model; each process has four of the rows."""
     adapter = [f"model.lora_adapter_path={world / 'adapter'}", "model.lora_rank=4"]
@@ -256,6 +258,7 @@ def test_two_processes_are_one(world, tmp_path):
             assert results[0]["metrics"][name] == results[1]["metrics"][name] == alone
 
 
+@pytest.mark.promise("In ms-swift, axolotl, LLaMA-Factory and verl weight 0 changes no bit")
 @pytest.mark.parametrize("remove_padding", [True, False])
 @pytest.mark.parametrize(
     "settings",

@@ -20,6 +20,7 @@ def runs(model):
         }
 
 
+@pytest.mark.promise("Rollouts of vLLM have the tokens and gradients of transformers")
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_tokens_are_those_of_transformers(runs, kind):
     """Of the second step too: vLLM has got the weights that the first one left."""
@@ -30,6 +31,7 @@ def test_all_tokens_are_those_of_transformers(runs, kind):
     assert ours.said[0] != ours.said[1]
 
 
+@pytest.mark.promise("Rollouts of vLLM have the tokens and gradients of transformers")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_transformers(runs, kind):
     ours, vllms = runs[kind]

@@ -21,6 +21,7 @@ SCHEDULES = {
 TRANSFORMERS_NAMES = {"min_tokens": "min_new_tokens"}
 
 
+@pytest.mark.promise("Rollouts of vLLM have the tokens and gradients of transformers")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_run_is_that_of_transformers(model, name, monkeypatch):
     # TRL shuffles a generation batch by torch's random numbers, of which one engine takes some and the other none.

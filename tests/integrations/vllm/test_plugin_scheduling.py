@@ -28,6 +28,7 @@ def test_prompts_in_pieces_and_from_the_cache(model_and_folder, ids):
     assert cases.metric(llm, "prefix_cache_hits") > 0
 
 
+@pytest.mark.promise("vLLM steers the rows that ask for it and no other")
 def test_preempted_rows_are_computed_again_and_steered_again(model_and_folder, ids):
     """The cache holds 7 blocks of 32 tokens, and the 9 rows need 27."""
     model, folder = model_and_folder

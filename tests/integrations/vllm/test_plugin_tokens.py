@@ -60,6 +60,7 @@ def counts_taken(llm):
     llm.collective_rpc("qscope_take_counts")
 
 
+@pytest.mark.promise("vLLM steers the rows that ask for it and no other")
 def test_a_mixed_batch_has_the_tokens_of_transformers_and_its_counts(llm, model, ids):
     tokens, _ = cases.generate(llm, ids)
     counts = llm.collective_rpc("qscope_take_counts")
@@ -70,6 +71,7 @@ def test_a_mixed_batch_has_the_tokens_of_transformers_and_its_counts(llm, model,
     assert llm.collective_rpc("qscope_take_counts") == [{}]
 
 
+@pytest.mark.promise("vLLM steers the rows that ask for it and no other")
 def test_ordinary_rows_are_those_of_an_engine_that_knows_no_steering(llm, ids, model_and_folder):
     """That engine runs in a process of its own, where the plug-in is installed, not asked for, and does nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "QSCOPE_VLLM"}

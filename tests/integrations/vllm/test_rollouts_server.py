@@ -58,6 +58,7 @@ def through(server, **options):
     return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server, "max_steps": 1, **options}
 
 
+@pytest.mark.promise("Rollouts of vLLM have the tokens and gradients of transformers")
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_tokens_are_those_of_transformers(model, server, kind):
     ours = train(model, max_steps=1, **GREEDY, **KINDS[kind])

@@ -114,6 +114,7 @@ def test_losses_are_those_of_an_explicit_computation(good, trained, tiny_tokeniz
         assert good.recovered[name].estimate == pytest.approx(recovered, abs=1e-3)
 
 
+@pytest.mark.promise("qscope sae check warns of each kind of broken SAE, and of nothing in a good one")
 def test_a_good_sae_warns_of_nothing_and_its_intervals_hold_the_estimates(good):
     assert good.warnings == ()
     assert good.fvu.estimate < 0.3
@@ -173,6 +174,7 @@ def test_an_unfolded_input_scale_is_a_matter_of_units(measure, sae):
     assert broken.fit.input_scale == pytest.approx(1 / 30, rel=0.3)
 
 
+@pytest.mark.promise("qscope sae check warns of each kind of broken SAE, and of nothing in a good one")
 @pytest.mark.parametrize(
     ("unit", "kinds"), [(1.0, set()), (1 / 40, {"units", "sparsity"}), (40.0, {"units", "sparsity"})]
 )
@@ -186,6 +188,7 @@ def test_thresholds_in_other_units_show_in_scale_and_sparsity(
         assert quality.fit.input_scale == pytest.approx(unit, rel=0.5)
 
 
+@pytest.mark.promise("qscope sae check warns of each kind of broken SAE, and of nothing in a good one")
 @pytest.mark.parametrize("layer", [1, 3])
 def test_another_layer_is_noticed_where_its_own_is_scanned(measure, sae, layer):
     moved = measure(dataclasses.replace(sae, layer=None), layer, losses=False)
@@ -193,6 +196,7 @@ def test_another_layer_is_noticed_where_its_own_is_scanned(measure, sae, layer):
     assert f"on layer {LAYER} it leaves" in moved.warnings[0].reason
 
 
+@pytest.mark.promise("qscope sae check warns of each kind of broken SAE, and of nothing in a good one")
 def test_another_model_of_the_same_shape(sae, make_model, tiny_tokenizer, texts):
     fresh = make_model(seed=7)
     for model in (fresh, learned(fresh, tiny_tokenizer, texts)):
@@ -201,6 +205,7 @@ def test_another_model_of_the_same_shape(sae, make_model, tiny_tokenizer, texts)
         assert "another model or another site" in other.warnings[0].reason
 
 
+@pytest.mark.promise("qscope sae check warns of each kind of broken SAE, and of nothing in a good one")
 def test_a_permuted_decoder(measure, sae):
     order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))
     broken = measure(dataclasses.replace(sae, W_dec=sae.W_dec[order]))
@@ -208,6 +213,7 @@ def test_a_permuted_decoder(measure, sae):
     assert broken.recovered["mean"].estimate < 0.5
 
 
+@pytest.mark.promise("qscope sae check warns of each kind of broken SAE, and of nothing in a good one")
 def test_sparsity_other_than_promised(measure, sae):
     assert _kinds(measure(sae, losses=False, expected_l0=3 * K)) == {"sparsity"}
     closed = dataclasses.replace(sae, activation=TopK(WIDTH))

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.testbed.models import explained_variance
 from qscope_posttrain.sae.activations import BatchTopK, JumpReLU, TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
-from qscope_posttrain.sae.training import SAETrainingConfig, explained_variance, train_saes
+from qscope_posttrain.sae.training import SAETrainingConfig, train_saes
 from qscope_posttrain.sae.training.parameters import calibrate, geometric_median
 from qscope_posttrain.sae.training.update import LayerTraining
 

@@ -33,6 +33,7 @@ def whole(world, tmp_path_factory):
     return train(world, tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.promise("Training an SAE, killed and resumed, equals an unbroken run bit for bit")
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(whole, world, tiny_tokenizer, tmp_path):
     """SIGKILL as soon as the second checkpoint is there: bit for bit the same weights, and the same metrics."""

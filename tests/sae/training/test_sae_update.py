@@ -83,6 +83,7 @@ def test_jumprelu_and_its_estimators_by_definition(z: Tensor) -> None:
     torch.testing.assert_close(p.b_enc.grad, of_pre.sum(dim=0))
 
 
+@pytest.mark.promise("An update of SAE training is one step of Adam on the written-out loss")
 def test_auxk_is_by_definition_and_its_gradient_by_finite_differences(z: Tensor) -> None:
     p, dead = parameters(), torch.tensor([2, 3, 7, 11, 12])
     error = torch.randn(TOKENS, D_MODEL, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -102,6 +103,7 @@ def test_auxk_is_by_definition_and_its_gradient_by_finite_differences(z: Tensor)
     assert not p.W_dec.grad[others].any()
 
 
+@pytest.mark.promise("An update of SAE training is one step of Adam on the written-out loss")
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
 def test_gradient_of_the_reconstruction_by_finite_differences(architecture: str, z: Tensor) -> None:
     from qscope_posttrain.kernels import sparse_decode
@@ -118,6 +120,7 @@ def units() -> Units:
     return Units(torch.full((D_MODEL,), 2.0), torch.tensor(4.0), torch.tensor(0.8))
 
 
+@pytest.mark.promise("An update of SAE training is one step of Adam on the written-out loss")
 def test_update_is_one_step_of_adam_on_the_written_out_loss(z: Tensor) -> None:
     x = (4 * z + 2).float()
     config = SAETrainingConfig(width=D_SAE, k=K, steps=10, learning_rate=1e-2, warmup_steps=0)

@@ -132,6 +132,7 @@ def test_truncation_that_leaves_ids_behind_is_noticed():
 class TestPacking:
     """`pack_with_languages` tokenises like the trainer."""
 
+    @pytest.mark.promise("Packing with languages gives the tokens and labels of TRL's own preparation")
     @pytest.mark.parametrize("kind", ["text", "prompt", "messages", "conversation", "tokens"])
     def test_same_tokens_and_labels_as_the_trainers_preparation(self, make_model, tiny_tokenizer, texts, kind):
         pairs = [(text[:8], text[8:], code) for code in ("en", "zh") for text in texts[code]]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks.testbed.models import build_model
-from benchmarks.testbed.sampling import sample_completions
+from benchmarks.testbed.sampling import SmallModelSampler
 from benchmarks.testbed.switching.training import Metrics, mean_metrics, teacher_forced_metrics
 from benchmarks.testbed.switching.windows import WindowMaker
+from qscope_posttrain.models.generation import SamplingSettings
 from qscope_posttrain.text.tokens import script_token_ids
 
 
@@ -97,7 +98,8 @@ def test_mean_over_seeds() -> None:
 @torch.no_grad()
 def test_sampling_without_an_end_equals_sampling_without_a_cache(model, maker: WindowMaker) -> None:
     prompts = maker.dialogue("val", 7, seed=2).prompts
-    responses = sample_completions(model, prompts.tolist(), 6, temperature=0.7, seed=5)
+    settings = SamplingSettings(temperature=0.7, top_p=1.0, max_new_tokens=6, seed=5)
+    responses = SmallModelSampler(model).sample(prompts.tolist(), settings)
     generator = torch.Generator().manual_seed(5)
     text = prompts
     for _ in range(6):
