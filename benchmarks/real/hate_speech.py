@@ -7,15 +7,19 @@ Both classes are equally frequent, and no template is in both discovery and test
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from benchmarks.classifier import spread
 from benchmarks.real.texts import HATECHECK, HateCase, hate_cases, split_by_template
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 from qscope_posttrain.analysis.classifier.methods import LabeledTexts, collect_examples, methods_named
-from qscope_posttrain.analysis.classifier.report import CURVES, efficiency, make_report
+from qscope_posttrain.analysis.classifier.report import CURVES, REFERENCE, efficiency, make_report
 from qscope_posttrain.models.loading import load_model
+from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 METHODS = (
@@ -23,6 +27,7 @@ METHODS = (
     "random features, OR", "logistic on all features", "logistic on the residual", "difference of means",
     "bag of tokens", "length", "always positive",
 )  # fmt: skip
+EUROPEAN = ("de", "en", "es", "fr", "it", "nl", "pl", "pt")
 FRACTIONS = (0.03, 0.1, 0.3, 1.0)
 DISCOVERY, TEST = 300, 100
 """Test cases per class and language"""
@@ -44,6 +49,61 @@ def study(model: Path, saes: Path, layers: Sequence[int], languages: Sequence[st
             curves.append(efficiency(methods_named(CURVES), discovery["en"], test["en"], fractions=FRACTIONS,
                                      draws=draws, folds=3, seed=seed))  # fmt: skip
     return {"languages": list(languages), "layers": list(layers), "runs": runs, "curves": curves}
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, Table]:
+    """The tables of a page: every method in its own language, learned in English alone, and by layer; means over the
+    splits of the templates, with 95 % t intervals over them."""
+    runs, languages = result["runs"], result["languages"]
+    away = [language for language in languages if language != "en"]
+
+    def over_splits(method: str, metric: str, pairs: Sequence[tuple[str, str]]) -> Any:
+        found = [[run["evaluations"][method][one][two][metric][0] for one, two in pairs] for run in runs]
+        return np.array([[np.nan if value is None else value for value in row] for row in found]).mean(axis=1)
+
+    own = [(language, language) for language in languages]
+    rows, moved = [], []
+    for method in runs[0]["evaluations"]:
+        against = over_splits(method, "f1", own) - over_splits(REFERENCE, "f1", own)
+        cells = [
+            spread(over_splits(method, metric, pairs)) for pairs in (own, [("en", "en")]) for metric in ("f1", "auroc")
+        ]
+        rows.append([method, *cells, "-" if method == REFERENCE else spread(against, signed=True)])
+        values = [over_splits(method, "f1", [("en", language)]).mean() for language in ("en", *away)]
+        mean = spread(over_splits(method, "f1", [("en", language) for language in away])) if away else "-"
+        moved.append([method, *(f"{value:.2f}" for value in values), mean])
+    caption = f"Means over {len(languages)} languages and {len(runs)} splits; 95 % t intervals over splits."
+    layers = []
+    for layer in map(str, result["layers"]):
+        f1 = [
+            row["f1"]
+            for run in runs
+            for name in languages
+            for row in run["layers"][name]
+            if (str(row["layer"]), row["k"]) == (layer, 1)
+        ]
+        chosen = [str(run["chosen_layers"][name]) == layer for run in runs for name in languages]
+        overlap = {kind: [] for kind in ("european", "others")}
+        for run in runs:
+            for pair, value in {str(key): row for key, row in run["jaccard"].items()}.get(layer, {}).items():
+                overlap["european" if set(pair.split("/")) <= set(EUROPEAN) else "others"].append(value)
+        means = [f"{np.mean(values):.3f}" if values else "-" for values in overlap.values()]
+        layers.append([int(layer), f"{np.mean(f1):.3f}", f"{np.mean(chosen):.0%}", *means])
+    return {
+        "methods": Table(
+            "Hateful test cases: learned and tested on one language",
+            ["method", "F1", "AUROC", "F1, English", "AUROC, English", "F1 against the probe"], rows, caption,
+        ),
+        "transfer": Table(
+            "Learned on English, tested on each language: F1", ["method", "en", *away, "mean of the others"], moved,
+            f"Means over {len(runs)} splits. `always positive` has 0.67.",
+        ),
+        "layers": Table(
+            "Layers",
+            ["layer", "F1 of one feature", "chosen by top1-diff", "overlap, European pairs", "overlap, other pairs"],
+            layers, "Overlap: |A and B| / |A or B| of the ten features with the largest difference in firing rate.",
+        ),
+    }  # fmt: skip
 
 
 Drawn = tuple[list[HateCase], list[HateCase]]
