@@ -77,10 +77,10 @@ def run_study(study: str, model: Pretrained, folder: Path, options: argparse.Nam
     keep(name, json.loads(result.read_text(encoding="utf-8")), ran, options.output)
 
 
-def keep(name: str, result: Any, ran: Mapping[str, Any], folder: Path) -> None:
+def keep(name: str, result: Mapping[str, Any], ran: Mapping[str, Any], folder: Path) -> None:
     """Write one result with what it took."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"name": name, **{key: value for key, value in ran.items() if key != "key"}, "result": result}
+    content = {**{key: value for key, value in ran.items() if key != "key"}, **result}
     write_text(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -48,7 +48,22 @@ def study(model: Path, saes: Path, layers: Sequence[int], languages: Sequence[st
         if draws:
             curves.append(efficiency(methods_named(CURVES), discovery["en"], test["en"], fractions=FRACTIONS,
                                      draws=draws, folds=3, seed=seed))  # fmt: skip
-    return {"languages": list(languages), "layers": list(layers), "runs": runs, "curves": curves}
+    return summary({"languages": list(languages), "layers": list(layers), "runs": runs, "curves": curves})
+
+
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables, and of each split F1 and AUROC of every method from each language to each."""
+    pairs = [
+        {
+            method: {
+                one: {two: [row["f1"][0], row["auroc"][0]] for two, row in to.items()} for one, to in found.items()
+            }
+            for method, found in run["evaluations"].items()
+        }
+        for run in result["runs"]
+    ]
+    shown = {name: table.to_dict() for name, table in tables(result).items()}
+    return {"tables": shown, "f1_and_auroc": pairs, "english_f1_by_share": result["curves"]}
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Table]:
@@ -83,27 +98,20 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
             if (str(row["layer"]), row["k"]) == (layer, 1)
         ]
         chosen = [str(run["chosen_layers"][name]) == layer for run in runs for name in languages]
-        overlap = {kind: [] for kind in ("european", "others")}
+        overlap: dict[str, list[float]] = {"european": [], "others": []}
         for run in runs:
             for pair, value in {str(key): row for key, row in run["jaccard"].items()}.get(layer, {}).items():
                 overlap["european" if set(pair.split("/")) <= set(EUROPEAN) else "others"].append(value)
         means = [f"{np.mean(values):.3f}" if values else "-" for values in overlap.values()]
         layers.append([int(layer), f"{np.mean(f1):.3f}", f"{np.mean(chosen):.0%}", *means])
-    return {
-        "methods": Table(
-            "Hateful test cases: learned and tested on one language",
-            ["method", "F1", "AUROC", "F1, English", "AUROC, English", "F1 against the probe"], rows, caption,
-        ),
-        "transfer": Table(
-            "Learned on English, tested on each language: F1", ["method", "en", *away, "mean of the others"], moved,
-            f"Means over {len(runs)} splits. `always positive` has 0.67.",
-        ),
-        "layers": Table(
-            "Layers",
-            ["layer", "F1 of one feature", "chosen by top1-diff", "overlap, European pairs", "overlap, other pairs"],
-            layers, "Overlap: |A and B| / |A or B| of the ten features with the largest difference in firing rate.",
-        ),
-    }  # fmt: skip
+    columns = ["method", "F1", "AUROC", "F1, English", "AUROC, English", "F1 against the probe"]
+    methods = Table("Hateful test cases, each language by itself", columns, rows, caption)
+    columns = ["method", "en", *away, "mean of the others"]
+    caption = f"Means over {len(runs)} splits; 95 % t interval over splits."
+    transfer = Table("Learned on English, tested on each language: F1", columns, moved, caption)
+    columns = ["layer", "F1 of one feature", "chosen by top1-diff", "overlap, European pairs", "overlap, other pairs"]
+    caption = "Overlap: |A and B| / |A or B| of the ten features with the largest difference in firing rate."
+    return {"methods": methods, "transfer": transfer, "layers": Table("Layers", columns, layers, caption)}
 
 
 Drawn = tuple[list[HateCase], list[HateCase]]
