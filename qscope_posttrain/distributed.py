@@ -94,13 +94,17 @@ def join_processes(device: str | None, timeout: float | None = None, backend: st
     import torch
     from accelerate import PartialState
 
-    seconds = timedelta(seconds=float(os.environ.get(TIMEOUT) or 1800) if timeout is None else timeout)
+    text = (os.environ.get(TIMEOUT) or "1800") if timeout is None else str(timeout)
+    try:
+        seconds = timedelta(seconds=float(text))
+    except (ValueError, OverflowError) as error:
+        raise UserValueError(f"{TIMEOUT}={text} is no number of seconds.") from error
     if device != "cpu":
         check_devices()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     try:
         return str(PartialState(cpu=on_cpu, timeout=seconds, backend=backend).device)
-    except torch.distributed.DistError as error:
+    except (torch.distributed.DistError, ValueError) as error:  # ValueError: WORLD_SIZE is set, and no address
         count = launched_processes()
         raise UserOSError(f"{count} processes were started and have not come together ({error}).") from error
 

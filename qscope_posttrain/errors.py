@@ -115,14 +115,18 @@ def finite_probabilities() -> Iterator[None]:
         ) from error
 
 
+class CheckpointRefused(UserValueError):
+    """A checkpoint is another run's or damaged: the same command does not go on from it."""
+
+
 @contextmanager
 def naming_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
     """Add to whatever ends the block early, Ctrl-C included, a sentence on what is kept of its work. `kept` gives it;
-    the command line prints it."""
+    the command line prints it. `CheckpointRefused` stays as it is: it says what to do."""
     try:
         yield
     except BaseException as error:
-        if words := kept():
+        if not isinstance(error, CheckpointRefused) and (words := kept()):
             error.add_note(words)
         raise
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from qscope_posttrain.errors import UserTypeError, UserValueError
+from qscope_posttrain.errors import CheckpointRefused, UserTypeError, UserValueError
 from qscope_posttrain.files import check_is_file
 
 if TYPE_CHECKING:
@@ -112,9 +112,13 @@ def model_shape(model: Any) -> dict[str, Any]:
     }
 
 
+_ADAPTERS = {"active_adapter", "_active_adapter", "_adapters_disabled", "_disable_adapters"}
+"""Attributes of PEFT's modules that say which adapters act, which no weight does"""
+
+
 def weights_fingerprint(model: Any) -> str:
-    """Hexadecimal SHA-256 over the names, shapes and sums of the bits of all weights and buffers of a model: any
-    training changes it. One pass over the weights, on their device."""
+    """Hexadecimal SHA-256 over the names, shapes and sums of the bits of all weights and buffers of a model, and over
+    which adapters of PEFT act: any training changes it. One pass over the weights, on their device."""
     import torch
 
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -123,6 +127,9 @@ def weights_fingerprint(model: Any) -> str:
         if isinstance(value, torch.Tensor):
             bits = value.detach().contiguous().reshape(-1).view(integers[value.element_size()])
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} {int(bits.sum(dtype=torch.int64))};".encode())
+    for name, module in model.named_modules():
+        acting = {key: vars(module)[key] for key in _ADAPTERS & vars(module).keys() if vars(module)[key]}
+        digest.update("".join(f"{name} {key} {acting[key]};" for key in sorted(acting)).encode())
     return digest.hexdigest()
 
 
@@ -227,14 +234,14 @@ def check_resumed(state: TrainerState, key: str, identity: dict[str, Any]) -> No
     stored = records.get(key)
     if state.global_step > 0:
         if stored is None:
-            raise UserValueError(
+            raise CheckpointRefused(
                 f"The checkpoint at step {state.global_step} was trained without {key}, or before it recorded its "
                 "settings. A resumed run must have the same losses: start a new run from the checkpoint's weights "
                 "instead, or resume without it."
             )
         different = _differences(stored["attributes"], identity)
         if different:
-            raise UserValueError(
+            raise CheckpointRefused(
                 f"The checkpoint at step {state.global_step} was trained with other settings of {key}: "
                 f"{'; '.join(different)}. Resume with the same settings and features, or start a new run."
             )

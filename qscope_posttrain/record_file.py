@@ -128,11 +128,14 @@ def draw_and_keep(
 ) -> Iterator[Drawn]:
     """Yield `draw(batch)` for each batch, and keep it in a file, from which the same call goes on as if it had not been
     interrupted: beside the responses stands the state of the random numbers after them. `asked` is JSON of all that
-    the responses depend on, beside the weights of the model."""
+    the responses depend on, beside the weights of the model. ValueError while the model is steered."""
     import torch
 
     from qscope_posttrain.provenance import package_versions, weights_fingerprint
 
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    if any(getattr(hook, "__module__", None) == "qscope_posttrain.models.steering" for hook in hooks):
+        raise UserValueError("samples of a steered model cannot be kept (keep=): they would be taken for others.")
     device = next(model.parameters()).device
     sources: list[tuple[Any, tuple[Any, ...]]] = [(torch, ())]
     if device.type != "cpu":  # that of CUDA which the model is on need not be the current one

@@ -178,9 +178,11 @@ class PenaltyLayer:
 @torch.no_grad()
 def shift(hidden: Tensor, layer: PenaltyLayer, mask: Tensor, groups: Tensor) -> Tensor:
     """[d_model + 2]: sum of h - m over the tokens of `mask` but for outliers, their number, and their sum of m . m.
+    Where most tokens are outliers, the stream has grown or is another model's, and all of them count.
 
     m is the mean residual of a token's language in the texts that the features were found on."""
-    kept = (mask & (torch.linalg.vector_norm(hidden, dim=-1) <= layer.norm_limit)).flatten().float()
+    within = mask & (torch.linalg.vector_norm(hidden, dim=-1) <= layer.norm_limit)
+    kept = torch.where(2 * within.sum() < mask.sum(), mask, within).flatten().float()
     of_language = torch.zeros_like(layer.means[:, 0]).index_add_(0, groups.clamp(min=0).flatten(), kept)
     count = kept.sum()
     share = (kept / count.clamp(min=1)).to(hidden.dtype)  # a sum may overflow in fp16

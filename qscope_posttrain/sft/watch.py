@@ -72,7 +72,9 @@ class Watch:
                 "model",
                 f"the features seem to be another model's. On {layer} the mean residual stream is {now:.2f} of its "
                 f"length away from where it was when they were found (0 is equal; limit {FAR}): the penalty acts on "
-                "directions without a meaning here. Find the features on this model, on text like its training data.",
+                "directions that may mean nothing here. Find the features on this model, on text like its training "
+                f"data. If that is how they were found, the steps up to this log ({self._steps}, and those before a "
+                "checkpoint) have moved the model: lower learning_rate or weight.",
             )
         else:
             self._say(

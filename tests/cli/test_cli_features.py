@@ -73,8 +73,10 @@ def test_a_mistake_is_one_clear_line(world, tmp_path, capsys, changes, message):
     options = {"--model": [world.model], "--texts": [world.texts], "--sae": [world.saes], "--layers": ["2"]}
     options |= {"--output": [str(tmp_path)]} | changes
     assert main(["features", "find", *(word for name, words in options.items() for word in (name, *words))]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
+    assert "--resumable" not in said
     assert message in errors[0]
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.cli.training.interruption import STATE, last_checkpoint
+from qscope_posttrain.cli.training.run import _save_model
 from tests.free_port import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -159,9 +161,28 @@ def test_a_training_is_not_resumed_on_other_rows(world, tmp_path, capsys):
         (["--seed", "7"], "seed was 42, is 7"),
     ):
         assert main([*resumed, *change]) == 2
-        assert words in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert words in said
+        assert "is the last checkpoint: go on" not in said
     same = ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "8"]
     assert main([*resumed, *same]) == 0
+
+
+def test_a_model_is_saved_over_another_with_folders(tmp_path):
+    words = ["first", "second"]
+
+    def save_model(folder, _internal_call):
+        (Path(folder) / "templates").mkdir(parents=True)
+        for name in ("templates/tools.jinja", "config.json"):
+            (Path(folder) / name).write_text(word)
+
+    trainer = SimpleNamespace(save_model=save_model, args=SimpleNamespace(should_save=True))
+    while words:
+        word = words.pop(0)
+        _save_model(trainer, tmp_path)
+    written = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert written == {"config.json": "second", "templates/tools.jinja": "second"}
+    assert not (tmp_path / ".model.part").exists()
 
 
 @pytest.mark.promise("A training that was complete is not taken a step further by the same command")

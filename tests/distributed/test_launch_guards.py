@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from sft.cases import case_model, make_rows, make_trainer
 
 from qscope_posttrain.cli.main import main
-from qscope_posttrain.distributed import check_devices, left_out
+from qscope_posttrain.distributed import check_devices, join_processes, left_out
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_OF_MANY = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -51,6 +52,23 @@ class TestOneProcessOfMany:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."})
         assert done.returncode != 0
         assert "error: `accelerate launch --cpu` starts one process" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["soon", "1e99", "nan"])
+def test_a_timeout_that_is_no_number(environment, seconds):
+    environment(WORLD_SIZE="2", QSCOPE_TIMEOUT=seconds)
+    with pytest.raises(ValueError, match=f"QSCOPE_TIMEOUT={seconds} is no number of seconds"):
+        join_processes("cpu")
+
+
+def test_a_number_of_processes_without_an_address(environment, monkeypatch):
+    environment(WORLD_SIZE="2")
+    for name in ("ACCELERATE_USE_CPU", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # accelerate sets some of them
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    with pytest.raises(OSError, match=r"2 processes were started and have not come together .*MASTER_ADDR"):
+        join_processes("cpu")
 
 
 @pytest.mark.promise("More processes than GPUs are refused before anything is loaded.")

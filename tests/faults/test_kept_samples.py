@@ -6,8 +6,10 @@ import resource
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from qscope_posttrain.models.generation import SamplingSettings, generate_samples
+from qscope_posttrain.models.steering import Steering, steer
 from qscope_posttrain.record_file import RecordFile
 
 SETTINGS = SamplingSettings(samples_per_prompt=3, max_new_tokens=6, batch_size=2, top_p=1.0)
@@ -60,6 +62,30 @@ def test_another_model_or_setting_samples_anew(make_model, tiny_tokenizer, texts
     size = keep.stat().st_size
     generate_samples(model, tiny_tokenizer, prompts, SETTINGS, keep=keep)
     assert keep.stat().st_size > size
+
+
+def test_an_adapter_that_is_switched_off_samples_anew(make_model, tiny_tokenizer, texts, tmp_path):
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    prompts, keep = {"en": texts["en"][:1]}, tmp_path / "samples.jsonl"
+    generate_samples(model, tiny_tokenizer, prompts, SETTINGS, keep=keep)
+    size = keep.stat().st_size
+    with model.disable_adapter():
+        plain = generate_samples(model, tiny_tokenizer, prompts, SETTINGS)
+        assert generate_samples(model, tiny_tokenizer, prompts, SETTINGS, keep=keep) == plain
+    both = keep.stat().st_size
+    assert both > size
+    generate_samples(model, tiny_tokenizer, prompts, SETTINGS, keep=keep)
+    assert keep.stat().st_size == both, "the adapter's are still there"
+
+
+def test_samples_of_a_steered_model_are_not_kept(make_model, tiny_tokenizer, texts, tmp_path):
+    model, keep = make_model(), tmp_path / "samples.jsonl"
+    pushed = Steering(torch.ones(model.config.hidden_size), layers=(1,), strength=1.0)
+    with steer(model, pushed, require_generated=False):
+        model(torch.tensor([[1, 2]]))
+        with pytest.raises(ValueError, match="samples of a steered model cannot be kept"):
+            generate_samples(model, tiny_tokenizer, {"en": texts["en"][:1]}, SETTINGS, keep=keep)
+    assert not keep.exists()
 
 
 @pytest.mark.promise("A disk that is full costs the record under way, and none before it")

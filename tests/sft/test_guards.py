@@ -165,6 +165,17 @@ class TestDisplacement:
         assert len(said) == 1
         assert "training has moved the model away from its features" in said[0]
 
+    def test_most_tokens_far_out(self, model, tiny_tokenizer):
+        features = found_on(model, ROWS)
+        layers = {layer: replace(found, residual_median_norm=1e-3) for layer, found in features.layers.items()}
+        rows = [replace(found, mean_residual=found.mean_residual / 1e3) for found in layers.values()]
+        features = replace(features, layers=dict(zip(layers, rows, strict=True)))
+        logs, said = trained(model, features, ROWS, tiny_tokenizer, **BATCHES)
+        assert logs[0]["sasft/displacement/layer 1"] > 100 * FAR
+        assert len(said) == 1
+        assert "another model's. On layer 1" in said[0]
+        assert "have moved the model" in said[0]
+
     def test_few_tokens_say_nothing(self, model, tiny_tokenizer):
         logs, _ = trained(model, found_on(model, ROWS), make_rows(4), tiny_tokenizer)
         assert not any("displacement" in key for key in logs[0])

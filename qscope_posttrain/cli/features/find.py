@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -269,6 +270,8 @@ def print_steering(features: FeatureSet) -> None:
 
 def _kept(output: Path, resumable: bool) -> str:
     if not resumable:
+        if isinstance(sys.exception(), UserError):  # a mistake, found before the pass
+            return ""
         return "Nothing is kept of this pass; with --resumable the same command goes on where it was stopped."
     written = sorted(output.glob(f"{CHECKPOINT}*"))
     return f"The sums so far are in '{written[0]}': the same command goes on from there." if written else ""

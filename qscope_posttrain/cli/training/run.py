@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -255,9 +256,11 @@ def _save_model(trainer: Trainer, output: Path) -> None:
     unfinished = output / ".model.part"
     trainer.save_model(str(unfinished), _internal_call=True)  # which pushes nothing
     if trainer.args.should_save:
-        for path in sorted(unfinished.iterdir()):
-            path.replace(output / path.name)
-        unfinished.rmdir()
+        for path in sorted(path for path in unfinished.rglob("*") if path.is_file()):
+            place = output / path.relative_to(unfinished)  # in a folder, such as that of further chat templates
+            place.parent.mkdir(exist_ok=True, parents=True)
+            path.replace(place)
+        shutil.rmtree(unfinished)
 
 
 def run_training(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qscope_posttrain.distributed import is_main_process
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import CheckpointRefused, UserValueError
 from qscope_posttrain.files import read_json, read_lines, writing
 from qscope_posttrain.provenance import package_versions
 from qscope_posttrain.report.html import Figure, Section, write_html
@@ -97,11 +97,11 @@ def read_checkpoint(
             seconds=float(content["seconds"]),
         )
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserValueError(
+        raise CheckpointRefused(
             f"{place} is not a checkpoint of a training of SAEs, or is damaged ({error}): delete it"
         ) from error
     if different:
-        raise UserValueError(
+        raise CheckpointRefused(
             f"{place} belongs to another training: {'; '.join(different)}. Resume with the same settings, choose "
             "another output folder, or start again with resume: false."
         )
@@ -111,7 +111,7 @@ def read_checkpoint(
             tensors = load_file(str(place / f"layer{layer}.safetensors"))
             trainings[layer] = LayerTraining.resumed(layer, tensors, config, device)
         except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
-            raise UserValueError(
+            raise CheckpointRefused(
                 f"{place}: layer {layer} is missing or damaged ({error}): delete the checkpoint"
             ) from error
     return state, trainings
