@@ -56,7 +56,8 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     pairs = [
         {
             method: {
-                one: {two: [row["f1"][0], row["auroc"][0]] for two, row in to.items()} for one, to in found.items()
+                one: {two: [_rounded(row["f1"][0]), _rounded(row["auroc"][0])] for two, row in to.items()}
+                for one, to in found.items()
             }
             for method, found in run["evaluations"].items()
         }
@@ -64,6 +65,10 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     ]
     shown = {name: table.to_dict() for name, table in tables(result).items()}
     return {"tables": shown, "f1_and_auroc": pairs, "english_f1_by_share": result["curves"]}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or np.isnan(value) else round(value, 4)
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Table]:

@@ -40,6 +40,7 @@ def run_step(name: str, command: Sequence[str], reads: Sequence[Path], work: Pat
         raise UserValueError(f"{name} ended with status {process.returncode}:\n{last}")
     found = {
         "key": key,
+        "commit": _commit(),
         "command": " ".join(["python", "-m", *command]).replace(str(work), "WORK"),
         "seconds": round(time.monotonic() - started),
         "processor_seconds": round(usage.ru_utime + usage.ru_stime),
@@ -50,6 +51,12 @@ def run_step(name: str, command: Sequence[str], reads: Sequence[Path], work: Pat
     record.parent.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _commit() -> str:
+    """The commit that runs, with a + where files differ from it."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def checksum(path: Path) -> str:
