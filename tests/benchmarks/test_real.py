@@ -1,0 +1,73 @@
+"""The studies on pretrained models: what is learned from stays apart from what is tested, and a step runs once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.real import habits, hate_speech, steps, texts
+from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.models.generation import Sample
+
+with_data = pytest.mark.skipif(not texts.DATA.is_dir(), reason=f"real text is not at {texts.DATA}")
+
+
+@with_data
+class TestHateCheck:
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_no_template_is_in_both_parts_in_any_language(self, seed):
+        parts = [texts.split_by_template(texts.hate_cases(language), seed) for language in texts.HATECHECK]
+        learned, tested = ({case.template for part in parts for case in part[which]} for which in (0, 1))
+        assert learned
+        assert tested
+        assert not learned & tested
+
+    @pytest.mark.parametrize("language", texts.HATECHECK)
+    def test_both_classes_are_equally_frequent(self, language):
+        for part, count in zip(hate_speech.draw(language, 0), (hate_speech.DISCOVERY, hate_speech.TEST), strict=True):
+            assert [case.hateful for case in part].count(True) == len(part) / 2 == count
+            assert len(set(part)) == len(part)
+
+
+@with_data
+def test_saes_learn_from_other_text_than_is_studied():
+    studied = set(texts.paragraphs("en", held_out=True)) | {
+        case.text for language in texts.HATECHECK for case in texts.split_by_template(texts.hate_cases(language), 0)[1]
+    }
+    repeated = [text for text in texts.sae_texts("gemma3") if text in studied]
+    assert len(repeated) < 60  # some sentences of the documentation stand there twice
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "switched"),
+    [("A plain sentence.", "en", False), ("A plain предложение.", "en", True), ("Слово React.", "ru", False)],
+)
+def test_another_script(text, source, switched):
+    assert habits.AnotherScript()(text, source) is switched
+
+
+def test_a_response_cut_shorter_did_not_end():
+    sample = Sample("en", 0, 0, "a", "b c d", ended=True, tokens=(1, 2, 3))
+    assert habits.cut(sample, 3) == sample
+    shorter = habits.cut(sample, 2)
+    assert (shorter.tokens, shorter.ended) == ((1, 2), False)
+
+
+class TestStep:
+    def test_it_runs_once_on_the_same_files(self, tmp_path):
+        read = tmp_path / "read.json"
+        read.write_text("{}")
+        command = ["json.tool", str(read), str(tmp_path / "written.json")]
+        first = steps.run_step("copy", command, [read], tmp_path)
+        (tmp_path / "written.json").unlink()
+        assert steps.run_step("copy", command, [read], tmp_path) == first
+        assert not (tmp_path / "written.json").exists()
+        read.write_text("[1]")
+        steps.run_step("copy", command, [read], tmp_path)
+        assert json.loads((tmp_path / "written.json").read_text()) == [1]
+
+    def test_a_failure_shows_the_end_of_its_log(self, tmp_path):
+        with pytest.raises(UserValueError, match="no-such-option"):
+            steps.run_step("fails", ["json.tool", "--no-such-option"], [], tmp_path)
+        assert not (tmp_path / "steps").exists()
