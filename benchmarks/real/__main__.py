@@ -49,7 +49,7 @@ def train_saes(model: Pretrained, folder: Path, options: argparse.Namespace) -> 
     write_text(texts, "".join(json.dumps({"text": text}) + "\n" for text in sae_texts(model.name)))
     for language in DOCUMENTATION[model.name]:
         write_text(held_out / f"{language}.txt", "\n".join(paragraphs(language, held_out=True)[:100]) + "\n")
-    recipe = ROOT / "recipes" / "real" / f"{name}.yaml"
+    recipe = ROOT / "recipes" / "real" / f"train_sae_{model.name}.yaml"
     saes, checked = work / "saes" / model.name, work / "checks" / model.name
     train = ["sae", "train", "--config", recipe, "--model", folder, "--texts", texts, "--output", saes]
     check = ["sae", "check", saes, "--model", folder, "--layer", *model.layers, "--texts", held_out, "--scan", 0]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.testbed.plots import Bar, Mark, interval_bars, scatter_with_intervals
 from qscope_posttrain.report.html import Figure, Section, ShadedText, ShadedTexts, write_html
-from qscope_posttrain.report.plots import Bar, Curve, Mark, interval_bars, line_curves, scatter_with_intervals
+from qscope_posttrain.report.plots import Curve, line_curves
 from qscope_posttrain.report.tables import Table
 
 pytestmark = pytest.mark.promise(

@@ -44,7 +44,7 @@ def test_equal_neighbours_are_never_swapped():
     for seed in range(50):
         own, *others = versions("a a a b c d", random.Random(seed))
         assert own not in others
-    with pytest.raises(ValueError, match="no two different neighbours"):
+    with pytest.raises(ValueError, match="no two different neighbors"):
         versions("a a a a a", random.Random(0))
 
 

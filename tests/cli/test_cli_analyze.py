@@ -52,7 +52,7 @@ def test_redundancy(world, benchmarks, tmp_path, capsys):
     assert len(results["performance"]) == 5
     assert results["input"]["benchmarks"]["en"]["items"] == 12
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 2 * 3
+    assert page.count("<svg") == 2 * 2
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ RECIPES = sorted(set((ROOT / "recipes").glob("*/*.yaml")) - set(EXPERIMENTS))
 SFT, TOKEN, GRPO = (
     [path for path in RECIPES if path.stem.startswith(stem)] for stem in ("sasft", "token_penalty", "steered_dapo")
 )
-SAE = [path for path in RECIPES if path.stem == "train_sae"]
+SAE = [path for path in RECIPES if path.stem.startswith("train_sae")]
 ANALYSIS = [path for path in RECIPES if path.parent.name == "analysis"]
 SYNTHESIS = [path for path in RECIPES if path.stem.startswith("synthesis")]
 CASE_STUDIES = {
@@ -179,8 +179,10 @@ def test_sae_recipe_is_read_and_fits_its_own_limits(path):
     assert {
         key: list(resolved[key]) if isinstance(resolved[key], tuple) else resolved[key] for key in written
     } == written
-    width = {"qwen3-0.6b": 1024, "qwen3-1.7b": 2048}[path.parent.name]
-    assert recipe.training.latents(width) == 16 * width
+    width, expansion = {
+        "qwen3-0.6b": (1024, 16), "qwen3-1.7b": (2048, 16), "train_sae_smollm2": (576, 8), "train_sae_gemma3": (640, 8),
+    }[path.stem if path.parent.name == "real" else path.parent.name]  # fmt: skip
+    assert recipe.training.latents(width) == expansion * width
     assert recipe.training.auxk_weight == 1 / 32
     needed = recipe.stream.buffer_bytes(len(recipe.arguments.layers), width, 1)
     assert needed <= recipe.stream.max_buffer_gib * 1024**3
