@@ -59,7 +59,7 @@ class AddedLoss:
         # What the losses ask a trainer for.
         subject: Any = SimpleNamespace(model=module, processing_class=trainer.model_config.tokenizer)
         self.loss: AuxiliaryLoss = own.prepare(subject)
-        self.loss.check_trained()
+        self.loss.begin()
         self._window, self._watch = MetricWindow(), Watch(self.loss.callback_name, self.loss.config.weight)
         self._in_window: Tensor | None = None
         self._micro_batches = 0

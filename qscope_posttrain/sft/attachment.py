@@ -187,7 +187,7 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         run = self._running(state)
         self._check_once(run.trainer)
-        run.loss.check_trained()
+        run.loss.begin()
         run.restart()
         check_resumed(state, f"qscope_posttrain/{self.name}", {**self.identity(), **run.loss.identity()})
 

@@ -96,8 +96,9 @@ class AuxiliaryLoss(ABC):
 
     # Common to all
 
-    def check_trained(self) -> None:
-        """ValueError for a penalized layer that no trained parameter changes: the penalty has no gradient there.
+    def begin(self) -> None:
+        """A training begins. ValueError for a penalized layer that no trained parameter changes, where the penalty has
+        no gradient.
 
         The graph does not tell: with checkpointing or `enable_input_require_grads` every layer's output has one.
         """

@@ -23,6 +23,8 @@ from qscope_posttrain.sft.config import Combine, LanguageOf, SASFTConfig
 from qscope_posttrain.sft.loss import Normalization
 from qscope_posttrain.sft.masks import TokenBatch
 
+MEASURED = 16
+"""Micro-batches after each log in which the residual stream is compared with that of the features' texts"""
 FEWEST_TOKENS = 100  # Eligible tokens since the last log from which on their agreement is known
 OUTLIER_FACTOR = 10.0  # Norm of an outlier in median norms, as in the statistics that features come from
 
@@ -113,6 +115,12 @@ class _FeaturePenalty(AuxiliaryLoss):
     def __init__(self, trainer: Trainer, callback: SASFTCallback) -> None:
         super().__init__(trainer, callback, [layer.layer for layer in callback.layers])
         self.penalties = list(callback.layers)
+        self._to_measure = 0
+        self._not_measured = torch.zeros(sum(layer.means.shape[1] + 2 for layer in self.penalties))
+
+    def begin(self) -> None:
+        super().begin()
+        self._to_measure = MEASURED
 
     def eligible(self, batch: TokenBatch) -> Tensor:
         if self.config.normalization == "official":
@@ -135,12 +143,16 @@ class _FeaturePenalty(AuxiliaryLoss):
             penalty = penalty + step.normalizer(found.sums.sum(), len(found.sums)).to(penalty.device)
             above |= found.above.to(above.device)
             excesses.append(found.excesses)
-            shifts.append(shift(hidden, layer, mask, groups).to(eligible.device))
+            if self._to_measure > 0:
+                shifts.append(shift(hidden, layer, mask, groups).to(eligible.device))
+        self._to_measure -= 1
+        self._not_measured = self._not_measured.to(eligible.device)
         counts = {"penalized": above.sum(), "eligible": eligible.sum(), "labeled": step.batch.labeled().sum()}
-        counts["shift"] = torch.cat(shifts)
+        counts["shift"] = torch.cat(shifts) if shifts else self._not_measured
         return penalty, {**counts, "excess": torch.cat([excess.to(eligible.device) for excess in excesses])}
 
     def rates(self, totals: Mapping[str, list[float]]) -> dict[str, float]:
+        self._to_measure = MEASURED
         eligible, names = max(totals["eligible"][0], 1), [name for layer in self.penalties for name in layer.names]
         return {
             "penalised_fraction": totals["penalized"][0] / eligible,
