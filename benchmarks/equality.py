@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.interleaved import write_report
-from benchmarks.launching import Launched, launch
+from benchmarks.launching import ON_A_CPU, Launched, launch
 from qscope_posttrain.report.tables import Table
 from tests.integrations.reference import VOCABULARY, make_features, make_rows
 from tests.looping_model import SHARE, looping_model, looping_prompts, looping_tokenizer
@@ -161,13 +161,7 @@ def write_recipe(world: Path, folder: Path, case: Case, processes: int, **change
         "gradient_accumulation_steps": case.accumulation,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **ON_A_CPU,
     }
     if case.command == "sft":
         path = folder / "rows.jsonl"

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,10 +75,17 @@ def random_qwen3(settings: argparse.Namespace, positions: int, **more: Any) -> Q
     return Qwen3ForCausalLM(config)
 
 
+def commit() -> str:
+    """The commit that runs, with a + where files differ from it; empty outside of a clone."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def write_report(options: argparse.Namespace, benchmark: str, device: str | None = None, **parts: Any) -> None:
-    """Write `options.output`: the other options, `parts`, the machine (and `device`, if one is named), the versions."""
+    """Write `options.output`: the other options, `parts`, commit, machine (and `device`, if one is named), versions."""
     report = {
         "benchmark": benchmark,
+        "commit": commit(),
         "settings": {key: value for key, value in vars(options).items() if key != "output"},
         **parts,
         "machine": machine() | ({} if device is None else {"device": device}),

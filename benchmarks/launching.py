@@ -27,6 +27,16 @@ from tests.free_port import free_port
 
 torch.set_num_threads(1)  # Threads of OpenMP do not survive a fork: a process that finds them gone waits for ever
 CONFIGS = Path(__file__).parent.parent / "configs"
+ON_A_CPU = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+"""Keys of a recipe that trains on a CPU in fp32, logs every step and saves nothing"""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -149,21 +148,22 @@ def keep(folder: Path, name: str) -> None:
 
     Of an experiment also every run, what is known of its base models, and its curves as SVG files beside the JSON.
     """
+    from benchmarks.interleaved import commit  # which imports torch
+
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     kept = {key: summary[key] for key in ("command", "finished", "settings", "seeds", "versions", "machine")}
     kept["settings"] = {key: value for key, value in kept["settings"].items() if key not in ("cache", "no_cache")}
     if kept["settings"].get("corpus"):  # where it lay is nobody's business
         kept["settings"]["corpus"] = Path(kept["settings"]["corpus"]).name
     results = summary["results"]
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    kept["commit"] = head.stdout.strip()
+    kept["commit"] = commit()
     kept["tables"] = results["tables"] if "tables" in results else {"table": results["table"]}
     kept |= {key: results[key] for key in ("seconds", "verdict") if key in results}
     target = RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(kept, indent=1, ensure_ascii=False)
     if summary["command"] == "experiment":
-        from experiments.rows import read_rows
+        from benchmarks.experiments.rows import read_rows
 
         kept["worlds"] = summary["results"]["worlds"]
         runs = [{key: value for key, value in row.items() if key != "folder"} for row in read_rows(folder)]

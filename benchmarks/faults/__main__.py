@@ -32,6 +32,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBA
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 from benchmarks.faults import jobs, processes
+from benchmarks.interleaved import commit
 from qscope_posttrain.provenance import machine, package_versions
 from qscope_posttrain.report.tables import Table
 from tests.endpoint_server import Server, serving
@@ -286,7 +287,7 @@ def write_results(rows: list[dict[str, Any]], seed: int, output: Path) -> None:
     }
     kept = [{key: value for key, value in row.items() if key != "said"} for row in rows]
     content = {"tables": {name: one.to_dict() for name, one in tables.items()}, "seed": seed}
-    content |= {"versions": package_versions(), "machine": machine()}
+    content |= {"commit": commit(), "versions": package_versions(), "machine": machine()}
     content["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in kept)  # one cell a line, for the diff's sake
     text = json.dumps(content, indent=1, ensure_ascii=False)[:-2] + f',\n "cells": [\n{lines}\n ]\n}}\n'

@@ -12,8 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from benchmarks.interleaved import commit
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.provenance import machine, package_versions
+from qscope_posttrain.provenance import file_sha256, machine, package_versions
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import write_text
 
@@ -40,7 +41,7 @@ def run_step(name: str, command: Sequence[str], reads: Sequence[Path], work: Pat
         raise UserValueError(f"{name} ended with status {process.returncode}:\n{last}")
     found = {
         "key": key,
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python", "-m", *command]).replace(str(work), "WORK"),
         "seconds": round(time.monotonic() - started),
         "processor_seconds": round(usage.ru_utime + usage.ru_stime),
@@ -53,19 +54,7 @@ def run_step(name: str, command: Sequence[str], reads: Sequence[Path], work: Pat
     return found
 
 
-def _commit() -> str:
-    """The commit that runs, with a + where files differ from it."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder with their names."""
-    digest = sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(str(file.relative_to(path)).encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
+    """SHA-256 of a file, or of the names and contents of all files of a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return sha256(repr([(str(file.relative_to(path)), file_sha256(file)) for file in files]).encode()).hexdigest()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.launching import ON_A_CPU
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
@@ -60,13 +61,7 @@ class World:
             "max_steps": 2,
             "per_device_train_batch_size": 4,
             "max_length": 128,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
+            **ON_A_CPU,
         }
         keys |= changes
         path.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}))

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.launching import ON_A_CPU
 from qscope_posttrain.cli.main import main
 from qscope_posttrain.cli.training import load_rows
 from qscope_posttrain.cli.training.grpo import parse_recipe
@@ -72,13 +73,7 @@ def write_recipe(world, inputs, folder: Path, **changes) -> str:
         "per_device_train_batch_size": 4,
         "max_completion_length": 10,
         "learning_rate": 1e-3,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **ON_A_CPU,
     }
     keys |= changes
     path = folder / "recipe.yaml"
