@@ -2,7 +2,7 @@
 
     make real                    # everything, on two cores some hours
     make real QUICK=1            # the whole chain on SmolLM2 with few texts, to see that it runs
-    make real ONLY="loops hate_speech"  # some steps
+    make real ONLY="loops hate_speech"  # some studies
 
 Steps that ran before on the same files are not run again. Models, SAEs and logs stay in `--work`; the numbers go to
 `--output`, from which docs/results/real_models.md is made.
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,30 @@ from benchmarks.real.texts import DOCUMENTATION, paragraphs, sae_texts
 from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import write_text
 
-STUDIES = {"loops": ("smollm2",), "switching": ("gemma3",), "hate_speech": ("smollm2", "gemma3")}
-"""Study -> the models that it is about"""
-WITH_SAES = ("hate_speech",)
+
+@dataclass(frozen=True)
+class Study:
+    """One study: a module of this folder with `run(options)`."""
+
+    models: tuple[str, ...]
+    saes: bool
+    """Whether it needs SAEs of the model"""
+
+
+STUDIES = {
+    "loops": Study(("smollm2",), saes=False),
+    "switching": Study(("gemma3",), saes=False),
+    "hate_speech": Study(("smollm2", "gemma3"), saes=True),
+}
+"""In the order in which they run"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    for model in [MODELS["smollm2"]] if options.quick else MODELS.values():
+    for model in (MODELS[name] for name in options.model):
         folder = converted(model.name, options.models)
-        studies = [study for study in options.only if model.name in STUDIES[study]]
-        if set(studies) & set(WITH_SAES):
+        studies = [study for study in options.only if model.name in STUDIES[study].models]
+        if any(STUDIES[study].saes for study in studies):
             train_saes(model, folder, options)
         for study in studies:
             run_study(study, model, folder, options)
@@ -65,10 +79,10 @@ def train_saes(model: Pretrained, folder: Path, options: argparse.Namespace) -> 
 def run_study(study: str, model: Pretrained, folder: Path, options: argparse.Namespace) -> None:
     """Run one study of one model, and keep its result."""
     name, saes = f"{model.name}_{study}", options.work / "saes" / model.name
-    result = options.work / "results" / f"{name}.json"
-    words: list[object] = [study, "--model", folder, "--output", result]
-    reads = [folder, *sorted(Path(__file__).parent.glob("*.py"))]  # a study that was changed is run again
-    if study in WITH_SAES:
+    result, own = options.work / "results" / f"{name}.json", options.work / name
+    words: list[object] = [study, "--model", folder, "--work", own, "--output", result]
+    reads = [folder, *(Path(__file__).parent / f"{module}.py" for module in (study, "texts"))]
+    if STUDIES[study].saes:
         words += ["--saes", saes, "--layers", *model.layers]
         reads.append(saes)
     if options.quick:
@@ -88,6 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the whole chain on SmolLM2 with few texts")
     parser.add_argument("--only", nargs="+", choices=list(STUDIES), default=list(STUDIES), help="some studies")
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), help="some models (default: all; quick: smollm2)")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "runs" / "real", help="models, SAEs, logs (default: %(default)s)"
     )
@@ -96,6 +111,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     options.models = options.work
+    options.model = options.model or (["smollm2"] if options.quick else list(MODELS))
     if options.quick:
         options.work = options.work / "quick"  # quick results are never mixed with the others
     options.output = options.output or (options.work if options.quick else ROOT / "benchmarks" / "results" / "real")

@@ -6,6 +6,7 @@ Both classes are equally frequent, and no template is in both discovery and test
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,12 @@ EUROPEAN = ("de", "en", "es", "fr", "it", "nl", "pl", "pt")
 FRACTIONS = (0.03, 0.1, 0.3, 1.0)
 DISCOVERY, TEST = 300, 100
 """Test cases per class and language"""
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    if options.quick:
+        return study(options.model, options.saes, options.layers, ("en", "fr"), seeds=1, draws=0)
+    return study(options.model, options.saes, options.layers)
 
 
 def study(model: Path, saes: Path, layers: Sequence[int], languages: Sequence[str] = HATECHECK, seeds: int = 3,

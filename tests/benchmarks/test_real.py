@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.real import habits, hate_speech, steps, texts
+from benchmarks.real import hate_speech, loops, steps, switching, texts
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.generation import Sample
 
@@ -44,13 +44,13 @@ def test_saes_learn_from_other_text_than_is_studied():
     [("A plain sentence.", "en", False), ("A plain предложение.", "en", True), ("Слово React.", "ru", False)],
 )
 def test_another_script(text, source, switched):
-    assert habits.AnotherScript()(text, source) is switched
+    assert switching.AnotherScript()(text, source) is switched
 
 
 def test_a_response_cut_shorter_did_not_end():
     sample = Sample("en", 0, 0, "a", "b c d", ended=True, tokens=(1, 2, 3))
-    assert habits.cut(sample, 3) == sample
-    shorter = habits.cut(sample, 2)
+    assert loops.cut(sample, 3) == sample
+    shorter = loops.cut(sample, 2)
     assert (shorter.tokens, shorter.ended) == ((1, 2), False)
 
 

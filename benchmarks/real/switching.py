@@ -1,4 +1,4 @@
-"""Study 1: how often the two models switch language, or repeat themselves without end, by themselves.
+"""Study 1, first half: how often a model switches language by itself.
 
 A switch is counted in two ways: by script (a letter that is neither Latin nor of the source's scripts), and by words (a
 sentence that fastText's language identifier calls another language). The second rule is set on real paragraphs of the
@@ -7,18 +7,18 @@ same length, held out, so that it calls few of them switched.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.real.texts import hate_cases, items, lines, paragraphs
+from benchmarks.real.texts import hate_cases, paragraphs
 from qscope_posttrain.evaluation.code_switching import switching_ratio
-from qscope_posttrain.evaluation.repetition import repeat_ratio
-from qscope_posttrain.models.generation import Sample, SamplingSettings, generate_samples
+from qscope_posttrain.models.generation import SamplingSettings, generate_samples
+from qscope_posttrain.models.loading import load_model
 from qscope_posttrain.text.scripts import language_scripts, prose, script_counts, sentences
 
 SOURCES = ("en", "fr", "ko", "ru", "zh", "ar", "de", "es", "it", "pl")
@@ -29,8 +29,14 @@ CERTAIN = 0.8
 """Score from which a sentence counts as being of another language"""
 WORDS = 12
 """Words of a paragraph that make a prompt to go on from; in Chinese, 3 characters each"""
-CUTS = (64, 128, 256, 512)
-"""Lengths to which responses are cut to see where loops begin, in tokens"""
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    model, tokenizer = load_model(str(options.model), dtype="float32", device="cpu")
+    settings = SamplingSettings(2, 1.0, top_p=1.0, max_new_tokens=64, batch_size=40)
+    if options.quick:
+        return switching(model, tokenizer, settings, 8, SOURCES[:2])
+    return switching(model, tokenizer, settings, 24)
 
 
 @cache
@@ -116,38 +122,3 @@ def switching(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Sa
                 row = scripts.setdefault(sample.language, {})
                 row[script] = row.get(script, 0) + 1
     return {**found, "scripts": scripts, "controls": control_rates(lengths, 200)}
-
-
-def questions(count: int) -> dict[str, list[str]]:
-    """Real prompts of a chat model: word problems, and instructions about everyday sentences."""
-    sentences_en = lines("tatoeba/en.txt")[:: max(1, len(lines("tatoeba/en.txt")) // count)][:count]
-    asks = ("Write a short story that begins with: {}", "Explain in detail what this sentence means: {}",
-            "List ten sentences that are similar to this one: {}", "Continue this conversation: {}")  # fmt: skip
-    return {
-        "word problems": [item["question"] for item in items("gsm8k_test")[1::2][:count]],
-        "instructions": [asks[i % len(asks)].format(text) for i, text in enumerate(sentences_en)],
-    }
-
-
-def loops(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings, prompts: int,
-          temperatures: Sequence[float]) -> dict[str, Any]:  # fmt: skip
-    """Count endless repetition over temperature and length, on the same samples cut shorter."""
-    found: dict[str, Any] = {}
-    for temperature in temperatures:
-        drawn = replace(
-            settings, temperature=temperature, samples_per_prompt=1 if temperature == 0 else settings.samples_per_prompt
-        )
-        samples = generate_samples(model, tokenizer, questions(prompts), drawn, chat=True)
-        found[f"{temperature:g}"] = {
-            length: repeat_ratio([cut(sample, length) for sample in samples], settings=drawn.to_dict()).to_dict()
-            for length in CUTS
-            if length <= settings.max_new_tokens
-        }
-    return found
-
-
-def cut(sample: Sample, length: int) -> Sample:
-    """A response as it would be if `length` were the longest."""
-    if len(sample.tokens) <= length:
-        return sample
-    return replace(sample, tokens=sample.tokens[:length], ended=False)
