@@ -9,78 +9,37 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from benchmarks.real.sasft_parts import PAIRS, SEEDS, Pair, scored_rows, training_rows
+from benchmarks.real.fine_tuning.arms import ARMS, FEATURES, OF_PAIR, PAIRS, SEEDS, Arm
+from benchmarks.real.fine_tuning.parts import scored_rows, training_rows
+from benchmarks.real.fine_tuning.tables import Key, Scores, chosen, summary
 from benchmarks.real.steps import run_step
-from benchmarks.real.texts import DOCUMENTATION, paragraphs
-from qscope_posttrain.intervals import Interval, bootstrap_of_sums
+from benchmarks.real.texts import paragraphs
 from qscope_posttrain.report.summary import write_text
-from qscope_posttrain.report.tables import Table
 
 RECIPE = "recipes/real/sasft_gemma3.yaml"
 LAST, SAE_STEPS = 17, 160
 """The last layer, and the updates of its SAE"""
 SHARE = 0.5
-COST = 1.0
-"""Per cent of perplexity that a chosen weight may cost on validation rows"""
-Scores = Mapping[str, Sequence[Mapping[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to fine-tune: words for `qscope sft` beside those of the recipe."""
-
-    title: str
-    words: tuple[str, ...] = ("--method", "sft")
-    weight: str = ""
-    """The key of its weight"""
-    weights: tuple[float, ...] = (0.0,)
-    """The package's default first"""
-    features: str = ""
-    """File of its FeatureSet; {seed} is the run's"""
-    clean: bool = False
-    """Trained on the data without a switch"""
-
-
-SASFT = ("--method", "sasft")
-PAPER = ("--sasft_layers", "13", "17", "--sasft_top", "2", "--sasft_readout", "encoder", "--sasft_scale", "raw",
-         "--sasft_combine", "none", "--sasft_positions", "response")  # fmt: skip
-FEATURES = "features.safetensors"
-ARMS = {
-    "sft": Arm("SFT"),
-    "clean": Arm("SFT, rows that switch left as they were", clean=True),
-    "sasft": Arm("SASFT, default", SASFT, "sasft_weight", (0.1, 0.3, 1.0), FEATURES),
-    "paper": Arm("SASFT, paper", (*SASFT, *PAPER), "sasft_weight", (0.016, 0.16), FEATURES),
-    "token": Arm("token penalty", ("--method", "token_penalty"), "token_penalty_weight", (20.0, 5.0)),
-    "means": Arm("difference of means", SASFT, "sasft_weight", (0.1, 0.3), "difference_of_means.safetensors"),
-    "random": Arm("random features", (*SASFT, "--sasft_combine", "uniform"), "sasft_weight", (0.1, 0.3),
-                  "random-{seed}.safetensors"),  # fmt: skip
-    "anchor": Arm("KL anchor", ("--method", "kl_anchor"), "anchor_weight", (1.0,)),
-    "token_anchor": Arm("token penalty + anchor", ("--method", "token_penalty", "--anchor_weight", "1.0"),
-                        "token_penalty_weight", (40.0, 10.0)),  # fmt: skip
-    "sasft_anchor": Arm("SASFT, default + anchor", (*SASFT, "--anchor_weight", "1.0"), "sasft_weight", (0.3, 1.0),
-                        FEATURES),  # fmt: skip
-}
-OF_PAIR = {"zh": tuple(ARMS), "fr": ("sft", "clean", "sasft", "means", "random", "anchor")}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     study = Study(options.model, options.saes, options.work)
+    found: dict[Key, Scores] = {}
     for pair in PAIRS:
+        found[pair, "base", 0.0, 0] = study.scores(pair, "base", 0.0, 0)
         for arm in OF_PAIR[pair]:
             for weight in ARMS[arm].weights:
-                study.scores(pair, arm, weight, 0)
+                found[pair, arm, weight, 0] = study.scores(pair, arm, weight, 0)
         for seed in range(1, SEEDS):
             for arm in OF_PAIR[pair]:
-                study.scores(pair, arm, study.chosen(pair, arm), seed)
-    return study.result()
+                weight = chosen(found, pair, arm)
+                found[pair, arm, weight, seed] = study.scores(pair, arm, weight, seed)
+    return summary(found, study.took)
 
 
 @dataclass
@@ -99,7 +58,7 @@ class Study:
     def trimmed(self) -> Path:
         """The model with the vocabulary of the texts."""
         folder = self.work / "model"
-        self.step("trimmed", ["benchmarks.real.sasft_parts", "trim", self.model, folder], [self.model])
+        self.step("trimmed", ["benchmarks.real.fine_tuning.parts", "trim", self.model, folder], [self.model])
         return folder
 
     def dictionaries(self) -> Path:
@@ -107,8 +66,9 @@ class Study:
         folder, texts = self.work / "saes", self.model.parents[1] / "texts" / "gemma3.jsonl"
         recipe = "recipes/real/train_sae_gemma3.yaml"
         words = ["qscope_posttrain", "sae", "train", "--config", recipe, "--model", self.model, "--texts", texts]
-        self.step("last_layer_sae", [*words, "--output", folder, "--layers", LAST, "--steps", SAE_STEPS],
-                  [self.model, texts])  # fmt: skip
+        self.step(
+            "last_layer_sae", [*words, "--output", folder, "--layers", LAST, "--steps", SAE_STEPS], [self.model, texts]
+        )
         other = "layer13.sae.safetensors"
         if not (folder / other).exists():
             (folder / other).symlink_to((self.saes / other).resolve())
@@ -122,7 +82,9 @@ class Study:
         dirty, clean = training_rows(pair, SHARE, each, 24)
         for kind, rows in (("", dirty), ("-clean", clean)):
             found = [{key: asdict(row)[key] for key in ("prompt", "completion", "language")} for row in rows]
-            write_text(folder / f"{name}{kind}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+            write_text(
+                folder / f"{name}{kind}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+            )
         parts = scored_rows(pair, 24 if len(pair.sources) > 1 else 60, 8 if len(pair.sources) > 1 else 40)
         kept = {part: [asdict(row) for row in rows] for part, rows in parts.items()}
         write_text(folder / f"{name}-scored.json", json.dumps(kept, ensure_ascii=False) + "\n")
@@ -138,9 +100,12 @@ class Study:
         folder, saes, data = self.work / "features" / name, self.dictionaries(), self.data(name)
         texts, model = data / f"{name}-texts", self.trimmed()
         find = ["qscope_posttrain", "features", "find", "--model", model, "--sae", saes, "--layers", 13, LAST]
-        self.step(f"{name}_features", [*find, "--texts", texts, "--top", 32, "--max-length", 96, "--output", folder],
-                  [model, saes / f"layer{LAST}.sae.safetensors", texts])  # fmt: skip
-        words = ["benchmarks.real.sasft_parts", "controls", model, saes, texts, folder, name]
+        self.step(
+            f"{name}_features",
+            [*find, "--texts", texts, "--top", 32, "--max-length", 96, "--output", folder],
+            [model, saes / f"layer{LAST}.sae.safetensors", texts],
+        )
+        words = ["benchmarks.real.fine_tuning.parts", "controls", model, saes, texts, folder, name]
         self.step(f"{name}_controls", words, [folder / FEATURES])
         return folder
 
@@ -154,7 +119,9 @@ class Study:
         output, rows = self.work / "scores" / f"{run}.json", data / f"{name}-scored.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         reads = [rows, *([] if arm == "base" else [Path(str(adapter)) / "adapter_model.safetensors"])]
-        self.step(f"score-{run}", ["benchmarks.real.sasft_parts", "score", model, adapter, rows, name, output], reads)
+        self.step(
+            f"score-{run}", ["benchmarks.real.fine_tuning.parts", "score", model, adapter, rows, name, output], reads
+        )
         found: Scores = json.loads(output.read_text(encoding="utf-8"))
         return found
 
@@ -162,8 +129,21 @@ class Study:
         """`qscope sft` of one arm."""
         model, rows = self.trimmed(), self.data(name) / f"{name}{'-clean' if arm.clean else ''}.jsonl"
         reads = [rows, Path(RECIPE)]
-        words: list[object] = ["qscope_posttrain", "sft", "--config", RECIPE, "--model_name_or_path", model,
-                               "--dataset_name", rows, "--output_dir", output, "--seed", seed, *arm.words]  # fmt: skip
+        words: list[object] = [
+            "qscope_posttrain",
+            "sft",
+            "--config",
+            RECIPE,
+            "--model_name_or_path",
+            model,
+            "--dataset_name",
+            rows,
+            "--output_dir",
+            output,
+            "--seed",
+            seed,
+            *arm.words,
+        ]
         if arm.weight:
             words += [f"--{arm.weight}", weight]
         if arm.features:

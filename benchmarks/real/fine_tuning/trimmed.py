@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def kept_tokens(described: Mapping[str, Any], used: Collection[int]) -> set[str]
         parts = list(token)
         kept.update(part for part in parts if part in vocabulary)
         while len(parts) > 1:
-            rank, at = min((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(zip(parts, parts[1:])))
+            rank, at = min((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(pairwise(parts)))
             if rank == len(ranks):
                 break
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
@@ -75,5 +76,6 @@ def trimmed_tokenizer(described: Mapping[str, Any], kept: Collection[str]) -> di
     order = sorted(kept, key=model["vocab"].__getitem__)
     vocabulary = {token: number for number, token in enumerate(order)}
     merges = [[one, two] for one, two in model["merges"] if one in kept and two in kept and one + two in kept]
-    added = [{**token, "id": vocabulary[token["content"]]} for token in described["added_tokens"] if token["content"] in kept]
+    known = [token for token in described["added_tokens"] if token["content"] in vocabulary]
+    added = [{**token, "id": vocabulary[token["content"]]} for token in known]
     return {**described, "added_tokens": added, "model": {**model, "vocab": vocabulary, "merges": merges}}

@@ -1,8 +1,8 @@
 """Parts of the study `sasft`: data that switch in the middle of a response, directions without an SAE, and scores.
 
-    python -m benchmarks.real.sasft_parts trim MODEL OUTPUT
-    python -m benchmarks.real.sasft_parts controls MODEL SAES TEXTS FEATURES TARGET
-    python -m benchmarks.real.sasft_parts score MODEL ADAPTER ROWS TARGET OUTPUT
+    python -m benchmarks.real.fine_tuning.parts trim MODEL OUTPUT
+    python -m benchmarks.real.fine_tuning.parts controls MODEL SAES TEXTS FEATURES TARGET
+    python -m benchmarks.real.fine_tuning.parts score MODEL ADAPTER ROWS TARGET OUTPUT
 
 Run as programs by `benchmarks.real.sasft`, each once.
 """
@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.real.fine_tuning.arms import SEEDS, Pair
+from benchmarks.real.fine_tuning.trimmed import trim
 from benchmarks.real.texts import DOCUMENTATION, lines, paragraphs
-from benchmarks.real.trimmed import trim
 from benchmarks.testbed.feature_sets import difference_of_means_set, random_feature_set
 from benchmarks.testbed.switching.language_model import distinctive_tokens
 from qscope_posttrain.features.feature_set import FeatureSet
@@ -43,7 +44,6 @@ LENGTH = (100, 260)
 SHORTER = {"ko": 2, "zh": 3}
 
 
-SEEDS = 2
 ENTRY = 3
 """Tokens of the target by which an entry into it is measured"""
 
@@ -57,20 +57,6 @@ class Row:
     language: str
     switch: int | None = None
     """Where the completion goes on in another language: after so many characters"""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Which language must not appear in which others."""
-
-    target: str
-    sources: tuple[str, ...]
-    joint: str
-    """Between the last sentence and the first of the target's"""
-
-
-PAIRS = {"zh": Pair("zh", ("en", "fr", "ko", "ru"), ""), "fr": Pair("fr", ("en",), " ")}
-"""Chinese, which has a script of its own, and French in English text, which has not"""
 
 
 def usable(language: str, target: str, held_out: bool) -> list[str]:
@@ -187,7 +173,9 @@ def score(model: Any, tokenizer: Any, rows: Sequence[Row], tokens: Tensor) -> li
 
 def common_length(one: Sequence[int], two: Sequence[int]) -> int:
     """How many tokens both begin with."""
-    return next((at for at, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), min(len(one), len(two)))
+    return next(
+        (at for at, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), min(len(one), len(two))
+    )
 
 
 def target_tokens(tokenizer: Any, target: str) -> Tensor:
@@ -217,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     command, *rest = words
     if command == "trim":
-        texts = [text for name in DOCUMENTATION["gemma3"] for text in (*lines(f"react_docs/{name}.txt"), *lines(f"tatoeba/{name}.txt"))]
+        documented = [(folder, name) for folder in ("react_docs", "tatoeba") for name in DOCUMENTATION["gemma3"]]
+        texts = [text for folder, name in documented for text in lines(f"{folder}/{name}.txt")]
         print(trim(Path(rest[0]), texts, Path(rest[1])))
     elif command == "controls":
         model, saes, texts, features, target = rest
