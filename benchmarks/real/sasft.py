@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.real.fine_tuning.arms import ARMS, FEATURES, OF_PAIR, PAIRS, SEEDS, Arm
 from benchmarks.real.fine_tuning.parts import scored_rows, training_rows
 from benchmarks.real.fine_tuning.tables import Key, Scores, chosen, summary
-from benchmarks.real.steps import run_step
+from benchmarks.real.steps import ROOT, run_step
 from benchmarks.real.texts import paragraphs
 from qscope_posttrain.report.summary import write_text
 
@@ -88,6 +88,11 @@ class Study:
         parts = scored_rows(pair, 24 if len(pair.sources) > 1 else 60, 8 if len(pair.sources) > 1 else 40)
         kept = {part: [asdict(row) for row in rows] for part, rows in parts.items()}
         write_text(folder / f"{name}-scored.json", json.dumps(kept, ensure_ascii=False) + "\n")
+        prompts = [row for row in parts["test"] if row.language != name and row.switch is None]
+        asked = [{"prompt": row.prompt, "language": row.language} for row in prompts]
+        write_text(
+            folder / f"{name}-prompts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
+        )
         texts = folder / f"{name}-texts"
         texts.mkdir(exist_ok=True)
         for language in (*pair.sources, pair.target):
@@ -119,16 +124,38 @@ class Study:
         output, rows = self.work / "scores" / f"{run}.json", data / f"{name}-scored.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         reads = [rows, *([] if arm == "base" else [Path(str(adapter)) / "adapter_model.safetensors"])]
-        self.step(
-            f"score-{run}", ["benchmarks.real.fine_tuning.parts", "score", model, adapter, rows, name, output], reads
-        )
+        words = ["benchmarks.real.fine_tuning.parts", "score", model, adapter, rows, name, output]
+        self.step(f"score-{run}", words, reads)
         found: Scores = json.loads(output.read_text(encoding="utf-8"))
+        return found
+
+    def sampled(self, name: str, arm: str, weight: float, seed: int) -> dict[str, Any]:
+        """Let an arm that was trained answer the prompts of the test rows: `qscope evaluate code-switching`."""
+        run, data = f"{name}-{arm}-{weight:g}-{seed}", self.data(name)
+        model = self.trimmed() if arm == "base" else self.work / "runs" / run
+        output, prompts = self.work / "sampled" / run, data / f"{name}-prompts.jsonl"
+        words = [
+            "qscope_posttrain",
+            "evaluate",
+            "code-switching",
+            "--model",
+            model,
+            "--prompts",
+            prompts,
+            "--target",
+            name,
+        ]
+        words += ["--samples", 2, "--max_new_tokens", 48, "--top_p", 1.0, "--batch_size", 48, "--output", output]
+        if name == "fr":
+            words += ["--identify", "words", "--identify-texts", data / f"{name}-texts"]
+        self.step(f"sampled-{run}", words, [prompts, *model.glob("adapter_model.safetensors")])
+        found: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))["results"]
         return found
 
     def train(self, name: str, arm: Arm, weight: float, seed: int, output: Path) -> None:
         """`qscope sft` of one arm."""
         model, rows = self.trimmed(), self.data(name) / f"{name}{'-clean' if arm.clean else ''}.jsonl"
-        reads = [rows, Path(RECIPE)]
+        reads = [rows, ROOT / RECIPE]
         words: list[object] = [
             "qscope_posttrain",
             "sft",

@@ -63,8 +63,9 @@ def usable(language: str, target: str, held_out: bool) -> list[str]:
     """Paragraphs of two sentences and more in a language, without letters of the target's script where it has its own.
     The first sentence is longer than a prompt."""
     low, high = (size // SHORTER.get(language, 1) for size in LENGTH)
-    found = []
-    for text in paragraphs(language, held_out):
+    learned = set(paragraphs(language, held_out=False)) if held_out else set()  # some stand in both parts
+    found: list[str] = []
+    for text in dict.fromkeys(text for text in paragraphs(language, held_out) if text not in learned):
         parts = sentences(text)
         clean = language == target or target == "fr" or not contains_language_script(text, target, language)
         if language == target and target != "fr" and not contains_language_script(text[0], target):
