@@ -39,7 +39,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for arm in OF_PAIR[pair]:
                 weight = chosen(found, pair, arm)
                 found[pair, arm, weight, seed] = study.scores(pair, arm, weight, seed)
-    return summary(found, study.took)
+    sampled = {}
+    for pair in PAIRS:
+        for arm in ("base", *OF_PAIR[pair]):
+            weight = 0.0 if arm == "base" else chosen(found, pair, arm)
+            sampled[pair, arm, weight, 0] = study.sampled(pair, arm, weight, 0)
+    return summary(found, study.took, sampled) | {"vocabulary": study.compared()}
 
 
 @dataclass
@@ -60,6 +65,14 @@ class Study:
         folder = self.work / "model"
         self.step("trimmed", ["benchmarks.real.fine_tuning.parts", "trim", self.model, folder], [self.model])
         return folder
+
+    def compared(self) -> dict[str, Any]:
+        """What the trimmed vocabulary leaves out."""
+        output = self.work / "compared.json"
+        words = ["benchmarks.real.fine_tuning.parts", "compare", self.model, self.trimmed(), output]
+        self.step("compared", words, [self.model])
+        found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+        return found
 
     def dictionaries(self) -> Path:
         """A folder with an SAE of the last layer, trained as the others, and that of layer 13."""

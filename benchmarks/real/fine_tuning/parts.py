@@ -1,6 +1,7 @@
 """Parts of the study `sasft`: data that switch in the middle of a response, directions without an SAE, and scores.
 
     python -m benchmarks.real.fine_tuning.parts trim MODEL OUTPUT
+    python -m benchmarks.real.fine_tuning.parts compare MODEL TRIMMED OUTPUT
     python -m benchmarks.real.fine_tuning.parts controls MODEL SAES TEXTS FEATURES TARGET
     python -m benchmarks.real.fine_tuning.parts score MODEL ADAPTER ROWS TARGET OUTPUT
 
@@ -31,7 +32,7 @@ from qscope_posttrain.features.statistics import collect_statistics
 from qscope_posttrain.models.batches import TokenSequence, token_batches
 from qscope_posttrain.models.layers import evaluation_mode
 from qscope_posttrain.models.loading import load_model
-from qscope_posttrain.models.scoring import log_masses, predicted_tokens
+from qscope_posttrain.models.scoring import log_masses, predicted_tokens, text_losses
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.text.scripts import contains_language_script, sentences, target_script
@@ -202,6 +203,18 @@ def score_file(model: str, adapter: str, rows: Path, target: str, output: Path) 
     write_text(output, json.dumps(found) + "\n")
 
 
+def compare(model: str, trimmed: str, output: Path) -> None:
+    """What the tokens that were left out would get: losses of the whole and of the trimmed model on held-out text."""
+    texts = [text for name in DOCUMENTATION["gemma3"] for text in usable(name, "zh", held_out=True)[:8]]
+    means = {}
+    for kind, folder in (("whole", model), ("trimmed", trimmed)):
+        losses, tokens = text_losses(*load_model(folder, dtype="float32", device="cpu"), texts, tokens_per_batch=512)
+        means[kind] = float(losses.sum() / tokens.sum())
+    kept = float(np.exp(means["trimmed"] - means["whole"]))
+    found = {"texts": len(texts), "tokens": int(tokens.sum()), "loss": means, "probability of the tokens kept": kept}
+    write_text(output, json.dumps(found) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     command, *rest = words
@@ -209,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         documented = [(folder, name) for folder in ("react_docs", "tatoeba") for name in DOCUMENTATION["gemma3"]]
         texts = [text for folder, name in documented for text in lines(f"{folder}/{name}.txt")]
         print(trim(Path(rest[0]), texts, Path(rest[1])))
+    elif command == "compare":
+        compare(rest[0], rest[1], Path(rest[2]))
     elif command == "controls":
         model, saes, texts, features, target = rest
         save_controls(Path(model), Path(saes), Path(texts), Path(features), target)

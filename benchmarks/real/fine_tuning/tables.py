@@ -20,13 +20,19 @@ Key = tuple[str, str, float, int]
 """Pair of languages, arm, weight, seed"""
 
 
-def summary(found: Mapping[Key, Scores], took: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summary(
+    found: Mapping[Key, Scores],
+    took: Mapping[str, Mapping[str, Any]],
+    sampled: Mapping[Key, Mapping[str, Any]],
+) -> dict[str, Any]:
     """The tables of what was run, the sums behind them, and what the steps took."""
     shown = {}
     for pair in dict.fromkeys(key[0] for key in found):
         shown[f"{pair}_levels"] = levels(found, pair)
         shown[f"{pair}_methods"] = methods(found, pair)
         shown[f"{pair}_weights"] = weights(found, pair)
+        if own := {key: result for key, result in sampled.items() if key[0] == pair}:
+            shown[f"{pair}_sampled"] = answers(own, pair)
     kept = {
         "-".join(map(str, key)): {part: column_sums(scores, part).round(5).tolist() for part in scores}
         for key, scores in found.items()
@@ -205,6 +211,20 @@ def levels(found: Mapping[Key, Scores], pair: str) -> Table:
         "of its responses in which at least one would be drawn, with a 95 % bootstrap interval over texts."
     )
     return Table(f"{_target(pair)}: before and after SFT", columns, rows, caption)
+
+
+def answers(sampled: Mapping[Key, Mapping[str, Any]], pair: str) -> Table:
+    """What was sampled: the share of responses that switch."""
+    rows = []
+    for (_, arm, weight, _), result in sampled.items():
+        low, middle, high = (100 * result["micro"][name] for name in ("low", "estimate", "high"))
+        asked = [language["samples"] for language in result["languages"].values()]
+        title = "before SFT" if arm == "base" else ARMS[arm].title
+        rows.append([title, weight or None, sum(asked), f"{middle:.1f} ({low:.1f} .. {high:.1f})"])
+    caption = (
+        "`qscope evaluate code-switching`, temperature 1, 48 tokens; 95 % bootstrap intervals over prompts, seed 0."
+    )
+    return Table(f"{_target(pair)}: sampled responses", ["method", "weight", "responses", "switched, %"], rows, caption)
 
 
 def _mean(rows: NDArray[np.float64], column: int, of: int) -> float:
