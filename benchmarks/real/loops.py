@@ -35,11 +35,14 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for temperature, lengths in found.items():
         for length, result in lengths.items():
-            kinds = [percent(group["bootstrap"]) for group in result["groups"].values()]
-            rows.append([float(temperature), int(length), result["samples"], percent(result["bootstrap"]), *kinds])
+            kinds = [percent(group["wilson"]) for group in result["groups"].values()]
+            ended = f"{100 * result['ended'] / result['samples']:.0f}"
+            rows.append([float(temperature), int(length), result["samples"], percent(result["wilson"]), *kinds, ended])
     names = [f"{name}, %" for name in next(iter(next(iter(found.values())).values()))["groups"]]
-    caption = "Share of responses that are in a loop when they are cut off; 95 % bootstrap interval over prompts."
-    return Table("Endless loops", ["temperature", "tokens", "responses", "all, %", *names], rows, caption)
+    caption = (
+        "Share of responses that are in a loop when they are cut off; 95 % Wilson intervals, one response per prompt."
+    )
+    return Table("Endless loops", ["temperature", "tokens", "responses", "all, %", *names, "ended, %"], rows, caption)
 
 
 def percent(interval: Mapping[str, float]) -> str:
