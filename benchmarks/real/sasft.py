@@ -1,7 +1,7 @@
 """Study 2: does SASFT keep Gemma 3 270M from switching language, and is an SAE what it takes?
 
 The training data hold the habit: half of the completions in other languages go on in the target after a sentence. Every
-arm is `qscope sft` with recipes/real/sasft_gemma3.yaml and a few words; it is scored on held-out text, teacher forced.
+arm is `qscope sft` with recipes/real/sft_gemma3.yaml and a few words; it is scored on held-out text, teacher forced.
 Weights are chosen on validation rows with seed 0: the lowest hazard at a cost of at most 1 %.
 """
 
@@ -21,7 +21,7 @@ from benchmarks.real.steps import ROOT, run_step
 from benchmarks.real.texts import paragraphs
 from qscope_posttrain.report.summary import write_text
 
-RECIPE = "recipes/real/sasft_gemma3.yaml"
+RECIPE = "recipes/real/sft_gemma3.yaml"
 LAST, SAE_STEPS = 17, 160
 """The last layer, and the updates of its SAE"""
 SHARE = 0.5
@@ -169,27 +169,22 @@ class Study:
         """`qscope sft` of one arm."""
         model, rows = self.trimmed(), self.data(name) / f"{name}{'-clean' if arm.clean else ''}.jsonl"
         reads = [rows, ROOT / RECIPE]
-        words: list[object] = [
-            "qscope_posttrain",
-            "sft",
-            "--config",
-            RECIPE,
-            "--model_name_or_path",
-            model,
-            "--dataset_name",
-            rows,
-            "--output_dir",
-            output,
-            "--seed",
-            seed,
-            *arm.words,
-        ]
-        if arm.weight:
-            words += [f"--{arm.weight}", weight]
+        file = None
         if arm.features:
             file = self.features(name) / arm.features.format(seed=seed)
-            words += ["--features", file, "--sasft_target", name]
             reads.append(file)
-        elif arm.weight and "kl_anchor" not in arm.words:
-            words += ["--token_penalty_target", name]
-        self.step(f"train-{output.name}", words, reads)
+        words: list[object] = ["qscope_posttrain", "sft", "--config", RECIPE, "--model_name_or_path", model]
+        words += ["--dataset_name", rows, "--output_dir", output, "--seed", seed]
+        self.step(f"train-{output.name}", [*words, *arm_words(arm, name, weight, file)], reads)
+
+
+def arm_words(arm: Arm, target: str, weight: float, features: Path | None) -> list[object]:
+    """The words of an arm's method for `qscope sft`."""
+    words: list[object] = [*arm.words]
+    if arm.weight:
+        words += [f"--{arm.weight}", weight]
+    if features:
+        words += ["--features", features, "--sasft_target", target]
+    elif arm.weight.startswith("token_penalty"):
+        words += ["--token_penalty_target", target]
+    return words

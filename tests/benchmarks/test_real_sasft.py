@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from benchmarks.real import sasft, texts
 from benchmarks.real.fine_tuning import parts, tables, trimmed
 from benchmarks.real.fine_tuning.arms import ARMS, OF_PAIR, PAIRS
+from qscope_posttrain.cli.training.sft import parse_recipe
 from qscope_posttrain.text.scripts import contains_language_script
 
 with_data = pytest.mark.skipif(not texts.DATA.is_dir(), reason=f"real text is not at {texts.DATA}")
@@ -148,9 +149,12 @@ class TestTables:
         assert [row[-1] for row in result["tables"]["zh_weights"]["rows"]] == [None, "chosen", None]
 
 
-def test_every_arm_is_a_command_of_the_product(tmp_path):
-    assert {arm for arms in OF_PAIR.values() for arm in arms} == set(ARMS)
-    for arm in ARMS.values():
-        assert (arm.weight != "") == (arm.words[1] != "sft")
-        assert (arm.features != "") == (arm.words[1] == "sasft")
-    assert (sasft.ROOT / sasft.RECIPE).is_file()
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_is_a_command_of_the_product(name, tmp_path):
+    arm = ARMS[name]
+    words = sasft.arm_words(arm, "zh", arm.weights[0], tmp_path / "features.safetensors" if arm.features else None)
+    recipe = parse_recipe(["--config", str(sasft.ROOT / sasft.RECIPE), *map(str, words)])
+    assert recipe.run.method == arm.words[1]
+    assert (recipe.penalty is None) == (arm.words[1] == "sft")
+    assert recipe.penalty is None or recipe.penalty.weight == arm.weights[0]
+    assert any(name in arms for arms in OF_PAIR.values())

@@ -37,28 +37,20 @@ class Arm:
     """Trained on the data without a switch"""
 
 
-SASFT = ("--method", "sasft")
+SASFT = ("--method", "sasft", "--sasft_layers", "17", "--sasft_top", "32")
+EARLIER = ("--method", "sasft", "--sasft_layers", "13", "--sasft_top", "32")
 PAPER = (
-    "--sasft_layers",
-    "13",
-    "17",
-    "--sasft_top",
-    "2",
-    "--sasft_readout",
-    "encoder",
-    "--sasft_scale",
-    "raw",
-    "--sasft_combine",
-    "none",
-    "--sasft_positions",
-    "response",
+    *("--method", "sasft", "--sasft_layers", "13", "17", "--sasft_top", "2", "--sasft_readout", "encoder"),
+    *("--sasft_scale", "raw", "--sasft_combine", "none", "--sasft_positions", "response"),
 )
+"""The form of the paper, on the last layers that have an SAE"""
 FEATURES = "features.safetensors"
 ARMS = {
     "sft": Arm("SFT"),
     "clean": Arm("SFT, rows that switch left as they were", clean=True),
     "sasft": Arm("SASFT, default", SASFT, "sasft_weight", (0.1, 0.3, 1.0), FEATURES),
-    "paper": Arm("SASFT, paper", (*SASFT, *PAPER), "sasft_weight", (0.016, 0.16), FEATURES),
+    "paper": Arm("SASFT, paper", PAPER, "sasft_weight", (0.016, 0.16), FEATURES),
+    "earlier": Arm("SASFT, default, layer 13", EARLIER, "sasft_weight", (0.1,), FEATURES),
     "token": Arm("token penalty", ("--method", "token_penalty"), "token_penalty_weight", (20.0, 5.0)),
     "means": Arm("difference of means", SASFT, "sasft_weight", (0.1, 0.3), "difference_of_means.safetensors"),
     "random": Arm(
