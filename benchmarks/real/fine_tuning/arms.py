@@ -52,12 +52,12 @@ ARMS = {
     "paper": Arm("SASFT, paper", PAPER, "sasft_weight", (0.016, 0.16), FEATURES),
     "earlier": Arm("SASFT, default, layer 13", EARLIER, "sasft_weight", (0.1,), FEATURES),
     "token": Arm("token penalty", ("--method", "token_penalty"), "token_penalty_weight", (20.0, 5.0)),
-    "means": Arm("difference of means", SASFT, "sasft_weight", (0.1, 0.3), "difference_of_means.safetensors"),
+    "means": Arm("difference of means", SASFT, "sasft_weight", (0.1, 1.0), "difference_of_means.safetensors"),
     "random": Arm(
         "random features",
         (*SASFT, "--sasft_combine", "uniform"),
         "sasft_weight",
-        (0.1, 0.3),
+        (0.1, 1.0),
         "random-{seed}.safetensors",
     ),
     "anchor": Arm("KL anchor", ("--method", "kl_anchor"), "anchor_weight", (1.0,)),
@@ -65,10 +65,10 @@ ARMS = {
         "token penalty + anchor",
         ("--method", "token_penalty", "--anchor_weight", "1.0"),
         "token_penalty_weight",
-        (40.0, 10.0),
+        (40.0,),
     ),
     "sasft_anchor": Arm(
-        "SASFT, default + anchor", (*SASFT, "--anchor_weight", "1.0"), "sasft_weight", (0.3, 1.0), FEATURES
+        "SASFT, default + anchor", (*SASFT, "--anchor_weight", "1.0"), "sasft_weight", (1.0, 0.3), FEATURES
     ),
 }
 OF_PAIR = {"zh": tuple(ARMS), "fr": ("sft", "clean", "sasft", "means", "random", "anchor")}

@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class Row:
     """Where the completion goes on in another language: after so many characters"""
 
 
-def usable(language: str, target: str, held_out: bool) -> list[str]:
+@cache
+def usable(language: str, target: str, held_out: bool) -> tuple[str, ...]:
     """Paragraphs of two sentences and more in a language, without letters of the target's script where it has its own.
     The first sentence is longer than a prompt."""
     low, high = (size // SHORTER.get(language, 1) for size in LENGTH)
@@ -74,7 +76,7 @@ def usable(language: str, target: str, held_out: bool) -> list[str]:
         begun = len(parts) > 1 and len(parts[0].strip()) > len(row(text, language).prompt) + low // 10
         if low <= len(text) <= high and begun and clean:
             found.append(text)
-    return found
+    return tuple(found)
 
 
 def row(text: str, language: str) -> Row:
@@ -95,7 +97,7 @@ def training_rows(pair: Pair, share: float, each: int, of_target: int, seed: int
     """(contaminated, clean): the same rows but that in the first a share of those of each source goes on in the
     target. In random order, the same in both."""
     draw = random.Random(seed)
-    target = usable(pair.target, pair.target, held_out=False)
+    target = list(usable(pair.target, pair.target, held_out=False))
     draw.shuffle(target)
     clean = [row(text, pair.target) for text in target[:of_target]]
     tails, dirty = iter(target[of_target:]), list(clean)
@@ -114,7 +116,7 @@ def scored_rows(pair: Pair, each: int, entries: int, seed: int = 1) -> dict[str,
     """Held-out rows: `validation` and `test`, each with `each` clean rows per source and of the target, and `entries`
     rows per source that go on in the target."""
     draw, parts = random.Random(seed), {}
-    texts = {name: usable(name, pair.target, held_out=True) for name in (*pair.sources, pair.target)}
+    texts = {name: list(usable(name, pair.target, held_out=True)) for name in (*pair.sources, pair.target)}
     for own in texts.values():
         draw.shuffle(own)
     sizes = {"validation": each // 2, "test": each}
