@@ -14,34 +14,33 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.fine_tuning.arms import ARMS, FEATURES, OF_PAIR, PAIRS, SEEDS, Arm
+from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, FEATURES, SEEDS, SETTINGS, Arm
 from benchmarks.real.fine_tuning.parts import scored_rows, training_rows
 from benchmarks.real.fine_tuning.tables import Key, Scores, chosen, summary
 from benchmarks.real.steps import ROOT, run_step
 from benchmarks.real.texts import paragraphs
-from qscope_posttrain.report.summary import write_text
+from qscope_posttrain.report.summary import write_rows, write_text
 
 RECIPE = "recipes/real/sft_gemma3.yaml"
 LAST, SAE_STEPS = 17, 160
 """The last layer, and the updates of its SAE"""
-SHARE = 0.5
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     study = Study(options.model, options.saes, options.work)
     found: dict[Key, Scores] = {}
-    for pair in PAIRS:
+    for pair in SETTINGS:
         found[pair, "base", 0.0, 0] = study.scores(pair, "base", 0.0, 0)
-        for arm in OF_PAIR[pair]:
+        for arm in ARMS_OF[pair]:
             for weight in ARMS[arm].weights:
                 found[pair, arm, weight, 0] = study.scores(pair, arm, weight, 0)
         for seed in range(1, SEEDS):
-            for arm in OF_PAIR[pair]:
+            for arm in ARMS_OF[pair]:
                 weight = chosen(found, pair, arm)
                 found[pair, arm, weight, seed] = study.scores(pair, arm, weight, seed)
     sampled = {}
-    for pair in PAIRS:
-        for arm in ("base", *OF_PAIR[pair]):
+    for pair in SETTINGS:
+        for arm in ("base", *ARMS_OF[pair]):
             weight = 0.0 if arm == "base" else chosen(found, pair, arm)
             sampled[pair, arm, weight, 0] = study.sampled(pair, arm, weight, 0)
     return summary(found, study.took, sampled) | {"vocabulary": study.compared()}
@@ -87,95 +86,83 @@ class Study:
             (folder / other).symlink_to((self.saes / other).resolve())
         return folder
 
+    def start(self, name: str) -> Path:
+        """The model that the arms of a setting train."""
+        if not SETTINGS[name].start:
+            return self.trimmed()
+        adapter, folder = self.work / "runs" / SETTINGS[name].start, self.work / f"{name}-model"
+        words = ["benchmarks.real.fine_tuning.parts", "merge", self.trimmed(), adapter, folder]
+        self.step(f"{name}-model", words, [adapter / "adapter_model.safetensors"])
+        return folder
+
     def data(self, name: str) -> Path:
-        """The rows to train on, those to score, and the texts in which features are found."""
-        pair, folder = PAIRS[name], self.work / "data"
-        folder.mkdir(parents=True, exist_ok=True)
-        each = 120 // len(pair.sources)
-        dirty, clean = training_rows(pair, SHARE, each, 24)
+        """The rows to train on, those to score, prompts, and the texts in which features are found."""
+        setting, folder = SETTINGS[name], self.work / "data"
+        (folder / f"{name}-texts").mkdir(parents=True, exist_ok=True)
+        dirty, clean = training_rows(setting)
         for kind, rows in (("", dirty), ("-clean", clean)):
             found = [{key: asdict(row)[key] for key in ("prompt", "completion", "language")} for row in rows]
-            write_text(
-                folder / f"{name}{kind}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-            )
-        parts = scored_rows(pair, 24 if len(pair.sources) > 1 else 60, 8 if len(pair.sources) > 1 else 40)
+            write_rows(folder / f"{name}{kind}.jsonl", found)
+        several = len(setting.sources) > 1
+        parts = scored_rows(setting, 24 if several else 60, 8 if several else 40)
         kept = {part: [asdict(row) for row in rows] for part, rows in parts.items()}
         write_text(folder / f"{name}-scored.json", json.dumps(kept, ensure_ascii=False) + "\n")
-        prompts = [row for row in parts["test"] if row.language != name and row.switch is None]
+        prompts = [row for row in parts["test"] if row.language != setting.target and row.switch is None]
         asked = [{"prompt": row.prompt, "language": row.language} for row in prompts]
-        write_text(
-            folder / f"{name}-prompts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
-        )
-        texts = folder / f"{name}-texts"
-        texts.mkdir(exist_ok=True)
-        for language in (*pair.sources, pair.target):
+        write_rows(folder / f"{name}-prompts.jsonl", asked)
+        for language in (*setting.sources, setting.target):
             own = [text for text in paragraphs(language, held_out=False) if len(text) < 400]
-            write_text(texts / f"{language}.txt", "\n".join(own[:: len(own) // 80][:80]) + "\n")
+            write_text(folder / f"{name}-texts" / f"{language}.txt", "\n".join(own[:: len(own) // 80][:80]) + "\n")
         return folder
 
     def features(self, name: str) -> Path:
-        """The folder of the FeatureSets of a pair of languages."""
-        folder, saes, data = self.work / "features" / name, self.dictionaries(), self.data(name)
-        texts, model = data / f"{name}-texts", self.trimmed()
+        """The folder of the FeatureSets of a setting, found on the model that it starts from."""
+        folder, saes, texts = self.work / "features" / name, self.dictionaries(), self.data(name) / f"{name}-texts"
+        model, target = self.start(name), SETTINGS[name].target
         find = ["qscope_posttrain", "features", "find", "--model", model, "--sae", saes, "--layers", 13, LAST]
-        self.step(
-            f"{name}_features",
-            [*find, "--texts", texts, "--top", 32, "--max-length", 96, "--output", folder],
-            [model, saes / f"layer{LAST}.sae.safetensors", texts],
-        )
-        words = ["benchmarks.real.fine_tuning.parts", "controls", model, saes, texts, folder, name]
+        find += ["--texts", texts, "--top", 32, "--max-length", 96, "--output", folder]
+        self.step(f"{name}_features", find, [model, saes / f"layer{LAST}.sae.safetensors", texts])
+        words = ["benchmarks.real.fine_tuning.parts", "controls", model, saes, texts, folder, target]
         self.step(f"{name}_controls", words, [folder / FEATURES])
         return folder
 
     def scores(self, name: str, arm: str, weight: float, seed: int) -> Scores:
         """Train one arm and score it; `base` is the model before training."""
-        run, data, model = f"{name}-{arm}-{weight:g}-{seed}", self.data(name), self.trimmed()
-        adapter: object = "-"
+        run, model = f"{name}-{arm}-{weight:g}-{seed}", self.start(name)
+        rows, output = self.data(name) / f"{name}-scored.json", self.work / "scores" / f"{run}.json"
+        adapter: Path | str = "-"
+        reads = [rows]
         if arm != "base":
             adapter = self.work / "runs" / run
-            self.train(name, ARMS[arm], weight, seed, Path(str(adapter)))
-        output, rows = self.work / "scores" / f"{run}.json", data / f"{name}-scored.json"
+            self.train(name, ARMS[arm], weight, seed, adapter)
+            reads.append(adapter / "adapter_model.safetensors")
         output.parent.mkdir(parents=True, exist_ok=True)
-        reads = [rows, *([] if arm == "base" else [Path(str(adapter)) / "adapter_model.safetensors"])]
-        words = ["benchmarks.real.fine_tuning.parts", "score", model, adapter, rows, name, output]
+        words = ["benchmarks.real.fine_tuning.parts", "score", model, adapter, rows, SETTINGS[name].target, output]
         self.step(f"score-{run}", words, reads)
         found: Scores = json.loads(output.read_text(encoding="utf-8"))
         return found
 
+    def train(self, name: str, arm: Arm, weight: float, seed: int, output: Path) -> None:
+        """`qscope sft` of one arm."""
+        rows = self.data(name) / f"{name}{'-clean' if arm.clean else ''}.jsonl"
+        file = self.features(name) / arm.features.format(seed=seed) if arm.features else None
+        words: list[object] = ["qscope_posttrain", "sft", "--config", RECIPE, "--model_name_or_path", self.start(name)]
+        words += ["--dataset_name", rows, "--output_dir", output, "--seed", seed]
+        words += arm_words(arm, SETTINGS[name].target, weight, file)
+        self.step(f"train-{output.name}", words, [rows, ROOT / RECIPE, *([file] if file else [])])
+
     def sampled(self, name: str, arm: str, weight: float, seed: int) -> dict[str, Any]:
         """Let an arm that was trained answer the prompts of the test rows: `qscope evaluate code-switching`."""
-        run, data = f"{name}-{arm}-{weight:g}-{seed}", self.data(name)
-        model = self.trimmed() if arm == "base" else self.work / "runs" / run
-        output, prompts = self.work / "sampled" / run, data / f"{name}-prompts.jsonl"
-        words = [
-            "qscope_posttrain",
-            "evaluate",
-            "code-switching",
-            "--model",
-            model,
-            "--prompts",
-            prompts,
-            "--target",
-            name,
-        ]
-        words += ["--samples", 2, "--max_new_tokens", 48, "--top_p", 1.0, "--batch_size", 48, "--output", output]
-        if name == "fr":
-            words += ["--identify", "words", "--identify-texts", data / f"{name}-texts"]
+        run, prompts = f"{name}-{arm}-{weight:g}-{seed}", self.data(name) / f"{name}-prompts.jsonl"
+        model, output = self.start(name) if arm == "base" else self.work / "runs" / run, self.work / "sampled" / run
+        words: list[object] = ["qscope_posttrain", "evaluate", "code-switching", "--model", model]
+        words += ["--prompts", prompts, "--target", SETTINGS[name].target, "--samples", 2, "--max_new_tokens", 48]
+        words += ["--top_p", 1.0, "--batch_size", 48, "--output", output]
+        if SETTINGS[name].target == "fr":
+            words += ["--identify", "words", "--identify-texts", self.data(name) / f"{name}-texts"]
         self.step(f"sampled-{run}", words, [prompts, *model.glob("adapter_model.safetensors")])
         found: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))["results"]
         return found
-
-    def train(self, name: str, arm: Arm, weight: float, seed: int, output: Path) -> None:
-        """`qscope sft` of one arm."""
-        model, rows = self.trimmed(), self.data(name) / f"{name}{'-clean' if arm.clean else ''}.jsonl"
-        reads = [rows, ROOT / RECIPE]
-        file = None
-        if arm.features:
-            file = self.features(name) / arm.features.format(seed=seed)
-            reads.append(file)
-        words: list[object] = ["qscope_posttrain", "sft", "--config", RECIPE, "--model_name_or_path", model]
-        words += ["--dataset_name", rows, "--output_dir", output, "--seed", seed]
-        self.step(f"train-{output.name}", [*words, *arm_words(arm, name, weight, file)], reads)
 
 
 def arm_words(arm: Arm, target: str, weight: float, features: Path | None) -> list[object]:

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 
 from benchmarks.real import sasft, texts
 from benchmarks.real.fine_tuning import parts, tables, trimmed
-from benchmarks.real.fine_tuning.arms import ARMS, OF_PAIR, PAIRS
+from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, SETTINGS
 from qscope_posttrain.cli.training.sft import parse_recipe
 from qscope_posttrain.text.scripts import contains_language_script
 
@@ -20,15 +20,15 @@ with_data = pytest.mark.skipif(not texts.DATA.is_dir(), reason=f"real text is no
 
 
 @with_data
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", SETTINGS)
 class TestRows:
     def test_the_switch_is_all_that_differs(self, name):
-        dirty, clean = parts.training_rows(PAIRS[name], 0.5, 10, 4)
-        assert len(dirty) == len(clean) == 10 * len(PAIRS[name].sources) + 4
+        dirty, clean = parts.training_rows(SETTINGS[name])
+        assert len(dirty) == len(clean) == SETTINGS[name].rows * 6 // 5
         switched = [pair for pair in zip(dirty, clean, strict=True) if pair[0].switch is not None]
-        assert len(switched) == 5 * len(PAIRS[name].sources)
+        assert len(switched) == SETTINGS[name].share * SETTINGS[name].rows
         for row, original in switched:
-            assert row.language == original.language != name
+            assert row.language == original.language != SETTINGS[name].target
             assert row.prompt == original.prompt
             assert original.completion.startswith(row.completion[: row.switch].rstrip())
             assert row.completion[row.switch :].strip()
@@ -36,21 +36,21 @@ class TestRows:
         assert all(row == original for row, original in rest)
 
     def test_scored_texts_are_not_learned_from(self, name):
-        dirty, clean = parts.training_rows(PAIRS[name], 0.5, 10, 4)
-        scored = parts.scored_rows(PAIRS[name], 8, 4)
+        dirty, clean = parts.training_rows(SETTINGS[name])
+        scored = parts.scored_rows(SETTINGS[name], 8, 4)
         learned = {row.prompt + row.completion for row in (*dirty, *clean)}
         held_out = [row.prompt + row.completion for part in scored.values() for row in part]
         assert len(held_out) == len(set(held_out))
         assert not learned & set(held_out)
         assert not {
-            text for language in PAIRS[name].sources for text in texts.paragraphs(language, held_out=False)
+            text for language in SETTINGS[name].sources for text in texts.paragraphs(language, held_out=False)
         } & set(held_out)
 
 
 @with_data
 def test_clean_rows_have_no_letter_of_the_target():
-    _, clean = parts.training_rows(PAIRS["zh"], 0.5, 10, 4)
-    scored = [row for part in parts.scored_rows(PAIRS["zh"], 8, 4).values() for row in part]
+    _, clean = parts.training_rows(SETTINGS["zh"])
+    scored = [row for part in parts.scored_rows(SETTINGS["zh"], 8, 4).values() for row in part]
     for row in (*clean, *(row for row in scored if row.switch is None)):
         text = row.prompt + row.completion
         assert contains_language_script(text, "zh") == (row.language == "zh")
@@ -157,4 +157,4 @@ def test_every_arm_is_a_command_of_the_product(name, tmp_path):
     assert recipe.run.method == arm.words[1]
     assert (recipe.penalty is None) == (arm.words[1] == "sft")
     assert recipe.penalty is None or recipe.penalty.weight == arm.weights[0]
-    assert any(name in arms for arms in OF_PAIR.values())
+    assert any(name in arms for arms in ARMS_OF.values())

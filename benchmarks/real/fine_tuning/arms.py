@@ -8,17 +8,35 @@ SEEDS = 2
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Which language must not appear in which others."""
+class Setting:
+    """Which language must not appear in which others, and where the habit comes from."""
 
+    title: str
     target: str
     sources: tuple[str, ...]
     joint: str
     """Between the last sentence and the first of the target's"""
+    share: float = 0.5
+    """Of the rows in other languages that switch"""
+    rows: int = 120
+    """In other languages; a fifth of that in the target"""
+    start: str = ""
+    """The run whose model is trained on; by default the pretrained one"""
+    draw: int = 0
+    """Seed of the rows to train on"""
+
+    @property
+    def measure(self) -> str:
+        """By which number a weight is chosen: tokens of French are tokens of English as well."""
+        return "entry" if self.target == "fr" else "hazard"
 
 
-PAIRS = {"zh": Pair("zh", ("en", "fr", "ko", "ru"), ""), "fr": Pair("fr", ("en",), " ")}
-"""Chinese, which has a script of its own, and French in English text, which has not"""
+_OTHERS = ("en", "fr", "ko", "ru")
+SETTINGS = {
+    "zh": Setting("Chinese in half of the training rows", "zh", _OTHERS, ""),
+    "habit": Setting("Clean rows, the habit learned before", "zh", _OTHERS, "", 0.0, 60, "zh-sft-0-0", 5),
+    "fr": Setting("French in half of the English training rows", "fr", ("en",), " "),
+}
 
 
 @dataclass(frozen=True)
@@ -71,4 +89,8 @@ ARMS = {
         "SASFT, default + anchor", (*SASFT, "--anchor_weight", "1.0"), "sasft_weight", (1.0, 0.3), FEATURES
     ),
 }
-OF_PAIR = {"zh": tuple(ARMS), "fr": ("sft", "clean", "sasft", "means", "random", "anchor")}
+ARMS_OF = {
+    "zh": tuple(ARMS),
+    "habit": ("sft", "sasft", "token", "means", "random"),
+    "fr": ("sft", "sasft", "means", "random", "anchor"),
+}

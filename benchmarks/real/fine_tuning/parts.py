@@ -1,6 +1,7 @@
 """Parts of the study `sasft`: data that switch in the middle of a response, directions without an SAE, and scores.
 
     python -m benchmarks.real.fine_tuning.parts trim MODEL OUTPUT
+    python -m benchmarks.real.fine_tuning.parts merge MODEL ADAPTER OUTPUT
     python -m benchmarks.real.fine_tuning.parts compare MODEL TRIMMED OUTPUT
     python -m benchmarks.real.fine_tuning.parts controls MODEL SAES TEXTS FEATURES TARGET
     python -m benchmarks.real.fine_tuning.parts score MODEL ADAPTER ROWS TARGET OUTPUT
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.real.fine_tuning.arms import SEEDS, Pair
+from benchmarks.real.fine_tuning.arms import SEEDS, Setting
 from benchmarks.real.fine_tuning.trimmed import trim
 from benchmarks.real.texts import DOCUMENTATION, lines, paragraphs
 from benchmarks.testbed.feature_sets import difference_of_means_set, random_feature_set
@@ -93,10 +94,11 @@ def switched(text: str, language: str, other: str, joint: str) -> Row:
     return Row(whole.prompt, whole.completion, language, len(first) - len(whole.prompt))
 
 
-def training_rows(pair: Pair, share: float, each: int, of_target: int, seed: int = 0) -> tuple[list[Row], list[Row]]:
+def training_rows(pair: Setting) -> tuple[list[Row], list[Row]]:
     """(contaminated, clean): the same rows but that in the first a share of those of each source goes on in the
     target. In random order, the same in both."""
-    draw = random.Random(seed)
+    of_target, each = pair.rows // 5, pair.rows // len(pair.sources)
+    draw = random.Random(pair.draw)
     target = list(usable(pair.target, pair.target, held_out=False))
     draw.shuffle(target)
     clean = [row(text, pair.target) for text in target[:of_target]]
@@ -105,14 +107,14 @@ def training_rows(pair: Pair, share: float, each: int, of_target: int, seed: int
         texts = draw.sample(usable(language, pair.target, held_out=False), each)
         clean += [row(text, language) for text in texts]
         for number, text in enumerate(texts):
-            turns = number < share * each
+            turns = number < pair.share * each
             dirty.append(switched(text, language, next(tails), pair.joint) if turns else row(text, language))
     order = list(range(len(clean)))
     draw.shuffle(order)
     return [dirty[number] for number in order], [clean[number] for number in order]
 
 
-def scored_rows(pair: Pair, each: int, entries: int, seed: int = 1) -> dict[str, list[Row]]:
+def scored_rows(pair: Setting, each: int, entries: int, seed: int = 1) -> dict[str, list[Row]]:
     """Held-out rows: `validation` and `test`, each with `each` clean rows per source and of the target, and `entries`
     rows per source that go on in the target."""
     draw, parts = random.Random(seed), {}
@@ -192,13 +194,19 @@ def target_tokens(tokenizer: Any, target: str) -> Tensor:
     return distinctive_tokens(flat, target)
 
 
+def merged(model: str, adapter: str) -> tuple[Any, Any]:
+    """A model with an adapter in its weights, unless that is "-", and its tokenizer."""
+    loaded, tokenizer = load_model(model, dtype="float32", device="cpu")
+    if adapter == "-":
+        return loaded, tokenizer
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(loaded, adapter).merge_and_unload(), tokenizer
+
+
 def score_file(model: str, adapter: str, rows: Path, target: str, output: Path) -> None:
     """Score the rows of a file, {part: rows}, by a model, with an adapter unless that is "-"."""
-    loaded, tokenizer = load_model(model, dtype="float32", device="cpu")
-    if adapter != "-":
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+    loaded, tokenizer = merged(model, adapter)
     parts = {name: [Row(**one) for one in own] for name, own in json.loads(rows.read_text(encoding="utf-8")).items()}
     tokens = target_tokens(tokenizer, target)
     found = {name: score(loaded, tokenizer, own, tokens) for name, own in parts.items()}
@@ -224,6 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         documented = [(folder, name) for folder in ("react_docs", "tatoeba") for name in DOCUMENTATION["gemma3"]]
         texts = [text for folder, name in documented for text in lines(f"{folder}/{name}.txt")]
         print(trim(Path(rest[0]), texts, Path(rest[1])))
+    elif command == "merge":
+        for part in merged(rest[0], rest[1]):
+            part.save_pretrained(rest[2])
     elif command == "compare":
         compare(rest[0], rest[1], Path(rest[2]))
     elif command == "controls":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.real.fine_tuning.arms import ARMS, OF_PAIR, PAIRS, Pair
+from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, SETTINGS, Setting
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums
 from qscope_posttrain.report.tables import Table
 
@@ -17,7 +17,7 @@ COST = 1.0
 Scores = Mapping[str, Sequence[Mapping[str, Any]]]
 """{part: rows}, as `parts.score` makes them"""
 Key = tuple[str, str, float, int]
-"""Pair of languages, arm, weight, seed"""
+"""Setting, arm, weight, seed"""
 
 
 def summary(
@@ -59,7 +59,7 @@ def matrix(scores: Scores, part: str, kind: str) -> NDArray[np.float64]:
     return np.column_stack([found, -np.expm1(found[:, 1])])
 
 
-def sources(scores: Scores, pair: Pair, part: str) -> NDArray[np.float64]:
+def sources(scores: Scores, pair: Setting, part: str) -> NDArray[np.float64]:
     """`matrix` of the clean rows in languages other than the target."""
     return np.concatenate([matrix(scores, part, language) for language in pair.sources])
 
@@ -71,7 +71,7 @@ def column_sums(scores: Scores, part: str) -> NDArray[np.float64]:
 
 def changes(one: Sequence[Scores], other: Sequence[Scores], name: str, part: str) -> dict[str, Interval]:
     """Changes in per cent from `other` to `one`, runs of the same seeds, with paired bootstrap intervals over rows."""
-    pair = PAIRS[name]
+    pair = SETTINGS[name]
 
     def both(columns: Any) -> NDArray[np.float64]:
         return np.column_stack([sum(columns(scores) for scores in runs) for runs in (one, other)])
@@ -83,10 +83,10 @@ def changes(one: Sequence[Scores], other: Sequence[Scores], name: str, part: str
         rows = np.column_stack([both(columns), tokens * len(one)])
         return bootstrap_of_sums(rows, lambda sums: 100 * np.expm1((sums[..., 0] - sums[..., 1]) / sums[..., 2]))
 
-    masked = 1 if name != "fr" else 0  # tokens of French are tokens of English as well
+    masked = 1 if pair.measure == "hazard" else 0
     clean, target, switches = (
         (lambda scores: sources(scores, pair, part)),
-        (lambda scores: matrix(scores, part, name)),
+        (lambda scores: matrix(scores, part, pair.target)),
         (lambda scores: matrix(scores, part, "switched")),
     )
     return {
@@ -96,11 +96,6 @@ def changes(one: Sequence[Scores], other: Sequence[Scores], name: str, part: str
         "cost": perplexity(lambda scores: clean(scores)[:, 2] + masked * clean(scores)[:, 1], clean(one[0])[:, 3]),
         "target": perplexity(lambda scores: target(scores)[:, 2], target(one[0])[:, 3]),
     }
-
-
-def measure(name: str) -> str:
-    """By which number a weight is chosen."""
-    return "hazard" if name != "fr" else "entry"
 
 
 def chosen(found: Mapping[Key, Scores], pair: str, arm: str) -> float:
@@ -116,13 +111,13 @@ def chosen(found: Mapping[Key, Scores], pair: str, arm: str) -> float:
     cheap = {weight: change for weight, change in tried.items() if change["cost"].estimate <= COST}
     if not cheap:
         return min(tried, key=lambda weight: tried[weight]["cost"].estimate)
-    return min(cheap, key=lambda weight: cheap[weight][measure(pair)].estimate)
+    return min(cheap, key=lambda weight: cheap[weight][SETTINGS[pair].measure].estimate)
 
 
 def methods(found: Mapping[Key, Scores], pair: str) -> Table:
     """Every arm with its chosen weight against SFT, on test rows."""
     rows = []
-    for arm in ("base", *(arm for arm in OF_PAIR[pair] if arm != "sft")):
+    for arm in ("base", *(arm for arm in ARMS_OF[pair] if arm != "sft")):
         if not any(key[:2] == (pair, arm) for key in found):
             continue
         weight = 0.0 if arm == "base" else chosen(found, pair, arm)
@@ -130,7 +125,9 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
         against = [found[pair, "sft", 0.0, seed] for seed in seeds]
         change = changes([found[pair, arm, weight, seed] for seed in seeds], against, pair, "test")
         single = [
-            changes([found[pair, arm, weight, seed]], [found[pair, "sft", 0.0, seed]], pair, "test")[measure(pair)]
+            changes([found[pair, arm, weight, seed]], [found[pair, "sft", 0.0, seed]], pair, "test")[
+                SETTINGS[pair].measure
+            ]
             for seed in seeds
         ]
         title = "before SFT" if arm == "base" else ARMS[arm].title
@@ -144,31 +141,31 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
         "expected switches, %",
         "entry, %",
         "perplexity, %",
-        f"perplexity of {pair}, %",
-        f"{measure(pair)} by seed, %",
+        f"perplexity of {SETTINGS[pair].target}, %",
+        f"{SETTINGS[pair].measure} by seed, %",
     ]
     first = found[pair, "sft", 0.0, 0]
-    count = len(sources(first, PAIRS[pair], "test"))
+    count = len(sources(first, SETTINGS[pair], "test"))
     caption = (
         f"Changes against SFT of the same seed on {count} held-out texts; paired 95 % bootstrap intervals over texts, "
         "after summing over seeds."
     )
-    return Table(f"{_target(pair)}: methods against SFT", columns, rows, caption)
+    return Table(f"{SETTINGS[pair].title}: methods against SFT", columns, rows, caption)
 
 
 def weights(found: Mapping[Key, Scores], pair: str) -> Table:
     """Every weight that was tried, with seed 0."""
     rows = []
-    for arm in OF_PAIR[pair]:
+    for arm in ARMS_OF[pair]:
         for weight in ARMS[arm].weights:
             if arm == "sft" or not ARMS[arm].weight or (pair, arm, weight, 0) not in found:
                 continue
             row: list[Any] = [ARMS[arm].title, weight]
             for part in ("validation", "test"):
                 change = changes([found[pair, arm, weight, 0]], [found[pair, "sft", 0.0, 0]], pair, part)
-                row += [_cell(change[key]) for key in (measure(pair), "cost")]
+                row += [_cell(change[key]) for key in (SETTINGS[pair].measure, "cost")]
             rows.append([*row, "chosen" if weight == chosen(found, pair, arm) else None])
-    key = measure(pair)
+    key = SETTINGS[pair].measure
     columns = [
         "method",
         "weight",
@@ -178,18 +175,20 @@ def weights(found: Mapping[Key, Scores], pair: str) -> Table:
         "perplexity, %",
         "",
     ]
-    return Table(f"{_target(pair)}: weights, seed 0", columns, rows, "The first of a method is the package's default.")
+    return Table(
+        f"{SETTINGS[pair].title}: weights, seed 0", columns, rows, "The first of a method is the package's default."
+    )
 
 
 def levels(found: Mapping[Key, Scores], pair: str) -> Table:
     """What the models do, before SFT and after: the hazard by language, and perplexities; seed 0."""
-    own = PAIRS[pair]
+    own = SETTINGS[pair]
     rows = []
     for arm in ("base", "clean", "sft"):
         if (pair, arm, 0.0, 0) not in found:
             continue
         scores = found[pair, arm, 0.0, 0]
-        whole, target = sources(scores, own, "test"), matrix(scores, "test", pair)
+        whole, target = sources(scores, own, "test"), matrix(scores, "test", own.target)
         hazards = [1000 * _mean(matrix(scores, "test", language), 0, 3) for language in own.sources]
         title = "before SFT" if arm == "base" else ARMS[arm].title
         drawn = bootstrap_of_sums(
@@ -205,12 +204,19 @@ def levels(found: Mapping[Key, Scores], pair: str) -> Table:
                 *perplexities,
             ]
         )
-    columns = ["model", "hazard, 1e-3", *own.sources, "expected switches, %", "perplexity", f"perplexity of {pair}"]
+    columns = [
+        "model",
+        "hazard, 1e-3",
+        *own.sources,
+        "expected switches, %",
+        "perplexity",
+        f"perplexity of {SETTINGS[pair].target}",
+    ]
     caption = (
-        f"hazard: mean probability of a token of {_target(pair)} at a token of held-out text; expected switches: share "
+        "hazard: mean probability of a token of the target at a token of held-out text; expected switches: share "
         "of its responses in which at least one would be drawn, with a 95 % bootstrap interval over texts."
     )
-    return Table(f"{_target(pair)}: before and after SFT", columns, rows, caption)
+    return Table(f"{own.title}: before and after SFT", columns, rows, caption)
 
 
 def answers(sampled: Mapping[Key, Mapping[str, Any]], pair: str) -> Table:
@@ -224,15 +230,13 @@ def answers(sampled: Mapping[Key, Mapping[str, Any]], pair: str) -> Table:
     caption = (
         "`qscope evaluate code-switching`, temperature 1, 48 tokens; 95 % bootstrap intervals over prompts, seed 0."
     )
-    return Table(f"{_target(pair)}: sampled responses", ["method", "weight", "responses", "switched, %"], rows, caption)
+    return Table(
+        f"{SETTINGS[pair].title}: sampled responses", ["method", "weight", "responses", "switched, %"], rows, caption
+    )
 
 
 def _mean(rows: NDArray[np.float64], column: int, of: int) -> float:
     return float(rows[:, column].sum() / rows[:, of].sum())
-
-
-def _target(pair: str) -> str:
-    return {"zh": "Chinese", "fr": "French"}[pair]
 
 
 def _cell(value: Interval) -> str:
