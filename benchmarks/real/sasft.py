@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for arm in ("base", *ARMS_OF[pair]):
             weight = 0.0 if arm == "base" else chosen(found, pair, arm)
             sampled[pair, arm, weight, 0] = study.sampled(pair, arm, weight, 0)
-    return summary(found, study.took, sampled) | {"vocabulary": study.compared()}
+    logs = {key: study.log(*key) for key in found if key[1] != "base"}
+    return summary(found, study.took, sampled, logs) | {"vocabulary": study.compared()}
 
 
 @dataclass
@@ -150,6 +151,12 @@ class Study:
         words += ["--dataset_name", rows, "--output_dir", output, "--seed", seed]
         words += arm_words(arm, SETTINGS[name].target, weight, file)
         self.step(f"train-{output.name}", words, [rows, ROOT / RECIPE, *([file] if file else [])])
+
+    def log(self, name: str, arm: str, weight: float, seed: int) -> list[dict[str, Any]]:
+        """What the training of an arm logged."""
+        summary = self.work / "runs" / f"{name}-{arm}-{weight:g}-{seed}" / "summary.json"
+        found: list[dict[str, Any]] = json.loads(summary.read_text(encoding="utf-8"))["results"]["log"]
+        return found
 
     def sampled(self, name: str, arm: str, weight: float, seed: int) -> dict[str, Any]:
         """Let an arm that was trained answer the prompts of the test rows: `qscope evaluate code-switching`."""

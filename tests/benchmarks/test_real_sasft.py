@@ -139,13 +139,15 @@ class TestTables:
         assert change["cost"].estimate == pytest.approx(cost)
 
     def test_all_tables_are_made(self):
+        log = [{"sasft/penalty": 0.5}, {"sasft/penalty": 0.02}, {"train_loss": 4.0}]
         drawn = {"micro": {"estimate": 0.5, "low": 0.25, "high": 0.75}, "languages": {"en": {"samples": 6}}}
         result = tables.summary(self.found, {"train": {"seconds": 1, "processor_seconds": 1, "peak_mib": 1, "key": ""}},
-                                {("zh", "sft", 0.0, 0): drawn})  # fmt: skip
+                                {("zh", "sft", 0.0, 0): drawn}, {("zh", "sasft", 0.1, 0): log})  # fmt: skip
         assert set(result["tables"]) == {"zh_levels", "zh_methods", "zh_weights", "zh_sampled"}
         assert result["tables"]["zh_sampled"]["rows"] == [["SFT", None, 6, "50.0 (25.0 .. 75.0)"]]
         methods = result["tables"]["zh_methods"]["rows"]
         assert [row[:2] for row in methods] == [["before SFT", None], ["SASFT, default", 0.3]]
+        assert [row[-2] for row in result["tables"]["zh_weights"]["rows"]] == ["0.5, 0.02", None, None]
         assert [row[-1] for row in result["tables"]["zh_weights"]["rows"]] == [None, "chosen", None]
 
 

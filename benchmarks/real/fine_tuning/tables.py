@@ -24,13 +24,14 @@ def summary(
     found: Mapping[Key, Scores],
     took: Mapping[str, Mapping[str, Any]],
     sampled: Mapping[Key, Mapping[str, Any]],
+    logs: Mapping[Key, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """The tables of what was run, the sums behind them, and what the steps took."""
     shown = {}
     for pair in dict.fromkeys(key[0] for key in found):
         shown[f"{pair}_levels"] = levels(found, pair)
         shown[f"{pair}_methods"] = methods(found, pair)
-        shown[f"{pair}_weights"] = weights(found, pair)
+        shown[f"{pair}_weights"] = weights(found, pair, logs)
         if own := {key: result for key, result in sampled.items() if key[0] == pair}:
             shown[f"{pair}_sampled"] = answers(own, pair)
     kept = {
@@ -153,8 +154,8 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
     return Table(f"{SETTINGS[pair].title}: methods against SFT", columns, rows, caption)
 
 
-def weights(found: Mapping[Key, Scores], pair: str) -> Table:
-    """Every weight that was tried, with seed 0."""
+def weights(found: Mapping[Key, Scores], pair: str, logs: Mapping[Key, Sequence[Mapping[str, Any]]]) -> Table:
+    """Every weight that was tried, with seed 0, and how far its penalty fell."""
     rows = []
     for arm in ARMS_OF[pair]:
         for weight in ARMS[arm].weights:
@@ -164,6 +165,9 @@ def weights(found: Mapping[Key, Scores], pair: str) -> Table:
             for part in ("validation", "test"):
                 change = changes([found[pair, arm, weight, 0]], [found[pair, "sft", 0.0, 0]], pair, part)
                 row += [_cell(change[key]) for key in (SETTINGS[pair].measure, "cost")]
+            fell = [value for entry in logs.get((pair, arm, weight, 0), ()) for name, value in entry.items()
+                    if name.endswith("/penalty")]  # fmt: skip
+            row.append(f"{fell[0]:.3g}, {fell[-1]:.3g}" if fell else None)
             rows.append([*row, "chosen" if weight == chosen(found, pair, arm) else None])
     key = SETTINGS[pair].measure
     columns = [
@@ -173,11 +177,14 @@ def weights(found: Mapping[Key, Scores], pair: str) -> Table:
         "perplexity, validation, %",
         f"{key}, %",
         "perplexity, %",
+        "penalty, first and last",
         "",
     ]
-    return Table(
-        f"{SETTINGS[pair].title}: weights, seed 0", columns, rows, "The first of a method is the package's default."
+    caption = (
+        "The first of a method is the package's default. penalty: as it was logged in the first and the last six updates, "
+        "for features in standard deviations of the readout."
     )
+    return Table(f"{SETTINGS[pair].title}: weights, seed 0", columns, rows, caption)
 
 
 def levels(found: Mapping[Key, Scores], pair: str) -> Table:
