@@ -181,7 +181,7 @@ def weights(found: Mapping[Key, Scores], pair: str, logs: Mapping[Key, Sequence[
         "",
     ]
     caption = (
-        "The first of a method is the package's default. penalty: as it was logged in the first and the last six updates, "
+        "The first of a method is the package's default. penalty: as it was logged in the first and last six updates, "
         "for features in standard deviations of the readout."
     )
     return Table(f"{SETTINGS[pair].title}: weights, seed 0", columns, rows, caption)
