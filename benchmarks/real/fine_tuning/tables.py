@@ -118,6 +118,7 @@ def chosen(found: Mapping[Key, Scores], pair: str, arm: str) -> float:
 def methods(found: Mapping[Key, Scores], pair: str) -> Table:
     """Every arm with its chosen weight against SFT, on test rows."""
     rows = []
+    shown = [*dict.fromkeys((SETTINGS[pair].measure, "hazard")), "cost", "target"]
     for arm in ("base", *(arm for arm in ARMS_OF[pair] if arm != "sft")):
         if not any(key[:2] == (pair, arm) for key in found):
             continue
@@ -132,19 +133,12 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
             for seed in seeds
         ]
         title = "before SFT" if arm == "base" else ARMS[arm].title
-        cells = [_cell(change[key]) for key in ("hazard", "switches", "entry", "cost", "target")]
+        cells = [_cell(change[key]) for key in shown]
         each = " ".join(f"{value.estimate:+.1f}" for value in single)
         rows.append([title, weight if weight else None, *cells, each])
-    columns = [
-        "method",
-        "weight",
-        "hazard, %",
-        "expected switches, %",
-        "entry, %",
-        "perplexity, %",
-        f"perplexity of {SETTINGS[pair].target}, %",
-        f"{SETTINGS[pair].measure} by seed, %",
-    ]
+    names = {"cost": "perplexity", "target": f"perplexity of {SETTINGS[pair].target}"}
+    columns = ["method", "weight", *(f"{names.get(key, key)}, %" for key in shown)]
+    columns.append(f"{SETTINGS[pair].measure} by seed, %")
     first = found[pair, "sft", 0.0, 0]
     count = len(sources(first, SETTINGS[pair], "test"))
     caption = (
