@@ -158,6 +158,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         f"{name}, {way}": seeded_endless(model, tokenizer, kinds[name], settings)
         for name in ("open text", "sums")
         for way, settings in (("greedy", greedy), ("temperature 0.7", drawn))
+        if settings is greedy or options.sampled
     }
     count = 4 if options.quick else 40
     clean = [text for text in paragraphs("en", held_out=True) if len(text) > 160][-count:]
@@ -181,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of the study, with responses of the start model"
     )
+    parser.add_argument("--sampled", action="store_true", help="let seeded loops go on at temperature 0.7, too")
     parser.add_argument("--quick", action="store_true", help="few sums and texts")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the numbers")
     options = parser.parse_args(arguments)

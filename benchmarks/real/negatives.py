@@ -71,7 +71,8 @@ def run_steps(options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, d
         )
         words = ["--model", folder, "--start", model, "--work", work, "--output", work / f"{name}.json"]
         reads = [folder, work / "loops", work / f"{START}_greedy", work / "test.jsonl", Path(loop_measures.__file__)]
-        step(f"{name}_probes", words + ["--quick"] * options.quick, reads, "benchmarks.real.loop_measures")
+        words += ["--sampled"] * (name == START) + ["--quick"] * options.quick
+        step(f"{name}_probes", words, reads, "benchmarks.real.loop_measures")
 
     features = work / "features"
     if START in wanted:
@@ -174,7 +175,8 @@ def loops_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     rows: list[list[Any]] = []
     for arm, own in found.items():
         cells: list[Any] = []
-        for name, values in outcomes(own).items():
+        for name in outcomes(found[REFERENCE]):
+            values = outcomes(own)[name]
             cells.append(rate(sum(values), len(values)))
             if arm != REFERENCE:
                 cells.append(against(values, outcomes(found[REFERENCE])[name]))
