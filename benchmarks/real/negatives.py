@@ -22,6 +22,7 @@ from benchmarks.real.steps import ROOT, run_step
 from benchmarks.real.sums import write_prompts
 from qscope_posttrain.features.dose_curve import MEANS, RANDOM
 from qscope_posttrain.intervals import bootstrap_difference, wilson
+from qscope_posttrain.report.summary import to_json, write_text
 from qscope_posttrain.report.tables import Table
 
 SIZES = {"finding": (24, 40), "held-out": (16, 32)}
@@ -46,29 +47,28 @@ LOGGED = ("ordinary/reward", "ordinary/length", "ordinary/repeat_ratio", "ordina
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All steps, those that ran before on the same files aside, and what they found."""
     arms = list(ARMS)[:2] if options.quick else list(ARMS)
-    ran = run_steps(options, (START, "features", *arms))
-    return {**collect(options.work, [START, *arms], ran)}
+    run_steps(options, (START, "features", *arms))
+    return collect(options.work, [START, *arms])
 
 
-def run_steps(options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
+def run_steps(options: argparse.Namespace, wanted: Sequence[str]) -> None:
     """The steps of the parts `wanted`: "start" (the model's own loops, and all measures of it), "features", or arms,
-    in this order. Each is a process of its own; what each took, by step."""
-    work, model, ran = options.work, options.model, {}
+    in this order. Each is a process of its own."""
+    work, model = options.work, options.model
     sizes = {part: (2, 6) if options.quick else size for part, size in SIZES.items()}
     write_prompts(work, sizes, tests=8 if options.quick else 86)
     greedy = ["evaluate", "repetition", "--chat", "--temperature", 0, "--samples", 1, "--batch-size", 64,
               "--max-new-tokens", 160 if options.quick else 256]  # fmt: skip
 
     def step(name: str, words: Sequence[object], reads: Sequence[Path], module: str = "qscope_posttrain") -> None:
-        ran[name] = run_step(name, [module, *map(str, words)], reads, work)
+        run_step(name, [module, *map(str, words)], reads, work)
 
     def measured(name: str, folder: Path) -> None:
         """Greedy loops of a model on held-out prompts, and the probes."""
         prompts = work / "held-out.jsonl"
         output = work / f"{name}_greedy"
-        step(
-            f"{name}_greedy", [*greedy, "--model", folder, "--prompts", prompts, "--output", output], [folder, prompts]
-        )
+        words = ["--model", folder, "--prompts", prompts, "--output", output]
+        step(f"{name}_greedy", [*greedy, *words], [folder, prompts])
         words = ["--model", folder, "--start", model, "--work", work, "--output", work / f"{name}.json"]
         reads = [folder, work / "loops", work / f"{START}_greedy", work / "test.jsonl", Path(loop_measures.__file__)]
         words += ["--sampled"] * (name == START) + ["--quick"] * options.quick
@@ -81,8 +81,9 @@ def run_steps(options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, d
         measured(START, model)
     if "features" in wanted:
         loops, curve = work / "loops" / "examples.jsonl", work / "curve.jsonl"
-        words = ["features", "find-repetition", "--config", FIND, "--model", model, "--sae", options.saes, "--layers",
-                 *options.layers, "--loops", loops, "--prompts", curve, "--output", features]  # fmt: skip
+        words = ["features", "find-repetition", "--config", FIND, "--model", model, "--sae", options.saes,
+                 "--loops", loops, "--prompts", curve, "--output", features,
+                 "--layers", *options.layers[: 1 if options.quick else None]]  # fmt: skip
         if options.quick:
             words += ["--strengths", 1, "--samples", 4, "--fresh-samples", 8, "--top", 1]
         step("features", words, [model, options.saes, ROOT / FIND, loops, curve])
@@ -92,14 +93,13 @@ def run_steps(options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, d
         words = ["grpo", "--config", GRPO, "--allow-code", "--model_name_or_path", model, "--dataset_name", data,
                  "--output_dir", folder, *given]  # fmt: skip
         if options.quick:
-            words += ["--max_steps", 2]
+            words += ["--max_steps", 1]
         reads = [model, ROOT / GRPO, data, Path(sums.__file__), *([features] if str(features) in given else [])]
         step(arm, words, reads)
         measured(arm, folder)
-    return ran
 
 
-def collect(work: Path, arms: Sequence[str], ran: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def collect(work: Path, arms: Sequence[str]) -> dict[str, Any]:
     """The numbers of the study from the files of its steps, and its tables."""
     found = {arm: json.loads((work / f"{arm}.json").read_text(encoding="utf-8")) for arm in arms}
     for arm in arms:
@@ -117,13 +117,18 @@ def collect(work: Path, arms: Sequence[str], ran: Mapping[str, Mapping[str, Any]
         "loops": loops_table(found),
         "copies": copies_table(found),
     }
-    costs = {name: {key: step[key] for key in COSTS} for name, step in ran.items()}
+    costs = {name: {key: step[key] for key in COSTS} for name, step in steps_of(work).items()}
     kept = {key: steered[key] for key in ("ranking", "steering", "steering_curve", "loops")}
     first = {key: loops[key] for key in ("ratio", "prompts", "samples", "note") if key in loops}
     return {
         "tables": {name: table.to_dict() for name, table in shown.items()},
         "found_on": first, "features": kept, "training": logs, "measured": found, "steps": costs,
     }  # fmt: skip
+
+
+def steps_of(work: Path) -> dict[str, dict[str, Any]]:
+    """What is known about the steps that were run."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((work / "steps").glob("*.json"))}
 
 
 def steering_table(curve: Mapping[str, Any]) -> Table:
@@ -240,16 +245,28 @@ def named(arm: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Some parts alone, which `make real` then finds done: `python -m benchmarks.real.negatives start dapo ..`."""
+    """Some parts alone, which `make real` then finds done: `python -m benchmarks.real.negatives start dapo ..`. With
+    --output the numbers of all parts that are done so far, as `make real` writes them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("parts", nargs="+", choices=[START, "features", *ARMS], help="parts, in this order")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{START}, features, {', '.join(ARMS)}, in this order")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--saes", type=Path, required=True, help="folder of its SAEs")
     parser.add_argument("--layers", type=int, nargs="+", required=True, help="layers that have an SAE")
     parser.add_argument("--work", type=Path, required=True, help="folder of the study")
     parser.add_argument("--quick", action="store_true", help="as of `make real`")
+    parser.add_argument("--output", type=Path, help="JSON file of the numbers")
     options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.parts) - {START, "features", *ARMS}):
+        parser.error(f"no part {unknown[0]}")
     run_steps(options, options.parts)
+    if options.output is not None:
+        done = [arm for arm in (START, *ARMS) if (options.work / f"{arm}.json").is_file()]
+        steps = list(steps_of(options.work).values())
+        known = {key: steps[-1][key] for key in ("commit", "machine", "versions")}
+        known |= {key: sum(step[key] for step in steps) for key in ("seconds", "processor_seconds")}
+        known["peak_mib"] = max(step["peak_mib"] for step in steps)
+        result = to_json({**known, **collect(options.work, done)})
+        write_text(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks.real import loop_measures, negatives, sums, texts
 from qscope_posttrain.features.find.loops import collect_loops
 from qscope_posttrain.intervals import wilson
 from qscope_posttrain.models.generation import SamplingSettings
+from qscope_posttrain.report.summary import write_rows
 from qscope_posttrain.rl.rewards import reward_function
 
 with_data = pytest.mark.skipif(not texts.DATA.is_dir(), reason=f"real text is not at {texts.DATA}")
@@ -138,6 +140,30 @@ class TestTables:
         assert dapo[2] == dapo[4] == "-"
         assert seeded[2] == "+0.0 (+0.0 .. +0.0)"
         assert seeded[4].startswith("-50.0 (-100.0 .. ")
+
+    def test_a_study_that_is_not_finished_is_collected(self, found, tmp_path):
+        curve = negatives.Table(
+            "", ["stage", "layer", "direction", "strength", "n", "looped", "p < 0.001"], []
+        ).to_dict()
+        features = {"steering_curve": curve, "ranking": {}, "steering": None, "loops": {}}
+        files = {"loops/summary.json": {"results": {"ratio": 0.2}}, "features/summary.json": {"results": features}}
+        for arm, own in found.items():
+            greedy = own.pop("greedy")["endless"]
+            rows = [{"endless": endless, "ended": not endless, "tokens": 9} for endless in greedy]
+            (tmp_path / f"{arm}_greedy").mkdir()
+            write_rows(tmp_path / f"{arm}_greedy" / "examples.jsonl", rows)
+            files[f"{arm}.json"] = own
+            log = [{"loss": 0.1, "ordinary/reward": 0.5, "step_time": 3.0}, {"train_loss": 0.1}]
+            files[f"{arm}/summary.json"] = {"results": {"log": log}}
+            files[f"steps/{arm}.json"] = dict.fromkeys(negatives.COSTS, 1)
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(json.dumps(content))
+        result = negatives.collect(tmp_path, list(found))
+        assert [row[0] for row in result["tables"]["loops"]["rows"]] == ["before training", "DAPO", "seeded negative"]
+        assert result["training"] == {arm: [{"ordinary/reward": 0.5}] for arm in ("dapo", "seeded")}
+        assert result["measured"]["start"]["greedy"]["endless"] == [True] * 4
+        assert set(result["steps"]) == set(found)
 
     def test_probability_of_a_copy(self, found):
         table = negatives.copies_table(found).to_dict()
