@@ -29,7 +29,7 @@ SIZES = {"finding": (24, 40), "held-out": (16, 32)}
 """Word problems and instructions of each part"""
 FIND, GRPO = "recipes/real/find_repetition_smollm2.yaml", "recipes/real/grpo_smollm2.yaml"
 STRONGER = ["--steering_strength", "1.2"]
-"""The curve's own choice of 0.6 makes an eighth of the rows loop; the others would be dropped, and nothing be learned."""
+"""The curve's own choice of 0.6 makes an eighth of the rows loop; the others would be dropped."""
 ARMS: dict[str, tuple[str, list[str]]] = {
     "dapo": ("DAPO", ["--negatives_per_group", "0"]),
     "seeded": ("seeded negative", ["--negative", "seeded"]),
