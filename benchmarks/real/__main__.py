@@ -39,6 +39,7 @@ STUDIES = {
     "switching": Study(("gemma3",), saes=False),
     "hate_speech": Study(("smollm2", "gemma3"), saes=True),
     "sasft": Study(("gemma3",), saes=True),
+    "negatives": Study(("smollm2",), saes=True),
 }
 """In the order in which they run"""
 
