@@ -1,9 +1,9 @@
 """Items of real benchmarks as questions with answers to choose from, so that small models can be ranked by them.
 
-Four items of a benchmark share their four answers, and the right one is to be found for each of the four questions. Whoever
-does not read the question gives the same answer four times and is right once: chance is exactly a quarter, whatever answers
-are likely by themselves. Where a benchmark has options of its own, the right one is the answer, and the question is read
-without them.
+Four items of a benchmark share their four answers, and the right one is to be found for each of the four questions.
+Whoever does not read the question gives the same answer four times and is right once: chance is exactly a quarter,
+whatever answers are likely by themselves. Where a benchmark has options of its own, the right one is the answer, and
+the question is read without them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""One model of a panel: a pretrained model, pruned, noised, with layers left out, or trained for some steps; scored on the
-items of all benchmarks by the likelihood of their answers: `python -m benchmarks.real.panel --variant prune:0.3`.
+"""One model of a panel, scored on the items of all benchmarks by the likelihood of their answers: a pretrained model,
+pruned, noised, with layers left out, or trained for some steps. `python -m benchmarks.real.panel --variant prune:0.4`
 
 The score of an answer is log P(answer | question) - log P(answer | no question): what the question says for it.
 """
@@ -74,7 +74,7 @@ def score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, found: Sequence[
     answers = [tuple(answer_ids(tokenizer, option) for option in item.options) for item in found]
     read = [Choice(question_ids(tokenizer, item), ids) for item, ids in zip(found, answers, strict=True)]
     blind = [
-        Choice(question_ids(tokenizer, Item("", "", ending=item.ending or "\n")), ids)
+        Choice(question_ids(tokenizer, Item(item.ending.strip() or "\n", "", ending="")), ids)
         for item, ids in zip(found, answers, strict=True)
     ]
     distinct = list(dict.fromkeys(blind))  # items of one group have the same answers
@@ -84,8 +84,7 @@ def score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, found: Sequence[
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[int, ...]:
-    ids = tokenizer((item.question + item.ending).lstrip() if not item.question else item.question + item.ending)
-    found = tuple(ids["input_ids"])
+    found = tuple(tokenizer(item.question + item.ending)["input_ids"])
     return found if len(found) <= LONGEST else found[:1] + found[1 - LONGEST :]
 
 
@@ -139,7 +138,7 @@ def alter(model: Any, tokenizer: PreTrainedTokenizerBase, variant: str, seed: in
     """Change the weights in place: `base`, `prune:SHARE` (the smallest weights of each linear layer), `noise:SHARE` (of
     its root mean square), `skip:FIRST-LAST` (layers that add nothing), `train:TEXTS`."""
     kind, _, what = variant.partition(":")
-    layers = list(decoder_layers(model))
+    layers: list[Any] = list(decoder_layers(model))
     linear = [module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)]
     if kind == "train":
         train(model, tokenizer, training_texts(what, seed))
