@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,12 @@ def panel_step(model: Path, variant: str, work: Path, items: int = 40) -> dict[s
     words: list[object] = ["benchmarks.real.panel", "--model", model, "--variant", variant, "--output", output]
     words += ["--items", items]
     return run_step(name, list(map(str, words)), [model, HERE / "panel.py", HERE / "matching.py"], work)
+
+
+def features_step(model: Path, saes: Path, layers: Sequence[int], work: Path, items: int = 40) -> dict[str, Any]:
+    """Read the features of every item, unless that was done before."""
+    output = work / f"features_{model.name}.npz"
+    words: list[object] = ["benchmarks.real.item_features", "--model", model, "--saes", saes, "--layers", *layers]
+    words += ["--items", items, "--output", output]
+    read = [model, saes, *(HERE / f"{name}.py" for name in ("item_features", "matching"))]
+    return run_step(f"features_{model.name}", list(map(str, words)), read, work)

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.real import matching, panel, texts
+from benchmarks.real import item_features, matching, panel, texts
 from benchmarks.real.matching import Item
+from qscope_posttrain.features.text_features import collect_text_features
 from qscope_posttrain.models.scoring import response_losses
+from qscope_posttrain.sae.activations import TopK
+from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 with_data = pytest.mark.skipif(not texts.DATA.is_dir(), reason=f"real text is not at {texts.DATA}")
 
@@ -141,3 +144,23 @@ class TestVariants:
         assert old[gone].abs().max() <= old[~gone].abs().min()
         torch.testing.assert_close(new[~gone], old[~gone])
         torch.testing.assert_close(model.lm_head.weight, before.lm_head.weight)
+
+
+def test_features_of_three_forms_are_those_of_the_product(make_model, tiny_tokenizer):
+    model = make_model("llama")
+    rows = torch.nn.functional.normalize(torch.randn(192, 64), dim=1)
+    sae = SparseAutoencoder(rows, torch.zeros(192), rows.clone(), torch.zeros(64), TopK(12), layer=2)
+    questions = ["The river runs past the old mill.", "She reads a book every evening.", "Nobody knew why."]
+    sets = {"set": [Item(question, question) for question in questions]}
+    found = item_features.read_features(model, tiny_tokenizer, sets["set"], {2: sae})
+    for form, texts_read, pooling in (
+        ("last", questions, "last"),
+        ("ending", [question + matching.ENDING for question in questions], "last"),
+        ("any", questions, "max"),
+    ):
+        ids = [tiny_tokenizer(text)["input_ids"] for text in texts_read]
+        known = collect_text_features(model, tiny_tokenizer, ids, {2: sae}, pooling=pooling)[2].matrix
+        read = [found[f"2/{form}/{what}"] for what in ("sizes", "indices", "width")]
+        features = item_features.by_benchmark(sets, *read)["set"]
+        for row in range(len(questions)):
+            assert set(features.item(row)) == set(known[[row]].indices)
