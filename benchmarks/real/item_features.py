@@ -1,7 +1,7 @@
 """The SAE features of every item, from one pass: `python -m benchmarks.real.item_features`.
 
-Three sets per item and layer: at the last token of the question (the report's form), at the last token of an ending that
-all items share, and at any token of the question. Beside them the mean residual stream of each of the three.
+Three sets per item and layer: at the last token of the question (the report's form), at the last token of an ending
+that all items share, and at any token of the question. Beside them the mean residual stream of each of the three.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     saes = {layer: SparseAutoencoder.load(options.saes, layer=layer) for layer in options.layers}
     items = [item for found in benchmark_sets(options.items).values() for item in found]
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = read_features(model, tokenizer, items, saes)
     with options.output.open("wb") as stream:
-        np.savez_compressed(stream, **read_features(model, tokenizer, items, saes))
+        np.savez_compressed(stream, **found)
     return 0
 
 
