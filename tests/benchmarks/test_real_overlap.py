@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.real import item_features, matching, panel, texts
-from benchmarks.real.matching import Item
+from benchmarks.real import texts
+from benchmarks.real.panel import features, items, likelihoods
+from benchmarks.real.panel.items import Item
 from qscope_posttrain.features.text_features import collect_text_features
 from qscope_posttrain.models.scoring import response_losses
 from qscope_posttrain.sae.activations import TopK
@@ -24,7 +25,7 @@ def numbers(count):
 
 class TestItems:
     def test_four_items_share_four_different_answers(self):
-        found = list(matching.grouped(numbers(30), 20))
+        found = list(items.grouped(numbers(30), 20))
         assert len(found) == 20
         assert len({item.unit for item in found}) == 20
         for start in range(0, 20, 4):
@@ -34,16 +35,16 @@ class TestItems:
             assert [item.options[item.right] for item in group] == [str(int(item.unit) % 7) for item in group]
 
     def test_no_group_without_four_answers(self):
-        assert list(matching.grouped([Item("q", str(n), (str(n % 3),)) for n in range(9)], 8)) == []
+        assert list(items.grouped([Item("q", str(n), (str(n % 3),)) for n in range(9)], 8)) == []
 
     def test_whoever_does_not_read_the_question_is_right_once_in_four(self):
-        found = list(matching.grouped(numbers(30), 20))
+        found = list(items.grouped(numbers(30), 20))
         liked = {str(n): -float(n) for n in range(7)}
         scores = {
             "with": [[liked[option] for option in item.options] for item in found],
             "without": [[0.0] * 4 for _ in found],
         }
-        assert panel.hits(scores, [item.right for item in found]).mean() == 0.25
+        assert likelihoods.hits(scores, [item.right for item in found]).mean() == 0.25
 
     @pytest.mark.parametrize(
         ("name", "question", "answer", "stem", "options"),
@@ -60,7 +61,7 @@ class TestItems:
         ],
     )
     def test_options_are_taken_apart(self, name, question, answer, stem, options):
-        found = matching.split_options(name, question, answer)
+        found = items.split_options(name, question, answer)
         assert (found.question, found.options) == (stem, options)
         assert found.options[found.right] == options["ABCDE".index(answer)]
 
@@ -68,11 +69,11 @@ class TestItems:
         ("question", "answer"), [("Which?\nA) 1\nB) 2\nC) 3", "A"), ("Which?\nA) 1\nB) 1\nC) 2\nD) 3", "A")]
     )
     def test_items_with_missing_or_equal_options_are_left_out(self, question, answer):
-        assert matching.split_options("mmlu_physics", question, answer) is None
+        assert items.split_options("mmlu_physics", question, answer) is None
 
     @with_data
     def test_every_benchmark_has_its_items_once_and_no_answer_twice(self):
-        sets = matching.benchmark_sets()
+        sets = items.benchmark_sets()
         assert len(sets) == 21
         for name, found in sets.items():
             assert len({item.unit for item in found}) == len(found) >= 20
@@ -81,22 +82,22 @@ class TestItems:
             if name != "minerva_math":
                 rights = Counter(item.right for item in found)
                 assert set(rights.values()) == {len(found) / 4}
-        units = {name: [item.unit for item in sets[f"mgsm_{name}"]] for name in matching.LANGUAGES}
+        units = {name: [item.unit for item in sets[f"mgsm_{name}"]] for name in items.LANGUAGES}
         assert units["en"] == units["fr"] == units["ru"] == units["zh"]
         assert not {item.unit for item in sets["gsm8k"]} & set(units["en"])
 
     @with_data
     def test_no_sae_learned_from_an_item(self):
         learned = {text.rpartition("\n")[0].strip() for text in texts.sae_texts("gemma3")}
-        sets = matching.benchmark_sets()
+        sets = items.benchmark_sets()
         for name in ("gsm8k", "college_math", "mawps", "mgsm_en"):
             assert not [item for item in sets[name] if item.question in learned]
 
     @with_data
     def test_nothing_scored_is_trained_on(self):
-        trained = " ".join(panel.training_texts("mathematics", 0))
+        trained = " ".join(likelihoods.training_texts("mathematics", 0))
         for name in ("gsm8k", "mgsm_en"):
-            assert not [item for item in matching.benchmark_sets()[name] if item.question in trained]
+            assert not [item for item in items.benchmark_sets()[name] if item.question in trained]
 
 
 class TestLikelihoods:
@@ -104,40 +105,40 @@ class TestLikelihoods:
     def test_answers_behind_one_question_are_read_as_if_alone(self, make_model, kind):
         model, draw = make_model(kind), np.random.default_rng(0)
         choices = [
-            panel.Choice(
+            likelihoods.Choice(
                 tuple(draw.integers(512, size=draw.integers(1, 9)).tolist()),
                 tuple(tuple(draw.integers(512, size=size).tolist()) for size in draw.integers(1, 6, size=4)),
             )
             for _ in range(5)
         ]
-        found = panel.answer_likelihoods(model, choices)
+        found = likelihoods.answer_likelihoods(model, choices)
         for choice, likelihoods in zip(choices, found, strict=True):
             losses, _ = response_losses(model, [choice.question] * 4, choice.answers)
             assert likelihoods == pytest.approx((-losses).tolist(), abs=1e-4)
 
     def test_a_better_scorer_is_above_chance(self):
-        found = list(matching.grouped(numbers(30), 20))
+        found = list(items.grouped(numbers(30), 20))
         scores = {
             "with": [[2.0 * (number == item.right) for number in range(4)] for item in found],
             "without": [[0.5, 0.0, 0.0, 0.0]] * 20,
         }
         right = [item.right for item in found]
-        assert panel.hits(scores, right).mean() == 1
-        assert 0.25 < panel.probabilities(scores, right).mean() < 1
+        assert likelihoods.hits(scores, right).mean() == 1
+        assert 0.25 < likelihoods.probabilities(scores, right).mean() < 1
 
 
 class TestVariants:
     @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
     def test_layers_left_out_add_nothing(self, make_model, kind):
         model = make_model(kind)
-        panel.alter(model, None, "skip:0-3")
+        likelihoods.alter(model, None, "skip:0-3")
         ids = torch.tensor([[1, 2, 3]])
         embedded = model.base_model.norm(model.base_model.embed_tokens(ids))
         torch.testing.assert_close(model.base_model(input_ids=ids)[0], embedded)
 
     def test_pruning_zeroes_the_smallest_weights_of_each_layer(self, make_model):
         model, before = make_model("llama"), make_model("llama")
-        panel.alter(model, None, "prune:0.25")
+        likelihoods.alter(model, None, "prune:0.25")
         old, new = (one.base_model.layers[1].mlp.up_proj.weight for one in (before, model))
         gone = new == 0
         assert gone.float().mean() == pytest.approx(0.25, abs=0.01)
@@ -152,15 +153,15 @@ def test_features_of_three_forms_are_those_of_the_product(make_model, tiny_token
     sae = SparseAutoencoder(rows, torch.zeros(192), rows.clone(), torch.zeros(64), TopK(12), layer=2)
     questions = ["The river runs past the old mill.", "She reads a book every evening.", "Nobody knew why."]
     sets = {"set": [Item(question, question) for question in questions]}
-    found = item_features.read_features(model, tiny_tokenizer, sets["set"], {2: sae})
+    found = features.read_features(model, tiny_tokenizer, sets["set"], {2: sae})
     for form, texts_read, pooling in (
         ("last", questions, "last"),
-        ("ending", [question + matching.ENDING for question in questions], "last"),
+        ("ending", [question + items.ENDING for question in questions], "last"),
         ("any", questions, "max"),
     ):
         ids = [tiny_tokenizer(text)["input_ids"] for text in texts_read]
         known = collect_text_features(model, tiny_tokenizer, ids, {2: sae}, pooling=pooling)[2].matrix
         read = [found[f"2/{form}/{what}"] for what in ("sizes", "indices", "width")]
-        features = item_features.by_benchmark(sets, *read)["set"]
+        fired = features.by_benchmark(sets, *read)["set"]
         for row in range(len(questions)):
-            assert set(features.item(row)) == set(known[[row]].indices)
+            assert set(fired.item(row)) == set(known[[row]].indices)

@@ -1,5 +1,7 @@
 """One model of a panel, scored on the items of all benchmarks by the likelihood of their answers: a pretrained model,
-pruned, noised, with layers left out, or trained for some steps. `python -m benchmarks.real.panel --variant prune:0.4`
+pruned, noised, with layers left out, or trained for some steps.
+
+    python -m benchmarks.real.panel.likelihoods --model MODEL --variant prune:0.4 --output likelihoods.json
 
 The score of an answer is log P(answer | question) - log P(answer | no question): what the question says for it.
 """
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.real.matching import ENDING, Item, benchmark_sets, own_option_sets
+from benchmarks.real.panel.items import ENDING, Item, benchmark_sets, own_option_sets
 from benchmarks.real.texts import items, paragraphs
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.layers import decoder_layers

@@ -1,4 +1,4 @@
-"""The SAE features of every item, from one pass: `python -m benchmarks.real.item_features`.
+"""The SAE features of every item, from one pass: `python -m benchmarks.real.panel.features`.
 
 Three sets per item and layer: at the last token of the question (the report's form), at the last token of an ending
 that all items share, and at any token of the question. Beside them the mean residual stream of each of the three.
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.real.matching import ENDING, Item, benchmark_sets
-from benchmarks.real.panel import LONGEST
+from benchmarks.real.panel.items import ENDING, Item, benchmark_sets
+from benchmarks.real.panel.likelihoods import LONGEST
 from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures, fingerprints
 from qscope_posttrain.analysis.benchmarks.items import plain_text
 from qscope_posttrain.models.batches import TokenSequence, pad_token, token_batches
