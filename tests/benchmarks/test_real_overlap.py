@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.real import texts
-from benchmarks.real.panel import features, items, likelihoods
+from benchmarks.real.panel import agreement, features, items, likelihoods, tables
 from benchmarks.real.panel.items import Item
 from qscope_posttrain.features.text_features import collect_text_features
 from qscope_posttrain.models.scoring import response_losses
@@ -112,9 +112,9 @@ class TestLikelihoods:
             for _ in range(5)
         ]
         found = likelihoods.answer_likelihoods(model, choices)
-        for choice, likelihoods in zip(choices, found, strict=True):
+        for choice, read in zip(choices, found, strict=True):
             losses, _ = response_losses(model, [choice.question] * 4, choice.answers)
-            assert likelihoods == pytest.approx((-losses).tolist(), abs=1e-4)
+            assert read == pytest.approx((-losses).tolist(), abs=1e-4)
 
     def test_a_better_scorer_is_above_chance(self):
         found = list(items.grouped(numbers(30), 20))
@@ -165,3 +165,86 @@ def test_features_of_three_forms_are_those_of_the_product(make_model, tiny_token
         fired = features.by_benchmark(sets, *read)["set"]
         for row in range(len(questions)):
             assert set(fired.item(row)) == set(known[[row]].indices)
+
+
+class TestAgreement:
+    def test_a_ranking_that_all_items_agree_on_is_reliable(self):
+        models = np.linspace(0, 1, 6)
+        draw = np.random.default_rng(0)
+        assert agreement.ranking_reliability(models + 0.01 * draw.normal(size=(40, 6))) > 0.99
+        assert agreement.ranking_reliability(draw.normal(size=(40, 6))) < 0.7
+
+    def test_what_the_control_explains_is_taken_off(self):
+        draw = np.random.default_rng(0)
+        control, own = (one + one.T for one in draw.normal(size=(2, 12, 12)))
+        same = agreement.given_pairs(control + own, control + own + 0.1 * (own @ own), control, 100, 100)
+        explained = agreement.given_pairs(control + own, control, control + 1e-3 * (own @ own), 100, 100)
+        assert same.value > 0.8
+        assert same.p < 0.05
+        assert abs(explained.value) < 0.5
+
+    def test_likeness_given_all_others_has_nothing_of_what_all_share(self):
+        draw = np.random.default_rng(0)
+        general, shared = draw.normal(size=(2, 200, 1))
+        scores = 3 * general + draw.normal(size=(200, 6))
+        assert np.corrcoef(scores.T)[0, 1] > 0.8
+        assert abs(agreement.leave_two_out(scores)[0, 1]) < 0.4
+        scores[:, :2] += shared
+        found = agreement.leave_two_out(scores)
+        assert found[0, 1] == np.max(found[np.triu_indices(6, 1)])
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Six models of rising skill, eight benchmarks of 16 items, and features of eight families."""
+    draw = np.random.default_rng(0)
+    names = [*(f"set{number}" for number in range(6)), tables.CONTROL, "mgsm_ru"]
+    sets = {name: list(items.grouped(numbers(30), 16)) for name in names}
+    sets["features_only"] = [Item(item.question, item.unit) for item in numbers(16)]
+
+    def file(skill, own):
+        scores = {
+            name: {
+                "with": [(skill * (np.arange(4) == item.right) + draw.normal(size=4)).tolist() for item in found],
+                "without": [[0.0] * 4 for _ in found],
+            }
+            for name, found in sets.items()
+            if name in names
+        }
+        return {"scores": scores, **({"own_options": {"set0": scores["set0"]}} if own else {})}
+
+    files = {f"model {'base' if n == 5 else n}": file(n / 2, n == 5) for n in range(6)}
+    total = sum(map(len, sets.values()))
+    read = {}
+    for layer in (1, 2, 3):
+        for form in features.FORMS:
+            fired = [draw.choice(60, size=5, replace=False) for _ in range(total)]
+            read |= {f"{layer}/{form}/sizes": np.full(total, 5), f"{layer}/{form}/indices": np.concatenate(fired)}
+            read |= {f"{layer}/{form}/width": 60, f"{layer}/{form}/residual": draw.normal(size=(total, 8))}
+    tokens = {name: [draw.integers(30, size=6).tolist() for _ in found] for name, found in sets.items()}
+    panel = tables.read_panel(files, sets, {"set0": sets["set0"]})
+    return panel, tables.study(panel, sets, read, tokens, (1, 2, 3))
+
+
+class TestTables:
+    def test_better_models_score_higher(self, toy):
+        means = toy[0].means("accuracy", ["set0", "set1", "set2"]).mean(axis=1)
+        assert means[5] > 0.5 > means[0]
+
+    def test_every_benchmark_and_predictor_has_its_row(self, toy):
+        shown = toy[1]["tables"]
+        assert [row[0] for row in shown["panel"]["rows"]] == list(toy[0].scores["accuracy"])
+        assert [row[0] for row in shown["scores"]["rows"]] == list(agreement.SCORES)
+        assert len(shown["redundancy"]["rows"]) == 9 + 2
+        assert len(shown["overlap"]["rows"]) == len(shown["english"]["rows"]) == 9 + 3
+        marked = [row[0] for row in shown["overlap"]["rows"] if "beforehand" in row[0]]
+        assert marked == ["overlap, layer 2, last (chosen beforehand)"]
+
+    def test_the_control_is_no_benchmark_of_a_pair(self, toy):
+        assert tables.CONTROL not in toy[1]["similarity"]["benchmarks"]
+        assert "7 benchmarks" in toy[1]["tables"]["overlap"]["caption"]
+        assert "6 benchmarks" in toy[1]["tables"]["english"]["caption"]
+
+    def test_the_score_is_the_one_that_ranks_most_reliably(self, toy):
+        mean = {kind: np.mean(list(found.values())) for kind, found in toy[1]["reliability"].items()}
+        assert toy[1]["score"] == max(mean, key=mean.get)

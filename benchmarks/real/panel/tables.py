@@ -1,22 +1,24 @@
 """The tables of study 6.
 
-The report's form, the last token of the question, in the middle layer was chosen beforehand. Other layers and forms stand
-beside it, and tokens, lengths and the residual stream as controls. The kind of score is the one that ranks the models
-most reliably, whatever features say.
+The report's form, the last token of the question, in the middle layer was chosen beforehand. Other layers and forms
+stand beside it, and tokens, lengths and the residual stream as controls. The kind of score is the one that ranks the
+models most reliably, whatever features say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from benchmarks.classifier import spread
 from benchmarks.real.panel.agreement import (
     SCORES,
     Array,
+    Estimate,
     by_group,
     cosines,
     given_pairs,
@@ -38,6 +40,7 @@ CONTROL = "mmlu_others"
 """Partialled out, as the report does with MMLU: subjects that are in no other set"""
 OTHER_LANGUAGES = ("gaokao_math_qa", "mgsm_fr", "mgsm_ru", "mgsm_zh")
 CHANCE = 0.25
+RELIABLE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,115 +123,129 @@ def _split(rows: Array, sets: Mapping[str, Sequence[Item]]) -> list[Array]:
 
 
 def panel_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]], kind: str) -> Table:
-    """Is the panel able to rank? Accuracy of the pretrained models, and reliability of the ranking, by benchmark."""
-    base = [model for model in panel.models if model.endswith(" base")]
+    """Accuracy of the pretrained models, and reliability of the ranking, by benchmark."""
+    base = pretrained(panel)
     rows: list[list[Any]] = []
     for name, correct in panel.scores["accuracy"].items():
-        cells = [spread(by_group(correct[:, panel.models.index(model)])) for model in base]
-        own = [f"{panel.own[model][name].mean():.2f}" if name in panel.own[model] else "-" for model in base]
+        cells = [spread(by_group(correct[:, number])) for number in base.values()]
+        own = [f"{panel.own[model][name].mean():.2f}" for model in base if name in panel.own[model]]
         means = correct.mean(axis=0)
         ranks = [f"{reliability[which][name]:.2f}" for which in ("accuracy", kind)]
         rows.append([name, len(correct), *cells, " / ".join(own), f"{means.min():.2f} .. {means.max():.2f}", *ranks])
-    names = [model.removesuffix(" base") for model in base]
-    columns = ["benchmark", "items", *names, "own options", f"{len(panel.models)} models",
-               "reliability, accuracy", f"reliability, {kind}"]  # fmt: skip
+    columns = ["benchmark", "items", *map(short, base), "own options", "all models"]
+    columns += ["reliability, accuracy", f"reliability, {kind}"]
     caption = (
-        "Accuracy; chance is 0.25 (own options: 0.25, aqua 0.20). 95 % t intervals over groups of four items with the "
-        f"same answers. {len(panel.models)} models: lowest .. highest. Reliability of the ranking: halves of the items."
+        "Accuracy, with 95 % t intervals over groups of four items with the same answers; chance is 0.25. Own options: "
+        f"{' / '.join(map(short, base))}, chance 0.25 (aqua 0.20). All {len(panel.models)} models: lowest .. highest. "
+        "Reliability of the ranking of the models: from halves of the items."
     )
-    return Table("Can the panel rank models at all?", columns, rows, caption)
+    return Table("Can the panel rank models?", columns, rows, caption)
+
+
+def pretrained(panel: Panel) -> dict[str, int]:
+    """The models of the panel that nothing was done to, and their numbers."""
+    return {model: number for number, model in enumerate(panel.models) if model.endswith(" base")}
+
+
+def short(model: str) -> str:
+    return model.removesuffix(" base")
 
 
 def scores_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]]) -> Table:
-    rows: list[list[Any]] = []
-    base = [number for number, model in enumerate(panel.models) if model.endswith(" base")]
+    """By kind of score: benchmarks above chance, and reliability of what is compared with features."""
+    base, rows = pretrained(panel), []
     for kind, found in panel.scores.items():
         chance = 0.0 if kind == "margin" else CHANCE
-        above = [str(sum(_low(of[:, model]) > chance for of in found.values())) for model in base]
+        above = [str(sum(_low(of[:, number]) > chance for of in found.values())) for number in base.values()]
         mean = sum(_low(of.mean(axis=1)) > chance for of in found.values())
-        ranked = sum(value > 0.5 for value in reliability[kind].values())
-        rows.append(
-            [kind, " / ".join(above), mean, f"{np.mean(list(reliability[kind].values())):.2f}", ranked,
-             f"{similarity_reliability(list(found.values())):.2f}"]
-        )  # fmt: skip
-    columns = ["score of an item", "above chance, " + " / ".join(panel.models[model].removesuffix(" base") for model in base),
-               "above chance, mean of the panel", "reliability of the ranking", "above 0.5", "reliability of the similarity of pairs"]  # fmt: skip
-    caption = f"Of {len(found)} benchmarks; above chance: the 95 % interval is."
-    return Table("Scores", columns, rows, caption)
+        values = np.array(list(reliability[kind].values()))
+        pairs = similarity_reliability(list(found.values()))
+        rows.append([kind, *above, mean, f"{values.mean():.2f}", int((values > RELIABLE).sum()), f"{pairs:.2f}"])
+    columns = ["score of an item", *(f"above chance, {short(model)}" for model in base), "above chance, panel's mean"]
+    columns += ["reliability of the ranking", f"benchmarks above {RELIABLE}", "reliability of likeness of pairs"]
+    caption = f"Of {len(panel.scores['accuracy'])} benchmarks. Above chance: the 95 % interval over groups is."
+    return Table("Benchmarks above chance", columns, rows, caption)
 
 
 def _low(values: Array) -> float:
     """Lower 95 % t limit over the groups."""
-    from scipy import stats
-
     groups = by_group(values)
     return float(groups.mean() - stats.t.ppf(0.975, len(groups) - 1) * groups.std(ddof=1) / np.sqrt(len(groups)))
 
 
-def redundancy(panel: Panel, kind: str, cells: Mapping[str, Mapping[str, ItemFeatures]], main: str) -> dict[str, Any]:
+Cells = Mapping[str, Mapping[str, ItemFeatures]]
+"""{layer and form: {benchmark: features}}"""
+
+
+def redundancy(panel: Panel, kind: str, cells: Cells, main: str) -> dict[str, Any]:
     """R-hat against R over the benchmarks that have as many items as the others, all cut to one size."""
     lengths = {name: len(found) for name, found in panel.scores[kind].items()}
     size = min(count for count in lengths.values() if count >= 0.85 * max(lengths.values()))
-    names = [name for name, count in lengths.items() if count >= size]
     kinds = list(dict.fromkeys(["accuracy", kind]))
-    cut = {which: {name: panel.scores[which][name][:size] for name in names} for which in kinds}
-    names = [name for name in names if all(np.ptp(cut[which][name].mean(axis=0)) > 0 for which in kinds)]
+    cut = {w: {n: panel.scores[w][n][:size] for n, count in lengths.items() if count >= size} for w in kinds}
+    names = [name for name in cut[kind] if all(np.ptp(cut[which][name].mean(axis=0)) > 0 for which in kinds)]
     r = {which: [performance_redundancy(name, cut[which][name]).r for name in names] for which in kinds}
-    found = {
-        cell: [measure_redundancy(of_cell[name].select(np.arange(size)), repeats=0) for name in names]
-        for cell, of_cell in cells.items()
-    }
-    predictors = {f"R-hat, {cell}": [one.r_hat.estimate for one in of_cell] for cell, of_cell in found.items()}
-    predictors["spread of the panel's scores (control)"] = [float(cut[kind][n].mean(axis=0).std()) for n in names]
-    rows: list[list[Any]] = []
-    for predictor, values in predictors.items():
-        row: list[Any] = [predictor + (" (chosen)" if predictor == f"R-hat, {main}" else "")]
-        for which in kinds:
-            row += _cells(correlate(values, r[which], "spearman", permutations=5000))
-        rows.append(row)
-    columns = ["from", *(title for which in kinds for title in (f"Spearman with R, {which}", "p"))]
-    caption = f"{len(names)} benchmarks of {size} items each, {len(panel.models)} models. p by permutation of benchmarks, intervals by bootstrap over them."
-    features = [cells[main][name].select(np.arange(size)) for name in names]
-    sizes = random_sizes(features, cut["accuracy"])
-    of_sizes = [
-        [name, f"{np.median(values):.2f} ({np.quantile(values, 0.025):.2f} .. {np.quantile(values, 0.975):.2f})"]
-        for name, values in sizes.items()
-    ]
-    title = "Spearman, sizes at random"
-    size_caption = (
-        f"Each benchmark cut to a random size of 8 to {size} items: median, 95 % of {len(sizes['R-hat and R'])} draws."
-    )
-    by_set = [
+    found = {cell: [_cut(of_cell[n], size) for n in names] for cell, of_cell in cells.items()}
+    measured = {cell: [measure_redundancy(one, repeats=0) for one in of_cell] for cell, of_cell in found.items()}
+    predictors = {f"R-hat, {cell}": [one.r_hat.estimate for one in of_cell] for cell, of_cell in measured.items()}
+    predictors["spread of the scores over models"] = [float(cut[kind][name].mean(axis=0).std()) for name in names]
+    rows = [
         [
-            name,
-            f"{one.r_hat.estimate:.2f} ({one.r_hat.low:.2f} .. {one.r_hat.high:.2f})",
-            one.items_for_90,
-            *(f"{r[which][row]:.2f}" for which in kinds),
+            _marked(name, f"R-hat, {main}"),
+            *(c for which in kinds for c in _cells(correlate(values, r[which], "spearman", permutations=5000))),
         ]
-        for row, (name, one) in enumerate(zip(names, found[main], strict=True))
+        for name, values in predictors.items()
     ]
-    return {
-        "tables": {
-            "redundancy": Table("Does R-hat predict R?", columns, rows, caption),
-            "sizes": Table("How much of it would be size", ["of", title], of_sizes, size_caption),
-            "by_benchmark": Table("Redundancy", ["benchmark", f"R-hat, {main}", "items for 90 % of the features", *(f"R, {which}" for which in kinds)], by_set, "95 % jackknife intervals over items."),
-        },
-        "numbers": {"benchmarks": names, "size": size, "r": r, **predictors},
+    columns = ["from", *(title for which in kinds for title in (f"Spearman with R, {which}", "p"))]
+    caption = (
+        f"{len(names)} benchmarks, {size} items of each, {len(panel.models)} models. p by permuting benchmarks, 95 % "
+        "intervals by bootstrap over benchmarks."
+    )
+    sizes = random_sizes(found[main], {name: cut["accuracy"][name] for name in names})
+    by_set = [
+        [name, one.r_hat.text(".2f"), one.items_for_90, *(f"{r[which][row]:.2f}" for which in kinds)]
+        for row, (name, one) in enumerate(zip(names, measured[main], strict=True))
+    ]
+    own = ["benchmark", f"R-hat, {main}", "items for 90 % of the features", *(f"R, {which}" for which in kinds)]
+    tables = {
+        "redundancy": Table("Does R-hat predict R?", columns, rows, caption),
+        "sizes": Table(
+            "How much agreement sizes alone make",
+            ["of", "Spearman"],
+            [[name, f"{np.median(v):.2f} ({np.quantile(v, 0.025):.2f} .. {np.quantile(v, 0.975):.2f})"]
+             for name, v in sizes.items()],
+            f"Every benchmark cut to a random size from 8 to {size} items: median and 95 % of "
+            f"{len(sizes['R-hat and R'])} draws. R by accuracy.",
+        ),
+        "by_benchmark": Table("Redundancy", own, by_set, "95 % jackknife intervals over items."),
     }  # fmt: skip
+    return {"tables": tables, "numbers": {"benchmarks": names, "size": size, "R": r, **predictors, "sizes": sizes}}
 
 
-def similarity(panel: Panel, kind: str, cells: Mapping[str, Mapping[str, ItemFeatures]], words: Mapping[str, ItemFeatures],
+def _cut(features: ItemFeatures, size: int) -> ItemFeatures:
+    return features.select(np.arange(size))
+
+
+def _marked(name: str, main: str) -> str:
+    return f"{name} (chosen beforehand)" if name == main else name
+
+
+def similarity(panel: Panel, kind: str, cells: Cells, words: Mapping[str, ItemFeatures],
                residual: Mapping[str, Array], main: str) -> dict[str, Any]:  # fmt: skip
     """Overlap of features against the correlation of scores over models, for all pairs of benchmarks."""
     every = list(words)
     names = [name for name in panel.scores[kind] if name != CONTROL]
     at = np.ix_(*[[every.index(name) for name in names]] * 2)
-    overlaps = {cell: measure_overlap([of[name] for name in names]).values("overlap_min") for cell, of in cells.items()}
+
+    def overlap(of: Mapping[str, ItemFeatures]) -> Array:
+        return measure_overlap([of[name] for name in names]).values("overlap_min")
+
     lengths = np.log([words[name].sizes.mean() for name in names])
-    controls = {
-        "tokens, no model": measure_overlap([words[name] for name in names]).values("overlap_min"),
+    tokens = overlap(words)
+    predictors = {f"overlap, {cell}": overlap(of) for cell, of in cells.items()} | {
+        "overlap of tokens, no model": tokens,
         "likeness of lengths": -np.abs(np.subtract.outer(lengths, lengths)),
-        **{f"residual cosine, {main}": cosines(residual[main])[at]},
+        f"cosine of the residual stream, {main}": cosines(residual[main])[at],
     }
     scores = ScoreTable(panel.models, tuple(panel.scores[kind]), panel.means(kind, list(panel.scores[kind])))
     targets = {
@@ -236,42 +253,33 @@ def similarity(panel: Panel, kind: str, cells: Mapping[str, Mapping[str, ItemFea
         f"given {CONTROL}": scores.similarity(names, CONTROL),
         "given all others": leave_two_out(panel.means(kind, names)),
     }
+    title = "Does overlap predict how alike two benchmarks rank models?"
+    english = [name for name in names if name not in OTHER_LANGUAGES]
     tables = {}
-    for title, kept in (("overlap", names), ("overlap_english", [n for n in names if n not in OTHER_LANGUAGES])):
+    for key, heading, kept in (("overlap", title, names), ("english", title + " English benchmarks", english)):
         inside = np.ix_(*[[names.index(name) for name in kept]] * 2)
         rows: list[list[Any]] = []
-        for predictor, values in {**{f"overlap, {cell}": v for cell, v in overlaps.items()}, **controls}.items():
-            row: list[Any] = [predictor + (" (chosen)" if predictor == f"overlap, {main}" else "")]
+        for name, values in predictors.items():
+            row: list[Any] = [_marked(name, f"overlap, {main}")]
             for target in targets.values():
                 row += _cells(correlate(values[inside], target[inside], "pearson", permutations=5000))
-            if predictor in controls:
+            if values is tokens:
                 row += [None, None]
             else:
-                beyond = given_pairs(values[inside], targets["direct"][inside], controls["tokens, no model"][inside])
-                row += [f"{beyond.value:.2f} ({beyond.low:.2f} .. {beyond.high:.2f})", f"{beyond.p:.4f}"]
+                row += _cells(given_pairs(values[inside], targets["direct"][inside], tokens[inside]))
             rows.append(row)
-        columns = [
-            "from",
-            *(word for target in targets for word in (f"Pearson, {target}", "p")),
-            "direct, given overlap of tokens",
-            "p",
-        ]
+        columns = ["from", *(word for target in targets for word in (target, "p"))]
+        columns = [*columns, "direct, given overlap of tokens", "p "]
         caption = (
-            f"{len(kept)} benchmarks, {len(kept) * (len(kept) - 1) // 2} pairs, {len(panel.models)} models, scored by {kind}. "
-            "p by permuting benchmarks, intervals by bootstrap over benchmarks."
+            f"Pearson's correlation over the {len(kept) * (len(kept) - 1) // 2} pairs of {len(kept)} benchmarks; "
+            f"likeness: correlation of {kind} over {len(panel.models)} models. p by permuting benchmarks, intervals of "
+            "95 % by bootstrap over them."
         )
-        heading = "Does overlap predict how alike benchmarks rank models?"
-        tables[title] = Table(heading + (" English ones only" if kept != names else ""), columns, rows, caption)
-    spearman = correlate(overlaps[main], targets["direct"], "spearman", permutations=5000)
-    numbers = {"benchmarks": names, **{f"overlap, {cell}": v for cell, v in overlaps.items()}, **controls, **targets}
-    return {
-        "tables": tables,
-        "numbers": {
-            **numbers,
-            "spearman, chosen, direct": spearman._asdict() if hasattr(spearman, "_asdict") else vars(spearman),
-        },
-    }
+        tables[key] = Table(heading, columns, rows, caption)
+    ranks = correlate(predictors[f"overlap, {main}"], targets["direct"], "spearman", permutations=5000)
+    numbers = {"benchmarks": names, **predictors, **targets, "Spearman, chosen, direct": asdict(ranks)}
+    return {"tables": tables, "numbers": numbers}
 
 
-def _cells(found: Correlation) -> list[str]:
+def _cells(found: Correlation | Estimate) -> list[str]:
     return [f"{found.value:.2f} ({found.low:.2f} .. {found.high:.2f})", f"{found.p:.4f}"]
