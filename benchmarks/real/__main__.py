@@ -38,6 +38,7 @@ STUDIES = {
     "loops": Study(("smollm2",), saes=False),
     "switching": Study(("gemma3",), saes=False),
     "hate_speech": Study(("smollm2", "gemma3"), saes=True),
+    "overlap": Study(("smollm2", "gemma3"), saes=True),
 }
 """In the order in which they run"""
 

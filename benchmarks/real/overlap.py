@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from benchmarks.real.panel.items import benchmark_sets, own_option_sets
+from benchmarks.real.panel.agreement import Array
+from benchmarks.real.panel.items import Item, benchmark_sets, own_option_sets
 from benchmarks.real.panel.likelihoods import question_ids
-from benchmarks.real.panel.tables import read_panel, study
+from benchmarks.real.panel.tables import Panel, read_panel, study
 from benchmarks.real.pretrained import converted
 from benchmarks.real.steps import run_step
 from qscope_posttrain.models.loading import load_tokenizer
+from qscope_posttrain.report.summary import write_text
 
 PANEL = {
     "smollm2": ("base", "prune:0.4", "prune:0.6", "noise:0.2", "skip:12-14", "train:mathematics"),
@@ -44,7 +47,56 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         read = {key: stored[key] for key in stored.files}
     tokenizer = load_tokenizer(str(options.model))
     tokens = {name: [list(question_ids(tokenizer, item)) for item in found] for name, found in sets.items()}
-    return study(read_panel(files, sets, own_option_sets(count)), sets, read, tokens, options.layers)
+    scored = read_panel(files, sets, own_option_sets(count))
+    result = study(scored, sets, read, tokens, options.layers)
+    return {**result, "commands": commands(options, sets, scored, result)}
+
+
+def commands(
+    options: argparse.Namespace, sets: Mapping[str, Sequence[Item]], panel: Panel, result: Mapping[str, Any]
+) -> dict[str, float]:
+    """Run `qscope analyze` on the same items and scores, as a user would: the largest differences from the figures of
+    the study, which reads three forms in one pass."""
+    folder, names = options.work, result["similarity"]["benchmarks"]
+    recipe = write_benchmarks({name: sets[name] for name in names}, panel.scores[result["score"]], folder)
+    layer = options.layers[len(options.layers) // 2]
+    given = ["--model", options.model, "--sae", options.saes, "--layers", layer, "--benchmarks", recipe]
+    given += ["--correctness", folder / "scores"]
+    found = {}
+    for command in ("overlap", "redundancy"):
+        words = list(map(str, ["qscope_posttrain", "analyze", command, *given, "--output", folder / command]))
+        run_step(
+            f"{folder.name}_{command}", words, [options.model, options.saes, folder / "items"], options.work.parent
+        )
+        summary = json.loads((folder / command / "summary.json").read_text(encoding="utf-8"))
+        found[command] = summary["results"][f"layer_{layer}"]
+    matrix = result["similarity"][f"overlap, {result['main']}"]
+    apart = [
+        abs(pair["overlap_min"]["estimate"] - matrix[names.index(pair["first"]), names.index(pair["second"])])
+        for pair in found["overlap"]["pairs"]
+    ]
+    r_hat = [
+        abs(entry["r_hat"]["estimate"] - result["r_hat"][entry["name"]]) for entry in found["redundancy"]["redundancy"]
+    ]
+    return {"overlap_min, largest difference": max(apart), "R-hat, largest difference": max(r_hat)}
+
+
+def write_benchmarks(sets: Mapping[str, Sequence[Item]], scores: Mapping[str, Array], folder: Path) -> Path:
+    """The recipe of benchmarks, their items and the scores of every item, as `qscope analyze` reads them."""
+    for name, found in sets.items():
+        rows = [{"text": item.question, "unit": item.unit} for item in found]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "items").mkdir(parents=True, exist_ok=True)
+        write_text(folder / "items" / f"{name}.jsonl", lines)
+        (folder / "scores").mkdir(parents=True, exist_ok=True)
+        columns = ",".join(f"model{number}" for number in range(scores[name].shape[1]))
+        rows_of = (",".join(f"{score:.6f}" for score in row) for row in scores[name])
+        write_text(folder / "scores" / f"{name}.csv", "\n".join([columns, *rows_of]) + "\n")
+    entries = {
+        name: {"source": str(folder / "items" / f"{name}.jsonl"), "field": "text", "unit": "unit"} for name in sets
+    }
+    write_text(folder / "benchmarks.yaml", yaml.safe_dump(entries, sort_keys=False))
+    return folder / "benchmarks.yaml"
 
 
 def panel_file(model: Path, variant: str, work: Path) -> Path:

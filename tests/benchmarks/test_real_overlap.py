@@ -11,6 +11,8 @@ import torch
 from benchmarks.real import texts
 from benchmarks.real.panel import agreement, features, items, likelihoods, tables
 from benchmarks.real.panel.items import Item
+from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
+from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
 from qscope_posttrain.features.text_features import collect_text_features
 from qscope_posttrain.models.scoring import response_losses
 from qscope_posttrain.sae.activations import TopK
@@ -168,6 +170,14 @@ def test_features_of_three_forms_are_those_of_the_product(make_model, tiny_token
 
 
 class TestAgreement:
+    def test_overlap_is_that_of_the_product(self):
+        draw = np.random.default_rng(0)
+        sets = [
+            ItemFeatures.from_sets(str(n), [draw.integers(40, size=4).tolist() for _ in range(8 + n)], 40)
+            for n in range(4)
+        ]
+        np.testing.assert_allclose(agreement.overlap_min(sets), measure_overlap(sets).values("overlap_min"))
+
     def test_a_ranking_that_all_items_agree_on_is_reliable(self):
         models = np.linspace(0, 1, 6)
         draw = np.random.default_rng(0)

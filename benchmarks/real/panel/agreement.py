@@ -17,11 +17,7 @@ from scipy.stats import spearmanr
 from benchmarks.real.panel.items import GROUP
 from benchmarks.real.panel.likelihoods import gain, hits, probabilities
 from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
-from qscope_posttrain.analysis.benchmarks.performance import (
-    partial_correlation,
-    pearson,
-    performance_redundancy,
-)
+from qscope_posttrain.analysis.benchmarks.performance import partial_correlation, pearson, performance_redundancy
 from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
 
 Array = NDArray[np.float64]
@@ -125,6 +121,12 @@ def given_pairs(x: Array, y: Array, control: Array, permutations: int = 2000, re
     return Estimate(value, float(low), float(high), (as_far + 1) / (permutations + 1))
 
 
+def overlap_min(benchmarks: Sequence[ItemFeatures]) -> Array:
+    """[B, B] features that two benchmarks share, as a share of the smaller set (equation 11 of the report)."""
+    fires = np.stack([one.counts > 0 for one in benchmarks]).astype(np.float64)
+    return fires @ fires.T / np.minimum.outer(fires.sum(axis=1), fires.sum(axis=1))
+
+
 def cosines(means: Array) -> Array:
     """[B, B] cosine of the mean residual streams [B, d], after the mean over benchmarks is taken off."""
     centered = means - means.mean(axis=0)
@@ -133,7 +135,7 @@ def cosines(means: Array) -> Array:
 
 
 def random_sizes(
-    features: Sequence[ItemFeatures], scores: Mapping[str, Array], smallest: int = 8, draws: int = 40, seed: int = 0
+    features: Sequence[ItemFeatures], scores: Mapping[str, Array], smallest: int = 8, draws: int = 30, seed: int = 0
 ) -> dict[str, list[float]]:
     """Spearman's correlations over benchmarks, `draws` of each, after every benchmark was cut to a size drawn at random
     between `smallest` and its own: R and R-hat both grow with the size, and so agree for that reason alone."""
@@ -149,7 +151,7 @@ def random_sizes(
             rows = (groups[:, None] * GROUP + np.arange(GROUP)).ravel()
             cut = scores[one.name][rows]
             flat = np.ptp(cut.mean(axis=0)) == 0
-            r.append(math.nan if flat else performance_redundancy(one.name, cut, repeats=5, seed=draw).r)
+            r.append(math.nan if flat else performance_redundancy(one.name, cut, repeats=3, seed=draw).r)
             r_hat.append(measure_redundancy(one.select(rows), repeats=0).r_hat.estimate)
         known = np.isfinite(r)
         for name, (a, b) in zip(found, ((r_hat, r), (sizes, r), (sizes, r_hat)), strict=True):

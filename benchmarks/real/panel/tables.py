@@ -23,6 +23,7 @@ from benchmarks.real.panel.agreement import (
     cosines,
     given_pairs,
     leave_two_out,
+    overlap_min,
     random_sizes,
     ranking_reliability,
     similarity_reliability,
@@ -31,7 +32,6 @@ from benchmarks.real.panel.features import FORMS, by_benchmark
 from benchmarks.real.panel.items import Item
 from benchmarks.real.panel.likelihoods import hits
 from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
-from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
 from qscope_posttrain.analysis.benchmarks.performance import Correlation, ScoreTable, correlate, performance_redundancy
 from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
 from qscope_posttrain.report.tables import Table
@@ -108,6 +108,7 @@ def study(panel: Panel, sets: Mapping[str, Sequence[Item]], read: Mapping[str, A
         "main": main,
         "reliability": reliability,
         "means": {name: {n: s.mean(axis=0) for n, s in found.items()} for name, found in panel.scores.items()},
+        "r_hat": {name: measure_redundancy(of, repeats=0).r_hat.estimate for name, of in cells[main].items()},
         "redundancy": redundant["numbers"],
         "similarity": similar["numbers"],
     }
@@ -237,12 +238,9 @@ def similarity(panel: Panel, kind: str, cells: Cells, words: Mapping[str, ItemFe
     names = [name for name in panel.scores[kind] if name != CONTROL]
     at = np.ix_(*[[every.index(name) for name in names]] * 2)
 
-    def overlap(of: Mapping[str, ItemFeatures]) -> Array:
-        return measure_overlap([of[name] for name in names]).values("overlap_min")
-
     lengths = np.log([words[name].sizes.mean() for name in names])
-    tokens = overlap(words)
-    predictors = {f"overlap, {cell}": overlap(of) for cell, of in cells.items()} | {
+    tokens = overlap_min([words[name] for name in names])
+    predictors = {f"overlap, {cell}": overlap_min([of[name] for name in names]) for cell, of in cells.items()} | {
         "overlap of tokens, no model": tokens,
         "likeness of lengths": -np.abs(np.subtract.outer(lengths, lengths)),
         f"cosine of the residual stream, {main}": cosines(residual[main])[at],
