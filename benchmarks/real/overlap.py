@@ -19,36 +19,41 @@ import yaml
 from benchmarks.real.panel.agreement import Array
 from benchmarks.real.panel.items import Item, benchmark_sets, own_option_sets
 from benchmarks.real.panel.likelihoods import question_ids
-from benchmarks.real.panel.tables import Panel, read_panel, study
+from benchmarks.real.panel.tables import Panel, by_cell, read_panel, study
 from benchmarks.real.pretrained import converted
 from benchmarks.real.steps import run_step
 from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.summary import write_text
 
 PANEL = {
-    "smollm2": ("base", "prune:0.4", "prune:0.6", "noise:0.2", "skip:12-14", "train:mathematics"),
-    "gemma3": ("base", "prune:0.4", "prune:0.6", "noise:0.2", "skip:8-9", "train:mathematics"),
+    "smollm2": ("base", "prune:0.6", "noise:0.15", "skip:12-14", "train:mathematics"),
+    "gemma3": ("base", "prune:0.6", "noise:0.15", "skip:8-9", "train:mathematics"),
 }
+ITEMS, QUICK_ITEMS = {"base": 40, "altered": 28}, {"base": 8, "altered": 8}
+"""Items of each benchmark at most: the pretrained models read more, for their accuracy; all comparisons are on items that
+every model reads"""
 HERE = Path(__file__).parent / "panel"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    count, work = (8 if options.quick else 40), options.work.parent
-    sets = benchmark_sets(count)
+    counts, work = (QUICK_ITEMS if options.quick else ITEMS), options.work.parent
     panel = {options.model.name: PANEL[options.model.name][:3]} if options.quick else PANEL
     files = {}
     for name, variants in panel.items():
         folder = converted(name, options.model.parent.parent)
         for variant in variants:
-            panel_step(folder, variant, work, count)
+            panel_step(folder, variant, work, counts["base" if variant == "base" else "altered"])
             files[f"{name} {variant}"] = json.loads(panel_file(folder, variant, work).read_text())
-    features_step(options.model, options.saes, options.layers, work, count)
+    features_step(options.model, options.saes, options.layers, work, counts["base"])
     with np.load(features_file(options.model, work)) as stored:
         read = {key: stored[key] for key in stored.files}
     tokenizer = load_tokenizer(str(options.model))
+    sets, common = benchmark_sets(counts["base"]), min(counts.values())
+    scored = read_panel(files, sets, own_option_sets(counts["base"]), common)
+    cells = by_cell(sets, read, options.layers, common)
+    sets = {name: found[:common] for name, found in sets.items()}
     tokens = {name: [list(question_ids(tokenizer, item)) for item in found] for name, found in sets.items()}
-    scored = read_panel(files, sets, own_option_sets(count))
-    result = study(scored, sets, read, tokens, options.layers)
+    result = study(scored, cells, tokens, options.layers)
     return {**result, "commands": commands(options, sets, scored, result)}
 
 
@@ -103,7 +108,7 @@ def panel_file(model: Path, variant: str, work: Path) -> Path:
     return work / f"panel_{model.name}_{variant.replace(':', '')}.json"
 
 
-def panel_step(model: Path, variant: str, work: Path, items: int = 40) -> dict[str, Any]:
+def panel_step(model: Path, variant: str, work: Path, items: int) -> dict[str, Any]:
     """Score one model of the panel, unless that was done before."""
     output = panel_file(model, variant, work)
     words: list[object] = ["benchmarks.real.panel.likelihoods", "--model", model, "--variant", variant]
@@ -115,7 +120,7 @@ def features_file(model: Path, work: Path) -> Path:
     return work / f"features_{model.name}.npz"
 
 
-def features_step(model: Path, saes: Path, layers: Sequence[int], work: Path, items: int = 40) -> dict[str, Any]:
+def features_step(model: Path, saes: Path, layers: Sequence[int], work: Path, items: int) -> dict[str, Any]:
     """Read the features of every item, unless that was done before."""
     output = features_file(model, work)
     words: list[object] = ["benchmarks.real.panel.features", "--model", model, "--saes", saes, "--layers", *layers]

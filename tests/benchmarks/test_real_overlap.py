@@ -89,6 +89,11 @@ class TestItems:
         assert not {item.unit for item in sets["gsm8k"]} & set(units["en"])
 
     @with_data
+    def test_who_reads_fewer_items_reads_the_first_ones(self):
+        fewer = items.benchmark_sets(28)
+        assert {name: found[:28] for name, found in items.benchmark_sets(40).items()} == fewer
+
+    @with_data
     def test_no_sae_learned_from_an_item(self):
         learned = {text.rpartition("\n")[0].strip() for text in texts.sae_texts("gemma3")}
         sets = items.benchmark_sets()
@@ -232,11 +237,16 @@ def toy():
             read |= {f"{layer}/{form}/sizes": np.full(total, 5), f"{layer}/{form}/indices": np.concatenate(fired)}
             read |= {f"{layer}/{form}/width": 60, f"{layer}/{form}/residual": draw.normal(size=(total, 8))}
     tokens = {name: [draw.integers(30, size=6).tolist() for _ in found] for name, found in sets.items()}
-    panel = tables.read_panel(files, sets, {"set0": sets["set0"]})
-    return panel, tables.study(panel, sets, read, tokens, (1, 2, 3))
+    panel = tables.read_panel(files, sets, {"set0": sets["set0"]}, 12)
+    cells = tables.by_cell(sets, read, (1, 2, 3), 12)
+    return panel, tables.study(panel, cells, {name: found[:12] for name, found in tokens.items()}, (1, 2, 3))
 
 
 class TestTables:
+    def test_models_are_compared_on_the_items_that_all_read(self, toy):
+        assert {len(found) for found in toy[0].scores["accuracy"].values()} == {12}
+        assert {len(found) for found in toy[0].pretrained["model base"].values()} == {16}
+
     def test_better_models_score_higher(self, toy):
         means = toy[0].means("accuracy", ["set0", "set1", "set2"]).mean(axis=1)
         assert means[5] > 0.5 > means[0]

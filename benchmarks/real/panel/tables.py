@@ -45,56 +45,86 @@ RELIABLE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Scores of every item by every model."""
+    """Scores of the items that every model read."""
 
     models: tuple[str, ...]
     scores: Mapping[str, Mapping[str, Array]]
     """{kind of score: {benchmark: [items, models]}}"""
+    pretrained: Mapping[str, Mapping[str, Array]]
+    """{pretrained model: {benchmark: [items] accuracy}}, of all items that it read"""
     own: Mapping[str, Mapping[str, Array]]
-    """{model: {benchmark: [items] right among the benchmark's own options}}"""
+    """{pretrained model: {benchmark: [items] accuracy among the benchmark's own options}}"""
 
     def means(self, kind: str, names: Sequence[str]) -> Array:
         """[models, benchmarks]"""
         return np.stack([self.scores[kind][name].mean(axis=0) for name in names], axis=1)
 
 
-def read_panel(
-    files: Mapping[str, Any], sets: Mapping[str, Sequence[Item]], own: Mapping[str, Sequence[Item]]
-) -> Panel:
-    """From {model: what panel.py wrote}."""
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """What was read in one layer and form, of the items that every model read."""
+
+    features: Mapping[str, ItemFeatures]
+    residual: Mapping[str, Array]
+    """{benchmark: mean [d_model]}"""
+
+
+def read_panel(files: Mapping[str, Any], sets: Mapping[str, Sequence[Item]], own: Mapping[str, Sequence[Item]],
+               items: int) -> Panel:  # fmt: skip
+    """From {model: what likelihoods.py wrote}; of each benchmark the first `items` are compared."""
     right = {name: [item.right for item in found] for name, found in sets.items() if found[0].options}
     scores = {
         kind: {
-            name: np.stack([score(file["scores"][name], answers) for file in files.values()], axis=1)
+            name: np.stack([score(_first(f["scores"][name], items), answers[:items]) for f in files.values()], axis=1)
             for name, answers in right.items()
         }
         for kind, score in SCORES.items()
     }
+    base = {model: file for model, file in files.items() if "own_options" in file}
+    pretrained = {
+        model: {name: hits(file["scores"][name], answers) for name, answers in right.items()}
+        for model, file in base.items()
+    }
     with_own = {
         model: {name: hits(found, [item.right for item in own[name]]) for name, found in file["own_options"].items()}
-        for model, file in files.items()
-        if "own_options" in file
+        for model, file in base.items()
     }
-    return Panel(tuple(files), scores, with_own)
+    return Panel(tuple(files), scores, pretrained, with_own)
 
 
-def study(panel: Panel, sets: Mapping[str, Sequence[Item]], read: Mapping[str, Any],
-          tokens: Mapping[str, Sequence[Sequence[int]]], layers: Sequence[int]) -> dict[str, Any]:  # fmt: skip
+def _first(likelihoods: Mapping[str, Sequence[Any]], items: int) -> dict[str, Any]:
+    return {name: rows[:items] for name, rows in likelihoods.items()}
+
+
+def by_cell(sets: Mapping[str, Sequence[Item]], read: Mapping[str, Any], layers: Sequence[int],
+            items: int) -> dict[str, Cell]:  # fmt: skip
+    """{layer and form: cell} from what features.py read of the same sets; the first `items` of each benchmark."""
+    stops = np.cumsum([len(found) for found in sets.values()])[:-1]
+    cells = {}
+    for layer in layers:
+        for form in FORMS:
+            features = by_benchmark(sets, *(read[f"{layer}/{form}/{what}"] for what in ("sizes", "indices", "width")))
+            rows = dict(zip(sets, np.split(read[f"{layer}/{form}/residual"], stops), strict=True))
+            cells[f"layer {layer}, {form}"] = Cell(
+                {name: one.select(np.arange(min(items, len(one)))) for name, one in features.items()},
+                {name: part[:items].mean(axis=0) for name, part in rows.items()},
+            )
+    return cells
+
+
+def study(
+    panel: Panel, cells: Mapping[str, Cell], tokens: Mapping[str, Sequence[Sequence[int]]], layers: Sequence[int]
+) -> dict[str, Any]:
     """All tables, and the numbers behind them."""
     scored = list(panel.scores["accuracy"])
     reliability = {kind: {n: ranking_reliability(panel.scores[kind][n]) for n in scored} for kind in SCORES}
     kind = max(SCORES, key=lambda name: float(np.mean(list(reliability[name].values()))))
-    cells: dict[str, dict[str, ItemFeatures]] = {}
-    for layer in layers:
-        for form in FORMS:
-            of_cell = [read[f"{layer}/{form}/{what}"] for what in ("sizes", "indices", "width")]
-            cells[f"layer {layer}, {form}"] = by_benchmark(sets, *of_cell)
     main = f"layer {layers[len(layers) // 2]}, last"
     width = 1 + max(token for of_set in tokens.values() for ids in of_set for token in ids)
     words = {name: ItemFeatures.from_sets(name, ids, width) for name, ids in tokens.items()}
-    residual = {name: np.stack([part.mean(axis=0) for part in _split(read[_key(name)], sets)]) for name in cells}
-    redundant = redundancy(panel, kind, {**cells, "tokens, no model": words}, main)
-    similar = similarity(panel, kind, cells, words, residual, main)
+    features = {name: cell.features for name, cell in cells.items()}
+    redundant = redundancy(panel, kind, {**features, "tokens, no model": words}, main)
+    similar = similarity(panel, kind, features, words, cells[main].residual, main)
     tables = {
         "panel": panel_table(panel, reliability, kind),
         "scores": scores_table(panel, reliability),
@@ -108,44 +138,30 @@ def study(panel: Panel, sets: Mapping[str, Sequence[Item]], read: Mapping[str, A
         "main": main,
         "reliability": reliability,
         "means": {name: {n: s.mean(axis=0) for n, s in found.items()} for name, found in panel.scores.items()},
-        "r_hat": {name: measure_redundancy(of, repeats=0).r_hat.estimate for name, of in cells[main].items()},
+        "r_hat": {name: measure_redundancy(of, repeats=0).r_hat.estimate for name, of in features[main].items()},
         "redundancy": redundant["numbers"],
         "similarity": similar["numbers"],
     }
 
 
-def _key(cell: str) -> str:
-    layer, form = cell.removeprefix("layer ").split(", ")
-    return f"{layer}/{form}/residual"
-
-
-def _split(rows: Array, sets: Mapping[str, Sequence[Item]]) -> list[Array]:
-    return np.split(rows, np.cumsum([len(found) for found in sets.values()])[:-1])
-
-
 def panel_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]], kind: str) -> Table:
     """Accuracy of the pretrained models, and reliability of the ranking, by benchmark."""
-    base = pretrained(panel)
-    rows: list[list[Any]] = []
+    base, rows = list(panel.pretrained), []
     for name, correct in panel.scores["accuracy"].items():
-        cells = [spread(by_group(correct[:, number])) for number in base.values()]
+        cells = [spread(by_group(panel.pretrained[model][name])) for model in base]
         own = [f"{panel.own[model][name].mean():.2f}" for model in base if name in panel.own[model]]
         means = correct.mean(axis=0)
         ranks = [f"{reliability[which][name]:.2f}" for which in ("accuracy", kind)]
-        rows.append([name, len(correct), *cells, " / ".join(own), f"{means.min():.2f} .. {means.max():.2f}", *ranks])
+        numbers = f"{len(panel.pretrained[base[0]][name])} / {len(correct)}"
+        rows.append([name, numbers, *cells, " / ".join(own), f"{means.min():.2f} .. {means.max():.2f}", *ranks])
     columns = ["benchmark", "items", *map(short, base), "own options", "all models"]
     columns += ["reliability, accuracy", f"reliability, {kind}"]
     caption = (
         "Accuracy, with 95 % t intervals over groups of four items with the same answers; chance is 0.25. Own options: "
-        f"{' / '.join(map(short, base))}, chance 0.25 (aqua 0.20). All {len(panel.models)} models: lowest .. highest. "
-        "Reliability of the ranking of the models: from halves of the items."
+        f"{' / '.join(map(short, base))}, chance 0.25 (aqua 0.20). All {len(panel.models)} models: lowest .. highest, "
+        "on the items that all read. Reliability of the ranking of the models: from halves of these items."
     )
     return Table("Can the panel rank models?", columns, rows, caption)
-
-
-def pretrained(panel: Panel) -> dict[str, int]:
-    """The models of the panel that nothing was done to, and their numbers."""
-    return {model: number for number, model in enumerate(panel.models) if model.endswith(" base")}
 
 
 def short(model: str) -> str:
@@ -154,10 +170,11 @@ def short(model: str) -> str:
 
 def scores_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]]) -> Table:
     """By kind of score: benchmarks above chance, and reliability of what is compared with features."""
-    base, rows = pretrained(panel), []
+    base, rows = list(panel.pretrained), []
     for kind, found in panel.scores.items():
         chance = 0.0 if kind == "margin" else CHANCE
-        above = [str(sum(_low(of[:, number]) > chance for of in found.values())) for number in base.values()]
+        at = [panel.models.index(model) for model in base]
+        above = [sum(_low(of[:, number]) > chance for of in found.values()) for number in at]
         mean = sum(_low(of.mean(axis=1)) > chance for of in found.values())
         values = np.array(list(reliability[kind].values()))
         pairs = similarity_reliability(list(found.values()))
@@ -234,16 +251,14 @@ def _marked(name: str, main: str) -> str:
 def similarity(panel: Panel, kind: str, cells: Cells, words: Mapping[str, ItemFeatures],
                residual: Mapping[str, Array], main: str) -> dict[str, Any]:  # fmt: skip
     """Overlap of features against the correlation of scores over models, for all pairs of benchmarks."""
-    every = list(words)
     names = [name for name in panel.scores[kind] if name != CONTROL]
-    at = np.ix_(*[[every.index(name) for name in names]] * 2)
 
     lengths = np.log([words[name].sizes.mean() for name in names])
     tokens = overlap_min([words[name] for name in names])
     predictors = {f"overlap, {cell}": overlap_min([of[name] for name in names]) for cell, of in cells.items()} | {
         "overlap of tokens, no model": tokens,
         "likeness of lengths": -np.abs(np.subtract.outer(lengths, lengths)),
-        f"cosine of the residual stream, {main}": cosines(residual[main])[at],
+        f"cosine of the residual stream, {main}": cosines(np.stack([residual[name] for name in names])),
     }
     scores = ScoreTable(panel.models, tuple(panel.scores[kind]), panel.means(kind, list(panel.scores[kind])))
     targets = {
