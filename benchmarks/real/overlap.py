@@ -30,7 +30,7 @@ PANEL = {
     "gemma3": ("base", "prune:0.6", "noise:0.15", "skip:8-9", "train:mathematics"),
 }
 ITEMS, QUICK_ITEMS = {"base": 40, "altered": 28}, {"base": 8, "altered": 8}
-"""Items of each benchmark at most: the pretrained models read more, for their accuracy; all comparisons are on items that
+"""Items of each benchmark at most: the pretrained models read more, for their accuracy; comparisons are on those that
 every model reads"""
 HERE = Path(__file__).parent / "panel"
 
