@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.classifier import spread
 from benchmarks.real.panel.agreement import (
     SCORES,
     Array,
@@ -34,6 +33,7 @@ from benchmarks.real.panel.likelihoods import hits
 from qscope_posttrain.analysis.benchmarks.feature_sets import ItemFeatures
 from qscope_posttrain.analysis.benchmarks.performance import Correlation, ScoreTable, correlate, performance_redundancy
 from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
+from qscope_posttrain.intervals import Interval
 from qscope_posttrain.report.tables import Table
 
 CONTROL = "mmlu_others"
@@ -148,7 +148,7 @@ def panel_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]], ki
     """Accuracy of the pretrained models, and reliability of the ranking, by benchmark."""
     base, rows = list(panel.pretrained), []
     for name, correct in panel.scores["accuracy"].items():
-        cells = [spread(by_group(panel.pretrained[model][name])) for model in base]
+        cells = [accuracy(panel.pretrained[model][name]).text(".2f") for model in base]
         own = [f"{panel.own[model][name].mean():.2f}" for model in base if name in panel.own[model]]
         means = correct.mean(axis=0)
         ranks = [f"{reliability[which][name]:.2f}" for which in ("accuracy", kind)]
@@ -174,8 +174,8 @@ def scores_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]]) -
     for kind, found in panel.scores.items():
         chance = 0.0 if kind == "margin" else CHANCE
         at = [panel.models.index(model) for model in base]
-        above = [sum(_low(of[:, number]) > chance for of in found.values()) for number in at]
-        mean = sum(_low(of.mean(axis=1)) > chance for of in found.values())
+        above = [sum(accuracy(of[:, number]).low > chance for of in found.values()) for number in at]
+        mean = sum(accuracy(of.mean(axis=1)).low > chance for of in found.values())
         values = np.array(list(reliability[kind].values()))
         pairs = similarity_reliability(list(found.values()))
         rows.append([kind, *above, mean, f"{values.mean():.2f}", int((values > RELIABLE).sum()), f"{pairs:.2f}"])
@@ -185,10 +185,11 @@ def scores_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]]) -
     return Table("Benchmarks above chance", columns, rows, caption)
 
 
-def _low(values: Array) -> float:
-    """Lower 95 % t limit over the groups."""
+def accuracy(values: Array) -> Interval:
+    """Mean of the items, with 95 % t limits over the groups that share their answers."""
     groups = by_group(values)
-    return float(groups.mean() - stats.t.ppf(0.975, len(groups) - 1) * groups.std(ddof=1) / np.sqrt(len(groups)))
+    reach = stats.t.ppf(0.975, len(groups) - 1) * groups.std(ddof=1) / np.sqrt(len(groups))
+    return Interval(float(groups.mean()), float(groups.mean() - reach), float(groups.mean() + reach))
 
 
 Cells = Mapping[str, Mapping[str, ItemFeatures]]
