@@ -72,7 +72,8 @@ def similarity_reliability(scores: Sequence[Array], draws: int = 100, seed: int 
         for one in map(by_group, scores):
             for side, rows in zip(sides, _halves(len(one), generator), strict=True):
                 side.append(one[rows].mean(axis=0))
-        found.append(pearson(*(np.corrcoef(side)[upper] for side in sides)))
+        matrices = [np.asarray(np.corrcoef(np.stack(side))) for side in sides]
+        found.append(pearson(matrices[0][upper], matrices[1][upper]))
     return _spearman_brown(float(np.nanmean(found)))
 
 

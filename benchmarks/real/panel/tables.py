@@ -146,7 +146,8 @@ def study(
 
 def panel_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]], kind: str) -> Table:
     """Accuracy of the pretrained models, and reliability of the ranking, by benchmark."""
-    base, rows = list(panel.pretrained), []
+    base = list(panel.pretrained)
+    rows: list[list[Any]] = []
     for name, correct in panel.scores["accuracy"].items():
         cells = [accuracy(panel.pretrained[model][name]).text(".2f") for model in base]
         own = [f"{panel.own[model][name].mean():.2f}" for model in base if name in panel.own[model]]
@@ -170,7 +171,8 @@ def short(model: str) -> str:
 
 def scores_table(panel: Panel, reliability: Mapping[str, Mapping[str, float]]) -> Table:
     """By kind of score: benchmarks above chance, and reliability of what is compared with features."""
-    base, rows = list(panel.pretrained), []
+    base = list(panel.pretrained)
+    rows: list[list[Any]] = []
     for kind, found in panel.scores.items():
         chance = 0.0 if kind == "margin" else CHANCE
         at = [panel.models.index(model) for model in base]
@@ -197,15 +199,15 @@ Cells = Mapping[str, Mapping[str, ItemFeatures]]
 
 
 def redundancy(panel: Panel, kind: str, cells: Cells, main: str) -> dict[str, Any]:
-    """R-hat against R over the benchmarks that have as many items as the others, all cut to one size."""
-    lengths = {name: len(found) for name, found in panel.scores[kind].items()}
-    size = min(count for count in lengths.values() if count >= 0.85 * max(lengths.values()))
+    """R-hat against R over the benchmarks of equal size."""
     kinds = list(dict.fromkeys(["accuracy", kind]))
-    cut = {w: {n: panel.scores[w][n][:size] for n, count in lengths.items() if count >= size} for w in kinds}
-    names = [name for name in cut[kind] if all(np.ptp(cut[which][name].mean(axis=0)) > 0 for which in kinds)]
+    of_equal_size, size = equal_size(panel)
+    cut = {which: {name: panel.scores[which][name] for name in of_equal_size} for which in kinds}
+    names = [name for name in of_equal_size if all(np.ptp(cut[which][name].mean(axis=0)) > 0 for which in kinds)]
     r = {which: [performance_redundancy(name, cut[which][name]).r for name in names] for which in kinds}
-    found = {cell: [_cut(of_cell[n], size) for n in names] for cell, of_cell in cells.items()}
-    measured = {cell: [measure_redundancy(one, repeats=0) for one in of_cell] for cell, of_cell in found.items()}
+    measured = {
+        cell: [measure_redundancy(of_cell[name], repeats=0) for name in names] for cell, of_cell in cells.items()
+    }
     predictors = {f"R-hat, {cell}": [one.r_hat.estimate for one in of_cell] for cell, of_cell in measured.items()}
     predictors["spread of the scores over models"] = [float(cut[kind][name].mean(axis=0).std()) for name in names]
     rows = [
@@ -220,8 +222,8 @@ def redundancy(panel: Panel, kind: str, cells: Cells, main: str) -> dict[str, An
         f"{len(names)} benchmarks, {size} items of each, {len(panel.models)} models. p by permuting benchmarks, 95 % "
         "intervals by bootstrap over benchmarks."
     )
-    sizes = random_sizes(found[main], {name: cut["accuracy"][name] for name in names})
-    by_set = [
+    sizes = random_sizes([cells[main][name] for name in names], cut["accuracy"])
+    by_set: list[list[Any]] = [
         [name, one.r_hat.text(".2f"), one.items_for_90, *(f"{r[which][row]:.2f}" for which in kinds)]
         for row, (name, one) in enumerate(zip(names, measured[main], strict=True))
     ]
@@ -241,8 +243,11 @@ def redundancy(panel: Panel, kind: str, cells: Cells, main: str) -> dict[str, An
     return {"tables": tables, "numbers": {"benchmarks": names, "size": size, "R": r, **predictors, "sizes": sizes}}
 
 
-def _cut(features: ItemFeatures, size: int) -> ItemFeatures:
-    return features.select(np.arange(size))
+def equal_size(panel: Panel) -> tuple[list[str], int]:
+    """The benchmarks that have as many items as the largest one, and how many: R-hat and overlap depend on the size."""
+    lengths = {name: len(found) for name, found in panel.scores["accuracy"].items()}
+    size = max(lengths.values())
+    return [name for name, count in lengths.items() if count == size], size
 
 
 def _marked(name: str, main: str) -> str:
@@ -252,7 +257,7 @@ def _marked(name: str, main: str) -> str:
 def similarity(panel: Panel, kind: str, cells: Cells, words: Mapping[str, ItemFeatures],
                residual: Mapping[str, Array], main: str) -> dict[str, Any]:  # fmt: skip
     """Overlap of features against the correlation of scores over models, for all pairs of benchmarks."""
-    names = [name for name in panel.scores[kind] if name != CONTROL]
+    names = [name for name in equal_size(panel)[0] if name != CONTROL]
 
     lengths = np.log([words[name].sizes.mean() for name in names])
     tokens = overlap_min([words[name] for name in names])
