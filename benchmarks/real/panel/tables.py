@@ -213,11 +213,11 @@ def redundancy(panel: Panel, kind: str, cells: Cells, main: str) -> dict[str, An
     rows = [
         [
             _marked(name, f"R-hat, {main}"),
-            *(c for which in kinds for c in _cells(correlate(values, r[which], "spearman", permutations=5000))),
+            *(_cell(correlate(values, r[which], "spearman", permutations=5000)) for which in kinds),
         ]
         for name, values in predictors.items()
     ]
-    columns = ["from", *(title for which in kinds for title in (f"Spearman with R, {which}", "p"))]
+    columns = ["from", *(f"Spearman with R, {which}" for which in kinds)]
     caption = (
         f"{len(names)} benchmarks, {size} items of each, {len(panel.models)} models. p by permuting benchmarks, 95 % "
         "intervals by bootstrap over benchmarks."
@@ -267,8 +267,9 @@ def similarity(panel: Panel, kind: str, cells: Cells, words: Mapping[str, ItemFe
         f"cosine of the residual stream, {main}": cosines(np.stack([residual[name] for name in names])),
     }
     scores = ScoreTable(panel.models, tuple(panel.scores[kind]), panel.means(kind, list(panel.scores[kind])))
+    direct = scores.similarity(names)
     targets = {
-        "direct": scores.similarity(names),
+        "direct": direct,
         f"given {CONTROL}": scores.similarity(names, CONTROL),
         "given all others": leave_two_out(panel.means(kind, names)),
     }
@@ -280,25 +281,22 @@ def similarity(panel: Panel, kind: str, cells: Cells, words: Mapping[str, ItemFe
         rows: list[list[Any]] = []
         for name, values in predictors.items():
             row: list[Any] = [_marked(name, f"overlap, {main}")]
-            for target in targets.values():
-                row += _cells(correlate(values[inside], target[inside], "pearson", permutations=5000))
-            if values is tokens:
-                row += [None, None]
-            else:
-                row += _cells(given_pairs(values[inside], targets["direct"][inside], tokens[inside]))
-            rows.append(row)
-        columns = ["from", *(word for target in targets for word in (target, "p"))]
-        columns = [*columns, "direct, given overlap of tokens", "p "]
+            row += [
+                _cell(correlate(values[inside], of[inside], "pearson", permutations=5000)) for of in targets.values()
+            ]
+            beyond = None if values is tokens else given_pairs(values[inside], direct[inside], tokens[inside])
+            rows.append([*row, None if beyond is None else _cell(beyond)])
+        columns = ["from", *targets, "direct, given overlap of tokens"]
         caption = (
             f"Pearson's correlation over the {len(kept) * (len(kept) - 1) // 2} pairs of {len(kept)} benchmarks; "
             f"likeness: correlation of {kind} over {len(panel.models)} models. p by permuting benchmarks, intervals of "
             "95 % by bootstrap over them."
         )
         tables[key] = Table(heading, columns, rows, caption)
-    ranks = correlate(predictors[f"overlap, {main}"], targets["direct"], "spearman", permutations=5000)
+    ranks = correlate(predictors[f"overlap, {main}"], direct, "spearman", permutations=5000)
     numbers = {"benchmarks": names, **predictors, **targets, "Spearman, chosen, direct": asdict(ranks)}
     return {"tables": tables, "numbers": numbers}
 
 
-def _cells(found: Correlation | Estimate) -> list[str]:
-    return [f"{found.value:.2f} ({found.low:.2f} .. {found.high:.2f})", f"{found.p:.4f}"]
+def _cell(found: Correlation | Estimate) -> str:
+    return f"{found.value:.2f} ({found.low:.2f} .. {found.high:.2f}), p {found.p:.3f}"
