@@ -26,8 +26,8 @@ from qscope_posttrain.models.loading import load_tokenizer
 from qscope_posttrain.report.summary import write_text
 
 PANEL = {
-    "smollm2": ("base", "prune:0.6", "train:mathematics", "skip:12-14", "noise:0.15", "skip:22-24"),
-    "gemma3": ("base", "prune:0.6", "noise:0.15"),
+    "smollm2": ("base", "prune:0.6", "train:mathematics", "skip:12-14", "noise:0.15"),
+    "gemma3": ("base",),
 }
 ITEMS, QUICK_ITEMS = {"base": 40, "altered": 28}, {"base": 8, "altered": 8}
 """Items of each benchmark at most: the pretrained models read more, for their accuracy; comparisons are on those that
