@@ -27,7 +27,7 @@ from qscope_posttrain.report.summary import write_text
 
 PANEL = {
     "smollm2": ("base", "prune:0.6", "train:mathematics", "skip:12-14", "noise:0.15"),
-    "gemma3": ("base",),
+    "gemma3": ("base", "prune:0.6"),
 }
 ITEMS, QUICK_ITEMS = {"base": 40, "altered": 28}, {"base": 8, "altered": 8}
 """Items of each benchmark at most: the pretrained models read more, for their accuracy; comparisons are on those that
