@@ -37,6 +37,7 @@ class Study:
 STUDIES = {
     "loops": Study(("smollm2",), saes=False),
     "switching": Study(("gemma3",), saes=False),
+    "steering": Study(("smollm2", "gemma3"), saes=True),
     "hate_speech": Study(("smollm2", "gemma3"), saes=True),
 }
 """In the order in which they run"""
