@@ -38,6 +38,7 @@ STUDIES = {
     "loops": Study(("smollm2",), saes=False),
     "switching": Study(("gemma3",), saes=False),
     "steering": Study(("smollm2", "gemma3"), saes=True),
+    "explaining": Study(("smollm2",), saes=True),
     "hate_speech": Study(("smollm2", "gemma3"), saes=True),
 }
 """In the order in which they run"""
