@@ -1,4 +1,4 @@
-"""Study 7: what stands in for a chat model reads the package's own templates, and answers begin as they are asked for."""
+"""Study 7: what stands in for a chat model reads the package's templates, and answers begin as they are asked for."""
 
 from __future__ import annotations
 
