@@ -6,9 +6,9 @@
     python -m benchmarks.render_docs --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand. NAME
-is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, `commits`, or
-`promises`, those of the tests (see verification.py). VIEWS says which columns of a table are shown, under which names;
-the JSON files hold all of them.
+is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, `commits`,
+`real_costs`, or `promises`, those of the tests (see verification.py). VIEWS says which columns of a table are shown,
+under which names; the JSON files hold all of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import verification
+from benchmarks.real.page import costs
 from qscope_posttrain.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +183,8 @@ def render(name: str) -> str:
         return _commits()
     if name == "promises":
         return verification.table()
+    if name == "real_costs":
+        return costs(RESULTS / "real")
     source, _, part = name.partition(":")
     result = _read(source)
     if part == "made_on":

@@ -65,13 +65,13 @@ def train_saes(model: Pretrained, folder: Path, options: argparse.Namespace) -> 
     write_text(texts, "".join(json.dumps({"text": text}) + "\n" for text in sae_texts(model.name)))
     for language in DOCUMENTATION[model.name]:
         write_text(held_out / f"{language}.txt", "\n".join(paragraphs(language, held_out=True)[:100]) + "\n")
-    recipe = ROOT / "recipes" / "real" / f"train_sae_{model.name}.yaml"
+    recipe = Path("recipes") / "real" / f"train_sae_{model.name}.yaml"  # steps run in the root of the repository
     saes, checked = work / "saes" / model.name, work / "checks" / model.name
     train = ["sae", "train", "--config", recipe, "--model", folder, "--texts", texts, "--output", saes]
     check = ["sae", "check", saes, "--model", folder, "--layer", *model.layers, "--texts", held_out, "--scan", 0]
     shorter = (["--steps", 20], ["--max-texts", 10]) if options.quick else ([], [])
     for step, words, reads, output in (
-        (name, [*train, *shorter[0]], [folder, texts, recipe], saes),
+        (name, [*train, *shorter[0]], [folder, texts, ROOT / recipe], saes),
         (f"{name}_check", [*check, "--output", checked, *shorter[1]], [folder, saes, held_out], checked),
     ):
         ran = run_step(step, ["qscope_posttrain", *map(str, words)], reads, work)

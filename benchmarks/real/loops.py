@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks.real.texts import items, lines
 from qscope_posttrain.evaluation.repetition import repeat_ratio
 from qscope_posttrain.models.generation import Sample, SamplingSettings, generate_samples
 from qscope_posttrain.models.loading import load_model
+from qscope_posttrain.report.tables import Table
 
 CUTS = (64, 128, 256, 512)
 """Lengths to which responses are cut to see where loops begin, in tokens"""
@@ -23,8 +24,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_model(str(options.model), dtype="float32", device="cpu")
     settings = SamplingSettings(1, top_p=1.0, max_new_tokens=128 if options.quick else 512, batch_size=32)
     if options.quick:
-        return loops(model, tokenizer, settings, 8, (0.0,))
-    return loops(model, tokenizer, settings, 32, (0.0, 0.3, 0.7, 1.0))
+        found = loops(model, tokenizer, settings, 8, (0.0,))
+    else:
+        found = loops(model, tokenizer, settings, 32, (0.0, 0.3, 0.7, 1.0))
+    return {"tables": {"rates": table(found).to_dict()}, "temperatures": found}
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Endless loops by temperature and length, of {temperature: {length: result of `repeat_ratio`}}."""
+    rows = []
+    for temperature, lengths in found.items():
+        for length, result in lengths.items():
+            kinds = [percent(group["wilson"]) for group in result["groups"].values()]
+            ended = f"{100 * result['ended'] / result['samples']:.0f}"
+            rows.append([float(temperature), int(length), result["samples"], percent(result["wilson"]), *kinds, ended])
+    names = [f"{name}, %" for name in next(iter(next(iter(found.values())).values()))["groups"]]
+    caption = (
+        "Share of responses that are in a loop when they are cut off; 95 % Wilson intervals, one response per prompt."
+    )
+    return Table("Endless loops", ["temperature", "tokens", "responses", "all, %", *names, "ended, %"], rows, caption)
+
+
+def percent(interval: Mapping[str, float]) -> str:
+    return f"{100 * interval['estimate']:.1f} ({100 * interval['low']:.1f} .. {100 * interval['high']:.1f})"
 
 
 def questions(count: int) -> dict[str, list[str]]:

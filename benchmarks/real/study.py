@@ -1,7 +1,7 @@
 """One study of one model as a program, with a process of its own: `python -m benchmarks.real.study NAME`.
 
-The module `benchmarks.real.NAME` has `run(options)`, which returns the numbers of the study: `tables`, {name: Table as a
-dictionary}, from which the page is made, and what else is worth keeping.
+The module `benchmarks.real.NAME` has `run(options)`, which returns the numbers of the study: `tables`, {name: Table as
+a dictionary}, from which the page is made, and what else is worth keeping.
 """
 
 from __future__ import annotations

@@ -15,10 +15,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.real.loops import percent
 from benchmarks.real.texts import hate_cases, paragraphs
 from qscope_posttrain.evaluation.code_switching import switching_ratio
 from qscope_posttrain.models.generation import SamplingSettings, generate_samples
 from qscope_posttrain.models.loading import load_model
+from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.scripts import language_scripts, prose, script_counts, sentences
 
 SOURCES = ("en", "fr", "ko", "ru", "zh", "ar", "de", "es", "it", "pl")
@@ -34,9 +36,31 @@ WORDS = 12
 def run(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_model(str(options.model), dtype="float32", device="cpu")
     settings = SamplingSettings(2, 1.0, top_p=1.0, max_new_tokens=64, batch_size=40)
-    if options.quick:
-        return switching(model, tokenizer, settings, 8, SOURCES[:2])
-    return switching(model, tokenizer, settings, 24)
+    found = switching(model, tokenizer, settings, 8 if options.quick else 24, SOURCES[: 2 if options.quick else None])
+    return {"tables": {"rates": table(found).to_dict()}, **found}
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """Switched responses by language of the prompt and detector, beside what the detectors say of real text."""
+    rows: list[list[Any]] = []
+    for language, entry in found["script"]["languages"].items():
+        by = [found[detector.name]["languages"][language]["wilson"] for detector in DETECTORS]
+        controls = [
+            found["controls"][detector.name].get(language, {}).get(kind)
+            for kind in ("clean", "planted")
+            for detector in DETECTORS
+        ]
+        alarms = [None if rate is None else 100 * rate for rate in controls]
+        rows.append([language, entry["samples"], *map(percent, by), *alarms])
+    all_of_them = [percent(found[detector.name]["micro"]) for detector in DETECTORS]
+    rows.append(["all", sum(row[1] for row in rows), *all_of_them, None, None, None, None])
+    columns = ["prompt in", "responses", "another script, %", "another language, %"]
+    columns += [f"{kind}, by {name}, %" for kind in ("clean", "planted") for name in ("script", "words")]
+    caption = (
+        "95 % intervals: Wilson; over prompts in the last row. Clean: real paragraphs as long as the responses, "
+        "that are called switched all the same. Planted: the same with a second half in another language."
+    )
+    return Table("Unexpected switching", columns, rows, caption)
 
 
 @cache

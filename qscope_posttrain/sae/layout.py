@@ -122,7 +122,7 @@ def weights_in(folder: Path) -> list[str]:
 
 
 def choose(names: Iterable[str], layer: int | None, where: str, above: str = "") -> str:
-    """The weights of `layer` among `names`; with `layer` None, the only ones.
+    """The weights of `layer` among `names`; with `layer` None, the only ones. Those nearest to the folder go first.
 
     `above` is the path of the folder that the names are relative to: it may name the layer.
 
@@ -146,10 +146,12 @@ def choose(names: Iterable[str], layer: int | None, where: str, above: str = "")
     wanted = next(iter(by_layer)) if layer is None else layer if layer in by_layer else None
     if wanted not in by_layer:
         raise UserValueError(f"{where} has no layer {layer}; it holds layers {ranges(known)} (counted from 0)")
-    if len(by_layer[wanted]) > 1:
+    top = min(name.count("/") for name in by_layer[wanted])
+    nearest = [name for name in by_layer[wanted] if name.count("/") == top]  # `sae train` puts a copy into a subfolder
+    if len(nearest) > 1:
         what = "several SAEs" if wanted is None else f"layer {wanted} more than once"
         raise UserValueError(f"{where} holds {what} ({listed(by_layer[wanted])}): give the file, or its folder")
-    return by_layer[wanted][0]
+    return nearest[0]
 
 
 def listed(names: Iterable[str]) -> str:

@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.real import hate_speech, loops, steps, switching, texts
 from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.evaluation.code_switching import switching_ratio
+from qscope_posttrain.evaluation.repetition import repeat_ratio
 from qscope_posttrain.models.generation import Sample
 
 with_data = pytest.mark.skipif(not texts.DATA.is_dir(), reason=f"real text is not at {texts.DATA}")
@@ -52,6 +54,49 @@ def test_a_response_cut_shorter_did_not_end():
     assert loops.cut(sample, 3) == sample
     shorter = loops.cut(sample, 2)
     assert (shorter.tokens, shorter.ended) == ((1, 2), False)
+
+
+def test_the_table_of_loops_has_a_row_per_temperature_and_length():
+    samples = [
+        Sample(
+            "en",
+            prompt,
+            0,
+            "a",
+            "b " * 80 if prompt == 0 else "end",
+            ended=prompt > 0,
+            tokens=(7,) * (80 if prompt == 0 else 3),
+        )
+        for prompt in range(4)
+    ]
+    rates = {length: repeat_ratio([loops.cut(sample, length) for sample in samples]).to_dict() for length in (2, 80)}
+    shown = loops.table({"0.3": rates})
+    assert [row[:3] for row in shown.rows] == [(0.3, 2, 4), (0.3, 80, 4)]
+    assert [str(row[3]).split()[0] for row in shown.rows] == ["0.0", "25.0"]
+
+
+def test_the_table_of_switching_stands_beside_its_controls():
+    samples = [
+        Sample(language, prompt, 0, "a", text, ended=True)
+        for language, prompt, text in (
+            ("en", 0, "A plain sentence."),
+            ("en", 1, "A plain предложение."),
+            ("de", 0, "Ein Satz."),
+            ("de", 1, "Wort."),
+        )
+    ]
+    found = {
+        name: switching_ratio(samples, "another", {}, switching.AnotherScript()).to_dict()
+        for name in ("script", "words")
+    }
+    controls = {name: {"en": {"clean": 0.01, "planted": 0.9}} for name in ("script", "words")}
+    rows = switching.table({**found, "controls": controls}).rows
+    assert rows[0][:2] == ("en", 2)
+    assert str(rows[0][2]).startswith("50.0 (")
+    assert rows[0][4:] == (1.0, 1.0, 90.0, 90.0)
+    assert rows[1][4:] == (None, None, None, None)
+    assert rows[2][:2] == ("all", 4)
+    assert str(rows[2][3]).startswith("25.0 (")
 
 
 class TestStep:

@@ -55,6 +55,15 @@ def test_sae_without_a_layer(make_sae: MakeSAE, tmp_path: Path) -> None:
         sae.save(tmp_path / RELEASE, format="qwen_scope")
 
 
+def test_a_folder_with_a_copy_in_qwen_scopes_layout_is_loaded_by_layer(make_sae: MakeSAE, tmp_path: Path) -> None:
+    sae = make_sae(d_sae=1024)
+    sae.save(tmp_path / "layer3.sae.safetensors")
+    sae.save(tmp_path / RELEASE, format="qwen_scope")
+    loaded = SparseAutoencoder.load(tmp_path, layer=3)
+    assert_same_function(loaded, sae)
+    assert loaded.source.file == "layer3.sae.safetensors"
+
+
 @pytest.mark.parametrize("target", ["folder", "file"])
 @pytest.mark.parametrize("variant", ["relu_after", "relu_before"])
 def test_qwen_scope_round_trip(make_sae: MakeSAE, tmp_path: Path, target: str, variant: str) -> None:

@@ -126,6 +126,11 @@ def test_layer_stored_twice_is_not_guessed() -> None:
         choose(["layer1.sae.pt", "layer1.sae.safetensors"], 1, "here")
 
 
+def test_the_copy_in_a_subfolder_that_training_writes_is_passed_over() -> None:
+    names = ["SAE-Res-model-W5K-L0_32/layer1.sae.pt", "layer1.sae.safetensors", "checkpoints/step-1/layer1.sae.pt"]
+    assert choose(names, 1, "here") == "layer1.sae.safetensors"
+
+
 @pytest.mark.parametrize(
     "name", ["layer.sae.pt", "xlayer1.sae.pt", "layer1.sae.pt.tmp", "layer1.pt", "../layer1.sae.pt"]
 )

@@ -110,7 +110,9 @@ class _Run:
         buffer = stream.config.buffer_bytes(len(layers), d_model, stream.processes)
         status(
             f"memory per process: activations {in_words(buffer)}, weights and optimizer "
-            f"{in_words(3 * state * len(layers))}, gradient {in_words(state)}"
+            f"{in_words(3 * state * len(layers))}, gradient {in_words(state)}; "
+            f"reads {stream.config.block_tokens:,} tokens before the first step and after every "
+            f"{stream.updates_per_block:,} steps"
         )
         self.settings = {
             **asdict(config),
