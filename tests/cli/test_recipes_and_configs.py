@@ -53,7 +53,9 @@ def test_nothing_is_missing():
     }
     studies = [path for path in RECIPES if path.parent.name == "case_studies"]
     assert {path.stem for path in studies} == set(CASE_STUDIES)
-    assert sorted(SFT + TOKEN + GRPO + SAE + SYNTHESIS + ANALYSIS + STEERING + studies) == RECIPES  # no recipe is left unread
+    assert (
+        sorted(SFT + TOKEN + GRPO + SAE + SYNTHESIS + ANALYSIS + STEERING + studies) == RECIPES
+    )  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
