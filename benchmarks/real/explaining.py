@@ -141,7 +141,7 @@ def as_a_user(study: Study, ids: Sequence[int], name: str) -> dict[str, Any]:
                study.layer, "--feature-ids", *ids, "--texts", texts, "--max-length", 128, "--tests", 10, "--local",
                "--chat-model", options.model, "--output", output]  # fmt: skip
     if name != "as it comes":
-        command += ["--templates", TEMPLATES, "--tests", 5, "--control", "no"]
+        command += ["--templates", TEMPLATES, "--tests", 5, "--no-control"]
     found: dict[str, Any] = {"said": ""}
     reads = [options.model, options.saes, texts, *([TEMPLATES] if name != "as it comes" else [])]
     try:
@@ -151,6 +151,8 @@ def as_a_user(study: Study, ids: Sequence[int], name: str) -> dict[str, Any]:
                   "processor_seconds": ran["processor_seconds"]}  # fmt: skip
     except UserValueError as error:  # no explanation could be read: what the user is told
         found["said"] = str(error).splitlines()[-1]
+        if "readably" not in found["said"]:
+            raise
     return {**found, **answers(output / "answers.jsonl", len(ids))}
 
 

@@ -13,52 +13,25 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-
+from benchmarks.real.steering_probe import STRENGTHS, Item, best_layer, equal_cost_table, probe_all, probe_table
 from benchmarks.real.steps import ROOT, run_step
+from benchmarks.real.texts import items as benchmark
 from benchmarks.real.texts import lines, paragraphs
-from qscope_posttrain.features.build import difference_of_means
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.features.steering import feature_steering
-from qscope_posttrain.intervals import Interval, bootstrap_over_prompts
-from qscope_posttrain.models.layers import evaluation_mode
-from qscope_posttrain.models.loading import load_model
-from qscope_posttrain.models.steering import Steering, steer
-from qscope_posttrain.report.progress import status
 from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
-from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 from qscope_posttrain.text.scripts import language_scripts, script_counts
 
-TOKENS = 8
-"""Tokens of a continuation that the probe reads"""
 PROBED = 24
 """Beginnings that the probe reads"""
-STRENGTHS = (0.1, 0.2, 0.4)
-"""In median residual norms; negative where a language is suppressed"""
-MOST = 1.1
-"""Largest acceptable perplexity of other text, steered over unsteered"""
 TAIL = 60
 SHOWN = 2
 """Prompts whose responses are kept"""
 MARKER_WORDS, MARKER_RATE = 40, 0.0005
-
-
-@dataclass(frozen=True)
-class Item:
-    """One beginning, and two continuations: one of the target, one of other text."""
-
-    context: str
-    target: str
-    other: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +54,11 @@ class Case:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    found = [study(case, options) for case in cases(options.model.name, 8 if options.quick else 40)]
+    layers = options.layers[1:2] if options.quick else options.layers
+    found: list[dict[str, Any]] = []
+    for case in cases(options.model.name, 8 if options.quick else 40):
+        found.append(study(case, options, layers))
+        layers = [found[0]["layer"]]  # a second language is probed where the first one is best
     tables = {f"{result['label']}_{name}": table for result in found for name, table in result.pop("tables").items()}
     return {"tables": tables, "cases": found}
 
@@ -99,7 +76,8 @@ def language(label: str, count: int) -> Case:
     for text, foreign in zip(english[::2], other[::2], strict=False):
         words, slipped = text.split(" "), cut(foreign, label)
         context = " ".join([*words[:12], slipped])
-        items.append(Item(context, foreign[len(slipped) :], " " + " ".join(words[12:])))
+        rest = " " + " ".join(words[12:])
+        items.append(Item(context, foreign[len(slipped) :], rest, (" ".join(words[:12]), rest)))
     learned = [paragraphs(name, held_out=False)[:: 1 if count < 40 else 8] for name in (label, "en")]
     probe, prompts = items[:PROBED], [item.context for item in items[-count:]]
     recipe = "steer_language.yaml" if label == "zh" else None
@@ -119,9 +97,10 @@ def register(count: int) -> Case:
     )
     documentation = [text for text in paragraphs("en", held_out=True) if len(text) > 60]
     learned = paragraphs("en", held_out=False)[::8]
+    problems = [problem["question"].split(" ") for problem in benchmark("gsm8k_test")[1::2]]
     items = [
-        Item(first, f" {text}", f" {second}")
-        for first, text, second in zip(tested[:PROBED], documentation, tested[PROBED:], strict=False)
+        Item(first, f" {text}", f" {second}", (" ".join(words[:12]), " " + " ".join(words[12:])))
+        for first, text, second, words in zip(tested[:PROBED], documentation, tested[PROBED:], problems, strict=False)
     ]
     prompts = [f"Write a short story that begins with: {text}" for text in tested[2 * PROBED : 2 * PROBED + count]]
     rest = tested[2 * PROBED + count :]
@@ -143,7 +122,7 @@ def marker_pattern(words: Sequence[str]) -> str:
     return rf"(?i)\b({'|'.join(words)})\b"
 
 
-def study(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+def study(case: Case, options: argparse.Namespace, layers: Sequence[int]) -> dict[str, Any]:
     """Find the features, probe all layers, and sample at the best one."""
     work = options.work / case.label
     work.mkdir(parents=True, exist_ok=True)
@@ -158,11 +137,14 @@ def study(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     reads = [options.model, options.saes]
     run_step("contrast", list(map(str, command)), [*reads, files["positive"], files["negative"]], work)
     features = FeatureSet.load(found)
-    rows = probe_all(case, options, features, work / "probe.json")
+    rows = probe_all(case.label, case.sign, case.items, options, layers, features, work / "probe.json")
     layer = best_layer(rows, case.sign)
     result: dict[str, Any] = {"label": case.label, "layer": layer, "probe": rows, "prompts": len(case.prompts)}
-    result["features"] = {str(number): layers.feature_ids.tolist() for number, layers in features.layers.items()}
-    result["tables"] = {"probe": probe_table(case, rows).to_dict()}
+    result["features"] = {str(number): own.feature_ids.tolist() for number, own in features.layers.items()}
+    result["tables"] = {
+        "probe": probe_table(case, rows).to_dict(),
+        "equal_cost": equal_cost_table(case, rows).to_dict(),
+    }
     if case.recipe is not None:
         curve, seconds = sample_curve(case, options, layer, found, work)
         result["tables"]["curve"] = curve["table"]
@@ -222,106 +204,3 @@ def ending(response: str, label: str) -> str:
         return label if script in language_scripts(label) else "other"
     found = detect(response[-TAIL:].replace("\n", " "), model="lite", k=1)[0]["lang"]
     return str(found) if found in (label, "en") else "other"
-
-
-def probe_all(case: Case, options: argparse.Namespace, features: FeatureSet, path: Path) -> list[dict[str, Any]]:
-    """Every layer, direction and strength, unless it was measured before; rows with intervals over items."""
-    if path.is_file():
-        status(f"probe of {case.label}: done before")
-        known: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return known
-    model, tokenizer = load_model(str(options.model), dtype="float32", device="cpu")
-    batch = encode(tokenizer, case.items)
-    rows: list[dict[str, Any]] = []
-    with evaluation_mode(model):
-        base = losses(model, batch)
-        for layer in options.layers[1:2] if options.quick else options.layers:
-            sae = SparseAutoencoder.load(options.saes, layer=layer)
-            one = feature_steering(features, layer=layer, label=case.label, strength=1.0, positions="all")
-            for name, direction in directions(features, case.label, layer, sae).items():
-                for strength in STRENGTHS[1:2] if options.quick else STRENGTHS:
-                    status(f"probe of {case.label}: layer {layer}, {name}, {strength}")
-                    steering = replace(one, direction=direction, strength=case.sign * strength)
-                    rows.append({"layer": layer, "direction": name, "strength": case.sign * strength,
-                                 **compare(base, losses(model, batch, steering))})  # fmt: skip
-    write_text(path, json.dumps(rows, indent=1) + "\n")
-    return rows
-
-
-def directions(features: FeatureSet, label: str, layer: int, sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """The features together, the best one, the difference of means, and two random features of the SAE."""
-    rows = features.layers[layer]
-    both = feature_steering(features, layer=layer, label=label, strength=1.0)
-    drawn = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(layer))[:2]
-    return {
-        "five features": both.direction,
-        "best feature": rows.decoder[0],
-        "difference of means": difference_of_means(rows.mean_residual, features.language_index(label)),
-        **{f"random {number}": row for number, row in enumerate(sae.select(drawn).decoder.float(), 1)},
-    }
-
-
-def encode(tokenizer: Any, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-    """[2 items, length] ids padded on the left, that end with `TOKENS` tokens of a continuation, and their mask."""
-    rows = []
-    for text in ("target", "other"):
-        for item in items:
-            begun = tokenizer(item.context)["input_ids"]
-            kept = tokenizer(getattr(item, text), add_special_tokens=False)["input_ids"][:TOKENS]
-            rows.append([*begun, *kept])
-            if len(kept) < TOKENS:
-                raise ValueError(f"a continuation of fewer than {TOKENS} tokens: {getattr(item, text)!r}")
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-
-
-@torch.no_grad()
-def losses(model: nn.Module, batch: tuple[Tensor, Tensor], steering: Steering | None = None) -> Tensor:
-    """[items, 2]: mean loss per token of the two continuations."""
-    ids, mask = batch
-    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    found = []
-    with nullcontext() if steering is None else steer(model, steering):
-        for part in torch.arange(len(ids)).split(16):
-            logits = model(input_ids=ids[part], attention_mask=mask[part], position_ids=places[part], use_cache=False,
-                           logits_to_keep=TOKENS + 1).logits[:, :-1]  # fmt: skip
-            each = cross_entropy(logits.flatten(0, 1).float(), ids[part, -TOKENS:].flatten(), reduction="none")
-            found.append(each.view(len(part), TOKENS).mean(dim=1))
-    return torch.cat(found).view(2, -1).T.double()
-
-
-def compare(base: Tensor, steered: Tensor) -> dict[str, Interval]:
-    """Changes against no steering, nats per token: of the target's log-probability, of the other text's, and of their
-    difference; 95 % bootstrap intervals over items."""
-    gain = (base - steered).numpy()
-    columns = {"target": gain[:, 0], "other": gain[:, 1], "preference": gain[:, 0] - gain[:, 1]}
-    return {name: bootstrap_over_prompts(values[:, None].tolist(), 2000) for name, values in columns.items()}
-
-
-def best_layer(rows: Sequence[Mapping[str, Any]], sign: int) -> int:
-    """The layer at which the features change the preference most at an acceptable cost, or, where none is, at all."""
-    own = [row for row in rows if row["direction"] == "five features"]
-    affordable = [row for row in own if np.exp(-row["other"][0]) <= MOST] or own
-    return int(max(affordable, key=lambda row: sign * row["preference"][0])["layer"])
-
-
-def probe_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Each layer, direction and strength."""
-
-    def shown(interval: Sequence[float]) -> str:
-        return "{:+.2f} ({:+.2f} .. {:+.2f})".format(*interval)
-
-    cells = [
-        [row["layer"], row["direction"], f"{row['strength']:g}", shown(row["preference"]), shown(row["target"]),
-         f"{100 * np.expm1(-row['other'][0]):+.1f}"]
-        for row in rows
-    ]  # fmt: skip
-    columns = ["layer", "steered along", "strength", f"{case.label} against other text", f"log P({case.label})",
-               "perplexity of other text, %"]  # fmt: skip
-    title = f"{'Suppressing' if case.sign < 0 else 'Causing'} {case.label}: teacher-forced"
-    caption = (
-        f"Changes against no steering over {TOKENS} tokens after {len(case.items)} real beginnings, in nats per token; "
-        "95 % bootstrap intervals over beginnings. Directions of one layer and strength have equal length."
-    )
-    return Table(title, columns, cells, caption)
