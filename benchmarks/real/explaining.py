@@ -41,6 +41,8 @@ from qscope_posttrain.synthesis.pipeline import Synthesis, SynthesisSettings, sy
 
 TEMPLATES = ROOT / "recipes" / "real" / "small_chat_model"
 TOPIC = "a word problem in arithmetic"
+AS_A_USER = 4
+"""Features that are explained by the command"""
 FIRING_TEXTS = 20
 """Texts on which a feature fires at least, to be explained"""
 
@@ -87,10 +89,10 @@ class Study:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     study = Study(options, options.layers[len(options.layers) // 2])
-    count, targets = (3, 8) if options.quick else (8, 48)
+    count, targets = (3, 8) if options.quick else (8, 40)
     chosen = study.part("features", lambda: choose(study, count, targets))
     commands = {
-        name: study.part(name.replace(" ", "_"), lambda name=name: as_a_user(study, chosen["random"], name))
+        name: study.part(name.replace(" ", "_"), lambda name=name: as_a_user(study, chosen["random"][:AS_A_USER], name))
         for name in ("as it comes", "small templates")
     }
     explained = {
@@ -141,7 +143,7 @@ def as_a_user(study: Study, ids: Sequence[int], name: str) -> dict[str, Any]:
                study.layer, "--feature-ids", *ids, "--texts", texts, "--max-length", 128, "--tests", 10, "--local",
                "--chat-model", options.model, "--output", output]  # fmt: skip
     if name != "as it comes":
-        command += ["--templates", TEMPLATES, "--tests", 5, "--no-control"]
+        command += ["--templates", TEMPLATES, "--methods", "none"]
     found: dict[str, Any] = {"said": ""}
     reads = [options.model, options.saes, texts, *([TEMPLATES] if name != "as it comes" else [])]
     try:
@@ -199,6 +201,8 @@ def score_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
             rows.append([name, f"0 of {found['features']}", *[None] * 5])
             continue
         explained = len(found["table"]["rows"])
+        if not found["tested"]["rows"]:
+            rows.append([name, f"{explained} of {explained + len(found['skipped'])}", *[None] * 5])
         rows += [
             [name, f"{explained} of {explained + len(found['skipped'])}", *row[:1], *row[2:]]
             for row in found["tested"]["rows"]
