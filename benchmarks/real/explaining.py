@@ -179,8 +179,11 @@ def explained_by(study: Study, ids: Sequence[int], explainer: ChatModel, judge: 
     settings = ExplainSettings(contexts=ContextSettings(absent=20), tests=10)
     with CompletionCache(study.work / f"{name}.jsonl") as cache:
         session = ChatSession(explainer, cache)
-        found = explain_features(*study.loaded, study.texts, saes, {study.layer: ids}, session, settings,
-                                 judge=session.beside(judge), templates=templates, max_length=128)  # fmt: skip
+        try:
+            found = explain_features(*study.loaded, study.texts, saes, {study.layer: ids}, session, settings,
+                                     judge=session.beside(judge), templates=templates, max_length=128)  # fmt: skip
+        except UserValueError as error:  # not one explanation could be read
+            return {"said": str(error), "features": len(ids)}
     skipped = {str(feature): why for feature, why in found.skipped.items()}
     return {"table": found.to_table().to_dict(), "tested": found.summary_table().to_dict(), "skipped": skipped,
             **decided(found)}  # fmt: skip

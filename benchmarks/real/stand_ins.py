@@ -17,7 +17,8 @@ LONGEST = {"[": 32, "{": 64}
 
 
 class Begun(LocalChatModel):
-    """A local model whose answers begin as the last message asks: with the brackets and the key of the JSON."""
+    """A local model whose answers begin as the last message asks, with the brackets and the key of the JSON, and whose
+    text ends where its line or the quotation does, as constrained decoding would have it."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         wrapped: Any = WithBeginnings(tokenizer)
@@ -31,7 +32,15 @@ class Begun(LocalChatModel):
             for request, start in zip(requests, begun, strict=True)
         ]
         found = super().complete(shorter)
-        return [replace(answer, text=start + answer.text) for answer, start in zip(found, begun, strict=True)]
+        return [replace(answer, text=whole(start, answer.text)) for answer, start in zip(found, begun, strict=True)]
+
+
+def whole(start: str, text: str) -> str:
+    """An answer that was begun; a text in quotation marks is closed."""
+    if not start.endswith('"'):
+        return start + text
+    (key,) = json.loads(f'{start}"}}')
+    return json.dumps({key: re.split(r'["\n]', text)[0].strip()}, ensure_ascii=False)
 
 
 class WithBeginnings:
@@ -87,11 +96,17 @@ def marks(text: str) -> list[str]:
 
 
 def cleaned(token: str) -> str:
-    return token.strip().lower().replace("'", "")
+    """A token in small letters, with the space before it, which tells a word from a part of one."""
+    return token.rstrip().lower().replace("'", "")
 
 
 def fits(passage: str, words: Sequence[str]) -> bool:
-    """Whether a passage fits a list of tokens (see `Tokens`)."""
-    if found := [cleaned(mark) for mark in marks(passage)]:
-        return sum(mark in words for mark in found) * 2 > len(found)
-    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", cleaned(passage)) for word in words)
+    """Whether a passage fits a list of tokens (see `Tokens`): a whole word, or a part of one."""
+    if found := [cleaned(mark).strip() for mark in marks(passage)]:
+        known = {word.strip() for word in words}
+        return sum(mark in known for mark in found) * 2 > len(found)
+    text = cleaned(passage)
+    return any(
+        re.search(rf"(?<!\w){re.escape(word.strip())}(?!\w)" if word.startswith(" ") else re.escape(word), text)
+        for word in words
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.real import explaining
-from benchmarks.real.stand_ins import Begun, Tokens, beginning, fits
+from benchmarks.real.stand_ins import Begun, Tokens, beginning, fits, whole
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.features.explain.ask import explain_templates
 from qscope_posttrain.synthesis.pipeline import synthesis_templates
@@ -31,7 +31,7 @@ def answered(request):
 def test_a_list_of_tokens_explains_and_judges_by_the_templates(folder):
     texts = ["my<< Dog>> and a<< dog>>", "the<< cat>> sleeps"]
     found = answered(ask("explain", folder, strongest=[{"text": text, "peak": 1.0} for text in texts]))
-    assert found == {"explanation": "one of 'dog', 'cat'"}
+    assert found == {"explanation": "one of ' dog', ' cat'"}
     words = found["explanation"]
     passages = ["a dog barks", "a dogma", "Cat!", "none"]
     assert answered(ask("detection", folder, explanation=words, passages=passages)) == [1, 0, 1, 0]
@@ -61,9 +61,22 @@ def test_a_begun_answer_is_read_by_the_model_and_given_back_whole(make_model, ti
     assert chat.complete([request])[0].text.startswith("[")
 
 
+def test_a_text_that_was_begun_is_closed_and_what_is_no_text_is_left():
+    assert whole('{"prompt": "', 'He has 3 apples.\nAnswer: 3"}') == '{"prompt": "He has 3 apples."}'
+    assert whole('{"prompt": "', 'Say it"} and more') == '{"prompt": "Say it"}'
+    assert whole("[", "1, 2]") == "[1, 2]"
+    assert whole('{"relevance": ', "0.5}") == '{"relevance": 0.5}'
+
+
 def test_marks_decide_where_there_are_any():
     assert fits("a dog", ["dog"])
     assert not fits("a<< cat>> and a dog", ["dog"])
+
+
+def test_a_token_with_a_space_before_it_is_a_whole_word():
+    assert not fits("they are going", [" in"])
+    assert fits("they are going", ["in"])
+    assert fits("In Paris", [" in"])
 
 
 def test_what_was_not_explained_has_no_scores_and_is_in_the_table():
