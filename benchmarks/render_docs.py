@@ -390,8 +390,10 @@ def _sae_training(result: dict[str, Any], _part: str) -> str:
     return Table(title, columns, rows, caption).to_markdown()
 
 
-def _steering_curve(result: dict[str, Any], _part: str) -> str:
-    table = result["tables"]["table"]
+def _steering_curve(result: dict[str, Any], part: str) -> str:
+    table = result["tables"][part or "table"]
+    if not part.endswith("_curve") and part:  # of a study that has other tables too
+        return Table(**table).to_markdown()
     rows = []
     for row in table["rows"]:
         kind, strength, effect, low, high, perplexity, least, most = row[:8]
@@ -478,6 +480,8 @@ _OWN = {
     "encode": _encode,
     "sae_training": _sae_training,
     "steering_curve": _steering_curve,
+    "real/smollm2_steering": _steering_curve,
+    "real/gemma3_steering": _steering_curve,
     "analysis_pass": _analysis_pass,
     "feature_pass": _feature_pass,
     "real_benchmarks/coverage": _redundancy,

@@ -37,8 +37,12 @@ class Study:
 STUDIES = {
     "loops": Study(("smollm2",), saes=False),
     "switching": Study(("gemma3",), saes=False),
+    "steering": Study(("smollm2", "gemma3"), saes=True),
+    "explaining": Study(("smollm2",), saes=True),
     "hate_speech": Study(("smollm2", "gemma3"), saes=True),
     "sasft": Study(("gemma3",), saes=True),
+    "negatives": Study(("smollm2",), saes=True),
+    "overlap": Study(("smollm2", "gemma3"), saes=True),
 }
 """In the order in which they run"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,18 @@ from qscope_posttrain.cli.parsing.parser import CommandParser
 from qscope_posttrain.cli.parsing.table import MODEL, SAMPLING, TEXT_LIST, add_options
 from qscope_posttrain.errors import UserValueError, require_extra
 from qscope_posttrain.report.progress import status
-from qscope_posttrain.report.summary import writable_folder, write_summary
+from qscope_posttrain.report.summary import writable_folder, write_rows, write_summary
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.inputs import read_prompts, read_text_list
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qscope_posttrain.evaluation.dose_curve import DoseCurve
+    from qscope_posttrain.evaluation.dose_curve import DoseCurve, Effect
     from qscope_posttrain.features.feature_set import FeatureSet
     from qscope_posttrain.models.steering import Positions, Steering
 
+RESPONSES = "responses.jsonl"
 PROMPT = """
 --prompt: text+  # one or several texts
 --prompts optional
@@ -148,7 +150,9 @@ def _measure_curve(options: argparse.Namespace, features: FeatureSet, prompts: l
     status(verdict, enabled=True)
     if options.output is not None:
         found = None if best is None else {"strength": best.strength, "effect": best.effect, "kind": FEATURE}
-        write_summary(options.output, "steer", vars(options), {"table": table, "best": found, "verdict": verdict})
+        responses = write_rows(Path(options.output) / RESPONSES, _response_rows(curve, effect))
+        results = {"table": table, "best": found, "verdict": verdict, "responses": responses}
+        write_summary(options.output, "steer", vars(options), results)
         status(f"written to {_write_report(Path(options.output), curve, verdict)}")
 
 
@@ -216,6 +220,13 @@ def _random_rows(options: argparse.Namespace, features: FeatureSet) -> Tensor | 
     sae = SparseAutoencoder.load(options.sae, layer=layer, k=options.k, checksum=False)
     drawn = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(options.seed))
     return sae.select(drawn[: options.random_directions]).decoder.float()
+
+
+def _response_rows(curve: DoseCurve, effect: Effect) -> Iterator[dict[str, Any]]:
+    for point in curve.points:
+        for sample in point.responses:
+            about = {"kind": point.kind, "strength": point.strength, "prompt": sample.prompt_index}
+            yield {**about, "response": sample.response, "effect": effect(sample), "ended": sample.ended}
 
 
 def _verdict(curve: DoseCurve, best: Any, options: argparse.Namespace) -> str:

@@ -19,6 +19,7 @@ from qscope_posttrain.report.progress import progress
 T = TypeVar("T")
 FIRST_WAIT = 1.0  # Seconds before the second attempt; doubled for each further one
 LONGEST_WAIT = 60.0  # Maximum length of a pause of our own choice, in seconds
+REDRAWN_AT = 0.7  # Temperature of further draws of a request that was greedy
 LONGEST_RETRY_AFTER = 300.0
 """Maximum pause that a server may ask for, in seconds; where it asks for more, the run ends and can be resumed"""
 
@@ -127,6 +128,13 @@ class Usage:
         return {name: getattr(self, name) for name in names}
 
 
+def _draw(request: ChatRequest, draw: int, draws: int) -> ChatRequest:
+    sampling = request.sampling
+    if draw and sampling.temperature == 0:
+        sampling = replace(sampling, temperature=REDRAWN_AT)
+    return replace(request, sampling=sampling, sample=request.sample * draws + draw)
+
+
 class ParsedAnswer(NamedTuple, Generic[T]):
     """The value read from an answer; None where none of the draws could be read, or the endpoint refused."""
 
@@ -193,13 +201,14 @@ class ChatSession:
     ) -> list[ParsedAnswer[T]]:
         """As `complete`, and `parse` reads each answer; where it raises ValueError, a further draw is requested. A
         request that was refused is not sent again. The draws of request number s have the sample numbers s * draws .. s
-        * draws + draws - 1, so that requests of different sample numbers never share one."""
+        * draws + draws - 1, so that requests of different sample numbers never share one. What a greedy answer did not
+        bring is drawn at temperature `REDRAWN_AT`: greedy once more, a model says the same again."""
         found: dict[int, ParsedAnswer[T]] = {}
         unread = list(range(len(requests)))
         for draw in range(draws):
             if not unread:
                 break
-            again = [replace(requests[n], sample=requests[n].sample * draws + draw) for n in unread]
+            again = [_draw(requests[n], draw, draws) for n in unread]
             still = []
             for number, completion in zip(unread, self.complete(again, description), strict=True):
                 found[number] = ParsedAnswer(None, completion)

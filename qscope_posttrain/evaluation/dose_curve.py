@@ -63,6 +63,7 @@ class DosePoint:
     ended: float  # Share of responses that end by themselves
     tokens: float  # Mean length of a response
     text_perplexity: float | None = None  # Perplexity of other text to the steered model; None without such text
+    responses: tuple[Sample, ...] = ()  # All of them, direction by direction
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def dose_curve(
             ended=float(np.mean([s.ended for s in samples])),
             tokens=float(np.mean([len(s.tokens) for s in samples])),
             text_perplexity=float((sums[0] / sums[1]).exp()) if texts else None,
+            responses=tuple(samples),
         )
 
     points = [measure(UNSTEERED, [Trial(UNSTEERED, UNSTEERED)], original)]

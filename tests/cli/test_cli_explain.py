@@ -56,7 +56,7 @@ def test_explain_a_feature_set(world, tmp_path, capsys):
 def test_explain_by_ids_and_mistakes(world, tmp_path, capsys):
     output = tmp_path / "out"
     with serving(reply) as server:
-        ids = ["--layers", "2", "--feature-ids", "3", "5", "--methods"]
+        ids = ["--layers", "2", "--feature-ids", "3", "5", "--methods", "none"]
         assert main(command(world, server, output, *ids)) == 0
         assert not (output / "features.safetensors").exists()
         for more, words in (

@@ -54,6 +54,12 @@ def test_rank_contrast_and_curve(world, sets, capsys):
     summary = json.loads((curve / "summary.json").read_text())
     kinds = [row[0] for row in summary["results"]["table"]["rows"]]
     assert kinds == ["unsteered", *["features"] * 2, *["random"] * 2, *["difference of means"] * 2]
+    responses = [json.loads(line) for line in (curve / "responses.jsonl").read_text().splitlines()]
+    table = summary["results"]["table"]
+    for row in table["rows"]:
+        shown = [response for response in responses if [response["kind"], response["strength"]] == row[:2]]
+        assert sum(response["effect"] for response in shown) / len(shown) == pytest.approx(row[2])
+    assert len({(row[0], row[1]) for row in table["rows"]}) == len(table["rows"])
     assert "<svg" in (curve / "report.html").read_text()
     assert (curve / "curve.svg").exists()
 

@@ -35,6 +35,7 @@ CASE_STUDIES = {
     "classical_chinese_steer": (steer, ["--prompt", "x"]),
 }
 """Recipe -> its command's module, and what its header adds to it on the command line."""
+STEERING = [path for path in RECIPES if path.stem.startswith("steer_")]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -52,7 +53,9 @@ def test_nothing_is_missing():
     }
     studies = [path for path in RECIPES if path.parent.name == "case_studies"]
     assert {path.stem for path in studies} == set(CASE_STUDIES)
-    assert sorted(SFT + TOKEN + GRPO + SAE + SYNTHESIS + ANALYSIS + studies) == RECIPES  # no recipe is left unread
+    assert (
+        sorted(SFT + TOKEN + GRPO + SAE + SYNTHESIS + ANALYSIS + STEERING + studies) == RECIPES
+    )  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
@@ -98,6 +101,14 @@ def test_case_study_is_read_by_its_command(name):
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     as_text = {"layers": lambda layers: [str(layer) for layer in layers]}
     assert all(options[key] == as_text.get(key, lambda value: value)(value) for key, value in written.items())
+
+
+@pytest.mark.parametrize("path", STEERING, ids=_name)
+def test_dose_curve_of_a_real_model_is_read_by_its_command(path):
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    options = vars(steer.build_parser().parse(["--features", "x", "--prompt", "x", "--config", str(path)]))
+    assert {key: options[key] for key in written} == written
+    assert written["curve"]
 
 
 @pytest.mark.parametrize("path", SYNTHESIS, ids=_name)

@@ -14,6 +14,7 @@ from endpoint_server import serving
 from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.models import OpenAIChatModel
 from qscope_posttrain.endpoint.session import ChatSession
+from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.ask import (
     ExplainSettings,
     Split,
@@ -120,6 +121,7 @@ def test_a_perfect_reader_scores_one_and_shuffled_words_chance(world, lines, tmp
         assert len(server.requests) == sent
     rows = found.to_table().rows
     assert rows[0][:4] == (1, 0, 40, "the word ladder")
+    assert found.unread == {"detection": (0, 30), "fuzzing": (0, 18)}
     assert [row[:2] for row in found.summary_table().rows] == [("detection", 3), ("fuzzing", 3)]
 
 
@@ -149,6 +151,18 @@ def test_a_judge_that_cannot_be_read_leaves_no_score(world, lines, tmp_path):
     assert found.mean("detection") is None
     assert found.gain("detection") is None
     assert found.to_table().rows[0][4] is None
+    # Five requests of detection and three of fuzzing for each feature, by its own words and by another's; the last one
+    # of fuzzing is about two contexts, for which "[1, 0]" is an answer.
+    assert found.unread == {"detection": (30, 30), "fuzzing": (12, 18)}
+    assert found.summary_table().rows[0] == ("detection", 0, None, None, None, "30 of 30")
+
+
+def test_an_explainer_that_cannot_be_read_is_an_error_with_its_words(world, lines, tmp_path):
+    with serving(lambda body: "The marked words are animals.") as server:
+        with pytest.raises(UserValueError, match=r"none of 3 features readably.*'The marked words are animals\.'"):
+            explain(world, lines, tmp_path, server)
+        # A greedy model would say the same again: further draws are not greedy.
+        assert [body["temperature"] for body in server.requests] == [0.0] * 3 + [0.7] * 6
 
 
 def test_without_methods_only_explains(world, lines, tmp_path):

@@ -59,7 +59,7 @@ def explain(options: argparse.Namespace) -> None:
     settings = ExplainSettings(
         contexts=ContextSettings(absent=2 * options.tests, seed=options.seed),
         tests=options.tests,
-        methods=tuple(options.methods),
+        methods=() if options.methods == ["none"] else tuple(options.methods),
         control=options.control,
         min_texts=options.min_texts,
         seed=options.seed,

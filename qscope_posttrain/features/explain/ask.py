@@ -96,21 +96,24 @@ def explain_features(
             skipped[feature] = f"fires on {entry.firing_texts} of {entry.texts} texts"
     words = _explanations(session, templates, tokenizer, splits)
     skipped |= {feature: "no readable explanation" for feature in splits if feature not in words}
+    unread: dict[Method, tuple[int, int]] = {}
     own: dict[Method, Mapping[FeatureId, Prediction]] = {}
     controls: dict[Method, Mapping[FeatureId, Prediction]] = {}
     others = shuffled_words(words, settings.seed) if settings.control else {}
     for method in settings.methods:
         items = detection_items if method == "detection" else fuzzing_items
         tests = {feature: items(tokenizer, splits[feature], str(feature)) for feature in words}
-        own[method] = _predict(judge or session, templates, method, tests, words, settings.seed)
+        asked = Counter[str]()
+        own[method] = _predict(judge or session, templates, method, tests, words, settings.seed, asked)
         if others:
-            controls[method] = _predict(judge or session, templates, method, tests, others, settings.seed)
+            controls[method] = _predict(judge or session, templates, method, tests, others, settings.seed, asked)
+        unread[method] = (asked["unread"], asked.total())
     name = str(session.model.identity.get("name", ""))
     explanations = tuple(
         Explanation(*feature, text, name, *(own.get(method, {}).get(feature) for method in METHODS))
         for feature, text in words.items()
     )
-    return Explained(explanations, controls, tuple(found), skipped)
+    return Explained(explanations, controls, tuple(found), skipped, unread)
 
 
 def shuffled_words(words: Mapping[FeatureId, str], seed: int) -> dict[FeatureId, str]:
@@ -134,7 +137,15 @@ def _explanations(
         content = {"strongest": passages(split.strongest), "others": passages(split.others)}
         requests.append(ChatRequest(templates.messages("explain", **content), SAMPLING))
     answers = session.complete_parsed(requests, text_field("explanation"), description="explanations")
-    return {feature: answer.value for feature, answer in zip(splits, answers, strict=True) if answer.value is not None}
+    found = {feature: answer.value for feature, answer in zip(splits, answers, strict=True) if answer.value is not None}
+    if answers and not found:
+        last = answers[-1].completion
+        said = f"was refused: {last.refusal}" if last.refusal else f"was {last.text[:300]!r}"
+        raise UserValueError(
+            f"the chat model explained none of {len(answers)} features readably; expected answers such as "
+            f'{{"explanation": "..."}}, the last {said}. Take another model, or change explain.jinja (--templates).'
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -211,9 +222,10 @@ def _predict(
     tests: Mapping[FeatureId, Sequence[Item]],
     explanations: Mapping[FeatureId, str],
     seed: int,
+    count: Counter[str],
 ) -> dict[FeatureId, Prediction]:
     """Let the judge decide on every item by the words given for its feature. Items that the judge's answers leave
-    undecided, also when asked again, count nowhere."""
+    undecided, also when asked again, count nowhere; `count` has the requests that were read and unread."""
     asked: list[tuple[FeatureId, list[Item]]] = []
     for feature, items in tests.items():
         mixed = list(items)
@@ -230,6 +242,7 @@ def _predict(
             requests.append(ChatRequest(templates.messages(method, **content), SAMPLING))
         answers = session.complete_parsed(requests, decisions(length), description=f"{method} of contexts")
         for (feature, items), answer in zip(group, answers, strict=True):
+            count["unread" if answer.value is None else "read"] += 1
             if answer.value is not None:
                 counts.update((feature, item.positive, said) for item, said in zip(items, answer.value, strict=True))
     found = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qscope_posttrain.errors import UserValueError
@@ -127,6 +127,8 @@ class Explained:
     controls: Mapping[Method, Mapping[FeatureId, Prediction]]  # Scores with another feature's explanation
     contexts: tuple[FeatureContexts, ...]
     skipped: Mapping[FeatureId, str]  # Features without an explanation, and why
+    unread: Mapping[Method, tuple[int, int]] = field(default_factory=dict)
+    """(answers of the judge that could not be read, all), the control's among them"""
 
     def mean(self, method: Method, control: bool = False) -> Interval | None:
         """Mean balanced accuracy over features, with a bootstrap interval over them."""
@@ -169,13 +171,19 @@ class Explained:
         for method in METHODS:
             if count := len(self._pairs(method, False)):
                 intervals = (self.mean(method), self.mean(method, True), self.gain(method))
-                rows.append([method, count, *map(_shown, intervals)])
+                rows.append([method, count, *map(_shown, intervals), self._unread(method)])
+            elif method in self.unread:
+                rows.append([method, 0, None, None, None, self._unread(method)])
         return Table(
             "Explanations tested",
-            ["method", "features", "balanced accuracy", "another feature's words", "difference"],
+            ["method", "features", "balanced accuracy", "another feature's words", "difference", "unreadable"],
             rows,
-            "Means over features, 95 % bootstrap intervals over features; the difference is paired. Chance is 0.5.",
+            "Means over features, 95 % bootstrap intervals over features; the difference is paired. Chance is 0.5. "
+            "unreadable: answers of the judge; their contexts count nowhere.",
         )
+
+    def _unread(self, method: Method) -> str | None:
+        return "{} of {}".format(*self.unread[method]) if method in self.unread else None
 
 
 _CAPTION = (
