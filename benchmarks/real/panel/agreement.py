@@ -57,8 +57,9 @@ def ranking_reliability(scores: Array, draws: int = 200, seed: int = 0) -> float
     Spearman and Brown's formula: 1 where the items leave no doubt about the order, 0 where they say nothing."""
     groups = by_group(scores)
     halves = [_halves(len(groups), np.random.default_rng((seed, draw))) for draw in range(draws)]
-    found = [pearson(groups[one].mean(axis=0), groups[two].mean(axis=0)) for one, two in halves]
-    return _spearman_brown(float(np.nanmean(found)))
+    found = np.array([pearson(groups[one].mean(axis=0), groups[two].mean(axis=0)) for one, two in halves])
+    known = found[np.isfinite(found)]  # all models may have the same score on half of the items
+    return _spearman_brown(float(known.mean())) if len(known) else 0.0
 
 
 def similarity_reliability(scores: Sequence[Array], draws: int = 100, seed: int = 0) -> float:
