@@ -70,9 +70,8 @@ def commands(
     found = {}
     for command in ("overlap", "redundancy"):
         words = list(map(str, ["qscope_posttrain", "analyze", command, *given, "--output", folder / command]))
-        run_step(
-            f"{folder.name}_{command}", words, [options.model, options.saes, folder / "items"], options.work.parent
-        )
+        reads = [options.model, options.saes, folder / "items", folder / "scores"]
+        run_step(f"{folder.name}_{command}", words, reads, options.work.parent)
         summary = json.loads((folder / command / "summary.json").read_text(encoding="utf-8"))
         found[command] = summary["results"][f"layer_{layer}"]
     matrix = result["similarity"][f"overlap, {result['main']}"]
