@@ -26,7 +26,7 @@ from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.scripts import language_scripts, script_counts
 
-SUPPRESSING, CAUSING = (0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4)
+SUPPRESSING, CAUSING = (0.025, 0.05, 0.1, 0.2, 0.4), (0.05, 0.1, 0.2, 0.4)
 """Strengths of the probe"""
 PROBED = 24
 """Beginnings that the probe reads"""
