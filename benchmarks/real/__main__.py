@@ -40,6 +40,9 @@ STUDIES = {
     "steering": Study(("smollm2", "gemma3"), saes=True),
     "explaining": Study(("smollm2",), saes=True),
     "hate_speech": Study(("smollm2", "gemma3"), saes=True),
+    "sasft": Study(("gemma3",), saes=True),
+    "negatives": Study(("smollm2",), saes=True),
+    "overlap": Study(("smollm2", "gemma3"), saes=True),
 }
 """In the order in which they run"""
 

@@ -93,14 +93,15 @@ def test_given_texts_in_all_forms_are_the_same():
         {"prompt": prompt, "completion": completion},
         {"prompt_ids": tokenizer(prompt)["input_ids"], "completion_ids": tokenizer(completion)["input_ids"]},
         {"prompt": prompt, "completion": completion, "ended": False},
+        {"prompt": prompt, "response": completion, "ended": False, "tokens": 20},  # of `qscope evaluate repetition`
     ]
     found = loops_from_texts(tokenizer, [*rows, f"{prompt} {completion}", {"text": f"{prompt} {completion}"}])
-    assert len(found.loops) == found.samples == 5
-    assert len(set(found.loops[:3])) == len(set(found.loops[3:])) == 1
+    assert len(found.loops) == found.samples == 6
+    assert len(set(found.loops[:4])) == len(set(found.loops[4:])) == 1
     assert found.loops[0].tail == RepeatedTail(0, 4, 5)
-    assert found.loops[3].tail == RepeatedTail(2, 4, 5)
+    assert found.loops[4].tail == RepeatedTail(2, 4, 5)
     assert found.rate is None
-    assert "5 endless repetitions in 5 given texts, 0 ordinary" in found.summary()
+    assert "6 endless repetitions in 6 given texts, 0 ordinary" in found.summary()
 
 
 def test_what_counts_as_ordinary_among_given_texts():

@@ -16,7 +16,6 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 from scipy.stats import rankdata
 
 from qscope_posttrain.analysis.benchmarks.overlap import OverlapMatrix
@@ -170,7 +169,11 @@ def kendall(full: ArrayLike, parts: ArrayLike) -> NDArray[np.float64]:
     """Kendall's tau-b between `full` [M] and each row of `parts` [sizes, M]; 0 where a row is constant. Rounded, so
     that sums of the same numbers in another order tie."""
     reference, rows = np.round(np.asarray(full), 12), np.round(np.asarray(parts), 12)
-    return np.nan_to_num([stats.kendalltau(reference, row).statistic for row in rows])
+    one, two = np.triu_indices(len(reference), 1)
+    order = np.sign(reference[one] - reference[two])
+    orders = np.sign(rows[:, one] - rows[:, two])
+    untied = np.sqrt(np.square(order).sum() * np.square(orders).sum(axis=1))
+    return np.divide(orders @ order, untied, out=np.zeros(len(rows)), where=untied > 0)
 
 
 def _read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:

@@ -36,7 +36,7 @@ FIND = """
 FIND_REPETITION = f"""
 --output  # folder for features.safetensors, loops.jsonl and summary.json
 --prompts: text  # prompts to sample loops from and to measure the steering curve on: {PROMPTS}
---loops: text  # JSONL of completions instead of sampling: prompt and completion, ids, or text
+--loops: text  # JSONL of completions instead of sampling: examples of `qscope evaluate repetition`, ids, or text
 --benign: text  # JSONL with text: wanted repetition, for the firing rates of features in it
 --max-prompts
 --wanted: int = 20  # number of loops to sample

@@ -193,9 +193,10 @@ def loops_from_texts(
 ) -> LoopCollection:
     """Find loops and ordinary completions among given texts.
 
-    A text is a string, or a mapping with `text`, with `prompt` and `completion`, or with `prompt_ids` and
-    `completion_ids`; `ended` says whether the model ended it. With a repeated tail, and not ended, it is a loop;
-    without one, and not known to be cut off, it is ordinary; the rest is left out.
+    A text is a string, or a mapping with `text`, with `prompt` and `completion` (or `response`, as in the examples of
+    `qscope evaluate repetition`), or with `prompt_ids` and `completion_ids`; `ended` says whether the model ended it.
+    With a repeated tail, and not ended, it is a loop; without one, and not known to be cut off, it is ordinary; the
+    rest is left out.
     """
     settings = {"min_copies": min_copies, "min_tokens": min_tokens}
     judged = []
@@ -227,17 +228,19 @@ def _completion(tokenizer: Any, text: str | Mapping[str, Any], number: int) -> C
         text = {"text": text}
     if not isinstance(text, Mapping):
         raise UserTypeError(f"Text {number} must be a string or a mapping, got {type(text).__name__}.")
+    written = text.get("completion", text.get("response"))
     if "completion_ids" in text:
         prompt, completion = text.get("prompt_ids", ()), text["completion_ids"]
-    elif isinstance(text.get("completion"), str) and isinstance(text.get("prompt"), str):
-        prompt = tokenizer(text["prompt"], verbose=False)["input_ids"]
-        completion = tokenizer(text["completion"], add_special_tokens=False, verbose=False)["input_ids"]
+    elif isinstance(written, str) and isinstance(text.get("prompt"), str):
+        begins = text["prompt"].startswith(tokenizer.bos_token or "\0")  # a chat template has written it
+        prompt = tokenizer(text["prompt"], add_special_tokens=not begins, verbose=False)["input_ids"]
+        completion = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
     elif isinstance(text.get("text"), str):
         prompt, completion = (), tokenizer(text["text"], verbose=False)["input_ids"]
     else:
         raise UserValueError(
-            f"Text {number} must have 'text', 'prompt' and 'completion', or 'prompt_ids' and 'completion_ids'; it has "
-            f"{', '.join(map(str, islice(text, 8))) or 'nothing'}."
+            f"Text {number} must have 'text', 'prompt' and 'completion' (or 'response'), or 'prompt_ids' and "
+            f"'completion_ids'; it has {', '.join(map(str, islice(text, 8))) or 'nothing'}."
         )
     for name, ids in (("prompt_ids", prompt), ("completion_ids", completion)):
         if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):

@@ -1,0 +1,1 @@
+"""What the study `sasft` is made of."""
