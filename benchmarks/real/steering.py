@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.steering_probe import STRENGTHS, Item, best_layer, equal_cost_table, probe_all, probe_table
+from benchmarks.real.steering_probe import Item, best_layer, equal_cost_table, probe_all, probe_table
 from benchmarks.real.steps import ROOT, run_step
 from benchmarks.real.texts import items as benchmark
 from benchmarks.real.texts import lines, paragraphs
@@ -26,6 +26,8 @@ from qscope_posttrain.report.summary import write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.scripts import language_scripts, script_counts
 
+SUPPRESSING, CAUSING = (0.025, 0.05, 0.1, 0.2, 0.4), (0.05, 0.1, 0.2, 0.4)
+"""Strengths of the probe"""
 PROBED = 24
 """Beginnings that the probe reads"""
 TAIL = 60
@@ -49,6 +51,8 @@ class Case:
     other_texts: Sequence[str]
     sign: int
     """-1 to suppress the target, 1 to cause it"""
+    strengths: Sequence[float]
+    """In median residual norms"""
     recipe: str | None
     pattern: str | None = None
 
@@ -81,7 +85,17 @@ def language(label: str, count: int) -> Case:
     learned = [paragraphs(name, held_out=False)[:: 1 if count < 40 else 8] for name in (label, "en")]
     probe, prompts = items[:PROBED], [item.context for item in items[-count:]]
     recipe = "steer_language.yaml" if label == "zh" else None
-    return Case(label, "gemma3", *(texts[: 8 * count] for texts in learned), probe, prompts, english[1::2], -1, recipe)
+    return Case(
+        label,
+        "gemma3",
+        *(texts[: 8 * count] for texts in learned),
+        probe,
+        prompts,
+        english[1::2],
+        -1,
+        SUPPRESSING,
+        recipe,
+    )
 
 
 def cut(text: str, label: str) -> str:
@@ -105,8 +119,9 @@ def register(count: int) -> Case:
     prompts = [f"Write a short story that begins with: {text}" for text in tested[2 * PROBED : 2 * PROBED + count]]
     rest = tested[2 * PROBED + count :]
     pattern = marker_pattern(markers(learned, sentences[::2]))
-    return Case("documentation", "smollm2", learned[: 8 * count], everyday[: 8 * count], items, prompts, rest, 1,
-                "steer_register.yaml", pattern)  # fmt: skip
+    learned, everyday = learned[: 8 * count], everyday[: 8 * count]
+    return Case("documentation", "smollm2", learned, everyday, items, prompts, rest, 1, CAUSING, "steer_register.yaml",
+                pattern)  # fmt: skip
 
 
 def markers(positive: Sequence[str], negative: Sequence[str]) -> list[str]:
@@ -137,13 +152,14 @@ def study(case: Case, options: argparse.Namespace, layers: Sequence[int]) -> dic
     reads = [options.model, options.saes]
     run_step("contrast", list(map(str, command)), [*reads, files["positive"], files["negative"]], work)
     features = FeatureSet.load(found)
-    rows = probe_all(case.label, case.sign, case.items, options, layers, features, work / "probe.json")
+    strengths = case.strengths[1:2] if options.quick else case.strengths
+    rows = probe_all(case.label, case.sign, case.items, options, layers, strengths, features, work / "probe.json")
     layer = best_layer(rows, case.sign)
     result: dict[str, Any] = {"label": case.label, "layer": layer, "probe": rows, "prompts": len(case.prompts)}
     result["features"] = {str(number): own.feature_ids.tolist() for number, own in features.layers.items()}
     result["tables"] = {
-        "probe": probe_table(case, rows).to_dict(),
-        "equal_cost": equal_cost_table(case, rows).to_dict(),
+        "probe": probe_table(case.label, case.sign, rows).to_dict(),
+        "equal_cost": equal_cost_table(case.label, case.sign, rows).to_dict(),
     }
     if case.recipe is not None:
         curve, seconds = sample_curve(case, options, layer, found, work)
@@ -176,7 +192,7 @@ def sample_curve(case: Case, options: argparse.Namespace, layer: int, features: 
     if case.pattern is not None:
         command += ["--effect-pattern", case.pattern]
     if options.quick:
-        command += ["--curve", case.sign * STRENGTHS[1], "--max-new-tokens", 16]
+        command += ["--curve", case.sign * case.strengths[1], "--max-new-tokens", 16]
     reads = [options.model, options.saes, recipe, prompts, features, work / "other.txt"]
     ran = run_step("curve", list(map(str, command)), reads, work)
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))["results"], ran["processor_seconds"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +30,8 @@ from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 MEANS = "difference of means"
-MOST = 1.1
-"""Largest acceptable perplexity of plain text, steered over unsteered"""
 COST = 0.1
 """Nats per token that plain text loses where directions are compared"""
-STRENGTHS = (0.1, 0.2, 0.4)
-"""In median residual norms; negative where a language is suppressed"""
 TOKENS = 8
 """Tokens of a continuation that the probe reads"""
 
@@ -61,14 +57,13 @@ def probe_all(
     items: Sequence[Item],
     options: argparse.Namespace,
     layers: Sequence[int],
+    strengths: Sequence[float],
     features: FeatureSet,
     path: Path,
 ) -> list[dict[str, Any]]:
-    """Every layer, direction and strength, unless it was measured before; rows with intervals over items."""
-    if path.is_file():
-        status(f"probe of {label}: done before")
-        known: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return known
+    """Every layer, direction and strength, of which those in the file were measured before; rows with intervals over
+    items."""
+    known = {key_of(row): row for row in json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
     model, tokenizer = load_model(str(options.model), dtype="float32", device="cpu")
     batch = encode(tokenizer, items)
     rows: list[dict[str, Any]] = []
@@ -78,13 +73,19 @@ def probe_all(
             sae = SparseAutoencoder.load(options.saes, layer=layer)
             one = feature_steering(features, layer=layer, label=label, strength=1.0, positions="all")
             for name, direction in directions(features, label, layer, sae).items():
-                for strength in STRENGTHS[1:2] if options.quick else STRENGTHS:
-                    status(f"probe of {label}: layer {layer}, {name}, {strength}")
-                    steering = replace(one, direction=direction, strength=sign * strength)
-                    rows.append({"layer": layer, "direction": name, "strength": sign * strength,
-                                 **compare(base, losses(model, batch, steering))})  # fmt: skip
-    write_text(path, json.dumps(rows, indent=1) + "\n")
+                for strength in (sign * strength for strength in strengths):
+                    about = {"layer": layer, "direction": name, "strength": strength}
+                    if key_of(about) not in known:
+                        status(f"probe of {label}: layer {layer}, {name}, {strength}")
+                        steering = replace(one, direction=direction, strength=strength)
+                        known[key_of(about)] = {**about, **compare(base, losses(model, batch, steering))}
+                        write_text(path, json.dumps(list(known.values()), indent=1) + "\n")
+                    rows.append(known[key_of(about)])
     return rows
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[int, str, float]:
+    return row["layer"], row["direction"], row["strength"]
 
 
 def directions(features: FeatureSet, label: str, layer: int, sae: SparseAutoencoder) -> dict[str, Tensor]:
@@ -183,10 +184,14 @@ def shown(interval: Sequence[float]) -> str:
 
 
 def best_layer(rows: Rows, sign: int) -> int:
-    """The layer at which the features change the preference most at an acceptable cost, or, where none is, at all."""
+    """The layer at which the features change the preference most at equal cost."""
     own = [row for row in rows if row["direction"] == "five features"]
-    affordable = [row for row in own if np.exp(-row["plain"][0]) <= MOST] or own
-    return int(max(affordable, key=lambda row: sign * row["preference"][0])["layer"])
+    weights = np.full((1, len(rows[0]["items"])), 1 / len(rows[0]["items"]))
+    found = {
+        layer: sign * float(preference_at_cost([row for row in own if row["layer"] == layer], weights)[0])
+        for layer in dict.fromkeys(row["layer"] for row in own)
+    }
+    return max(found, key=lambda layer: found[layer])
 
 
 def probe_table(label: str, sign: int, rows: Rows) -> Table:
