@@ -33,6 +33,7 @@ STRONGER = ["--steering_strength", "1.2"]
 ARMS: dict[str, tuple[str, list[str]]] = {
     "dapo": ("DAPO", ["--negatives_per_group", "0"]),
     "seeded": ("seeded negative", ["--negative", "seeded"]),
+    "light": ("seeded negative, weight 0.25", ["--negative", "seeded", "--negative_weight", "0.25"]),
     "feature": ("steered by features", ["--negative", "feature", "--features", "FEATURES", *STRONGER]),
     "random": ("steered at random", ["--negative", "random", "--features", "FEATURES", *STRONGER]),
     "paper": ("steered, the report's form", ["--mode", "paper", "--features", "FEATURES"]),
@@ -41,6 +42,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
 START, REFERENCE = "start", "dapo"
 PROBED = (("own loops", 1), ("open text", 1), ("open text", 2), ("open text", 4), ("sums", 2))
 """Places at which the probability of a further copy is measured, and how many stand there"""
+WAYS = ("greedy", "temperature 0.7")
 COSTS = ("seconds", "processor_seconds", "peak_mib", "command")
 LOGGED = ("ordinary/reward", "ordinary/length", "ordinary/repeat_ratio", "ordinary/zero_std_groups", "negative/looped",
           "negative/kept", "negative/advantage", "negative/gradient_share", "negative/log_ratio")  # fmt: skip
@@ -114,6 +116,7 @@ def collect(work: Path, arms: Sequence[str]) -> dict[str, Any]:
         log = json.loads((work / arm / "summary.json").read_text(encoding="utf-8"))["results"]["log"]
         logs[arm] = [{key: row[key] for key in LOGGED if key in row} for row in log if "loss" in row]
     shown = {
+        "start": start_table(found[START]),
         "steering": steering_table(steered["steering_curve"]),
         "training": training_table(logs),
         "loops": loops_table(found),
@@ -131,6 +134,23 @@ def collect(work: Path, arms: Sequence[str]) -> dict[str, Any]:
 def steps_of(work: Path) -> dict[str, dict[str, Any]]:
     """What is known about the steps that were run."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((work / "steps").glob("*.json"))}
+
+
+def start_table(own: Mapping[str, Any]) -> Table:
+    """How readily the model goes on with a loop before any training."""
+    rows: list[list[Any]] = []
+    for kind, places in own["copies"].items():
+        going = [f"{100 * fmean(probability(places, copies)):.0f}" for copies in range(1, loop_measures.COPIES)]
+        drawn = {name.removeprefix(f"{kind}, "): ended for name, ended in own["endless"].items() if kind in name}
+        rates = [rate(sum(drawn[way]), len(drawn[way])) if way in drawn else "-" for way in WAYS]
+        rows.append([kind, len(places), f"{fmean(own['blocks'][kind]):.0f}", *going, *rates])
+    after = [f"after {copies}, %" for copies in range(1, loop_measures.COPIES)]
+    columns = ["text", "places", "tokens of a copy", *after, *(f"never ends, {way}, %" for way in WAYS)]
+    caption = (
+        "after k: probability per token of a further copy when k stand there. never ends: repeats to the limit of 64 "
+        f"further tokens after {loop_measures.SEEDED} copies, with 95 % Wilson intervals."
+    )
+    return Table("Before training: does a loop go on?", columns, rows, caption)
 
 
 def steering_table(curve: Mapping[str, Any]) -> Table:

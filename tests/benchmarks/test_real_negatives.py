@@ -120,6 +120,7 @@ class TestTables:
                 "sums": {"right": right, "ended": [True] * 4, "length": [9, 9, 10, 12]},
                 "greedy": {"endless": endless},
                 "endless": {"open text, greedy": endless},
+                "blocks": {kind: [9, 10, 11, 10] for kind in ("own loops", "open text", "sums")},
                 "copies": {kind: [[math.log(going_on)] * 5] * 4 for kind in ("own loops", "open text", "sums")},
                 "clean": {"kl": [0.1, 0.3], "loss": [3.0, 4.0 + going_on]},
             }
@@ -140,6 +141,12 @@ class TestTables:
         assert dapo[2] == dapo[4] == "-"
         assert seeded[2] == "+0.0 (+0.0 .. +0.0)"
         assert seeded[4].startswith("-50.0 (-100.0 .. ")
+
+    def test_the_start_model_by_itself(self, found):
+        table = negatives.start_table(found["start"]).to_dict()
+        rows = {row[0]: row[1:] for row in table["rows"]}
+        assert rows["own loops"] == [4, "10", "90", "90", "90", "90", "-", "-"]
+        assert rows["open text"][-2:] == ["100 (51 .. 100)", "-"]
 
     def test_a_study_that_is_not_finished_is_collected(self, found, tmp_path):
         curve = negatives.Table(
