@@ -179,6 +179,12 @@ class TestTables:
         assert seeded[1:3] == ["50.0", "-30.0 (-30.0 .. -30.0)"]
         assert dapo[-2:] == ["0.2000", "-0.0500 (-0.1000 .. +0.0000)"]
 
+    def test_negatives_against_each_other(self, found):
+        (row,) = negatives.pairs_table({**found, "feature": found["dapo"]}).rows
+        assert row[0] == "seeded negative against steered by features"
+        assert row[1].startswith("+0.0 (")
+        assert row[4:] == ("-30.0 (-30.0 .. -30.0)",) * 3
+
     def test_steering_shows_the_best_direction_beside_its_controls(self):
         columns = ["stage", "layer", "direction", "strength", "window", "n", "looped", "p < 0.001"]
         rows = [
@@ -197,6 +203,8 @@ class TestTables:
             {"ordinary/reward": float(number), "ordinary/repeat_ratio": 0.0, "ordinary/length": 10.0}
             for number in range(6)
         ]
-        (row,) = negatives.training_table({"dapo": log}, part=2).rows
-        assert row[:5] == ("DAPO", 0.5, 4.5, 0.0, 10.0)
-        assert row[5:] == (None,) * 5
+        kept = {"negative/rows": 2.0, "negative/kept": 0.5, "negative/looped": 0.5, "negative/gradient_share": 0.2}
+        seeded = [{**entry, **kept} for entry in log]
+        plain, other = negatives.training_table({"dapo": log, "seeded": seeded}, part=2).rows
+        assert plain == ("DAPO", 0.5, 4.5, 0.0, 10.0, None, None, "-", None)
+        assert other[5:8] == (0.5, 0.5, "6 of 12")
