@@ -86,7 +86,7 @@ def run_study(study: str, model: Pretrained, folder: Path, options: argparse.Nam
     name, saes = f"{model.name}_{study}", options.work / "saes" / model.name
     result, own = options.work / "results" / f"{name}.json", options.work / name
     words: list[object] = [study, "--model", folder, "--work", own, "--output", result]
-    reads = [folder, *(Path(__file__).parent / f"{module}.py" for module in (study, "texts"))]
+    reads = [folder, *(Path(__file__).parent / name for name in (f"studies/{study}.py", "texts.py"))]
     if STUDIES[study].saes:
         words += ["--saes", saes, "--layers", *model.layers]
         reads.append(saes)

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.real import hate_speech, loops, steps, switching, texts
+from benchmarks.real import steps, texts
+from benchmarks.real.studies import hate_speech, loops, switching
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.code_switching import switching_ratio
 from qscope_posttrain.evaluation.repetition import repeat_ratio

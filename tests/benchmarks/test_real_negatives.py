@@ -9,7 +9,8 @@ import pytest
 import torch
 from looping_model import CIRCLE, looping_model, looping_prompts, looping_tokenizer
 
-from benchmarks.real import loop_measures, negatives, sums, texts
+from benchmarks.real import loop_measures, sums, texts
+from benchmarks.real.studies import negatives
 from qscope_posttrain.features.find.loops import collect_loops
 from qscope_posttrain.intervals import wilson
 from qscope_posttrain.models.generation import SamplingSettings

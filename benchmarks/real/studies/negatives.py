@@ -46,7 +46,8 @@ WAYS = ("greedy", "temperature 0.7")
 PAIRS = (("feature", "random"), ("seeded", "feature"), ("light", "seeded"))
 COSTS = ("seconds", "processor_seconds", "peak_mib", "command")
 LOGGED = ("ordinary/reward", "ordinary/length", "ordinary/repeat_ratio", "ordinary/zero_std_groups", "negative/rows",
-          "negative/looped", "negative/kept", "negative/advantage", "negative/gradient_share", "negative/log_ratio")  # fmt: skip
+          "negative/looped", "negative/kept", "negative/advantage", "negative/gradient_share",
+          "negative/log_ratio")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -284,8 +285,8 @@ def named(arm: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Some parts alone, which `make real` then finds done: `python -m benchmarks.real.negatives start dapo ..`. With
-    --output the numbers of all parts that are done so far, as `make real` writes them."""
+    """Some parts alone, which `make real` then finds done: `python -m benchmarks.real.studies.negatives start dapo ..`.
+    With --output the numbers of all parts that are done so far, as `make real` writes them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{START}, features, {', '.join(ARMS)}, in this order")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")

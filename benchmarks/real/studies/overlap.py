@@ -32,7 +32,7 @@ PANEL = {
 ITEMS, QUICK_ITEMS = {"base": 40, "altered": 28}, {"base": 8, "altered": 8}
 """Items of each benchmark at most: the pretrained models read more, for their accuracy; comparisons are on those that
 every model reads"""
-HERE = Path(__file__).parent / "panel"
+HERE = Path(__file__).parents[1] / "panel"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
