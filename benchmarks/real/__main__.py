@@ -32,17 +32,19 @@ class Study:
     models: tuple[str, ...]
     saes: bool
     """Whether it needs SAEs of the model"""
+    code: tuple[str, ...] = ()
+    """Files and folders beside this one that belong to it: where they change, it is run again"""
 
 
 STUDIES = {
     "loops": Study(("smollm2",), saes=False),
     "switching": Study(("gemma3",), saes=False),
-    "steering": Study(("smollm2", "gemma3"), saes=True),
-    "explaining": Study(("smollm2",), saes=True),
+    "steering": Study(("smollm2", "gemma3"), saes=True, code=("steering_probe.py",)),
+    "explaining": Study(("smollm2",), saes=True, code=("stand_ins.py",)),
     "hate_speech": Study(("smollm2", "gemma3"), saes=True),
-    "sasft": Study(("gemma3",), saes=True),
-    "negatives": Study(("smollm2",), saes=True),
-    "overlap": Study(("smollm2", "gemma3"), saes=True),
+    "sasft": Study(("gemma3",), saes=True, code=("fine_tuning",)),
+    "negatives": Study(("smollm2",), saes=True, code=("loop_measures.py", "sums.py")),
+    "overlap": Study(("smollm2", "gemma3"), saes=True, code=("panel",)),
 }
 """In the order in which they run"""
 
@@ -86,7 +88,8 @@ def run_study(study: str, model: Pretrained, folder: Path, options: argparse.Nam
     name, saes = f"{model.name}_{study}", options.work / "saes" / model.name
     result, own = options.work / "results" / f"{name}.json", options.work / name
     words: list[object] = [study, "--model", folder, "--work", own, "--output", result]
-    reads = [folder, *(Path(__file__).parent / f"{module}.py" for module in (study, "texts"))]
+    code = (f"studies/{study}.py", "texts.py", *STUDIES[study].code)
+    reads = [folder, *(Path(__file__).parent / name for name in code)]
     if STUDIES[study].saes:
         words += ["--saes", saes, "--layers", *model.layers]
         reads.append(saes)

@@ -55,6 +55,7 @@ def run_step(name: str, command: Sequence[str], reads: Sequence[Path], work: Pat
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files of a folder."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    """SHA-256 of a file, or of the names and contents of all files of a folder, compiled ones aside."""
+    inside = (file for file in path.rglob("*") if file.is_file() and file.parent.name != "__pycache__")
+    files = sorted(inside) if path.is_dir() else [path]
     return sha256(repr([(str(file.relative_to(path)), file_sha256(file)) for file in files]).encode()).hexdigest()

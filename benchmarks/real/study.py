@@ -1,7 +1,7 @@
 """One study of one model as a program, with a process of its own: `python -m benchmarks.real.study NAME`.
 
-The module `benchmarks.real.NAME` has `run(options)`, which returns the numbers of the study: `tables`, {name: Table as
-a dictionary}, from which the page is made, and what else is worth keeping.
+`benchmarks.real.studies.NAME` has `run(options)`, which returns the numbers of the study: `tables`, {name: Table as a
+dictionary}, from which the page is made, and what else is worth keeping.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qscope_posttrain.report.summary import to_json, write_text
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    result = importlib.import_module(f"benchmarks.real.{options.study}").run(options)
+    result = importlib.import_module(f"benchmarks.real.studies.{options.study}").run(options)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.output, json.dumps(to_json(result), indent=1, ensure_ascii=False) + "\n")
     return 0
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="name of a module beside this one")
+    parser.add_argument("study", help="name of a module of studies/")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--saes", type=Path, help="folder of its SAEs")
     parser.add_argument("--layers", type=int, nargs="+", default=[], help="layers that have an SAE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,8 @@ def redundancy(options: argparse.Namespace) -> None:
         results[f"layer_{layer}"] = {"redundancy": [entry.to_dict() for entry in measured]}
         if performance:
             lines, given_size = redundancy_agreement(measured, performance, seed=options.seed)
-            note = f"Partial rank correlation of R and R-hat given N: {given_size:.3f}."
+            known = math.isfinite(given_size)  # not where all benchmarks have the same size
+            note = f"Partial rank correlation of R and R-hat given N: {given_size:.3f}." if known else ""
             shown.append(report.agreement_table(f"Redundancy by features and by performance, {where}", lines, note))
             results[f"layer_{layer}"] |= {"agreement": lines, "r_and_r_hat_given_n": given_size}
         for table in shown:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.real import hate_speech, loops, steps, switching, texts
+from benchmarks.real import steps, texts
+from benchmarks.real.__main__ import STUDIES
+from benchmarks.real.pretrained import MODELS
+from benchmarks.real.studies import hate_speech, loops, switching
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.evaluation.code_switching import switching_ratio
 from qscope_posttrain.evaluation.repetition import repeat_ratio
@@ -116,3 +121,19 @@ class TestStep:
         with pytest.raises(UserValueError, match="no-such-option"):
             steps.run_step("fails", ["json.tool", "--no-such-option"], [], tmp_path)
         assert not (tmp_path / "steps").exists()
+
+    def test_compiled_files_do_not_count(self, tmp_path):
+        (tmp_path / "module.py").write_text("x = 1")
+        before = steps.checksum(tmp_path)
+        (tmp_path / "__pycache__").mkdir()
+        (tmp_path / "__pycache__" / "module.pyc").write_bytes(b"x")
+        assert steps.checksum(tmp_path) == before
+        (tmp_path / "module.py").write_text("x = 2")
+        assert steps.checksum(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_is_a_module_with_its_files(name):
+    assert callable(importlib.import_module(f"benchmarks.real.studies.{name}").run)
+    assert set(STUDIES[name].models) <= set(MODELS)
+    assert all((Path(steps.__file__).parent / file).exists() for file in STUDIES[name].code)

@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.real import explaining
 from benchmarks.real.stand_ins import Begun, Tokens, beginning, fits, whole
+from benchmarks.real.studies import explaining
 from qscope_posttrain.endpoint.chat import ChatRequest, Sampling
 from qscope_posttrain.features.explain.ask import explain_templates
 from qscope_posttrain.synthesis.pipeline import synthesis_templates

@@ -9,7 +9,8 @@ import pytest
 import torch
 from looping_model import CIRCLE, looping_model, looping_prompts, looping_tokenizer
 
-from benchmarks.real import loop_measures, negatives, sums, texts
+from benchmarks.real import loop_measures, sums, texts
+from benchmarks.real.studies import negatives
 from qscope_posttrain.features.find.loops import collect_loops
 from qscope_posttrain.intervals import wilson
 from qscope_posttrain.models.generation import SamplingSettings
@@ -120,6 +121,7 @@ class TestTables:
                 "sums": {"right": right, "ended": [True] * 4, "length": [9, 9, 10, 12]},
                 "greedy": {"endless": endless},
                 "endless": {"open text, greedy": endless},
+                "blocks": {kind: [9, 10, 11, 10] for kind in ("own loops", "open text", "sums")},
                 "copies": {kind: [[math.log(going_on)] * 5] * 4 for kind in ("own loops", "open text", "sums")},
                 "clean": {"kl": [0.1, 0.3], "loss": [3.0, 4.0 + going_on]},
             }
@@ -140,6 +142,12 @@ class TestTables:
         assert dapo[2] == dapo[4] == "-"
         assert seeded[2] == "+0.0 (+0.0 .. +0.0)"
         assert seeded[4].startswith("-50.0 (-100.0 .. ")
+
+    def test_the_start_model_by_itself(self, found):
+        table = negatives.start_table(found["start"]).to_dict()
+        rows = {row[0]: row[1:] for row in table["rows"]}
+        assert rows["own loops"] == [4, "10", "90", "90", "90", "90", "-", "-"]
+        assert rows["open text"][-2:] == ["100 (51 .. 100)", "-"]
 
     def test_a_study_that_is_not_finished_is_collected(self, found, tmp_path):
         curve = negatives.Table(
@@ -172,6 +180,12 @@ class TestTables:
         assert seeded[1:3] == ["50.0", "-30.0 (-30.0 .. -30.0)"]
         assert dapo[-2:] == ["0.2000", "-0.0500 (-0.1000 .. +0.0000)"]
 
+    def test_negatives_against_each_other(self, found):
+        (row,) = negatives.pairs_table({**found, "feature": found["dapo"]}).rows
+        assert row[0] == "seeded negative against steered by features"
+        assert row[1].startswith("+0.0 (")
+        assert row[4:] == ("-30.0 (-30.0 .. -30.0)",) * 3
+
     def test_steering_shows_the_best_direction_beside_its_controls(self):
         columns = ["stage", "layer", "direction", "strength", "window", "n", "looped", "p < 0.001"]
         rows = [
@@ -190,6 +204,8 @@ class TestTables:
             {"ordinary/reward": float(number), "ordinary/repeat_ratio": 0.0, "ordinary/length": 10.0}
             for number in range(6)
         ]
-        (row,) = negatives.training_table({"dapo": log}, part=2).rows
-        assert row[:5] == ("DAPO", 0.5, 4.5, 0.0, 10.0)
-        assert row[5:] == (None,) * 5
+        kept = {"negative/rows": 2.0, "negative/kept": 0.5, "negative/looped": 0.5, "negative/gradient_share": 0.2}
+        seeded = [{**entry, **kept} for entry in log]
+        plain, other = negatives.training_table({"dapo": log, "seeded": seeded}, part=2).rows
+        assert plain == ("DAPO", 0.5, 4.5, 0.0, 10.0, None, None, "-", None)
+        assert other[5:8] == (0.5, 0.5, "6 of 12")

@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from benchmarks.real import sasft, texts
+from benchmarks.real import texts
 from benchmarks.real.fine_tuning import parts, tables, trimmed
 from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, SETTINGS
+from benchmarks.real.studies import sasft
 from qscope_posttrain.cli.training.sft import parse_recipe
 from qscope_posttrain.text.scripts import contains_language_script
 

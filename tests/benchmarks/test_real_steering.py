@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.real import steering, steering_probe, texts
+from benchmarks.real import steering_probe, texts
+from benchmarks.real.studies import steering
 from qscope_posttrain.models.layers import evaluation_mode
 from qscope_posttrain.models.steering import Steering
 

@@ -67,7 +67,7 @@ ARMS = {
     "sft": Arm("SFT"),
     "clean": Arm("SFT, rows that switch left as they were", clean=True),
     "sasft": Arm("SASFT, default", SASFT, "sasft_weight", (0.1, 0.3, 1.0), FEATURES),
-    "paper": Arm("SASFT, paper", PAPER, "sasft_weight", (0.016, 0.16), FEATURES),
+    "paper": Arm("SASFT, paper", PAPER, "sasft_weight", (0.016, 0.001), FEATURES),
     "earlier": Arm("SASFT, default, layer 13", EARLIER, "sasft_weight", (0.1,), FEATURES),
     "token": Arm("token penalty", ("--method", "token_penalty"), "token_penalty_weight", (20.0, 5.0)),
     "means": Arm("difference of means", SASFT, "sasft_weight", (0.1, 1.0), "difference_of_means.safetensors"),

@@ -6,7 +6,7 @@
     python -m benchmarks.real.fine_tuning.parts controls MODEL SAES TEXTS FEATURES TARGET
     python -m benchmarks.real.fine_tuning.parts score MODEL ADAPTER ROWS TARGET OUTPUT
 
-Run as programs by `benchmarks.real.sasft`, each once.
+Run as programs by `benchmarks.real.studies.sasft`, each once.
 """
 
 from __future__ import annotations

@@ -57,8 +57,9 @@ def ranking_reliability(scores: Array, draws: int = 200, seed: int = 0) -> float
     Spearman and Brown's formula: 1 where the items leave no doubt about the order, 0 where they say nothing."""
     groups = by_group(scores)
     halves = [_halves(len(groups), np.random.default_rng((seed, draw))) for draw in range(draws)]
-    found = [pearson(groups[one].mean(axis=0), groups[two].mean(axis=0)) for one, two in halves]
-    return _spearman_brown(float(np.nanmean(found)))
+    found = np.array([pearson(groups[one].mean(axis=0), groups[two].mean(axis=0)) for one, two in halves])
+    known = found[np.isfinite(found)]  # all models may have the same score on half of the items
+    return _spearman_brown(float(known.mean())) if len(known) else 0.0
 
 
 def similarity_reliability(scores: Sequence[Array], draws: int = 100, seed: int = 0) -> float:
@@ -69,11 +70,13 @@ def similarity_reliability(scores: Sequence[Array], draws: int = 100, seed: int 
     for draw in range(draws):
         generator = np.random.default_rng((seed, draw))
         sides: tuple[list[Array], list[Array]] = ([], [])
-        for one in map(by_group, scores):
-            for side, rows in zip(sides, _halves(len(one), generator), strict=True):
-                side.append(one[rows].mean(axis=0))
-        matrices = [np.asarray(np.corrcoef(np.stack(side))) for side in sides]
-        found.append(pearson(matrices[0][upper], matrices[1][upper]))
+        for groups in map(by_group, scores):
+            for side, rows in zip(sides, _halves(len(groups), generator), strict=True):
+                side.append(groups[rows].mean(axis=0))
+        with np.errstate(invalid="ignore"):  # all models may have the same score on half of a benchmark
+            one, two = (np.asarray(np.corrcoef(np.stack(side)))[upper] for side in sides)
+        known = np.isfinite(one) & np.isfinite(two)
+        found.append(pearson(one[known], two[known]))
     return _spearman_brown(float(np.nanmean(found)))
 
 

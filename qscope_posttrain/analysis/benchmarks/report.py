@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -140,12 +141,14 @@ def agreement_table(title: str, lines: Sequence[Agreement], note: str = "") -> T
     rows: list[list[Cell]] = []
     for line in lines:
         r = line.correlation
-        limits = f"[{r.low:.2f}, {r.high:.2f}]"
+        limits = f"[{r.low:.2f}, {r.high:.2f}]" if math.isfinite(r.value) else None
         rows.append([line.predictor, line.target, r.kind, r.value, limits, r.p, r.benchmarks, r.points])
     caption = (
         "Intervals: bootstrap over benchmarks, too narrow for few of them. p: two-sided, by permuting benchmarks, not "
         f"pairs. {note}"
     )
+    if not all(math.isfinite(line.correlation.value) for line in lines):
+        caption = f"{caption.strip()} A dash: one side is the same for all benchmarks."
     columns = ["from", "with", "coefficient", "value", "95 %", "p", "benchmarks", "points"]
     return Table(title, columns, rows, caption.strip())
 

@@ -11,6 +11,7 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from qscope_posttrain.analysis.benchmarks.overlap import measure_overlap
 from qscope_posttrain.analysis.benchmarks.performance import (
+    Agreement,
     PerformanceRedundancy,
     ScoreTable,
     correlate,
@@ -26,6 +27,7 @@ from qscope_posttrain.analysis.benchmarks.performance import (
     spearman,
 )
 from qscope_posttrain.analysis.benchmarks.redundancy import measure_redundancy
+from qscope_posttrain.analysis.benchmarks.report import agreement_table
 
 
 def test_kendall_equals_scipy_with_ties():
@@ -212,3 +214,16 @@ def test_refusals():
         correlate([1, 2, 3], [1, 2, 3], "pearson")
     with pytest.raises(ValueError, match="finite"):
         correlate([1, 2, 3, np.nan], [1, 2, 3, 4], "pearson")
+
+
+def test_the_table_says_why_a_control_has_no_correlation():
+    r = [0.2, 0.4, 0.5, 0.9]
+    lines = [
+        Agreement("N alone (control)", "R", correlate([28.0] * 4, r, "spearman")),
+        Agreement("R-hat", "R", correlate([1.0, 2.0, 3.0, 4.0], r, "spearman")),
+    ]
+    table = agreement_table("Agreement", lines)
+    assert table.rows[0][4] is None
+    assert table.rows[1][4] is not None
+    assert "the same for all benchmarks" in table.caption
+    assert "the same for all" not in agreement_table("Agreement", lines[1:]).caption

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,25 @@ LAST, SAE_STEPS = 17, 160
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     study = Study(options.model, options.saes, options.work)
+    if options.quick:
+        return measured(study, {"zh": ("sft", "sasft")}, seeds=1)
+    return measured(study, ARMS_OF, SEEDS)
+
+
+def measured(study: Study, arms: Mapping[str, Sequence[str]], seeds: int) -> dict[str, Any]:
+    """Every weight of every arm with seed 0, then the chosen weights with other seeds, then sampled answers."""
     found: dict[Key, Scores] = {}
-    for pair in SETTINGS:
-        found[pair, "base", 0.0, 0] = study.scores(pair, "base", 0.0, 0)
-        for arm in ARMS_OF[pair]:
-            for weight in ARMS[arm].weights:
-                found[pair, arm, weight, 0] = study.scores(pair, arm, weight, 0)
-        for seed in range(1, SEEDS):
-            for arm in ARMS_OF[pair]:
-                weight = chosen(found, pair, arm)
-                found[pair, arm, weight, seed] = study.scores(pair, arm, weight, seed)
     sampled = {}
-    for pair in SETTINGS:
-        for arm in ("base", *ARMS_OF[pair]):
-            weight = 0.0 if arm == "base" else chosen(found, pair, arm)
-            sampled[pair, arm, weight, 0] = study.sampled(pair, arm, weight, 0)
+    for name, own in arms.items():
+        found[name, "base", 0.0, 0] = study.scores(name, "base", 0.0, 0)
+        for arm in own:
+            for weight in ARMS[arm].weights:
+                found[name, arm, weight, 0] = study.scores(name, arm, weight, 0)
+        for arm in own:
+            weight = chosen(found, name, arm)
+            for seed in range(1, seeds):
+                found[name, arm, weight, seed] = study.scores(name, arm, weight, seed)
+            sampled[name, arm, weight, 0] = study.sampled(name, arm, weight, 0)
     logs = {key: study.log(*key) for key in found if key[1] != "base"}
     return summary(found, study.took, sampled, logs) | {"vocabulary": study.compared()}
 

@@ -33,6 +33,7 @@ STRONGER = ["--steering_strength", "1.2"]
 ARMS: dict[str, tuple[str, list[str]]] = {
     "dapo": ("DAPO", ["--negatives_per_group", "0"]),
     "seeded": ("seeded negative", ["--negative", "seeded"]),
+    "light": ("seeded negative, weight 0.25", ["--negative", "seeded", "--negative_weight", "0.25"]),
     "feature": ("steered by features", ["--negative", "feature", "--features", "FEATURES", *STRONGER]),
     "random": ("steered at random", ["--negative", "random", "--features", "FEATURES", *STRONGER]),
     "paper": ("steered, the report's form", ["--mode", "paper", "--features", "FEATURES"]),
@@ -41,9 +42,12 @@ ARMS: dict[str, tuple[str, list[str]]] = {
 START, REFERENCE = "start", "dapo"
 PROBED = (("own loops", 1), ("open text", 1), ("open text", 2), ("open text", 4), ("sums", 2))
 """Places at which the probability of a further copy is measured, and how many stand there"""
+WAYS = ("greedy", "temperature 0.7")
+PAIRS = (("feature", "random"), ("seeded", "feature"), ("light", "seeded"))
 COSTS = ("seconds", "processor_seconds", "peak_mib", "command")
-LOGGED = ("ordinary/reward", "ordinary/length", "ordinary/repeat_ratio", "ordinary/zero_std_groups", "negative/looped",
-          "negative/kept", "negative/advantage", "negative/gradient_share", "negative/log_ratio")  # fmt: skip
+LOGGED = ("ordinary/reward", "ordinary/length", "ordinary/repeat_ratio", "ordinary/zero_std_groups", "negative/rows",
+          "negative/looped", "negative/kept", "negative/advantage", "negative/gradient_share",
+          "negative/log_ratio")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -114,10 +118,12 @@ def collect(work: Path, arms: Sequence[str]) -> dict[str, Any]:
         log = json.loads((work / arm / "summary.json").read_text(encoding="utf-8"))["results"]["log"]
         logs[arm] = [{key: row[key] for key in LOGGED if key in row} for row in log if "loss" in row]
     shown = {
+        "start": start_table(found[START]),
         "steering": steering_table(steered["steering_curve"]),
         "training": training_table(logs),
         "loops": loops_table(found),
         "copies": copies_table(found),
+        "pairs": pairs_table(found),
     }
     costs = {name: {key: step[key] for key in COSTS} for name, step in steps_of(work).items()}
     kept = {key: steered[key] for key in ("ranking", "steering", "steering_curve", "loops")}
@@ -131,6 +137,23 @@ def collect(work: Path, arms: Sequence[str]) -> dict[str, Any]:
 def steps_of(work: Path) -> dict[str, dict[str, Any]]:
     """What is known about the steps that were run."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((work / "steps").glob("*.json"))}
+
+
+def start_table(own: Mapping[str, Any]) -> Table:
+    """How readily the model goes on with a loop before any training."""
+    rows: list[list[Any]] = []
+    for kind, places in own["copies"].items():
+        going = [f"{100 * fmean(probability(places, copies)):.0f}" for copies in range(1, loop_measures.COPIES)]
+        drawn = {name.removeprefix(f"{kind}, "): ended for name, ended in own["endless"].items() if kind in name}
+        rates = [rate(sum(drawn[way]), len(drawn[way])) if way in drawn else "-" for way in WAYS]
+        rows.append([kind, len(places), f"{fmean(own['blocks'][kind]):.0f}", *going, *rates])
+    after = [f"after {copies}, %" for copies in range(1, loop_measures.COPIES)]
+    columns = ["text", "places", "tokens of a copy", *after, *(f"never ends, {way}, %" for way in WAYS)]
+    caption = (
+        "after k: probability per token of a further copy when k stand there. never ends: repeats to the limit of 64 "
+        f"further tokens after {loop_measures.SEEDED} copies, with 95 % Wilson intervals."
+    )
+    return Table("Before training: does a loop go on?", columns, rows, caption)
 
 
 def steering_table(curve: Mapping[str, Any]) -> Table:
@@ -167,12 +190,14 @@ def training_table(logs: Mapping[str, Sequence[Mapping[str, Any]]], part: int = 
     rows: list[list[Any]] = []
     for arm, log in logs.items():
         first, last = log[:part], log[-part:]
-        rewards = [mean(entries, "ordinary/reward") for entries in (first, last)]
-        negative = [mean(entries, f"negative/{name}") for name in ("looped", "kept") for entries in (first, last)]
-        ordinary = [mean(log, "ordinary/repeat_ratio"), mean(last, "ordinary/length")]
-        rows.append([ARMS[arm][0], *rewards, *ordinary, *negative, mean(log, "negative/gradient_share")])
+        numbers = [mean(entries, "ordinary/reward") for entries in (first, last)]
+        numbers += [mean(log, "ordinary/repeat_ratio"), mean(last, "ordinary/length")]
+        made = [(entry["negative/rows"], entry["negative/kept"]) for entry in log if entry.get("negative/rows")]
+        kept = f"{sum(count * share for count, share in made):.0f} of {sum(count for count, _ in made):.0f}"
+        looped = [mean(entries, "negative/looped") for entries in (first, last)]
+        rows.append([ARMS[arm][0], *numbers, *looped, kept if made else "-", mean(log, "negative/gradient_share")])
     columns = ["arm", "reward, first", "last", "ordinary rows that loop", "their length, last",
-               "negatives that loop, first", "last", "kept, first", "last", "share of the gradient"]  # fmt: skip
+               "negatives that loop, first", "last", "kept", "share of the gradient"]  # fmt: skip
     caption = f"first, last: means over {part} updates; the others over all. Lengths in tokens."
     return Table("Training", columns, rows, caption)
 
@@ -214,6 +239,19 @@ def copies_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table("Probability of a further copy", ["arm", *columns, "KL", "loss against the start"], rows, caption)
 
 
+def pairs_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Kinds of negatives against each other, over the same prompts and places."""
+    rows: list[list[Any]] = []
+    for one, two in (pair for pair in PAIRS if set(pair) <= set(found)):
+        cells = [against(values, outcomes(found[two])[name]) for name, values in list(outcomes(found[one]).items())[:3]]
+        for copies in (1, 2, 4):
+            values = [probability(found[arm]["copies"]["open text"], copies) for arm in (one, two)]
+            cells.append(against(*values))
+        rows.append([f"{named(one)} against {named(two)}", *cells])
+    columns = ["arms", *list(outcomes(found[REFERENCE]))[:3], *(f"open text, after {copies}" for copies in (1, 2, 4))]
+    return Table("Negatives against each other", columns, rows, "Points, with paired bootstrap intervals over prompts.")
+
+
 def outcomes(own: Mapping[str, Any]) -> dict[str, list[bool]]:
     """What happened at each prompt, by the name of a column."""
     return {
@@ -247,8 +285,8 @@ def named(arm: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Some parts alone, which `make real` then finds done: `python -m benchmarks.real.negatives start dapo ..`. With
-    --output the numbers of all parts that are done so far, as `make real` writes them."""
+    """Some parts alone, which `make real` then finds done: `python -m benchmarks.real.studies.negatives start dapo ..`.
+    With --output the numbers of all parts that are done so far, as `make real` writes them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{START}, features, {', '.join(ARMS)}, in this order")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")

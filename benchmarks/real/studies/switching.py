@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.real.loops import percent
+from benchmarks.real.studies.loops import percent
 from benchmarks.real.texts import hate_cases, paragraphs
 from qscope_posttrain.evaluation.code_switching import switching_ratio
 from qscope_posttrain.models.generation import SamplingSettings, generate_samples

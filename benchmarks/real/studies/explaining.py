@@ -215,8 +215,8 @@ def score_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
                "difference", "unreadable answers of the judge"]  # fmt: skip
     caption = (
         "Random features of layer 15 that fire on 20 texts or more; topic: the twelve that are commonest in word "
-        "problems against other text. Ten held-out contexts of each kind for every feature. Means over features, 95 % bootstrap "
-        "intervals over features. Chance is 0.5."
+        "problems against other text. Ten held-out contexts of each kind for every feature. Means over features, 95 % "
+        "bootstrap intervals over features. Chance is 0.5."
     )
     return Table("Explanations by a chat model of 135 million parameters", columns, rows, caption)
 

@@ -32,7 +32,7 @@ PANEL = {
 ITEMS, QUICK_ITEMS = {"base": 40, "altered": 28}, {"base": 8, "altered": 8}
 """Items of each benchmark at most: the pretrained models read more, for their accuracy; comparisons are on those that
 every model reads"""
-HERE = Path(__file__).parent / "panel"
+HERE = Path(__file__).parents[1] / "panel"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -70,9 +70,8 @@ def commands(
     found = {}
     for command in ("overlap", "redundancy"):
         words = list(map(str, ["qscope_posttrain", "analyze", command, *given, "--output", folder / command]))
-        run_step(
-            f"{folder.name}_{command}", words, [options.model, options.saes, folder / "items"], options.work.parent
-        )
+        reads = [options.model, options.saes, folder / "items", folder / "scores"]
+        run_step(f"{folder.name}_{command}", words, reads, options.work.parent)
         summary = json.loads((folder / command / "summary.json").read_text(encoding="utf-8"))
         found[command] = summary["results"][f"layer_{layer}"]
     matrix = result["similarity"][f"overlap, {result['main']}"]

@@ -1,0 +1,1 @@
+"""One module per study, each with `run(options)`: see study.py."""
