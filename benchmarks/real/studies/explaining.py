@@ -99,6 +99,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "begun answers": lambda: explained_by(study, chosen["random"], study.chat(True), study.chat(True)),
         "tokens, judged by the model": lambda: explained_by(study, chosen["random"], Tokens(), study.chat(True)),
         "tokens, counted": lambda: explained_by(study, chosen["random"], Tokens(), Tokens()),
+        "tokens, counted, topic": lambda: explained_by(study, chosen["topic"][:12], Tokens(), Tokens()),
     }
     scores = {name: study.part(name.replace(" ", "_"), compute) for name, compute in explained.items()}
     relevance = study.part("relevance", lambda: relevance_ratings(study, chosen))
@@ -213,8 +214,9 @@ def score_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = ["explained and judged by", "explained", "test", "balanced accuracy", "another feature's words",
                "difference", "unreadable answers of the judge"]  # fmt: skip
     caption = (
-        "Random features of layer 15 that fire on 20 texts or more; ten held-out contexts of each kind for every "
-        "feature. Means over features, 95 % bootstrap intervals over features. Chance is 0.5."
+        "Random features of layer 15 that fire on 20 texts or more; topic: the twelve that are commonest in word "
+        "problems against other text. Ten held-out contexts of each kind for every feature. Means over features, 95 % "
+        "bootstrap intervals over features. Chance is 0.5."
     )
     return Table("Explanations by a chat model of 135 million parameters", columns, rows, caption)
 
