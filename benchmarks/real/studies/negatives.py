@@ -45,9 +45,10 @@ PROBED = (("own loops", 1), ("open text", 1), ("open text", 2), ("open text", 4)
 WAYS = ("greedy", "temperature 0.7")
 PAIRS = (("feature", "random"), ("seeded", "feature"), ("light", "seeded"))
 COSTS = ("seconds", "processor_seconds", "peak_mib", "command")
-LOGGED = ("ordinary/reward", "ordinary/length", "ordinary/repeat_ratio", "ordinary/zero_std_groups", "negative/rows",
-          "negative/looped", "negative/kept", "negative/advantage", "negative/gradient_share",
-          "negative/log_ratio")  # fmt: skip
+LOGGED = (
+    *(f"ordinary/{name}" for name in ("reward", "length", "repeat_ratio", "zero_std_groups")),
+    *(f"negative/{name}" for name in ("rows", "looped", "kept", "advantage", "gradient_share", "log_ratio")),
+)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -245,8 +246,8 @@ def pairs_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     for one, two in (pair for pair in PAIRS if set(pair) <= set(found)):
         cells = [against(values, outcomes(found[two])[name]) for name, values in list(outcomes(found[one]).items())[:3]]
         for copies in (1, 2, 4):
-            values = [probability(found[arm]["copies"]["open text"], copies) for arm in (one, two)]
-            cells.append(against(*values))
+            first, second = (probability(found[arm]["copies"]["open text"], copies) for arm in (one, two))
+            cells.append(against(first, second))
         rows.append([f"{named(one)} against {named(two)}", *cells])
     columns = ["arms", *list(outcomes(found[REFERENCE]))[:3], *(f"open text, after {copies}" for copies in (1, 2, 4))]
     return Table("Negatives against each other", columns, rows, "Points, with paired bootstrap intervals over prompts.")
