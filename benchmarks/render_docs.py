@@ -6,9 +6,9 @@
     python -m benchmarks.render_docs --keep runs/experiments/steered_dapo_rare experiments/steered_dapo_rare
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; nothing between the two is written by hand. NAME
-is FILE, FILE:TABLE or FILE:made_on (versions and machine), `headline`, the README's own table, `commits`,
-`real_costs`, or `promises`, those of the tests (see verification.py). VIEWS says which columns of a table are shown,
-under which names; the JSON files hold all of them.
+is FILE, FILE:TABLE or FILE:made_on (versions and machine), `real_headline`, the README's table, `headline`, that of
+tiny models, `commits`, `real_costs`, or `promises`, those of the tests (see verification.py). VIEWS says which columns
+of a table are shown, under which names; the JSON files hold all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import verification
-from benchmarks.real.page import costs
+from benchmarks.real import page
 from qscope_posttrain.report.tables import Table
 
 ROOT = Path(__file__).parent.parent
@@ -184,7 +184,9 @@ def render(name: str) -> str:
     if name == "promises":
         return verification.table()
     if name == "real_costs":
-        return costs(RESULTS / "real")
+        return page.costs(RESULTS / "real")
+    if name == "real_headline":
+        return page.headline(RESULTS / "real")
     source, _, part = name.partition(":")
     result = _read(source)
     if part == "made_on":
@@ -262,7 +264,7 @@ def _commits() -> str:
 
     A file kept by --keep names its commit; for the others commits.json does."""
     begin = re.compile(r"^<!-- begin ([^\s:]+)", re.MULTILINE)
-    shown = {name for page in pages() for name in begin.findall(page.read_text(encoding="utf-8"))}
+    shown = {name for path in pages() for name in begin.findall(path.read_text(encoding="utf-8"))}
     older = _read("commits")
     rows = []
     for name in sorted(name for name in shown - {"commits"} if (RESULTS / f"{name}.json").is_file()):
@@ -500,17 +502,17 @@ def main() -> int:
         keep(Path(arguments.keep[0]), arguments.keep[1])
     block = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
     differ = False
-    for page in pages():
-        before = page.read_text(encoding="utf-8")
+    for path in pages():
+        before = path.read_text(encoding="utf-8")
         after = block.sub(lambda match: match[1] + render(match[2]) + match[3], before)
         if before == after:
             continue
         differ = True
         if arguments.check:
-            name = page.relative_to(ROOT)
+            name = path.relative_to(ROOT)
             print(f"{name}: not what JSON files and tests say; run python -m benchmarks.render_docs", file=sys.stderr)
         else:
-            page.write_text(after, encoding="utf-8")
+            path.write_text(after, encoding="utf-8")
     return int(differ and arguments.check)
 
 

@@ -20,3 +20,47 @@ def costs(folder: Path) -> str:
     caption = "Threads: 1. A dash: not measured. Commit: that of the code which ran."
     columns = ["model", "step", "processor time, minutes", "peak memory, MiB", "commit"]
     return Table("Time and memory", columns, rows, caption).to_markdown()
+
+
+def headline(folder: Path) -> str:
+    """The README's table: what each method of SFT and GRPO did on a real model, and what it cost."""
+    fine_tuned, negatives = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["tables"]
+        for name in ("gemma3_sasft", "smollm2_negatives")
+    )
+    rows: list[list[str]] = []
+    found = {row[0]: row for row in fine_tuned["zh_methods"]["rows"]}
+    for arm, method, sae in (
+        ("SFT, rows that switch left as they were", "leave the rows that switch out of the data", "no"),
+        ("token penalty", "token penalty", "no"),
+        ("KL anchor", "KL anchor", "no"),
+        ("SASFT, default", "SASFT", "yes"),
+        ("SASFT, paper", "SASFT, the paper's form", "yes"),
+        ("difference of means", "SASFT along a difference of means", "no"),
+        ("random features", "control: random features", "yes"),
+    ):
+        _, _, hazard, perplexity, chinese, *_ = found[arm]
+        cost = f"perplexity {_percent(perplexity)}; of Chinese {_percent(chinese)}"
+        rows.append(["" if rows else _SWITCHES, method, sae, _percent(hazard), cost])
+    found = {row[0]: row for row in negatives["loops"]["rows"]}
+    for first, (arm, method, sae) in enumerate(
+        (
+            ("seeded negative", "seeded negative", "no"),
+            ("steered by features", "steered negative", "yes"),
+            ("steered at random", "control: steered at random", "no"),
+        )
+    ):
+        _, _, right, _, loops, *_ = found[arm]
+        change, cost = (text.replace(" (", " points (") for text in (loops, right))
+        rows.append(["" if first else _LOOPS, method, sae, change, f"accuracy {cost}"])
+    columns = ["trainer, model and failure", "method", "SAE", "failures against the plain trainer", "cost"]
+    return Table("", columns, rows).to_markdown()
+
+
+_SWITCHES = "SFT, Gemma 3 270M: rows that go on in Chinese"
+_LOOPS = "GRPO, SmolLM2-135M: endless greedy loops"
+
+
+def _percent(cell: str) -> str:
+    """`+1.2 (+0.3 .. +2.0)` with its unit."""
+    return cell.replace(" (", " % (", 1)
