@@ -27,7 +27,9 @@ SFT, TOKEN, GRPO = (
 )
 SAE = [path for path in RECIPES if path.stem.startswith("train_sae")]
 ANALYSIS = [path for path in RECIPES if path.parent.name == "analysis"]
-SYNTHESIS = [path for path in RECIPES if path.stem.startswith("synthesis")]
+PLAIN = [path for path in RECIPES if path.stem.startswith(("synthesis", "sft_"))]
+SEEDED = [path for path in RECIPES if path.stem.startswith("grpo_")]
+REPETITION = [path for path in RECIPES if path.stem.startswith("find_repetition")]
 CASE_STUDIES = {
     "language_mixing_rank": (features, ["rank", "--response", "x"]),
     "language_mixing_steer": (steer, ["--prompt", "x"]),
@@ -53,9 +55,8 @@ def test_nothing_is_missing():
     }
     studies = [path for path in RECIPES if path.parent.name == "case_studies"]
     assert {path.stem for path in studies} == set(CASE_STUDIES)
-    assert (
-        sorted(SFT + TOKEN + GRPO + SAE + SYNTHESIS + ANALYSIS + STEERING + studies) == RECIPES
-    )  # no recipe is left unread
+    read = SFT + TOKEN + PLAIN + GRPO + SEEDED + REPETITION + SAE + ANALYSIS + STEERING + studies
+    assert sorted(read) == RECIPES  # no recipe is left unread
     names = {"cpu", "ddp", "fsdp2", "zero2", "zero3", "multi_node_fsdp2", "multi_node_zero3"}
     assert {path.stem for path in CONFIGS} >= names
 
@@ -67,7 +68,7 @@ def _name(path: Path) -> str:
 def _check_written_is_resolved(path: Path, resolved: dict) -> None:
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     different = {key: resolved[key] for key, value in written.items() if resolved[key] != value}
-    assert different.keys() <= {"use_cpu", "save_strategy", "report_to", "dataset_kwargs"}
+    assert different.keys() <= {"use_cpu", "save_strategy", "report_to", "dataset_kwargs", "lora_target_modules"}
 
 
 @pytest.mark.parametrize("path", SFT, ids=_name)
@@ -111,8 +112,23 @@ def test_dose_curve_of_a_real_model_is_read_by_its_command(path):
     assert written["curve"]
 
 
-@pytest.mark.parametrize("path", SYNTHESIS, ids=_name)
-def test_synthesis_recipe_parses_as_a_dry_run(path):
+@pytest.mark.parametrize("path", REPETITION, ids=_name)
+def test_finding_of_repetition_is_read_by_its_command(path):
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    options = vars(features.build_parser().parse(["find-repetition", "--config", str(path)]))
+    assert {key: options[key] for key in written} == written
+
+
+@pytest.mark.parametrize("path", SEEDED, ids=_name)
+def test_grpo_recipe_without_features_parses_as_a_dry_run(path):
+    recipe = grpo.parse_recipe(["--config", str(path), "--allow-code", "--dry_run"])
+    assert (recipe.training.negative, recipe.run.features) == ("seeded", None)
+    assert all(callable(reward_function(spec)) for spec in recipe.run.rewards)
+    _check_written_is_resolved(path, recipe.to_dict())
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=_name)
+def test_recipe_of_plain_training_parses_as_a_dry_run(path):
     recipe = sft.parse_recipe(["--config", str(path), "--dry_run"])
     assert recipe.run.method == "sft"
     _check_written_is_resolved(path, recipe.to_dict())
