@@ -31,8 +31,9 @@ def headline(folder: Path) -> str:
     rows: list[list[str]] = []
     found = {row[0]: row for row in fine_tuned["zh_methods"]["rows"]}
     for arm, method, sae in (
-        ("SFT, rows that switch left as they were", "leave the rows that switch out of the data", "no"),
+        ("SFT, the same rows without the switch", "clean data: the same rows without the switch", "no"),
         ("token penalty", "token penalty", "no"),
+        ("token penalty + anchor", "token penalty and KL anchor", "no"),
         ("KL anchor", "KL anchor", "no"),
         ("SASFT, default", "SASFT", "yes"),
         ("SASFT, paper", "SASFT, the paper's form", "yes"),

@@ -65,7 +65,7 @@ PAPER = (
 FEATURES = "features.safetensors"
 ARMS = {
     "sft": Arm("SFT"),
-    "clean": Arm("SFT, rows that switch left as they were", clean=True),
+    "clean": Arm("SFT, the same rows without the switch", clean=True),
     "sasft": Arm("SASFT, default", SASFT, "sasft_weight", (0.1, 0.3, 1.0), FEATURES),
     "paper": Arm("SASFT, paper", PAPER, "sasft_weight", (0.016, 0.001), FEATURES),
     "earlier": Arm("SASFT, default, layer 13", EARLIER, "sasft_weight", (0.1,), FEATURES),
