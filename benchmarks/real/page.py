@@ -22,6 +22,18 @@ def costs(folder: Path) -> str:
     return Table("Time and memory", columns, rows, caption).to_markdown()
 
 
+_ARMS = (
+    ("SFT, the same rows without the switch", "clean data: the same rows without the switch", "no"),
+    ("token penalty", "token penalty", "no"),
+    ("token penalty + anchor", "token penalty and KL anchor", "no"),
+    ("KL anchor", "KL anchor", "no"),
+    ("SASFT, default", "SASFT", "yes"),
+    ("SASFT, paper", "SASFT, the paper's form", "yes"),
+    ("difference of means", "SASFT along a difference of means", "no"),
+    ("random features", "control: random features", "yes"),
+)
+
+
 def headline(folder: Path) -> str:
     """The README's table: what each method of SFT and GRPO did on a real model, and what it cost."""
     fine_tuned, negatives = (
@@ -29,20 +41,13 @@ def headline(folder: Path) -> str:
         for name in ("gemma3_sasft", "smollm2_negatives")
     )
     rows: list[list[str]] = []
-    found = {row[0]: row for row in fine_tuned["zh_methods"]["rows"]}
-    for arm, method, sae in (
-        ("SFT, the same rows without the switch", "clean data: the same rows without the switch", "no"),
-        ("token penalty", "token penalty", "no"),
-        ("token penalty + anchor", "token penalty and KL anchor", "no"),
-        ("KL anchor", "KL anchor", "no"),
-        ("SASFT, default", "SASFT", "yes"),
-        ("SASFT, paper", "SASFT, the paper's form", "yes"),
-        ("difference of means", "SASFT along a difference of means", "no"),
-        ("random features", "control: random features", "yes"),
-    ):
-        _, _, hazard, perplexity, chinese, *_ = found[arm]
-        cost = f"perplexity {_percent(perplexity)}; of Chinese {_percent(chinese)}"
-        rows.append(["" if rows else _SWITCHES, method, sae, _percent(hazard), cost])
+    for setting, words in (("habit", _HABIT), ("zh", _SWITCHES)):
+        found = {row[0]: row for row in fine_tuned[f"{setting}_methods"]["rows"]}
+        arms = [arm for arm in _ARMS if arm[0] in found]
+        for first, (arm, method, sae) in enumerate(arms):
+            _, _, hazard, perplexity, chinese, *_ = found[arm]
+            cost = f"perplexity {_percent(perplexity)}; of Chinese {_percent(chinese)}"
+            rows.append(["" if first else words, method, sae, _percent(hazard), cost])
     found = {row[0]: row for row in negatives["loops"]["rows"]}
     for first, (arm, method, sae) in enumerate(
         (
@@ -58,7 +63,8 @@ def headline(folder: Path) -> str:
     return Table("", columns, rows).to_markdown()
 
 
-_SWITCHES = "SFT, Gemma 3 270M: rows that go on in Chinese"
+_HABIT = "SFT, Gemma 3 270M, which slips into Chinese: clean rows"
+_SWITCHES = "SFT, Gemma 3 270M: rows half of which go on in Chinese"
 _LOOPS = "GRPO, SmolLM2-135M: endless greedy loops"
 
 
