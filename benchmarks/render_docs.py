@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,8 @@ def _headline() -> str:
         (french, none["french/chosen"], "token penalty (!)", "token penalty, learned list of tokens", "no"),
     ):
         row = _row(table, arm)
-        rows.append([setting, method, sae, _per_cent(row["against SFT, %"]), f"perplexity {_per_cent(row['cost, %'])}"])
+        change, cost = (page.with_unit(row[name], "%") for name in ("against SFT, %", "cost, %"))
+        rows.append([setting, method, sae, change, f"perplexity {cost}"])
     loops = "GRPO: endless loops in arithmetic"
     for arm, method, sae in (
         ("seeded, default", "seeded negative", "no"),
@@ -249,12 +249,10 @@ def _headline() -> str:
             100 * (float(number) - 1)
             for number in re.findall(r"[\d.]+(?:e-?\d+)?", row["times DAPO's"].replace("..", " "))
         ]
-        change = f"{times[0]:+.1f} % ({times[1]:+.1f} .. {times[2]:+.1f})"
-        accuracy = row["against DAPO, points"].replace(" (", " points (")
+        change = page.with_unit(page.shown(times, "+.1f"), "%")
+        accuracy = page.with_unit(row["against DAPO, points"], "points")
         rows.append([loops, method, sae, change, f"accuracy {accuracy}"])
-    for previous, row in reversed(list(pairwise(rows))):
-        if previous[0] == row[0]:
-            row[0] = ""
+    page.said_once(rows)
     columns = ["trainer and failure", "method", "SAE", "failures against the plain trainer", "cost"]
     return Table("", columns, rows).to_markdown()
 
@@ -277,10 +275,6 @@ def _commits() -> str:
 def _row(table: dict[str, Any], first: str) -> dict[str, Any]:
     row = next(row for row in table["rows"] if row[0] == first)
     return dict(zip(table["columns"], row, strict=True))
-
-
-def _per_cent(cell: str) -> str:
-    return cell.replace(" (", " % (")
 
 
 def _redundancy(result: dict[str, Any], part: str) -> str:

@@ -27,7 +27,7 @@ from qscope_posttrain.report.summary import write_text
 
 @dataclass(frozen=True)
 class Study:
-    """One study: a module of this folder with `run(options)`."""
+    """One study: a module of studies/ with `run(options)`."""
 
     models: tuple[str, ...]
     saes: bool

@@ -1,11 +1,31 @@
-"""Tables of docs/ that are made from all results on real models together."""
+"""Cells of tables, and tables of docs/ that are made from all results on real models together."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from qscope_posttrain.report.tables import Table
+
+
+def shown(interval: Iterable[float], form: str = ".1f", unit: float = 1.0) -> str:
+    """An estimate with its limits, times `unit`: `1.2 (0.3 .. 2.0)`."""
+    estimate, low, high = (unit * limit for limit in interval)
+    return f"{estimate:{form}} ({low:{form}} .. {high:{form}})"
+
+
+def with_unit(cell: str, unit: str) -> str:
+    """`+1.2 (+0.3 .. +2.0)` with the unit behind the estimate."""
+    return cell.replace(" (", f" {unit} (", 1)
+
+
+def said_once(rows: Sequence[list[str]]) -> None:
+    """Empty each first cell that says the same as the one above."""
+    for previous, row in reversed(list(pairwise(rows))):
+        if previous[0] == row[0]:
+            row[0] = ""
 
 
 def costs(folder: Path) -> str:
@@ -43,22 +63,18 @@ def headline(folder: Path) -> str:
     rows: list[list[str]] = []
     for setting, words in (("habit", _HABIT), ("zh", _SWITCHES)):
         found = {row[0]: row for row in fine_tuned[f"{setting}_methods"]["rows"]}
-        arms = [arm for arm in _ARMS if arm[0] in found]
-        for first, (arm, method, sae) in enumerate(arms):
-            _, _, hazard, perplexity, chinese, *_ = found[arm]
-            cost = f"perplexity {_percent(perplexity)}; of Chinese {_percent(chinese)}"
-            rows.append(["" if first else words, method, sae, _percent(hazard), cost])
+        for arm, method, sae in (arm for arm in _ARMS if arm[0] in found):
+            hazard, perplexity, chinese = (with_unit(cell, "%") for cell in found[arm][2:5])
+            rows.append([words, method, sae, hazard, f"perplexity {perplexity}; of Chinese {chinese}"])
     found = {row[0]: row for row in negatives["loops"]["rows"]}
-    for first, (arm, method, sae) in enumerate(
-        (
-            ("seeded negative", "seeded negative", "no"),
-            ("steered by features", "steered negative", "yes"),
-            ("steered at random", "control: steered at random", "no"),
-        )
+    for arm, method, sae in (
+        ("seeded negative", "seeded negative", "no"),
+        ("steered by features", "steered negative", "yes"),
+        ("steered at random", "control: steered at random", "no"),
     ):
         _, _, right, _, loops, *_ = found[arm]
-        change, cost = (text.replace(" (", " points (") for text in (loops, right))
-        rows.append(["" if first else _LOOPS, method, sae, change, f"accuracy {cost}"])
+        rows.append([_LOOPS, method, sae, with_unit(loops, "points"), f"accuracy {with_unit(right, 'points')}"])
+    said_once(rows)
     columns = ["trainer, model and failure", "method", "SAE", "failures against the plain trainer", "cost"]
     return Table("", columns, rows).to_markdown()
 
@@ -66,8 +82,3 @@ def headline(folder: Path) -> str:
 _HABIT = "SFT, Gemma 3 270M, which slips into Chinese: clean rows"
 _SWITCHES = "SFT, Gemma 3 270M: rows half of which go on in Chinese"
 _LOOPS = "GRPO, SmolLM2-135M: endless greedy loops"
-
-
-def _percent(cell: str) -> str:
-    """`+1.2 (+0.3 .. +2.0)` with its unit."""
-    return cell.replace(" (", " % (", 1)

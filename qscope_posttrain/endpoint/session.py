@@ -142,6 +142,16 @@ class ParsedAnswer(NamedTuple, Generic[T]):
     completion: ChatCompletion  # The last one drawn
 
 
+def require_one_read(answers: Sequence[ParsedAnswer[Any]], failure: str, example: str, remedy: str) -> None:
+    """UserValueError that shows the last answer where there are answers and none could be read; `failure` is such as
+    "the judge rated none of 3 features", `example` what was expected."""
+    if not answers or any(answer.value is not None for answer in answers):
+        return
+    last = answers[-1].completion
+    said = f"was refused: {last.refusal}" if last.refusal else f"was {last.text[:300]!r}"
+    raise UserValueError(f"{failure} readably; expected answers such as {example}, the last {said}. {remedy}")
+
+
 class ChatSession:
     """Asks one model. The same requests in the same order bring the same answers, without being sent twice."""
 

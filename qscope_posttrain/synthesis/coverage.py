@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qscope_posttrain.analysis.classifier.featurizer import TextFeaturizer
 from qscope_posttrain.endpoint.chat import ChatRequest, PromptTemplates, Sampling, number_field
-from qscope_posttrain.endpoint.session import ChatSession
+from qscope_posttrain.endpoint.session import ChatSession, require_one_read
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.explanation import Explanation, FeatureId
 from qscope_posttrain.features.text_features import TextFeatures
@@ -82,15 +82,13 @@ def judge_relevance(
     ]
     answers = session.complete_parsed(requests, number_field("relevance", 0.0, 1.0), "relevance of features")
     pairs = list(zip([entry.feature for entry in explanations], answers, strict=True))
+    require_one_read(
+        answers,
+        f"the judge rated none of {len(pairs)} features",
+        '{"relevance": 0.7}',
+        "Ask another judge, change relevance.jinja (--templates), or give a table (--relevance).",
+    )
     relevance = {feature: answer.value for feature, answer in pairs if answer.value is not None}
-    if pairs and not relevance:
-        last = answers[-1].completion
-        said = f"was refused: {last.refusal}" if last.refusal else f"was {last.text[:300]!r}"
-        raise UserValueError(
-            f"the judge rated none of {len(pairs)} features readably; expected answers such as "
-            f'{{"relevance": 0.7}}, the last {said}. Ask another judge, change relevance.jinja (--templates), or give '
-            "a table (--relevance)."
-        )
     return relevance, tuple(feature for feature, answer in pairs if answer.value is None)
 
 

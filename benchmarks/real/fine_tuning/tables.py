@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, SETTINGS, Setting
+from benchmarks.real.page import shown
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums
 from qscope_posttrain.report.tables import Table
 
@@ -27,20 +28,20 @@ def summary(
     logs: Mapping[Key, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """The tables of what was run, the sums behind them, and what the steps took."""
-    shown = {}
+    tables = {}
     for pair in dict.fromkeys(key[0] for key in found):
-        shown[f"{pair}_levels"] = levels(found, pair)
-        shown[f"{pair}_methods"] = methods(found, pair)
-        shown[f"{pair}_weights"] = weights(found, pair, logs)
+        tables[f"{pair}_levels"] = levels(found, pair)
+        tables[f"{pair}_methods"] = methods(found, pair)
+        tables[f"{pair}_weights"] = weights(found, pair, logs)
         if own := {key: result for key, result in sampled.items() if key[0] == pair}:
-            shown[f"{pair}_sampled"] = answers(own, pair)
+            tables[f"{pair}_sampled"] = answers(own, pair)
     kept = {
         "-".join(map(str, key)): {part: column_sums(scores, part).round(5).tolist() for part in scores}
         for key, scores in found.items()
     }
     spent = ("seconds", "processor_seconds", "peak_mib")
     return {
-        "tables": {name: table.to_dict() for name, table in shown.items()},
+        "tables": {name: table.to_dict() for name, table in tables.items()},
         "columns": list(COLUMNS),
         "sums": kept,
         "steps": {name: {key: step[key] for key in spent} for name, step in took.items()},
@@ -118,7 +119,7 @@ def chosen(found: Mapping[Key, Scores], pair: str, arm: str) -> float:
 def methods(found: Mapping[Key, Scores], pair: str) -> Table:
     """Every arm with its chosen weight against SFT, on test rows."""
     rows = []
-    shown = [*dict.fromkeys((SETTINGS[pair].measure, "hazard")), "cost", "target"]
+    columns_of = [*dict.fromkeys((SETTINGS[pair].measure, "hazard")), "cost", "target"]
     for arm in ("base", *(arm for arm in ARMS_OF[pair] if arm != "sft")):
         if not any(key[:2] == (pair, arm) for key in found):
             continue
@@ -133,11 +134,11 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
             for seed in seeds
         ]
         title = "before SFT" if arm == "base" else ARMS[arm].title
-        cells = [_cell(change[key]) for key in shown]
+        cells = [shown(change[key], "+.1f") for key in columns_of]
         each = " ".join(f"{value.estimate:+.1f}" for value in single)
         rows.append([title, weight if weight else None, *cells, each])
     names = {"cost": "perplexity", "target": f"perplexity of {SETTINGS[pair].target}"}
-    columns = ["method", "weight", *(f"{names.get(key, key)}, %" for key in shown)]
+    columns = ["method", "weight", *(f"{names.get(key, key)}, %" for key in columns_of)]
     columns.append(f"{SETTINGS[pair].measure} by seed, %")
     first = found[pair, "sft", 0.0, 0]
     count = len(sources(first, SETTINGS[pair], "test"))
@@ -158,7 +159,7 @@ def weights(found: Mapping[Key, Scores], pair: str, logs: Mapping[Key, Sequence[
             row: list[Any] = [ARMS[arm].title, weight]
             for part in ("validation", "test"):
                 change = changes([found[pair, arm, weight, 0]], [found[pair, "sft", 0.0, 0]], pair, part)
-                row += [_cell(change[key]) for key in (SETTINGS[pair].measure, "cost")]
+                row += [shown(change[key], "+.1f") for key in (SETTINGS[pair].measure, "cost")]
             fell = [value for entry in logs.get((pair, arm, weight, 0), ()) for name, value in entry.items()
                     if name.endswith("/penalty")]  # fmt: skip
             row.append(f"{fell[0]:.3g}, {fell[-1]:.3g}" if fell else None)
@@ -201,7 +202,7 @@ def levels(found: Mapping[Key, Scores], pair: str) -> Table:
                 title,
                 f"{1000 * _mean(whole, 0, 3):.2f}",
                 *(f"{value:.2f}" for value in hazards),
-                f"{drawn.estimate:.1f} ({drawn.low:.1f} .. {drawn.high:.1f})",
+                shown(drawn),
                 *perplexities,
             ]
         )
@@ -224,10 +225,9 @@ def answers(sampled: Mapping[Key, Mapping[str, Any]], pair: str) -> Table:
     """What was sampled: the share of responses that switch."""
     rows = []
     for (_, arm, weight, _), result in sampled.items():
-        low, middle, high = (100 * result["micro"][name] for name in ("low", "estimate", "high"))
         asked = [language["samples"] for language in result["languages"].values()]
         title = "before SFT" if arm == "base" else ARMS[arm].title
-        rows.append([title, weight or None, sum(asked), f"{middle:.1f} ({low:.1f} .. {high:.1f})"])
+        rows.append([title, weight or None, sum(asked), shown(Interval(**result["micro"]), unit=100)])
     caption = (
         "`qscope evaluate code-switching`, temperature 1, 48 tokens; 95 % bootstrap intervals over prompts, seed 0."
     )
@@ -238,7 +238,3 @@ def answers(sampled: Mapping[Key, Mapping[str, Any]], pair: str) -> Table:
 
 def _mean(rows: NDArray[np.float64], column: int, of: int) -> float:
     return float(rows[:, column].sum() / rows[:, of].sum())
-
-
-def _cell(value: Interval) -> str:
-    return f"{value.estimate:+.1f} ({value.low:+.1f} .. {value.high:+.1f})"

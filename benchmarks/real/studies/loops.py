@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.real.page import shown
 from benchmarks.real.texts import items, lines
 from qscope_posttrain.evaluation.repetition import repeat_ratio
+from qscope_posttrain.intervals import Interval
 from qscope_posttrain.models.generation import Sample, SamplingSettings, generate_samples
 from qscope_posttrain.models.loading import load_model
 from qscope_posttrain.report.tables import Table
@@ -46,7 +48,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def percent(interval: Mapping[str, float]) -> str:
-    return f"{100 * interval['estimate']:.1f} ({100 * interval['low']:.1f} .. {100 * interval['high']:.1f})"
+    """An interval of a result as a dictionary, in per cent."""
+    return shown(Interval(**interval), unit=100)
 
 
 def questions(count: int) -> dict[str, list[str]]:

