@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,21 @@ SASFT: dict[str, Any] = {
     "sasft_combine": "none",
     "sasft_positions": "response",
 }
+
+
+ABORTED = "terminate called without an active exception"
+"""Of PyTorch's threads where a process ended and left its process group to the interpreter's exit, as frameworks do"""
+
+
+def launched(
+    words: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a framework's command, once more where PyTorch aborted at the exit of a rank."""
+    for _ in range(2):
+        done = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode == 0 or ABORTED not in done.stderr:
+            break
+    return done
 
 
 def conversations(texts: Mapping[str, Sequence[str]], column: str | None, prompt_length: int) -> list[dict[str, Any]]:

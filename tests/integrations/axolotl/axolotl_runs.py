@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from free_port import free_port
-from integrations.frameworks import SASFT, conversations, rows_in_their_languages
+from integrations.frameworks import SASFT, conversations, launched, rows_in_their_languages
 from integrations.reference import LANGUAGES, case_model, make_features
 
 HERE = Path(__file__).resolve().parent
@@ -182,8 +182,7 @@ class Workplace:
             words += ["--launcher", "torchrun", "--", f"--nproc_per_node={processes}", f"--master_port={port}"]
         else:
             words += ["--launcher", "python"]
-        done = subprocess.run(words, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
-        return Run(Path(config["output_dir"])), done
+        return Run(Path(config["output_dir"])), launched(words, environment, self.folder)
 
 
 def quiet() -> dict[str, str]:

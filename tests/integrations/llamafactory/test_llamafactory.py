@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from integrations.frameworks import launched
 from integrations.reference import (
     KeepGradients,
     case_model,
@@ -242,7 +242,7 @@ def test_the_launcher(folder, features, tmp_path, processes):
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(STUBS)])}
     command = [sys.executable, *launch, str(LAUNCHER), str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = launched(command, environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"][0]
     start, _, _ = run(

@@ -16,7 +16,7 @@ import torch
 import transformers.modeling_utils
 import yaml
 from free_port import free_port
-from integrations.frameworks import SASFT, conversations, rows_in_their_languages
+from integrations.frameworks import SASFT, conversations, launched, rows_in_their_languages
 from integrations.reference import LANGUAGES, case_model, make_features
 
 import qscope_posttrain
@@ -177,8 +177,7 @@ class Workplace:
             else [str(recipe), *spelled({**options, "output_dir": run.folder})]
         )
         words = [str(Path(sys.executable).parent / "swift"), "sft", *given]
-        done = subprocess.run(words, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
-        return run, done
+        return run, launched(words, environment, self.folder)
 
 
 def spelled(options: Mapping[str, Any]) -> list[str]:
