@@ -94,3 +94,5 @@ ARMS_OF = {
     "habit": ("sft", "sasft", "token", "means", "random"),
     "fr": ("sft", "sasft", "means", "random", "anchor"),
 }
+SAMPLED = ("sft", "clean", "sasft", "token", "anchor")
+"""The arms that also answer prompts, where a setting has them"""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, FEATURES, SEEDS, SETTINGS, Arm
+from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, FEATURES, SAMPLED, SEEDS, SETTINGS, Arm
 from benchmarks.real.fine_tuning.parts import scored_rows, training_rows
 from benchmarks.real.fine_tuning.tables import Key, Scores, chosen, summary
 from benchmarks.real.steps import ROOT, run_step
@@ -46,7 +46,8 @@ def measured(study: Study, arms: Mapping[str, Sequence[str]], seeds: int) -> dic
             weight = chosen(found, name, arm)
             for seed in range(1, seeds):
                 found[name, arm, weight, seed] = study.scores(name, arm, weight, seed)
-            sampled[name, arm, weight, 0] = study.sampled(name, arm, weight, 0)
+            if arm in SAMPLED:
+                sampled[name, arm, weight, 0] = study.sampled(name, arm, weight, 0)
     logs = {key: study.log(*key) for key in found if key[1] != "base"}
     return summary(found, study.took, sampled, logs) | {"vocabulary": study.compared()}
 
