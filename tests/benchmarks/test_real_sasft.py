@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from benchmarks.real import texts
-from benchmarks.real.fine_tuning import parts, tables, trimmed
+from benchmarks.real.fine_tuning import capability, parts, tables, trimmed
 from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, SETTINGS
 from benchmarks.real.studies import sasft
 from qscope_posttrain.cli.training.sft import parse_recipe
@@ -161,3 +161,22 @@ def test_every_arm_is_a_command_of_the_product(name, tmp_path):
     assert (recipe.penalty is None) == (arm.words[1] == "sft")
     assert recipe.penalty is None or recipe.penalty.weight == arm.weights[0]
     assert any(name in arms for arms in ARMS_OF.values())
+
+
+@with_data
+def test_the_table_of_questions_counts_right_answers():
+    """Before SFT every item is answered rightly; after it each group gets one answer four times, as by chance."""
+    sets = capability.read_sets()
+    assert {name.partition("_")[0] for name in sets} == {"mmlu", "mgsm"}
+
+    def scores(best):
+        kept = {name: [[float(n == best(item)) for n in range(4)] for item in found] for name, found in sets.items()}
+        return {name: {"with": rows, "without": [[0.0] * 4] * len(rows)} for name, rows in kept.items()}
+
+    found = {"base": scores(lambda item: item.right), "sft": scores(lambda item: 0)}
+    before, after = map(list, capability.capability_table(found, "zh").rows)
+    assert before == ["before SFT", "100.0 (100.0 .. 100.0)", "100.0 (100.0 .. 100.0)", None, None]
+    assert after[:3] == ["SFT", "25.0 (25.0 .. 25.0)", "25.0 (25.0 .. 25.0)"]
+    fell = 75 * (1 - math.e) / (math.e + 3)  # softmax of one 1 and three 0
+    assert after[3].startswith(f"{fell:+.1f} (")
+    assert after[4] == after[3]

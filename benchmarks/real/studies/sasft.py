@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, FEATURES, SAMPLED, SEEDS, SETTINGS, Arm
+from benchmarks.real.fine_tuning.capability import capability_table
 from benchmarks.real.fine_tuning.parts import scored_rows, training_rows
 from benchmarks.real.fine_tuning.tables import Key, Scores, chosen, summary
 from benchmarks.real.steps import ROOT, run_step
@@ -30,15 +31,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     study = Study(options.model, options.saes, options.work)
     if options.quick:
         return measured(study, {"zh": ("sft", "sasft")}, seeds=1)
-    return measured(study, ARMS_OF, SEEDS)
+    return measured(study, ARMS_OF, SEEDS, asked=("zh",))
 
 
-def measured(study: Study, arms: Mapping[str, Sequence[str]], seeds: int) -> dict[str, Any]:
-    """Every weight of every arm with seed 0, then the chosen weights with other seeds, then sampled answers."""
+def measured(study: Study, arms: Mapping[str, Sequence[str]], seeds: int, asked: Sequence[str] = ()) -> dict[str, Any]:
+    """Every weight of every arm with seed 0, then the chosen weights with other seeds, then sampled answers, and
+    questions in the settings `asked`."""
     found: dict[Key, Scores] = {}
     sampled = {}
+    answered: dict[str, dict[str, Any]] = {name: {} for name in asked}
     for name, own in arms.items():
         found[name, "base", 0.0, 0] = study.scores(name, "base", 0.0, 0)
+        if name in asked:
+            answered[name]["base"] = study.answered(name, "base", 0.0, 0)
         for arm in own:
             for weight in ARMS[arm].weights:
                 found[name, arm, weight, 0] = study.scores(name, arm, weight, 0)
@@ -48,8 +53,13 @@ def measured(study: Study, arms: Mapping[str, Sequence[str]], seeds: int) -> dic
                 found[name, arm, weight, seed] = study.scores(name, arm, weight, seed)
             if arm in SAMPLED:
                 sampled[name, arm, weight, 0] = study.sampled(name, arm, weight, 0)
+                if name in asked:
+                    answered[name][arm] = study.answered(name, arm, weight, 0)
     logs = {key: study.log(*key) for key in found if key[1] != "base"}
-    return summary(found, study.took, sampled, logs) | {"vocabulary": study.compared()}
+    result = summary(found, study.took, sampled, logs) | {"vocabulary": study.compared(), "answered": answered}
+    for name, scored in answered.items():
+        result["tables"][f"{name}_questions"] = capability_table(scored, name).to_dict()
+    return result
 
 
 @dataclass
@@ -161,6 +171,16 @@ class Study:
         """What the training of an arm logged."""
         summary = self.work / "runs" / f"{name}-{arm}-{weight:g}-{seed}" / "summary.json"
         found: list[dict[str, Any]] = json.loads(summary.read_text(encoding="utf-8"))["results"]["log"]
+        return found
+
+    def answered(self, name: str, arm: str, weight: float, seed: int) -> dict[str, Any]:
+        """Score the answers to questions by the whole model, with the adapter of an arm."""
+        run, output = f"{name}-{arm}-{weight:g}-{seed}", self.work / "answered" / f"{name}-{arm}.json"
+        adapter = "-" if arm == "base" else self.work / "runs" / run
+        output.parent.mkdir(parents=True, exist_ok=True)
+        reads = [self.model, *([] if arm == "base" else [self.work / "runs" / run / "adapter_model.safetensors"])]
+        self.step(f"answered-{run}", ["benchmarks.real.fine_tuning.capability", self.model, adapter, output], reads)
+        found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
         return found
 
     def sampled(self, name: str, arm: str, weight: float, seed: int) -> dict[str, Any]:
