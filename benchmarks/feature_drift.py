@@ -17,6 +17,7 @@ import torch
 from interleaved import write_report
 
 from benchmarks.testbed.cache import Cache, default_cache_folder
+from benchmarks.testbed.models import explained_variance
 from benchmarks.testbed.switching.config import ARMS, SwitchingConfig
 from benchmarks.testbed.switching.features import make_dictionaries, make_feature_sets
 from benchmarks.testbed.switching.language_model import make_language_model
@@ -24,7 +25,6 @@ from benchmarks.testbed.switching.training import fine_tune
 from qscope_posttrain.models.capture import forward_to_layer
 from qscope_posttrain.provenance import embedding_agreement
 from qscope_posttrain.report.tables import Cell, Table
-from qscope_posttrain.sae.training import explained_variance
 from qscope_posttrain.sft.callback import displacements, penalty_layers, shift
 from qscope_posttrain.sft.config import SASFTConfig
 
