@@ -74,10 +74,11 @@ def train_saes(model: Pretrained, folder: Path, options: argparse.Namespace) -> 
     saes, checked = work / "saes" / model.name, work / "checks" / model.name
     train = ["sae", "train", "--config", recipe, "--model", folder, "--texts", texts, "--output", saes]
     check = ["sae", "check", saes, "--model", folder, "--layer", *model.layers, "--texts", held_out, "--scan", 0]
-    shorter = (["--steps", 20, "--held_out_documents", 4], ["--max-texts", 5]) if options.quick else ([], [])
+    check += ["--max-texts", 5 if options.quick else 20]  # of each language
+    shorter = ["--steps", 20, "--held_out_documents", 4] if options.quick else []
     for step, words, reads, output in (
-        (name, [*train, *shorter[0]], [folder, texts, ROOT / recipe], saes),
-        (f"{name}_check", [*check, "--output", checked, *shorter[1]], [folder, saes, held_out], checked),
+        (name, [*train, *shorter], [folder, texts, ROOT / recipe], saes),
+        (f"{name}_check", [*check, "--output", checked], [folder, saes, held_out], checked),
     ):
         ran = run_step(step, ["qscope_posttrain", *map(str, words)], reads, work)
         keep(step, json.loads((output / "summary.json").read_text(encoding="utf-8"))["results"], ran, options.output)

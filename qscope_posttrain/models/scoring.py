@@ -29,6 +29,15 @@ from qscope_posttrain.text.scripts import language_code, scripts_of_name, target
 from qscope_posttrain.text.tokens import script_token_ids
 
 LOGITS_AT_A_TIME = 1 << 24  # Logits converted to fp32 at a time: 64 MiB
+LOGITS_OF_A_FORWARD = 1 << 28  # 1 GiB in fp32: 1,024 tokens of a vocabulary of 262,144
+
+
+def scored_batches(
+    model: nn.Module, sequences: Sequence[TokenSequence], tokens_per_batch: int, pad_id: int
+) -> list[TokenBatch]:
+    """`token_batches`, smaller where a large vocabulary would make more than `LOGITS_OF_A_FORWARD` logits of one."""
+    vocabulary = int(text_config(model).vocab_size)
+    return token_batches(sequences, min(tokens_per_batch, max(1, LOGITS_OF_A_FORWARD // vocabulary)), pad_id)
 
 
 def model_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
@@ -76,7 +85,7 @@ def sequence_losses(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Per batch, for every token that counts: (number of its text [n], -log P(token) [n] fp32), on the CPU."""
     with evaluation_mode(model):
-        for batch in token_batches(sequences, tokens_per_batch, pad_id):
+        for batch in scored_batches(model, sequences, tokens_per_batch, pad_id):
             positions, tokens, rows = predicted_tokens(batch)
             losses = token_losses(model_logits(model, batch), positions, tokens, temperature)
             yield torch.tensor([sequence.text for sequence in batch.sequences])[rows], losses.cpu()
@@ -203,7 +212,8 @@ def contrast_sample(
     others = {language: _smallest_hashes(texts[language], texts_per_language) for language in languages}
     sequences = tokenize_texts(tokenizer, others, longest_allowed(model, max_length))
     usable = [sequence for sequence in sequences if len(sequence.ids) > 1]
-    return ContrastSample(tuple(languages), token_batches(usable, tokens_per_batch, pad_token(tokenizer)), ids)
+    batches = scored_batches(model, usable, tokens_per_batch, pad_token(tokenizer))
+    return ContrastSample(tuple(languages), batches, ids)
 
 
 def _smallest_hashes(lines: Sequence[str], count: int | None) -> list[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qscope_posttrain.models import scoring
 from qscope_posttrain.models.scoring import response_losses, text_losses
 
 
@@ -31,6 +32,20 @@ def test_texts_predict_all_but_the_first_token(model, tiny_tokenizer, texts):
         ids = tiny_tokenizer(line)["input_ids"]
         assert int(tokens[number]) == len(ids) - 1
         assert float(losses[number]) == pytest.approx(by_hand(model, ids, 1), rel=1e-5)
+
+
+def test_a_large_vocabulary_makes_the_batches_smaller(model, tiny_tokenizer, texts, monkeypatch):
+    lines = texts["en"][:6]
+    whole, _ = text_losses(model, tiny_tokenizer, lines)
+    longest = max(len(tiny_tokenizer(line)["input_ids"]) for line in lines)
+    monkeypatch.setattr(scoring, "LOGITS_OF_A_FORWARD", longest * model.config.vocab_size)
+    sizes = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *call: sizes.append(call[2].numel()))
+    parts, _ = text_losses(model, tiny_tokenizer, lines)
+    handle.remove()
+    assert len(sizes) > 1
+    assert max(sizes) <= scoring.LOGITS_OF_A_FORWARD
+    assert torch.allclose(parts, whole, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("prompts", "responses"), [([()], [(1,)]), ([(1,)], [])])

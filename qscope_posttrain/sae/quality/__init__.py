@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from qscope_posttrain.models.batches import Text, TokenBatch
 from qscope_posttrain.models.calibration import Calibration, calibrate, calibration_sample
 from qscope_posttrain.models.capture import LayerCapture, forward_to_layer, spliced
 from qscope_posttrain.models.layers import check_layers, decoder_layers, evaluation_mode, text_config
-from qscope_posttrain.models.scoring import model_logits, token_losses
+from qscope_posttrain.models.scoring import model_logits, scored_batches, token_losses
 from qscope_posttrain.provenance import model_identity
 from qscope_posttrain.report.progress import progress
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
@@ -72,7 +73,8 @@ def measure_sae(
         losses (bool, default True): Also measure the loss with the reconstruction spliced in: four forward passes
             instead of one.
         expected_l0 (float, default None): Firing latents per token that the release states; None: k of TopK.
-        tokens_per_batch (int, default 2048): Tokens in a forward pass, padding included.
+        tokens_per_batch (int, default 2048): Tokens in a forward pass, padding included; fewer for the losses of a
+            model with a large vocabulary, so that its logits stay below 1 GiB.
         max_length (int, default 512): Truncate texts to this many tokens.
         outlier_factor (float, default 10): Leave out, and count, tokens whose norm exceeds this many times the median
             norm.
@@ -104,7 +106,8 @@ def measure_sae(
         reference = kept[layer].float().mean(dim=0).to(sae.device)
         run = _Run(model, sae, layer, outlier_factor * calibration.medians[layer], reference, losses)
         places = {(s.language, s.text): number for number, s in enumerate(sequences)}
-        every = batches.token_batches(sequences, tokens_per_batch, pad_id)
+        form = partial(scored_batches, model) if losses else batches.token_batches
+        every = form(sequences, tokens_per_batch, pad_id)
         for batch in progress(every, description=f"measuring the SAE of layer {layer}", enabled=show_progress):
             _add_batch(sums, run, batch, places)
     of_texts, skipped = [names[s.language] for s in sequences], sum(min(s.start, len(s.ids)) for s in sequences)
