@@ -9,10 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sft.cases import case_model, make_features, make_rows, make_trainer
 
-from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.logits import LogitHead
+from qscope_posttrain.sft.logits import Anchor, LogitHead
 
 IDS = torch.arange(3, 15)[None]
 
