@@ -54,7 +54,7 @@ def test_it_is_refused_at_attach(model, tiny_tokenizer, name):
     trainer.model = adapted(model, target_modules=["lm_head"])  # some versions of TRL refuse it at construction
     with pytest.raises(ValueError, match="carries the adapter"):
         callback.attach(trainer)
-    assert SASFTCallback(features).attach(trainer).attached, "the plain penalty needs no logits"
+    assert SASFTCallback(features).attach(trainer).runs, "the plain penalty needs no logits"
 
 
 def test_a_given_anchor_with_such_a_head_is_refused(model, tiny_tokenizer):
