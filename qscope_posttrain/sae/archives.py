@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sae.checks import parse_object
+from qscope_posttrain.files import parse_object
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PICKLE_BYTES = 1 << 20
@@ -30,7 +30,6 @@ _MAX_TENSORS = 256
 _MAX_MEMBERS = 64
 _MAX_EXPANSION = 4
 _EXPANSION_SLACK = 1 << 24  # Weights hardly compress: what would grow fourfold beyond this is no SAE
-_SAFE_TORCH = "2.10"
 
 
 def read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -55,7 +54,8 @@ def _check_safetensors_header(path: Path, size: int) -> None:
                 f"{path} is not a valid SAE file: its header claims {claimed} bytes, the file has {size} and "
                 f"at most {_MAX_HEADER_BYTES} are accepted"
             )
-        header = parse_object(file.read(claimed), f"{path} is not a valid safetensors file: its header")
+        text = file.read(claimed).decode("utf-8", "replace")  # the library refuses anything but UTF-8
+        header = parse_object(text, f"{path} is not a valid safetensors file: its header", unique=True)
     if len(header) > _MAX_TENSORS:
         raise UserValueError(
             f"{path} is not a valid SAE file: it has {len(header)} tensors, at most {_MAX_TENSORS} are"
@@ -106,11 +106,6 @@ def _check_torch_archive(path: Path, size: int) -> set[int]:
 
 
 def _unpickled(path: Path) -> object:
-    if torch.__version__ < _SAFE_TORCH:
-        raise UserValueError(
-            f"{path}: torch {torch.__version__} can be attacked through .pt files even with weights_only=True "
-            "(CVE-2026-24747); use torch 2.10 or newer"
-        )
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged or hostile pickle can fail anywhere in the unpickler

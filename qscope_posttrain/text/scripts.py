@@ -270,12 +270,6 @@ def language_hint(label: Any, known: Collection[str]) -> str:
     return "" if meant is None or meant == label else f" Did you mean {meant!r}?"
 
 
-def listed(names: Collection[str], most: int = 12) -> str:
-    """The names with commas, the first `most` of them."""
-    first = ", ".join(list(names)[:most])
-    return f"{first} and {len(names) - most} more" if len(names) > most else first
-
-
 def class_names(dataset: Any, column: Any) -> tuple[str, ...]:
     """The names behind the numbers of a ClassLabel column of `datasets`; none for any other column or rule."""
     features = getattr(dataset, "features", None)
