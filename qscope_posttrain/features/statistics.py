@@ -147,7 +147,7 @@ def collect_statistics(
         key |= {"saes": {str(layer): describe_sae(saes[layer]) for layer in layers}, "processes": processes}
         if checkpoint is not None:
             key["weights"] = weights_fingerprint(model)
-        saved = PassCheckpoint(checkpoint, key, rank, processes)
+        saved = PassCheckpoint(checkpoint, key, calibration.medians, rank, processes)
         done = saved.resume(sums)
         if done == 0 and rank == 0:  # every process has read the sample; it counts once
             for layer, rows, groups in calibration.rows:

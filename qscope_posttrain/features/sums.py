@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from qscope_posttrain.sae.activations import TopK
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
 
 FORMAT = "qscope_posttrain.pass_checkpoint"
+SAME_MEDIAN = 1e-4  # Relative difference of median norms up to which the weights count as the same
 CODE_ENTRIES = 1 << 24  # Entries of sparse codes held at a time: at most 128 MiB
 
 
@@ -120,14 +122,16 @@ def check_sums_fit(
 class PassCheckpoint:
     """Checkpoint of the sums of one process; does nothing when no path is given."""
 
-    def __init__(self, path: str | Path | None, key: Mapping[str, Any], rank: int, processes: int) -> None:
-        """`key` is JSON of everything that the sums depend on."""
+    def __init__(
+        self, path: str | Path | None, key: Mapping[str, Any], medians: Mapping[int, float], rank: int, processes: int
+    ) -> None:
         self.path = None if path is None else Path(path)
         if self.path is not None and not self.path.parent.is_dir():
             raise UserFileNotFoundError(f"No checkpoint at {self.path}: the folder {self.path.parent} does not exist.")
         if self.path is not None and processes > 1:
             self.path = self.path.with_name(f"{self.path.name}.rank{rank}")
         self.key = json.dumps({**key, "rank": rank}, sort_keys=True)
+        self.medians = {str(layer): median for layer, median in medians.items()}
 
     def resume(self, sums: Mapping[int, LayerSums]) -> int:
         """Fill `sums` from the file if it belongs to this pass; returns the number of batches already in them."""
@@ -135,30 +139,45 @@ class PassCheckpoint:
             return 0
         try:
             with safe_open(str(self.path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get(FORMAT) != self.key:
+                done = self._matching(file.metadata() or {}, set(file.keys()), sums)
+                if done is None:
                     status(f"{self.path} belongs to another pass; starting from the beginning.", enabled=True)
                     return 0
-                done = int(metadata.get("batches", ""))
                 values = {f"{layer}.{name}": v for layer, part in sums.items() for name, v in part.tensors().items()}
                 read = {name: file.get_tensor(name) for name in values}
-            if done < 0 or any(read[name].shape != value.shape for name, value in values.items()):
-                raise SafetensorError("it was not written here")
+            if any(read[name].shape != value.shape for name, value in values.items()):
+                raise SafetensorError("a tensor has another shape")
             for name, value in values.items():
                 value.copy_(read[name])
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError) as error:
             status(f"{self.path} is damaged ({error}); starting from the beginning.", enabled=True)
             return 0
         status(f"Resuming from {self.path}: {done} batches are done.", enabled=True)
         return done
+
+    def _matching(self, metadata: Mapping[str, str], names: set[str], sums: Mapping[int, LayerSums]) -> int | None:
+        expected = {f"{layer}.{name}" for layer, layer_sums in sums.items() for name in layer_sums.tensors()}
+        try:
+            document = json.loads(metadata.get(FORMAT, "{}"))
+            medians, done = document["medians"], int(document["batches"])
+            same = (
+                document.get("key") == self.key
+                and names == expected
+                and medians.keys() == self.medians.keys()
+                and all(math.isclose(medians[i], self.medians[i], rel_tol=SAME_MEDIAN) for i in medians)
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            return None
+        return done if same and done >= 0 else None
 
     def write(self, sums: Mapping[int, LayerSums], batches: int) -> None:
         """Replace the file by the current state."""
         if self.path is None:
             return
         tensors = {f"{layer}.{name}": v.cpu() for layer, part in sums.items() for name, v in part.tensors().items()}
+        document = json.dumps({"key": self.key, "medians": self.medians, "batches": batches})
         with replacing(self.path) as unfinished:
-            unfinished.write_bytes(save(tensors, metadata={FORMAT: self.key, "batches": str(batches)}))
+            unfinished.write_bytes(save(tensors, metadata={FORMAT: document}))
 
     def delete(self) -> None:
         if self.path is not None:
