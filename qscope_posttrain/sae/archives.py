@@ -30,6 +30,7 @@ _MAX_TENSORS = 256
 _MAX_MEMBERS = 64
 _MAX_EXPANSION = 4
 _EXPANSION_SLACK = 1 << 24  # Weights hardly compress: what would grow fourfold beyond this is no SAE
+_SAFE_TORCH = "2.10"
 
 
 def read_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -106,6 +107,11 @@ def _check_torch_archive(path: Path, size: int) -> set[int]:
 
 
 def _unpickled(path: Path) -> object:
+    if torch.__version__ < _SAFE_TORCH:
+        raise UserValueError(
+            f"{path}: torch {torch.__version__} can be attacked through .pt files even with weights_only=True "
+            "(CVE-2026-24747); use torch 2.10 or newer"
+        )
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged or hostile pickle can fail anywhere in the unpickler

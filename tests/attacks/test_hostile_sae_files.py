@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.sae.autoencoder import SparseAutoencoder
+from qscope_posttrain.sae.formats import qwen_scope
 
 CANARY = "canary-of-the-sae-attack"
 
@@ -229,6 +230,12 @@ def test_other_byte_order(good: Path, tmp_path: Path) -> None:
         lambda name, content: b"big" if name.endswith("byteorder") else content,
     )
     refuses(path, "other byte order")
+
+
+def test_torch_with_a_known_hole_refuses_pickles(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
+    refuses(good, "torch 2.9.1 can be attacked.*use torch 2.10")
+    assert qwen_scope.LAYOUT.format == "qwen_scope"
 
 
 def safetensors_bytes(header: object, data: bytes = b"", claimed: int | None = None) -> bytes:
