@@ -20,10 +20,11 @@ from interleaved import write_report
 from sasft_overhead import LANGUAGES, VARIANTS, build_features, build_model, parse_settings
 
 from qscope_posttrain.features.feature_set import FeatureSet
+from qscope_posttrain.kernels import feature_penalty
 from qscope_posttrain.report.tables import Table
 from qscope_posttrain.sft.callback import penalty_layers
 from qscope_posttrain.sft.config import SASFTConfig
-from qscope_posttrain.sft.loss import sasft_loss
+from qscope_posttrain.sft.loss import normalize
 
 REPETITIONS = 20
 
@@ -46,8 +47,9 @@ def penalty_step(features: FeatureSet, variant: str, hidden: torch.Tensor) -> Ca
         for _ in range(REPETITIONS):
             total = hidden.new_zeros(())
             for layer in layers:
-                readouts = {"rows": layer.rows, "bias": layer.bias, "groups": ids}
-                total = total + sasft_loss(hidden, layer.thresholds, mask, **readouts)
+                sums = feature_penalty(hidden, layer.rows, layer.bias, layer.thresholds, mask, groups=ids).sums
+                share = {"features": len(sums), "num_tokens": mask.sum(), "normalization": "token_mean"}
+                total = total + normalize(sums.sum(), **share)
             total.backward()
 
     return run

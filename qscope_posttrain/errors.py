@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -135,6 +135,12 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     """A sentence that suggests the nearest name, or nothing."""
     close = difflib.get_close_matches(word, list(names), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first dozen of `names`, none of them too long."""
+    more = len(names) - 12
+    return ", ".join(name[:100] for name in names[:12]) + (f" and {more} more" if more > 0 else "")
 
 
 def _in_library(traceback: TracebackType | None) -> bool:

@@ -254,18 +254,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return _parse("".join(read_lines(path)), str(path), by_line=True)
 
 
-def parse_object(line: str, place: str) -> dict[str, Any]:
-    """The JSON object that a line holds; ValueError, with its place, for anything else, nested too deeply, or with half
-    of a surrogate pair in a string."""
-    found = _parse(line, place)
+def parse_object(line: str, place: str, unique: bool = False) -> dict[str, Any]:
+    """The JSON object that a line holds; ValueError, with its place, for anything else, nested too deeply, with half of
+    a surrogate pair in a string, or with a key that must be `unique` and is not."""
+    found = _parse(line, place, unique=unique)
     if not isinstance(found, dict):
         raise UserValueError(f"{place}: expected a JSON object, got {type(found).__name__}.")
     return found
 
 
-def _parse(text: str, place: str, by_line: bool = False) -> Any:
+def _parse(text: str, place: str, by_line: bool = False, unique: bool = False) -> Any:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_unique if unique else None)
     except json.JSONDecodeError as error:
         where = f"{place}, line {error.lineno}" if by_line else place
         raise UserValueError(f"{where}: not JSON ({error.msg}).") from error
@@ -279,3 +279,11 @@ def _parse(text: str, place: str, by_line: bool = False) -> Any:
             half = f"U+{ord(error.object[error.start]):04X}"
             raise UserValueError(f"{place}: half of a surrogate pair ({half}): the text is damaged.") from None
     return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserValueError(f"the key {next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice")
+    return values

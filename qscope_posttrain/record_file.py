@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+Self = TypeVar("Self", bound="RecordFile")
 Drawn = Sequence[tuple[list[int], bool]]  # The tokens of each response of a batch, and whether it ended by itself
 _BEGINNING = b'{"key": "'  # Of every line
 
@@ -58,7 +59,7 @@ class RecordFile:
             self._file.close()
             raise
 
-    def __enter__(self) -> RecordFile:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from qscope_posttrain.features.build import (
     feature_set_from,
     features_from_rows,
     monolinguality,
-    random_layer_features,
+    random_features,
 )
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.find.contrast import SCORE, language_rows
@@ -72,11 +73,40 @@ def difference_of_means_set(statistics: PassStatistics, target: str) -> FeatureS
 def random_feature_set(
     statistics: PassStatistics, saes: Mapping[int, SparseAutoencoder], like: FeatureSet, *, seed: int = 0
 ) -> FeatureSet:
-    """Random SAE features, one for each row of `like`, as controls: see `build.random_layer_features`."""
+    """Random SAE features (see `build.random_features`), one for each row of `like`, as controls."""
     built = {}
     for layer, rows in like.layers.items():
         if layer not in saes:
             raise UserValueError(f"random_feature_set needs the SAE of layer {layer}; got {sorted(saes)}.")
-        built[layer] = random_layer_features(statistics.layers[layer], saes[layer], rows, statistics.languages, seed)
+        built[layer] = _random_rows(statistics.layers[layer], saes[layer], rows, statistics.languages, seed)
     sources = {layer: saes[layer].source for layer in like.layers}
     return feature_set_from(statistics, built, {"selector": "random features", "seed": seed}, sources)
+
+
+def _random_rows(
+    statistics: LayerStatistics, sae: SparseAutoencoder, like: LayerFeatures, languages: Sequence[str], seed: int
+) -> LayerFeatures:
+    """Each takes the label of its row of `like` and is scaled to the norms of its encoder and decoder, so that neither
+    readout differs in size. Activations are those of the feature as trained."""
+    scores = monolinguality(statistics.mean_activation)
+    target = scores[languages.index(like.labels[0])]
+    taken = [feature for feature in like.feature_ids.tolist() if feature >= 0]
+    ids = random_features(statistics.firing_rate, target, len(like), seed, exclude=taken)
+    rows = sae.select(ids)
+    encoder_scale = _norm_ratio(like.encoder, rows.encoder)
+    rows = replace(
+        rows,
+        encoder=rows.encoder.float().cpu() * encoder_scale[:, None],
+        encoder_bias=rows.encoder_bias.float().cpu() * encoder_scale,
+        decoder=rows.decoder.float().cpu() * _norm_ratio(like.decoder, rows.decoder)[:, None],
+    )
+    names = [f"random #{feature}" for feature in ids.tolist()]
+    own = torch.stack([scores[languages.index(label), i] for label, i in zip(like.labels, ids.tolist(), strict=True)])
+    return features_from_rows(statistics, rows, like.labels, own, names)
+
+
+def _norm_ratio(reference: Tensor, rows: Tensor) -> Tensor:
+    norms = rows.float().cpu().norm(dim=1)
+    if bool((norms == 0).any()):
+        raise UserValueError("A random feature of this SAE has a row of norm 0; take another seed.")
+    return reference.norm(dim=1) / norms

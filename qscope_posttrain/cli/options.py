@@ -142,10 +142,10 @@ def open_session(options: argparse.Namespace, output: Path) -> Iterator[tuple[Ch
     check_endpoint_options(options)
     limits = _limits(options)
     model = _chat_model(options, options.chat_model)
-    with CompletionCache(options.answers or output / ANSWERS) as cache:
+    with CompletionCache(options.answers or output / ANSWERS, ask_refused_again=options.ask_refused_again) as cache:
         if len(cache):
             status(f"{len(cache)} answers in {cache.path} need not be asked for again")
-        session = ChatSession(model, cache, limits=limits, ask_refused_again=options.ask_refused_again)
+        session = ChatSession(model, cache, limits=limits)
         judge = session
         if options.judge_model not in (None, options.chat_model):
             judge = session.beside(_chat_model(options, options.judge_model))

@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserOSError, UserTypeError, UserValueError
+from qscope_posttrain.errors import UserError, UserFileNotFoundError, UserOSError, UserValueError
 from qscope_posttrain.files import read_text
-
-ROLES = ("system", "user", "assistant")
 
 
 class RequestFailed(UserOSError):
@@ -38,14 +36,8 @@ class RequestRefused(RequestFailed):
 class Message:
     """One turn of a chat."""
 
-    role: str
+    role: str  # "system" or "user"
     content: str
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise UserValueError(f"a message's role is one of {', '.join(ROLES)}, got {self.role!r}.")
-        if not isinstance(self.content, str):
-            raise UserTypeError(f"a message's content is a string, got {type(self.content).__name__}.")
 
 
 @dataclass(frozen=True)
@@ -72,13 +64,6 @@ class ChatRequest:
     messages: tuple[Message, ...]
     sampling: Sampling = Sampling()
     sample: int = 0  # Number of the draw, from 0: without it, two draws of one request would be one entry of the cache
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "messages", tuple(self.messages))
-        if not self.messages:
-            raise UserValueError("a request needs at least one message.")
-        if self.sample < 0:
-            raise UserValueError(f"sample counts from 0; got {self.sample}.")
 
     def key(self, identity: Mapping[str, Any]) -> str:
         """Key of the answer in the cache: SHA-256 of the model's identity and everything in the request."""

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from qscope_posttrain.endpoint.cache import CompletionCache, Refusals
+from qscope_posttrain.endpoint.cache import CompletionCache
 from qscope_posttrain.endpoint.chat import ChatCompletion, ChatModel, ChatRequest, RequestFailed, RequestRefused
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import progress
@@ -162,15 +162,12 @@ class ChatSession:
         *,
         limits: Limits | None = None,
         sleep: Callable[[float], None] | None = None,
-        ask_refused_again: bool = False,
     ) -> None:
-        """`sleep` is called for every pause, in place of a wait that Ctrl-C or another failure ends.
-        `ask_refused_again` sends the requests that an earlier run saw refused."""
+        """`sleep` is called for every pause, in place of a wait that Ctrl-C or another failure ends."""
         self.model = model
         self.cache = cache
         self.usage = Usage(limits or Limits())
         self._sleep = sleep
-        self._refusals = Refusals(cache, ask_again=ask_refused_again)
         self._counted: set[str] = set()
 
     def beside(self, model: ChatModel) -> ChatSession:
@@ -202,7 +199,7 @@ class ChatSession:
             done = self._run(pending)
             for _ in progress(done, total=len(pending), description=description):
                 pass
-        self._refusals.check({self._way(request) for request in wanted.values()})
+        self.cache.check({self._way(request) for request in wanted.values()})
         found = [self._known(request) for request in requests]
         return [completion for completion in found if completion is not None]
 
@@ -234,7 +231,7 @@ class ChatSession:
     def _known(self, request: ChatRequest) -> ChatCompletion | None:
         """The answer to a request, or its refusal."""
         identity, route = self.model.identity, self.model.route
-        return self.cache.get(request.key(identity)) or self._refusals.get(request.refusal_key(identity, route))
+        return self.cache.get(request.key(identity)) or self.cache.get(request.refusal_key(identity, route))
 
     def _way(self, request: ChatRequest) -> str:
         return request.way(self.model.identity, self.model.route)
@@ -291,7 +288,6 @@ class ChatSession:
         for request, completion in zip(batch, completions, strict=True):
             key, way = request.key(identity), self._way(request)
             self.cache.put(key, identity, request, completion, way)
-            self._refusals.answered(way)
             self.usage.add(completion)
             self._counted.add(key)
         return len(batch)
@@ -301,5 +297,5 @@ class ChatSession:
         completion = ChatCompletion("", "refused", 0, 0, "", str(failure))
         self.usage.add(completion)
         self._counted.add(request.key(identity))
-        key, way = request.refusal_key(identity, self.model.route), self._way(request)
-        self._refusals.add((key, identity, request, completion, way), failure.content)
+        key = request.refusal_key(identity, self.model.route)
+        self.cache.put(key, identity, request, completion, self._way(request), content=failure.content)

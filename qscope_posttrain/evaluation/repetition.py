@@ -67,11 +67,6 @@ class RepetitionResult:
         """Share of all responses that are endless."""
         return self.total.bootstrap.estimate
 
-    @property
-    def endless(self) -> tuple[bool, ...]:
-        """Whether each of `samples` is an endless repetition."""
-        return tuple(_is_endless(sample, tail) for sample, tail in zip(self.samples, self.tails, strict=True))
-
     def note(self) -> str:
         """Settings and noise in words, to stand wherever the ratio does."""
         return note_of(self.settings, self.seed_noise, "all prompts")

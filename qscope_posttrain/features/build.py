@@ -205,39 +205,7 @@ def search(
     return feature_set_from(passed, rows, settings, sources)
 
 
-def random_layer_features(
-    statistics: LayerStatistics, sae: SparseAutoencoder, like: LayerFeatures, languages: Sequence[str], seed: int
-) -> LayerFeatures:
-    """Random SAE features (see `random_features`), one for each row of `like`, as controls.
-
-    Each takes the label of its row and is scaled to the norms of its encoder and decoder, so that neither readout
-    differs in size. Activations are those of the feature as trained.
-    """
-    scores = monolinguality(statistics.mean_activation)
-    target = scores[languages.index(like.labels[0])]
-    taken = [feature for feature in like.feature_ids.tolist() if feature >= 0]
-    ids = random_features(statistics.firing_rate, target, len(like), seed, exclude=taken)
-    rows = sae.select(ids)
-    encoder_scale = _norm_ratio(like.encoder, rows.encoder)
-    rows = replace(
-        rows,
-        encoder=rows.encoder.float().cpu() * encoder_scale[:, None],
-        encoder_bias=rows.encoder_bias.float().cpu() * encoder_scale,
-        decoder=rows.decoder.float().cpu() * _norm_ratio(like.decoder, rows.decoder)[:, None],
-    )
-    names = [f"random #{feature}" for feature in ids.tolist()]
-    own = torch.stack([scores[languages.index(label), i] for label, i in zip(like.labels, ids.tolist(), strict=True)])
-    return features_from_rows(statistics, rows, like.labels, own, names)
-
-
 def random_directions(norms: Tensor, d_model: int, seed: int) -> Tensor:
     """[F, d_model] uniformly distributed directions with the given norms [F]."""
     drawn = torch.randn(len(norms), d_model, generator=torch.Generator().manual_seed(seed))
     return drawn * (norms / drawn.norm(dim=1))[:, None]
-
-
-def _norm_ratio(reference: Tensor, rows: Tensor) -> Tensor:
-    norms = rows.float().cpu().norm(dim=1)
-    if bool((norms == 0).any()):
-        raise UserValueError("A random feature of this SAE has a row of norm 0; take another seed.")
-    return reference.norm(dim=1) / norms

@@ -204,7 +204,7 @@ def causal_check(
     features: FeatureSet,
     target: str,
     *,
-    controls: FeatureSet | None = None,
+    controls: Mapping[int, Mapping[str, Tensor]] | None = None,
     strengths: Sequence[float] = (0.1,),
     random_count: int = 5,
     texts_per_language: int | None = 50,
@@ -222,8 +222,8 @@ def causal_check(
         add             h + c m u
 
     The same is done to the difference of means of the layer and to the controls, all at unit length, so that every
-    shift has the same norm. Controls are the random features in `controls` (see `build.random_layer_features`), and in
-    layers that it lacks `random_count` random directions. Forwards only: nothing is generated.
+    shift has the same norm. Controls are the directions in `controls`, such as {layer: {"random #7": [d_model]}}, and
+    in layers that it lacks `random_count` random directions. Forwards only: nothing is generated.
     `scoring.contrast_sample` chooses the texts to read and takes `options`.
     """
     features.check_model(model)
@@ -235,8 +235,7 @@ def causal_check(
     sample = scoring.contrast_sample(model, tokenizer, texts, target, texts_per_language=texts_per_language, **options)
     trials = []
     for layer, rows in chosen.layers.items():
-        drawn = controls.layers[layer] if controls is not None and layer in controls.layers else None
-        number = features.language_index(target)
+        number, drawn = features.language_index(target), (controls or {}).get(layer)
         for kind, name, direction in _directions(rows, number, drawn, random_count, seed + layer):
             taken = Steering(direction, (layer,), mode="project_out")
             trials.append((layer, kind, name, PROJECT_OUT, 1.0, taken))
@@ -260,7 +259,7 @@ def causal_check(
 
 
 def _directions(
-    rows: LayerFeatures, target: int, drawn: LayerFeatures | None, random_count: int, seed: int
+    rows: LayerFeatures, target: int, drawn: Mapping[str, Tensor] | None, random_count: int, seed: int
 ) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, name, direction) of everything that is tried in one layer; `target` is the language's number."""
     for name, direction in zip(rows.names, rows.decoder, strict=True):
@@ -268,8 +267,7 @@ def _directions(
     found = dose_curve.controls(rows.mean_residual, target, random_count, seed)
     if MEANS in found:
         yield MEANS, MEANS, found[MEANS][0]
-    names = [f"random direction {i + 1}" for i in range(random_count)] if drawn is None else drawn.names
-    for name, direction in zip(names, found[RANDOM] if drawn is None else drawn.decoder, strict=True):
+    for name, direction in (drawn or {f"random direction {i + 1}": row for i, row in enumerate(found[RANDOM])}).items():
         yield CONTROL, name, direction
 
 

@@ -18,13 +18,12 @@ from verl.workers.engine import EngineRegistry
 
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.layers import evaluation_mode
-from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.attached_run import InstancePatches
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
 from qscope_posttrain.sft.auxiliary_loss import FINAL_NORM, AuxiliaryLoss, MetricWindow, Step
 from qscope_posttrain.sft.baselines import KLAnchorCallback
 from qscope_posttrain.sft.data.language_ids import SampleLanguage
-from qscope_posttrain.sft.logits import LogitHead
+from qscope_posttrain.sft.logits import Anchor, LogitHead
 from qscope_posttrain.sft.loss import Normalizer
 from qscope_posttrain.sft.masks import IGNORED_LABEL, PADDING_ID, TokenBatch
 from qscope_posttrain.sft.watch import Watch

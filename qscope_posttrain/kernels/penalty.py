@@ -2,7 +2,7 @@
 
 f[t, s] = x[t] . rows[s] + bias[s]                    in at least fp32, without a wider copy of x
 e[t, s] = m[t] ReLU(f[t, s] - thresholds[group of t, s])
-sums[s] = sum_t w[t] e[t, s]                          d sums[s] / d x[t] = w[t] 1[e[t, s] > 0] rows[s]
+sums[s] = sum_t e[t, s]                               d sums[s] / d x[t] = 1[e[t, s] > 0] rows[s]
 """
 
 from __future__ import annotations
@@ -130,8 +130,7 @@ _feature_preactivations.register_autograd(_preactivations_backward, setup_contex
 class FeaturePenalty(NamedTuple):
     """Result of `feature_penalty`. Only `sums` has a gradient."""
 
-    sums: Tensor  # [F] sum_t w_t e_ts, fp32 (fp64 where x or rows are)
-    excesses: Tensor  # [F] sum_t e_ts, the same without position weights
+    sums: Tensor  # [F] sum_t e_ts, fp32 (fp64 where x or rows are)
     above: Tensor  # `mask`'s shape, bool: where any feature exceeds its threshold
 
 
@@ -143,7 +142,6 @@ def feature_penalty(
     mask: Tensor,
     *,
     groups: Tensor | None = None,
-    weights: Tensor | None = None,
 ) -> FeaturePenalty:
     """Sum the excess of each feature over its threshold, differentiable with respect to x.
 
@@ -154,23 +152,20 @@ def feature_penalty(
         mask: `[...]`, bool: tokens that count. Others may hold anything, also NaN.
         groups: `[...]`, int32 or int64: the row of `thresholds` for each token. A negative one takes the first; such
             tokens should be masked.
-        weights: `[...]`, floating: a factor for each token, without gradient; None for 1.
 
     Products, sums and comparisons are in at least fp32, whatever autocast or tf32 setting is active. Saved for backward
-    is a bool `[T, F]` beside rows and weights, never x; a half-precision x is widened by tiles of 1024 tokens on the
+    is a bool `[T, F]` beside rows, never x; a half-precision x is widened by tiles of 1024 tokens on the
     CPU and not at all on CUDA. Nothing waits for the device: scale the result (by a token count, say) with a
     device tensor. Deterministic. On CUDA two launches forward and one backward.
     """
     check_rows(x, rows, bias)
-    _check_tokens(x, thresholds, mask, groups, weights)
+    _check_tokens(x, thresholds, mask, groups)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, bias, thresholds)):
         raise ValueError("feature_penalty has no gradient for rows, bias and thresholds: detach() them.")
     thresholds, groups = _rows_of_thresholds(thresholds, groups, mask, rows.shape[0])
-    if weights is not None:  # a masked token's weight may be anything, too
-        weights = weights.detach().masked_fill(~mask, 0).reshape(-1)
     flat = x.reshape(-1, x.shape[-1])
-    sums, excesses, above, _ = _feature_penalty(flat, rows, bias, thresholds, groups, mask.reshape(-1), weights)
-    return FeaturePenalty(sums, excesses.detach(), above.view(mask.shape))
+    sums, above, _ = _feature_penalty(flat, rows, bias, thresholds, groups, mask.reshape(-1))
+    return FeaturePenalty(sums, above.view(mask.shape))
 
 
 def masked_excess(pre_activations: Tensor, thresholds: Tensor, mask: Tensor) -> Tensor:
@@ -179,16 +174,17 @@ def masked_excess(pre_activations: Tensor, thresholds: Tensor, mask: Tensor) -> 
     return torch.relu(pre_activations - thresholds).masked_fill(~mask.unsqueeze(-1), 0)
 
 
-def _check_tokens(x: Tensor, thresholds: Tensor, mask: Tensor, groups: Tensor | None, weights: Tensor | None) -> None:
-    for name, tensor in (("mask", mask), ("groups", groups), ("weights", weights)):
+def _check_tokens(x: Tensor, thresholds: Tensor, mask: Tensor, groups: Tensor | None) -> None:
+    for name, tensor in (("mask", mask), ("groups", groups)):
         if tensor is not None and tensor.shape != x.shape[:-1]:
             raise ValueError(f"{name} must have one entry per token, {list(x.shape[:-1])}, got {list(tensor.shape)}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
+    given = {"mask": mask, "thresholds": thresholds}
     if groups is not None:
         checks.check_indices("groups", groups)
-    given = {"mask": mask, "thresholds": thresholds, "groups": groups, "weights": weights}
-    checks.check_same("device", x=x, **{name: tensor for name, tensor in given.items() if tensor is not None})
+        given["groups"] = groups
+    checks.check_same("device", x=x, **given)
 
 
 def _rows_of_thresholds(
@@ -207,67 +203,59 @@ def _rows_of_thresholds(
 
 @torch.library.custom_op("qscope_posttrain::feature_penalty", mutates_args=())
 def _feature_penalty(
-    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sums [F], excesses [F], above [T], active [T, F])."""
+    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums [F], above [T], active [T, F])."""
     wide = accumulation_dtype(x, rows)
     if x.is_cuda and wide == torch.float32:
         from qscope_posttrain.kernels.triton.penalty import feature_penalty as on_cuda
 
-        return on_cuda(x, rows, bias, thresholds, groups, mask, weights)
+        return on_cuda(x, rows, bias, thresholds, groups, mask)
     exact = exact_dtype(wide, x.device)
     rows, bias, thresholds = rows.to(exact).t(), bias.to(exact), thresholds.to(wide)
-    excesses = x.new_zeros(rows.shape[1], dtype=wide)
-    sums = torch.zeros_like(excesses)
+    sums = x.new_zeros(rows.shape[1], dtype=wide)
     active = mask.new_empty(x.shape[0], rows.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         for tokens, tile in token_tiles(x, exact):
             limit = thresholds[groups[tokens].clamp(min=0)]
             excess = masked_excess(torch.addmm(bias, tile, rows).to(wide), limit, mask[tokens])
             torch.gt(excess, 0, out=active[tokens])
-            excesses += excess.sum(0)
-            if weights is not None:
-                sums += weights[tokens].to(exact) @ excess.to(exact)
-    return excesses.clone() if weights is None else sums, excesses, active.any(-1), active
+            sums += excess.sum(0)
+    return sums, active.any(-1), active
 
 
 @torch.library.custom_op("qscope_posttrain::feature_penalty_gradient", mutates_args=())
-def _penalty_gradient(
-    gradient: Tensor, active: Tensor, weights: Tensor | None, rows: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """`sum_s gradient[s] w[t] active[t, s] rows[s]`: `[T, D]` in `dtype`, summed in the gradient's."""
+def _penalty_gradient(gradient: Tensor, active: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sum_s gradient[s] active[t, s] rows[s]`: `[T, D]` in `dtype`, summed in the gradient's."""
     if active.is_cuda and gradient.dtype == torch.float32:
         from qscope_posttrain.kernels.triton.penalty import spread
 
-        return spread(active, rows, dtype, gradient, weights)
-    coefficients = active * gradient
-    if weights is not None:
-        coefficients *= weights.to(gradient.dtype).unsqueeze(-1)
-    return input_gradient(coefficients, rows, dtype)
+        return spread(active, rows, dtype, gradient)
+    return input_gradient(active * gradient, rows, dtype)
 
 
 @_feature_penalty.register_fake
-def _(x: Tensor, rows: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, rows: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     tokens, features, mask = x.shape[0], rows.shape[0], others[3]
     sums = x.new_empty(features, dtype=accumulation_dtype(x, rows))
-    return sums, torch.empty_like(sums), mask.new_empty(tokens), mask.new_empty(tokens, features)
+    return sums, mask.new_empty(tokens), mask.new_empty(tokens, features)
 
 
 _penalty_gradient.register_fake(
-    lambda gradient, active, _, rows, dtype: gradient.new_empty(active.shape[0], rows.shape[1], dtype=dtype)
+    lambda gradient, active, rows, dtype: gradient.new_empty(active.shape[0], rows.shape[1], dtype=dtype)
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, rows, *_, weights = inputs
-    ctx.save_for_backward(output[3], weights, rows)
+    x, rows, *_ = inputs
+    ctx.save_for_backward(output[2], rows)
     ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     of_x = None if gradient is None else _penalty_gradient(gradient, *ctx.saved_tensors, ctx.dtype)
-    return of_x, *(None,) * 6
+    return of_x, *(None,) * 5
 
 
 _feature_penalty.register_autograd(_backward, setup_context=_setup_context)

@@ -28,8 +28,6 @@ class Figure:
     caption: str = ""
 
     def __post_init__(self) -> None:
-        if not self.svg.startswith("<svg"):
-            raise UserValueError(f"a figure is an <svg> element as a string, got '{self.svg[:40]}'.")
         if found := _not_drawing(self.svg):
             raise UserValueError(f"a figure is an <svg> element that only draws; this one has {found}.")
 
@@ -64,11 +62,7 @@ class ShadedText:
     """A passage as tokens, each shaded by a value such as a feature's activation."""
 
     tokens: Sequence[str]
-    values: Sequence[float]
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) != len(self.values):
-            raise UserValueError(f"{len(self.tokens)} tokens but {len(self.values)} values.")
+    values: Sequence[float]  # One per token
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,6 @@ class Curve:
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
             raise UserValueError(f"curve '{self.name}' has one edge of a band; give both `low` and `high`, or neither.")
-        lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
-        if len(lengths) != 1:
-            raise UserValueError(f"curve '{self.name}' has series of different lengths: {sorted(lengths)}.")
 
 
 def draw_svg(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.sae.checks import parse_object
+from qscope_posttrain.files import parse_object
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PICKLE_BYTES = 1 << 20
@@ -55,7 +55,8 @@ def _check_safetensors_header(path: Path, size: int) -> None:
                 f"{path} is not a valid SAE file: its header claims {claimed} bytes, the file has {size} and "
                 f"at most {_MAX_HEADER_BYTES} are accepted"
             )
-        header = parse_object(file.read(claimed), f"{path} is not a valid safetensors file: its header")
+        text = file.read(claimed).decode("utf-8", "replace")  # the library refuses anything but UTF-8
+        header = parse_object(text, f"{path} is not a valid safetensors file: its header", unique=True)
     if len(header) > _MAX_TENSORS:
         raise UserValueError(
             f"{path} is not a valid SAE file: it has {len(header)} tensors, at most {_MAX_TENSORS} are"

@@ -1,7 +1,7 @@
 """Published residual-stream SAEs by name: the model each belongs to, where its files lie, what they must look like.
 
-    find("qwen3-8b-base-64k-l0-50").file_of(20)          # layer20.sae.pt
-    find("gemma-scope-2b-pt-16k-l0-71").file_of(20)      # layer_20/width_16k/average_l0_71/params.npz
+    find("qwen3-8b-base-64k-l0-50").files_of(20)         # layer20.sae.pt
+    find("gemma-scope-2b-pt-16k-l0-71").files_of(20)     # layer_20/width_16k/average_l0_71/params.npz
 
 The facts are in releases.json; `verified_by` names the source of each. Nothing here reads weights or the network.
 """
@@ -70,17 +70,13 @@ class CatalogEntry:
         """Size of one layer's weights, uncompressed."""
         return self.bytes_per_weight * (2 * self.d_sae * self.d_model + self.d_sae + self.d_model)
 
-    def file_of(self, layer: int) -> str:
-        """Path of a layer's weights in the repository. ValueError for a layer or L0 that was not released."""
-        return self.files_of(layer)[0]
-
     def files_of(self, layer: int) -> tuple[str, ...]:
-        """Paths of all files of a layer, weights first."""
+        """Paths of all files of a layer, weights first. ValueError for a layer or L0 that was not released."""
         l0 = self.l0_of(layer)
         return tuple(template.format(layer=layer, l0=l0) for template in (self.file, *self.companions))
 
     def l0_of(self, layer: int) -> str | None:
-        """The L0 that `file_of` takes for a layer, as the repository writes it; None where there is no choice."""
+        """The L0 that `files_of` takes for a layer, as the repository writes it; None where there is no choice."""
         if layer not in self.layers:
             raise UserValueError(f"{self.name} has no layer {layer}; it has the layers {ranges(self.layers)}.")
         offered = self.choices.get(layer)

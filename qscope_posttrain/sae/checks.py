@@ -3,7 +3,6 @@ duplicate keys, and read by type. Messages name the value and its fault."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserTypeError, UserValueError
-from qscope_posttrain.files import check_is_file, read_text
+from qscope_posttrain.files import check_is_file, parse_object, read_text
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -140,24 +139,4 @@ def read_settings(path: Path) -> Settings | None:
     if size > MAX_SETTINGS_BYTES:
         most = f"at most {MAX_SETTINGS_BYTES}"
         raise UserValueError(f"{path} has {size} bytes; settings of an SAE have a few thousand, {most}")
-    return Settings(path.name, parse_object(read_text(path), str(path)))
-
-
-def parse_object(content: bytes | str, what: str) -> dict[str, Any]:
-    """The JSON object in `content`. ValueError that begins with `what` for anything else."""
-    try:
-        text = content if isinstance(content, str) else content.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise UserValueError(f"{what} is not JSON: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise UserValueError(f"{what} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise UserValueError(f"the key {next(n for n in names if names.count(n) > 1)[:100]!r} occurs twice")
-    return values
+    return Settings(path.name, parse_object(read_text(path), str(path), unique=True))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from qscope_posttrain.errors import UserFileNotFoundError, UserValueError
+from qscope_posttrain.errors import UserFileNotFoundError, UserValueError, listed
 
 LAYER_FILE = re.compile(r"layer(?P<layer>\d{1,6})\.sae\.(?:pt|safetensors)")
 """File name of one layer: `layer{n}.sae.pt` in Qwen-Scope, `layer{n}.sae.safetensors` in the package's own format."""
@@ -51,7 +51,6 @@ _REASONS = (
 
 _MAX_DEPTH = 5
 _MAX_FILES = 100_000
-_SHOWN = 12
 
 
 def is_weights(name: str) -> bool:
@@ -150,15 +149,8 @@ def choose(names: Iterable[str], layer: int | None, where: str, above: str = "")
     nearest = [name for name in by_layer[wanted] if name.count("/") == top]  # `sae train` puts a copy into a subfolder
     if len(nearest) > 1:
         what = "several SAEs" if wanted is None else f"layer {wanted} more than once"
-        raise UserValueError(f"{where} holds {what} ({listed(by_layer[wanted])}): give the file, or its folder")
+        raise UserValueError(f"{where} holds {what} ({listed(sorted(by_layer[wanted]))}): give the file, or its folder")
     return nearest[0]
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first dozen of `names` for a message, none of them too long."""
-    texts = sorted(name[:100] for name in names)
-    more = len(texts) - _SHOWN
-    return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def ranges(numbers: Iterable[int]) -> str:

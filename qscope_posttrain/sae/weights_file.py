@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, listed
 from qscope_posttrain.files import check_is_file_with_data
 from qscope_posttrain.sae import archives
 from qscope_posttrain.sae.checks import Settings, as_number, check_tensor, read_settings
-from qscope_posttrain.sae.layout import listed
 
 SETTINGS_FILES = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json")  # Beside weights
 
@@ -88,7 +87,7 @@ class WeightsFile:
         missing, extra = set(required) - self.names, self.names - {*required, *optional}
         if missing or extra:
             faults = [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
-            faults += [f"has extra {listed(extra)}"] * bool(extra)
+            faults += [f"has extra {listed(sorted(extra))}"] * bool(extra)
             raise UserValueError(f"it {' and '.join(faults)}; expected are {', '.join(sorted(required))}")
 
     def _item(self, name: str) -> bool | int | float:
@@ -99,7 +98,7 @@ class WeightsFile:
 
     def _present(self, name: str) -> object:
         if name not in self.entries:
-            raise UserValueError(f"it lacks the tensor {name}; it holds {listed(self.names)}")
+            raise UserValueError(f"it lacks the tensor {name}; it holds {listed(sorted(self.names))}")
         return self.entries[name]
 
 

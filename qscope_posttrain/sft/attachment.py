@@ -84,19 +84,9 @@ class AuxiliaryLossCallback(TrainerCallback, ABC):
         return {"config": self.config.to_dict()}
 
     @property
-    def weight(self) -> float:
-        """The factor of the term."""
-        return float(self.config.weight)
-
-    @property
     def reads_languages(self) -> bool:
         """Whether the language of a sample makes a difference."""
         return self.config.target is not None
-
-    @property
-    def attached(self) -> bool:
-        """Whether hooks and wrappers are on a trainer now."""
-        return any(run.hooked for run in self.runs)
 
     def attach(self: Self, trainer: Trainer, host: type[Host] | None = None) -> Self:
         """Attach to a constructed trainer; returns itself, so that `with callback.attach(trainer):` works too.

@@ -16,8 +16,7 @@ from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.models.capture import LayerCapture
 from qscope_posttrain.models.layers import decoder_layers, final_norm, trained_for
 from qscope_posttrain.models.scoring import find_target_tokens, fingerprint
-from qscope_posttrain.sft.anchor import Anchor, sharding_of
-from qscope_posttrain.sft.logits import LogitHead, check_head
+from qscope_posttrain.sft.logits import Anchor, LogitHead, check_head, divergence_from, sharding_of
 from qscope_posttrain.sft.loss import Normalizer
 from qscope_posttrain.sft.masks import TokenBatch
 
@@ -153,8 +152,11 @@ class AuxiliaryLoss(ABC):
         """`KL(start || model)` at `positions`, over all tokens but the target's if these are known; `[positions]`."""
         if self.anchor is None:
             raise RuntimeError("The divergence needs a starting model, which this loss was made without.")
+        start, start_head = self.anchor.start(self.model, step.inputs)
         hidden = step.named[FINAL_NORM]
-        return self.anchor.divergence(self.model, step.inputs, hidden, positions, self.tokens, self.head)
+        # The layers of a model that is split over devices end on another one than that of the labels.
+        start, hidden = start[positions.to(start.device)], hidden[positions.to(hidden.device)]
+        return divergence_from(start_head, start, self.head, hidden, self.tokens)
 
     def metrics(self, totals: Mapping[str, list[float]], steps: int, ranks: int) -> dict[str, float]:
         """Values to log, from sums over a logging window of `steps` optimizer steps and over `ranks` processes."""

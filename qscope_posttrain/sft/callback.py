@@ -142,7 +142,7 @@ class _FeaturePenalty(AuxiliaryLoss):
             found = feature_penalty(hidden, layer.rows, layer.bias, layer.thresholds, mask, groups=groups)
             penalty = penalty + step.normalizer(found.sums.sum(), len(found.sums)).to(penalty.device)
             above |= found.above.to(above.device)
-            excesses.append(found.excesses)
+            excesses.append(found.sums.detach())
             if self._to_measure > 0:
                 shifts.append(shift(hidden, layer, mask, groups).to(eligible.device))
         self._to_measure -= 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.kernels.penalty import feature_penalty, masked_excess
+from qscope_posttrain.kernels.penalty import masked_excess
 from qscope_posttrain.sft.masks import IGNORED_LABEL, TokenBatch
 
 if TYPE_CHECKING:
@@ -25,17 +25,13 @@ def sasft_loss(
     normalization: Normalization = "token_mean",
     *,
     num_tokens: Tensor | int | None = None,
-    weights: Tensor | None = None,
-    rows: Tensor | None = None,
-    bias: Tensor | None = None,
-    groups: Tensor | None = None,
 ) -> Tensor:
     """The SASFT penalty of one layer; add the values of several layers, then multiply by the weight lambda.
 
-    With m_t = 1 for a penalized token (a response token of a sample that is not in the target language), w_t a
-    position weight (1 unless given), F features, N = `num_tokens`:
+    With m_t = 1 for a penalized token (a response token of a sample that is not in the target language), F features,
+    N = `num_tokens`:
 
-        S          = sum_t m_t w_t sum_s ReLU(f_ts - alpha_ts)
+        S          = sum_t m_t sum_s ReLU(f_ts - alpha_ts)
         token_mean = S / (F max(N, 1))      mean over features
         paper      = S / max(N, 1)          sum over features
         official   = S / (F N + 1)
@@ -53,11 +49,6 @@ def sasft_loss(
         num_tokens (int or Tensor, default None): N. None: the number of penalized tokens, which is right for "paper"
             without accumulation; give the response tokens of the whole accumulation window over all ranks for
             "token_mean" inside a training loop, and the response tokens of the micro-batch for "official".
-        weights (Tensor, default None): w, `[T]`; no gradient is taken through them.
-        rows (Tensor, default None): `[F, D]`, as the callback gives them: then the first argument is the residual
-            stream h, `[..., D]`, and f = h . rows + bias is formed in a fused kernel without a tensor of T x F floats.
-        bias (Tensor, default None): `[F]`, with `rows`; None is 0.
-        groups (Tensor, default None): `[T]`, with `rows`: the row of `thresholds` `[G, F]` for each token.
 
     Returns:
         A scalar; exactly 0 (with a graph) where no token is penalized.
@@ -74,16 +65,10 @@ def sasft_loss(
         raise UserValueError(
             f"mask must have one entry per token, {list(pre_activations.shape[:-1])}, got {list(mask.shape)}."
         )
-    if rows is None:
-        wide = pre_activations if pre_activations.dtype == torch.float64 else pre_activations.float()
-        excess = masked_excess(wide, thresholds, mask)
-        weighted = excess if weights is None else excess * weights.detach().masked_fill(~mask, 0).unsqueeze(-1)
-        sums = weighted.flatten(0, -2).sum(0)
-    else:
-        bias = rows.new_zeros(len(rows)) if bias is None else bias
-        sums = feature_penalty(pre_activations, rows, bias, thresholds, mask, groups=groups, weights=weights).sums
+    wide = pre_activations if pre_activations.dtype == torch.float64 else pre_activations.float()
+    excess = masked_excess(wide, thresholds, mask)
     count = mask.sum() if num_tokens is None else num_tokens
-    return normalize(sums.sum(), features=len(sums), num_tokens=count, normalization=normalization)
+    return normalize(excess.sum(), features=excess.shape[-1], num_tokens=count, normalization=normalization)
 
 
 def normalize(total: Tensor, *, features: int, num_tokens: Tensor | int, normalization: Normalization) -> Tensor:

@@ -215,11 +215,6 @@ def script_evidence(text: str) -> dict[str, float]:
     return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
 
 
-def language_by_script(text: str, languages: Collection[str]) -> str | None:
-    """Find the language that `text` is written in: `language_by_evidence` of its letters."""
-    return language_by_evidence(script_evidence(text), languages)
-
-
 def language_by_evidence(evidence: Mapping[str, float], languages: Collection[str]) -> str | None:
     """Find the one of `languages` (codes, or names such as "zh-CN") that writes the script with most `script_evidence`.
     None where scripts do not decide: no letters, two scripts equally frequent, no candidate that writes the script, or
@@ -273,12 +268,6 @@ def language_hint(label: Any, known: Collection[str]) -> str:
         close = difflib.get_close_matches(label.strip().casefold(), bare, n=1, cutoff=0.8)
         meant = bare[close[0]] if close else None
     return "" if meant is None or meant == label else f" Did you mean {meant!r}?"
-
-
-def listed(names: Collection[str], most: int = 12) -> str:
-    """The names with commas, the first `most` of them."""
-    first = ", ".join(list(names)[:most])
-    return f"{first} and {len(names) - most} more" if len(names) > most else first
 
 
 def class_names(dataset: Any, column: Any) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from qscope_posttrain.endpoint.cache import CompletionCache
-from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, Message, Sampling
+from qscope_posttrain.endpoint.chat import ChatCompletion, ChatRequest, Message, RequestFailed, Sampling
 
 MODEL = {"name": "m"}
 
@@ -85,10 +85,15 @@ def test_it_knows_which_ways_were_answered(tmp_path):
     refused = ChatCompletion("", "refused", 0, 0, "", "status 400: no")
     with CompletionCache(tmp_path / "answers.jsonl") as cache:
         cache.put("a", MODEL, request("a"), completion("a"), "one way")
-        cache.put("b", MODEL, request("b"), refused, "another")
+    for _ in range(2):
+        with CompletionCache(tmp_path / "answers.jsonl") as cache:
+            for way in ("one way", "another"):
+                cache.put(way, MODEL, request("b"), refused, way, content=False)
+                assert cache.get(way) == refused
+            with pytest.raises(RequestFailed, match="status 400: no"):
+                cache.check(["one way", "another"])
     with CompletionCache(tmp_path / "answers.jsonl") as cache:
-        assert cache.get("b") == refused
-        assert [cache.has_answer(way) for way in ("one way", "another", "")] == [True, False, False]
+        assert (cache.get("one way"), cache.get("another")) == (refused, None)
 
 
 def test_key_depends_on_everything_that_an_answer_depends_on():

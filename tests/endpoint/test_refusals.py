@@ -34,9 +34,9 @@ def open_session(tmp_path):
     def make(server, ask_refused_again=False, **options):
         while caches:
             caches.pop().close()
-        caches.append(CompletionCache(tmp_path / "answers.jsonl"))
+        caches.append(CompletionCache(tmp_path / "answers.jsonl", ask_refused_again=ask_refused_again))
         model = OpenAIChatModel("m", server.url, **{"concurrency": 1, **options})
-        return ChatSession(model, caches[0], limits=Limits(attempts=2), ask_refused_again=ask_refused_again)
+        return ChatSession(model, caches[0], limits=Limits(attempts=2))
 
     yield make
     for cache in caches:

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qscope_posttrain.endpoint.chat import (
-    ChatRequest,
     Message,
     PromptTemplates,
     RequestFailed,
@@ -58,9 +57,6 @@ def test_limits_are_positive(settings):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ChatRequest(()), "at least one"),
-        (lambda: ChatRequest((Message("user", "a"),), sample=-1), "from 0"),
-        (lambda: Message("judge", "a"), "role"),
         (lambda: Sampling(temperature=-1), "temperature"),
         (lambda: Sampling(top_p=0), "top_p"),
         (lambda: Sampling(max_tokens=0), "max_tokens"),

@@ -172,9 +172,7 @@ def test_table_has_one_line_for_all_controls(planted, tiny_tokenizer, texts):
     table = report.to_table()
     assert len(table.rows) == 3 * 3
     assert sum("random direction (3): mean, range" in row for row in table.rows) == 3
-    statistics = collect_statistics(model, tiny_tokenizer, texts, {LAYER: None})
-    drawn = random_directions(torch.ones(1), 64, seed=1)[0]
-    controls = direction_feature_set(statistics, LAYER, drawn, "drawn", language="zh")
+    controls = {LAYER: {"drawn": random_directions(torch.ones(1), 64, seed=1)[0]}}
     named = causal_check(model, tiny_tokenizer, texts, features, "zh", controls=controls)
     assert len(named.of(CONTROL, LAYER, "add")) == 1
 

@@ -144,8 +144,6 @@ def test_wrong_loops(make_model, make_sae):
     model = make_model(max_position_embeddings=16)
     with pytest.raises(ValueError, match="more than the model's positions"):
         repetition_differences(model, LOOPS, {1: make_sae(1)})
-    with pytest.raises(ValueError, match="No loops given"):
-        repetition_differences(model, [], {1: make_sae(1)})
     with pytest.raises(ValueError, match="4 whole copies"):
         repetition_gradients(model, LOOPS, [1], copies=3)
 

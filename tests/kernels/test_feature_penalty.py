@@ -32,8 +32,7 @@ def case(tokens, features, d_model, dtype=torch.float32, seed=0):
     rows, bias, thresholds = normal(features, d_model).to(wide), normal(features).to(wide), normal(4, features).to(wide)
     groups = torch.randint(-1, 4, (tokens,), generator=generator)
     mask = (torch.rand(tokens, generator=generator) > 0.3) & (groups >= 0)
-    weights = torch.rand(tokens, generator=generator)
-    return x, rows, bias, thresholds, groups, mask, weights
+    return x, rows, bias, thresholds, groups, mask
 
 
 def excess(x, rows, bias, thresholds, groups, mask):
@@ -75,7 +74,7 @@ def test_preactivations_gradcheck():
 
 
 def test_autocast_changes_nothing():
-    x, rows, bias, thresholds, groups, mask, _ = case(9, 3, 64)
+    x, rows, bias, thresholds, groups, mask = case(9, 3, 64)
     plain = feature_preactivations(x, rows, bias)
     sums = feature_penalty(x, rows, bias, thresholds, mask, groups=groups).sums
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -88,35 +87,31 @@ def test_autocast_changes_nothing():
 @pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("weighted", [True, False])
-def test_penalty_against_float64(dtype, shape, weighted):
-    x, rows, bias, thresholds, groups, mask, weights = case(*shape, dtype)
+def test_penalty_against_float64(dtype, shape):
+    x, rows, bias, thresholds, groups, mask = case(*shape, dtype)
     expected = excess(x, rows, bias, thresholds, groups, mask)
-    factors = weights if weighted else torch.ones_like(weights)
     leaf = x.clone().requires_grad_()
-    found = feature_penalty(leaf, rows, bias, thresholds, mask, groups=groups, weights=weights if weighted else None)
-    tolerance = {"rtol": 1e-5, "atol": 1e-4}
-    torch.testing.assert_close(found.excesses.double(), expected.sum(0), **tolerance)
-    torch.testing.assert_close(found.sums.double(), (expected * factors.double()[:, None]).sum(0), **tolerance)
+    found = feature_penalty(leaf, rows, bias, thresholds, mask, groups=groups)
+    torch.testing.assert_close(found.sums.double(), expected.sum(0), rtol=1e-5, atol=1e-4)
     assert torch.equal(found.above, (expected > 0).any(1))
     scale = torch.linspace(-1, 2, shape[1], dtype=found.sums.dtype)
     (back,) = torch.autograd.grad((found.sums * scale).sum(), leaf)
-    coefficients = (expected > 0) * factors.double()[:, None] * scale.double()
+    coefficients = (expected > 0) * scale.double()
     rounding = 1e-5 if dtype in (torch.float64, torch.float32) else 2**-8
     torch.testing.assert_close(back.double(), coefficients @ rows.double(), rtol=rounding, atol=1e-4)
 
 
 @pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 def test_penalty_gradcheck():
-    x, rows, bias, thresholds, groups, mask, weights = case(6, 3, 4, torch.float64)
+    x, rows, bias, thresholds, groups, mask = case(6, 3, 4, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda h: feature_penalty(h, rows, bias, thresholds, mask, groups=groups, weights=weights).sums,
+        lambda h: feature_penalty(h, rows, bias, thresholds, mask, groups=groups).sums,
         (x.requires_grad_(),),
     )
 
 
 def test_three_forms_of_thresholds_agree():
-    x, rows, bias, thresholds, _, mask, _ = case(12, 3, 8)
+    x, rows, bias, thresholds, _, mask = case(12, 3, 8)
     one = feature_penalty(x, rows, bias, thresholds[2], mask)
     grouped = feature_penalty(x, rows, bias, thresholds, mask, groups=torch.full((12,), 2))
     each = feature_penalty(x, rows, bias, thresholds[2].expand(12, 3), mask)
@@ -129,19 +124,13 @@ def test_packed_batch_equals_its_documents():
     x, rows, bias, thresholds, *_ = case(12, 3, 8)
     x[5:7] = torch.nan
     groups = torch.tensor([0] * 5 + [-1] * 2 + [3] * 5)
-    weights = torch.rand(12)
-    weights[5:7] = torch.nan
     packed = x.clone().view(1, 12, 8).requires_grad_()
-    found = feature_penalty(
-        packed, rows, bias, thresholds, (groups >= 0)[None], groups=groups[None], weights=weights[None]
-    )
+    found = feature_penalty(packed, rows, bias, thresholds, (groups >= 0)[None], groups=groups[None])
     found.sums.sum().backward()
     total, gradients = torch.zeros(3), []
     for part, group in ((slice(0, 5), 0), (slice(7, 12), 3)):
         document = x[part].clone().requires_grad_()
-        one = feature_penalty(
-            document, rows, bias, thresholds[group], torch.ones(5, dtype=torch.bool), weights=weights[part]
-        )
+        one = feature_penalty(document, rows, bias, thresholds[group], torch.ones(5, dtype=torch.bool))
         one.sums.sum().backward()
         total += one.sums.detach()
         gradients.append(document.grad)
@@ -153,7 +142,7 @@ def test_packed_batch_equals_its_documents():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_masked_row_does_not_leak_and_a_counted_one_shows(bad):
-    x, rows, bias, thresholds, groups, mask, _ = case(9, 3, 8)
+    x, rows, bias, thresholds, groups, mask = case(9, 3, 8)
     expected = feature_penalty(x, rows, bias, thresholds, mask, groups=groups)
     x[~mask] = bad
     leaf = x.requires_grad_()
@@ -184,10 +173,10 @@ class Operations(TorchDispatchMode):
 
 
 def test_few_operations_and_no_look_at_a_value():
-    x, rows, bias, thresholds, groups, mask, weights = case(64, 3, 8)
+    x, rows, bias, thresholds, groups, mask = case(64, 3, 8)
     leaf, scale = x.requires_grad_(), torch.tensor(0.5)
     with Operations() as seen:
-        found = feature_penalty(leaf, rows, bias, thresholds, mask, groups=groups, weights=weights)
+        found = feature_penalty(leaf, rows, bias, thresholds, mask, groups=groups)
         (found.sums.sum() * scale).backward()
     assert not [name for name in seen.names if "local_scalar" in name or "item" in name or "nonzero" in name]
     assert sum("feature_penalty.default" in name for name in seen.names) == 1
@@ -197,16 +186,16 @@ def test_few_operations_and_no_look_at_a_value():
 
 def test_half_precision_is_widened_by_tiles_only():
     tokens, d_model = 5000, 32
-    x, rows, bias, thresholds, groups, mask, weights = case(tokens, 3, d_model, torch.bfloat16)
+    x, rows, bias, thresholds, groups, mask = case(tokens, 3, d_model, torch.bfloat16)
     with Operations() as seen:
-        _, _, _, active = _feature_penalty._init_fn(x, rows, bias, thresholds, groups, mask, weights)
-        _penalty_gradient._init_fn(torch.ones(3), active, weights, rows, torch.bfloat16)
+        _, _, active = _feature_penalty._init_fn(x, rows, bias, thresholds, groups, mask)
+        _penalty_gradient._init_fn(torch.ones(3), active, rows, torch.bfloat16)
         _feature_preactivations._init_fn(x, rows, bias)
     assert seen.widest == 1024 * d_model
 
 
 def test_only_a_bool_per_token_and_feature_is_saved():
-    x, rows, bias, thresholds, groups, mask, _ = case(64, 3, 40)
+    x, rows, bias, thresholds, groups, mask = case(64, 3, 40)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         feature_penalty(x.requires_grad_(), rows, bias, thresholds, mask, groups=groups)
@@ -216,22 +205,21 @@ def test_only_a_bool_per_token_and_feature_is_saved():
 
 @pytest.mark.promise("Operators agree with float64 over dtypes and shapes, and pass opcheck and gradcheck")
 def test_opcheck():
-    x, rows, bias, thresholds, groups, mask, weights = case(6, 3, 4)
+    x, rows, bias, thresholds, groups, mask = case(6, 3, 4)
     for leaf in (x.clone().requires_grad_(), x.bfloat16().requires_grad_()):
         torch.library.opcheck(_feature_preactivations, (leaf, rows, bias))
-        torch.library.opcheck(_feature_penalty, (leaf, rows, bias, thresholds, groups, mask, weights))
-    torch.library.opcheck(_feature_penalty, (x, rows, bias, thresholds, groups, mask, None))
+        torch.library.opcheck(_feature_penalty, (leaf, rows, bias, thresholds, groups, mask))
     torch.library.opcheck(_feature_preactivations, tuple(t.clone().requires_grad_() for t in (x, rows, bias)))
     torch.library.opcheck(input_gradient, (torch.randn(6, 3), rows, torch.bfloat16))
-    torch.library.opcheck(_penalty_gradient, (torch.randn(3), torch.rand(6, 3) > 0.5, weights, rows, torch.bfloat16))
+    torch.library.opcheck(_penalty_gradient, (torch.randn(3), torch.rand(6, 3) > 0.5, rows, torch.bfloat16))
 
 
 @pytest.mark.promise("Operators compile without a graph break")
 def test_compiles_without_a_graph_break():
-    x, rows, bias, thresholds, groups, mask, weights = case(6, 3, 4)
+    x, rows, bias, thresholds, groups, mask = case(6, 3, 4)
 
     def total(h):
-        found = feature_penalty(h, rows, bias, thresholds, mask, groups=groups, weights=weights)
+        found = feature_penalty(h, rows, bias, thresholds, mask, groups=groups)
         return found.sums.sum() + feature_preactivations(h, rows, bias).mean()
 
     eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -241,7 +229,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_bad_input():
-    x, rows, bias, thresholds, groups, mask, _ = case(6, 3, 4)
+    x, rows, bias, thresholds, groups, mask = case(6, 3, 4)
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., 4\]"):
         feature_preactivations(x[:, :3], rows, bias)
     with pytest.raises(ValueError, match="rows is on meta"):
@@ -264,11 +252,11 @@ def test_bad_input():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_waits_for_the_device():
     tensors = [tensor.cuda() for tensor in case(300, 3, 64, torch.bfloat16)]
-    x, rows, bias, thresholds, groups, mask, weights = tensors
+    x, rows, bias, thresholds, groups, mask = tensors
     leaf, scale = x.requires_grad_(), torch.tensor(0.5, device="cuda")
 
     def step():
-        found = feature_penalty(leaf, rows, bias, thresholds, mask, groups=groups, weights=weights)
+        found = feature_penalty(leaf, rows, bias, thresholds, mask, groups=groups)
         (found.sums.sum() * scale).backward()
 
     step()

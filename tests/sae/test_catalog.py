@@ -34,7 +34,7 @@ def test_qwen_scope_is_the_table_of_the_report() -> None:
 def test_a_wide_gemma_scope_layer_has_the_size_that_the_hub_lists() -> None:
     """google/gemma-scope-2b-pt-res/layer_19/width_1m/average_l0_16/params.npz is 19.3 GB."""
     entry = ENTRIES["gemma-scope-2b-pt-1m"].at(16)
-    assert entry.file_of(19) == "layer_19/width_1m/average_l0_16/params.npz"
+    assert entry.files_of(19) == ("layer_19/width_1m/average_l0_16/params.npz",)
     assert round(entry.layer_bytes / 1e9, 1) == 19.3
 
 
@@ -54,7 +54,7 @@ def test_every_entry_is_consistent(entry: catalog.CatalogEntry) -> None:
         l0 = entry.expected_l0(layer)
         assert l0 is None or 1 < l0 < 1000
     with pytest.raises(ValueError, match=f"has no layer {entry.model_layers}; it has the layers"):
-        entry.file_of(entry.model_layers)
+        entry.files_of(entry.model_layers)
 
 
 def test_names_are_found_in_every_spelling() -> None:
@@ -68,10 +68,10 @@ def test_names_are_found_in_every_spelling() -> None:
 def test_l0_is_chosen_by_name_or_the_most_typical() -> None:
     entry = catalog.find("gemma-scope-2b-pt-16k-l0-22")
     assert entry is not None
-    assert entry.file_of(20) == "layer_20/width_16k/average_l0_22/params.npz"
+    assert entry.files_of(20) == ("layer_20/width_16k/average_l0_22/params.npz",)
     assert entry.expected_l0(20) == 22
     with pytest.raises(ValueError, match="has no L0 22 at layer 0; it has 13, 25, 46, 105, 226"):
-        entry.file_of(0)
+        entry.files_of(0)
     plain = ENTRIES["gemma-scope-2b-pt-16k"]
     assert [plain.l0_of(layer) for layer in (0, 12, 20)] == ["105", "82", "71"]
     with pytest.raises(ValueError, match="has no L0 23456; its layers have 10, 13, "):

@@ -113,7 +113,7 @@ def described(**changes: object) -> dict[str, object]:
         ),
         ("{", {}, "not JSON"),
         ("[" * 100_000, {}, "not JSON"),
-        ("[]", {}, "must be a JSON object, got list"),
+        ("[]", {}, "expected a JSON object, got list"),
         ("{}", {}, "format version None"),
         (json.dumps(described(version=2)), {}, "format version 2, but .* reads 1"),
         (json.dumps(described(more=1)), {}, "has the entries"),

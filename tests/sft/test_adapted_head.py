@@ -9,10 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sft.cases import case_model, make_features, make_rows, make_trainer
 
-from qscope_posttrain.sft.anchor import Anchor
 from qscope_posttrain.sft.baselines import TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
-from qscope_posttrain.sft.logits import LogitHead
+from qscope_posttrain.sft.logits import Anchor, LogitHead
 
 IDS = torch.arange(3, 15)[None]
 
@@ -55,7 +54,7 @@ def test_it_is_refused_at_attach(model, tiny_tokenizer, name):
     trainer.model = adapted(model, target_modules=["lm_head"])  # some versions of TRL refuse it at construction
     with pytest.raises(ValueError, match="carries the adapter"):
         callback.attach(trainer)
-    assert SASFTCallback(features).attach(trainer).attached, "the plain penalty needs no logits"
+    assert SASFTCallback(features).attach(trainer).runs, "the plain penalty needs no logits"
 
 
 def test_a_given_anchor_with_such_a_head_is_refused(model, tiny_tokenizer):

@@ -11,9 +11,10 @@ import torch
 from models.other_device import elsewhere
 from sft.cases import make_features, make_rows, make_trainer, with_lora
 
-from qscope_posttrain.sft.anchor import Anchor
+from qscope_posttrain.sft.auxiliary_loss import FINAL_NORM
 from qscope_posttrain.sft.baselines import KLAnchorCallback, TokenPenaltyCallback
 from qscope_posttrain.sft.callback import SASFTCallback
+from qscope_posttrain.sft.logits import Anchor
 
 IDS = torch.arange(3, 15).view(2, 6)
 META = {"input_ids": IDS.to("meta"), "attention_mask": torch.zeros(2, 1, 6, 6, device="meta")}
@@ -55,11 +56,11 @@ def test_models_that_cannot_move_stay(model, how):
 
 
 def test_the_masks_come_to_the_last_layers_device(model):
-    anchor = Anchor.for_trainer(trainer_of(model), copy.deepcopy(model))
+    loss = KLAnchorCallback(anchor_model=copy.deepcopy(model)).prepare(trainer_of(model))
     hidden = model.base_model(input_ids=IDS).last_hidden_state
+    step = SimpleNamespace(inputs={"input_ids": IDS}, named={FINAL_NORM: hidden})
     mask = torch.rand(IDS.shape) > 0.3
-    expected = anchor.divergence(model, {"input_ids": IDS}, hidden, mask, None)
-    assert torch.equal(anchor.divergence(model, {"input_ids": IDS}, hidden, elsewhere(mask), None), expected)
+    assert torch.equal(loss.divergence(step, elsewhere(mask)), loss.divergence(step, mask))
 
 
 @pytest.mark.parametrize("shared", ["itself", "base of the adapted", "tied", "same memory"])

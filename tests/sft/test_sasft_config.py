@@ -19,7 +19,7 @@ def test_integers_of_numpy_are_integers():
     assert json.loads(json.dumps(config.to_dict()))["layers"] == [1, 2]
     assert (type(config.layers[0]), type(config.top)) == (int, int)
     assert config == SASFTConfig(layers=[1, 2], top=2)
-    json.dumps(TokenPenaltyCallback(weight=np.float32(0.5), languages=LANGUAGES).weight)
+    json.dumps(TokenPenaltyCallback(weight=np.float32(0.5), languages=LANGUAGES).config.weight)
 
 
 @pytest.mark.parametrize("settings", [{"layers": ["2"]}, {"layers": 2}, {"layers": [1.0]}, {"top": 2.5}])

@@ -88,4 +88,4 @@ def test_tensor_parallelism_of_deepspeed(trainer, name):
 
 
 def test_the_plain_penalty_needs_no_head(zero_3):
-    assert callbacks(zero_3)["plain"].attach(zero_3).attached
+    assert callbacks(zero_3)["plain"].attach(zero_3).runs

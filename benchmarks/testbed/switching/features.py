@@ -100,13 +100,14 @@ def _find(config: SwitchingConfig, language_model: SwitchingModel, dictionaries:
     penalized = features.select(language=target, layers=[last], top=min(config.top, ARMS["random_features"].top))
     for draw in range(RANDOM_DRAWS):
         random_feature_set(statistics, saes, penalized, seed=draw).save(folder / f"random-{draw}.safetensors")
+    controls = random_feature_set(statistics, saes, penalized.select(top=_CAUSAL_CONTROLS), seed=config.model_seed)
     report = causal_check(
         model,
         tokenizer,
         texts,
         features.select(language=target, layers=[last], top=min(config.top, _CAUSAL_FEATURES)),
         target,
-        controls=random_feature_set(statistics, saes, penalized.select(top=_CAUSAL_CONTROLS), seed=config.model_seed),
+        controls={layer: dict(zip(rows.names, rows.decoder, strict=True)) for layer, rows in controls.layers.items()},
         target_tokens=tokens,
         texts_per_language=_CAUSAL_TEXTS,
         max_length=config.window,

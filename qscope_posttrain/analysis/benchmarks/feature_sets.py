@@ -53,14 +53,10 @@ class ItemFeatures:
         """Make from lists of feature ids. By default every text is unlike any other, and a unit of its own."""
         distinct = [np.unique(np.asarray(list(entry), dtype=np.int64)) for entry in sets]
         indices = np.concatenate([*distinct, np.zeros(0, dtype=np.int64)])
-        if not distinct:
-            raise UserValueError(f"benchmark '{name}' has no items.")
         if indices.size and not 0 <= indices.min() <= indices.max() < width:
             raise UserValueError(f"features are 0 to {width - 1}, got {indices.min()} to {indices.max()} in '{name}'.")
         said = np.asarray(fingerprints([f"{name}/{n}" for n in range(len(distinct))]) if texts is None else texts)
         unit = said if units is None else np.asarray(units)
-        if not len(said) == len(unit) == len(distinct):
-            raise UserValueError(f"'{name}' has {len(distinct)} items, but {len(said)} texts and {len(unit)} units.")
         offsets = np.concatenate([[0], np.cumsum([len(entry) for entry in distinct])])
         return cls(name, offsets.astype(np.int64), indices.astype(np.int32), width, said, unit)
 
@@ -131,9 +127,6 @@ def collect_item_features(
     last token is the last of the item. The median norm of the first items read decides about norm outliers in all
     benchmarks. Otherwise as `collect_text_features`.
     """
-    names = [benchmark.name for benchmark in benchmarks]
-    if len(set(names)) != len(names):
-        raise UserValueError(f"benchmarks need different names, got {', '.join(names)}.")
     longest = longest_allowed(model, max_length)
     options: dict[str, Any] = {"pooling": pooling, "max_length": longest}
     options |= {"tokens_per_batch": tokens_per_batch, "show_progress": show_progress}

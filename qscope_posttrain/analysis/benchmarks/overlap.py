@@ -61,7 +61,6 @@ class OverlapPair:
 
 def raw_pair(first: ItemFeatures, second: ItemFeatures) -> OverlapPair:
     """Compare all items of both."""
-    _check(first, second)
     return _pair(first, second, len(first), len(second))
 
 
@@ -71,7 +70,6 @@ def matched_pair(first: ItemFeatures, second: ItemFeatures, size: int) -> Overla
     Expected sizes stand for sizes, so a measure is a ratio of expectations. Parts of two benchmarks are drawn
     independently; with itself, P(both fire f) = 2 p(n) - p(2n), where p(n) is `redundancy.presence`.
     """
-    _check(first, second)
     for features in (first, second):
         needed = (2 * size if first is second else size) + 1
         if not 1 <= size < len(features) or len(features) < needed:
@@ -241,13 +239,3 @@ def _pair(first: ItemFeatures, second: ItemFeatures, first_size: int, second_siz
     without_second = SharedFeatures(shared.first, second.leave_one_out(*other_left), common[1])
     left_out = {first.name: (without_first, first.units), second.name: (without_second, second.units)}
     return OverlapPair(first.name, second.name, shared, left_out)
-
-
-def _check(first: ItemFeatures, second: ItemFeatures) -> None:
-    if first.width != second.width:
-        raise UserValueError(
-            f"'{first.name}' has {first.width} features and '{second.name}' {second.width}: they are of different SAEs."
-        )
-    for features in (first, second):
-        if len(features) < 2:
-            raise UserValueError(f"'{features.name}' has {len(features)} items; at least 2 are needed.")

@@ -147,10 +147,6 @@ def performance_redundancy(name: str, correct: ArrayLike, *, repeats: int = 50, 
     interpolated.
     """
     outcomes = np.asarray(correct, dtype=np.float64)
-    if outcomes.ndim != 2 or outcomes.shape[1] < MIN_MODELS or len(outcomes) < 2:
-        raise UserValueError(
-            f"'{name}': expected correctness as [items, models >= {MIN_MODELS}], got {outcomes.shape}."
-        )
     full = outcomes.mean(axis=0)
     if np.ptp(full) == 0:
         raise UserValueError(f"'{name}': all models have the same accuracy, so that there is no order to keep.")

@@ -54,10 +54,6 @@ class LabeledTexts:
 def collect_examples(featurizer: TextFeaturizer, texts: Sequence[str], labels: Sequence[bool]) -> LabeledTexts:
     """Read labeled texts in one pass: features, mean residual stream, and the tokens themselves."""
     flags = np.asarray(labels, dtype=bool)
-    if len(texts) != len(flags):
-        raise UserValueError(f"{len(texts)} texts but {len(flags)} labels.")
-    if flags.all() or not flags.any():
-        raise UserValueError(f"{int(flags.sum())} of {len(flags)} texts are positive; both classes are needed.")
     ids = featurizer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     tokens = token_counts([list(row[: featurizer.max_length]) for row in ids], len(featurizer.tokenizer))
     features = featurizer.features(texts, residual=True)

@@ -161,8 +161,6 @@ def make_report(
         fractions: Shares of the discovery texts in the data-efficiency curve.
         draws: Number of parts drawn for each share; 0 leaves the curve out.
     """
-    if not discovery or list(discovery) != list(test):
-        raise UserValueError(f"discovery and test need the same groups, got {list(discovery)} and {list(test)}.")
     evaluations: dict[str, dict[str, dict[str, Evaluation]]] = {method.name: {} for method in methods}
     choices: dict[str, dict[str, str]] = {method.name: {} for method in methods}
     sizes: dict[str, tuple[int, ...]] = {}

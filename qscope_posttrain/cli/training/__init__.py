@@ -6,7 +6,7 @@ import argparse
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -44,13 +44,15 @@ _DATA = "give the training data as 'dataset_name' or as 'datasets'; the recipe h
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
-    """All settings of one training command; each command adds its own."""
+    """All settings of one training command."""
 
     run: Any  # The keys of the command beside those of TRL: a dataclass with at least `features` and `dry_run`
     script: ScriptArguments
     mixture: DatasetMixtureConfig
     training: Any  # SFTConfig, or SteeredGRPOConfig
     model: ModelConfig
+    penalty: Any = None  # The settings of the method of `qscope sft`, a `LossConfig`
+    own: Mapping[str, Any] = field(default_factory=dict)  # The keys and values of `penalty`
     assumed_cpu: bool = False  # A dry run on a machine without the GPU that the recipe asks for
 
     @property
@@ -76,11 +78,7 @@ class TrainingRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, JSON-ready; read back by the command's parser, it gives the same recipe."""
         parts = [dataclasses.asdict(part) for part in (self.run, self.script, self.mixture, self.model)]
-        return to_json({**parts[0], **self.own_keys(), **parts[1], **parts[2], **self._training_keys(), **parts[3]})
-
-    def own_keys(self) -> dict[str, Any]:
-        """Keys of dataclasses that only this command has."""
-        return {}
+        return to_json({**parts[0], **self.own, **parts[1], **parts[2], **self._training_keys(), **parts[3]})
 
     def _training_keys(self) -> dict[str, Any]:
         """The training arguments, with the names of tokens and without secrets."""

@@ -58,23 +58,6 @@ class RunArguments:
             raise UserValueError(f"method {self.method} uses no features; leave 'features' out, or use method: sasft.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe(TrainingRecipe):
-    """All settings of one run of `qscope sft`."""
-
-    penalty: Any
-    """The settings of the method, a `LossConfig`; None for method sft"""
-
-    def own_keys(self) -> dict[str, Any]:
-        if self.penalty is None:
-            return {}
-        prefix = METHODS[self.run.method][1]
-        # One key for the anchor's weight, whichever it was read from.
-        return {
-            name if name == ANCHOR_WEIGHT else prefix + name: value for name, value in self.penalty.to_dict().items()
-        }
-
-
 def run(arguments: Sequence[str]) -> int:
     """Parse, then check (`--dry_run`) or train. Returns the exit status."""
     recipe = parse_recipe(arguments)
@@ -89,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     return run_training(recipe, build_trainer(recipe, features), "sft", features)
 
 
-def parse_recipe(arguments: Sequence[str]) -> Recipe:
+def parse_recipe(arguments: Sequence[str]) -> TrainingRecipe:
     """Read `--config FILE` and the overrides beside it. ValueError for an unknown key, a wrong value, options that
     exclude each other, a key of another method, or a recipe for a GPU without one."""
     arguments = before_trl(arguments, "qscope sft", _DECLARED, "SFTConfig")
@@ -100,16 +83,18 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     parser = CommandParser(kinds, before_build=check_values, prog="qscope sft")
     run, *own, script, mixture, training, model = parser.build(arguments)
     given = {key: value for part in own for key, value in part.items()}
-    penalty = None
+    penalty, values = None, {}
     if run.method != "sft":
-        penalty = method_config(run.method, given, parser.said)
+        penalty, prefix = method_config(run.method, given, parser.said), METHODS[run.method][1]
+        # One key for the anchor's weight, whichever it was read from.
+        values = {name if name == ANCHOR_WEIGHT else prefix + name: value for name, value in penalty.to_dict().items()}
     elif given:
         status(f"method sft trains without a penalty: no effect have {', '.join(given)}")
     parts = {"run": run, "script": script, "mixture": mixture, "training": training, "model": model}
-    return Recipe(**parts, penalty=penalty, assumed_cpu=parser.values.assumed_cpu)
+    return TrainingRecipe(**parts, penalty=penalty, own=values, assumed_cpu=parser.values.assumed_cpu)
 
 
-def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
+def build_trainer(recipe: TrainingRecipe, features: FeatureSet | None) -> SFTTrainer:
     """Make a stock SFTTrainer with the method's callback in its list of callbacks."""
     from trl import SFTTrainer
 
@@ -146,7 +131,7 @@ def build_trainer(recipe: Recipe, features: FeatureSet | None) -> SFTTrainer:
     )
 
 
-def tokenized_first(recipe: Recipe, rows: Rows) -> str:
+def tokenized_first(recipe: TrainingRecipe, rows: Rows) -> str:
     """What to know of many rows that TRL tokenizes before the first step; "" for few, a stream, or prepared rows."""
     training, count = recipe.training, len(rows) if hasattr(rows, "__len__") else 0
     if count < MANY_ROWS or skips_preparation(training):
@@ -163,7 +148,7 @@ def skips_preparation(training: Any) -> bool:
     return bool((training.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
 
-def _pack(recipe: Recipe, rows: Rows, languages: Collection[str]) -> Dataset:
+def _pack(recipe: TrainingRecipe, rows: Rows, languages: Collection[str]) -> Dataset:
     """Pack as `packing: true` asks for, keeping the language of every token, which TRL's own packing would drop."""
     from datasets import IterableDataset
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from qscope_posttrain.cli.training import Rows, first_row, first_rows
+from qscope_posttrain.cli.training import Rows, TrainingRecipe, first_row, first_rows
 from qscope_posttrain.cli.training.run import Checks, begin, check_checkpoint, check_data, planned_steps, rows_of_step
-from qscope_posttrain.cli.training.sft import Recipe, skips_preparation, tokenized_first
+from qscope_posttrain.cli.training.sft import skips_preparation, tokenized_first
 from qscope_posttrain.errors import UserValueError
 from qscope_posttrain.report.progress import if_many, progress
 from qscope_posttrain.sft.attachment import AuxiliaryLossCallback
@@ -33,7 +33,7 @@ _ROW = "qscope_row"
 """Column of row numbers, which shows the rows that TRL leaves out"""
 
 
-def check_recipe(recipe: Recipe) -> Checks:
+def check_recipe(recipe: TrainingRecipe) -> Checks:
     """Check output folder, device, model, features, data, languages, labels and batch, in this order."""
     checks, model, tokenizer = begin(recipe, lambda: data_tokenizer(recipe))
     penalty, evaluates = recipe.penalty, recipe.training.eval_strategy != "no"
@@ -60,13 +60,13 @@ def check_recipe(recipe: Recipe) -> Checks:
     return checks
 
 
-def data_tokenizer(recipe: Recipe) -> Any:
+def data_tokenizer(recipe: TrainingRecipe) -> Any:
     """The tokenizer with the end token and the chat template that SFTTrainer gives it before it reads the data."""
     tokenizer = recipe.load_tokenizer()
     return trained_tokenizer(tokenizer, recipe.training.eos_token, recipe.training.chat_template_path)
 
 
-def _callback(recipe: Recipe, model: torch.nn.Module) -> tuple[AuxiliaryLossCallback, str]:
+def _callback(recipe: TrainingRecipe, model: torch.nn.Module) -> tuple[AuxiliaryLossCallback, str]:
     """The method's callback, its features checked against the model."""
     features = recipe.load_features()
     callback: Any = make_callback(recipe.run.method, recipe.penalty, features)
@@ -79,7 +79,7 @@ def _callback(recipe: Recipe, model: torch.nn.Module) -> tuple[AuxiliaryLossCall
     return callback, f"{fit}; readouts: {readouts}; languages {', '.join(features.languages)}"
 
 
-def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
+def _target_tokens(recipe: TrainingRecipe, tokenizer: Any) -> tuple[Any, str]:
     settings: Any = recipe.penalty
     try:
         script = target_script(language_code(settings.target))
@@ -93,7 +93,9 @@ def _target_tokens(recipe: Recipe, tokenizer: Any) -> tuple[Any, str]:
     return ids, f"{len(ids)} tokens write {script}"
 
 
-def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback, tokenizer: Any) -> tuple[Counter[str], str]:
+def _languages(
+    recipe: TrainingRecipe, rows: Rows, callback: AuxiliaryLossCallback, tokenizer: Any
+) -> tuple[Counter[str], str]:
     """The languages of all rows of a data set in memory, of the first ones of a stream."""
     options, field = recipe.penalty, recipe.training.dataset_text_field
     classes = class_names(rows, options.language)
@@ -110,7 +112,9 @@ def _languages(recipe: Recipe, rows: Rows, callback: AuxiliaryLossCallback, toke
     return counts, f"of {which}: {listed}"
 
 
-def _labels(recipe: Recipe, rows: Rows, tokenizer: Any, sample: Mapping[str, Any] | None = None) -> tuple[int, str]:
+def _labels(
+    recipe: TrainingRecipe, rows: Rows, tokenizer: Any, sample: Mapping[str, Any] | None = None
+) -> tuple[int, str]:
     """Let TRL prepare the rows as training will, and count the tokens that carry the loss. `sample` is the row by which
     TRL decides what kind of data it is; by default the first."""
     training = recipe.training
@@ -174,7 +178,7 @@ def _without_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _batch(recipe: Recipe, rows: Rows) -> tuple[int, str]:
+def _batch(recipe: TrainingRecipe, rows: Rows) -> tuple[int, str]:
     training = recipe.training
     words, per_step = rows_of_step(training)
     words += f" x {training.gradient_accumulation_steps} accumulated = {per_step} rows a step"

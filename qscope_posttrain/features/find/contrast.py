@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.features.build import Sources, best_rows, monolinguality, random_layer_features, search
+from qscope_posttrain.features.build import Sources, best_rows, monolinguality, random_features, search
 from qscope_posttrain.features.causal import causal_check, measure_effects
 from qscope_posttrain.features.feature_set import FeatureSet
 from qscope_posttrain.features.layer_features import LayerFeatures
@@ -103,15 +103,17 @@ def find_language_features(
         contrast_sample(model, tokenizer, texts, target, target_tokens=target_tokens)
     checked = tuple(causal_layers) if causal_layers is not None else layers[-CHECKED_LAYERS:]
     checked = checked if causal and target is not None else ()
-    control_rows: dict[int, LayerFeatures] = {}
+    drawn: dict[int, dict[str, Tensor]] = {}
 
     def choose(passed: PassStatistics, loaded: Mapping[int, SparseAutoencoder]) -> dict[int, LayerFeatures]:
         rows = {layer: language_rows(passed.layers[layer], sae, languages, top) for layer, sae in loaded.items()}
         for layer in set(checked) & set(loaded):  # random features are drawn while their SAE is in memory
-            best = rows[layer].take([languages.index(str(target)) * top] * controls)
+            measured, number = passed.layers[layer], languages.index(str(target))
+            scores, best = monolinguality(measured.mean_activation)[number], int(rows[layer].feature_ids[number * top])
             try:
-                drawn = random_layer_features(passed.layers[layer], loaded[layer], best, languages, seed)
-                control_rows[layer] = drawn
+                ids = random_features(measured.firing_rate, scores, controls, seed, exclude=[best])
+                directions = loaded[layer].select(ids).decoder.float().cpu()
+                drawn[layer] = {f"random #{i}": row for i, row in zip(ids.tolist(), directions, strict=True)}
             except ValueError as error:  # a small SAE may have too few; a long pass must not be lost over it
                 status(f"Layer {layer}: random directions are the controls. {error}", enabled=True)
         return rows
@@ -124,8 +126,7 @@ def find_language_features(
     features = measure_effects(features, model, tokenizer, texts, target, **options)
     if not checked:
         return features
-    options |= {"random_count": controls, "seed": seed}
-    options["controls"] = replace(features, layers=control_rows) if control_rows else None
+    options |= {"random_count": controls, "seed": seed, "controls": drawn}
     chosen = features.select(language=target, layers=checked)
     report = causal_check(model, tokenizer, texts, chosen, target, **options)
     return replace(features, provenance={**features.provenance, "causal_check": report.to_table().to_dict()})

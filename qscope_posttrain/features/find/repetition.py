@@ -302,8 +302,6 @@ def rank_features(
 
 
 def _sequences(model: nn.Module, ids: Sequence[tuple[int, ...]], starts: Sequence[int]) -> list[TokenSequence]:
-    if not ids:
-        raise UserValueError("No loops given; see features.loops.collect_loops.")
     longest = max(map(len, ids))
     if longest_allowed(model, longest) < longest:
         raise UserValueError(f"A loop has {longest} tokens, prompt included: more than the model's positions.")

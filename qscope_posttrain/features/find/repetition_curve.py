@@ -186,8 +186,6 @@ def steering_curve(
     shuffled), and other random numbers, starts and random directions. Only loops within `periods` (see
     `LoopCollection.periods`; None for any) count for the choice.
     """
-    if not prompt_ids:
-        raise UserValueError("No prompts for the steering curve; give at least one.")
     features.check_model(model)
     seed = settings.sampling.seed
     shuffled = random.Random(seed).sample(list(prompt_ids), len(prompt_ids))

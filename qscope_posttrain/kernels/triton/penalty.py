@@ -55,9 +55,8 @@ def products(
 
 @triton.jit
 def _spread(
-    coefficients, weights, scale, rows, out, tokens, features, d_model,
-    HAS_SCALE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr,
+    coefficients, scale, rows, out, tokens, features, d_model,
+    HAS_SCALE: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -72,8 +71,6 @@ def _spread(
         factor = tl.load(coefficients + at, mask=both, other=0).to(tl.float32)
         if HAS_SCALE:
             factor *= tl.load(scale + feature, mask=known, other=0).to(tl.float32)[None, :]
-        if HAS_WEIGHTS:
-            factor *= tl.load(weights + token, mask=live, other=0).to(tl.float32)[:, None]
         row = tl.load(
             rows + feature[:, None].to(tl.int64) * d_model + column[None, :],
             mask=known[:, None] & inside[None, :], other=0,
@@ -100,11 +97,9 @@ def preactivations(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def spread(
-    coefficients: Tensor, rows: Tensor, dtype: torch.dtype, scale: Tensor | None = None, weights: Tensor | None = None
-) -> Tensor:
-    """`coefficients @ rows`, `[T, D]` in `dtype`, of fp32 coefficients `[T, F]`, in one launch. With `scale` `[F]` and
-    perhaps `weights` `[T]`, the coefficients are bool, and each is multiplied by both."""
+def spread(coefficients: Tensor, rows: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """`coefficients @ rows`, `[T, D]` in `dtype`, of fp32 coefficients `[T, F]`, in one launch. With `scale` `[F]` the
+    coefficients are bool, and each is multiplied by its feature's."""
     (tokens, features), d_model = coefficients.shape, rows.shape[1]
     out = rows.new_empty(tokens, d_model, dtype=dtype)
     if out.numel() == 0:
@@ -114,10 +109,8 @@ def spread(
         coefficients = coefficients.view(torch.uint8)  # Triton reads a bool as what it is stored in.
     with torch.cuda.device_of(rows):
         _spread[(triton.cdiv(tokens, TOKENS), triton.cdiv(d_model, COLUMNS))](
-            coefficients, None if weights is None else weights.contiguous(),
-            None if scale is None else scale.contiguous(), rows.contiguous(), out, tokens, features, d_model,
-            HAS_SCALE=scale is not None, HAS_WEIGHTS=weights is not None,
-            TOKENS=TOKENS, FEATURES=feature_block(rows), COLUMNS=COLUMNS,
+            coefficients, None if scale is None else scale.contiguous(), rows.contiguous(), out, tokens, features,
+            d_model, HAS_SCALE=scale is not None, TOKENS=TOKENS, FEATURES=feature_block(rows), COLUMNS=COLUMNS,
         )  # fmt: skip
     return out
 
@@ -129,9 +122,9 @@ def feature_block(rows: Tensor) -> int:
 
 @triton.jit
 def _penalty(
-    x, rows, bias, thresholds, groups, mask, weights, active, partial,
+    x, rows, bias, thresholds, groups, mask, active, partial,
     tokens, features, d_model, token_stride, column_stride,
-    HAS_WEIGHTS: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     token = block * TOKENS + tl.arange(0, TOKENS)
@@ -149,29 +142,24 @@ def _penalty(
     # Written so that a NaN of a token that counts stays one, and that of another is dropped.
     excess = tl.where(counted & ~(total <= 0), total, 0.0)
     tl.store(active + token[:, None] * features + feature[None, :], (excess > 0).to(tl.uint8), mask=both)
-    tl.store(partial + block * 2 * features + feature, tl.sum(excess, axis=0), mask=known)
-    if HAS_WEIGHTS:
-        excess *= tl.load(weights + token, mask=live, other=0).to(tl.float32)[:, None]
-    tl.store(partial + (block * 2 + 1) * features + feature, tl.sum(excess, axis=0), mask=known)
+    tl.store(partial + block * features + feature, tl.sum(excess, axis=0), mask=known)
 
 
 def feature_penalty(
-    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sums [F], excesses [F], above [T], active [T, F]); see `kernels.penalty`. One launch reads x and leaves a bool
+    x: Tensor, rows: Tensor, bias: Tensor, thresholds: Tensor, groups: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums [F], above [T], active [T, F]); see `kernels.penalty`. One launch reads x and leaves a bool
     per token and feature, and one sum per block of tokens; the blocks are added in a fixed order."""
     tokens, features = x.shape[0], rows.shape[0]
     active = mask.new_empty(tokens, features)
     blocks = triton.cdiv(tokens, TOKENS)
-    partial = x.new_empty(blocks, 2, features, dtype=torch.float32)
+    partial = x.new_empty(blocks, features, dtype=torch.float32)
     if active.numel():
         block = feature_block(rows)
         with torch.cuda.device_of(x):
             _penalty[(blocks, triton.cdiv(features, block))](
                 x, rows.contiguous(), bias.contiguous(), thresholds.contiguous(), groups.contiguous(),
-                mask.contiguous().view(torch.uint8), None if weights is None else weights.contiguous(),
-                active.view(torch.uint8), partial, tokens, features, rows.shape[1], *x.stride(),
-                HAS_WEIGHTS=weights is not None, TOKENS=TOKENS, FEATURES=block, COLUMNS=COLUMNS,
+                mask.contiguous().view(torch.uint8), active.view(torch.uint8), partial, tokens, features, rows.shape[1],
+                *x.stride(), TOKENS=TOKENS, FEATURES=block, COLUMNS=COLUMNS,
             )  # fmt: skip
-    excesses, sums = partial.sum(0)
-    return sums.clone(), excesses.clone(), active.any(-1), active
+    return partial.sum(0), active.any(-1), active

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, listed
 from qscope_posttrain.sae.formats import (
     dictionary_learning,
     gemma_scope,
@@ -18,7 +18,7 @@ from qscope_posttrain.sae.formats import (
     sparsify,
 )
 from qscope_posttrain.sae.formats.stored import StoredSAE
-from qscope_posttrain.sae.layout import layer_in_path, listed
+from qscope_posttrain.sae.layout import layer_in_path
 from qscope_posttrain.sae.source import LocatedFile
 from qscope_posttrain.sae.weights_file import SETTINGS_FILES, WeightsFile, open_weights
 
@@ -67,7 +67,7 @@ def _opened(weights: WeightsFile, located: LocatedFile, input_scale: float | Non
         stored: StoredSAE = found[0].open_file(weights, located)  # type: ignore[call-arg]
         return stored
     beside = [name for name in SETTINGS_FILES[:3] if weights.settings(name) is not None]
-    holds = f"{listed(weights.names)} with {' and '.join(beside) or 'no settings'} beside it"
+    holds = f"{listed(sorted(weights.names))} with {' and '.join(beside) or 'no settings'} beside it"
     if found:
         names = " and ".join(module.__name__.rpartition(".")[2] for module in found)
         raise UserValueError(f"it could be {names}: it holds {holds}")

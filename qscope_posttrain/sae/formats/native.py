@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 
 from qscope_posttrain.errors import UserValueError
-from qscope_posttrain.files import replacing
+from qscope_posttrain.files import parse_object, replacing
 from qscope_posttrain.sae.activations import activation_from_spec, activation_to_spec
-from qscope_posttrain.sae.checks import as_integer, parse_object, shown
+from qscope_posttrain.sae.checks import as_integer, shown
 from qscope_posttrain.sae.formats.stored import Layout, StoredSAE, read_stored, unshared
 from qscope_posttrain.sae.source import LocatedFile, SAESource
 from qscope_posttrain.sae.weights_file import WeightsFile
@@ -51,7 +51,7 @@ def recognizes(weights: WeightsFile) -> bool:
 
 
 def open_file(weights: WeightsFile, located: LocatedFile) -> StoredSAE:
-    described = parse_object(weights.metadata[METADATA_KEY], "its metadata")
+    described = parse_object(weights.metadata[METADATA_KEY], "its metadata", unique=True)
     version, layer = described.get("version"), described.get("layer")
     if version != VERSION:
         raise UserValueError(f"format version {version!r}, but this version of the package reads {VERSION}")

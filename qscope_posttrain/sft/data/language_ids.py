@@ -8,12 +8,11 @@ from typing import Any
 
 import regex
 
-from qscope_posttrain.errors import UserValueError
+from qscope_posttrain.errors import UserValueError, listed
 from qscope_posttrain.sft.masks import IGNORED_LABEL, PADDING_ID
 from qscope_posttrain.text.scripts import (
     language_by_evidence,
     language_hint,
-    listed,
     prose,
     same_language,
     script_evidence,

@@ -187,8 +187,6 @@ def test_refusals():
         measure_overlap([a])
     with pytest.raises(ValueError, match="at least two benchmarks of different names"):
         measure_overlap([a, draw("a", 8, 2)])
-    with pytest.raises(ValueError, match="of different SAEs"):
-        raw_pair(a, draw("b", 8, 2, width=7))
     with pytest.raises(ValueError, match="at least 5 items"):
         measure_overlap([a, draw("b", 4, 2)])
     with pytest.raises(ValueError, match="need at least 9 here; 'a' has 8"):

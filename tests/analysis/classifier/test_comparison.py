@@ -139,5 +139,3 @@ def test_examples_of_texts(make_model, tiny_tokenizer, make_sae, texts):
     part = found.take([6, 1])
     assert part.labels.tolist() == [False, True]
     np.testing.assert_array_equal(part.inputs["residual"], found.inputs["residual"][[6, 1]])
-    with pytest.raises(ValueError, match="both classes are needed"):
-        collect_examples(featurizer, lines, [True] * 8)
