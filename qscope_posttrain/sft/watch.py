@@ -10,6 +10,8 @@ from qscope_posttrain.distributed import is_main_process
 
 IDLE_STEPS = 20
 """Optimizer steps with a term or a readout of 0 after which a warning says so"""
+LARGE = 1.0
+"""Nats per token of a weighted penalty above which it leads the training in place of the loss that it is added to"""
 FAR = 0.8
 """Displacement above which features are taken for another model's. A mean at a right angle to theirs is at least 1
 away; measured (docs/sasft.md) 0.98 for another seed, and up to 0.72 after fine-tuning that left an SAE most of what it
@@ -39,6 +41,14 @@ class Watch:
                     "NaN transformers logs 0. Go back to the last checkpoint with a lower learning_rate or weight; in "
                     "fp16 the scaler may leave such steps out.",
                 )
+        added = self._weight * values.get("penalty", 0.0)
+        if self._steps == steps and LARGE < added < math.inf:  # the first log: later the training itself may do it
+            self._say(
+                "large",
+                f"its penalty times its weight is {added:.3g} nats per token, about as much as the loss of a language "
+                "model: training follows it first of all. Lower the weight. A published weight for raw readouts is in "
+                "units of its own model's residual stream; standard deviations (the default) are alike on all models.",
+            )
         if self._weight and self._steps >= IDLE_STEPS:
             self._look_for_idle(values)
         for name, value in values.items():

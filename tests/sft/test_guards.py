@@ -193,27 +193,38 @@ def test_weights_that_are_no_number(model, features, tiny_tokenizer):
 VALUES = {"penalty": 1.0, "excess/layer 1 zh #5": 0.0, "excess/layer 1 zh #7": 0.5}
 
 
+def look(*windows, weight=1.0, steps=10):
+    """The warnings about the metrics of several logging windows."""
+    watch = Watch("SASFTCallback", weight)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for values in windows:
+            watch.look(values, steps)
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.promise("A penalty that outweighs the loss it is added to is warned of in the first log")
+def test_a_weight_that_takes_over():
+    (said,) = look({"penalty": 203.0}, {"penalty": 190.0}, weight=0.016)
+    assert "its penalty times its weight is 3.25 nats per token" in said
+    assert look({"penalty": 203.0}, weight=0.001) == []
+    assert look({"penalty": 203.0}, weight=0.0) == []
+    assert look({"penalty": 1.0}, {"penalty": 203.0}, weight=0.016) == []
+
+
 @pytest.mark.promise("A feature that is 0 on all tokens of the first 20 steps is warned of by its name")
 class TestIdle:
-    def look(self, *windows, weight=1.0, steps=10):
-        watch = Watch("SASFTCallback", weight)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for values in windows:
-                watch.look(values, steps)
-        return [str(one.message) for one in caught]
-
     def test_a_dead_readout(self):
-        (said,) = self.look(*[VALUES] * 4)
+        (said,) = look(*[VALUES] * 4)
         assert "of its readouts layer 1 zh #5 (1 in all) were 0 at every position in the first 20 steps" in said
 
     def test_one_that_fires_once(self):
-        assert self.look({**VALUES, "excess/layer 1 zh #5": 1e-9}, *[VALUES] * 3) == []
-        assert self.look({**VALUES, "excess/layer 1 zh #5": 1e-9}, *[{"penalty": 0.0}] * 3) == []
+        assert look({**VALUES, "excess/layer 1 zh #5": 1e-9}, *[VALUES] * 3) == []
+        assert look({**VALUES, "excess/layer 1 zh #5": 1e-9}, *[{"penalty": 0.0}] * 3) == []
 
     def test_before_20_steps_and_without_a_weight(self):
-        assert self.look(VALUES) == []
-        assert self.look(*[VALUES] * 4, weight=0.0) == []
+        assert look(VALUES) == []
+        assert look(*[VALUES] * 4, weight=0.0) == []
 
 
 @pytest.mark.promise("A training whose hooks are bypassed ends in its first step, with the reason")
