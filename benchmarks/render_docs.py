@@ -184,6 +184,8 @@ def render(name: str) -> str:
         return verification.table()
     if name == "real_costs":
         return page.costs(RESULTS / "real")
+    if name == "real_saes":
+        return page.saes(RESULTS / "real")
     if name == "real_headline":
         return page.headline(RESULTS / "real")
     source, _, part = name.partition(":")

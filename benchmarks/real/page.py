@@ -28,6 +28,28 @@ def said_once(rows: Sequence[list[str]]) -> None:
             row[0] = ""
 
 
+def saes(folder: Path) -> str:
+    """What `qscope sae check` says of the SAEs of both models."""
+    rows: list[list[str | int]] = []
+    for path in sorted(folder.glob("*_saes_check.json"), reverse=True):
+        for sae in json.loads(path.read_text(encoding="utf-8"))["layers"]:
+            measured = (sae["fvu"], sae["recovered"]["mean"], sae["recovered"]["zero"])
+            fvu, *recovered = (shown(found.values(), ".3f") for found in measured)
+            rows.append(
+                [
+                    path.stem.partition("_")[0],
+                    sae["layer"],
+                    fvu,
+                    f"{sae['fit']['chance']:.2f}",
+                    *recovered,
+                    sae["tokens"],
+                ]
+            )
+    columns = ["model", "layer", "FVU", "by chance", "recovered of mean ablation", "of zero ablation", "tokens"]
+    caption = "`qscope sae check` on held-out paragraphs, 20 per language; 95 % bootstrap intervals over paragraphs."
+    return Table("SAEs", columns, rows, caption).to_markdown()
+
+
 def costs(folder: Path) -> str:
     """Processor time and peak memory of each step that `make real` ran."""
     rows: list[list[str | int | None]] = []
@@ -42,16 +64,21 @@ def costs(folder: Path) -> str:
     return Table("Time and memory", columns, rows, caption).to_markdown()
 
 
-_ARMS = (
-    ("SFT, the same rows without the switch", "clean data: the same rows without the switch", "no"),
-    ("token penalty", "token penalty", "no"),
-    ("token penalty + anchor", "token penalty and KL anchor", "no"),
-    ("KL anchor", "KL anchor", "no"),
-    ("SASFT, default", "SASFT", "yes"),
-    ("SASFT, paper", "SASFT, the paper's form", "yes"),
-    ("difference of means", "SASFT along a difference of means", "no"),
-    ("random features", "control: random features", "yes"),
-)
+_ARMS = {
+    "habit": (
+        ("token penalty", "token penalty", "no"),
+        ("SASFT, default", "SASFT", "yes"),
+        ("difference of means", "SASFT along a difference of means", "no"),
+        ("random features", "control: random features", "yes"),
+    ),
+    "zh": (
+        ("SFT, the same rows without the switch", "clean data: the same rows without the switch", "no"),
+        ("token penalty", "token penalty", "no"),
+        ("KL anchor", "KL anchor", "no"),
+        ("SASFT, default", "SASFT", "yes"),
+        ("random features", "control: random features", "yes"),
+    ),
+}
 
 
 def headline(folder: Path) -> str:
@@ -63,22 +90,27 @@ def headline(folder: Path) -> str:
     rows: list[list[str]] = []
     for setting, words in (("habit", _HABIT), ("zh", _SWITCHES)):
         found = {row[0]: row for row in fine_tuned[f"{setting}_methods"]["rows"]}
-        for arm, method, sae in (arm for arm in _ARMS if arm[0] in found):
+        sampled = {row[0]: with_unit(row[3], "%") for row in fine_tuned[f"{setting}_sampled"]["rows"]}
+        rows.append([words, "plain SFT", "", "", sampled["SFT"], ""])
+        for arm, method, sae in _ARMS[setting]:
             hazard, perplexity, chinese = (with_unit(cell, "%") for cell in found[arm][2:5])
-            rows.append([words, method, sae, hazard, f"perplexity {perplexity}; of Chinese {chinese}"])
+            cost = f"perplexity {perplexity}; of Chinese {chinese}"
+            rows.append([words, method, sae, hazard, sampled.get(arm, ""), cost])
     found = {row[0]: row for row in negatives["loops"]["rows"]}
+    rows.append([_LOOPS, "plain DAPO", "", "", with_unit(found["DAPO"][3], "%"), ""])
     for arm, method, sae in (
         ("seeded negative", "seeded negative", "no"),
         ("steered by features", "steered negative", "yes"),
         ("steered at random", "control: steered at random", "no"),
     ):
-        _, _, right, _, loops, *_ = found[arm]
-        rows.append([_LOOPS, method, sae, with_unit(loops, "points"), f"accuracy {with_unit(right, 'points')}"])
+        _, _, right, share, loops, *_ = found[arm]
+        cost = f"accuracy {with_unit(right, 'points')}"
+        rows.append([_LOOPS, method, sae, with_unit(loops, "points"), with_unit(share, "%"), cost])
     said_once(rows)
-    columns = ["trainer, model and failure", "method", "SAE", "failures against the plain trainer", "cost"]
+    columns = ["trainer, model and failure", "method", "SAE", "hazard, loops: change", "responses that fail", "cost"]
     return Table("", columns, rows).to_markdown()
 
 
-_HABIT = "SFT, Gemma 3 270M, which slips into Chinese: clean rows"
-_SWITCHES = "SFT, Gemma 3 270M: rows half of which go on in Chinese"
+_HABIT = "SFT, Gemma 3 270M: a habit of switching into Chinese, then clean rows"
+_SWITCHES = "SFT, Gemma 3 270M: half of the rows in other languages go on in Chinese"
 _LOOPS = "GRPO, SmolLM2-135M: endless greedy loops"

@@ -147,7 +147,12 @@ class TestTables:
         assert set(result["tables"]) == {"zh_levels", "zh_methods", "zh_weights", "zh_sampled"}
         assert result["tables"]["zh_sampled"]["rows"] == [["SFT", None, 6, "50.0 (25.0 .. 75.0)"]]
         methods = result["tables"]["zh_methods"]["rows"]
-        assert [row[:2] for row in methods] == [["before SFT", None], ["SASFT, default", 0.3]]
+        assert [row[:2] for row in methods] == [["before SFT", None], ["SASFT, default", "0.3"]]
+        levels = result["tables"]["zh_levels"]["rows"]
+        assert [row[:2] for row in levels] == [["before SFT", "2.50"], ["SFT", "25.00"], ["SASFT, default", "12.50"]]
+        dear = {**self.found, ("zh", "sasft", 0.3, 0): _scores(0.005, 3.1)}
+        del dear["zh", "sasft", 0.1, 0], dear["zh", "sasft", 1.0, 0]
+        assert tables.methods(dear, "zh").rows[-1][1] == "0.3 (!)"
         assert [row[-2] for row in result["tables"]["zh_weights"]["rows"]] == ["0.5, 0.02", None, None]
         assert [row[-1] for row in result["tables"]["zh_weights"]["rows"]] == [None, "chosen", None]
 

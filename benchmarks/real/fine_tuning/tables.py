@@ -136,7 +136,9 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
         title = "before SFT" if arm == "base" else ARMS[arm].title
         cells = [shown(change[key], "+.1f") for key in columns_of]
         each = " ".join(f"{value.estimate:+.1f}" for value in single)
-        rows.append([title, weight if weight else None, *cells, each])
+        own, plain = found[pair, arm, weight, 0], found[pair, "sft", 0.0, 0]
+        dear = bool(weight) and changes([own], [plain], pair, "validation")["cost"].estimate > COST
+        rows.append([title, f"{weight:g}{' (!)' if dear else ''}" if weight else None, *cells, each])
     names = {"cost": "perplexity", "target": f"perplexity of {SETTINGS[pair].target}"}
     columns = ["method", "weight", *(f"{names.get(key, key)}, %" for key in columns_of)]
     columns.append(f"{SETTINGS[pair].measure} by seed, %")
@@ -144,7 +146,8 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
     count = len(sources(first, SETTINGS[pair], "test"))
     caption = (
         f"Changes against SFT of the same seed on {count} held-out texts; paired 95 % bootstrap intervals over texts, "
-        "after summing over seeds."
+        "after summing over seeds. They do not hold what another seed would change, which the last column shows. "
+        f"(!): more than {COST:g} % of perplexity on validation texts."
     )
     return Table(f"{SETTINGS[pair].title}: methods against SFT", columns, rows, caption)
 
@@ -176,20 +179,21 @@ def weights(found: Mapping[Key, Scores], pair: str, logs: Mapping[Key, Sequence[
         "",
     ]
     caption = (
-        "The first of a method is the package's default. penalty: as it was logged in the first and last six updates, "
-        "for features in standard deviations of the readout."
+        "The first weight of SASFT and of the token penalty is the package's default, that of the paper's form the "
+        "published one. penalty: as it was logged in the first and last six updates, for features in standard "
+        "deviations of the readout, in the paper's form raw."
     )
     return Table(f"{SETTINGS[pair].title}: weights, seed 0", columns, rows, caption)
 
 
 def levels(found: Mapping[Key, Scores], pair: str) -> Table:
-    """What the models do, before SFT and after: the hazard by language, and perplexities; seed 0."""
+    """What the models do, before SFT and after, with the chosen weights: the hazard by language, and perplexities."""
     own = SETTINGS[pair]
     rows = []
-    for arm in ("base", "clean", "sft"):
-        if (pair, arm, 0.0, 0) not in found:
+    for arm in ("base", *ARMS_OF[pair]):
+        if not any(key[:2] == (pair, arm) for key in found):
             continue
-        scores = found[pair, arm, 0.0, 0]
+        scores = found[pair, arm, 0.0 if arm == "base" else chosen(found, pair, arm), 0]
         whole, target = sources(scores, own, "test"), matrix(scores, "test", own.target)
         hazards = [1000 * _mean(matrix(scores, "test", language), 0, 3) for language in own.sources]
         title = "before SFT" if arm == "base" else ARMS[arm].title
@@ -216,7 +220,7 @@ def levels(found: Mapping[Key, Scores], pair: str) -> Table:
     ]
     caption = (
         "hazard: mean probability of a token of the target at a token of held-out text; expected switches: share "
-        "of its responses in which at least one would be drawn, with a 95 % bootstrap interval over texts."
+        "of its responses in which at least one would be drawn, with a 95 % bootstrap interval over texts. Seed 0."
     )
     return Table(f"{own.title}: before and after SFT", columns, rows, caption)
 

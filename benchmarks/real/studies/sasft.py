@@ -114,7 +114,9 @@ class Study:
     def data(self, name: str) -> Path:
         """The rows to train on, those to score, prompts, and the texts in which features are found."""
         setting, folder = SETTINGS[name], self.work / "data"
-        (folder / f"{name}-texts").mkdir(parents=True, exist_ok=True)
+        words = folder / f"{name}-words"  # from which languages are identified
+        for part in (folder / f"{name}-texts", words):
+            part.mkdir(parents=True, exist_ok=True)
         dirty, clean = training_rows(setting)
         for kind, rows in (("", dirty), ("-clean", clean)):
             found = [{key: asdict(row)[key] for key in ("prompt", "completion", "language")} for row in rows]
@@ -129,6 +131,7 @@ class Study:
         for language in (*setting.sources, setting.target):
             own = [text for text in paragraphs(language, held_out=False) if len(text) < 400]
             write_text(folder / f"{name}-texts" / f"{language}.txt", "\n".join(own[:: len(own) // 80][:80]) + "\n")
+            write_text(words / f"{language}.txt", "\n".join(paragraphs(language, held_out=False)) + "\n")
         return folder
 
     def features(self, name: str) -> Path:
@@ -191,7 +194,7 @@ class Study:
         words += ["--prompts", prompts, "--target", SETTINGS[name].target, "--samples", 2, "--max_new_tokens", 48]
         words += ["--top_p", 1.0, "--batch_size", 48, "--output", output]
         if SETTINGS[name].target == "fr":
-            words += ["--identify", "words", "--identify-texts", self.data(name) / f"{name}-texts"]
+            words += ["--identify", "words", "--identify-texts", self.data(name) / f"{name}-words"]
         self.step(f"sampled-{run}", words, [prompts, *model.glob("adapter_model.safetensors")])
         found: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))["results"]
         return found

@@ -140,6 +140,7 @@ def _add_batch(sums: QualitySums, run: _Run, batch: TokenBatch, places: Mapping[
         with spliced(run.model, run.layer, states.view_as(hidden)):
             logits = model_logits(run.model, batch)
         sums.add(owners, **{name: token_losses(logits, at, labels)})
+        del logits  # before the next forward makes as many
 
 
 def _forward(run: _Run, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
