@@ -140,7 +140,7 @@ class TestAttaching:
         logs = trainer.state.log_history[0]
         plain = build()
         plain.train()
-        extra = first.weight * logs["sasft/penalty"] + second.weight * logs["token_penalty/penalty"]
+        extra = first.config.weight * logs["sasft/penalty"] + second.config.weight * logs["token_penalty/penalty"]
         assert logs["loss"] == pytest.approx(plain.state.log_history[0]["loss"] + extra, rel=1e-5)
 
     def test_same_name_twice_is_refused(self, build, features):

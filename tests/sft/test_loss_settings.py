@@ -92,7 +92,7 @@ def test_the_callback_of_each_method(make_model, tmp_path):
     make_features(case_model(make_model)).save(file)
     made = LossSettings.read({"features": str(file), "sasft_weight": 0.3}, "here").callback()
     assert isinstance(made, SASFTCallback)
-    assert made.weight == 0.3
+    assert made.config.weight == 0.3
     assert isinstance(LossSettings.read({"method": "token_penalty"}, "here").callback(), TokenPenaltyCallback)
     assert isinstance(LossSettings.read({"method": "kl_anchor"}, "here").callback(), KLAnchorCallback)
     with pytest.raises(FileNotFoundError):
