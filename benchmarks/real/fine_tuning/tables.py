@@ -45,6 +45,8 @@ def summary(
         "columns": list(COLUMNS),
         "sums": kept,
         "steps": {name: {key: step[key] for key in spent} for name, step in took.items()},
+        # In place of those of the study itself, in whose last run most steps were done before
+        **{key: (max if key == "peak_mib" else sum)(step[key] for step in took.values()) for key in spent},
     }
 
 

@@ -56,7 +56,7 @@ def measured(study: Study, arms: Mapping[str, Sequence[str]], seeds: int, asked:
                 if name in asked:
                     answered[name][arm] = study.answered(name, arm, weight, 0)
     logs = {key: study.log(*key) for key in found if key[1] != "base"}
-    result = summary(found, study.took, sampled, logs) | {"vocabulary": study.compared(), "answered": answered}
+    result = summary(found, study.took, sampled, logs) | {"vocabulary": study.compared()}
     for name, scored in answered.items():
         result["tables"][f"{name}_questions"] = capability_table(scored, name).to_dict()
     return result
