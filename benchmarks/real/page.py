@@ -90,12 +90,13 @@ def headline(folder: Path) -> str:
     rows: list[list[str]] = []
     for setting, words in (("habit", _HABIT), ("zh", _SWITCHES)):
         found = {row[0]: row for row in fine_tuned[f"{setting}_methods"]["rows"]}
+        weighted = {arm: "" if row[1] is None else f", weight {row[1]}" for arm, row in found.items()}
         sampled = {row[0]: with_unit(row[3], "%") for row in fine_tuned[f"{setting}_sampled"]["rows"]}
         rows.append([words, "plain SFT", "", "", sampled["SFT"], ""])
         for arm, method, sae in _ARMS[setting]:
             hazard, perplexity, chinese = (with_unit(cell, "%") for cell in found[arm][2:5])
             cost = f"perplexity {perplexity}; of Chinese {chinese}"
-            rows.append([words, method, sae, hazard, sampled.get(arm, ""), cost])
+            rows.append([words, method + weighted[arm], sae, hazard, sampled.get(arm, ""), cost])
     found = {row[0]: row for row in negatives["loops"]["rows"]}
     rows.append([_LOOPS, "plain DAPO", "", "", with_unit(found["DAPO"][3], "%"), ""])
     for arm, method, sae in (

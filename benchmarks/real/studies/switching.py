@@ -54,7 +54,7 @@ def table(found: Mapping[str, Any]) -> Table:
     all_of_them = [percent(found[detector.name]["micro"]) for detector in DETECTORS]
     rows.append(["all", sum(row[1] for row in rows), *all_of_them, None, None, None, None])
     columns = ["prompt in", "responses", "another script, %", "another language, %"]
-    columns += [f"{kind}, by {name}, %" for kind in ("clean", "planted") for name in ("script", "words")]
+    columns += [f"{kind}, by {name}, %" for kind in ("clean", "planted") for name in ("script", "fastText")]
     caption = (
         "95 % intervals: Wilson; over prompts in the last row. Clean: real paragraphs as long as the responses, "
         "that are called switched all the same. Planted: the same with a second half in another language."
