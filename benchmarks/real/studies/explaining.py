@@ -91,8 +91,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     study = Study(options, options.layers[len(options.layers) // 2])
     count, targets = (3, 8) if options.quick else (8, 40)
     chosen = study.part("features", lambda: choose(study, count, targets))
+    asked = chosen["random"][: 1 if options.quick else AS_A_USER]
     commands = {
-        name: study.part(name.replace(" ", "_"), lambda name=name: as_a_user(study, chosen["random"][:AS_A_USER], name))
+        name: study.part(name.replace(" ", "_"), lambda name=name: as_a_user(study, asked, name))
         for name in ("as it comes", "small templates")
     }
     explained = {
