@@ -215,6 +215,11 @@ def script_evidence(text: str) -> dict[str, float]:
     return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
 
 
+def language_by_script(text: str, languages: Collection[str]) -> str | None:
+    """Find the language that `text` is written in: `language_by_evidence` of its letters."""
+    return language_by_evidence(script_evidence(text), languages)
+
+
 def language_by_evidence(evidence: Mapping[str, float], languages: Collection[str]) -> str | None:
     """Find the one of `languages` (codes, or names such as "zh-CN") that writes the script with most `script_evidence`.
     None where scripts do not decide: no letters, two scripts equally frequent, no candidate that writes the script, or
