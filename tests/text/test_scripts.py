@@ -13,10 +13,9 @@ from qscope_posttrain.text.scripts import (
     SCRIPTS_OF_LANGUAGE,
     contains_language_script,
     contains_script,
-    language_by_evidence,
+    language_by_script,
     language_scripts,
     script_counts,
-    script_evidence,
     sentences,
     target_script,
 )
@@ -169,16 +168,16 @@ def test_sentences():
         ("ab вг", ["en", "ru"], None),
     ],
 )
-def test_language_by_evidence(text, languages, expected):
-    assert language_by_evidence(script_evidence(text), languages) == expected
+def test_language_by_script(text, languages, expected):
+    assert language_by_script(text, languages) == expected
 
 
 def test_language_by_evidence_on_sentences(texts):
     languages = ["zh", "ja", "ru", "ko", "en"]
     for language in ("zh", "ru", "ko"):
-        assert {language_by_evidence(script_evidence(text), languages) for text in texts[language]} == {language}
+        assert {language_by_script(text, languages) for text in texts[language]} == {language}
     with pytest.raises(ValueError, match="Unknown language 'klingon'"):
-        language_by_evidence(script_evidence("a"), ["klingon"])
+        language_by_script("a", ["klingon"])
 
 
 def test_real_text(shared_data):
