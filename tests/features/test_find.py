@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,20 @@ def test_too_few_random_features_do_not_lose_the_pass(make_model, tiny_tokenizer
     features = find_language_features(make_model(), tiny_tokenizer, texts, small, top=1, target="zh", controls=16)
     assert "random directions are the controls" in capfd.readouterr().err
     assert "random direction (16)" in str(features.provenance["causal_check"])
+
+
+def test_a_random_feature_of_norm_0_does_not_lose_the_pass(
+    make_model, tiny_tokenizer, texts, saes, found, capfd, monkeypatch
+):
+    dictionary = copy.deepcopy(saes[3])
+    empty = next(i for i in range(dictionary.d_sae) if i not in found.layers[3].feature_ids)
+    dictionary.W_dec[empty] = 0
+    monkeypatch.setattr(find_module, "random_features", lambda *_, **__: torch.tensor([empty]))
+    features = find_language_features(
+        make_model(), tiny_tokenizer, texts, {3: dictionary}, top=1, target="zh", controls=1
+    )
+    assert "random directions are the controls" in capfd.readouterr().err
+    assert "random direction" in str(features.provenance["causal_check"])
 
 
 def test_errors_come_before_the_pass(make_model, tiny_tokenizer, texts, saes, make_sae, monkeypatch):

@@ -113,6 +113,8 @@ def find_language_features(
             try:
                 ids = random_features(measured.firing_rate, scores, controls, seed, exclude=[best])
                 directions = loaded[layer].select(ids).decoder.float().cpu()
+                if not directions.norm(dim=1).all():
+                    raise UserValueError("A random feature of this SAE has a decoder row of norm 0.")
                 drawn[layer] = {f"random #{i}": row for i, row in zip(ids.tolist(), directions, strict=True)}
             except ValueError as error:  # a small SAE may have too few; a long pass must not be lost over it
                 status(f"Layer {layer}: random directions are the controls. {error}", enabled=True)
