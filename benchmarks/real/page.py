@@ -35,16 +35,8 @@ def saes(folder: Path) -> str:
         for sae in json.loads(path.read_text(encoding="utf-8"))["layers"]:
             measured = (sae["fvu"], sae["recovered"]["mean"], sae["recovered"]["zero"])
             fvu, *recovered = (shown(found.values(), ".3f") for found in measured)
-            rows.append(
-                [
-                    path.stem.partition("_")[0],
-                    sae["layer"],
-                    fvu,
-                    f"{sae['fit']['chance']:.2f}",
-                    *recovered,
-                    sae["tokens"],
-                ]
-            )
+            model, chance = path.stem.partition("_")[0], f"{sae['fit']['chance']:.2f}"
+            rows.append([model, sae["layer"], fvu, chance, *recovered, sae["tokens"]])
     columns = ["model", "layer", "FVU", "by chance", "recovered of mean ablation", "of zero ablation", "tokens"]
     caption = "`qscope sae check` on held-out paragraphs, 20 per language; 95 % bootstrap intervals over paragraphs."
     return Table("SAEs", columns, rows, caption).to_markdown()

@@ -89,6 +89,15 @@ ARMS = {
         "SASFT, default + anchor", (*SASFT, "--anchor_weight", "1.0"), "sasft_weight", (1.0, 0.3), FEATURES
     ),
 }
+BEFORE = "base"
+"""In place of an arm: the model before it is trained"""
+
+
+def title_of(arm: str) -> str:
+    """The name of an arm in a table."""
+    return "before SFT" if arm == BEFORE else ARMS[arm].title
+
+
 ARMS_OF = {
     "zh": tuple(ARMS),
     "habit": ("sft", "sasft", "token", "means", "random"),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.real.fine_tuning.arms import ARMS, SETTINGS
+from benchmarks.real.fine_tuning.arms import BEFORE, SETTINGS, title_of
 from benchmarks.real.fine_tuning.parts import merged
 from benchmarks.real.page import shown
 from benchmarks.real.panel.agreement import by_group
@@ -46,12 +46,12 @@ def capability_table(scored: Mapping[str, Mapping[str, Any]], setting: str) -> T
             right = grouped(hits, found, sets, kind)
             accuracy = np.column_stack([right, np.ones(len(right))])
             cells.append(shown(bootstrap_of_sums(accuracy, lambda sums: 100 * sums[..., 0] / sums[..., 1])))
-        for kind in KINDS if arm != "base" else ():
-            both = [grouped(probabilities, scores, sets, kind) for scores in (found, scored["base"])]
+        for kind in KINDS if arm != BEFORE else ():
+            both = [grouped(probabilities, scores, sets, kind) for scores in (found, scored[BEFORE])]
             pairs = np.column_stack([*both, np.ones(len(both[0]))])
             change = bootstrap_of_sums(pairs, lambda sums: 100 * (sums[..., 0] - sums[..., 1]) / sums[..., 2])
             cells.append(shown(change, "+.1f"))
-        rows.append(["before SFT" if arm == "base" else ARMS[arm].title, *cells, *[None] * (4 - len(cells))])
+        rows.append([title_of(arm), *cells, *[None] * (4 - len(cells))])
     names = list(KINDS.values())
     columns = ["method", *(f"{name}, %" for name in names), *(f"{name}, right answer, points" for name in names)]
     counts = [sum(len(found) for name, found in sets.items() if name.startswith(kind)) for kind in KINDS]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, SETTINGS, Setting
+from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, BEFORE, SETTINGS, Setting, title_of
 from benchmarks.real.page import shown
 from qscope_posttrain.intervals import Interval, bootstrap_of_sums
 from qscope_posttrain.report.tables import Table
@@ -102,13 +102,20 @@ def changes(one: Sequence[Scores], other: Sequence[Scores], name: str, part: str
     }
 
 
+def against_sft(found: Mapping[Key, Scores], pair: str, arm: str, weight: float, part: str) -> dict[str, Interval]:
+    """`changes` of one weight of an arm from plain training, both with seed 0."""
+    return changes([found[pair, arm, weight, 0]], [found[pair, "sft", 0.0, 0]], pair, part)
+
+
 def chosen(found: Mapping[Key, Scores], pair: str, arm: str) -> float:
     """The weight with the lowest hazard on validation rows, seed 0, of those that cost at most COST; where none does,
     the cheapest."""
+    if arm == BEFORE:
+        return 0.0
     if len(ARMS[arm].weights) == 1:
         return ARMS[arm].weights[0]
     tried = {
-        weight: changes([found[pair, arm, weight, 0]], [found[pair, "sft", 0.0, 0]], pair, "validation")
+        weight: against_sft(found, pair, arm, weight, "validation")
         for weight in ARMS[arm].weights
         if (pair, arm, weight, 0) in found
     }
@@ -122,10 +129,10 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
     """Every arm with its chosen weight against SFT, on test rows."""
     rows = []
     columns_of = [*dict.fromkeys((SETTINGS[pair].measure, "hazard")), "cost", "target"]
-    for arm in ("base", *(arm for arm in ARMS_OF[pair] if arm != "sft")):
+    for arm in (BEFORE, *(arm for arm in ARMS_OF[pair] if arm != "sft")):
         if not any(key[:2] == (pair, arm) for key in found):
             continue
-        weight = 0.0 if arm == "base" else chosen(found, pair, arm)
+        weight = chosen(found, pair, arm)
         seeds = [key[3] for key in found if key[:3] == (pair, arm, weight)]
         against = [found[pair, "sft", 0.0, seed] for seed in seeds]
         change = changes([found[pair, arm, weight, seed] for seed in seeds], against, pair, "test")
@@ -135,12 +142,10 @@ def methods(found: Mapping[Key, Scores], pair: str) -> Table:
             ]
             for seed in seeds
         ]
-        title = "before SFT" if arm == "base" else ARMS[arm].title
         cells = [shown(change[key], "+.1f") for key in columns_of]
         each = " ".join(f"{value.estimate:+.1f}" for value in single)
-        own, plain = found[pair, arm, weight, 0], found[pair, "sft", 0.0, 0]
-        dear = bool(weight) and changes([own], [plain], pair, "validation")["cost"].estimate > COST
-        rows.append([title, f"{weight:g}{' (!)' if dear else ''}" if weight else None, *cells, each])
+        dear = bool(weight) and against_sft(found, pair, arm, weight, "validation")["cost"].estimate > COST
+        rows.append([title_of(arm), f"{weight:g}{' (!)' if dear else ''}" if weight else None, *cells, each])
     names = {"cost": "perplexity", "target": f"perplexity of {SETTINGS[pair].target}"}
     columns = ["method", "weight", *(f"{names.get(key, key)}, %" for key in columns_of)]
     columns.append(f"{SETTINGS[pair].measure} by seed, %")
@@ -163,7 +168,7 @@ def weights(found: Mapping[Key, Scores], pair: str, logs: Mapping[Key, Sequence[
                 continue
             row: list[Any] = [ARMS[arm].title, weight]
             for part in ("validation", "test"):
-                change = changes([found[pair, arm, weight, 0]], [found[pair, "sft", 0.0, 0]], pair, part)
+                change = against_sft(found, pair, arm, weight, part)
                 row += [shown(change[key], "+.1f") for key in (SETTINGS[pair].measure, "cost")]
             fell = [value for entry in logs.get((pair, arm, weight, 0), ()) for name, value in entry.items()
                     if name.endswith("/penalty")]  # fmt: skip
@@ -192,20 +197,19 @@ def levels(found: Mapping[Key, Scores], pair: str) -> Table:
     """What the models do, before SFT and after, with the chosen weights: the hazard by language, and perplexities."""
     own = SETTINGS[pair]
     rows = []
-    for arm in ("base", *ARMS_OF[pair]):
+    for arm in (BEFORE, *ARMS_OF[pair]):
         if not any(key[:2] == (pair, arm) for key in found):
             continue
-        scores = found[pair, arm, 0.0 if arm == "base" else chosen(found, pair, arm), 0]
+        scores = found[pair, arm, chosen(found, pair, arm), 0]
         whole, target = sources(scores, own, "test"), matrix(scores, "test", own.target)
         hazards = [1000 * _mean(matrix(scores, "test", language), 0, 3) for language in own.sources]
-        title = "before SFT" if arm == "base" else ARMS[arm].title
         drawn = bootstrap_of_sums(
             np.column_stack([whole[:, 4], np.ones(len(whole))]), lambda sums: 100 * sums[..., 0] / sums[..., 1]
         )
         perplexities = [f"{np.exp(_mean(part, 2, 3)):.2f}" for part in (whole, target)]
         rows.append(
             [
-                title,
+                title_of(arm),
                 f"{1000 * _mean(whole, 0, 3):.2f}",
                 *(f"{value:.2f}" for value in hazards),
                 shown(drawn),
@@ -232,8 +236,7 @@ def answers(sampled: Mapping[Key, Mapping[str, Any]], pair: str) -> Table:
     rows = []
     for (_, arm, weight, _), result in sampled.items():
         asked = [language["samples"] for language in result["languages"].values()]
-        title = "before SFT" if arm == "base" else ARMS[arm].title
-        rows.append([title, weight or None, sum(asked), shown(Interval(**result["micro"]), unit=100)])
+        rows.append([title_of(arm), weight or None, sum(asked), shown(Interval(**result["micro"]), unit=100)])
     caption = (
         "`qscope evaluate code-switching`, temperature 1, 48 tokens; 95 % bootstrap intervals over prompts, seed 0."
     )

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, FEATURES, SAMPLED, SEEDS, SETTINGS, Arm
+from benchmarks.real.fine_tuning.arms import ARMS, ARMS_OF, BEFORE, FEATURES, SAMPLED, SEEDS, SETTINGS, Arm
 from benchmarks.real.fine_tuning.capability import capability_table
 from benchmarks.real.fine_tuning.parts import scored_rows, training_rows
 from benchmarks.real.fine_tuning.tables import Key, Scores, chosen, summary
@@ -41,9 +41,9 @@ def measured(study: Study, arms: Mapping[str, Sequence[str]], seeds: int, asked:
     sampled = {}
     answered: dict[str, dict[str, Any]] = {name: {} for name in asked}
     for name, own in arms.items():
-        found[name, "base", 0.0, 0] = study.scores(name, "base", 0.0, 0)
+        found[name, BEFORE, 0.0, 0] = study.scores(name, BEFORE, 0.0, 0)
         if name in asked:
-            answered[name]["base"] = study.answered(name, "base", 0.0, 0)
+            answered[name][BEFORE] = study.answered(name, BEFORE, 0.0, 0)
         for arm in own:
             for weight in ARMS[arm].weights:
                 found[name, arm, weight, 0] = study.scores(name, arm, weight, 0)
@@ -55,7 +55,7 @@ def measured(study: Study, arms: Mapping[str, Sequence[str]], seeds: int, asked:
                 sampled[name, arm, weight, 0] = study.sampled(name, arm, weight, 0)
                 if name in asked:
                     answered[name][arm] = study.answered(name, arm, weight, 0)
-    logs = {key: study.log(*key) for key in found if key[1] != "base"}
+    logs = {key: study.log(*key) for key in found if key[1] != BEFORE}
     result = summary(found, study.took, sampled, logs) | {"vocabulary": study.compared()}
     for name, scored in answered.items():
         result["tables"][f"{name}_questions"] = capability_table(scored, name).to_dict()
@@ -151,7 +151,7 @@ class Study:
         rows, output = self.data(name) / f"{name}-scored.json", self.work / "scores" / f"{run}.json"
         adapter: Path | str = "-"
         reads = [rows]
-        if arm != "base":
+        if arm != BEFORE:
             adapter = self.work / "runs" / run
             self.train(name, ARMS[arm], weight, seed, adapter)
             reads.append(adapter / "adapter_model.safetensors")
@@ -179,17 +179,17 @@ class Study:
     def answered(self, name: str, arm: str, weight: float, seed: int) -> dict[str, Any]:
         """Score the answers to questions by the whole model, with the adapter of an arm."""
         run, output = f"{name}-{arm}-{weight:g}-{seed}", self.work / "answered" / f"{name}-{arm}.json"
-        adapter = "-" if arm == "base" else self.work / "runs" / run
+        adapter = None if arm == BEFORE else self.work / "runs" / run
         output.parent.mkdir(parents=True, exist_ok=True)
-        reads = [self.model, *([] if arm == "base" else [self.work / "runs" / run / "adapter_model.safetensors"])]
-        self.step(f"answered-{run}", ["benchmarks.real.fine_tuning.capability", self.model, adapter, output], reads)
+        words = ["benchmarks.real.fine_tuning.capability", self.model, adapter or "-", output]
+        self.step(f"answered-{run}", words, [self.model, *([adapter / "adapter_model.safetensors"] if adapter else [])])
         found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
         return found
 
     def sampled(self, name: str, arm: str, weight: float, seed: int) -> dict[str, Any]:
         """Let an arm that was trained answer the prompts of the test rows: `qscope evaluate code-switching`."""
         run, prompts = f"{name}-{arm}-{weight:g}-{seed}", self.data(name) / f"{name}-prompts.jsonl"
-        model, output = self.start(name) if arm == "base" else self.work / "runs" / run, self.work / "sampled" / run
+        model, output = self.start(name) if arm == BEFORE else self.work / "runs" / run, self.work / "sampled" / run
         words: list[object] = ["qscope_posttrain", "evaluate", "code-switching", "--model", model]
         words += ["--prompts", prompts, "--target", SETTINGS[name].target, "--samples", 2, "--max_new_tokens", 48]
         words += ["--top_p", 1.0, "--batch_size", 48, "--output", output]
